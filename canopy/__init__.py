@@ -1,0 +1,49 @@
+"""canopy: RGB imagery in, georeferenced canopy height maps out.
+
+The names below are the public API. They load on first use, so that `import canopy`
+(and `canopy --help`) does not pay for torch, xarray or GDAL.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AOI": "canopy.geo.aoi",
+    "Grid": "canopy.geo.grid",
+    "Raster": "canopy.geo.raster",
+    "HeightModel": "canopy.models.height",
+    "load_model": "canopy.models.checkpoint",
+    "open_imagery": "canopy.sources.imagery",
+    "predict": "canopy.inference.predict",
+    "CanopyError": "canopy.errors",
+    "InputError": "canopy.errors",
+}
+
+__all__ = ["AOI", "CanopyError", "Grid", "HeightModel", "InputError", "Raster", "load_model", "open_imagery", "predict"]
+
+if TYPE_CHECKING:
+    from canopy.errors import CanopyError, InputError
+    from canopy.geo.aoi import AOI
+    from canopy.geo.grid import Grid
+    from canopy.geo.raster import Raster
+    from canopy.inference.predict import predict
+    from canopy.models.checkpoint import load_model
+    from canopy.models.height import HeightModel
+    from canopy.sources.imagery import open_imagery
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'canopy' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    # `canopy.predict` the function must win over a submodule of the same name, so bind it here.
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

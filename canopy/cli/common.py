@@ -1,0 +1,19 @@
+"""Options and output that every command shares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say only what went wrong.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks of unexpected faults.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """Print the one machine-readable object of `--json` on stdout."""
+    typer.echo(json.dumps(result, indent=2, allow_nan=False, default=str))

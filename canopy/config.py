@@ -1,0 +1,93 @@
+"""YAML settings, read strictly: every key is known, every value has its type.
+
+A config holds only what differs from the defaults of its pydantic model. On the command line
+`key=value` and `section.key=value` override the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from canopy.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown keys refused, defaults checked too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def load_settings(schema: type[S], path: str | Path, overrides: Iterable[str] = ()) -> S:
+    """Read a YAML file into `schema`, apply `key=value` overrides, validate.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown (the nearest known one is
+            named), or a value has the wrong type or range.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot be read ({error.strerror})", where=path, expected="a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not valid YAML: {error}", where=path) from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"holds a {type(raw).__name__}", where=path, expected="key: value lines")
+    for override in overrides:
+        _apply(raw, override)
+    return validate_settings(schema, raw, where=path)
+
+
+def validate_settings(schema: type[S], raw: Mapping[str, Any], where: object) -> S:
+    """Validate a mapping against `schema`; see `load_settings` for the errors."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_first_fault(schema, error), where=where) from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted `key=value` in the nested mapping; the value is parsed as YAML."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"cannot read the override {override!r}", expected="key=value or section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{section!r} is not a section", where=f"override {override!r}")
+    try:
+        raw[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value {text!r}", where=f"override {override!r}") from error
+
+
+def _first_fault(schema: type[BaseModel], error: ValidationError) -> str:
+    """The first problem in one line, with the nearest known key where a key is unknown."""
+    fault = error.errors(include_url=False)[0]
+    location = [str(part) for part in fault["loc"]]
+    if fault["type"] != "extra_forbidden":
+        return f"{'.'.join(location) or 'settings'}: {fault['msg']}"
+    known = _keys_at(schema, location[:-1])
+    near = difflib.get_close_matches(location[-1], known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}" if known else ""
+    return f"unknown key {'.'.join(location)!r}{hint}"
+
+
+def _keys_at(schema: Any, location: list[str]) -> list[str]:
+    """Field names of the (nested) model at `location`, or nothing where it is not a plain model."""
+    for part in location:
+        field = getattr(schema, "model_fields", {}).get(part)
+        schema = field.annotation if field is not None else None
+    return sorted(getattr(schema, "model_fields", {}))
