@@ -23,7 +23,17 @@ _EXPORTS = {
     "InputError": "canopy.errors",
 }
 
-__all__ = ["AOI", "CanopyError", "Grid", "HeightModel", "InputError", "Raster", "load_model", "open_imagery", "predict"]
+__all__ = [
+    "AOI",
+    "CanopyError",
+    "Grid",
+    "HeightModel",
+    "InputError",
+    "Raster",
+    "load_model",
+    "open_imagery",
+    "predict",
+]
 
 if TYPE_CHECKING:
     from canopy.errors import CanopyError, InputError

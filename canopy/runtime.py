@@ -54,7 +54,9 @@ def manifests_dir() -> Path:
     path = Path(override)
     if not path.is_dir():
         raise ConfigError(
-            "not a directory", where=f"CANOPY_MANIFESTS={override}", expected="a folder laid out like data_manifests/"
+            "not a directory",
+            where=f"CANOPY_MANIFESTS={override}",
+            expected="a folder laid out like data_manifests/",
         )
     return path
 
@@ -79,12 +81,16 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}", where="--device", expected="auto, cpu, cuda, cuda:N or mps") from error
+        raise InputError(
+            f"unknown device {name!r}", where="--device", expected="auto, cpu, cuda, cuda:N or mps"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device here", where=f"--device {name}", remedy="use --device auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"only {torch.cuda.device_count()} CUDA device(s) here", where=f"--device {name}", remedy="use --device cuda"
+            f"only {torch.cuda.device_count()} CUDA device(s) here",
+            where=f"--device {name}",
+            remedy="use --device cuda",
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("no MPS device here", where=f"--device {name}", remedy="use --device auto or cpu")
@@ -125,7 +131,13 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
         yield NoProgress()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as RichProgress
 
     columns = (

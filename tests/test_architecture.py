@@ -17,7 +17,12 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # Rules that the ranks alone do not say.
-FORBIDDEN = {("evaluation", "models"), ("training", "inference"), ("training", "evaluation"), ("models", "geo")}
+FORBIDDEN = {
+    ("evaluation", "models"),
+    ("training", "inference"),
+    ("training", "evaluation"),
+    ("models", "geo"),
+}
 PACKAGE = Path(__file__).resolve().parent.parent / "canopy"
 
 

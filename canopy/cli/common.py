@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say only what went wrong.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks of unexpected faults.")]
+Verbose = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks of unexpected faults.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
 
