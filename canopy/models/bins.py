@@ -1,0 +1,48 @@
+"""Height bins: where their centres lie, how scores become weights, and what mean and spread follow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from canopy.models.config import DecoderConfig
+
+
+def bin_centres(config: DecoderConfig) -> Tensor:
+    """Centres (bins,), float32, in units of `config.scale` metres, rising.
+
+    'linear' and 'log' are evenly spaced in x and log x. 'blend' is t*log + (1-t)*linear with t falling
+    evenly from 1 at the first bin to 0 at the last (CHMv2, arXiv 2603.06382): fine steps near the
+    ground without the huge last steps of a logarithm.
+    """
+    low, high, count = config.bin_min, config.bin_max, config.bins
+    linear = torch.linspace(low, high, count)
+    if config.spacing == "linear":
+        return linear
+    floor = max(low, 1e-3)  # a logarithm has no zero
+    log = torch.exp(torch.linspace(float(torch.tensor(floor).log()), float(torch.tensor(high).log()), count))
+    if config.spacing == "log":
+        return log
+    t = torch.linspace(1.0, 0.0, count)
+    return t * log + (1.0 - t) * linear
+
+
+def bin_weights(scores: Tensor, config: DecoderConfig) -> Tensor:
+    """Scores (B, bins, H, W) -> non-negative weights that sum to 1 over the bins."""
+    if config.weights == "softmax":
+        return torch.softmax(scores, dim=1)
+    positive = torch.relu(scores) + config.eps
+    return positive / positive.sum(dim=1, keepdim=True)
+
+
+def moments(weights: Tensor, centres: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Weighted mean and spread in metres, both (B, 1, H, W).
+
+    The spread is the standard deviation of the bin distribution, sqrt(sum w (bin - mean)^2): how unsure
+    the network is between heights. It is not yet a calibrated interval.
+    """
+    mean = torch.einsum("bkhw,k->bhw", weights, centres).unsqueeze(1)
+    square = torch.einsum("bkhw,k->bhw", weights, centres * centres).unsqueeze(1)
+    # E[x^2] - mean^2 avoids a (B, bins, H, W) temporary; rounding may dip below zero.
+    spread = torch.sqrt((square - mean * mean).clamp_min(0.0))
+    return scale * mean, scale * spread

@@ -1,0 +1,193 @@
+"""What a height model is, as frozen data that travels inside its checkpoint.
+
+Everything that changes the arithmetic of a forward pass is a field here, with the published models in
+mind: the 2024 release (plain ViT, learned positions) and the 2026 release (DINOv3, rotary positions)
+are both settings of the same classes, beside this project's own smaller models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from canopy.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A timm vision transformer and where its features are tapped.
+
+    Attributes:
+        family: 'vit' (learned absolute positions) or 'rope' (rotary positions, timm's Eva class).
+        dim, depth, heads, mlp_ratio: the transformer's size.
+        patch: pixels per token side.
+        registers: extra tokens that carry no position (Darcet et al. 2024, arXiv 2309.16588).
+        layer_scale: initial LayerScale value; None leaves LayerScale out.
+        taps: zero-based blocks whose output goes to the decoder, shallow to deep.
+        norm_taps: apply the backbone's final LayerNorm to tapped features.
+        norm_eps: epsilon of every LayerNorm.
+        qkv_bias: bias on the attention projections.
+        pos_grid: side, in tokens, of the learned position grid ('vit' only).
+        pos_embed_prefix: the learned positions include the class token ('vit' only).
+        pos_resize: 'bicubic_aligned' (align_corners, as the 2024 release) or 'bicubic' (timm's own).
+        rope_type: timm's name: 'cat' counts tokens, 'dinov3' stretches positions over the image.
+        rope_temperature, rope_rotate_half: rotary details.
+        stem: channels of a convolutional stem at 1/2, 1/4 and 1/8 scale in front of the transformer
+            (Xiao et al. 2021, arXiv 2106.14881); empty means plain patch embedding.
+        drop_path: stochastic depth rate, training only.
+    """
+
+    family: str = "vit"
+    dim: int = 1024
+    depth: int = 24
+    heads: int = 16
+    patch: int = 16
+    mlp_ratio: float = 4.0
+    registers: int = 0
+    layer_scale: float | None = 1e-5
+    taps: tuple[int, ...] = (4, 11, 17, 23)
+    norm_taps: bool = False
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    pos_grid: int = 14
+    pos_embed_prefix: bool = True
+    pos_resize: str = "bicubic_aligned"
+    rope_type: str = "dinov3"
+    rope_temperature: float = 100.0
+    rope_rotate_half: bool = True
+    stem: tuple[int, ...] = ()
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.family not in ("vit", "rope"):
+            raise ConfigError(f"encoder family {self.family!r} is unknown", expected="'vit' or 'rope'")
+        if self.pos_resize not in ("bicubic", "bicubic_aligned"):
+            raise ConfigError(
+                f"pos_resize {self.pos_resize!r} is unknown", expected="'bicubic' or 'bicubic_aligned'"
+            )
+        if self.dim % self.heads:
+            raise ConfigError(f"dim {self.dim} does not divide into {self.heads} heads")
+        if len(self.taps) != 4 or list(self.taps) != sorted(set(self.taps)) or self.taps[-1] >= self.depth:
+            raise ConfigError(
+                f"taps {list(self.taps)} do not fit {self.depth} blocks", expected="four rising block numbers"
+            )
+        if self.stem and (len(self.stem) != 3 or self.patch % 8):
+            raise ConfigError(
+                f"stem {list(self.stem)} does not fit patch {self.patch}",
+                expected="three channel counts and a patch that is a multiple of 8",
+            )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A DPT decoder (Ranftl et al. 2021, arXiv 2103.13413) that ends in weights over height bins.
+
+    Attributes:
+        post_channels: channels of the four reassembled maps at 4x, 2x, 1x and 0.5x the token grid.
+        fusion: channels inside the fusion blocks.
+        hidden: channels of the head's inner layer.
+        project_after_fusion: a 3x3 convolution between fusion and head (the 2024 release).
+        unit_bias: biases in the residual units; unit_norm: batch norm in them.
+        head: 'full' (upsample, then weigh bins at full scale) or 'half' (weigh bins at twice the finest
+            map's scale, then interpolate metres), which costs about a quarter.
+        detail: add the encoder stem's maps into the decoder (the idea of ViTMatte's detail stream,
+            arXiv 2305.15272), so that crown edges need not pass through 16-pixel tokens.
+        bins, bin_min, bin_max: height bins, in units of `scale` metres.
+        spacing: 'linear', 'log', or 'blend' (t*log + (1-t)*linear, t falling from 1 to 0).
+        weights: 'relu' ((relu + eps) / sum) or 'softmax'.
+        eps: the constant of 'relu' weights.
+        scale: metres per bin unit.
+    """
+
+    post_channels: tuple[int, ...] = (128, 256, 512, 1024)
+    fusion: int = 256
+    hidden: int = 32
+    project_after_fusion: bool = True
+    unit_bias: bool = False
+    unit_norm: bool = False
+    head: str = "full"
+    detail: bool = False
+    bins: int = 256
+    bin_min: float = 0.001
+    bin_max: float = 10.0
+    spacing: str = "linear"
+    weights: str = "relu"
+    eps: float = 0.1
+    scale: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("head", self.head, ("full", "half")),
+            ("spacing", self.spacing, ("linear", "log", "blend")),
+            ("weights", self.weights, ("relu", "softmax")),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"decoder {name} {value!r} is unknown", expected=" or ".join(allowed))
+        if len(self.post_channels) != 4:
+            raise ConfigError(f"{len(self.post_channels)} post_channels", expected="four")
+        if self.bins < 2 or not 0 <= self.bin_min < self.bin_max:
+            raise ConfigError(f"{self.bins} bins over {self.bin_min}..{self.bin_max} make no scale")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole height model: what it expects of an image, and how it is built.
+
+    Attributes:
+        gsd_m: ground sample distance, in metres, the model was trained at.
+        bands: names of the input bands, in order.
+        crop_px: side of the square crops it predicts best.
+        mean, std: normalisation of RGB in 0..1; applied inside the model.
+        encoder, decoder: the network.
+    """
+
+    gsd_m: float = 0.5
+    bands: tuple[str, ...] = ("red", "green", "blue")
+    crop_px: int = 256
+    mean: tuple[float, ...] = (0.420, 0.411, 0.296)
+    std: tuple[float, ...] = (0.213, 0.156, 0.143)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    def __post_init__(self) -> None:
+        if self.decoder.detail and not self.encoder.stem:
+            raise ConfigError("decoder.detail needs the maps of an encoder stem", remedy="set encoder.stem")
+        if not len(self.mean) == len(self.std) == len(self.bands):
+            raise ConfigError(f"{len(self.bands)} bands with {len(self.mean)} means and {len(self.std)} stds")
+
+    @property
+    def patch_px(self) -> int:
+        """Pixels per token side: the smallest image side."""
+        return self.encoder.patch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Rebuild from `to_dict`; an unknown or ill-typed key raises ConfigError."""
+        return from_plain(cls, values)
+
+
+def from_plain(cls: type[T], values: object, where: str = "model") -> T:
+    """Build a (nested) frozen dataclass from JSON values, strictly: no unknown keys, lists become tuples."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} is {type(values).__name__}", expected="a mapping")
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise ConfigError(f"{where} has unknown key {unknown[0]!r}", expected=", ".join(sorted(names)))
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_plain(typing.cast(type, hints[name]), value, f"{where}.{name}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        built[name] = value
+    return cls(**built)

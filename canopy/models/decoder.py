@@ -1,0 +1,160 @@
+"""DPT decoder: tapped transformer features -> per-pixel weights over height bins.
+
+After Ranftl, Bochkovskiy, Koltun 2021, "Vision Transformers for Dense Prediction" (arXiv 2103.13413):
+reassemble the tokens at four scales, fuse from coarse to fine through residual convolution units, and
+end in a small convolutional head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from canopy.models.bins import bin_weights
+from canopy.models.config import DecoderConfig
+from canopy.models.encoder import Features
+
+
+class Readout(nn.Module):
+    """Class-token readout 'project': each token sees the class token through a linear layer and GELU."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * dim, dim)
+
+    def forward(self, tokens: Tensor, class_token: Tensor) -> Tensor:
+        B, C, H, W = tokens.shape
+        flat = tokens.flatten(2).transpose(1, 2)  # (B, H*W, C)
+        both = torch.cat([flat, class_token.unsqueeze(1).expand_as(flat)], dim=2)
+        return functional.gelu(self.linear(both)).transpose(1, 2).reshape(B, C, H, W)
+
+
+class Reassemble(nn.Module):
+    """One tap (B, dim, h, w) -> (B, channels, factor*h, factor*w), factor 4, 2, 1 or 0.5."""
+
+    def __init__(self, dim: int, channels: int, factor: float) -> None:
+        super().__init__()
+        self.readout = Readout(dim)
+        self.project = nn.Conv2d(dim, channels, 1)
+        self.resize: nn.Module
+        if factor > 1:
+            self.resize = nn.ConvTranspose2d(channels, channels, int(factor), stride=int(factor))
+        elif factor == 1:
+            self.resize = nn.Identity()
+        else:
+            self.resize = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, tokens: Tensor, class_token: Tensor) -> Tensor:
+        return self.resize(self.project(self.readout(tokens, class_token)))
+
+
+class ResidualUnit(nn.Module):
+    """Pre-activation residual unit of RefineNet: x + conv(relu(conv(relu(x))))."""
+
+    def __init__(self, channels: int, bias: bool, norm: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.norm1 = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        self.norm2 = nn.BatchNorm2d(channels) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        # relu must not work in place: the skip needs x as it was
+        inner = self.norm1(self.conv1(torch.relu(x)))
+        return x + self.norm2(self.conv2(torch.relu(inner)))
+
+
+class Fusion(nn.Module):
+    """Add a finer map into the running one, refine, upsample to `size`, mix channels."""
+
+    def __init__(self, config: DecoderConfig, first: bool) -> None:
+        super().__init__()
+        width = config.fusion
+        # The deepest level has nothing to add, so its first unit would never run.
+        self.unit1 = None if first else ResidualUnit(width, config.unit_bias, config.unit_norm)
+        self.unit2 = ResidualUnit(width, config.unit_bias, config.unit_norm)
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, finer: Tensor | None, size: tuple[int, int]) -> Tensor:
+        if self.unit1 is not None and finer is not None:
+            if x.shape[-2:] != finer.shape[-2:]:  # odd token grids
+                x = functional.interpolate(x, size=finer.shape[-2:], mode="bilinear", align_corners=False)
+            x = x + self.unit1(finer)
+        x = self.unit2(x)
+        # A 1x1 convolution and a bilinear resize commute; convolving first costs a quarter.
+        return functional.interpolate(self.out(x), size=size, mode="bilinear", align_corners=True)
+
+
+class Head(nn.Module):
+    """Fused map -> bin scores, at twice the map's scale ('full') or at its own ('half')."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.full = config.head == "full"
+        middle = config.fusion // 2 if self.full else config.hidden
+        self.conv1 = nn.Conv2d(config.fusion, middle, 3, padding=1)
+        self.conv2 = nn.Conv2d(middle, config.hidden, 3, padding=1)
+        self.conv3 = nn.Conv2d(config.hidden, config.bins, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        if self.full:
+            x = functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        else:
+            x = torch.relu(x)
+        return self.conv3(torch.relu(self.conv2(x)))
+
+
+class Decoder(nn.Module):
+    """`Features` -> weights over bins (B, bins, h, w): h = 16 tokens high ('full', patch 16) or 8 ('half')."""
+
+    FACTORS = (4.0, 2.0, 1.0, 0.5)
+
+    def __init__(self, config: DecoderConfig, dim: int, stem: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.config = config
+        self.reassemble = nn.ModuleList(
+            Reassemble(dim, c, f) for c, f in zip(config.post_channels, self.FACTORS, strict=True)
+        )
+        self.lateral = nn.ModuleList(
+            nn.Conv2d(c, config.fusion, 3, padding=1, bias=False) for c in config.post_channels
+        )
+        # Deepest first, in the order they run.
+        self.fusions = nn.ModuleList(Fusion(config, first=i == 0) for i in range(4))
+        self.project = nn.Conv2d(config.fusion, config.fusion, 3, padding=1)
+        if not config.project_after_fusion:
+            self.project = nn.Identity()  # type: ignore[assignment]
+        widths = stem if config.detail else ()
+        self.detail = nn.ModuleList(nn.Conv2d(c, config.fusion, 1) for c in widths)
+        self.head = Head(config)
+
+    def forward(self, features: Features) -> Tensor:
+        return bin_weights(self.scores(features), self.config)
+
+    def scores(self, features: Features) -> Tensor:
+        """Raw bin scores (B, bins, h, w), before they become weights."""
+        pairs = zip(features.maps, features.class_tokens, strict=True)
+        levels = [r(m, c) for r, (m, c) in zip(self.reassemble, pairs, strict=True)]
+        levels = [conv(level) for conv, level in zip(self.lateral, levels, strict=True)]
+        details = [conv(m) for conv, m in zip(self.detail, features.pyramid, strict=False)]  # 1/2, 1/4, 1/8
+        for i, detail in enumerate(details[1:]):
+            levels[i] = levels[i] + _resized(detail, levels[i])
+        x, finer = levels[3], levels[2::-1]
+        for i, fusion in enumerate(self.fusions):
+            # The next finer map sets the size; after the last, DPT doubles once more.
+            target = finer[i] if i < 3 else None
+            size = tuple(target.shape[-2:]) if target is not None else tuple(2 * s for s in x.shape[-2:])
+            x = fusion(x, finer[i - 1] if i else None, (int(size[0]), int(size[1])))
+        if details:
+            x = x + _resized(details[0], x)
+        x = self.project(x)
+        if self.config.project_after_fusion:
+            x = torch.relu(x)
+        return self.head(x)
+
+
+def _resized(detail: Tensor, like: Tensor) -> Tensor:
+    if detail.shape[-2:] == like.shape[-2:]:
+        return detail
+    return functional.interpolate(detail, size=like.shape[-2:], mode="bilinear", align_corners=False)

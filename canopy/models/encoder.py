@@ -1,0 +1,159 @@
+"""The encoder: a timm vision transformer whose inner features are tapped for the decoder."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from canopy.models.config import EncoderConfig
+
+
+class Features(NamedTuple):
+    """What the decoder gets.
+
+    Attributes:
+        maps: four tensors (B, dim, H/patch, W/patch), shallow to deep.
+        class_tokens: four tensors (B, dim), the class token after the same blocks.
+        pyramid: the stem's maps at 1/2, 1/4 and 1/8 of the image; empty without a stem.
+    """
+
+    maps: list[Tensor]
+    class_tokens: list[Tensor]
+    pyramid: list[Tensor]
+
+
+class AlignedViT(VisionTransformer):
+    """timm's ViT with positions resized bicubically, corners aligned, as the 2024 release was trained."""
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        side = int((self.pos_embed.shape[1] - prefix) ** 0.5)
+        grid = self.pos_embed[:, prefix:].reshape(1, side, side, C).permute(0, 3, 1, 2)
+        if (side, side) != (H, W):
+            grid = functional.interpolate(grid, size=(H, W), mode="bicubic", align_corners=True)
+        tokens = x.reshape(B, H * W, C) + grid.flatten(2).transpose(1, 2)
+        first = [t.expand(B, -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        head = torch.cat(first, dim=1)
+        if prefix:
+            head = head + self.pos_embed[:, :prefix]
+        return self.pos_drop(torch.cat([head, tokens], dim=1))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm around a skip (He et al. 2016); keeps the shape."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(x + self.norm2(self.conv2(inner)))
+
+
+class ConvStem(nn.Module):
+    """Image (B, bands, H, W) -> maps at 1/2, 1/4 and 1/8 scale, each a stride-2 convolution and a residual block."""
+
+    def __init__(self, bands: int, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        stages, before = [], bands
+        for width in channels:
+            down = nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False)
+            stages.append(nn.Sequential(down, nn.BatchNorm2d(width), nn.ReLU(), ResidualBlock(width)))
+            before = width
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+def _build_vit(config: EncoderConfig, bands: int, patch: int) -> VisionTransformer:
+    aligned = config.pos_resize == "bicubic_aligned"
+    return (AlignedViT if aligned else VisionTransformer)(
+        img_size=patch * config.pos_grid,
+        patch_size=patch,
+        in_chans=bands,
+        num_classes=0,
+        global_pool="",
+        embed_dim=config.dim,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        qkv_bias=config.qkv_bias,
+        init_values=config.layer_scale,
+        reg_tokens=config.registers,
+        no_embed_class=not config.pos_embed_prefix,
+        dynamic_img_size=True,
+        drop_path_rate=config.drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+    )
+
+
+def _build_rope(config: EncoderConfig, bands: int, patch: int) -> Eva:
+    return Eva(
+        img_size=patch * config.pos_grid,
+        patch_size=patch,
+        in_chans=bands,
+        num_classes=0,
+        global_pool="",
+        embed_dim=config.dim,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        qkv_bias=config.qkv_bias,
+        init_values=config.layer_scale,
+        num_reg_tokens=config.registers,
+        use_abs_pos_emb=False,
+        use_rot_pos_emb=True,
+        rope_type=config.rope_type,
+        rope_temperature=config.rope_temperature,
+        rope_rotate_half=config.rope_rotate_half,
+        use_fc_norm=False,
+        dynamic_img_size=True,
+        drop_path_rate=config.drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+    )
+
+
+class Encoder(nn.Module):
+    """Normalised image (B, bands, H, W), sides multiples of the patch -> `Features`.
+
+    State-dict keys: `vit.*` are timm's own names; `stem.*` only where the config has a stem.
+    """
+
+    def __init__(self, config: EncoderConfig, bands: int = 3) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = ConvStem(bands, config.stem) if config.stem else None
+        # Behind a stem the transformer reads its 1/8 map, so that its tokens still cover `patch` pixels.
+        channels, patch = (config.stem[-1], config.patch // 8) if config.stem else (bands, config.patch)
+        build = _build_vit if config.family == "vit" else _build_rope
+        self.vit = build(config, channels, patch)
+        if not config.norm_taps:
+            self.vit.norm = nn.Identity()  # never reached: keep dead weights out of checkpoints
+
+    def forward(self, x: Tensor) -> Features:
+        pyramid = self.stem(x) if self.stem is not None else []
+        taps = self.vit.forward_intermediates(
+            pyramid[-1] if pyramid else x,
+            indices=list(self.config.taps),
+            return_prefix_tokens=True,
+            norm=self.config.norm_taps,
+            stop_early=True,
+            intermediates_only=True,
+        )
+        return Features([m for m, _ in taps], [prefix[:, 0] for _, prefix in taps], pyramid)

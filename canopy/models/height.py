@@ -1,0 +1,114 @@
+"""HeightModel: RGB in, metres out. Normalisation, padding and units live inside; nothing is left outside."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from canopy.errors import InputError
+from canopy.models.bins import bin_centres, bin_weights, moments
+from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
+from canopy.models.decoder import Decoder
+from canopy.models.encoder import Encoder
+
+__all__ = ["DecoderConfig", "EncoderConfig", "HeightModel", "HeightPrediction", "ModelConfig"]
+
+
+class HeightPrediction(NamedTuple):
+    """Heights and their spread, both (B, 1, H, W), float32 metres, both >= 0."""
+
+    height_m: Tensor
+    spread_m: Tensor
+
+
+class HeightModel(nn.Module):
+    """Canopy height from an RGB image.
+
+    `model(rgb)` takes float (B, 3, H, W) in 0..1, any H and W of at least one patch, and returns metres
+    (B, 1, H, W) at the same pixels. NaN in the input raises InputError: replace invalid pixels first
+    (`canopy.models.fill.fill_invalid`) and mask the output with the same validity.
+
+    Attributes:
+        config: what the model is and what it expects.
+        card: facts about the weights (data, licence, metrics); filled by `load_model`.
+        sha256: hash of the checkpoint file, or None for a model built in memory.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.card: dict[str, Any] = {}
+        self.sha256: str | None = None
+        self.encoder = Encoder(config.encoder, len(config.bands))
+        self.decoder = Decoder(config.decoder, config.encoder.dim, config.encoder.stem)
+        self.mean: Tensor
+        self.std: Tensor
+        self.centres: Tensor
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1))
+        self.register_buffer("centres", bin_centres(config.decoder))
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable values."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        """RGB (B, 3, H, W) in 0..1 -> canopy height (B, 1, H, W) in metres."""
+        return self.predict(rgb).height_m
+
+    def predict(self, rgb: Tensor) -> HeightPrediction:
+        """Like `forward`, with the spread of the bin weights beside the height."""
+        height, spread, _ = self.heights_and_scores(rgb)
+        return HeightPrediction(height, spread)
+
+    def heights_and_scores(self, rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Height and spread (B, 1, H, W) in metres, and the raw bin scores at the head's own scale.
+
+        Training needs the scores; they cover the padded image, so they line up with the image only
+        where H and W are multiples of the patch.
+        """
+        self._check(rgb)
+        H, W = rgb.shape[-2:]
+        padded = pad_to_multiple(rgb, self.config.patch_px)
+        scores = self.decoder.scores(self.encoder((padded - self.mean) / self.std)).float()
+        weights = bin_weights(scores, self.config.decoder)
+        both = moments(weights, self.centres, self.config.decoder.scale)
+        size = padded.shape[-2:]
+        height, spread = (
+            m
+            if m.shape[-2:] == size
+            else functional.interpolate(m, size=size, mode="bilinear", align_corners=False)
+            for m in both
+        )
+        return height[..., :H, :W], spread[..., :H, :W], scores
+
+    def _check(self, rgb: Tensor) -> None:
+        bands, patch = len(self.config.bands), self.config.patch_px
+        if rgb.ndim != 4 or rgb.shape[1] != bands or not rgb.is_floating_point():
+            raise InputError(
+                f"the model got a {rgb.dtype} tensor of shape {tuple(rgb.shape)}",
+                expected=f"float (B, {bands}, H, W) in 0..1",
+            )
+        if min(rgb.shape[-2:]) < patch:
+            raise InputError(
+                f"the image is {rgb.shape[-2]}x{rgb.shape[-1]} px", expected=f"at least {patch}x{patch} px"
+            )
+        if not torch.isfinite(rgb).all():
+            raise InputError(
+                "the image holds NaN or infinite values",
+                expected="finite RGB in 0..1",
+                remedy="fill invalid pixels with canopy.models.fill.fill_invalid and mask the output",
+            )
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Extend the right and lower side of (B, C, H, W) to multiples of `multiple`, mirroring the image."""
+    right, below = -x.shape[-1] % multiple, -x.shape[-2] % multiple
+    if not (right or below):
+        return x
+    # Reflection needs more pixels than it pads; an image of at least one patch always has them.
+    return functional.pad(x, (0, right, 0, below), mode="reflect")
