@@ -1,0 +1,288 @@
+"""CogWriter: windows in, a verified Cloud-Optimized GeoTIFF out, or nothing at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import rasterio
+import rasterio.shutil
+from rasterio.errors import RasterioError
+from rasterio.windows import Window
+
+from canopy.errors import CanopyError, InputError, OutputError
+from canopy.geo.checksum import BLOCK, BlockChecksums
+from canopy.geo.encoding import BandSpec, encoding_named
+from canopy.geo.grid import Grid
+from canopy.geo.opening import raster_env
+
+COMPRESSIONS = ("deflate", "zstd")
+# The uncompressed scratch file, its overviews, and the result stand side by side for a moment.
+SCRATCH_FACTOR = 2.0
+SCRATCH_EXTRA = 16 * 2**20
+
+
+class CogWriter:
+    """Write a raster window by window; a context manager.
+
+    The pixels go to a tiled scratch file in a hidden `.NAME.*.partial` folder beside `path`. On a clean
+    exit that becomes a COG (512 px blocks, predictor, averaged overviews), every block of it is read
+    back and compared with what was written, the file is hashed and flushed to disk, and only then
+    renamed to `path`. On an exception everything is removed and `path` is as before. Memory does not
+    depend on the raster's size. What is never written is nodata. The bytes depend on the pixels, grid,
+    bands and tags alone, not on the order or size of the windows.
+
+    Args:
+        path: the file to make.
+        grid: its place.
+        bands: one `BandSpec` per band; all share the encoding's dtype.
+        encoding: "float32" (nodata NaN), "uint16cm" (0.01 m, 0 to 655.34 m, nodata 65535) or "uint8m"
+            (1 m, 0 to 254 m, nodata 255). A valid value outside the range is clipped into it.
+        tags: texts for the file's metadata; keep wall-clock time out of them.
+        overwrite: replace an existing file (at the end, atomically).
+        compress: "deflate" or "zstd".
+
+    Raises InputError at once for an existing file, bad bands or encoding; OutputError for a folder
+    that cannot be written, a disk without room, or a read-back that differs.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        grid: Grid,
+        bands: Sequence[BandSpec],
+        *,
+        encoding: str = "float32",
+        tags: Mapping[str, object] | None = None,
+        overwrite: bool = False,
+        compress: str = "deflate",
+    ) -> None:
+        self.path, self.grid, self.bands = Path(path), grid, list(bands)
+        self.encoding = encoding_named(encoding)
+        self.sha256: str | None = None
+        if not self.bands:
+            raise InputError("no bands to write", where=path)
+        if compress not in COMPRESSIONS:
+            raise InputError(f"compression {compress!r}", expected=" or ".join(COMPRESSIONS))
+        self._compress = compress
+        self.encoding.check(self.bands)
+        self._scales = [self.encoding.scale_of(b) for b in self.bands]
+        self._tags = {k: str(v) for k, v in sorted((tags or {}).items())}
+        self._check_path(overwrite)
+        self._check_space()
+        self._sums = BlockChecksums(
+            len(self.bands), grid.height, grid.width, self.encoding.dtype, self.encoding.nodata
+        )
+        self._dataset: rasterio.io.DatasetWriter | None = None
+        self._folder: Path | None = None
+        try:
+            self._folder = Path(
+                tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
+            )
+            self._open_scratch()
+        except (OSError, RasterioError) as error:
+            self.abort()
+            raise self._failure("cannot be written", error) from error
+
+    # ---- before -------------------------------------------------------------------------------
+    def _check_path(self, overwrite: bool) -> None:
+        folder = self.path.parent
+        if self.path.is_dir():
+            raise InputError("a folder", where=self.path, expected="the name of a .tif file")
+        if self.path.exists() and not overwrite:
+            raise InputError("the file exists", where=self.path, remedy="use --overwrite to replace it")
+        if not folder.is_dir():
+            raise InputError("no such folder", where=folder, remedy="create it first")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError("the folder cannot be written to", where=folder)
+
+    @property
+    def _raw_bytes(self) -> int:
+        return self.grid.height * self.grid.width * len(self.bands) * np.dtype(self.encoding.dtype).itemsize
+
+    def _check_space(self) -> None:
+        free = shutil.disk_usage(self.path.parent).free
+        needed = int(self._raw_bytes * SCRATCH_FACTOR) + SCRATCH_EXTRA
+        if free < needed:
+            raise OutputError(
+                f"{free / 1e9:.2f} GB free on the disk, {needed / 1e9:.2f} GB needed for "
+                f"{self.grid.width} x {self.grid.height} px",
+                where=self.path.parent,
+                remedy="make room, choose another disk, or map a smaller area",
+            )
+
+    def _open_scratch(self) -> None:
+        with raster_env():
+            self._dataset = rasterio.open(
+                self._scratch,
+                "w",
+                driver="GTiff",
+                height=self.grid.height,
+                width=self.grid.width,
+                count=len(self.bands),
+                dtype=self.encoding.dtype,
+                crs=rasterio.crs.CRS.from_wkt(self.grid.crs.to_wkt()),
+                transform=self.grid.transform,
+                nodata=self.encoding.nodata,
+                tiled=True,
+                blockxsize=BLOCK,
+                blockysize=BLOCK,
+                interleave="band",
+                sparse_ok=True,  # blocks never written read back as nodata
+                bigtiff="IF_SAFER",
+            )
+            self._dataset.update_tags(AREA_OR_POINT="Area", **self._tags)
+            for index, band in enumerate(self.bands, 1):
+                self._dataset.set_band_description(index, band.name)
+                self._dataset.set_band_unit(index, band.unit)
+                self._dataset.update_tags(index, units=band.unit)
+            self._dataset.scales = self._scales
+
+    # ---- during -------------------------------------------------------------------------------
+    def write(self, values: np.ndarray, valid: np.ndarray, row_off: int = 0, col_off: int = 0) -> None:
+        """Store values (bands, h, w) where valid (h, w), nodata elsewhere, at (row_off, col_off).
+
+        Windows lie inside the grid and do not overlap. To be called from one thread.
+        """
+        if self._dataset is None:
+            raise OutputError("the writer is closed", where=self.path)
+        values, valid = np.asarray(values), np.asarray(valid, dtype=bool)
+        h, w = valid.shape
+        if values.shape != (len(self.bands), h, w):
+            raise InputError(
+                f"values {values.shape} with valid {valid.shape}",
+                where=self.path,
+                expected=f"({len(self.bands)}, h, w) with (h, w)",
+            )
+        if not (0 <= row_off <= self.grid.height - h and 0 <= col_off <= self.grid.width - w):
+            raise InputError(
+                f"window of {w} x {h} px at row {row_off}, column {col_off} is outside the grid",
+                where=self.path,
+                expected=f"{self.grid.width} x {self.grid.height} px",
+            )
+        if not np.isfinite(values[:, valid]).all():
+            raise OutputError(
+                f"valid pixels that are not finite near row {row_off}, column {col_off}", where=self.path
+            )
+        stored = self.encoding.encode(values, valid, self._scales)
+        self._sums.add(stored, row_off, col_off)
+        try:
+            with raster_env():
+                self._dataset.write(stored, window=Window(col_off, row_off, w, h))
+        except (RasterioError, OSError) as error:
+            raise self._failure("cannot be written", error) from error
+
+    # ---- after --------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Make the COG, verify it, move it into place. Does nothing when already closed."""
+        if self._dataset is None or self._folder is None:
+            return
+        result = self._folder / "cog.tif"
+        try:
+            with raster_env():
+                self._dataset.close()
+                self._dataset = None
+                self._make_cog(result)
+                self._verify(result)
+            self._scratch.unlink()
+            self.sha256 = _hash_and_sync(result)
+            os.replace(result, self.path)
+            _sync_folder(self.path.parent)
+        except CanopyError:
+            raise
+        except (RasterioError, OSError) as error:
+            raise self._failure("cannot be finished", error) from error
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Drop everything that was written; `path` stays as it was."""
+        if self._dataset is not None:
+            with contextlib.suppress(RasterioError, OSError):
+                self._dataset.close()
+            self._dataset = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    @property
+    def _scratch(self) -> Path:
+        assert self._folder is not None  # only asked for between construction and close
+        return self._folder / "pixels.tif"
+
+    def _make_cog(self, result: Path) -> None:
+        rasterio.shutil.copy(
+            self._scratch,
+            result,
+            driver="COG",
+            BLOCKSIZE=BLOCK,
+            COMPRESS=self._compress.upper(),
+            PREDICTOR="YES",
+            OVERVIEWS="AUTO",
+            RESAMPLING="AVERAGE",
+            OVERVIEW_RESAMPLING="AVERAGE",
+            BIGTIFF="IF_SAFER",
+            NUM_THREADS="2",  # fixed: results and memory do not depend on the machine
+            STATISTICS="NO",
+        )
+
+    def _verify(self, result: Path) -> None:
+        """Read every block of the file and its overviews; compare the full-size ones with the sums."""
+        with rasterio.open(result, driver="GTiff") as made:
+            same = made.shape == self.grid.shape and made.count == len(self.bands)
+            if not same or made.dtypes[0] != self.encoding.dtype:
+                raise OutputError("the finished file has another shape or dtype", where=self.path)
+            for _, window in made.block_windows(1):
+                got = made.read(window=window)
+                i, j = int(window.row_off) // BLOCK, int(window.col_off) // BLOCK
+                sums = self._sums.sums_of(got, np.s_[: got.shape[1], : got.shape[2]])
+                if not np.array_equal(sums, self._sums.sums[:, i, j]):
+                    raise OutputError(
+                        f"block ({i}, {j}) read back differently from what was written",
+                        where=self.path,
+                        remedy="nothing was kept; check the disk and run again",
+                    )
+            levels = len(made.overviews(1))
+        for level in range(levels):
+            with rasterio.open(result, driver="GTiff", overview_level=level) as overview:
+                for _, window in overview.block_windows(1):
+                    overview.read(window=window)
+
+    def _failure(self, what: str, error: BaseException) -> OutputError:
+        reason = " ".join(str(error.__cause__ or error).split())[:160]
+        return OutputError(f"{what} ({reason})", where=self.path)
+
+    def __enter__(self) -> CogWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def _hash_and_sync(path: Path) -> str:
+    """SHA-256 of a file, after its bytes are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, where the system allows it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
