@@ -1,0 +1,309 @@
+"""One raster, opened on purpose, read as RGB on any grid.
+
+A scene knows its place, its bands and its white from the file's header. Pixels come through the one warped
+reader; remote files are retried here, because only the application can see why a host failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from typing import TypeVar
+
+import numpy as np
+import rasterio
+import rasterio.errors
+import shapely
+from affine import Affine
+from numpy.typing import NDArray
+from rasterio.io import DatasetReader
+from rasterio.windows import Window
+from shapely.geometry import MultiPolygon, Polygon
+
+from canopy.errors import AreaError, FetchError, ImageryError, InputError
+from canopy.geo.crs import project, to_lonlat
+from canopy.geo.grid import Grid
+from canopy.geo.opening import SourcePlace, open_raster
+from canopy.geo.paths import is_url, public_name
+from canopy.geo.window import read_window
+from canopy.sources.bands import BandPlan, plan_bands
+from canopy.sources.dates import acquisition_date
+from canopy.sources.imagery import ReadOptions
+from canopy.sources.mosaic import Pixels
+
+OPEN_FILES_PER_THREAD = 24
+_COLLAR_PROBE_PX = 16
+_handles = threading.local()
+_keys = itertools.count()
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SceneFacts:
+    """What a raster's header says.
+
+    Attributes:
+        place: affine, CRS and shape, of any orientation.
+        plan: bands and scaling.
+        day: acquisition day, if the file says.
+        notes: warnings for the user.
+    """
+
+    place: SourcePlace
+    plan: BandPlan
+    day: date | None
+    notes: tuple[str, ...]
+
+    def outline(self) -> Polygon | MultiPolygon:
+        """Edge of the raster, EPSG:4326."""
+        return to_lonlat(self.frame(), self.place.crs)
+
+    def frame(self) -> Polygon:
+        """Edge of the raster in its own CRS."""
+        place = self.place
+        corners = [(0, 0), (place.width, 0), (place.width, place.height), (0, place.height)]
+        return Polygon([place.transform * corner for corner in corners])
+
+    @property
+    def gsd_m(self) -> float:
+        """Ground sample distance at the centre, metres (geometric mean of both directions)."""
+        transform, place = self.place.transform, self.place
+        side = abs(transform.determinant) ** 0.5
+        x, y = transform * (place.width / 2, place.height / 2)
+        return Grid.of(place.crs, Affine(side, 0, x - side / 2, 0, -side, y + side / 2), (1, 1)).gsd_m
+
+
+class Scene:
+    """A raster file or URL as one layer of a mosaic. Opened on first need; thread-safe."""
+
+    def __init__(
+        self,
+        href: str,
+        options: ReadOptions,
+        *,
+        label: str | None = None,
+        day: date | None = None,
+        outline: Polygon | MultiPolygon | None = None,
+        sign: Callable[[str, bool], str] | None = None,
+    ) -> None:
+        """Describe a raster without opening it.
+
+        Args:
+            href: path or http(s) URL, unsigned.
+            options: how to read it.
+            label: name for messages and ids; default: the path or the URL without its query.
+            day: acquisition day, when a catalog knows it better than the file.
+            outline: where it is in EPSG:4326, when a catalog says (saves opening it to find out).
+            sign: turns `href` into a URL that may be read now.
+        """
+        self.href, self._options, self._sign = href, options, sign
+        self.scene_id = label or public_name(href)
+        self._day, self._outline = day, outline
+        self._facts: SceneFacts | None = None
+        self._lock = threading.Lock()
+        self._key = next(_keys)
+
+    @property
+    def day(self) -> date | None:
+        """Acquisition day, or None if neither catalog nor file (once opened) tells."""
+        return self._day or (self._facts.day if self._facts else None)
+
+    @property
+    def facts(self) -> SceneFacts:
+        """Header facts; opens the raster the first time.
+
+        Raises:
+            ImageryError: it cannot be read as RGB in a known place; FetchError when its host fails.
+        """
+        with self._lock:
+            if self._facts is None:
+                self._facts = self._try(self._study)
+            return self._facts
+
+    def outline(self) -> Polygon | MultiPolygon:
+        """Where the image is, EPSG:4326."""
+        return self._outline if self._outline is not None else self.facts.outline()
+
+    def read(self, grid: Grid) -> Pixels | None:
+        """RGB in 0..1 and validity on `grid`; None where the grid does not touch the image."""
+        if not self._touches(grid):
+            return None
+        facts, nodata = self.facts, self._options.nodata
+        plan = facts.plan
+
+        def pixels(dataset: DatasetReader) -> tuple[np.ndarray, np.ndarray]:
+            decode = _expander(plan.palette) if plan.palette is not None else None
+            return read_window(
+                dataset, grid, plan.indexes, nodata=nodata, crs=self._options.crs, decode=decode
+            )
+
+        values, valid = self._try(pixels)
+        rgb = np.clip(values / np.float32(plan.divisor), 0.0, 1.0).astype(np.float32, copy=False)
+        rgb[:, ~valid] = 0.0
+        return rgb, valid
+
+    def _touches(self, grid: Grid) -> bool:
+        if self._facts is None:
+            return bool(self.outline().intersects(grid.outline()))
+        try:
+            edge = project(shapely.box(*grid.bounds), grid.crs, self._facts.place.crs)
+        except AreaError:
+            return True  # the reader decides, pixel by pixel
+        return bool(edge.intersects(self._facts.frame()))
+
+    def _study(self, dataset: DatasetReader) -> SceneFacts:
+        label, options = self.scene_id, self._options
+        _check_georeference(dataset, label)
+        place = SourcePlace.of(dataset, options.crs)
+        try:
+            plan = plan_bands(dataset, where=label, bands=options.bands, scale=options.scale)
+        except rasterio.errors.RasterioError as error:
+            raise ImageryError(f"unreadable pixels ({error})", where=label) from error
+        notes = list(plan.notes)
+        if not is_url(self.href) and options.nodata is None:
+            notes += collar_notes(dataset, plan, label)
+        day = acquisition_date(dataset.tags(), public_name(self.href))
+        return SceneFacts(place, plan, day, tuple(notes))
+
+    def _try(self, work: Callable[[DatasetReader], T]) -> T:
+        """Run `work` on this thread's handle; for remote rasters again after failures that may pass."""
+        if not is_url(self.href):
+            return work(self._handle(self.href))
+        from canopy.sources import http
+
+        problem = ""
+        for attempt in range(http.policy().attempts):
+            try:
+                url = self._sign(self.href, attempt > 0) if self._sign else self.href
+                with self._remote_env(url), http.host_slot(url):
+                    return work(self._handle(url))
+            except FetchError:
+                raise
+            except ImageryError as error:
+                # Bands, scaling or place: the header was read, and no retry would change it.
+                if not isinstance(error.__cause__, Exception):
+                    raise
+                self._forget_handle()
+                problem = f"{error.what}"
+                said, wait = http.diagnose(url, can_sign=self._sign is not None)
+                if attempt + 1 < http.policy().attempts:
+                    http.pause(self.href, attempt, said or problem, wait)
+                problem = said or f"{problem}, although the host answers"
+        raise http.gave_up(self.href, f"{self.scene_id}: {problem}")
+
+    @contextlib.contextmanager
+    def _remote_env(self, url: str) -> Iterator[None]:
+        from canopy.sources import http
+
+        with rasterio.Env(**http.gdal_options(), **http.local_proxy_options(url)):
+            yield
+
+    def _handle(self, url: str) -> DatasetReader:
+        """This thread's open dataset; the least recently used one is closed when there are many."""
+        pool: OrderedDict[tuple[int, str], DatasetReader] | None = getattr(_handles, "pool", None)
+        if pool is None:
+            pool = _handles.pool = OrderedDict()
+        key = (self._key, url)
+        if key not in pool:
+            # A new signature makes a new URL: the handle with the old one is of no more use.
+            self._forget_handle()
+            pool[key] = open_raster(url, georeferenced=False)
+            while len(pool) > OPEN_FILES_PER_THREAD:
+                pool.popitem(last=False)[1].close()
+        pool.move_to_end(key)
+        return pool[key]
+
+    def _forget_handle(self) -> None:
+        pool = getattr(_handles, "pool", None) or {}
+        for key in [key for key in pool if key[0] == self._key]:
+            with contextlib.suppress(rasterio.errors.RasterioError):
+                pool.pop(key).close()
+
+
+def _check_georeference(dataset: DatasetReader, label: str) -> None:
+    if dataset.transform != Affine.identity():
+        return
+    if dataset.gcps[0] or dataset.rpcs:
+        kind = "ground control points" if dataset.gcps[0] else "rational polynomial coefficients"
+        raise ImageryError(
+            f"placed only by {kind}",
+            where=label,
+            expected="a geotransform",
+            remedy="orthorectify it first, for example with gdalwarp",
+        )
+    raise ImageryError(
+        "no georeferencing",
+        where=label,
+        expected="a geotransform (GeoTIFF tags or a world file)",
+        remedy="georeference the image first, for example with gdal_translate -a_ullr",
+    )
+
+
+def _expander(
+    palette: NDArray[np.uint8],
+) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Decoder for `read_window`: palette indexes (1, h, w) -> RGB (3, h, w); transparent entries are invalid."""
+
+    def expand(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rgba = palette[values[0]]
+        return np.moveaxis(rgba[..., :3], -1, 0), valid & (rgba[..., 3] > 0)
+
+    return expand
+
+
+def collar_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str]:
+    """A warning when the image's rim is one constant colour that nothing declares as missing.
+
+    Looks at eight small windows (corners and middles of the edges); black or white in two of them is a collar.
+    """
+    declared = plan.alpha is not None or dataset.nodatavals[plan.indexes[0] - 1] is not None
+    if declared or plan.palette is not None or dataset.mask_flag_enums[0][0].name != "all_valid":
+        return []
+    px = min(_COLLAR_PROBE_PX, dataset.height, dataset.width)
+    rows, cols = ([0, (extent - px) // 2, extent - px] for extent in dataset.shape)
+    found: list[float] = []
+    for i, row in enumerate(rows):
+        for j, col in enumerate(cols):
+            if (i, j) == (1, 1):
+                continue
+            try:
+                values = dataset.read(list(plan.indexes), window=Window(col, row, px, px))
+            except rasterio.errors.RasterioError:
+                return []  # a damaged block is reported when it is read for its pixels
+            if values.min() == values.max() and values.flat[0] in (0, plan.divisor):
+                found.append(float(values.flat[0]))
+    for value in sorted(set(found)):
+        if found.count(value) >= 2:
+            return [
+                f"{label}: a constant border of {value:g} that is not marked as missing; "
+                f"if there is no image there, give --nodata {value:g}"
+            ]
+    return []
+
+
+def check_options(options: ReadOptions) -> None:
+    """Refuse options that no image could satisfy, before anything is opened.
+
+    Raises:
+        InputError: bands, scale, CRS or dates that make no sense.
+    """
+    from canopy.geo.crs import to_crs
+    from canopy.sources.bands import parse_bands
+    from canopy.sources.dates import parse_range
+
+    parse_bands(options.bands)
+    if options.scale is not None and not (np.isfinite(options.scale) and options.scale > 0):
+        raise InputError(f"--scale {options.scale}", expected="a positive number: the value of white")
+    if options.crs is not None:
+        to_crs(options.crs)
+    try:
+        parse_range(options.datetime)
+    except ValueError as error:
+        raise InputError(
+            str(error), where="--datetime", expected="2021, 2021-07 or 2021-06-01/2021-09-30"
+        ) from None
