@@ -1,0 +1,325 @@
+"""A prediction job: everything settled and checked first (`prepare`), then run (`Job.run`).
+
+Nothing is written before `run`, and nothing that can be known beforehand fails after it has begun.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rasterio
+
+from canopy.errors import AreaError, InputError
+from canopy.geo.aoi import AOI
+from canopy.inference import output
+from canopy.inference.engine import RunSummary, Sink, predict_grid
+from canopy.inference.estimate import MAX_PIXELS, Estimate, estimate, refuse_too_large, seconds_per_crop
+from canopy.inference.plan import Lattice, Plan, plan_windows
+from canopy.inference.target import Target, choose_target, scale_notes
+from canopy.runtime import Progress
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from canopy.models.height import HeightModel
+    from canopy.sources.imagery import ImagerySource
+
+# In bytes: GDAL's default is 5 % of the machine's memory, which a large raster would fill.
+GDAL_CACHE_BYTES = 96 * 2**20
+# Below this a measurement takes longer than it tells.
+_CROPS_WORTH_TIMING = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; the names are those of `canopy predict`'s options.
+
+    Attributes:
+        images: files, directories or URLs; several are mosaicked.
+        imagery: a named source, STAC address, tile template or path, instead of `images`.
+        area: what to map; by default all the imagery.
+        model: a name, a file, or a loaded model.
+        out: the GeoTIFF to write; None keeps the map in memory.
+        crs: CRS of the map, or `image`; also the CRS of images that carry none, unless `input_crs` is given.
+    """
+
+    images: tuple[str, ...] = ()
+    imagery: str | None = None
+    area: AOI | None = None
+    model: str | Path | HeightModel = "default"
+    out: str | Path | None = None
+    gsd: float | None = None
+    crs: str | None = None
+    input_crs: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: int | str = "auto"
+    workers: int = 2
+    datetime: str | None = None
+    bands: str | Sequence[int] | None = None
+    nodata: float | None = None
+    scale: float | None = None
+    encoding: str = "float32"
+    date_band: bool = False
+    quicklook: bool = False
+    overwrite: bool = False
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out. `data` is the map where it was kept in memory, else None."""
+
+    files: output.OutputFiles | None
+    summary: RunSummary
+    job: Job
+    sha256: str | None = None
+    data: xr.DataArray | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: files, statistics, times, and what was used."""
+        files = self.files
+        statistics = {
+            "mean_height_m": self.summary.mean_height_m,
+            "max_height_m": self.summary.max_height_m,
+            "cover_2m": self.summary.cover_2m,
+        }
+        return {
+            "output": str(files.tif) if files else None,
+            "stac_item": str(files.item) if files else None,
+            "quicklook": str(files.quicklook) if files and files.quicklook else None,
+            "sha256": self.sha256,
+            **self.job.to_dict(),
+            **{key: (value if self.summary.valid_pixels else None) for key, value in statistics.items()},
+            "valid_fraction": self.summary.valid_fraction,
+            "crops_predicted": self.summary.crops_predicted,
+            "batch_size": self.summary.batch_size,
+            "seconds": round(self.summary.seconds, 3),
+            "model_seconds": round(self.summary.model_seconds, 3),
+            "notes": [*self.job.notes, *self.summary.notes],
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request. `notes` are warnings for the user; `cost` is what it will take."""
+
+    request: Request
+    source: ImagerySource
+    aoi: AOI
+    model: HeightModel
+    model_name: str
+    target: Target
+    plan: Plan
+    cost: Estimate
+    files: output.OutputFiles | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def model_sha256(self) -> str:
+        return self.model.sha256 or "unsaved"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready facts that are known before the run."""
+        grid = self.target.output
+        return {
+            "area": self.aoi.describe(),
+            "bounds": list(grid.bounds),
+            "crs": f"EPSG:{grid.crs.epsg}" if grid.crs.epsg else grid.crs.to_wkt(),
+            "width": grid.width,
+            "height": grid.height,
+            "gsd_m": grid.gsd_m,
+            "model": self.model_name,
+            "model_sha256": self.model_sha256,
+            "imagery": output.imagery_text(self.source),
+            "dates": output.dates_text(self.source.dates),
+            "encoding": self.request.encoding,
+            "tiles": self.cost.windows,
+            "crops": self.cost.crops,
+            "gigabytes": self.cost.gigabytes,
+            "estimated_seconds": self.cost.seconds,
+        }
+
+    def describe(self) -> list[str]:
+        """What is about to happen, for a person: the area line first."""
+        grid = self.target.output
+        crs = f"EPSG:{grid.crs.epsg}" if grid.crs.epsg else "the image's CRS"
+        return [
+            f"{self.aoi.describe()}, {self.cost.tiles_text}, {self.cost.time_text}",
+            f"imagery {output.imagery_text(self.source)} ({output.dates_text(self.source.dates)}); "
+            f"model {self.model_name} ({self.model_sha256[:12]})",
+            f"map of {grid.width} x {grid.height} px, {grid.gsd_m:.3g} m, {crs}",
+        ]
+
+    def run(self, progress: Progress | None = None) -> Result:
+        """Predict and write.
+
+        Raises:
+            CanopyError: nothing is left at the output's place then.
+        """
+        started = time.perf_counter()
+        with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES):
+            result = self._to_files(progress) if self.files else self._to_memory(progress)
+        result.summary.seconds = time.perf_counter() - started
+        return result
+
+    def _to_memory(self, progress: Progress | None) -> Result:
+        sink = output.ArraySink(self.target.output, 2 if self.request.date_band else 1)
+        summary = self._predict(sink, progress)
+        return Result(None, summary, self, data=sink.to_xarray(self._tags()))
+
+    def _to_files(self, progress: Progress | None) -> Result:
+        from canopy.geo.raster import BandSpec, CogWriter
+        from canopy.inference.publish import publish
+
+        files, request = self.files, self.request
+        if files is None:
+            raise RuntimeError("no output was asked for")
+        bands = [BandSpec(*band) for band in output.BANDS[: 2 if request.date_band else 1]]
+        writer = CogWriter(
+            files.tif, self.target.output, bands,
+            encoding=request.encoding, tags=self._tags(), overwrite=request.overwrite,
+        )  # fmt: skip
+        with writer:
+            summary = self._predict(writer, progress)
+        publish(self, files, str(writer.sha256), summary)
+        return Result(files, summary, self, sha256=writer.sha256)
+
+    def _tags(self) -> dict[str, str]:
+        return output.map_tags(self.source, self.model_name, self.model_sha256, self.target.output.gsd_m)
+
+    def _predict(self, sink: Sink, progress: Progress | None) -> RunSummary:
+        """Predict into `sink`, by way of a scratch file where the output has another grid."""
+        request, target = self.request, self.target
+        options: dict[str, Any] = {
+            "device": request.device,
+            "precision": request.precision,
+            "batch_size": request.batch_size,
+            "workers": request.workers,
+            "progress": progress,
+        }
+        if not target.is_resampled:
+            return predict_grid(
+                self.model, self.source, target.predict, sink,
+                aoi=self.aoi, date_band=request.date_band, **options,
+            )  # fmt: skip
+        from canopy.inference.regrid import Scratch, regrid
+
+        with ExitStack() as stack:
+            # Beside the output: the system's temporary folder is often small, or memory.
+            beside = self.files.tif.absolute().parent if self.files else None
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".canopy-", dir=beside))
+            path = Path(folder) / "predicted.tif"
+            with Scratch(path, target.predict) as scratch:
+                run = predict_grid(
+                    self.model, self.source, target.predict, scratch, date_band=True, **options
+                )
+            final = regrid(
+                path, target.output, sink, self.source,
+                aoi=self.aoi, date_band=request.date_band, progress=progress,
+            )  # fmt: skip
+        for name in ("windows", "crops", "crops_predicted", "batch_size", "model_seconds", "notes"):
+            setattr(final, name, getattr(run, name))
+        return final
+
+
+def prepare(request: Request) -> Job:
+    """Open, check and plan a request; cheap, and nothing is written.
+
+    Raises:
+        InputError (and its kinds): whatever in the request cannot be done, in one line.
+    """
+    files = _check_output(request)
+    source = _open(request)
+    aoi = request.area or source.area()
+    if aoi is None:
+        raise AreaError(
+            "which area?",
+            where=source.name,
+            expected="--bbox, --bounds or --aoi with imagery of unknown extent",
+        )
+    notes = _coverage_notes(source, aoi)
+    model, model_name = _load(request.model)
+    target = choose_target(
+        aoi,
+        model.config.gsd_m,
+        gsd_m=request.gsd,
+        crs=request.crs,
+        native=source.native_grid,
+        native_crs=source.native_crs,
+    )
+    plan = plan_windows(target.predict, Lattice.of(model.config.crop_px, model.config.patch_px))
+    bands = 2 if request.date_band else 1
+    rough = estimate(plan, target, None, bands, request.encoding)
+    refuse_too_large(rough, request.max_pixels, aoi.describe(), in_memory=files is None)
+    pace = seconds_per_crop(model, request.device, request.precision, request.batch_size)
+    cost = estimate(plan, target, pace, bands, request.encoding)
+    notes += scale_notes(source.native_gsd_m, model.config.gsd_m)
+    return Job(request, source, aoi, model, model_name, target, plan, cost, files, notes)
+
+
+def _check_output(request: Request) -> output.OutputFiles | None:
+    output.check_encoding(request.encoding, request.date_band)
+    if request.workers < 1:
+        raise InputError(f"{request.workers} workers", where="--workers", expected="at least 1")
+    if request.out is None:
+        return None
+    files = output.OutputFiles.of(request.out, request.quicklook)
+    files.check(request.images, request.overwrite)
+    return files
+
+
+def _open(request: Request) -> ImagerySource:
+    """The imagery: files, a source by name or address, or the best one known for the area."""
+    from canopy.sources.imagery import open_imagery
+
+    if request.images and request.imagery:
+        raise InputError("images and --imagery", expected="one of them", remedy="leave one of them out")
+    what: str | tuple[str, ...] | None = request.imagery or request.images or None
+    if what is None:
+        if request.area is None:
+            raise InputError(
+                "neither an image nor an area",
+                expected="IMAGE files, --imagery NAME, or an area for which a source is known",
+                remedy="see canopy predict --help",
+            )
+        from canopy.sources.named import best_source
+
+        what = best_source(request.area)
+    fallback_crs = request.input_crs or (request.crs if request.crs != "image" else None)
+    return open_imagery(
+        what[0] if isinstance(what, tuple) and len(what) == 1 else what,
+        area=request.area,
+        bands=request.bands,
+        nodata=request.nodata,
+        crs=fallback_crs,
+        scale=request.scale,
+        datetime=request.datetime,
+    )
+
+
+def _coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
+    from canopy.sources.imagery import check_coverage
+
+    check_coverage(source, aoi)
+    notes = list(source.notes)
+    if not source.covers(aoi):
+        notes.append("the imagery covers only part of the area; the rest becomes nodata")
+    return notes
+
+
+def _load(model: str | Path | HeightModel) -> tuple[HeightModel, str]:
+    """The model and the name that tags give it."""
+    from canopy.models.checkpoint import load_model
+
+    name = None
+    if isinstance(model, (str, Path)):
+        name = Path(model).name
+        model = load_model(model)
+    return model, str(model.card.get("name") or name or "unnamed")

@@ -1,0 +1,100 @@
+"""`canopy.predict`: one call from imagery to a canopy height map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from canopy.errors import AreaError
+from canopy.geo.aoi import AOI
+from canopy.inference.job import Request, prepare
+from canopy.runtime import Progress, log
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from canopy.models.height import HeightModel
+
+
+def predict(
+    image: str | Path | Sequence[str | Path] | None = None,
+    *,
+    model: str | Path | HeightModel = "default",
+    imagery: str | None = None,
+    area: AOI | None = None,
+    bbox: str | Sequence[float] | None = None,
+    size_m: float | None = None,
+    bounds: str | Sequence[float] | None = None,
+    bounds_crs: Any = "EPSG:4326",
+    aoi: str | Path | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> xr.DataArray | Path:
+    """Map canopy height.
+
+    Args:
+        image: one or several image files, directories or URLs; or give `imagery`.
+        model: a model's name or file, or a `HeightModel`.
+        imagery: a named source, a STAC address, a tile template or a path.
+        area: an `AOI`; or one of `bbox` (LAT,LON with `size_m`, or LAT,LON,LAT,LON), `bounds` (W,S,E,N in
+            `bounds_crs`) and `aoi` (a vector file). By default all of the imagery.
+        out: a GeoTIFF to write, with its STAC item (and picture) beside it.
+        options: the other options of `canopy predict`, see `canopy.inference.job.Request`: gsd, crs,
+            input_crs, device, precision, batch_size, workers, datetime, bands, nodata, scale, encoding,
+            date_band, quicklook, overwrite, max_pixels.
+
+    Returns:
+        Without `out`, a DataArray (y, x) of metres, NaN where there is no height, with its CRS for rioxarray;
+        (band, y, x) with `date_band`. With `out`, its path.
+
+    Raises:
+        InputError: whatever cannot be done as asked; nothing was written.
+
+    >>> import canopy
+    >>> chm = canopy.predict("image.tif")  # doctest: +SKIP
+    """
+    images: Sequence[str | Path] = (
+        () if image is None else [image] if isinstance(image, (str, Path)) else image
+    )
+    request = Request(
+        images=tuple(str(one) for one in images),
+        imagery=imagery,
+        area=area or choose_area(bbox=bbox, size_m=size_m, bounds=bounds, bounds_crs=bounds_crs, aoi=aoi),
+        model=model,
+        out=out,
+        **options,
+    )
+    job = prepare(request)
+    for note in job.notes:
+        log.warning(note)
+    result = job.run(progress)
+    return result.files.tif if result.files else result.data  # type: ignore[return-value]
+
+
+def choose_area(
+    *,
+    bbox: str | Sequence[float] | None = None,
+    size_m: float | None = None,
+    bounds: str | Sequence[float] | None = None,
+    bounds_crs: Any = None,
+    aoi: str | Path | None = None,
+) -> AOI | None:
+    """The area of whichever option was given; None if none was.
+
+    Raises:
+        AreaError: two areas, an option without its partner, or an impossible area.
+    """
+    given = [
+        name for name, value in (("--bbox", bbox), ("--bounds", bounds), ("--aoi", aoi)) if value is not None
+    ]
+    if len(given) > 1:
+        raise AreaError(f"{' and '.join(given)} together", expected="one way to say the area")
+    if size_m is not None and bbox is None:
+        raise AreaError("a size without a point", where="--size-m", remedy="add --bbox LAT,LON")
+    if bbox is not None:
+        return AOI.from_bbox(bbox, size_m)
+    if bounds is not None:
+        return AOI.from_bounds(bounds, bounds_crs or "EPSG:4326")
+    return AOI.from_file(aoi) if aoi is not None else None

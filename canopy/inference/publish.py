@@ -1,0 +1,47 @@
+"""What lies beside a finished map: its picture and its STAC item."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from canopy.inference import output
+from canopy.inference.engine import RunSummary
+from canopy.inference.stac_item import MapFacts, map_item, write_item
+
+if TYPE_CHECKING:
+    from canopy.inference.job import Job
+
+
+def publish(job: Job, files: output.OutputFiles, sha256: str, summary: RunSummary) -> None:
+    """Write the quicklook, if one was asked for, and the STAC item of a finished map."""
+    if files.quicklook is not None:
+        from canopy.inference.quicklook import write_quicklook
+
+        write_quicklook(
+            files.tif,
+            files.quicklook,
+            title=f"Canopy height, {job.aoi.describe()}",
+            subtitle=f"{output.imagery_text(job.source)} ({output.dates_text(job.source.dates)}), "
+            f"model {job.model_name}",
+        )
+    facts = MapFacts(
+        path=files.tif,
+        sha256=sha256,
+        grid=job.target.output,
+        encoding=job.request.encoding,
+        bands=output.BANDS[: 2 if job.request.date_band else 1],
+        dates=job.source.dates,
+        imagery=output.imagery_links(job.source),
+        model={
+            "name": job.model_name,
+            "sha256": job.model_sha256,
+            "licence": str(job.model.card.get("licence", "")),
+        },
+        quicklook=files.quicklook,
+        statistics={
+            "mean": summary.mean_height_m,
+            "maximum": summary.max_height_m,
+            "valid_percent": 100 * summary.valid_fraction,
+        },
+    )
+    write_item(files.item, map_item(facts))

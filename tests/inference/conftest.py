@@ -1,0 +1,95 @@
+"""Small models and sources whose answers are known, shared by the inference tests."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from canopy.geo.grid import Grid
+from canopy.sources.imagery import Imagery
+
+
+class AnalyticModel(torch.nn.Module):
+    """Height = 30 x a local mean of green (5 x 5 box, valid inside): exact away from a crop's edge."""
+
+    def __init__(self, crop_px: int = 32, patch_px: int = 8) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(crop_px=crop_px, patch_px=patch_px, gsd_m=1.0)
+        self.card = {"name": "analytic"}
+        self.sha256 = "0" * 64
+        self.calls = 0
+        self.crops = 0
+        self.largest_batch = 0
+
+    def forward(self, rgb: torch.Tensor) -> torch.Tensor:
+        assert torch.isfinite(rgb).all(), "NaN entered the network"
+        self.calls += 1
+        self.crops += len(rgb)
+        self.largest_batch = max(self.largest_batch, len(rgb))
+        box = torch.full((1, 1, 5, 5), 1 / 25.0)
+        # Zero padding makes the outer two pixels of a crop wrong, as context-starved edges are.
+        return 30 * torch.nn.functional.conv2d(rgb[:, 1:2], box, padding=2)
+
+
+@dataclass
+class FieldSource:
+    """An endless smooth image on the global lattice, with holes where `invalid(rows, cols)` says so."""
+
+    invalid: object = None
+    name: str = "field"
+    reads: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self, grid: Grid) -> Imagery:
+        with self.lock:
+            self.reads += 1
+        rows, cols = (
+            (np.arange(n) + o).astype(np.float64) for n, o in zip(grid.shape, grid.origin_rc, strict=True)
+        )
+        rows, cols = np.meshgrid(rows, cols, indexing="ij")
+        green = 0.5 + 0.3 * np.sin(rows / 9) * np.cos(cols / 7)
+        rgb = np.stack([green * 0.8, green, green * 0.5]).astype(np.float32)
+        valid = np.ones(grid.shape, bool) if self.invalid is None else ~self.invalid(rows, cols)
+        # Like a real source that forgets to mask: what is invalid is not even finite.
+        rgb[:, ~valid] = np.nan
+        return Imagery(rgb, valid, np.where(valid, 18_000, 0).astype(np.int32), grid)
+
+
+class Recorder:
+    """A sink that keeps everything and the names of the threads that called it."""
+
+    def __init__(self, grid: Grid, bands: int = 1) -> None:
+        self.values = np.full((bands, *grid.shape), -99.0, np.float32)
+        self.valid = np.zeros(grid.shape, bool)
+        self.times = np.zeros(grid.shape, int)
+        self.threads: set[str] = set()
+
+    def write(self, values: np.ndarray, valid: np.ndarray, row_off: int, col_off: int) -> None:
+        self.threads.add(threading.current_thread().name)
+        place = (slice(row_off, row_off + valid.shape[0]), slice(col_off, col_off + valid.shape[1]))
+        self.values[(slice(None), *place)] = values
+        self.valid[place] = valid
+        self.times[place] += 1
+
+
+def utm_grid(row: int, col: int, height: int, width: int) -> Grid:
+    """A one-metre UTM grid whose first pixel has the global index (row, col)."""
+    return Grid.of("EPSG:32618", (1.0, 0, float(col), 0, -1.0, float(-row)), (height, width))
+
+
+@pytest.fixture
+def analytic() -> AnalyticModel:
+    return AnalyticModel()
+
+
+@pytest.fixture(scope="session")
+def kit() -> SimpleNamespace:
+    """The helpers of this file, for tests (pytest cannot import a conftest by name)."""
+    return SimpleNamespace(
+        AnalyticModel=AnalyticModel, FieldSource=FieldSource, Recorder=Recorder, utm_grid=utm_grid
+    )

@@ -1,0 +1,96 @@
+"""The crop lattice and the seam weights: every pixel is served, weights sum to one, cuts do not matter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from canopy.errors import ConfigError
+from canopy.geo.grid import Grid
+from canopy.inference.blend import Canvas, taper
+from canopy.inference.plan import Lattice, plan_windows
+
+LATTICES = [Lattice(16, 8, 2), Lattice(16, 12, 1), Lattice(16, 16, 0), Lattice(32, 16, 4), Lattice(20, 10, 0)]
+
+
+def grid_at(row: int, col: int, height: int, width: int) -> Grid:
+    """A one-metre UTM grid whose first pixel has the global index (row, col)."""
+    return Grid.of("EPSG:32618", (1.0, 0, float(col), 0, -1.0, float(-row)), (height, width))
+
+
+@pytest.mark.parametrize("lattice", LATTICES, ids=str)
+def test_weights_are_positive_and_sum_to_one(lattice: Lattice) -> None:
+    weights = taper(lattice)
+    assert weights.shape == (lattice.served_px,)
+    assert weights.min() > 0
+    total = np.zeros(10 * lattice.stride_px)
+    for crop in lattice.crops_serving(0, len(total)):
+        for i, weight in enumerate(weights):
+            place = crop * lattice.stride_px + i
+            if 0 <= place < len(total):
+                total[place] += weight
+    np.testing.assert_allclose(total, 1.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("lattice", LATTICES, ids=str)
+@given(start=st.integers(-10_000, 10_000), length=st.integers(1, 300))
+def test_crops_serving_is_exact(lattice: Lattice, start: int, length: int) -> None:
+    crops = lattice.crops_serving(start, start + length)
+    touches = [
+        k
+        for k in range(crops.start - 2, crops.stop + 2)
+        if k * lattice.stride_px < start + length and k * lattice.stride_px + lattice.served_px > start
+    ]
+    assert touches == list(crops)
+
+
+@settings(deadline=None)
+@given(
+    lattice=st.sampled_from(LATTICES),
+    row=st.integers(-5000, 5000),
+    col=st.integers(-5000, 5000),
+    height=st.integers(1, 120),
+    width=st.integers(1, 120),
+    window_px=st.sampled_from([1, 20, 40, 1000]),
+)
+def test_windows_partition_the_grid_and_blend_to_the_truth(
+    lattice: Lattice, row: int, col: int, height: int, width: int, window_px: int
+) -> None:
+    """Crops cut from a known field, put together by the canvas, give the field back, each pixel once."""
+    plan = plan_windows(grid_at(row, col, height, width), lattice, window_px)
+    canvas, seen = Canvas(plan), np.zeros((height, width), int)
+    result = np.full((height, width), np.nan, np.float32)
+    n_crops = 0
+    for window in plan:
+        read = plan.read_grid(window)
+        rows, cols = (np.arange(n) + o for n, o in zip(read.shape, read.origin_rc, strict=True))
+        field = np.sin(rows * 0.37)[:, None] * 9 + np.cos(cols * 0.23)[None, :] * 5 + 20
+        canvas.begin(window)
+        for r in range(len(window.rows.crops)):
+            for c in range(len(window.cols.crops)):
+                top, left = r * lattice.stride_px, c * lattice.stride_px
+                canvas.add(r, c, field[top : top + lattice.crop_px, left : left + lattice.crop_px])
+                n_crops += 1
+        done, place = canvas.finish(), (slice(*window.rows.final), slice(*window.cols.final))
+        result[place] = done
+        seen[place] += 1
+    assert (seen == 1).all()
+    assert n_crops == plan.n_crops
+    truth = np.sin((np.arange(height) + row) * 0.37)[:, None] * 9 + np.cos((np.arange(width) + col) * 0.23) * 5 + 20
+    np.testing.assert_allclose(result, truth, rtol=0, atol=1e-5)
+
+
+def test_a_lattice_with_gaps_is_refused() -> None:
+    with pytest.raises(ConfigError, match="gaps"):
+        Lattice(16, 16, 2)
+    with pytest.raises(ConfigError, match="gaps"):
+        Lattice(64, 16, 0)
+
+
+@pytest.mark.parametrize(("crop", "patch"), [(256, 16), (224, 14), (512, 16), (16, 16), (32, 16), (64, 16)])
+def test_default_lattice_keeps_the_patch_grid(crop: int, patch: int) -> None:
+    lattice = Lattice.of(crop, patch)
+    assert lattice.stride_px % patch == 0
+    assert lattice.crop_px == crop
