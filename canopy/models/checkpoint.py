@@ -168,7 +168,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_strict(model: torch.nn.Module, state: dict[str, Tensor], where: object) -> None:
-    """Load `state` into `model`; any missing, unexpected or misshapen key raises a readable CheckpointError."""
+    """Load `state` into `model`; missing, unexpected or misshapen keys raise a readable CheckpointError."""
     difference = state_diff(model.state_dict(), state)
     if difference:
         shown = difference[:_SHOWN] + (

@@ -107,7 +107,7 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`Features` -> weights over bins (B, bins, h, w): h = 16 tokens high ('full', patch 16) or 8 ('half')."""
+    """`Features` -> weights over bins (B, bins, h, w); with patch 16 at full or half the image's scale."""
 
     FACTORS = (4.0, 2.0, 1.0, 0.5)
 

@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Image (B, bands, H, W) -> maps at 1/2, 1/4 and 1/8 scale, each a stride-2 convolution and a residual block."""
+    """Image -> maps at 1/2, 1/4 and 1/8 scale: a stride-2 convolution and a residual block each."""
 
     def __init__(self, bands: int, channels: tuple[int, ...]) -> None:
         super().__init__()

@@ -1,0 +1,118 @@
+"""Losses between predicted and measured heights. Pure functions of (B, 1, H, W) tensors in metres.
+
+`weight` is >= 0 and 0 where the height is unknown; a loss is a weighted mean over the known pixels and 0
+where there are none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """sum(values * weight) / sum(weight), 0 where nothing has weight."""
+    return (values * weight).sum() / weight.sum().clamp_min(1e-6)
+
+
+def charbonnier(pred: Tensor, target: Tensor, weight: Tensor, eps: float = 0.1) -> Tensor:
+    """Mean of sqrt(d^2 + eps^2) - eps in metres: L1 for large errors, smooth at 0 (Charbonnier 1994)."""
+    return weighted_mean(torch.sqrt((pred - target) ** 2 + eps * eps) - eps, weight)
+
+
+def silog(pred: Tensor, target: Tensor, weight: Tensor, lam: float = 0.85, eps: float = 1.0) -> Tensor:
+    """Scale-invariant log loss sqrt(E[g^2] - lam E[g]^2), g = log(pred + eps) - log(target + eps).
+
+    Eigen et al. 2014 (arXiv 1406.2283). `eps` in metres keeps bare ground from ruling the logarithm.
+    """
+    g = torch.log(pred.clamp_min(0) + eps) - torch.log(target + eps)
+    mean, square = weighted_mean(g, weight), weighted_mean(g * g, weight)
+    return torch.sqrt((square - lam * mean * mean).clamp_min(1e-8))
+
+
+def gradient_loss(pred: Tensor, target: Tensor, weight: Tensor, scales: int = 3) -> Tensor:
+    """Mean |difference of neighbouring errors| in metres, averaged over halved scales.
+
+    After MiDaS (Ranftl et al. 2020, arXiv 1907.01341), on heights rather than disparity: it asks for
+    crown edges where the lidar has them, and is blind to a constant error.
+    """
+    error = (pred - target) * (weight > 0)
+    known = (weight > 0).to(pred.dtype)
+    total = pred.new_zeros(())
+    for scale in range(scales):
+        for axis in (-1, -2):
+            ahead, back = slice(1, None), slice(None, -1)
+            a, b = (
+                (error[..., ahead], error[..., back])
+                if axis == -1
+                else (error[..., ahead, :], error[..., back, :])
+            )
+            p, q = (
+                (known[..., ahead], known[..., back])
+                if axis == -1
+                else (known[..., ahead, :], known[..., back, :])
+            )
+            total = total + weighted_mean((a - b).abs(), p * q)
+        if scale + 1 < scales:
+            # Only blocks known throughout go on to the next scale.
+            error, known = (
+                functional.avg_pool2d(error, 2),
+                (functional.avg_pool2d(known, 2) > 0.999).to(pred.dtype),
+            )
+            error = error * known
+    return total / (2 * scales)
+
+
+def two_hot_loss(scores: Tensor, target: Tensor, weight: Tensor, centres_m: Tensor) -> Tensor:
+    """Cross-entropy of bin scores (B, bins, H, W) against the two bins around the target height.
+
+    The target's mass is split so that its mean is the height itself ("two-hot"; Schrittwieser et al.
+    2020; why classification helps regression: Imani and White 2018, arXiv 1806.04613). `centres_m` (bins,)
+    must rise.
+    """
+    target = target.clamp(float(centres_m[0]), float(centres_m[-1]))
+    upper = torch.searchsorted(centres_m, target.contiguous()).clamp(1, len(centres_m) - 1)
+    low, high = centres_m[upper - 1], centres_m[upper]
+    share = (target - low) / (high - low)
+    normaliser = torch.logsumexp(scores, dim=1, keepdim=True)
+    chosen = (1 - share) * scores.gather(1, upper - 1) + share * scores.gather(1, upper)
+    return weighted_mean(normaliser - chosen, weight)
+
+
+def shifted(x: Tensor, down: int, right: int) -> Tensor:
+    """Move (B, C, H, W) by whole pixels, zeros coming in."""
+    H, W = x.shape[-2:]
+    out = torch.zeros_like(x)
+    out[..., max(down, 0) : H + min(down, 0), max(right, 0) : W + min(right, 0)] = x[
+        ..., max(-down, 0) : H + min(-down, 0), max(-right, 0) : W + min(-right, 0)
+    ]
+    return out
+
+
+def best_shift(pred: Tensor, target: Tensor, weight: Tensor, reach: int, penalty: float) -> Tensor:
+    """For each crop the shift (down, right) of the labels that fits the prediction best; int (B, 2).
+
+    Image and lidar are 1-2 m apart, in a direction that differs from place to place. Compared are the mean
+    absolute errors at all whole-pixel shifts up to `reach`, plus `penalty` metres per pixel of shift,
+    so that a flat crop stays where it is. No gradient passes through the choice.
+    """
+    pred = pred.detach()
+    steps = [(r, c) for r in range(-reach, reach + 1) for c in range(-reach, reach + 1)]
+    costs = []
+    for down, right in steps:
+        w = shifted(weight, down, right)
+        error = ((pred - shifted(target, down, right)).abs() * w).sum((1, 2, 3)) / w.sum((1, 2, 3)).clamp_min(
+            1
+        )
+        costs.append(error + penalty * (down * down + right * right) ** 0.5)
+    choice = torch.stack(costs).argmin(0)
+    return torch.tensor(steps, device=pred.device)[choice]
+
+
+def align_labels(target: Tensor, weight: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply `best_shift` to labels and weights, crop by crop."""
+    moves = [(int(d), int(r)) for d, r in shifts.tolist()]
+    moved = [shifted(target[i : i + 1], *m) for i, m in enumerate(moves)]
+    weights = [shifted(weight[i : i + 1], *m) for i, m in enumerate(moves)]
+    return torch.cat(moved), torch.cat(weights)
