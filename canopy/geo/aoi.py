@@ -48,6 +48,9 @@ class AOI:
     crs: CRS
     is_box: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "crs", to_crs(self.crs))
+
     # ---- making -------------------------------------------------------------------------------
     @classmethod
     def from_bbox(cls, bbox: str | Sequence[float], size_m: float | None = None) -> AOI:

@@ -105,7 +105,7 @@ def quadkey_grid(quadkey: str, px: int) -> Grid:
     """The EPSG:3857 grid of px x px pixels that fills a quadkey (32768 at zoom 10: 1.19433 m)."""
     if px < 1:
         raise InputError(f"{px} px per quadkey", expected="at least 1")
-    west, south, east, north = quadkey_bounds(quadkey)
+    west, _, east, north = quadkey_bounds(quadkey)
     size = (east - west) / px
     return Grid.of(WEB_MERCATOR, Affine(size, 0, west, 0, -size, north), (px, px))
 

@@ -33,9 +33,15 @@ RESAMPLING = ("nearest", "bilinear", "cubic", "average")
 AVERAGE_ABOVE = 1.5
 # A neighbour with less weight than this neither adds to a value nor makes it invalid (float noise).
 WEIGHT_TOL = 1e-3
+STRIP_SAMPLES = 1 << 15
 
 # (row0, col0, height, width) of the source -> values (b, h, w) any dtype, valid (h, w)
 Reader = Callable[[int, int, int, int], tuple[np.ndarray, np.ndarray]]
+
+
+# source (b, h, w) float32, valid (h, w), rows, cols in source pixels -> values (b, ...), valid (...)
+# (valid None: all of it is)
+Kernel = Callable[[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,22 @@ def _warp_chunk(plan: WarpPlan, grid: Grid, read: Reader) -> tuple[np.ndarray, n
     if plan.block > 1:
         source, source_valid = block_mean(source, source_valid, plan.block)
     rows, cols = (rows - r0) / plan.block, (cols - c0) / plan.block
-    values, valid = _KERNELS[plan.kernel](source, source_valid, rows, cols)
+    all_or_mask = None if source_valid.all() else source_valid
+    values, valid = _in_strips(_KERNELS[plan.kernel], source, all_or_mask, rows, cols)
     return _gather_samples(values, valid, inside, plan.samples)
+
+
+def _in_strips(
+    kernel: Kernel, source: np.ndarray, source_valid: np.ndarray | None, rows: np.ndarray, cols: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run a kernel over a few rows at a time: its temporaries then stay in the processor's cache."""
+    values = np.empty((source.shape[0], *rows.shape), dtype=np.float32)
+    valid = np.empty(rows.shape, dtype=bool)
+    step = max(1, STRIP_SAMPLES // rows.shape[1])
+    for top in range(0, rows.shape[0], step):
+        here = np.s_[top : top + step]
+        values[:, here], valid[here] = kernel(source, source_valid, rows[here], cols[here])
+    return values, valid
 
 
 def _gather_samples(
@@ -218,7 +238,8 @@ def block_mean(values: np.ndarray, valid: np.ndarray, block: int) -> tuple[np.nd
     else:
         count = np.float32(block * block)
     total = _block_view(values, block).sum(axis=(2, 4), dtype=np.float32)
-    return total / count, _block_view(valid[None], block).all(axis=(2, 4))[0]
+    whole: np.ndarray = np.logical_and.reduce(_block_view(valid[None], block), axis=(2, 4))
+    return total / count, whole[0]
 
 
 def _block_view(array: np.ndarray, block: int) -> np.ndarray:
@@ -235,28 +256,28 @@ def _taps(position: np.ndarray, size: int, count: int) -> tuple[np.ndarray, np.n
 
 
 def _nearest(
-    source: np.ndarray, source_valid: np.ndarray, rows: np.ndarray, cols: np.ndarray
+    source: np.ndarray, source_valid: np.ndarray | None, rows: np.ndarray, cols: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    h, w = source_valid.shape
+    h, w = source.shape[1:]
     r = np.clip(np.floor(np.nan_to_num(rows)), 0, h - 1).astype(np.int64)
     c = np.clip(np.floor(np.nan_to_num(cols)), 0, w - 1).astype(np.int64)
-    return source[:, r, c], source_valid[r, c]
+    return source[:, r, c], np.ones(r.shape, dtype=bool) if source_valid is None else source_valid[r, c]
 
 
 def _bilinear(
-    source: np.ndarray, source_valid: np.ndarray, rows: np.ndarray, cols: np.ndarray
+    source: np.ndarray, source_valid: np.ndarray | None, rows: np.ndarray, cols: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    r, fr = _taps(rows, source_valid.shape[0], 2)
-    c, fc = _taps(cols, source_valid.shape[1], 2)
+    r, fr = _taps(rows, source.shape[1], 2)
+    c, fc = _taps(cols, source.shape[2], 2)
     return _weighted(source, source_valid, r, c, [1 - fr, fr], [1 - fc, fc])
 
 
 def _cubic(
-    source: np.ndarray, source_valid: np.ndarray, rows: np.ndarray, cols: np.ndarray
+    source: np.ndarray, source_valid: np.ndarray | None, rows: np.ndarray, cols: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys (1981), a = -0.5; bilinear where one of the outer twelve neighbours is invalid."""
-    r, fr = _taps(rows, source_valid.shape[0], 4)
-    c, fc = _taps(cols, source_valid.shape[1], 4)
+    r, fr = _taps(rows, source.shape[1], 4)
+    c, fc = _taps(cols, source.shape[2], 4)
     values, valid = _weighted(source, source_valid, r, c, _keys(fr), _keys(fc))
     near, near_valid = _bilinear(source, source_valid, rows, cols)
     return np.where(valid, values, near), near_valid
@@ -273,16 +294,16 @@ def _keys(t: np.ndarray) -> list[np.ndarray]:
 
 def _weighted(
     source: np.ndarray,
-    source_valid: np.ndarray,
+    source_valid: np.ndarray | None,
     row: np.ndarray,
     col: np.ndarray,
     row_weights: list[np.ndarray],
     col_weights: list[np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum of weighted taps, and where every tap that counts is valid."""
-    h, w = source_valid.shape
+    h, w = source.shape[1:]
     flat = source.reshape(source.shape[0], -1)
-    flat_valid = None if source_valid.all() else source_valid.ravel()
+    flat_valid = None if source_valid is None else source_valid.ravel()
     values = np.zeros((source.shape[0], *row.shape), dtype=np.float32)
     valid = np.ones(row.shape, dtype=bool)
     for i, row_weight in enumerate(row_weights):

@@ -14,6 +14,7 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from canopy.errors import ImageryError
+from canopy.geo.complaints import gdal_complaints
 from canopy.geo.crs import transformer
 from canopy.geo.grid import PHASE_TOL_PX, Grid
 from canopy.geo.opening import SourcePlace, raster_env
@@ -22,6 +23,10 @@ from canopy.geo.warp import block_mean, plan_warp, warp_window
 
 # values (b, h, w) in the file's dtype, valid (h, w) -> the same after a palette, a placeholder test...
 Decoder = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class _DamagedImage(ImageryError):  # noqa: N818  (an ImageryError for everyone else)
+    """Damage that GDAL only mentioned in its log."""
 
 
 def read_window(
@@ -56,7 +61,8 @@ def read_window(
     where ANY is.
 
     Raises ImageryError naming the file and the window when a block is truncated or damaged; an error
-    is never turned into nodata. Use one dataset handle per thread (`DatasetPool`).
+    is never turned into nodata. Damage that GDAL passes over in silence (JPEG data) also closes `ds`.
+    Use one dataset handle per thread (`DatasetPool`).
     """
     place = SourcePlace.of(ds, crs)
 
@@ -65,11 +71,16 @@ def read_window(
         return decode(values, valid) if decode else (values, valid)
 
     bands = len(indexes) if decode is None else _decoded_bands(ds, indexes, decode)
-    with raster_env(ds.name):
-        ratio = None if resampling == "nearest" else lattice_ratio(place, grid)
-        if ratio == 1 or (ratio is not None and resampling in (None, "average")):
-            return _copy_window(place, grid, read, bands, ratio)
-        return warp_window(plan_warp(place, grid, resampling), grid, read, bands)
+    try:
+        with raster_env(ds.name):
+            ratio = lattice_ratio(place, grid)
+            if ratio == 1 or (ratio is not None and resampling in (None, "average")):
+                return _copy_window(place, grid, read, bands, ratio)
+            return warp_window(plan_warp(place, grid, resampling), grid, read, bands)
+    except _DamagedImage:
+        # The wrong pixels are in GDAL's block cache now, and a second read would not complain.
+        ds.close()
+        raise
 
 
 def lattice_ratio(place: SourcePlace, grid: Grid) -> int | None:
@@ -167,15 +178,13 @@ def _read_native(
     """Values (b, h, w) in the file's dtype and valid (h, w) of a window inside the dataset."""
     shape = (int(window.height), int(window.width))
     try:
-        values = ds.read(list(indexes), window=window)
-        valid = _mask_of(ds, indexes, window)
+        with gdal_complaints() as complaints:
+            values = ds.read(list(indexes), window=window)
+            valid = _mask_of(ds, indexes, window)
     except (RasterioError, OSError, MemoryError) as error:
-        raise ImageryError(
-            f"unreadable pixels in rows {window.row_off}-{window.row_off + shape[0]}, "
-            f"columns {window.col_off}-{window.col_off + shape[1]} ({_reason(error)})",
-            where=public_name(ds.name),
-            remedy="the file is truncated or damaged; fetch it again",
-        ) from error
+        raise _damaged(ds, window, error.__cause__ or error) from error
+    if complaints:
+        raise _damaged(ds, window, complaints[0], _DamagedImage)
     if values.shape[1:] != shape:
         raise ImageryError(
             f"read {values.shape[2]} x {values.shape[1]} px instead of {shape[1]} x {shape[0]}",
@@ -186,9 +195,16 @@ def _read_native(
     return values, valid & _is_data(ds, indexes, values, nodata)
 
 
-def _reason(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return " ".join(str(cause).split())[:160]
+def _damaged(
+    ds: DatasetReader, window: Window, reason: object, kind: type[ImageryError] = ImageryError
+) -> ImageryError:
+    bottom, right = window.row_off + window.height, window.col_off + window.width
+    return kind(
+        f"unreadable pixels in rows {window.row_off}-{bottom}, columns {window.col_off}-{right} "
+        f"({' '.join(str(reason).split())[:160]})",
+        where=public_name(ds.name),
+        remedy="the file is truncated or damaged; fetch it again",
+    )
 
 
 def _mask_of(ds: DatasetReader, indexes: Sequence[int], window: Window) -> np.ndarray:
