@@ -217,10 +217,10 @@ def html_error(url: str, what: str) -> FetchError:
     )
 
 
-def gave_up(url: str, problem: str) -> FetchError:
+def gave_up(url: str, problem: str, attempts: int | None = None) -> FetchError:
     """All attempts failed."""
     return FetchError(
-        f"{redact(problem)}; gave up after {_policy.attempts} attempts",
+        f"{redact(problem)}; gave up after {attempts or _policy.attempts} attempts",
         where=redact(url),
         remedy="try again later; finished work is kept",
     )

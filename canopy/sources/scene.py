@@ -38,6 +38,8 @@ from canopy.sources.mosaic import Pixels
 
 OPEN_FILES_PER_THREAD = 24
 _COLLAR_PROBE_PX = 16
+# A cut connection deserves another try; a host that answers well and still gives no image has a damaged file.
+_HEALTHY_RETRIES = 3
 _handles = threading.local()
 _keys = itertools.count()
 T = TypeVar("T")
@@ -122,7 +124,10 @@ class Scene:
         """
         with self._lock:
             if self._facts is None:
-                self._facts = self._try(self._study)
+                found = self._try(self._study)
+                if isinstance(found, ImageryError):
+                    raise found
+                self._facts = found
             return self._facts
 
     def outline(self) -> Polygon | MultiPolygon:
@@ -156,12 +161,15 @@ class Scene:
             return True  # the reader decides, pixel by pixel
         return bool(edge.intersects(self._facts.frame()))
 
-    def _study(self, dataset: DatasetReader) -> SceneFacts:
+    def _study(self, dataset: DatasetReader) -> SceneFacts | ImageryError:
+        """Facts, or the reason why this image will never do (returned, so that no retry is spent on it)."""
         label, options = self.scene_id, self._options
-        _check_georeference(dataset, label)
-        place = SourcePlace.of(dataset, options.crs)
         try:
+            _check_georeference(dataset, label)
+            place = SourcePlace.of(dataset, options.crs)
             plan = plan_bands(dataset, where=label, bands=options.bands, scale=options.scale)
+        except ImageryError as error:
+            return error
         except rasterio.errors.RasterioError as error:
             raise ImageryError(f"unreadable pixels ({error})", where=label) from error
         notes = list(plan.notes)
@@ -176,25 +184,24 @@ class Scene:
             return work(self._handle(self.href))
         from canopy.sources import http
 
-        problem = ""
+        problem, healthy = "", 0
         for attempt in range(http.policy().attempts):
+            url = self._sign(self.href, attempt > 0) if self._sign else self.href
             try:
-                url = self._sign(self.href, attempt > 0) if self._sign else self.href
                 with self._remote_env(url), http.host_slot(url):
                     return work(self._handle(url))
             except FetchError:
                 raise
             except ImageryError as error:
-                # Bands, scaling or place: the header was read, and no retry would change it.
-                if not isinstance(error.__cause__, Exception):
-                    raise
-                self._forget_handle()
-                problem = f"{error.what}"
-                said, wait = http.diagnose(url, can_sign=self._sign is not None)
-                if attempt + 1 < http.policy().attempts:
-                    http.pause(self.href, attempt, said or problem, wait)
-                problem = said or f"{problem}, although the host answers"
-        raise http.gave_up(self.href, f"{self.scene_id}: {problem}")
+                problem = error.what
+            self._forget_handle()
+            said, wait = http.diagnose(url, can_sign=self._sign is not None)
+            healthy += not said
+            problem = said or f"{http.host_of(url)} answers, but {problem}"
+            if healthy > _HEALTHY_RETRIES or attempt + 1 == http.policy().attempts:
+                break
+            http.pause(self.href, attempt, problem, wait)
+        raise http.gave_up(self.href, problem, attempt + 1)
 
     @contextlib.contextmanager
     def _remote_env(self, url: str) -> Iterator[None]:
