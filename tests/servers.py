@@ -109,20 +109,19 @@ class Handler(BaseHTTPRequestHandler):
         first = int(wanted[1]) if wanted else 0
         with server.lock:
             server.log.append((self.command, self.path, first))
-            server.busy += 1
-            server.most_busy = max(server.most_busy, server.busy)
-        try:
-            self.respond(body, wanted, first, send_body)
-        finally:
-            with server.lock:
-                server.busy -= 1
+        self.respond(body, wanted, first, send_body)
 
     def respond(self, body: bytes, wanted: re.Match[str] | None, first: int, send_body: bool) -> None:
         server, parts = self.server, urlsplit(self.path)
         query = parse_qs(parts.query)
         fault = server.take_fault(self.path, first)
         if fault and fault.delay_s:
+            with server.lock:
+                server.busy += 1
+                server.most_busy = max(server.most_busy, server.busy)
             time.sleep(fault.delay_s)
+            with server.lock:
+                server.busy -= 1
         if fault and fault.cut_after is None and fault.status != 200:
             return self.send(fault.status, fault.headers, fault.body, send_body)
         if fault and fault.body:

@@ -36,7 +36,9 @@ def redact(text: object) -> str:
     >>> redact("cannot open https://me:pw@host.org/a.tif?sig=abc")
     'cannot open https://host.org/a.tif'
     """
-    return re.sub(r"https?://[^\s'\"<>]+", lambda match: _bare_url(match.group(0)), str(text))
+    bare = re.sub(r"https?://[^\s'\"<>]+", lambda match: _bare_url(match.group(0)), str(text))
+    # GDAL's messages also name files without their host: `a.tif?sig=...`.
+    return re.sub(r"\?[^\s'\"<>]*=[^\s'\"<>]*", "", bare)
 
 
 def _bare_url(url: str) -> str:

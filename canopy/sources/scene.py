@@ -184,24 +184,30 @@ class Scene:
             return work(self._handle(self.href))
         from canopy.sources import http
 
-        problem, healthy = "", 0
+        healthy = 0
         for attempt in range(http.policy().attempts):
             url = self._sign(self.href, attempt > 0) if self._sign else self.href
-            try:
-                with self._remote_env(url), http.host_slot(url):
-                    return work(self._handle(url))
-            except FetchError:
-                raise
-            except ImageryError as error:
-                problem = error.what
-            self._forget_handle()
-            said, wait = http.diagnose(url, can_sign=self._sign is not None)
-            healthy += not said
-            problem = said or f"{http.host_of(url)} answers, but {problem}"
+            # Before GDAL sees a new file, ask for its first bytes: only then is the host's answer known.
+            said, wait = self._ask(url) if self._facts is None or attempt else ("", None)
+            if not said:
+                try:
+                    with self._remote_env(url), http.host_slot(url):
+                        return work(self._handle(url))
+                except FetchError:
+                    raise
+                except ImageryError as error:
+                    healthy += attempt > 0
+                    said = f"{http.host_of(url)} answers, but {error.what}"
+                self._forget_handle()
             if healthy > _HEALTHY_RETRIES or attempt + 1 == http.policy().attempts:
                 break
-            http.pause(self.href, attempt, problem, wait)
-        raise http.gave_up(self.href, problem, attempt + 1)
+            http.pause(self.href, attempt, said, wait)
+        raise http.gave_up(self.href, said, attempt + 1)
+
+    def _ask(self, url: str) -> tuple[str, float | None]:
+        from canopy.sources import http
+
+        return http.diagnose(url, can_sign=self._sign is not None)
 
     @contextlib.contextmanager
     def _remote_env(self, url: str) -> Iterator[None]:
