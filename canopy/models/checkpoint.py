@@ -6,10 +6,8 @@ safetensors holds no code, so opening a stranger's file runs nothing. Matrices m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,19 @@ from torch import Tensor
 from canopy.errors import CheckpointError, ConfigError
 from canopy.models.config import ModelConfig
 from canopy.models.height import HeightModel
+from canopy.models.registry import (
+    EMBEDDED,
+    FORMAT,
+    FORMAT_VERSION,
+    WEIGHTS_DIR,
+    file_sha256,
+    read_header,
+    resolve_model,
+)
 
-FORMAT_VERSION = "1"
-WEIGHTS_DIR = Path(__file__).parent / "weights"
-# Names people can type, and the embedded file each stands for.
-EMBEDDED = {"default": "canopy-small-v1.safetensors", "canopy-small": "canopy-small-v1.safetensors"}
+__all__ = ["EMBEDDED", "WEIGHTS_DIR", "file_sha256", "load_model", "load_strict", "save_checkpoint"]
 _SHOWN = 8  # lines of a key diff that help before they become noise
+_BUFFERS = ("mean", "std", "centres")
 
 
 def save_checkpoint(path: str | Path, model: HeightModel, card: dict[str, Any], *, half: bool = True) -> str:
@@ -40,11 +45,11 @@ def save_checkpoint(path: str | Path, model: HeightModel, card: dict[str, Any], 
 
     path = Path(path)
     state = {
-        k: (v.half() if half and v.is_floating_point() and v.ndim > 1 and k not in ("mean", "std") else v)
+        k: v.half() if half and v.is_floating_point() and v.ndim > 1 and k not in _BUFFERS else v
         for k, v in model.state_dict().items()
     }
     header = {
-        "format": "canopy-height",
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "config": json.dumps(model.config.to_dict()),
         "card": json.dumps(card),
@@ -69,7 +74,7 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
         CheckpointError: no such file, not a canopy model, truncated, or weights that do not fit.
     """
     path = resolve_model(name_or_path)
-    header = read_header(path)
+    header, _ = read_header(path)
     try:
         config = ModelConfig.from_dict(json.loads(header["config"]))
     except (ConfigError, TypeError, ValueError) as error:
@@ -85,75 +90,6 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
     return model.to(device).eval()
 
 
-def resolve_model(name_or_path: str | Path) -> Path:
-    """The file behind an embedded name or a path; CheckpointError where there is none."""
-    name = str(name_or_path)
-    if name in EMBEDDED:
-        path = WEIGHTS_DIR / EMBEDDED[name]
-        if not path.is_file():
-            raise CheckpointError(
-                f"the embedded weights of {name!r} are missing", where=path, remedy="reinstall canopy-height"
-            )
-        return path
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise CheckpointError("is a directory", where=path, expected="a .safetensors file")
-    if not path.is_file():
-        raise CheckpointError(
-            f"no model {name!r}", expected=f"a file, or one of: {', '.join(sorted(EMBEDDED))}"
-        )
-    return path
-
-
-def read_header(path: Path) -> dict[str, str]:
-    """Metadata of a canopy model file, without reading its weights."""
-    _check_readable(path)
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"is damaged or not a safetensors file ({error})", where=path, remedy="copy or download it again"
-        ) from error
-    if header.get("format") != "canopy-height" or "config" not in header:
-        raise CheckpointError(
-            "is a safetensors file without canopy's metadata",
-            where=path,
-            expected="a file written by canopy",
-            remedy="convert it with: canopy models convert",
-        )
-    if header.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"has format version {header.get('format_version')}", where=path, expected=FORMAT_VERSION
-        )
-    return dict(header)
-
-
-def _check_readable(path: Path) -> None:
-    """Tell pickles, empty files and truncation apart before the library's own, terser words."""
-    length = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(8)
-    if first[:2] == b"PK" or first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise CheckpointError(
-            "is a PyTorch pickle, which can run code when opened",
-            where=path,
-            expected="a .safetensors model",
-            remedy="convert it with: canopy models convert",
-        )
-    if length < 8:
-        raise CheckpointError(f"holds {length} bytes", where=path, expected="a .safetensors model")
-    (header_length,) = struct.unpack("<Q", first)
-    if header_length > 100_000_000:
-        raise CheckpointError("is not a safetensors file", where=path, expected="a .safetensors model")
-    if 8 + header_length > length:
-        raise CheckpointError(
-            "is truncated inside its header", where=path, remedy="copy or download it again"
-        )
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -161,9 +97,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"is damaged ({error})", where=path, remedy="copy or download it again"
-        ) from error
+        raise CheckpointError(f"is damaged ({error})", where=path, remedy="download it again") from error
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
 
@@ -171,9 +105,8 @@ def load_strict(model: torch.nn.Module, state: dict[str, Tensor], where: object)
     """Load `state` into `model`; missing, unexpected or misshapen keys raise a readable CheckpointError."""
     difference = state_diff(model.state_dict(), state)
     if difference:
-        shown = difference[:_SHOWN] + (
-            [f"and {len(difference) - _SHOWN} more"] if len(difference) > _SHOWN else []
-        )
+        rest = len(difference) - _SHOWN
+        shown = difference[:_SHOWN] + ([f"and {rest} more"] if rest > 0 else [])
         raise CheckpointError(
             f"weights do not fit the model ({len(difference)} differences): {'; '.join(shown)}", where=where
         )
@@ -190,12 +123,3 @@ def state_diff(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[st
         if k in found and found[k].shape != expected[k].shape
     ]
     return missing + extra + shapes
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex sha256 of a file."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -8,6 +8,7 @@ are both settings of the same classes, beside this project's own smaller models.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -182,7 +183,11 @@ def from_plain(cls: type[T], values: object, where: str = "model") -> T:
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - names)
     if unknown:
-        raise ConfigError(f"{where} has unknown key {unknown[0]!r}", expected=", ".join(sorted(names)))
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        raise ConfigError(
+            f"{where} has unknown key {unknown[0]!r}",
+            expected=f"perhaps {near[0]!r}" if near else ", ".join(sorted(names)),
+        )
     built: dict[str, Any] = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):

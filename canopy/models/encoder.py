@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from timm.models.eva import Eva
@@ -33,16 +33,19 @@ class AlignedViT(VisionTransformer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
+        learned = self.pos_embed
+        if learned is None:  # timm allows it, this class does not
+            raise RuntimeError("AlignedViT needs learned positions")
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        side = int((self.pos_embed.shape[1] - prefix) ** 0.5)
-        grid = self.pos_embed[:, prefix:].reshape(1, side, side, C).permute(0, 3, 1, 2)
+        side = int((learned.shape[1] - prefix) ** 0.5)
+        grid = learned[:, prefix:].reshape(1, side, side, C).permute(0, 3, 1, 2)
         if (side, side) != (H, W):
             grid = functional.interpolate(grid, size=(H, W), mode="bicubic", align_corners=True)
         tokens = x.reshape(B, H * W, C) + grid.flatten(2).transpose(1, 2)
         first = [t.expand(B, -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         head = torch.cat(first, dim=1)
         if prefix:
-            head = head + self.pos_embed[:, :prefix]
+            head = head + learned[:, :prefix]
         return self.pos_drop(torch.cat([head, tokens], dim=1))
 
 
@@ -148,12 +151,15 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Features:
         pyramid = self.stem(x) if self.stem is not None else []
-        taps = self.vit.forward_intermediates(
-            pyramid[-1] if pyramid else x,
-            indices=list(self.config.taps),
-            return_prefix_tokens=True,
-            norm=self.config.norm_taps,
-            stop_early=True,
-            intermediates_only=True,
+        taps = cast(
+            list[tuple[Tensor, Tensor]],
+            self.vit.forward_intermediates(
+                pyramid[-1] if pyramid else x,
+                indices=list(self.config.taps),
+                return_prefix_tokens=True,
+                norm=self.config.norm_taps,
+                stop_early=True,
+                intermediates_only=True,
+            ),
         )
         return Features([m for m, _ in taps], [prefix[:, 0] for _, prefix in taps], pyramid)

@@ -52,7 +52,7 @@ def finetune(settings: FinetuneSettings, run_dir: Path, *, resume: bool = False,
     pl.seed_everything(settings.seed, verbose=False)
     store = read_store(settings.data.chips)
     model = HeightModel(ModelConfig.from_dict(settings.model))
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)
     module = HeightModule(model, settings, store.of_split("val"))
     trainer = _trainer(settings, run_dir)
     trainer.fit(
@@ -76,7 +76,7 @@ def _trainer(settings: FinetuneSettings, run_dir: Path) -> pl.Trainer:
         precision=settings.precision,  # type: ignore[arg-type]
         max_steps=settings.steps,
         gradient_clip_val=settings.clip_norm,
-        logger=CSVLogger(run_dir, name="", version="log"),
+        logger=CSVLogger(run_dir, name="", version="log", flush_logs_every_n_steps=settings.log_every),
         callbacks=[keep],
         log_every_n_steps=settings.log_every,
         enable_progress_bar=False,

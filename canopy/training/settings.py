@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from canopy.config import Settings
 from canopy.models.config import ModelConfig
@@ -64,7 +64,7 @@ class FinetuneSettings(Settings):
     data: DataSettings = DataSettings()
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = LossSettings()
-    model: dict[str, Any] = {}
+    model: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("model")
     @classmethod

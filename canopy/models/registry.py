@@ -1,0 +1,125 @@
+"""Names of embedded models, and what a model file says of itself; light enough to list without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+from canopy.errors import CheckpointError
+
+FORMAT = "canopy-height"
+FORMAT_VERSION = "1"
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+# Names people can type, and the embedded file each stands for.
+EMBEDDED = {"default": "canopy-small-v1.safetensors", "canopy-small": "canopy-small-v1.safetensors"}
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """The file behind an embedded name or a path; CheckpointError where there is none."""
+    name = str(name_or_path)
+    if name in EMBEDDED:
+        path = WEIGHTS_DIR / EMBEDDED[name]
+        if not path.is_file():
+            raise CheckpointError(
+                f"the embedded weights of {name!r} are missing", where=path, remedy="reinstall canopy-height"
+            )
+        return path
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise CheckpointError("is a directory", where=path, expected="a .safetensors file")
+    if not path.is_file():
+        raise CheckpointError(
+            f"no model {name!r}", expected=f"a file, or one of: {', '.join(sorted(EMBEDDED))}"
+        )
+    return path
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Metadata and tensor table of a canopy model file, read without its weights.
+
+    Raises:
+        CheckpointError: a pickle, a truncated or foreign file, or one without canopy's metadata.
+    """
+    table = _read_table(path)
+    header = table.pop("__metadata__", None) or {}
+    if header.get("format") != FORMAT or "config" not in header:
+        raise CheckpointError(
+            "is a safetensors file without canopy's metadata",
+            where=path,
+            expected="a file written by canopy",
+            remedy="convert it with: canopy models convert",
+        )
+    if header.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"has format version {header.get('format_version')}",
+            where=path,
+            expected=FORMAT_VERSION,
+            remedy="update canopy",
+        )
+    return header, table
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file, after telling pickles, stubs and truncation apart."""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        if first.startswith(_PICKLES):
+            raise CheckpointError(
+                "is a PyTorch pickle, which can run code when opened",
+                where=path,
+                expected="a .safetensors model",
+                remedy="convert it with: canopy models convert",
+            )
+        size = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+        if not 2 <= size <= 100_000_000:
+            raise CheckpointError("is not a safetensors file", where=path, expected="a canopy model")
+        text = file.read(size) if 8 + size <= length else b""
+    if not text:
+        raise CheckpointError("is truncated in its header", where=path, remedy="copy or download it again")
+    try:
+        table = json.loads(text)
+        end = max((row["data_offsets"][1] for k, row in table.items() if k != "__metadata__"), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError("is not a safetensors file", where=path, expected="a canopy model") from error
+    if 8 + size + end > length:
+        raise CheckpointError(
+            f"is truncated: {length} of {8 + size + end} bytes",
+            where=path,
+            remedy="copy or download it again",
+        )
+    return table
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """JSON-ready facts of a model file: its name, hash, size, what input it expects, and its card."""
+    header, table = read_header(path)
+    config, card = json.loads(header["config"]), json.loads(header.get("card", "{}"))
+    buffers = ("mean", "std", "centres", ".running_mean", ".running_var", ".num_batches_tracked")
+    count = sum(math.prod(row["shape"]) for key, row in table.items() if not key.endswith(buffers))
+    return {
+        "name": card.get("name", path.stem),
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "sha256": file_sha256(path),
+        "bands": config["bands"],
+        "gsd_m": config["gsd_m"],
+        "crop_px": config["crop_px"],
+        "parameters": count,
+        "config": config,
+        "card": card,
+    }
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex sha256 of a file."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
