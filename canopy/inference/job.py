@@ -10,12 +10,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import rasterio
 
-from canopy.errors import AreaError, InputError
+from canopy.errors import AreaError, ImageryError, InputError
 from canopy.geo.aoi import AOI
 from canopy.inference import output
 from canopy.inference.engine import RunSummary, Sink, predict_grid
@@ -32,8 +33,29 @@ if TYPE_CHECKING:
 
 # In bytes: GDAL's default is 5 % of the machine's memory, which a large raster would fill.
 GDAL_CACHE_BYTES = 96 * 2**20
-# Below this a measurement takes longer than it tells.
-_CROPS_WORTH_TIMING = 64
+# How `geo` says that a raster has none.
+NO_CRS = "no coordinate reference system"
+
+
+class Options(TypedDict, total=False):
+    """Options of `canopy.predict` beyond what to map, with which model, and where to; see `Request`."""
+
+    gsd: float | None
+    crs: str | None
+    input_crs: str | None
+    device: str
+    precision: str
+    batch_size: int | str
+    workers: int
+    datetime: str | None
+    bands: str | Sequence[int] | None
+    nodata: float | None
+    scale: float | None
+    encoding: str
+    date_band: bool
+    quicklook: bool
+    overwrite: bool
+    max_pixels: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,7 @@ class Request:
         model: a name, a file, or a loaded model.
         out: the GeoTIFF to write; None keeps the map in memory.
         crs: CRS of the map, or `image`; also the CRS of images that carry none, unless `input_crs` is given.
+        input_crs: CRS of the images, whatever they say themselves.
     """
 
     images: tuple[str, ...] = ()
@@ -292,16 +315,22 @@ def _open(request: Request) -> ImagerySource:
         from canopy.sources.named import best_source
 
         what = best_source(request.area)
-    fallback_crs = request.input_crs or (request.crs if request.crs != "image" else None)
-    return open_imagery(
+    open_with = partial(
+        open_imagery,
         what[0] if isinstance(what, tuple) and len(what) == 1 else what,
         area=request.area,
         bands=request.bands,
         nodata=request.nodata,
-        crs=fallback_crs,
         scale=request.scale,
         datetime=request.datetime,
     )
+    try:
+        return open_with(crs=request.input_crs)
+    except ImageryError as error:
+        if NO_CRS not in error.what or request.crs in (None, "image"):
+            raise
+        # One CRS was named and the image has none: it cannot have been meant for the map alone.
+        return open_with(crs=request.crs)
 
 
 def _coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from canopy.errors import AreaError
 from canopy.geo.aoi import AOI
-from canopy.inference.job import Request, prepare
+from canopy.inference.job import Options, Request, prepare
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def predict(
     aoi: str | Path | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> xr.DataArray | Path:
     """Map canopy height.
 
@@ -41,9 +41,7 @@ def predict(
         area: an `AOI`; or one of `bbox` (LAT,LON with `size_m`, or LAT,LON,LAT,LON), `bounds` (W,S,E,N in
             `bounds_crs`) and `aoi` (a vector file). By default all of the imagery.
         out: a GeoTIFF to write, with its STAC item (and picture) beside it.
-        options: the other options of `canopy predict`, see `canopy.inference.job.Request`: gsd, crs,
-            input_crs, device, precision, batch_size, workers, datetime, bands, nodata, scale, encoding,
-            date_band, quicklook, overwrite, max_pixels.
+        options: the other options of `canopy predict` under the same names, see `canopy.inference.job.Options`.
 
     Returns:
         Without `out`, a DataArray (y, x) of metres, NaN where there is no height, with its CRS for rioxarray;

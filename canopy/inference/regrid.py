@@ -107,9 +107,7 @@ def _tiles(grid: Grid) -> Iterator[tuple[int, int, Grid]]:
             yield row, col, grid.window(row, col, height, width)
 
 
-def _resample(
-    dataset: rasterio.io.DatasetReader, tile: Grid
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _resample(dataset: rasterio.io.DatasetReader, tile: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Heights, share of each pixel that is valid (0..1), and days, all (h, w) on `tile`."""
     (weighted, share), _ = read_window(dataset, tile, (1, 2))
     (days,), _ = read_window(dataset, tile, (3,), resampling="nearest")

@@ -134,9 +134,7 @@ def test_outside_the_polygon_is_nodata_and_unread(kit) -> None:
 def test_tiny_areas_have_their_exact_shape(kit, shape: tuple[int, int]) -> None:
     grid = kit.utm_grid(10, 20, *shape)
     # Only these pixels exist: everything around is invalid.
-    source = kit.FieldSource(
-        lambda r, c: (r < 10) | (r >= 10 + shape[0]) | (c < 20) | (c >= 20 + shape[1])
-    )
+    source = kit.FieldSource(lambda r, c: (r < 10) | (r >= 10 + shape[0]) | (c < 20) | (c >= 20 + shape[1]))
     heights, sink, _ = run(kit, grid, source=source)
     assert heights.shape == shape
     assert sink.valid.all()
@@ -184,9 +182,7 @@ def test_errors_of_reader_and_writer_come_through_unchanged(kit) -> None:
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        predict_grid(
-            kit.AnalyticModel(), kit.FieldSource(), grid, FullDisk(grid), device="cpu", window_px=48
-        )
+        predict_grid(kit.AnalyticModel(), kit.FieldSource(), grid, FullDisk(grid), device="cpu", window_px=48)
     assert not [t for t in threading.enumerate() if t.name.startswith("canopy-")]
 
 

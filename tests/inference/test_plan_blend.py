@@ -78,7 +78,11 @@ def test_windows_partition_the_grid_and_blend_to_the_truth(
         seen[place] += 1
     assert (seen == 1).all()
     assert n_crops == plan.n_crops
-    truth = np.sin((np.arange(height) + row) * 0.37)[:, None] * 9 + np.cos((np.arange(width) + col) * 0.23) * 5 + 20
+    truth = (
+        np.sin((np.arange(height) + row) * 0.37)[:, None] * 9
+        + np.cos((np.arange(width) + col) * 0.23) * 5
+        + 20
+    )
     np.testing.assert_allclose(result, truth, rtol=0, atol=1e-5)
 
 

@@ -1,0 +1,333 @@
+"""`canopy predict` as its users meet it: files, facts beside them, areas, grids, machine-readable output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from pyproj import Transformer
+from rio_cogeo.cogeo import cog_validate
+
+
+@pytest.fixture
+def predict(canopy, model_file):
+    def run(*words: object, out: str = "chm.tif", code: int = 0):
+        done = canopy("predict", *words, "--model", model_file, "-o", out)
+        assert done.code == code, done.err
+        return done
+
+    return run
+
+
+def test_the_map_is_a_valid_cog_with_its_facts(predict, make_image, heights, model_file) -> None:
+    image = make_image("m_4407101_ne_18_060_20210715.tif", photometric="RGB")
+    done = predict(image)
+    valid, errors, _ = cog_validate("chm.tif")
+    assert valid, errors
+    with rasterio.open("chm.tif") as made:
+        assert made.shape == (100, 120)
+        assert made.descriptions == ("canopy_height",)
+        assert made.units == ("m",)
+        assert np.isnan(made.nodata)
+        assert made.crs.to_epsg() == 32618
+        tags = made.tags()
+    assert tags["CANOPY_MODEL"] == "small-random"
+    assert tags["CANOPY_MODEL_SHA256"] == hashlib.sha256(model_file.read_bytes()).hexdigest()
+    assert tags["CANOPY_IMAGERY"] == image.name
+    assert tags["CANOPY_DATES"] == "2021-07-15"
+    assert float(tags["CANOPY_GSD_M"]) == pytest.approx(0.5, rel=1e-3)
+    assert str(image.parent) not in json.dumps(tags), "folders have no place in a file that is passed on"
+    made = heights("chm.tif")
+    assert np.isfinite(made).all()
+    assert made.std() > 0.1, "a constant map would make other tests say nothing"
+    assert "chm.tif: 120 x 100 px, mean height" in done.out
+
+
+def test_the_same_input_gives_the_same_bytes(predict, make_image, heights) -> None:
+    image = make_image(photometric="RGB")
+    predict(image, out="a.tif")
+    predict(image, "--workers", "1", out="b.tif")
+    assert Path("a.tif").read_bytes() == Path("b.tif").read_bytes()
+    # Another batch size may use another matrix kernel: the last bits of a float, no more.
+    predict(image, "--batch-size", "1", out="c.tif")
+    np.testing.assert_allclose(heights("c.tif"), heights("a.tif"), atol=1e-3)
+
+
+def test_the_stac_item(predict, make_image) -> None:
+    pystac = pytest.importorskip("pystac")
+    predict(make_image("m_4407101_ne_18_060_20210715.tif", photometric="RGB"), "--quicklook")
+    raw = json.loads(Path("chm.json").read_text())
+    item = pystac.Item.from_dict(raw)
+    assert item.id == "chm"
+    assert item.datetime.date().isoformat() == "2021-07-15"
+    assert item.properties["proj:code"] == "EPSG:32618"
+    assert item.properties["proj:shape"] == [100, 120]
+    assert item.properties["proj:transform"] == [0.5, 0, 500_000, 0, -0.5, 4_882_000]
+    assert item.properties["processing:software"]["canopy"]
+    assert item.common_metadata.created is not None
+    west, south, east, north = item.bbox
+    assert -75.001 < west < east < -74.99 and 44.09 < south < north < 44.1
+    asset = item.assets["canopy_height"]
+    digest = hashlib.sha256(Path("chm.tif").read_bytes()).hexdigest()
+    assert asset.extra_fields["file:checksum"] == f"1220{digest}"
+    assert asset.extra_fields["file:size"] == Path("chm.tif").stat().st_size
+    band = asset.extra_fields["raster:bands"][0]
+    assert (band["unit"], band["data_type"], band["nodata"]) == ("m", "float32", "nan")
+    assert [link.rel for link in item.links] == ["derived_from"]
+    assert set(item.stac_extensions) == {
+        f"https://stac-extensions.github.io/{name}/schema.json"
+        for name in ("projection/v2.0.0", "raster/v1.1.0", "file/v2.1.0", "processing/v1.2.0")
+    }
+    for one in item.assets.values():
+        assert (Path("chm.json").parent / one.href).is_file()
+
+
+def test_unknown_dates_stay_a_valid_item(predict, make_image) -> None:
+    pystac = pytest.importorskip("pystac")
+    predict(make_image(photometric="RGB"))
+    item = pystac.Item.from_dict(json.loads(Path("chm.json").read_text()))
+    assert item.datetime is None
+    assert item.properties["start_datetime"] < item.properties["end_datetime"] <= item.properties["created"]
+
+
+def test_the_quicklook_is_a_picture_of_the_map(predict, make_image) -> None:
+    from PIL import Image
+
+    done = predict(make_image(photometric="RGB"), "--quicklook")
+    assert "chm.png" in done.out
+    with Image.open("chm.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert min(pixels.shape[:2]) > 300
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+# ---- what is printed --------------------------------------------------------------------------
+def test_json_is_one_object_and_nothing_else(predict, make_image) -> None:
+    done = predict(make_image(photometric="RGB"), "--json")
+    result = json.loads(done.out)
+    assert result["output"] == "chm.tif"
+    assert result["sha256"] == hashlib.sha256(Path("chm.tif").read_bytes()).hexdigest()
+    assert result["valid_fraction"] == 1.0
+    assert result["mean_height_m"] > 0
+    with rasterio.open("chm.tif") as made:
+        assert result["mean_height_m"] == pytest.approx(float(made.read(1).mean()), rel=1e-4)
+    assert "tile" in done.err, "the area is echoed on stderr"
+
+
+def test_dry_run_stops_after_the_echo(predict, make_image, tmp_path) -> None:
+    image = make_image(photometric="RGB")
+    done = predict(image, "--dry-run", "--bbox", "44.0909,-74.9996", "--size-m", "20")
+    assert "N, 75.0" in done.err or "N, 74.9" in done.err
+    assert " W, 20 x 20 m, 1 tile, under 1 min" in done.err
+    plan = json.loads(predict(image, "--dry-run", "--json").out)
+    assert (plan["width"], plan["height"], plan["tiles"]) == (120, 100, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["image.tif"]
+
+
+def test_quiet_says_only_the_result(predict, make_image) -> None:
+    assert predict(make_image(photometric="RGB"), "-q").err == ""
+
+
+def test_outputs_are_kept_unless_overwrite(predict, make_image) -> None:
+    image = make_image(photometric="RGB")
+    for name in ("chm.tif", "chm.json", "chm.png"):
+        Path(name).write_text("mine")
+        done = predict(image, "--quicklook", code=2)
+        assert name in done.error_line and "--overwrite" in done.error_line
+        assert Path(name).read_text() == "mine"
+        Path(name).unlink()
+    predict(image)
+    predict(image, code=2)
+    predict(image, "--overwrite")
+    predict(image, "--overwrite", out="image.tif", code=2)
+    predict(image, out="nowhere/chm.tif", code=2)
+    predict(image, out="chm.png", code=2)
+
+
+def test_the_default_name_follows_the_image(canopy, model_file, make_image) -> None:
+    image = make_image("forest.tif", photometric="RGB")
+    assert canopy("predict", image, "--model", model_file).code == 0
+    assert Path("forest_chm.tif").is_file()
+
+
+# ---- areas ------------------------------------------------------------------------------------
+def test_one_area_said_four_ways_gives_the_same_heights(predict, make_image, tmp_path) -> None:
+    image = make_image(photometric="RGB")
+    predict(image, out="image_area.tif")
+    lonlat = Transformer.from_crs(32618, 4326, always_xy=True)
+    (west, east), (south, north) = lonlat.transform([500_000.0, 500_060.0], [4_881_950.0, 4_882_000.0])
+    predict(image, "--bbox", f"{south},{west},{north},{east}", out="bbox.tif")
+    predict(image, "--bounds", f"{west},{south},{east},{north}", out="bounds.tif")
+    predict(
+        image, "--bounds", "500000,4881950,500060,4882000", "--bounds-crs", "EPSG:32618", out="metres.tif"
+    )
+    ring = [
+        [500_000, 4_881_950],
+        [500_060, 4_881_950],
+        [500_060, 4_882_000],
+        [500_000, 4_882_000],
+        [500_000, 4_881_950],
+    ]
+    polygon = [list(lonlat.transform(*point)) for point in ring]
+    Path("area.geojson").write_text(json.dumps({"type": "Polygon", "coordinates": [polygon]}))
+    predict(image, "--aoi", "area.geojson", out="aoi.tif")
+    with rasterio.open("image_area.tif") as made:
+        expected = made.read(1)
+    for name in ("bbox", "bounds", "metres", "aoi"):
+        with rasterio.open(f"{name}.tif") as made:
+            window = rasterio.windows.from_bounds(500_000, 4_881_950, 500_060, 4_882_000, made.transform)
+            found = made.read(1, window=window.round(), boundless=True, fill_value=np.nan)
+        both = np.isfinite(found)
+        assert both.mean() > 0.95, name
+        np.testing.assert_allclose(found[both], expected[both], atol=1e-3, err_msg=name)
+
+
+def test_a_polygon_is_masked_with_its_hole(predict, make_image, heights) -> None:
+    import geopandas
+    from shapely.geometry import box
+
+    image = make_image(photometric="RGB")
+    outer, hole = box(500_010, 4_881_960, 500_050, 4_881_990), box(500_020, 4_881_970, 500_030, 4_881_980)
+    geopandas.GeoDataFrame(geometry=[outer.difference(hole)], crs=32618).to_file("area.gpkg")
+    predict(image, "--aoi", "area.gpkg")
+    made = heights("chm.tif")
+    assert made.shape == (60, 80)
+    expected = np.ones(made.shape, bool)
+    expected[20:40, 20:40] = False
+    np.testing.assert_array_equal(np.isfinite(made), expected)
+
+
+def test_negative_numbers_after_a_space_and_one_area_only(predict, make_image) -> None:
+    image = make_image(photometric="RGB")
+    done = predict(image, "--bbox", "-23.55,-46.63", "--size-m", "500", code=2)
+    assert "23.55" in done.error_line and "S" in done.error_line and "no imagery there" in done.error_line
+    line = predict(image, "--bbox", "44,-75,45,-74", "--bounds", "-75,44,-74,45", code=2).error_line
+    assert "--bbox" in line and "--bounds" in line
+    assert "--size-m" in predict(image, "--bbox", "44.09,-75", code=2).error_line
+
+
+# ---- grids and encodings ----------------------------------------------------------------------
+def test_crs_image_keeps_the_grid_exactly(predict, make_image, heights) -> None:
+    # 0.6 m pixels at an odd phase: the model works at 0.5 m, the map keeps the image's pixels.
+    placed = rasterio.Affine(0.6, 0, 500_000.17, 0, -0.6, 4_882_000.23)
+    predict(make_image(transform=placed, photometric="RGB"), "--crs", "image")
+    with rasterio.open("chm.tif") as made:
+        assert made.transform == placed
+        assert made.shape == (100, 120)
+    assert np.isfinite(heights("chm.tif")).mean() > 0.95
+
+
+def test_crs_image_in_degrees_is_predicted_in_metres(predict, make_image, heights) -> None:
+    step = 0.5 / 111_320
+    placed = rasterio.Affine(step, 0, -71.3, 0, -step, 44.1)
+    image = make_image(crs="EPSG:4326", transform=placed, photometric="RGB")
+    predict(image, "--crs", "EPSG:4326")
+    with rasterio.open("chm.tif") as made:
+        assert made.crs.to_epsg() == 4326
+    made = heights("chm.tif")
+    assert np.isfinite(made).mean() > 0.9
+    assert made[np.isfinite(made)].std() > 0.1
+
+
+def test_a_coarser_map_is_the_average_of_the_fine_one(predict, make_image, heights) -> None:
+    image = make_image(photometric="RGB")
+    predict(image, out="fine.tif")
+    predict(image, "--gsd", "2", out="coarse.tif")
+    fine = heights("fine.tif").reshape(25, 4, 30, 4).mean(axis=(1, 3))
+    np.testing.assert_allclose(heights("coarse.tif"), fine, atol=1e-3)
+
+
+def test_a_finer_map_interpolates_and_keeps_validity(predict, make_image, heights) -> None:
+    mask = np.ones((100, 120), bool)
+    mask[30:50, 40:70] = False
+    image = make_image(mask=mask, photometric="RGB")
+    predict(image, out="model.tif")
+    predict(image, "--gsd", "0.25", out="fine.tif")
+    fine = heights("fine.tif")
+    assert fine.shape == (200, 240)
+    assert abs(np.nanmean(fine) - np.nanmean(heights("model.tif"))) < 0.05
+    hole = np.isnan(fine)
+    assert hole[60:100, 80:140].all()
+    assert hole.mean() == pytest.approx((~mask).mean(), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "dtype", "step"), [("uint16cm", "uint16", 0.01), ("uint8m", "uint8", 1.0)]
+)
+def test_compact_encodings(predict, make_image, heights, encoding: str, dtype: str, step: float) -> None:
+    image = make_image(photometric="RGB")
+    predict(image, out="plain.tif")
+    predict(image, "--encoding", encoding, out="compact.tif")
+    with rasterio.open("compact.tif") as made:
+        assert made.dtypes[0] == dtype
+    np.testing.assert_allclose(heights("compact.tif"), heights("plain.tif"), atol=step * 0.51)
+    band = json.loads(Path("compact.json").read_text())["assets"]["canopy_height"]["raster:bands"][0]
+    assert (band["data_type"], band["scale"]) == (dtype, step)
+
+
+@pytest.mark.parametrize("encoding", ["float32", "uint16cm"])
+def test_the_date_band_holds_days(predict, make_image, encoding: str) -> None:
+    import datetime
+
+    image = make_image("m_4407101_ne_18_060_20210715.tif", photometric="RGB")
+    predict(image, "--date-band", "--encoding", encoding)
+    with rasterio.open("chm.tif") as made:
+        assert made.descriptions == ("canopy_height", "acquisition_date")
+        days = made.read(2) * made.scales[1]
+    assert set(np.unique(days)) == {(datetime.date(2021, 7, 15) - datetime.date(1970, 1, 1)).days}
+    predict(image, "--date-band", "--encoding", "uint8m", out="other.tif", code=2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--encoding", "int4"), ("--gsd", "-1"), ("--gsd", "nan"), ("--device", "abacus"),
+        ("--precision", "fp8"), ("--precision", "bf16", "--device", "cpu"), ("--batch-size", "0"),
+        ("--workers", "0"), ("--crs", "EPSG:1"), ("--size-m", "100"), ("--bands", "1,2"),
+        ("--bands", "7,8,9"), ("--datetime", "someday"),
+    ],
+)  # fmt: skip
+def test_impossible_options_exit_2(predict, make_image, tmp_path, words: tuple[str, ...]) -> None:
+    done = predict(make_image(photometric="RGB"), *words, code=2)
+    assert done.error_line.startswith("canopy: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["image.tif"]
+
+
+# ---- from Python, and the cost of help --------------------------------------------------------
+def test_python_api(make_image, model_file, heights, tmp_path) -> None:
+    import canopy
+
+    image = make_image(photometric="RGB")
+    model = canopy.load_model(model_file)
+    chm = canopy.predict(image, model=model)
+    assert chm.dims == ("y", "x")
+    assert chm.rio.crs.to_epsg() == 32618
+    assert chm.rio.bounds() == (500_000, 4_881_950, 500_060, 4_882_000)
+    assert chm.attrs["units"] == "m"
+    path = canopy.predict(image, model=model, out=tmp_path / "chm.tif")
+    np.testing.assert_allclose(heights(path), chm.values, atol=1e-5)
+    with pytest.raises(canopy.InputError, match="exists"):
+        canopy.predict(image, model=model, out=tmp_path / "chm.tif")
+    dated = canopy.predict([image], model=model, date_band=True, bbox=(44.0909, -74.9996), size_m=10)
+    assert dated.dims == ("band", "y", "x")
+    assert list(dated.band.values) == ["canopy_height", "acquisition_date"]
+
+
+def test_help_imports_neither_torch_nor_xarray(repo: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['canopy', 'predict', '--help']\n"
+        "from canopy.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'xarray', 'matplotlib', 'geopandas', 'rasterio'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repo, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--bbox" in done.stdout
