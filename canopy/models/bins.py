@@ -20,7 +20,9 @@ def bin_centres(config: DecoderConfig) -> Tensor:
     if config.spacing == "linear":
         return linear
     floor = max(low, 1e-3)  # a logarithm has no zero
-    log = torch.exp(torch.linspace(float(torch.tensor(floor).log()), float(torch.tensor(high).log()), count))
+    # On the CPU even where a model is only outlined on the meta device: these two are read as numbers.
+    first, last = (float(torch.tensor(v, device="cpu").log()) for v in (floor, high))
+    log = torch.exp(torch.linspace(first, last, count))
     if config.spacing == "log":
         return log
     t = torch.linspace(1.0, 0.0, count)

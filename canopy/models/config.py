@@ -31,12 +31,15 @@ class EncoderConfig:
         taps: zero-based blocks whose output goes to the decoder, shallow to deep.
         norm_taps: apply the backbone's final LayerNorm to tapped features.
         norm_eps: epsilon of every LayerNorm.
-        qkv_bias: bias on the attention projections.
+        qkv_bias: bias on the attention projections ('rope': on queries and values only).
+        k_bias: bias on the keys too ('rope' only; rotation makes it matter).
         pos_grid: side, in tokens, of the learned position grid ('vit' only).
         pos_embed_prefix: the learned positions include the class token ('vit' only).
         pos_resize: 'bicubic_aligned' (align_corners, as the 2024 release) or 'bicubic' (timm's own).
         rope_type: timm's name: 'cat' counts tokens, 'dinov3' stretches positions over the image.
         rope_temperature, rope_rotate_half: rotary details.
+        rope_periods: the rotary periods themselves, one per four channels of a head, where a checkpoint
+            stores rounded ones; empty computes them from the temperature.
         stem: channels of a convolutional stem at 1/2, 1/4 and 1/8 scale in front of the transformer
             (Xiao et al. 2021, arXiv 2106.14881); empty means plain patch embedding.
         drop_path: stochastic depth rate, training only.
@@ -54,12 +57,14 @@ class EncoderConfig:
     norm_taps: bool = False
     norm_eps: float = 1e-6
     qkv_bias: bool = True
+    k_bias: bool = False
     pos_grid: int = 14
     pos_embed_prefix: bool = True
     pos_resize: str = "bicubic_aligned"
     rope_type: str = "dinov3"
     rope_temperature: float = 100.0
     rope_rotate_half: bool = True
+    rope_periods: tuple[float, ...] = ()
     stem: tuple[int, ...] = ()
     drop_path: float = 0.0
 
@@ -72,6 +77,11 @@ class EncoderConfig:
             )
         if self.dim % self.heads:
             raise ConfigError(f"dim {self.dim} does not divide into {self.heads} heads")
+        if self.rope_periods and len(self.rope_periods) * 4 * self.heads != self.dim:
+            raise ConfigError(
+                f"{len(self.rope_periods)} rotary periods for heads of {self.dim // self.heads} channels",
+                expected="one period for every four channels of a head",
+            )
         if len(self.taps) != 4 or list(self.taps) != sorted(set(self.taps)) or self.taps[-1] >= self.depth:
             raise ConfigError(
                 f"taps {list(self.taps)} do not fit {self.depth} blocks", expected="four rising block numbers"
@@ -143,6 +153,10 @@ class ModelConfig:
         bands: names of the input bands, in order.
         crop_px: side of the square crops it predicts best.
         mean, std: normalisation of RGB in 0..1; applied inside the model.
+        multiple_px: images are padded to multiples of this; 0 stands for the patch. The published models
+            want 32, because their decoders stretch odd token grids.
+        percentiles: 5th and 95th percentile of each band of the imagery the model was trained on, in 0..1
+            (r5, r95, g5, g95, b5, b95); empty where unknown. What `--radiometry match` aims at.
         encoder, decoder: the network.
     """
 
@@ -151,6 +165,8 @@ class ModelConfig:
     crop_px: int = 256
     mean: tuple[float, ...] = (0.420, 0.411, 0.296)
     std: tuple[float, ...] = (0.213, 0.156, 0.143)
+    multiple_px: int = 0
+    percentiles: tuple[float, ...] = ()
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
@@ -159,11 +175,22 @@ class ModelConfig:
             raise ConfigError("decoder.detail needs the maps of an encoder stem", remedy="set encoder.stem")
         if not len(self.mean) == len(self.std) == len(self.bands):
             raise ConfigError(f"{len(self.bands)} bands with {len(self.mean)} means and {len(self.std)} stds")
+        if self.multiple_px < 0 or self.multiple_px % self.encoder.patch:
+            raise ConfigError(
+                f"multiple_px {self.multiple_px}", expected=f"a multiple of the {self.encoder.patch} px patch"
+            )
+        if self.percentiles and len(self.percentiles) != 2 * len(self.bands):
+            raise ConfigError(f"{len(self.percentiles)} percentiles", expected="two for each band, or none")
 
     @property
     def patch_px(self) -> int:
         """Pixels per token side: the smallest image side."""
         return self.encoder.patch
+
+    @property
+    def pad_px(self) -> int:
+        """Image sides are padded to multiples of this many pixels."""
+        return self.multiple_px or self.encoder.patch
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, ready for JSON."""

@@ -6,7 +6,7 @@ from functools import partial
 from typing import NamedTuple, cast
 
 import torch
-from timm.models.eva import Eva
+from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -107,7 +107,7 @@ def _build_vit(config: EncoderConfig, bands: int, patch: int) -> VisionTransform
 
 
 def _build_rope(config: EncoderConfig, bands: int, patch: int) -> Eva:
-    return Eva(
+    vit = Eva(
         img_size=patch * config.pos_grid,
         patch_size=patch,
         in_chans=bands,
@@ -130,6 +130,13 @@ def _build_rope(config: EncoderConfig, bands: int, patch: int) -> Eva:
         drop_path_rate=config.drop_path,
         norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
     )
+    if config.k_bias:  # timm keeps zeros there, outside the state
+        for module in vit.modules():
+            if isinstance(module, EvaAttention):
+                module.register_buffer("k_bias", torch.zeros(config.dim), persistent=True)
+    if config.rope_periods:
+        vit.rope.get_buffer("periods").copy_(torch.tensor(config.rope_periods))
+    return vit
 
 
 class Encoder(nn.Module):

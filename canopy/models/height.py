@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from canopy.models.bins import bin_centres, bin_weights, moments
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.decoder import Decoder
 from canopy.models.encoder import Encoder
+from canopy.models.radiometry import Stretch
 
 __all__ = ["DecoderConfig", "EncoderConfig", "HeightModel", "HeightPrediction", "ModelConfig"]
 
@@ -35,6 +37,8 @@ class HeightModel(nn.Module):
         config: what the model is and what it expects.
         card: facts about the weights (data, licence, metrics); filled by `load_model`.
         sha256: hash of the checkpoint file, or None for a model built in memory.
+        stretch: moves the radiometry of the image before anything else; None leaves it (see
+            `with_radiometry`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -42,6 +46,7 @@ class HeightModel(nn.Module):
         self.config = config
         self.card: dict[str, Any] = {}
         self.sha256: str | None = None
+        self.stretch: Stretch | None = None
         self.encoder = Encoder(config.encoder, len(config.bands))
         self.decoder = Decoder(config.decoder, config.encoder.dim, config.encoder.stem)
         self.mean: Tensor
@@ -69,11 +74,11 @@ class HeightModel(nn.Module):
         """Height and spread (B, 1, H, W) in metres, and the raw bin scores at the head's own scale.
 
         Training needs the scores; they cover the padded image, so they line up with the image only
-        where H and W are multiples of the patch.
+        where H and W are multiples of `config.pad_px`.
         """
         self._check(rgb)
         H, W = rgb.shape[-2:]
-        padded = pad_to_multiple(rgb, self.config.patch_px)
+        padded = pad_to_multiple(self._moved(rgb), self.config.pad_px)
         scores = self.decoder.scores(self.encoder((padded - self.mean) / self.std)).float()
         weights = bin_weights(scores, self.config.decoder)
         both = moments(weights, self.centres, self.config.decoder.scale)
@@ -85,6 +90,18 @@ class HeightModel(nn.Module):
             for m in both
         )
         return height[..., :H, :W], spread[..., :H, :W], scores
+
+    def with_radiometry(self, stretch: Stretch | None) -> HeightModel:
+        """This model, its weights shared, with every image moved by `stretch` before it is normalised."""
+        other = copy.copy(self)
+        other.stretch = stretch
+        return other
+
+    def _moved(self, rgb: Tensor) -> Tensor:
+        if self.stretch is None:
+            return rgb
+        factor, offset = (rgb.new_tensor(v).view(1, -1, 1, 1) for v in self.stretch.factors())
+        return rgb * factor + offset
 
     def _check(self, rgb: Tensor) -> None:
         bands, patch = len(self.config.bands), self.config.patch_px
@@ -108,7 +125,9 @@ class HeightModel(nn.Module):
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Extend the right and lower side of (B, C, H, W) to multiples of `multiple`, mirroring the image."""
     right, below = -x.shape[-1] % multiple, -x.shape[-2] % multiple
-    if not (right or below):
-        return x
-    # Reflection needs more pixels than it pads; an image of at least one patch always has them.
-    return functional.pad(x, (0, right, 0, below), mode="reflect")
+    while right or below:
+        # Reflection needs more pixels than it pads: a very small image is mirrored more than once.
+        across, down = min(right, x.shape[-1] - 1), min(below, x.shape[-2] - 1)
+        x = functional.pad(x, (0, across, 0, down), mode="reflect")
+        right, below = right - across, below - down
+    return x
