@@ -25,10 +25,13 @@ from canopy.geo.crs import (
     geod_of,
     lonlat_bounds,
     metres_per_unit,
+    output_crs,
     project,
     to_crs,
     to_lonlat,
+    transformer,
     utm_crs,
+    utm_zone,
 )
 from canopy.geo.fill import fill_polygons
 from canopy.geo.grid import Grid
@@ -162,14 +165,25 @@ class AOI:
 
     @property
     def size_m(self) -> tuple[float, float]:
-        """(east-west, north-south) ground extent in metres, along the middle parallel and meridian."""
-        west, south, east, north = self.bounds_lonlat
-        lon, lat = self.centroid_lonlat
-        geod = geod_of(to_crs(WGS84))
-        span = (east - west) % 360.0 or 360.0
-        # In eight pieces: the geodesic between two far points of a parallel is not the parallel.
-        step = geod.inv(lon, lat, lon + span / 8, lat)[2]
-        return 8 * step, geod.inv(lon, south, lon, north)[2]
+        """(east-west, north-south) ground extent in metres, through the middle of the bounding box.
+
+        The box is the CRS's own: a square in UTM keeps its size, though it is not square in degrees.
+        """
+        if self.crs.geographic:
+            west, south, east, north = self.bounds_lonlat
+            east += 360.0 if east < west else 0.0
+        else:
+            west, south, east, north = self.geometry.bounds
+        x, y = (west + east) / 2, (south + north) / 2
+        # In pieces: the geodesic between two far points of a parallel is not the parallel.
+        steps, level = np.linspace(0, 1, 17), np.ones(17)
+        width = self._length_m(west + steps * (east - west), y * level)
+        return width, self._length_m(x * level, south + steps * (north - south))
+
+    def _length_m(self, x: np.ndarray, y: np.ndarray) -> float:
+        """Ground length of a line in the area's CRS."""
+        lon, lat = (x, y) if self.crs.geographic else transformer(self.crs, WGS84).transform(x, y)
+        return float(geod_of(to_crs(WGS84)).line_length(lon, lat))
 
     def describe(self) -> str:
         """The echo before work, e.g. `23.65-23.55 S, 46.70-46.60 W, 10.2 x 11.1 km`."""
@@ -185,6 +199,13 @@ class AOI:
         return f"{lats}, {lons}, {extent}"
 
     # ---- pixels -------------------------------------------------------------------------------
+    def output_crs(self, native_crs: Any | None = None) -> CRS:
+        """The default CRS of a map of this area: `canopy.geo.crs.output_crs`, but a square that was
+        built in a UTM zone stays in it, also where its middle falls into the next one."""
+        chosen = output_crs(self.lonlat, native_crs)
+        kept = native_crs is not None and chosen == to_crs(native_crs)
+        return self.crs if not kept and utm_zone(self.crs) is not None else chosen
+
     def grid(self, crs: Any, gsd_m: float) -> Grid:
         """The grid in `crs` (projected) that holds the area, its pixel worth `gsd_m` GROUND metres.
 

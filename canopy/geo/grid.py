@@ -174,7 +174,9 @@ class Grid:
     # ---- derived grids ------------------------------------------------------------------------
     def window(self, row: int, col: int, height: int, width: int) -> Grid:
         """The grid of a window of this one; it may lie partly or wholly outside and never shrinks."""
-        return Grid.of(self.crs, self.transform * Affine.translation(col, row), (height, width))
+        west, north = self.xy(row, col)
+        px, py = self.pixel
+        return Grid.of(self.crs, Affine(px, 0.0, west, 0.0, -py, north), (height, width))
 
     def pad(self, px: int) -> Grid:
         """This grid with `px` more pixels on every side (fewer if negative)."""

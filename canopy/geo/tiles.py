@@ -61,7 +61,8 @@ def quadkey_of(lon: float, lat: float, zoom: int) -> str:
     _check_zoom(zoom)
     count = 1 << zoom
     sine = math.sin(math.radians(max(-85.06, min(85.06, lat))))
-    x = ((lon + 180.0) / 360.0) % 1.0
+    x = (lon + 180.0) / 360.0
+    x = x if 0.0 <= x <= 1.0 else x % 1.0  # 180 E is the east edge of the last column
     y = 0.5 - math.log((1 + sine) / (1 - sine)) / (4 * math.pi)
     col, row = (min(count - 1, max(0, int(v * count))) for v in (x, y))
     return _encode(col, row, zoom)
@@ -91,9 +92,8 @@ def quadkeys(aoi: AOI, zoom: int) -> list[str]:
     lonlat = aoi.lonlat
     for part in getattr(lonlat, "geoms", [lonlat]):
         west, south, east, north = part.bounds
-        # The east edge of the world belongs to the last column, not to the first one.
-        r0, c0 = quadkey_rc(quadkey_of(west if west < 180 else -180.0, north, zoom))
-        r1, c1 = quadkey_rc(quadkey_of(min(east, math.nextafter(180.0, 0.0)), south, zoom))
+        r0, c0 = quadkey_rc(quadkey_of(west, north, zoom))
+        r1, c1 = quadkey_rc(quadkey_of(east, south, zoom))
         for row in range(r0, r1 + 1):
             for col in range(c0, c1 + 1):
                 if _lonlat_box(row, col, zoom).intersection(part).area > 0:
