@@ -73,7 +73,7 @@ def test_missing_renamed_and_misshapen_weights_are_named(saved):
 
 def test_a_long_difference_is_cut_short():
     model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(9)])
-    with pytest.raises(CheckpointError, match="18 differences.*and 10 more"):
+    with pytest.raises(CheckpointError, match=r"18 differences.*and 10 more"):
         load_strict(model, {}, "x")
 
 
@@ -86,7 +86,7 @@ def test_truncated_files(saved, keep):
 
 
 def test_foreign_files(saved, tmp_path):
-    _, path = saved
+    _, _path = saved
     pickle = tmp_path / "SSLhuge.pth"
     torch.save({"state_dict": {}}, pickle)
     expect_one_line(pickle, "pickle", "canopy models convert")
@@ -114,5 +114,5 @@ def test_newer_files_say_so(saved):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(CheckpointError, match="no model 'defualt'.*default"):
+    with pytest.raises(CheckpointError, match=r"no model 'defualt'.*default"):
         load_model("defualt")

@@ -54,7 +54,7 @@ def test_bad_inputs_say_what_was_expected(make_model):
     model = make_model()
     image = torch.rand(1, 3, 32, 32)
     image[0, 0, 3, 3] = float("nan")
-    with pytest.raises(InputError, match="NaN.*fill_invalid"):
+    with pytest.raises(InputError, match=r"NaN.*fill_invalid"):
         model(image)
     with pytest.raises(InputError, match="at least 16x16"):
         model(torch.rand(1, 3, 15, 40))
