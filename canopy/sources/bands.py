@@ -101,6 +101,11 @@ def plan_bands(
     return BandPlan(indexes, alpha, None, divisor, tuple(notes))
 
 
+def plan_single(dataset: rasterio.DatasetReader, *, where: str, scale: float | None = None) -> BandPlan:
+    """Plan for a file that is one colour of a set: its first band. Raises as `plan_bands` does."""
+    return BandPlan((1,), None, None, _divisor(dataset, (1,), scale, where))
+
+
 def _choose(
     dataset: rasterio.DatasetReader, wanted: tuple[int, int, int] | None, where: str
 ) -> tuple[tuple[int, int, int], int | None, list[str]]:
@@ -171,7 +176,7 @@ def _palette_plan(dataset: rasterio.DatasetReader, where: str) -> BandPlan:
 
 
 def _divisor(
-    dataset: rasterio.DatasetReader, indexes: tuple[int, int, int], scale: float | None, where: str
+    dataset: rasterio.DatasetReader, indexes: tuple[int, ...], scale: float | None, where: str
 ) -> float:
     types = {dataset.dtypes[index - 1] for index in indexes}
     if len(types) > 1:

@@ -31,7 +31,7 @@ from canopy.geo.grid import Grid
 from canopy.geo.opening import SourcePlace, open_raster
 from canopy.geo.paths import is_url, public_name
 from canopy.geo.window import read_window
-from canopy.sources.bands import BandPlan, plan_bands
+from canopy.sources.bands import BandPlan, plan_bands, plan_single
 from canopy.sources.dates import acquisition_date
 from canopy.sources.imagery import ReadOptions
 from canopy.sources.mosaic import Pixels
@@ -92,6 +92,7 @@ class Scene:
         day: date | None = None,
         outline: Polygon | MultiPolygon | None = None,
         sign: Callable[[str, bool], str] | None = None,
+        grey: bool = False,
     ) -> None:
         """Describe a raster without opening it.
 
@@ -102,8 +103,9 @@ class Scene:
             day: acquisition day, when a catalog knows it better than the file.
             outline: where it is in EPSG:4326, when a catalog says (saves opening it to find out).
             sign: turns `href` into a URL that may be read now.
+            grey: the file is one colour of a set: its first band is read.
         """
-        self.href, self._options, self._sign = href, options, sign
+        self.href, self._options, self._sign, self._grey = href, options, sign, grey
         self.scene_id = label or public_name(href)
         self._day, self._outline = day, outline
         self._facts: SceneFacts | None = None
@@ -154,7 +156,8 @@ class Scene:
 
     def _touches(self, grid: Grid) -> bool:
         if self._facts is None:
-            return bool(self.outline().intersects(grid.outline()))
+            # A catalog's footprint is rounded: 1e-4 degrees (11 m) of grace.
+            return bool(self.outline().buffer(1e-4).intersects(grid.outline()))
         try:
             edge = project(shapely.box(*grid.bounds), grid.crs, self._facts.place.crs)
         except AreaError:
@@ -167,7 +170,10 @@ class Scene:
         try:
             _check_georeference(dataset, label)
             place = SourcePlace.of(dataset, options.crs)
-            plan = plan_bands(dataset, where=label, bands=options.bands, scale=options.scale)
+            if self._grey:
+                plan = plan_single(dataset, where=label, scale=options.scale)
+            else:
+                plan = plan_bands(dataset, where=label, bands=options.bands, scale=options.scale)
         except ImageryError as error:
             return error
         except rasterio.errors.RasterioError as error:

@@ -1,0 +1,289 @@
+"""STAC: search an API or walk a static catalog, and mosaic the items it finds.
+
+Items lie newest first, then least cloudy, then by id; an item wholly hidden under those above it (by footprint)
+is left out. URLs are signed just before they are read and again after a refusal; a signed URL is never kept.
+An item that cannot be read is an error that names it, never a hole in the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import shapely
+from shapely.geometry import MultiPolygon, Polygon
+
+from canopy.errors import AreaError, FetchError, ImageryError, InputError, MissingDependencyError
+from canopy.geo.aoi import AOI
+from canopy.geo.grid import Grid
+from canopy.sources import http
+from canopy.sources.dates import parse_range
+from canopy.sources.imagery import ReadOptions, swapped_area
+from canopy.sources.mosaic import Layer, Mosaic, Pixels
+from canopy.sources.paths import host_of, is_url, redact
+from canopy.sources.scene import Scene, check_options
+from canopy.sources.stac_items import Item, Json, parse_item, read_json, resolve, walk
+
+MAX_ITEMS = 2000
+_INSTALL = "pip install 'canopy-height[stac]'"
+_LEAST_NEW_AREA_DEG2 = 1e-10  # about one square metre
+
+
+@dataclass(frozen=True)
+class StacQuery:
+    """Where to look.
+
+    Attributes:
+        href: STAC API root, static catalog, collection or item; URL or path.
+        name: for messages.
+        collection: limits an API search.
+        assets: asset keys to take first.
+        signing: `planetary-computer`, or None.
+    """
+
+    href: str
+    name: str
+    collection: str | None = None
+    assets: tuple[str, ...] = ()
+    signing: str | None = None
+
+
+def open_stac_url(url: str, area: AOI | None, options: ReadOptions) -> Mosaic:
+    """Open a URL that is not an image: a STAC API, one of its collections, or a static catalog."""
+    return open_stac(StacQuery(url, redact(url)), area, options)
+
+
+def open_static(path: str, area: AOI | None, options: ReadOptions) -> Mosaic:
+    """Open a static catalog, collection, item or item collection on disk."""
+    return open_stac(StacQuery(path, path), area, options)
+
+
+def open_stac(
+    query: StacQuery, area: AOI | None, options: ReadOptions, *, gsd_m: float | None = None
+) -> Mosaic:
+    """Find the items for an area and dates, and open them as a mosaic.
+
+    Args:
+        query: where to look.
+        area: what will be read; an API search requires it.
+        options: how to read; `datetime` limits the search.
+        gsd_m: ground sample distance to state when neither items nor files do.
+
+    Raises:
+        AreaError: no item in the area; ImageryError: an item without colour; FetchError: the host.
+    """
+    check_options(options)
+    items = _find(query, area, options)
+    if not items:
+        raise _nothing(query, area, options)
+    layers = [_layer(item, query, options) for item in visible(items, area)]
+    first = _first_scene(layers[0]).facts
+    stated = [item.gsd_m for item in items if item.gsd_m]
+    return Mosaic(
+        layers,
+        name=query.name,
+        native_crs=first.place.crs,
+        native_gsd_m=min(stated) if stated else gsd_m or first.gsd_m,
+        notes=first.notes,
+    )
+
+
+def _nothing(query: StacQuery, area: AOI | None, options: ReadOptions) -> AreaError:
+    place = f" ({area.describe()})" if area else ""
+    when = f" of {options.datetime}" if options.datetime else ""
+    remedy = None
+    swapped = swapped_area(area) if area else None
+    if swapped is not None and _find(query, swapped, options):
+        remedy = (
+            "swapping latitude and longitude would find imagery: --bbox takes LAT,LON and --bounds W,S,E,N"
+        )
+    return AreaError(f"no imagery{when} there{place}", where=query.name, remedy=remedy)
+
+
+def visible(items: Sequence[Item], area: AOI | None) -> list[Item]:
+    """Items in mosaic order, without those whose footprint (in the area) is hidden under earlier ones."""
+    wanted = area.lonlat if area else None
+    covered: Polygon | MultiPolygon = Polygon()
+    kept = []
+    for item in sorted(items, key=lambda item: item.order):
+        seen = item.footprint.intersection(wanted) if wanted is not None else item.footprint
+        if seen.difference(covered).area > _LEAST_NEW_AREA_DEG2:
+            kept.append(item)
+            covered = shapely.union(covered, seen)
+    return kept or sorted(items, key=lambda item: item.order)[:1]
+
+
+# ---- finding ---------------------------------------------------------------------------------
+def _find(query: StacQuery, area: AOI | None, options: ReadOptions) -> list[Item]:
+    root = read_json(query.href)
+    links = {str(link.get("rel")): str(link.get("href", "")) for link in root.get("links", [])}
+    if "search" in links:
+        documents = _search(query.href, query.collection, area, options)
+    elif root.get("type") == "Collection" and "items" in links and "root" in links:
+        # A collection inside an API: search it from the API's root.
+        api = resolve(links["root"], query.href)
+        documents = _search(api, str(root.get("id")), area, options)
+    else:
+        documents = list(walk(query.href, area.lonlat if area else None))
+    items = [parse_item(document, address, query.assets) for document, address in documents]
+    return _matching(items, query, area, options)
+
+
+def _matching(items: list[Item], query: StacQuery, area: AOI | None, options: ReadOptions) -> list[Item]:
+    """Items with colour, in the area and the interval of dates."""
+    first, last = parse_range(options.datetime)
+    if area is not None:
+        wanted = area.lonlat
+        items = [item for item in items if item.footprint.intersects(wanted)]
+    if first or last:
+        items = [i for i in items if i.day and (first or date.min) <= i.day <= (last or date.max)]
+    colourless = [item for item in items if not item.assets]
+    if colourless and (query.collection or len(colourless) == len(items)):
+        raise ImageryError(
+            f"item {colourless[0].item_id!r} has no colour asset",
+            where=query.name,
+            expected="an asset `visual`, `image` or `rgb`, or three with the common names red, green, blue",
+        )
+    return [item for item in items if item.assets]
+
+
+def _search(
+    href: str, collection: str | None, area: AOI | None, options: ReadOptions
+) -> list[tuple[Json, str]]:
+    """Items of an API, as JSON."""
+    if area is None:
+        raise InputError(
+            "a STAC API is searched by area", where=redact(href), remedy="give --bbox, --bounds or --aoi"
+        )
+    try:
+        from pystac_client import Client
+        from pystac_client.exceptions import APIError
+        from pystac_client.stac_api_io import StacApiIO
+    except ImportError:
+        raise MissingDependencyError(
+            "STAC APIs need pystac-client", where=redact(href), remedy=_INSTALL
+        ) from None
+    import requests
+    from urllib3.util.retry import Retry
+
+    rules = http.policy()
+    retry = Retry(
+        total=rules.attempts - 1,
+        backoff_factor=rules.first_wait_s,
+        backoff_max=rules.longest_wait_s,
+        status_forcelist=sorted(http.TRANSIENT),
+        allowed_methods=None,
+    )
+    io = StacApiIO(max_retries=retry, timeout=rules.timeout_s)
+    if http.local_proxy_options(href):
+        io.session.trust_env = False
+    west, south, east, north = area.bounds_lonlat
+    try:
+        search = Client.open(href, stac_io=io).search(
+            bbox=(west, south, east, north),
+            collections=[collection] if collection else None,
+            datetime=options.datetime,
+            max_items=MAX_ITEMS + 1,
+        )
+        found = [(item, href) for item in search.items_as_dicts()]
+    except (APIError, requests.RequestException) as error:
+        raise FetchError(
+            f"{host_of(href)} did not answer the search ({redact(error)[:200]})", where=redact(href)
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ImageryError(
+            f"{host_of(href)} answers no valid STAC ({redact(error)[:200]})", where=redact(href)
+        ) from None
+    if len(found) > MAX_ITEMS:
+        raise InputError(
+            f"more than {MAX_ITEMS} items there", where=redact(href), remedy="limit the dates with --datetime"
+        )
+    return found
+
+
+# ---- reading ---------------------------------------------------------------------------------
+def _layer(item: Item, query: StacQuery, options: ReadOptions) -> Layer:
+    sign = planetary_computer_sign if query.signing or _needs_signing(item.assets[0]) else None
+    label = item.item_id
+    if len(item.assets) == 1:
+        own = options if options.bands is not None else replace(options, bands=item.bands)
+        return Scene(item.assets[0], own, label=label, day=item.day, outline=item.footprint, sign=sign)
+    scenes = [
+        Scene(
+            href,
+            options,
+            label=f"{label} {colour}",
+            day=item.day,
+            outline=item.footprint,
+            sign=sign,
+            grey=True,
+        )
+        for href, colour in zip(item.assets, ("red", "green", "blue"), strict=True)
+    ]
+    return ThreeBands(label, scenes)
+
+
+def _first_scene(layer: Layer) -> Scene:
+    return layer.scenes[0] if isinstance(layer, ThreeBands) else layer  # type: ignore[return-value]
+
+
+class ThreeBands:
+    """A layer whose red, green and blue are three files."""
+
+    def __init__(self, scene_id: str, scenes: Sequence[Scene]) -> None:
+        self.scene_id, self.scenes = scene_id, tuple(scenes)
+
+    @property
+    def day(self) -> date | None:
+        """Acquisition day."""
+        return self.scenes[0].day
+
+    def outline(self) -> Polygon | MultiPolygon:
+        """Footprint of the item, EPSG:4326."""
+        return self.scenes[0].outline()
+
+    def read(self, grid: Grid) -> Pixels | None:
+        """RGB and validity; a pixel needs all three files."""
+        parts = [scene.read(grid) for scene in self.scenes]
+        found = [part for part in parts if part is not None]
+        if len(found) < 3:
+            return None
+        valid = np.logical_and.reduce([part[1] for part in found])
+        rgb = np.concatenate([part[0][:1] for part in found])
+        rgb[:, ~valid] = 0.0
+        return rgb, valid
+
+
+def _needs_signing(href: str) -> bool:
+    """Planetary Computer's storage, in catalogs that are not its own."""
+    host = urlsplit(href).hostname or ""
+    return host.endswith("eo.blob.core.windows.net")
+
+
+def planetary_computer_sign(href: str, fresh: bool) -> str:
+    """A Planetary Computer URL that may be read for about 45 minutes; `fresh` forgets the cached token.
+
+    Raises:
+        FetchError: the token service did not answer; MissingDependencyError.
+    """
+    if not is_url(href):
+        return href
+    try:
+        import planetary_computer
+        from planetary_computer import sas
+    except ImportError:
+        raise MissingDependencyError(
+            "Planetary Computer imagery needs planetary-computer", where=host_of(href), remedy=_INSTALL
+        ) from None
+    import requests
+
+    if fresh:
+        sas.TOKEN_CACHE.clear()
+    try:
+        return str(planetary_computer.sign(href))
+    except (requests.RequestException, ValueError, KeyError) as error:
+        raise FetchError(f"could not get a signature ({redact(error)[:200]})", where=host_of(href)) from None
