@@ -1,0 +1,59 @@
+"""Score a model beside both baselines: `python pipelines/score_pack.py CHIPS --model NAME --splits val`.
+
+`--publish MODEL.safetensors --card docs/model-card.md` stores the scores in a copy of the model and
+writes its card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from canopy.errors import CanopyError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("chips", type=Path, help="chips file of pipelines/build_chips.py")
+    parser.add_argument("--model", default="default")
+    parser.add_argument(
+        "--splits", default="val", help="val,test,test_hard; test is for reports only"
+    )
+    parser.add_argument("--crop-px", type=int)
+    parser.add_argument("--publish", type=Path, help="write the model with these scores here")
+    parser.add_argument("--card", type=Path, help="write the model card here")
+    parser.add_argument("--note", action="append", default=[], metavar="KEY=TEXT", help="facts for the card")
+    args = parser.parse_args()
+    try:
+        _run(args)
+    except CanopyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    from canopy.chips.store import read_store
+    from canopy.models.checkpoint import load_model, save_checkpoint
+    from canopy.models.registry import describe
+    from canopy.training.report import markdown_table, model_card, score_with_baselines
+
+    model = load_model(args.model)
+    splits = tuple(args.splits.split(","))
+    scores = score_with_baselines(model, read_store(args.chips), splits, args.crop_px)
+    for split, tables in scores.items():
+        print(f"{split}\n{markdown_table(tables)}\n")
+    if args.publish:
+        notes = dict(note.split("=", 1) for note in args.note)
+        card = {**model.card, **notes, "scores": {**model.card.get("scores", {}), **scores}}
+        for split in scores:
+            card[split] = scores[split]["model"]
+        save_checkpoint(args.publish, model, json.loads(json.dumps(card)))
+        if args.card:
+            args.card.write_text(model_card(describe(args.publish)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
