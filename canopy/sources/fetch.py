@@ -169,7 +169,7 @@ def _one_try(
 def _append(response: httpx.Response, part: Path, offset: int, url: str) -> None:
     with open(part, "ab" if offset else "wb") as file:
         first = True
-        for chunk in response.iter_bytes(_CHUNK):
+        for chunk in response.iter_bytes():  # as they arrive: a cut loses nothing that came
             if first and offset == 0 and http.is_html(response, chunk[:64]):
                 with contextlib.suppress(OSError):
                     part.unlink()
