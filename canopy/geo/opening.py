@@ -27,7 +27,8 @@ MAX_SAMPLES = 4e11
 # One block is decoded at once: a header that declares a larger one would take the machine's memory.
 MAX_BLOCK_BYTES = 2**31
 # Process-wide cap of GDAL's block cache, in BYTES (an int below 100000 would mean almost no cache).
-CACHE_BYTES = 256 * 2**20
+# Small enough to be full on any raster worth the name: peak memory then is the same for all of them.
+CACHE_BYTES = 96 * 2**20
 
 
 def raster_env(name: str | Path = "") -> rasterio.Env:

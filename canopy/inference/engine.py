@@ -155,7 +155,7 @@ def predict_grid(
     readers = ThreadPoolExecutor(max(1, workers), thread_name_prefix="canopy-read")
     writer = ThreadPoolExecutor(1, thread_name_prefix="canopy-write")
     try:
-        for window, pixels in _read_ahead(plan, source, aoi, readers, ahead=max(1, workers) + 1):
+        for window, pixels in _read_ahead(plan, source, aoi, readers, ahead=max(1, workers)):
             height_m = _predict_window(window, plan, pixels, predictor, canvas, summary, progress)
             values, valid = _finished(window, plan, height_m, pixels, summary, date_band)
             if valid.size:

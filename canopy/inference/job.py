@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
-
-import rasterio
+from typing import TYPE_CHECKING, Any
 
 from canopy.errors import AreaError, ImageryError, InputError
 from canopy.geo.aoi import AOI
+from canopy.geo.raster import raster_env
 from canopy.inference import output
 from canopy.inference.engine import RunSummary, Sink, predict_grid
-from canopy.inference.estimate import MAX_PIXELS, Estimate, estimate, refuse_too_large, seconds_per_crop
+from canopy.inference.estimate import Estimate, estimate, refuse_too_large, seconds_per_crop
 from canopy.inference.plan import Lattice, Plan, plan_windows
+from canopy.inference.request import Request
 from canopy.inference.target import Target, choose_target, scale_notes
-from canopy.runtime import Progress
+from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,68 +30,8 @@ if TYPE_CHECKING:
     from canopy.models.height import HeightModel
     from canopy.sources.imagery import ImagerySource
 
-# In bytes: GDAL's default is 5 % of the machine's memory, which a large raster would fill.
-GDAL_CACHE_BYTES = 96 * 2**20
 # How `geo` says that a raster has none.
 NO_CRS = "no coordinate reference system"
-
-
-class Options(TypedDict, total=False):
-    """Options of `canopy.predict` beyond what to map, with which model, and where to; see `Request`."""
-
-    gsd: float | None
-    crs: str | None
-    input_crs: str | None
-    device: str
-    precision: str
-    batch_size: int | str
-    workers: int
-    datetime: str | None
-    bands: str | Sequence[int] | None
-    nodata: float | None
-    scale: float | None
-    encoding: str
-    date_band: bool
-    quicklook: bool
-    overwrite: bool
-    max_pixels: int
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; the names are those of `canopy predict`'s options.
-
-    Attributes:
-        images: files, directories or URLs; several are mosaicked.
-        imagery: a named source, STAC address, tile template or path, instead of `images`.
-        area: what to map; by default all the imagery.
-        model: a name, a file, or a loaded model.
-        out: the GeoTIFF to write; None keeps the map in memory.
-        crs: CRS of the map, or `image`; also the CRS of images that carry none, unless `input_crs` is given.
-        input_crs: CRS of the images, whatever they say themselves.
-    """
-
-    images: tuple[str, ...] = ()
-    imagery: str | None = None
-    area: AOI | None = None
-    model: str | Path | HeightModel = "default"
-    out: str | Path | None = None
-    gsd: float | None = None
-    crs: str | None = None
-    input_crs: str | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    batch_size: int | str = "auto"
-    workers: int = 2
-    datetime: str | None = None
-    bands: str | Sequence[int] | None = None
-    nodata: float | None = None
-    scale: float | None = None
-    encoding: str = "float32"
-    date_band: bool = False
-    quicklook: bool = False
-    overwrite: bool = False
-    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -187,7 +126,7 @@ class Job:
             CanopyError: nothing is left at the output's place then.
         """
         started = time.perf_counter()
-        with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES):
+        with raster_env():
             result = self._to_files(progress) if self.files else self._to_memory(progress)
         result.summary.seconds = time.perf_counter() - started
         return result
@@ -304,17 +243,7 @@ def _open(request: Request) -> ImagerySource:
 
     if request.images and request.imagery:
         raise InputError("images and --imagery", expected="one of them", remedy="leave one of them out")
-    what: str | tuple[str, ...] | None = request.imagery or request.images or None
-    if what is None:
-        if request.area is None:
-            raise InputError(
-                "neither an image nor an area",
-                expected="IMAGE files, --imagery NAME, or an area for which a source is known",
-                remedy="see canopy predict --help",
-            )
-        from canopy.sources.named import best_source
-
-        what = best_source(request.area)
+    what = request.imagery or request.images or _best_for(request.area)
     open_with = partial(
         open_imagery,
         what[0] if isinstance(what, tuple) and len(what) == 1 else what,
@@ -331,6 +260,27 @@ def _open(request: Request) -> ImagerySource:
             raise
         # One CRS was named and the image has none: it cannot have been meant for the map alone.
         return open_with(crs=request.crs)
+
+
+def _best_for(area: AOI | None) -> str:
+    """Name of the best known source that covers an area; says which it is."""
+    from canopy.sources.manifest import best_source
+
+    if area is None:
+        raise InputError(
+            "neither an image nor an area",
+            expected="IMAGE files, --imagery NAME, or an area for which a source is known",
+            remedy="see canopy predict --help",
+        )
+    best = best_source(area)
+    if best is None:
+        raise AreaError(
+            "no named source covers the area",
+            where=area.describe(),
+            remedy="give IMAGE files, or --imagery with a STAC catalog or a tile template",
+        )
+    log.info(f"imagery: {best.name} ({best.title}), the best known source here")
+    return best.name
 
 
 def _coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from canopy.errors import AreaError
 from canopy.geo.aoi import AOI
-from canopy.inference.job import Options, Request, prepare
+from canopy.inference.job import prepare
+from canopy.inference.request import Options, Request
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def predict(
         area: an `AOI`; or one of `bbox` (LAT,LON with `size_m`, or LAT,LON,LAT,LON), `bounds` (W,S,E,N in
             `bounds_crs`) and `aoi` (a vector file). By default all of the imagery.
         out: a GeoTIFF to write, with its STAC item (and picture) beside it.
-        options: the other options of `canopy predict` under the same names, see `canopy.inference.job.Options`.
+        options: the other options of `canopy predict` under the same names, see
+            `canopy.inference.request.Options`.
 
     Returns:
         Without `out`, a DataArray (y, x) of metres, NaN where there is no height, with its CRS for rioxarray;

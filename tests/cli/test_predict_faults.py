@@ -334,3 +334,24 @@ def test_missing_things_are_named(predict, canopy, make_image, tmp_path) -> None
     assert canopy("predict", "-o", "x.tif").code == 2
     assert "--interval" in canopy("predict", image, "--interval", "0.9").err
     assert not Path("x.tif").exists()
+
+
+def test_without_imagery_the_best_source_is_chosen_and_said(
+    predict, tmp_path, monkeypatch, make_image
+) -> None:
+    """Two sources of a private manifest folder cover the place: the better-ranked one is used."""
+    manifests, images = tmp_path / "manifests" / "imagery", tmp_path / "images"
+    manifests.mkdir(parents=True)
+    images.mkdir()
+    make_image("images/a.tif", pixels=rgb(), photometric="RGB")
+    for name, rank in (("second-best", 2), ("very-best", 1)):
+        (manifests / f"{name}.yaml").write_text(
+            f"name: {name}\ntitle: A test source\nkind: dir\nhref: {images}\ngsd_m: 0.5\nlicence: CC0-1.0\n"
+            f'attribution: nobody\ndates: "2020/2021"\ncoverage: [-76, 44, -74, 45]\nrank: {rank}\n'
+        )
+    monkeypatch.setenv("CANOPY_MANIFESTS", str(tmp_path / "manifests"))
+    done = predict("--bbox", "44.0909,-74.9996", "--size-m", "20")
+    assert "very-best" in done.err
+    with rasterio.open("chm.tif") as made:
+        assert "very-best" in made.tags()["CANOPY_IMAGERY"]
+    assert "no named source" in predict("--bbox", "10,10", "--size-m", "20", "--overwrite", code=2).error_line
