@@ -189,7 +189,7 @@ def _search(
             datetime=options.datetime,
             max_items=MAX_ITEMS + 1,
         )
-        found = [(item, href) for item in search.items_as_dicts()]
+        found: list[tuple[Json, str]] = [(item, href) for item in search.items_as_dicts()]
     except (APIError, requests.RequestException) as error:
         raise FetchError(
             f"{host_of(href)} did not answer the search ({redact(error)[:200]})", where=redact(href)

@@ -39,6 +39,7 @@ ZOOM_SLACK = (
     1.2  # a zoom up to 20 % coarser than wanted is close enough; the next one has four times the tiles
 )
 CACHED_TILES = 512
+_MERCATOR_180 = "+proj=merc +a=6378137 +b=6378137 +lat_ts=0 +lon_0=180 +units=m +nadgrids=@null +no_defs"
 Tile = tuple[NDArray[np.uint8], NDArray[np.bool_]]
 
 
@@ -122,9 +123,10 @@ class TileSource:
         self.zoom = choose_zoom(wanted, latitude, service.tile_px, service.min_zoom, service.max_zoom)
         side = service.tile_px * 2**self.zoom
         pixel = 2 * HALF_WORLD_M / side
-        self.lattice = Grid.of(
-            "EPSG:3857", Affine(pixel, 0, -HALF_WORLD_M, 0, -pixel, HALF_WORLD_M), (side, side)
-        )
+        # Round the antimeridian the lattice begins at Greenwich, so that the area is in one piece.
+        self._turn = 2**self.zoom // 2 if where is not None and _crosses_180(where) else 0
+        crs = "EPSG:3857" if not self._turn else _MERCATOR_180
+        self.lattice = Grid.of(crs, Affine(pixel, 0, -HALF_WORLD_M, 0, -pixel, HALF_WORLD_M), (side, side))
         self.native_crs: CRS = self.lattice.crs
         self.native_gsd_m = pixel * math.cos(math.radians(latitude))
         self.native_grid: Grid | None = None
@@ -190,6 +192,7 @@ class TileSource:
         return tile
 
     def _fetch(self, x: int, y: int) -> Tile | None:
+        x = (x + self._turn) % 2**self.zoom
         url = tile_url(self.service.template, self.zoom, x, y)
         where = f"web tile {self.zoom}/{x}/{y} of {self.name}"
         response = http.get(url, what=where, absent=self.service.absent_statuses)
@@ -202,6 +205,11 @@ class TileSource:
         if self._nodata is not None:
             valid = valid & ~(rgb == self._nodata).all(axis=0)
         return rgb, valid
+
+
+def _crosses_180(area: AOI) -> bool:
+    west, _, east, _ = area.bounds_lonlat
+    return west > east
 
 
 def _check_template(template: str) -> None:

@@ -113,7 +113,12 @@ def test_signed_urls_are_signed_again_and_leave_no_trace(server, tmp_path, monke
 
 def test_cache_names_stay_inside_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("CANOPY_CACHE", str(tmp_path))
-    for url in ("https://h/../../etc/passwd", "https://h/%2e%2e/%2e%2e/x", "https://h/", "https://h/a/b.tif?x=1"):
+    for url in (
+        "https://h/../../etc/passwd",
+        "https://h/%2e%2e/%2e%2e/x",
+        "https://h/",
+        "https://h/a/b.tif?x=1",
+    ):
         assert cached_path(url).resolve().is_relative_to(tmp_path.resolve())
     assert cached_path("https://h/a.tif?sig=1") == cached_path("https://h/a.tif?sig=2")
 

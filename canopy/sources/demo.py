@@ -1,0 +1,83 @@
+"""The demo source: a synthetic forest shown as if it were aerial imagery of a real place.
+
+The scene of seed 0, `canopy data synth`'s own default, is laid on the UTM lattice round one point; its plane's
+origin is that point, rounded to whole metres. Nothing is stored: every window is rendered when it is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import date
+
+import numpy as np
+from affine import Affine
+from numpy.typing import NDArray
+from odc.geo import CRS
+
+from canopy.geo.aoi import AOI
+from canopy.geo.crs import transformer, utm_crs
+from canopy.geo.grid import Grid
+from canopy.sources.dates import days_since_epoch
+from canopy.sources.imagery import Imagery, contains
+from canopy.sources.native import read_lattice
+from canopy.sources.synth import SceneSpec, SynthTile
+from canopy.sources.synth_render import render
+
+LATITUDE, LONGITUDE = 44.083, -71.296
+SIDE_M = 2048.0
+GSD_M = 0.5
+DAY = date(2024, 7, 15)
+
+
+class DemoSource:
+    """An `ImagerySource` over the synthetic scene, a square of 2048 m."""
+
+    name = "demo"
+    native_gsd_m = GSD_M
+    dates: tuple[str, ...] = (DAY.isoformat(),)
+
+    def __init__(self, spec: SceneSpec | None = None) -> None:
+        """Show the scene of `spec` (default: seed 0) at the demo's place."""
+        self.spec = replace(spec or SceneSpec(), gsd_m=GSD_M)
+        self.native_crs: CRS = utm_crs(LONGITUDE, LATITUDE)
+        x, y = transformer("EPSG:4326", self.native_crs).transform(LONGITUDE, LATITUDE)
+        self.origin_xy = (float(round(x)), float(round(y)))
+        side_px = round(SIDE_M / GSD_M)
+        west, north = self.origin_xy[0] - SIDE_M / 2, self.origin_xy[1] + SIDE_M / 2
+        corner = Affine(GSD_M, 0, west, 0, -GSD_M, north)
+        self.native_grid: Grid | None = Grid.of(self.native_crs, corner, (side_px, side_px))
+        self._lattice = self.native_grid
+        self.scene_ids: tuple[str, ...] = (f"synthetic scene, seed {self.spec.seed}",)
+        self.notes: list[str] = ["demo: a synthetic scene, not a real place"]
+
+    def area(self) -> AOI:
+        """The square that the scene covers."""
+        return AOI.from_grid(self._lattice)
+
+    def covers(self, aoi: AOI) -> bool:
+        """True when the area lies wholly inside the square."""
+        return contains(self.area(), aoi)
+
+    def read(self, grid: Grid) -> Imagery:
+        """Pixels on `grid`, rendered at 0.5 m and resampled if the grid is another one."""
+        values, valid = read_lattice(self._render, self._lattice, grid)
+        rgb = np.clip(values / np.float32(255.0), 0.0, 1.0)
+        day = np.where(valid, np.int32(days_since_epoch(DAY)), np.int32(0))
+        return Imagery(rgb, valid, day, grid)
+
+    def truth(self, grid: Grid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Exact canopy height on `grid`, metres (height, width), and validity; averaged on coarser grids."""
+
+        def heights(window: Grid) -> tuple[np.ndarray, NDArray[np.bool_]]:
+            chm = self._tile(window).chm
+            return np.broadcast_to(chm, (3, *chm.shape)), np.ones(window.shape, bool)
+
+        values, valid = read_lattice(heights, self._lattice, grid)
+        return values[0], valid
+
+    def _render(self, window: Grid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        return self._tile(window).rgb, np.ones(window.shape, bool)
+
+    def _tile(self, window: Grid) -> SynthTile:
+        x, y = window.xy(0, 0)
+        return render(self.spec, x - self.origin_xy[0], y - self.origin_xy[1], *window.shape)
