@@ -1,9 +1,9 @@
 """A procedural forest whose every pixel is known: terrain, stands, trees, roads, water, houses.
 
 What stands at a place is a pure function of (seed, world position): trees live in hashed cells, fields are
-hashed lattice noise. So any window can be rendered on its own and equals the same pixels of the whole, bit
-for bit, and a scene of any size can be written tile by tile. Pure NumPy and SciPy: training uses it on machines
-without any geo library.
+hashed lattice noise. So any window can be rendered on its own and equals the same pixels of the whole,
+bit for bit, and a scene of any size can be written tile by tile. Pure NumPy and SciPy: training uses it on
+machines without any geo library.
 
 World plane: x metres east, y metres north; rows of an array run south.
 """
@@ -40,7 +40,7 @@ class SceneSpec:
     gsd_m: float = 0.5
     sun_azimuth_deg: float = 145.0
     sun_elevation_deg: float = 48.0
-    density: float = 0.6
+    density: float = 0.52
     conifers: float = 0.35
     height_m: float = 24.0
     dryness: float = 0.25
@@ -137,6 +137,17 @@ def noise_at(seed: int, salt: int, x: np.ndarray, y: np.ndarray, wave_m: float) 
     return (low * (1 - fv) + high * fv).astype(np.float32)
 
 
+def _cells(
+    west: float, south: float, east: float, north: float, cell: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (n,), (n,) of the square world cells that meet the box, in a fixed order."""
+    i, j = np.meshgrid(
+        np.arange(np.floor(west / cell), np.floor(east / cell) + 1).astype(np.int64),
+        np.arange(np.floor(south / cell), np.floor(north / cell) + 1).astype(np.int64),
+    )
+    return i.ravel(), j.ravel()
+
+
 # --- trees ---------------------------------------------------------------------------------------
 
 
@@ -175,11 +186,7 @@ def _storey(
     spec: SceneSpec, k: int, cell: float, share: float, chance: float, box: tuple[float, float, float, float]
 ) -> Trees:
     west, south, east, north = box
-    i, j = np.meshgrid(
-        np.arange(np.floor(west / cell), np.floor(east / cell) + 1).astype(np.int64),
-        np.arange(np.floor(south / cell), np.floor(north / cell) + 1).astype(np.int64),
-    )
-    i, j = i.ravel(), j.ravel()
+    i, j = _cells(west, south, east, north, cell)
     draw = [hash01(spec.seed, 100 + 20 * k + n, i, j) for n in range(9)]
     jitter = 0.25 if spec.plantation and k == 0 else 0.9
     x = (i + 0.5 + jitter * (draw[0] - 0.5)) * cell
@@ -190,7 +197,7 @@ def _storey(
     keep &= ~_built_at(spec, x, y)
     x, y, draw = x[keep], y[keep], [d[keep] for d in draw]
     stand = noise_at(spec.seed, 3, x, y, 170.0)
-    height = spec.height_m * share * (0.45 + 0.8 * stand) * (0.7 + 0.6 * draw[3])
+    height = spec.height_m * share * (0.3 + 1.0 * stand) * (0.7 + 0.6 * draw[3])
     conifer = noise_at(spec.seed, 4, x, y, 210.0) * 0.75 + 0.25 * draw[4] < 0.1 + 0.8 * spec.conifers
     conifer = (conifer & (spec.conifers > 0)) | (spec.conifers >= 1)
     if k == 2:
@@ -245,11 +252,7 @@ def houses_in(
 ) -> list[tuple[float, ...]]:
     """Houses (x, y, half width, half length, angle, roof tone) whose centre is within 15 m of the box."""
     cell = 45.0
-    i, j = np.meshgrid(
-        np.arange(np.floor((west - 15) / cell), np.floor((east + 15) / cell) + 1).astype(np.int64),
-        np.arange(np.floor((south - 15) / cell), np.floor((north + 15) / cell) + 1).astype(np.int64),
-    )
-    i, j = i.ravel(), j.ravel()
+    i, j = _cells(west - 15, south - 15, east + 15, north + 15, cell)
     draw = [hash01(spec.seed, 40 + n, i, j) for n in range(7)]
     x, y = (i + 0.2 + 0.6 * draw[0]) * cell, (j + 0.2 + 0.6 * draw[1]) * cell
     road = road_m(spec, x, y)

@@ -136,7 +136,9 @@ def _stamp(
     return chm, owner
 
 
-def _crown(trees: Trees, n: int, dx: np.ndarray, dy: np.ndarray, bumps: np.ndarray) -> np.ndarray:
+def _crown(
+    trees: Trees, n: np.signedinteger, dx: np.ndarray, dy: np.ndarray, bumps: np.ndarray
+) -> np.ndarray:
     """Crown surface in metres around stem `n`, 0 outside the crown."""
     height, radius, shape = trees.height[n], trees.radius[n], trees.shape[n]
     d = np.sqrt(dx * dx + dy * dy) / radius
