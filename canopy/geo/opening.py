@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,25 @@ class SourcePlace:
         """Whether a `Grid` can hold it as it is."""
         t = self.transform
         return t.a > 0 and t.e < 0 and abs(t.b) <= 1e-9 * t.a and abs(t.d) <= 1e-9 * -t.e
+
+    def xy(self, row: Any, col: Any) -> tuple[Any, Any]:
+        """World x, y of pixel-space points (numbers or arrays); (0, 0) is a corner, (0.5, 0.5) a centre."""
+        t = self.transform
+        return t.a * col + t.b * row + t.c, t.d * col + t.e * row + t.f
+
+    def rowcol(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Pixel-space row, col of world points: the inverse of `xy`."""
+        t = ~self.transform
+        return t.d * x + t.e * y + t.f, t.a * x + t.b * y + t.c
+
+    def in_turn_of(self, grid: Grid) -> SourcePlace:
+        """The same place, moved by whole turns of longitude to where `grid` counts them."""
+        if not (self.crs.geographic and grid.crs.geographic):
+            return self
+        middle = self.xy(self.height / 2, self.width / 2)[0]
+        turns = round((sum(grid.bounds[0::2]) / 2 - middle) / 360.0)
+        t = self.transform
+        return self if not turns else replace(self, transform=Affine(t.a, t.b, t.c + 360.0 * turns, *t[3:6]))
 
     def grid(self) -> Grid:
         """As a Grid. Raises InputError when rotated, sheared or south-up."""

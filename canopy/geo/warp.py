@@ -79,7 +79,7 @@ def plan_warp(place: SourcePlace, grid: Grid, resampling: str | None) -> WarpPla
 def _shrink_factor(place: SourcePlace, crs: object, pixel: tuple[float, float]) -> float:
     """Source pixels per target pixel (geometric mean of both axes) at the source's centre."""
     row, col = place.height / 2, place.width / 2
-    x, y = place.transform * np.array([[col, col + 1, col], [row, row, row + 1]])
+    x, y = place.xy(np.array([row, row, row + 1]), np.array([col, col + 1, col]))
     x, y = transformer(place.crs, crs).transform(x, y)
     jacobian = np.array([[x[1] - x[0], x[2] - x[0]], [y[1] - y[0], y[2] - y[0]]])
     area = abs(np.linalg.det(jacobian)) / (pixel[0] * pixel[1])
@@ -185,11 +185,9 @@ def source_positions(place: SourcePlace, grid: Grid, k: int = 1) -> tuple[np.nda
     if place.crs != grid.crs:
         x, y = transformer(grid.crs, place.crs).transform(x, y)
         x, y = np.where(np.isfinite(x), x, np.nan), np.where(np.isfinite(y), y, np.nan)
-        if place.crs.geographic:
-            x = _same_turn(x, place)
-    inverse = ~place.transform
-    node_c = inverse.a * x + inverse.b * y + inverse.c
-    node_r = inverse.d * x + inverse.e * y + inverse.f
+    if place.crs.geographic:
+        x = _same_turn(x, place)
+    node_r, node_c = place.rowcol(x, y)
     ri, rf = _cells(sub_rows, node_rows[0])
     ci, cf = _cells(sub_cols, node_cols[0])
     return _between(node_r, ri, rf, ci, cf), _between(node_c, ri, rf, ci, cf)
@@ -210,7 +208,7 @@ def _between(nodes: np.ndarray, ri: np.ndarray, rf: np.ndarray, ci: np.ndarray, 
 
 def _same_turn(lon: np.ndarray, place: SourcePlace) -> np.ndarray:
     """Longitudes moved by whole turns to where the source counts them (-180..180, 0..360, beyond)."""
-    middle = (place.transform * (place.width / 2, place.height / 2))[0]
+    middle = place.xy(place.height / 2, place.width / 2)[0]
     return lon - 360.0 * np.round((lon - middle) / 360.0)
 
 

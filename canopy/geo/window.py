@@ -64,7 +64,7 @@ def read_window(
     is never turned into nodata. Damage that GDAL passes over in silence (JPEG data) also closes `ds`.
     Use one dataset handle per thread (`DatasetPool`).
     """
-    place = SourcePlace.of(ds, crs)
+    place = SourcePlace.of(ds, crs).in_turn_of(grid)
 
     def read(row: int, col: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         values, valid = _read_native(ds, indexes, Window(col, row, width, height), nodata)
@@ -118,7 +118,7 @@ def _same_place(place: SourcePlace, crs: CRS) -> bool:
     if place.crs.geographic != crs.geographic:
         return False
     cols, rows = np.meshgrid(np.linspace(0, place.width, 5), np.linspace(0, place.height, 5))
-    x, y = place.transform * np.array([cols.ravel(), rows.ravel()])
+    x, y = place.xy(rows.ravel(), cols.ravel())
     tx, ty = transformer(place.crs, crs).transform(x, y)
     limit_x, limit_y = PHASE_TOL_PX * place.transform.a, PHASE_TOL_PX * -place.transform.e
     return bool(np.all(np.abs(tx - x) < limit_x) and np.all(np.abs(ty - y) < limit_y))
@@ -130,8 +130,7 @@ def _copy_window(
     """Pixels of a shared (or n times coarser) lattice, padded by hand: rasterio shrinks silently."""
     values = np.zeros((bands, *grid.shape), dtype=np.float32)
     valid = np.zeros(grid.shape, dtype=bool)
-    inverse = ~place.transform
-    col, row = (round(v) for v in inverse * (grid.transform.c, grid.transform.f))
+    row, col = (round(v) for v in place.rowcol(*grid.xy(0, 0)))
     step = max(1, 4096 // ratio) if ratio > 1 else max(grid.shape)
     for top in range(0, grid.height, step):
         for left in range(0, grid.width, step):
