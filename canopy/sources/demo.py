@@ -1,7 +1,7 @@
 """The demo source: a synthetic forest shown as if it were aerial imagery of a real place.
 
-The scene of seed 0, `canopy data synth`'s own default, is laid on the UTM lattice round one point; its plane's
-origin is that point, rounded to whole metres. Nothing is stored: every window is rendered when it is read.
+The scene of seed 0 is laid on the UTM lattice so that a spot with a road, a river and a meadow comes to lie at the
+demo's point. Nothing is stored: every window is rendered when it is read.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from canopy.sources.synth import SceneSpec, SynthTile
 from canopy.sources.synth_render import render
 
 LATITUDE, LONGITUDE = 44.083, -71.296
+SPOT_XY = (600.0, 440.0)  # of the scene's plane, metres
 SIDE_M = 2048.0
 GSD_M = 0.5
 DAY = date(2024, 7, 15)
@@ -41,9 +42,11 @@ class DemoSource:
         self.spec = replace(spec or SceneSpec(), gsd_m=GSD_M)
         self.native_crs: CRS = utm_crs(LONGITUDE, LATITUDE)
         x, y = transformer("EPSG:4326", self.native_crs).transform(LONGITUDE, LATITUDE)
-        self.origin_xy = (float(round(x)), float(round(y)))
+        centre = (float(round(x)), float(round(y)))
+        # World coordinates of the scene plane's origin.
+        self.origin_xy = (centre[0] - SPOT_XY[0], centre[1] - SPOT_XY[1])
         side_px = round(SIDE_M / GSD_M)
-        west, north = self.origin_xy[0] - SIDE_M / 2, self.origin_xy[1] + SIDE_M / 2
+        west, north = centre[0] - SIDE_M / 2, centre[1] + SIDE_M / 2
         corner = Affine(GSD_M, 0, west, 0, -GSD_M, north)
         self.native_grid: Grid | None = Grid.of(self.native_crs, corner, (side_px, side_px))
         self._lattice = self.native_grid
