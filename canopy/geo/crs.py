@@ -13,7 +13,7 @@ import numpy as np
 import pyproj
 import shapely
 from odc.geo import CRS
-from pyproj.exceptions import CRSError
+from pyproj.exceptions import CRSError, ProjError
 from shapely.geometry import MultiPolygon, Polygon, box
 from shapely.geometry.base import BaseGeometry
 
@@ -62,7 +62,22 @@ def transformer(source: Any, target: Any) -> pyproj.Transformer:
 
 @lru_cache(maxsize=256)
 def _transformer(source: CRS, target: CRS) -> pyproj.Transformer:
-    return pyproj.Transformer.from_crs(source.proj, target.proj, always_xy=True)
+    try:
+        return pyproj.Transformer.from_crs(source.proj, target.proj, always_xy=True)
+    except ProjError as error:
+        raise InputError(f"no way from {str(source)[:60]} to {str(target)[:60]}") from error
+
+
+@lru_cache(maxsize=64)
+def x_period(crs: CRS) -> float | None:
+    """One turn around the Earth in units of x, for CRSs whose x jumps at the antimeridian; else None."""
+    proj = crs.proj
+    if proj.is_geographic:
+        return 2 * math.pi / proj.axis_info[0].unit_conversion_factor
+    operation = proj.coordinate_operation
+    if operation is not None and "Pseudo Mercator" in operation.method_name:
+        return 2 * math.pi * geod_of(crs).a
+    return None
 
 
 @lru_cache(maxsize=64)

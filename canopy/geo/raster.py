@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rasterio.enums import ColorInterp
 
 from canopy.errors import InputError
 from canopy.geo.cog import CogWriter
@@ -77,13 +78,14 @@ def read_raster(
     """A north-up GeoTIFF (any of our encodings, or anybody's map) as float32 in the band's unit.
 
     Scale and offset are applied; a pixel is valid where every read band is. `window` may be any grid:
-    pixels are copied when it shares the file's lattice and resampled otherwise. `bands` are 1-based.
-    Raises ImageryError.
+    pixels are copied when it shares the file's lattice and resampled otherwise. `bands` are 1-based,
+    by default all but an alpha band. Raises ImageryError.
     """
     with open_raster(path) as dataset:
         place = SourcePlace.of(dataset)
         grid = window if window is not None else place.grid()
-        indexes = list(bands) if bands is not None else list(range(1, dataset.count + 1))
+        colors = enumerate(dataset.colorinterp, 1)
+        indexes = list(bands) if bands else [i for i, c in colors if c != ColorInterp.alpha]
         values, valid = read_window(dataset, grid, indexes)
         scales = np.array([dataset.scales[i - 1] for i in indexes])[:, None, None]
         offsets = np.array([dataset.offsets[i - 1] for i in indexes])[:, None, None]

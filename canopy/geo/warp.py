@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from odc.geo import CRS
 
 from canopy.errors import InputError
-from canopy.geo.crs import transformer
+from canopy.geo.crs import metres_per_unit, transformer, x_period
 from canopy.geo.grid import Grid
 from canopy.geo.opening import SourcePlace
 
@@ -34,6 +35,7 @@ AVERAGE_ABOVE = 1.5
 # A neighbour with less weight than this neither adds to a value nor makes it invalid (float noise).
 WEIGHT_TOL = 1e-3
 STRIP_SAMPLES = 1 << 15
+METRES_PER_DEGREE = 111_320.0
 
 # (row0, col0, height, width) of the source -> values (b, h, w) any dtype, valid (h, w)
 Reader = Callable[[int, int, int, int], tuple[np.ndarray, np.ndarray]]
@@ -76,7 +78,7 @@ def plan_warp(place: SourcePlace, grid: Grid, resampling: str | None) -> WarpPla
 
 
 @lru_cache(maxsize=1024)
-def _shrink_factor(place: SourcePlace, crs: object, pixel: tuple[float, float]) -> float:
+def _shrink_factor(place: SourcePlace, crs: CRS, pixel: tuple[float, float]) -> float:
     """Source pixels per target pixel (geometric mean of both axes) at the source's centre."""
     row, col = place.height / 2, place.width / 2
     x, y = place.xy(np.array([row, row, row + 1]), np.array([col, col + 1, col]))
@@ -84,8 +86,14 @@ def _shrink_factor(place: SourcePlace, crs: object, pixel: tuple[float, float]) 
     jacobian = np.array([[x[1] - x[0], x[2] - x[0]], [y[1] - y[0], y[2] - y[0]]])
     area = abs(np.linalg.det(jacobian)) / (pixel[0] * pixel[1])
     if not np.isfinite(area) or area == 0:
-        raise InputError("the image is outside the domain of the output CRS", where=str(crs))
+        # A source so large that its centre is out of the target's domain: compare sizes on the ground.
+        source_size = abs(place.transform.determinant) ** 0.5 * _metres_per_unit(place.crs)
+        return float(round((pixel[0] * pixel[1]) ** 0.5 * _metres_per_unit(crs) / source_size, 6))
     return float(round(area**-0.5, 6))
+
+
+def _metres_per_unit(crs: CRS) -> float:
+    return metres_per_unit(crs) if crs.projected else METRES_PER_DEGREE
 
 
 def warp_window(plan: WarpPlan, grid: Grid, read: Reader, bands: int) -> tuple[np.ndarray, np.ndarray]:
@@ -185,12 +193,18 @@ def source_positions(place: SourcePlace, grid: Grid, k: int = 1) -> tuple[np.nda
     if place.crs != grid.crs:
         x, y = transformer(grid.crs, place.crs).transform(x, y)
         x, y = np.where(np.isfinite(x), x, np.nan), np.where(np.isfinite(y), y, np.nan)
-    if place.crs.geographic:
-        x = _same_turn(x, place)
-    node_r, node_c = place.rowcol(x, y)
     ri, rf = _cells(sub_rows, node_rows[0])
     ci, cf = _cells(sub_cols, node_cols[0])
-    return _between(node_r, ri, rf, ci, cf), _between(node_c, ri, rf, ci, cf)
+    period = x_period(place.crs)
+    if period is None:
+        nodes_r, nodes_c = place.rowcol(x, y)
+        return _between(nodes_r, ri, rf, ci, cf), _between(nodes_c, ri, rf, ci, cf)
+    # x jumps at the antimeridian: made continuous between nodes, then put where the source counts it.
+    finite = x[np.isfinite(x)]
+    x = _in_turn(x, finite[0] if finite.size else 0.0, period)
+    middle = place.xy(place.height / 2, place.width / 2)[0]
+    dense_x = _in_turn(_between(x, ri, rf, ci, cf), middle, period)
+    return place.rowcol(dense_x, _between(y, ri, rf, ci, cf))
 
 
 def _cells(position: np.ndarray, first_node: int) -> tuple[np.ndarray, np.ndarray]:
@@ -206,10 +220,9 @@ def _between(nodes: np.ndarray, ri: np.ndarray, rf: np.ndarray, ci: np.ndarray, 
     return lines[:, ci] * (1 - cf) + lines[:, ci + 1] * cf
 
 
-def _same_turn(lon: np.ndarray, place: SourcePlace) -> np.ndarray:
-    """Longitudes moved by whole turns to where the source counts them (-180..180, 0..360, beyond)."""
-    middle = place.xy(place.height / 2, place.width / 2)[0]
-    return lon - 360.0 * np.round((lon - middle) / 360.0)
+def _in_turn(x: np.ndarray, middle: float, period: float) -> np.ndarray:
+    """x moved by whole turns to within half a turn of `middle`."""
+    return x - period * np.round((x - middle) / period)
 
 
 def _span(position: np.ndarray, size: int, reach: int, block: int) -> tuple[int, int]:

@@ -341,6 +341,36 @@ def test_longitudes_counted_to_360(make_tif):
         assert not read_window(ds, far, [1])[1].any()
 
 
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3857"])
+def test_a_world_map_has_no_seam_at_the_antimeridian(make_tif, crs):
+    """Values follow cos(longitude), which is smooth across 180."""
+    half = 180.0 if crs == "EPSG:4326" else np.pi * 6378137.0
+    lon = np.radians((np.arange(1440) + 0.5) / 4 - 180)
+    values = np.broadcast_to(np.cos(lon), (1, 720, 1440)).astype("float32")
+    step = half / 720
+    path = make_tif(values, Affine(step, 0, -half, 0, -step, half / 2), crs)
+    grid = AOI.from_bounds((178, -17, -178, -16)).grid("EPSG:32701", 5000)
+    cols, rows = np.meshgrid(np.arange(grid.width) + 0.5, np.arange(grid.height) + 0.5)
+    x, y = grid.xy(rows, cols)
+    lon, _ = pyproj.Transformer.from_crs(32701, 4326, always_xy=True).transform(x, y)
+    with open_raster(path) as ds:
+        got, valid = read_window(ds, grid, [1])
+    assert valid.all()
+    assert np.abs(got[0] - np.cos(np.radians(lon))).max() < 1e-4
+
+
+def test_one_pixel_rasters_and_sources_far_away(make_tif):
+    one = Affine(10, 0, ORIGIN[0], 0, -10, ORIGIN[1])
+    with open_raster(make_tif(np.full((1, 1, 1), 7, dtype="uint8"), one)) as ds:
+        for pixel in (1.7, 10.0, 3.0):
+            grid = Grid.from_bounds((ORIGIN[0], ORIGIN[1] - 10, ORIGIN[0] + 10, ORIGIN[1]), 32610, pixel)
+            got, valid = read_window(ds, grid, [1])
+            assert valid.any() and (got[0][valid] == 7).all()
+        assert not read_window(ds, grid.window(9000, 9000, 5, 5), [1])[1].any()
+        opposite = Grid.of(32660, Affine(1, 0, 5e5, 0, -1, 4e6), (20, 20))
+        assert not read_window(ds, opposite, [1])[1].any()
+
+
 # ---- damage -------------------------------------------------------------------------------------
 def test_a_truncated_file_is_an_error_with_its_name_and_place(make_tif, rng):
     values = rng.uniform(0, 50, (1, 1024, 1024)).astype("float32")
