@@ -180,8 +180,9 @@ class Job:
             path = Path(folder) / "predicted.tif"
             with Scratch(path, target.predict) as scratch:
                 run = predict_grid(
-                    self.model, self.source, target.predict, scratch, date_band=True, **options
-                )
+                    self.model, self.source, target.predict, scratch,
+                    aoi=target.reach(self.aoi), date_band=True, **options,
+                )  # fmt: skip
             final = regrid(
                 path, target.output, sink, self.source,
                 aoi=self.aoi, date_band=request.date_band, progress=progress,
@@ -233,7 +234,7 @@ def _check_output(request: Request) -> output.OutputFiles | None:
     if request.out is None:
         return None
     files = output.OutputFiles.of(request.out, request.quicklook)
-    files.check(request.images, request.overwrite)
+    files.check([*request.images, *([request.imagery] if request.imagery else [])], request.overwrite)
     return files
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from canopy.errors import AreaError, ConfigError, ImageryError
 from canopy.geo.aoi import AOI
-from canopy.geo.crs import output_crs, to_crs
+from canopy.geo.crs import metres_per_unit, output_crs, to_crs
 from canopy.geo.grid import Grid
 
 if TYPE_CHECKING:
@@ -41,6 +41,12 @@ class Target:
     @property
     def is_resampled(self) -> bool:
         return self.predict != self.output
+
+    def reach(self, aoi: AOI) -> AOI:
+        """The area that must be predicted for the output pixels inside `aoi`: two output pixels more."""
+        around = 2 * max(self.predict.gsd_m, self.output.gsd_m) / metres_per_unit(self.predict.crs)
+        geometry = aoi.to_crs(self.predict.crs).geometry.buffer(around + self.predict.pixel[0])
+        return AOI(geometry, self.predict.crs, aoi.is_box)
 
 
 def choose_target(

@@ -331,3 +331,20 @@ def test_help_imports_neither_torch_nor_xarray(repo: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repo, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "--bbox" in done.stdout
+
+
+def test_a_coarse_map_of_a_polygon_equals_that_of_the_whole(predict, make_image, heights) -> None:
+    import geopandas
+    from shapely.geometry import Point
+
+    image = make_image(photometric="RGB")
+    predict(image, "--gsd", "2", out="whole.tif")
+    geopandas.GeoDataFrame(geometry=[Point(500_030, 4_881_975).buffer(15)], crs=32618).to_file("disc.gpkg")
+    predict(image, "--gsd", "2", "--aoi", "disc.gpkg", out="disc.tif")
+    disc = heights("disc.tif")
+    with rasterio.open("disc.tif") as small, rasterio.open("whole.tif") as large:
+        window = rasterio.windows.from_bounds(*small.bounds, transform=large.transform).round()
+        expected = large.read(1, window=window)
+    inside = np.isfinite(disc)
+    assert 150 < inside.sum() < 200
+    np.testing.assert_allclose(disc[inside], expected[inside], atol=1e-3)

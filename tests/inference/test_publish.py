@@ -1,0 +1,111 @@
+"""Facts beside a map: the STAC item of odd places, the quicklook's details, file names."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from canopy.errors import InputError
+from canopy.geo.grid import Grid
+from canopy.geo.raster import BandSpec, CogWriter
+from canopy.inference import output
+from canopy.inference.quicklook import round_length, write_quicklook
+from canopy.inference.stac_item import MapFacts, map_item
+
+
+def facts(tmp_path: Path, grid: Grid, **more: object) -> MapFacts:
+    path = tmp_path / "chm.tif"
+    path.write_bytes(b"pixels")
+    return MapFacts(
+        path=path,
+        sha256="ab" * 32,
+        grid=grid,
+        encoding="float32",
+        bands=output.BANDS[:1],
+        dates=more.pop("dates", ()),  # type: ignore[arg-type]
+        imagery=(("a.tif", "a.tif"),),
+        model={"name": "m", "sha256": "00", "licence": "Apache-2.0"},
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def test_an_item_across_the_antimeridian_is_split(tmp_path: Path) -> None:
+    # The border of UTM zones 60 and 1, on the equator's side where 180 degrees is at 833,979 m of zone 60.
+    grid = Grid.of("EPSG:32660", (100, 0, 832_000, 0, -100, 10_000), (50, 40))
+    item = map_item(facts(tmp_path, grid))
+    assert item["geometry"]["type"] == "MultiPolygon"
+    west, south, east, north = item["bbox"]
+    assert west > 179 and east < -179 and 0 < south < north < 1
+
+
+def test_an_item_without_an_epsg_code_has_its_wkt(tmp_path: Path) -> None:
+    grid = Grid.of("+proj=laea +lat_0=12 +lon_0=33 +datum=WGS84", (10, 0, 0, 0, -10, 0), (5, 6))
+    properties = map_item(facts(tmp_path, grid))["properties"]
+    assert properties["proj:code"] is None
+    assert "Lambert Azimuthal" in properties["proj:wkt2"]
+
+
+def test_dates_of_an_item(tmp_path: Path) -> None:
+    grid = Grid.of("EPSG:32618", (1, 0, 500_000, 0, -1, 4_000_000), (5, 6))
+    one = map_item(facts(tmp_path, grid, dates=("2020-05-01",)))["properties"]
+    assert one["datetime"] == "2020-05-01T00:00:00Z"
+    two = map_item(facts(tmp_path, grid, dates=("2021-05-01", "2019-01-02")))["properties"]
+    assert two["datetime"] is None
+    assert (two["start_datetime"], two["end_datetime"]) == ("2019-01-02T00:00:00Z", "2021-05-01T23:59:59Z")
+    moment = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    assert map_item(facts(tmp_path, grid), created=moment)["properties"]["created"] == "2026-01-02T03:04:05Z"
+
+
+@given(st.floats(1e-3, 1e7))
+def test_scale_bars_are_round_and_not_too_long(metres: float) -> None:
+    length = round_length(metres)
+    assert length <= metres * (1 + 1e-6) < length * 2.5 * (1 + 1e-6)
+    assert f"{length:e}"[0] in "125"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2000, 30), (40, 3000)])
+def test_quicklooks_of_odd_shapes(tmp_path: Path, shape: tuple[int, int]) -> None:
+    grid = Grid.of("EPSG:32618", (0.5, 0, 500_000, 0, -0.5, 4_000_000), shape)
+    heights = np.linspace(0, 30, shape[0] * shape[1], dtype=np.float32).reshape(1, *shape)
+    with CogWriter(tmp_path / "chm.tif", grid, [BandSpec("canopy_height", "m")]) as writer:
+        writer.write(heights, np.ones(shape, bool))
+    write_quicklook(tmp_path / "chm.tif", tmp_path / "chm.png", title="a map")
+    assert (tmp_path / "chm.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["chm.png", "chm.tif"]
+
+
+def test_a_map_without_heights_still_has_a_picture(tmp_path: Path) -> None:
+    grid = Grid.of("EPSG:32618", (0.5, 0, 500_000, 0, -0.5, 4_000_000), (20, 20))
+    with CogWriter(tmp_path / "chm.tif", grid, [BandSpec("canopy_height", "m")]):
+        pass
+    write_quicklook(tmp_path / "chm.tif", tmp_path / "chm.png", title="nothing")
+    assert (tmp_path / "chm.png").is_file()
+
+
+def test_names_in_tags_have_no_folders_and_no_signatures() -> None:
+    source = SimpleNamespace(name="/data/in/a.tif", scene_ids=("/data/in/a.tif",))
+    assert output.imagery_text(source) == "a.tif"  # type: ignore[arg-type]
+    remote = SimpleNamespace(name="naip", scene_ids=("https://host/a.tif?sig=secret",))
+    assert output.imagery_text(remote) == "naip: https://host/a.tif"  # type: ignore[arg-type]
+    many = SimpleNamespace(name="folder", scene_ids=tuple(f"{i}.tif" for i in range(50)))
+    assert output.imagery_text(many).endswith("19.tif and 30 more")  # type: ignore[arg-type]
+
+
+def test_default_names() -> None:
+    assert output.default_out(["x/forest.jp2"], None) == "forest_chm.tif"
+    assert output.default_out(["https://host/a/b.tif?sig=1"], None) == "b_chm.tif"
+    assert output.default_out([], "naip") == "naip_chm.tif"
+    assert output.default_out([], "https://host/{z}/{x}/{y}.png") == "chm.tif"
+    assert output.default_out(["a.tif", "b.tif"], None) == "chm.tif"
+
+
+def test_outputs_must_be_geotiffs(tmp_path: Path) -> None:
+    for name in (tmp_path, "a/", "chm.png", "chm"):
+        with pytest.raises(InputError):
+            output.OutputFiles.of(name, quicklook=False)
