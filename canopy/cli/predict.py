@@ -86,9 +86,10 @@ def predict(
       canopy predict a.tif b.tif --aoi stand.gpkg --crs image --gsd 1 --dry-run
     """
     from canopy.inference.estimate import MAX_PIXELS
-    from canopy.inference.job import Request, prepare
+    from canopy.inference.job import prepare
     from canopy.inference.output import default_out
     from canopy.inference.predict import choose_area
+    from canopy.inference.request import Request
     from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
