@@ -77,7 +77,7 @@ def choose_target(
         raise ConfigError(f"{gsd_m} is no ground sample distance", where="--gsd", expected="metres, above 0")
     if crs == "image":
         return _on_image(aoi, model_gsd_m, gsd_m, native)
-    default = output_crs(aoi.lonlat, native_crs)
+    default = aoi.output_crs(native_crs)
     chosen = default if crs is None else to_crs(crs)
     if not chosen.projected:
         return _resampled(aoi, _degree_grid(aoi, chosen, gsd_m or model_gsd_m), model_gsd_m)
@@ -138,7 +138,7 @@ def _degree_grid(aoi: AOI, crs: CRS, gsd_m: float) -> Grid:
 
 def _resampled(aoi: AOI, output: Grid, model_gsd_m: float) -> Target:
     """Predict on a metric grid that covers `output` with two pixels to spare for interpolation."""
-    metric = output.crs if output.crs.projected else output_crs(aoi.lonlat)
+    metric = output.crs if output.crs.projected else aoi.output_crs()
     return Target(AOI.from_grid(output).grid(metric, model_gsd_m).pad(2), output)
 
 

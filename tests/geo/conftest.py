@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from hypothesis import settings
+
+# The first call of PROJ or GDAL is slow, and machines differ: correctness has no deadline.
+settings.register_profile("geo", deadline=None)
+settings.load_profile("geo")
 
 
 @pytest.fixture
