@@ -31,7 +31,6 @@ from canopy.geo.crs import (
     to_lonlat,
     transformer,
     utm_crs,
-    utm_zone,
 )
 from canopy.geo.fill import fill_polygons
 from canopy.geo.grid import Grid
@@ -202,9 +201,10 @@ class AOI:
     def output_crs(self, native_crs: Any | None = None) -> CRS:
         """The default CRS of a map of this area: `canopy.geo.crs.output_crs`, but a square that was
         built in a UTM zone stays in it, also where its middle falls into the next one."""
-        chosen = output_crs(self.lonlat, native_crs)
-        kept = native_crs is not None and chosen == to_crs(native_crs)
-        return self.crs if not kept and utm_zone(self.crs) is not None else chosen
+        for candidate in (native_crs, self.crs):
+            if candidate is not None and output_crs(self.lonlat, candidate) == to_crs(candidate):
+                return to_crs(candidate)
+        return output_crs(self.lonlat)
 
     def grid(self, crs: Any, gsd_m: float) -> Grid:
         """The grid in `crs` (projected) that holds the area, its pixel worth `gsd_m` GROUND metres.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from canopy.errors import AreaError, ConfigError, ImageryError
 from canopy.geo.aoi import AOI
-from canopy.geo.crs import metres_per_unit, output_crs, to_crs
+from canopy.geo.crs import metres_per_unit, to_crs
 from canopy.geo.grid import Grid
 
 if TYPE_CHECKING:

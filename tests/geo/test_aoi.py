@@ -286,3 +286,12 @@ def test_a_polygon_in_degrees_masks_a_utm_grid():
     grid = aoi.grid("EPSG:32610", 30)
     area = aoi.mask(grid).sum() * 30 * 30
     assert area == pytest.approx(aoi.to_crs("EPSG:32610").geometry.area, rel=1e-3)
+
+
+def test_the_output_crs_prefers_the_image_then_the_area():
+    square = AOI.from_bbox("45.0,-120.001", size_m=1000)  # zone 10, one pixel row from zone 11
+    assert square.output_crs().epsg == 32610
+    assert square.output_crs("EPSG:26911").epsg == 26911
+    assert square.output_crs("EPSG:3857").epsg == 32610
+    far = AOI(square.to_crs("EPSG:32633").geometry, "EPSG:32633")
+    assert far.output_crs().epsg == 32610
