@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -277,3 +279,32 @@ def test_real_neon_maps_are_read(shared):
     assert np.array_equal(raster.valid, ~np.ma.getmaskarray(data) & np.isfinite(data.data))
     assert np.allclose(raster.values[0][raster.valid], data.data[raster.valid] * scale, atol=1e-5)
     assert isinstance(path, Path)
+
+
+FULL_DISK = """
+import resource, signal, sys
+import numpy as np
+from canopy.errors import OutputError
+from canopy.geo.grid import Grid
+from canopy.geo.raster import Raster, write_cog
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+grid = Grid.from_bounds((500_000, 4_000_000, 501_100, 4_000_900), 32610, 1.0)
+values = np.random.default_rng(0).uniform(0, 60, (1, *grid.shape)).astype("float32")
+try:
+    write_cog(sys.argv[1], Raster(values, np.ones(grid.shape, bool), grid))
+except OutputError as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.parametrize("limit", [300_000, 3_000_000, 4_500_000])
+def test_a_disk_that_fills_up_for_real(tmp_path, limit):
+    """The system refuses bytes beyond a limit: in the scratch file, or later in the result."""
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "map.tif"), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("refused"), done.stderr
+    assert "map.tif" in done.stdout
+    assert list(tmp_path.iterdir()) == []
