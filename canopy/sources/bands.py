@@ -1,7 +1,8 @@
 """Which bands of a raster are red, green and blue, and what value is white.
 
-Both follow what the file declares (colour interpretation, band descriptions, data type) and what the user says,
-never the image's own statistics: a stretch taken from the pixels would make one tile brighter than the next.
+Both follow what the file declares (colour interpretation, band descriptions, data type) and what the user
+says, never the image's own statistics: a stretch taken from the pixels would make one tile brighter than
+the next.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import PurePosixPath
 
 UNKNOWN = 0
@@ -44,7 +44,7 @@ def days_since_epoch(day: date | None) -> int:
 
 
 def parse_day(text: str) -> date | None:
-    """A calendar day out of the ways that tags write it: `2021-07-04T...`, `2021:07:04 12:00:00`, `20210704`."""
+    """A day out of the ways that tags write it: `2021-07-04T...`, `2021:07:04 12:00:00`, `20210704`."""
     match = re.match(r"\s*(\d{4})[-:/]?(\d{2})[-:/]?(\d{2})", text)
     if not match:
         return None
@@ -89,7 +89,9 @@ def acquisition_date(tags: Mapping[str, str], name: str) -> date | None:
 
 
 def parse_range(text: str | None) -> tuple[date | None, date | None]:
-    """First and last day of a STAC-style interval: `2021`, `2021-07`, `2021-06-01/2021-09-30`, `../2021-01-01`.
+    """First and last day of a STAC-style interval.
+
+    Such as `2021`, `2021-07`, `2021-06-01/2021-09-30` or `../2021-01-01`.
 
     Raises:
         ValueError: the text is not a date or an interval of dates.
@@ -119,10 +121,3 @@ def _edge(text: str, *, end: bool) -> date | None:
     if month is None or month == 12:
         return date(year, 12, 31)
     return date.fromordinal(date(year, month + 1, 1).toordinal() - 1)
-
-
-def day_of(moment: datetime | None) -> date | None:
-    """UTC calendar day of a moment (naive moments are UTC, as STAC has it)."""
-    if moment is None:
-        return None
-    return (moment if moment.tzinfo is None else moment.astimezone(UTC)).date()

@@ -1,7 +1,7 @@
 """Download files once, completely, and verified.
 
-A download goes to `NAME.part`, resumes there after an interruption, is checked for length and sha256, flushed to
-disk, and only then gets its name. Whoever sees the name sees the whole file.
+A download goes to `NAME.part`, resumes there after an interruption, is checked for length and sha256,
+flushed to disk, and only then gets its name. Whoever sees the name sees the whole file.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _fetch_into(url: str, part: Path, headers: Mapping[str, str], sign: http.Sig
 def _one_try(
     url: str, target: str, part: Path, have: int, headers: Mapping[str, str], can_sign: bool
 ) -> tuple[str, float | None]:
-    """One request. Returns a problem worth another try (empty when the file is complete) and the wait asked for."""
+    """One request: a problem worth another try (empty: the file is complete) and the wait asked for."""
     # `identity`: Content-Length must count the bytes that reach the file.
     wanted = {**headers, "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     request = http.client().stream("GET", target, headers=wanted, timeout=http.policy().timeout_s)

@@ -35,7 +35,8 @@ class RetryPolicy:
 
     Attributes:
         attempts: tries in all.
-        first_wait_s: wait after the first failure; doubles each time, with +-25 % jitter so that workers spread.
+        first_wait_s: wait after the first failure; doubles each time, with +-25 % jitter so that workers
+            spread.
         longest_wait_s: no single wait is longer; a host whose Retry-After asks for more is given up on.
         timeout_s: silence on a connection that counts as a failure.
     """
@@ -94,14 +95,15 @@ def client() -> httpx.Client:
 
 
 def gdal_options() -> dict[str, Any]:
-    """GDAL configuration for reading over HTTP: few and large requests, no directory listings, no stale errors."""
+    """GDAL configuration for HTTP: few and large requests, no directory listings, no stale errors."""
     return {
         "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
         "GDAL_HTTP_CONNECTTIMEOUT": "15",
         "GDAL_HTTP_TIMEOUT": str(round(4 * _policy.timeout_s)),
         "GDAL_HTTP_LOW_SPEED_TIME": str(round(_policy.timeout_s)),
         "GDAL_HTTP_LOW_SPEED_LIMIT": "1",
-        "GDAL_HTTP_MAX_RETRY": "0",  # the application decides, because only it sees Retry-After and cut bodies
+        # The application retries: only it sees Retry-After and cut bodies.
+        "GDAL_HTTP_MAX_RETRY": "0",
         "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
         "GDAL_HTTP_USERAGENT": "canopy-height",
         "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
@@ -243,8 +245,8 @@ def diagnose(url: str, *, what: str = "the image", can_sign: bool = False) -> tu
     """Ask a host for the first bytes of a URL that GDAL could not read, to learn why.
 
     Returns:
-        What the host did, in words, and the seconds it asks to wait (None: it did not say). An empty text means
-        that the host answers well now.
+        What the host did, in words, and the seconds it asks to wait (None: it did not say). An empty text
+        means that the host answers well now.
 
     Raises:
         FetchError: retrying cannot help: no such file, a web page, no range requests, no access.

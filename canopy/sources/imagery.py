@@ -1,8 +1,9 @@
 """Where pixels come from: one function from a source and a Grid to RGB, validity and acquisition dates.
 
 `open_imagery` takes whatever the user has - a file, several files, a directory, a VRT, a URL, a STAC API or
-catalog, a web-tile template, or the name of a source in `data_manifests/imagery` - and returns an object whose
-`read(grid)` gives pixels on any north-up grid. A pixel's value does not depend on which window it was read with.
+catalog, a web-tile template, or the name of a source in `data_manifests/imagery` - and returns an object
+whose `read(grid)` gives pixels on any north-up grid. A pixel's value does not depend on which window it
+was read with.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class ReadOptions:
         crs: CRS of images that carry none.
         scale: pixel value that means white.
         datetime: STAC-style instant or interval that limits acquisitions.
+        gsd_m: ground sample distance that the caller will read at; web tiles choose their zoom by it.
     """
 
     bands: str | Sequence[int] | None = None
@@ -66,6 +68,10 @@ class ReadOptions:
     crs: str | None = None
     scale: float | None = None
     datetime: str | None = None
+    gsd_m: float | None = None
+
+
+SWAP_HINT = "swapping latitude and longitude would find imagery: --bbox takes LAT,LON, --bounds takes W,S,E,N"
 
 
 @runtime_checkable
@@ -129,26 +135,28 @@ def open_imagery(
     crs: str | None = None,
     scale: float | None = None,
     datetime: str | None = None,
+    gsd_m: float | None = None,
 ) -> ImagerySource:
     """Open images of any kind.
 
     Args:
-        source: a file, a directory of images, a .vrt, an http(s) URL of an image, a STAC API or catalog (URL or
-            path), a web-tile template with {z}/{x}/{y} or {q}, the name of a source of the manifests, or
-            several files or URLs, earlier ones on top.
+        source: a file, a directory of images, a .vrt, an http(s) URL of an image, a STAC API or catalog
+            (URL or path), a web-tile template with {z}/{x}/{y} or {q}, the name of a source of the
+            manifests, or several files or URLs, earlier ones on top.
         area: what will be read; required by searchable sources (STAC APIs), a help to others.
         bands: band numbers of red, green and blue, counted from 1.
         nodata: a pixel whose red, green and blue all have this value is missing.
         crs: CRS of images that carry none.
         scale: pixel value that means white; required for images that are not uint8.
         datetime: an acquisition instant or interval such as `2021-06/2021-09`.
+        gsd_m: ground metres per pixel that will be read; web tiles choose their zoom by it (default 0.5).
 
     Raises:
         InputError: a name that is not accepted, or an option that does not fit.
         ImageryError: an image that cannot be read as RGB; FetchError for remote hosts.
         AreaError: no imagery in `area`.
     """
-    options = ReadOptions(bands, nodata, crs, scale, datetime)
+    options = ReadOptions(bands, nodata, crs, scale, datetime, gsd_m)
     many = not isinstance(source, (str, Path))
     items = [str(item) for item in source] if many else [str(source)]  # type: ignore[union-attr]
     if not items or not all(item.strip() for item in items):
@@ -244,7 +252,7 @@ def check_coverage(source: ImagerySource, aoi: AOI) -> None:
     swapped = swapped_area(aoi)
     remedy = f"the imagery covers {outline.describe()}"
     if swapped is not None and overlaps(outline, swapped):
-        remedy = "swapping latitude and longitude would find imagery: --bbox takes LAT,LON and --bounds takes W,S,E,N"
+        remedy = SWAP_HINT
     raise AreaError(f"no imagery there ({aoi.describe()})", where=source.name, remedy=remedy)
 
 
@@ -259,7 +267,7 @@ def contains(outer: AOI, inner: AOI) -> bool:
 
 
 def swapped_area(aoi: AOI) -> AOI | None:
-    """The area that the same numbers mean in the other axis order, or None where that is no place on Earth."""
+    """The area that the same numbers mean in the other axis order, or None where that is nowhere."""
     from shapely.ops import transform
 
     geometry = aoi.to_crs("EPSG:4326").geometry

@@ -30,7 +30,8 @@ class ImageryManifest(Settings):
         name: what `--imagery` takes; the file's stem.
         title: one line for lists.
         kind: file, dir, stac (an API or a static catalog), xyz (web tiles) or demo (the synthetic scene).
-        href: path, URL or tile template; `${VARIABLE}` is taken from the environment when the source is opened.
+        href: path, URL or tile template; `${VARIABLE}` is taken from the environment when the source is
+            opened.
         collection: STAC collection to search.
         assets: STAC asset keys in order of preference; empty: found by common name.
         signing: who signs the URLs just before they are read.
@@ -39,7 +40,8 @@ class ImageryManifest(Settings):
         gsd_m: ground sample distance of the imagery, metres.
         licence, attribution: the terms; shown with results.
         dates: first and last acquisition, `2010/2023`.
-        coverage: [west, south, east, north], a list of such boxes, WKT or a GeoJSON geometry, all in EPSG:4326.
+        coverage: [west, south, east, north], a list of such boxes, WKT or a GeoJSON geometry, all in
+            EPSG:4326.
         notes: what a user should know.
         rank: order among sources that cover an area, 1 = first choice; None: never chosen by itself.
         tile_px, min_zoom, max_zoom: layout of web tiles.

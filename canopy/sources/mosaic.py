@@ -1,8 +1,8 @@
 """Several images as one source, by one rule that does not depend on the window.
 
-Scenes have a fixed order, top first: files in the order given; a directory's files and a catalog's items newest
-first (ties by name). A pixel comes from the topmost scene that is valid there; scenes below fill what is left.
-Nothing is blended, so every pixel has one scene and one date.
+Scenes have a fixed order, top first: files in the order given; a directory's files and a catalog's items
+newest first (ties by name). A pixel comes from the topmost scene that is valid there; scenes below fill what
+is left. Nothing is blended, so every pixel has one scene and one date.
 """
 
 from __future__ import annotations

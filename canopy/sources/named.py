@@ -14,9 +14,7 @@ from canopy.sources.manifest import ImageryManifest, named_source
 UINT8_WHITE = 255.0
 
 
-def open_named(
-    name: str, area: AOI | None, options: ReadOptions, *, gsd_m: float | None = None
-) -> ImagerySource:
+def open_named(name: str, area: AOI | None, options: ReadOptions) -> ImagerySource:
     """Open a source of `data_manifests/imagery`.
 
     What the user said wins over the manifest's bands and scaling.
@@ -25,7 +23,7 @@ def open_named(
         InputError: no such source; the message names the nearest one and lists all.
     """
     manifest = named_source(name)
-    source = _open(manifest, area, _with_declared(options, manifest), gsd_m)
+    source = _open(manifest, area, _with_declared(options, manifest))
     source.notes.append(f"{manifest.name}: {manifest.attribution}, {manifest.licence}")
     return source
 
@@ -43,15 +41,13 @@ def _with_declared(options: ReadOptions, manifest: ImageryManifest) -> ReadOptio
     )
 
 
-def _open(
-    manifest: ImageryManifest, area: AOI | None, options: ReadOptions, gsd_m: float | None
-) -> ImagerySource:
+def _open(manifest: ImageryManifest, area: AOI | None, options: ReadOptions) -> ImagerySource:
     if manifest.kind == "demo":
         from canopy.sources.demo import DemoSource
 
         return DemoSource()
     if manifest.kind == "xyz":
-        return _open_tiles(manifest, area, options, gsd_m)
+        return _open_tiles(manifest, area, options)
     if manifest.kind == "stac":
         from canopy.sources.stac import StacQuery, open_stac
 
@@ -62,9 +58,7 @@ def _open(
     return _open_local(manifest, options)
 
 
-def _open_tiles(
-    manifest: ImageryManifest, area: AOI | None, options: ReadOptions, gsd_m: float | None
-) -> ImagerySource:
+def _open_tiles(manifest: ImageryManifest, area: AOI | None, options: ReadOptions) -> ImagerySource:
     from canopy.sources.xyz import DEFAULT_GSD_M, TileService, TileSource
 
     service = TileService(
@@ -77,7 +71,9 @@ def _open_tiles(
         placeholder_sha256=manifest.placeholder_sha256,
         outline=AOI(manifest.geometry, to_crs("EPSG:4326")),
     )
-    return TileSource(service, options, area=area, gsd_m=max(gsd_m or DEFAULT_GSD_M, manifest.gsd_m))
+    # Finer than the imagery itself there is nothing to fetch.
+    wanted = replace(options, gsd_m=max(options.gsd_m or DEFAULT_GSD_M, manifest.gsd_m))
+    return TileSource(service, wanted, area=area)
 
 
 def _open_local(manifest: ImageryManifest, options: ReadOptions) -> ImagerySource:

@@ -1,7 +1,8 @@
 """Imagery that is made or fetched on one fixed lattice, read on any grid.
 
-Web tiles and the synthetic scene exist on a lattice of their own. On that lattice pixels are taken as they are;
-on any other grid the needed parts go through the warper of `canopy.geo`, whose values do not depend on windows.
+Web tiles and the synthetic scene exist on a lattice of their own. On that lattice pixels are taken as
+they are; on any other grid the needed parts go through the warper of `canopy.geo`, whose values do not
+depend on windows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from canopy.geo.warp import plan_warp, warp_window
 from canopy.geo.window import lattice_ratio
 
 Render = Callable[[Grid], tuple[NDArray[np.uint8], NDArray[np.bool_]]]
-"""`render(window)` -> uint8 RGB (3, height, width) and validity (height, width) of a window of the lattice."""
+"""`render(window)` -> uint8 RGB (3, height, width) and validity (height, width) of a lattice window."""
 
 
 def read_lattice(render: Render, lattice: Grid, grid: Grid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

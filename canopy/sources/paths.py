@@ -1,4 +1,4 @@
-"""Names of image sources: telling files, URLs and tile templates apart, and showing URLs without their secrets."""
+"""Names of image sources: what is a URL or a tile template, and how to show a URL without its secrets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_template(text: str) -> bool:
 
 
 def redact(text: object) -> str:
-    """Drop user names, passwords and query strings from every URL in `text`: they may hold keys and signatures.
+    """Drop user names, passwords and query strings, which may hold keys, from every URL in `text`.
 
     >>> redact("cannot open https://me:pw@host.org/a.tif?sig=abc")
     'cannot open https://host.org/a.tif'

@@ -266,7 +266,7 @@ def _check_georeference(dataset: DatasetReader, label: str) -> None:
 def _expander(
     palette: NDArray[np.uint8],
 ) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Decoder for `read_window`: palette indexes (1, h, w) -> RGB (3, h, w); transparent entries are invalid."""
+    """Decoder for `read_window`: palette indexes (1, h, w) -> RGB (3, h, w); transparent is invalid."""
 
     def expand(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rgba = palette[values[0]]
@@ -278,7 +278,8 @@ def _expander(
 def collar_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str]:
     """A warning when the image's rim is one constant colour that nothing declares as missing.
 
-    Looks at eight small windows (corners and middles of the edges); black or white in two of them is a collar.
+    Looks at eight small windows (corners and middles of the edges); black or white in two of them is a
+    collar.
     """
     declared = plan.alpha is not None or dataset.nodatavals[plan.indexes[0] - 1] is not None
     if declared or plan.palette is not None or dataset.mask_flag_enums[0][0].name != "all_valid":

@@ -1,8 +1,8 @@
 """STAC: search an API or walk a static catalog, and mosaic the items it finds.
 
-Items lie newest first, then least cloudy, then by id; an item wholly hidden under those above it (by footprint)
-is left out. URLs are signed just before they are read and again after a refusal; a signed URL is never kept.
-An item that cannot be read is an error that names it, never a hole in the map.
+Items lie newest first, then least cloudy, then by id; an item wholly hidden under those above it (by
+footprint) is left out. URLs are signed just before they are read and again after a refusal; a signed URL is
+never kept. An item that cannot be read is an error that names it, never a hole in the map.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -22,7 +21,7 @@ from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
 from canopy.sources import http
 from canopy.sources.dates import parse_range
-from canopy.sources.imagery import ReadOptions, swapped_area
+from canopy.sources.imagery import SWAP_HINT, ReadOptions, swapped_area
 from canopy.sources.mosaic import Layer, Mosaic, Pixels
 from canopy.sources.paths import host_of, is_url, redact
 from canopy.sources.scene import Scene, check_options
@@ -98,9 +97,7 @@ def _nothing(query: StacQuery, area: AOI | None, options: ReadOptions) -> AreaEr
     remedy = None
     swapped = swapped_area(area) if area else None
     if swapped is not None and _find(query, swapped, options):
-        remedy = (
-            "swapping latitude and longitude would find imagery: --bbox takes LAT,LON and --bounds W,S,E,N"
-        )
+        remedy = SWAP_HINT
     return AreaError(f"no imagery{when} there{place}", where=query.name, remedy=remedy)
 
 

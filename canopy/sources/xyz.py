@@ -1,8 +1,9 @@
 """Web tiles: `{z}/{x}/{y}` (XYZ), `{-y}` (TMS) and `{q}` (quadkey) templates in Web Mercator.
 
 The zoom is chosen once per source, so that neighbouring windows never come from different levels. A tile is
-"no imagery" only where the source's manifest says how its host tells so (a status, or the digest of a placeholder
-picture); every other failure is an error, because a hole from a busy host must not become a hole in the map.
+"no imagery" only where the source's manifest says how its host tells so (a status, or the digest of a
+placeholder picture); every other failure is an error, because a hole from a busy host must not become a
+hole in the map.
 """
 
 from __future__ import annotations
@@ -69,11 +70,9 @@ class TileService:
     day: date | None = None
 
 
-def open_template(
-    template: str, options: ReadOptions, *, area: AOI | None, gsd_m: float | None = None
-) -> TileSource:
+def open_template(template: str, options: ReadOptions, *, area: AOI | None) -> TileSource:
     """A bare template given by the user, with nothing declared about missing tiles."""
-    return TileSource(TileService(template, redact(template)), options, area=area, gsd_m=gsd_m)
+    return TileSource(TileService(template, redact(template)), options, area=area)
 
 
 def choose_zoom(
@@ -101,15 +100,8 @@ def quadkey(zoom: int, x: int, y: int) -> str:
 class TileSource:
     """An `ImagerySource` over web tiles."""
 
-    def __init__(
-        self,
-        service: TileService,
-        options: ReadOptions,
-        *,
-        area: AOI | None = None,
-        gsd_m: float | None = None,
-    ) -> None:
-        """Choose the zoom for `area` (its latitude) and the ground sample distance wanted."""
+    def __init__(self, service: TileService, options: ReadOptions, *, area: AOI | None = None) -> None:
+        """Choose the zoom for `area` (its latitude) and the ground sample distance of `options`."""
         _check_template(service.template)
         if options.bands is not None or options.scale is not None or options.crs is not None:
             raise InputError(
@@ -119,7 +111,7 @@ class TileSource:
         self._nodata = options.nodata
         where = area or service.outline
         latitude = where.centroid_lonlat[1] if where else 0.0
-        wanted = gsd_m or DEFAULT_GSD_M
+        wanted = options.gsd_m or DEFAULT_GSD_M
         self.zoom = choose_zoom(wanted, latitude, service.tile_px, service.min_zoom, service.max_zoom)
         side = service.tile_px * 2**self.zoom
         pixel = 2 * HALF_WORLD_M / side
@@ -238,10 +230,13 @@ def decode_tile(body: bytes, tile_px: int, where: str, url: str) -> Tile:
         FetchError: not a picture, not 8 bits, or of another size than declared.
     """
     try:
-        with rasterio.Env(GDAL_ERROR_ON_LIBJPEG_WARNING=True), MemoryFile(body) as memory:
-            with memory.open(driver=_driver(body)) as dataset:
-                bands, colours = dataset.read(), dataset.colorinterp
-                table = dataset.colormap(1) if colours[0] == ColorInterp.palette else None
+        with (
+            rasterio.Env(GDAL_ERROR_ON_LIBJPEG_WARNING=True),
+            MemoryFile(body) as memory,
+            memory.open(driver=_driver(body)) as dataset,
+        ):
+            bands, colours = dataset.read(), dataset.colorinterp
+            table = dataset.colormap(1) if colours[0] == ColorInterp.palette else None
     except (RasterioError, ValueError) as error:
         raise FetchError(f"{host_of(url)} sent something that is no picture ({error})", where=where) from None
     if bands.dtype != np.uint8 or bands.shape[1:] != (tile_px, tile_px):
