@@ -242,7 +242,9 @@ def _contour_m(seed: int, salt: int, x: np.ndarray, y: np.ndarray, wave_m: float
 def _built_at(spec: SceneSpec, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """True where no stem may stand: on or beside water, roads and houses."""
     blocked = (river_m(spec, x, y) < 1.5) | (road_m(spec, x, y) < 1.5)
-    for house in houses_in(spec, x.min(initial=0), y.min(initial=0), x.max(initial=0), y.max(initial=0)):
+    if not len(x):
+        return blocked
+    for house in houses_in(spec, x.min(), y.min(), x.max(), y.max()):
         blocked |= np.hypot(x - house[0], y - house[1]) < 11.0
     return blocked
 
