@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -63,16 +63,41 @@ def download(
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _fetch_into(url, part, headers or {}, sign)
-        if sha256 is not None:
-            _check_digest(part, sha256.lower(), url)
-        _flush(part)
-        os.replace(part, target)
+        with _only_one(target):
+            if target.is_file() and not overwrite:
+                return target  # another process was faster
+            _fetch_into(url, part, headers or {}, sign)
+            if sha256 is not None:
+                _check_digest(part, sha256.lower(), url)
+            _flush(part)
+            os.replace(part, target)
     except FetchError:
         raise
     except OSError as error:
         raise OutputError(f"cannot be written ({error.strerror or error})", where=target) from error
     return target
+
+
+@contextlib.contextmanager
+def _only_one(target: Path) -> Iterator[None]:
+    """Let one process at a time write `target`'s .part file (on systems that have flock)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    lock = target.with_name(f".{target.name}.lock")
+    while True:
+        with open(lock, "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            # Who waited may hold the lock of a file that its owner has removed since: then try anew.
+            if not lock.exists() or not os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
 
 
 def cached_path(url: str) -> Path:

@@ -7,7 +7,7 @@ from datetime import date
 
 import shapely
 
-from canopy.errors import AreaError, ImageryError, InputError
+from canopy.errors import AreaError, ImageryError
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import to_lonlat
 from canopy.sources.dates import parse_range
@@ -31,10 +31,6 @@ def open_files(
         ImageryError: one of them cannot be read as RGB; the message names it.
     """
     check_options(options)
-    if options.crs is not None and len(hrefs) > 1:
-        raise InputError(
-            "--crs for several images", where=name, remedy="give each file its CRS with gdal_edit -a_srs"
-        )
     scenes = [Scene(href, options) for href in hrefs]
     for scene in scenes:
         _ = scene.facts  # a bad file is an error now, not in the middle of the work

@@ -8,6 +8,7 @@ Signed URLs never reach a message: everything shown goes through `redact`.
 from __future__ import annotations
 
 import email.utils
+import os
 import random
 import threading
 import time
@@ -53,7 +54,7 @@ class RetryPolicy:
 
 
 _policy = RetryPolicy()
-_clients = threading.local()
+_client: tuple[int, httpx.Client] | None = None
 _slots: dict[str, threading.BoundedSemaphore] = {}
 _slots_lock = threading.Lock()
 
@@ -84,14 +85,14 @@ def host_slot(url: str) -> Iterator[None]:
 
 
 def client() -> httpx.Client:
-    """This thread's connection pool. Machine-local hosts never go through a proxy."""
-    existing: httpx.Client | None = getattr(_clients, "client", None)
-    if existing is None or existing.is_closed:
-        direct = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
-        existing = _clients.client = httpx.Client(
-            follow_redirects=True, mounts=direct, headers={"User-Agent": "canopy-height"}
-        )
-    return existing
+    """The process's connection pool (thread-safe). Hosts on this machine never go through a proxy."""
+    global _client
+    with _slots_lock:
+        if _client is None or _client[0] != os.getpid() or _client[1].is_closed:
+            direct = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
+            made = httpx.Client(follow_redirects=True, mounts=direct, headers={"User-Agent": "canopy-height"})
+            _client = (os.getpid(), made)
+        return _client[1]
 
 
 def gdal_options() -> dict[str, Any]:
@@ -239,6 +240,20 @@ def pause(url: str, attempt: int, problem: str, retry_after: float | None = None
     wait = _policy.wait_s(attempt, retry_after)
     log.debug("%s; trying again in %.1f s", redact(problem), wait)
     time.sleep(wait)
+
+
+def first_bytes(url: str, count: int = 64) -> bytes:
+    """The beginning of what a URL gives, or nothing where it does not answer well; never an error."""
+    try:
+        with (
+            host_slot(url),
+            client().stream(
+                "GET", url, headers={"Range": f"bytes=0-{count - 1}"}, timeout=_policy.timeout_s
+            ) as response,
+        ):
+            return next(response.iter_bytes(count), b"") if response.is_success else b""
+    except (httpx.TransportError, httpx.InvalidURL):
+        return b""
 
 
 def diagnose(url: str, *, what: str = "the image", can_sign: bool = False) -> tuple[str, float | None]:

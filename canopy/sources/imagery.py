@@ -210,7 +210,10 @@ def _open_one(item: str, area: AOI | None, options: ReadOptions, *, may_be_name:
 
 
 def _open_url(url: str, area: AOI | None, options: ReadOptions) -> ImagerySource:
-    if Path(url.split("?")[0]).suffix.lower() in paths.RASTER_SUFFIXES:
+    from canopy.sources import http
+
+    named = Path(url.split("?")[0]).suffix.lower() in paths.RASTER_SUFFIXES
+    if named or paths.looks_like_raster(http.first_bytes(url)):
         from canopy.sources.files import open_files
 
         return open_files([url], options, name=paths.redact(url))

@@ -16,18 +16,28 @@ __all__ = [
     "is_template",
     "is_url",
     "list_directory",
+    "looks_like_raster",
     "redact",
 ]
 
 RASTER_SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg")
 DIRECTORY_SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2")
 
+_MAGIC = (
+    *(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),  # TIFF and BigTIFF, both byte orders
+    *(b"\0\0\0\x0cjP  ", b"\xffO\xffQ", b"\x89PNG", b"\xff\xd8\xff"),
+)
 _TEMPLATE_FIELD = re.compile(r"\{-?(?:z|x|y|q)\}")
 
 
 def is_template(text: str) -> bool:
     """True for a web-tile template such as `https://host/{z}/{x}/{y}.png` or one with a `{q}` quadkey."""
     return bool(_TEMPLATE_FIELD.search(text))
+
+
+def looks_like_raster(first: bytes) -> bool:
+    """True when a file that begins so is a TIFF, JPEG 2000, PNG or JPEG."""
+    return first.startswith(_MAGIC)
 
 
 def redact(text: object) -> str:

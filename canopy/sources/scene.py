@@ -145,9 +145,7 @@ class Scene:
 
         def pixels(dataset: DatasetReader) -> tuple[np.ndarray, np.ndarray]:
             decode = _expander(plan.palette) if plan.palette is not None else None
-            return read_window(
-                dataset, grid, plan.indexes, nodata=nodata, crs=self._options.crs, decode=decode
-            )
+            return read_window(dataset, grid, plan.indexes, nodata=nodata, crs=facts.place.crs, decode=decode)
 
         values, valid = self._try(pixels)
         rgb = np.clip(values / np.float32(plan.divisor), 0.0, 1.0).astype(np.float32, copy=False)
@@ -169,7 +167,8 @@ class Scene:
         label, options = self.scene_id, self._options
         try:
             _check_georeference(dataset, label)
-            place = SourcePlace.of(dataset, options.crs)
+            # `--crs` speaks for images that carry none; it never moves one that knows its place.
+            place = SourcePlace.of(dataset, None if dataset.crs else options.crs)
             if self._grey:
                 plan = plan_single(dataset, where=label, scale=options.scale)
             else:

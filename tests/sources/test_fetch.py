@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 
 import httpx
 import pytest
@@ -29,6 +30,22 @@ def test_it_is_fetched_once(server, tmp_path):
     assert server.asked("a.bin") == 1
     download(url, tmp_path / "a.bin", overwrite=True)
     assert server.asked("a.bin") == 2
+
+
+def test_many_at_once_fetch_it_once(server, tmp_path):
+    url = server.put("/a.bin", BODY)
+    server.fail("/a.bin", times=1, status=200, delay_s=0.2)
+    done: list[bytes] = []
+    work = [
+        threading.Thread(target=lambda: done.append(download(url, tmp_path / "a.bin").read_bytes()))
+        for _ in range(4)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert done == [BODY] * 4 and server.asked("a.bin") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
 def test_cut_connections_resume_where_they_stopped(server, tmp_path):

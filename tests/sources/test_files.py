@@ -84,6 +84,9 @@ def test_no_crs_is_refused_unless_one_is_given(tif, rgb):
         open_imagery(path)
     source = open_imagery(path, crs=UTM)
     assert source.native_crs.epsg == 32619 and source.read(source.native_grid).valid.all()
+    placed = tif(rgb, "placed.tif", crs="EPSG:32618")
+    assert open_imagery(placed, crs=UTM).native_crs.epsg == 32618
+    assert open_imagery([path, placed], crs=UTM).native_crs.epsg == 32619
 
 
 def test_no_georeference_and_control_points_only_are_refused(tif, rgb, tmp_path):

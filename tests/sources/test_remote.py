@@ -12,6 +12,7 @@ import pytest
 import rasterio.shutil
 
 from canopy.errors import FetchError, ImageryError
+from canopy.sources import http
 from canopy.sources.http import REQUESTS_PER_HOST, RetryPolicy, use_policy
 from canopy.sources.imagery import ReadOptions, open_imagery
 from canopy.sources.scene import Scene
@@ -54,6 +55,10 @@ def test_a_busy_host_is_asked_again(server, cog, noise, status):
     url = server.put("/a.tif", cog)
     server.fail("/a.tif", times=2, status=status, headers={"Retry-After": "0"})
     np.testing.assert_allclose(read_all(url), noise, atol=1e-4)
+
+
+def test_an_image_without_a_suffix_is_known_by_its_first_bytes(server, cog, noise):
+    np.testing.assert_allclose(read_all(server.put("/download/12", cog)), noise, atol=1e-4)
 
 
 def test_a_busy_host_in_the_middle_of_the_file_is_asked_again(server, cog, noise):
@@ -151,6 +156,7 @@ def test_an_expired_signature_is_renewed_and_never_shown(server, cog, noise):
 def test_a_proxy_in_the_environment_is_not_used_for_this_machine(server, cog, noise, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(http, "_client", None)  # it reads the environment when it is made
     np.testing.assert_allclose(read_all(server.put("/a.tif", cog)), noise, atol=1e-4)
 
 
