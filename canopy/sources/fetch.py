@@ -91,7 +91,10 @@ def _only_one(target: Path) -> Iterator[None]:
         with open(lock, "w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             # Who waited may hold the lock of a file that its owner has removed since: then try anew.
-            if not lock.exists() or not os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
+            try:
+                if not os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
+                    continue
+            except FileNotFoundError:
                 continue
             try:
                 yield
