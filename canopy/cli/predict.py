@@ -38,7 +38,7 @@ def predict(
     ] = None,
     crs: Annotated[str | None, typer.Option("--crs", help=_HELP_CRS)] = None,
     input_crs: Annotated[
-        str | None, typer.Option("--input-crs", help="CRS of the images, if they carry none or a wrong one.")
+        str | None, typer.Option("--input-crs", help="CRS of images that carry none. Default: --crs.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="auto (fp32), fp32 or bf16.")] = "auto",

@@ -9,11 +9,10 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from canopy.errors import AreaError, ImageryError, InputError
+from canopy.errors import AreaError, InputError
 from canopy.geo.aoi import AOI
 from canopy.geo.raster import raster_env
 from canopy.inference import output
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 
     from canopy.models.height import HeightModel
     from canopy.sources.imagery import ImagerySource
-
-# How `geo` says that a raster has none.
-NO_CRS = "no coordinate reference system"
 
 
 @dataclass(frozen=True)
@@ -199,7 +195,8 @@ def prepare(request: Request) -> Job:
         InputError (and its kinds): whatever in the request cannot be done, in one line.
     """
     files = _check_output(request)
-    source = _open(request)
+    model, model_name = _load(request.model)
+    source = _open(request, model.config.gsd_m)
     aoi = request.area or source.area()
     if aoi is None:
         raise AreaError(
@@ -208,7 +205,6 @@ def prepare(request: Request) -> Job:
             expected="--bbox, --bounds or --aoi with imagery of unknown extent",
         )
     notes = _coverage_notes(source, aoi)
-    model, model_name = _load(request.model)
     target = choose_target(
         aoi,
         model.config.gsd_m,
@@ -238,29 +234,25 @@ def _check_output(request: Request) -> output.OutputFiles | None:
     return files
 
 
-def _open(request: Request) -> ImagerySource:
-    """The imagery: files, a source by name or address, or the best one known for the area."""
+def _open(request: Request, gsd_m: float) -> ImagerySource:
+    """The imagery, to be read at `gsd_m`: files, a named source or address, or the best one known here."""
     from canopy.sources.imagery import open_imagery
 
     if request.images and request.imagery:
         raise InputError("images and --imagery", expected="one of them", remedy="leave one of them out")
     what = request.imagery or request.images or _best_for(request.area)
-    open_with = partial(
-        open_imagery,
+    # One CRS was named: for images that carry none it cannot have been meant for the map alone.
+    fallback_crs = request.crs if request.crs != "image" else None
+    return open_imagery(
         what[0] if isinstance(what, tuple) and len(what) == 1 else what,
         area=request.area,
         bands=request.bands,
         nodata=request.nodata,
+        crs=request.input_crs or fallback_crs,
         scale=request.scale,
         datetime=request.datetime,
+        gsd_m=gsd_m,
     )
-    try:
-        return open_with(crs=request.input_crs)
-    except ImageryError as error:
-        if NO_CRS not in error.what or request.crs in (None, "image"):
-            raise
-        # One CRS was named and the image has none: it cannot have been meant for the map alone.
-        return open_with(crs=request.crs)
 
 
 def _best_for(area: AOI | None) -> str:

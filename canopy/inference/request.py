@@ -46,7 +46,7 @@ class Request:
         model: a name, a file, or a loaded model.
         out: the GeoTIFF to write; None keeps the map in memory.
         crs: CRS of the map, or `image`; also the CRS of images that carry none, unless `input_crs` is given.
-        input_crs: CRS of the images, whatever they say themselves.
+        input_crs: CRS of images that carry none.
     """
 
     images: tuple[str, ...] = ()
