@@ -3,8 +3,8 @@
 Relative heights: RH p is the p-th percentile of the true heights above ground of all pixels whose centre lies
 in the 25 m disc at the shot's TRUE position, ground pixels counting with 0 m. (Real RH are percentiles of the
 waveform's energy, Dubayah et al. 2020; here every pixel of the disc returns the same energy, from its top.)
-RH100 is the disc's highest pixel, RH0 its lowest. What real shots suffer from is planted: position errors, and
-shots that each filter flag must catch.
+RH100 is the disc's highest pixel, RH0 its lowest. What real shots suffer from is planted: position errors,
+and shots that each filter flag must catch.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _across(x: list[float], y: list[float]) -> np.ndarray:
 def shots_on(spec: SceneSpec, track: int, plane: tuple[float, float, float, float]) -> Iterator[Shot]:
     """The shots of one track whose disc lies wholly inside the scene; the same whatever the scene's size."""
     east, north = _heading()
-    reach = np.hypot(*(max(abs(plane[k]), abs(plane[k + 2])) for k in (0, 1)))
+    reach = np.hypot(max(abs(plane[0]), abs(plane[2])), max(abs(plane[1]), abs(plane[3])))
     last = int(reach / ALONG_M) + 1
     beam, orbit = BEAMS[track % 8], _FIRST_ORBIT + (track // 8) % 10_000
     room = DISC_RADIUS_M + spec.gsd_m

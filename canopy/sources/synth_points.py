@@ -2,8 +2,8 @@
 
 One pulse falls in every cell of `PULSE_CELL_M`; where in it, and what it does, is hashed from the cell, so
 that the file does not depend on how the scene is cut. The first return of a pulse lies on the surface of the
-pixel that it hits (roof, crown or ground) with `RANGE_SIGMA_M` of ranging noise, at most three of it: no point
-but noise (class 7) lies more than that above `chm + dtm` of its pixel.
+pixel that it hits (roof, crown or ground) with `RANGE_SIGMA_M` of ranging noise, at most three of it: no
+point but noise (class 7) lies more than that above `chm + dtm` of its pixel.
 """
 
 from __future__ import annotations
@@ -79,8 +79,7 @@ def returns_in(spec: SceneSpec, block: tuple[int, int], bounds: tuple[float, flo
     inside = (x > west) & (x < east) & (y > south) & (y < north)
     i, j, x, y, draw = i[inside], j[inside], x[inside], y[inside], [d[inside] for d in draw]
     if not len(x):
-        empty = np.zeros(0)
-        return Returns(empty, empty, empty, *(empty.astype(np.uint8) for _ in range(3)), empty)
+        return Returns(*[np.zeros(0)] * 7)
     gsd = spec.gsd_m
     cols, rows = np.floor(x / gsd).astype(np.int64), np.floor(-y / gsd).astype(np.int64)
     col, row = int(cols.min()), int(rows.min())

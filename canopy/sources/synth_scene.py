@@ -1,7 +1,7 @@
 """The synthetic forest laid on the Earth, and written to disk: imagery, heights, lidar, GEDI, and the truth.
 
-Every scene's plane has its origin at one point, so that scenes of one seed and pixel size show the same trees
-whatever their extent: `canopy data synth --seed 0` gives the middle of the `demo` source.
+Every scene's plane lies on the Earth as the demo's does, so that scenes of one seed and pixel size show the
+same trees whatever their extent: `canopy data synth --seed 0` gives the middle of the `demo` source.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from canopy.geo.crs import transformer, utm_crs
 from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
 from canopy.runtime import NoProgress, Progress
-from canopy.sources.demo import DAY, LATITUDE, LONGITUDE, SIDE_M
+from canopy.sources.demo import DAY, LATITUDE, LONGITUDE, SIDE_M, SPOT_XY
 from canopy.sources.synth import SceneSpec, SynthTile, trees_in
 from canopy.sources.synth_gedi import require_h5py, tracks, write_gedi
 from canopy.sources.synth_points import PULSE_CELL_M, blocks, require_laspy, write_points
@@ -56,12 +56,14 @@ class Scene:
 
 
 def place(spec: SceneSpec, size_m: float) -> Scene:
-    """A square of about `size_m` (whole pixels) round the point where all scenes lie, in its UTM zone."""
+    """A square of about `size_m` (whole pixels) round the demo's point, in its UTM zone."""
     crs: CRS = utm_crs(LONGITUDE, LATITUDE)
     x, y = transformer("EPSG:4326", crs).transform(LONGITUDE, LATITUDE)
-    origin = float(round(x)), float(round(y))
+    origin = round(x) - SPOT_XY[0], round(y) - SPOT_XY[1]
     side, gsd = max(round(size_m / spec.gsd_m), 1), spec.gsd_m
-    corner = Affine(gsd, 0, origin[0] - side // 2 * gsd, 0, -gsd, origin[1] + side // 2 * gsd)
+    # Whole pixels from the plane's origin, which is the lattice that `render` paints on.
+    col, row = round(SPOT_XY[0] / gsd) - side // 2, round(SPOT_XY[1] / gsd) + side // 2
+    corner = Affine(gsd, 0, origin[0] + col * gsd, 0, -gsd, origin[1] + row * gsd)
     return Scene(spec, Grid.of(crs, corner, (side, side)), origin)
 
 
@@ -161,7 +163,9 @@ def _check_numbers(seed: int, size_m: float, gsd_m: float, jitter_m: float) -> N
             expected=f"above 0, at most {limit:g} m at {gsd_m:g} m pixels",
         )
     if round(size_m / gsd_m) < 1:
-        raise InputError(f"side of {size_m:g} m is less than a pixel", where="--size-m")
+        raise InputError(
+            f"side of {size_m:g} m", where="--size-m", expected=f"a pixel of {gsd_m:g} m or more"
+        )
     if not (math.isfinite(jitter_m) and 0 <= jitter_m <= 100):
         raise InputError(f"jitter {jitter_m:g} m", where="--gedi-jitter-m", expected="0 to 100 metres")
     if not 0 <= seed < 2**32:
