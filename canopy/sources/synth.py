@@ -132,9 +132,22 @@ def noise_at(seed: int, salt: int, x: np.ndarray, y: np.ndarray, wave_m: float) 
     u, v = x / wave_m, y / wave_m
     iu, iv = np.floor(u).astype(np.int64), np.floor(v).astype(np.int64)
     fu, fv = _ease(u - iu), _ease(v - iv)
-    corner = [hash01(seed, salt, iu + du, iv + dv) for dv in (0, 1) for du in (0, 1)]
+    corner = _corners(seed, salt, iu, iv)
     low, high = corner[0] * (1 - fu) + corner[1] * fu, corner[2] * (1 - fu) + corner[3] * fu
     return (low * (1 - fv) + high * fv).astype(np.float32)
+
+
+def _corners(seed: int, salt: int, i: np.ndarray, j: np.ndarray) -> list[np.ndarray]:
+    """Hashes of the lattice corners (i, j), (i + 1, j), (i, j + 1), (i + 1, j + 1)."""
+    steps = [(du, dv) for dv in (0, 1) for du in (0, 1)]
+    if i.size:
+        west, south = int(i.min()), int(j.min())
+        cols, rows = np.arange(west, int(i.max()) + 2), np.arange(south, int(j.max()) + 2)
+        if len(cols) * len(rows) < i.size:
+            # Many points on few corners: hash each corner once. The values are the same.
+            table = hash01(seed, salt, cols[None, :], rows[:, None])
+            return [table[j - south + dv, i - west + du] for du, dv in steps]
+    return [hash01(seed, salt, i + du, j + dv) for du, dv in steps]
 
 
 def _cells(
