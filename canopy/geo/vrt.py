@@ -72,4 +72,7 @@ def _check_source(text: str, relative: bool, vrt: Path, root: Path) -> Path | No
             expected="rasters beside or below the VRT, or http(s) URLs",
             remedy="move the VRT above its rasters",
         )
+    if not source.is_file():
+        # GDAL complains at the first read only, and gives zeros from then on.
+        raise ImageryError(f"the VRT refers to {name}, which is not there", where=vrt)
     return source

@@ -10,10 +10,11 @@ import shapely
 from canopy.errors import AreaError, ImageryError
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import to_lonlat
+from canopy.sources.checks import check_options
 from canopy.sources.dates import parse_range
 from canopy.sources.imagery import ReadOptions
 from canopy.sources.mosaic import Mosaic
-from canopy.sources.scene import Scene, check_options
+from canopy.sources.scene import Scene
 
 
 def open_files(

@@ -44,7 +44,7 @@ class RetryPolicy:
 
     attempts: int = 6
     first_wait_s: float = 0.5
-    longest_wait_s: float = 60.0
+    longest_wait_s: float = 120.0
     timeout_s: float = 30.0
 
     def wait_s(self, attempt: int, retry_after_s: float | None = None) -> float:

@@ -101,16 +101,20 @@ class Mosaic:
 
     def read(self, grid: Grid) -> Imagery:
         """Pixels on `grid`; each from the topmost layer that is valid there."""
-        out = Imagery.empty(grid)
+        out: Imagery | None = None
         for layer in self.layers:
             pixels = layer.read(grid)
             if pixels is None:
                 continue
             rgb, valid = pixels
-            fresh = valid & ~out.valid
-            np.copyto(out.rgb, rgb, where=fresh)
-            out.valid[fresh] = True
-            out.date[fresh] = days_since_epoch(layer.day)
+            day = np.int32(days_since_epoch(layer.day))
+            if out is None:  # the usual case of one layer copies nothing
+                out = Imagery(rgb, valid, np.where(valid, day, np.int32(0)), grid)
+            else:
+                fresh = valid & ~out.valid
+                np.copyto(out.rgb, rgb, where=fresh)
+                out.valid[fresh] = True
+                out.date[fresh] = day
             if out.valid.all():
                 break
-        return out
+        return out or Imagery.empty(grid)

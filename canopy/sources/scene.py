@@ -22,22 +22,21 @@ import shapely
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.io import DatasetReader
-from rasterio.windows import Window
 from shapely.geometry import MultiPolygon, Polygon
 
-from canopy.errors import AreaError, FetchError, ImageryError, InputError
+from canopy.errors import AreaError, FetchError, ImageryError
 from canopy.geo.crs import project, to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.opening import SourcePlace, open_raster
 from canopy.geo.paths import is_url, public_name
 from canopy.geo.window import read_window
 from canopy.sources.bands import BandPlan, plan_bands, plan_single
+from canopy.sources.checks import check_georeference, check_vrt_sources, collar_notes
 from canopy.sources.dates import acquisition_date
 from canopy.sources.imagery import ReadOptions
 from canopy.sources.mosaic import Pixels
 
 OPEN_FILES_PER_THREAD = 24
-_COLLAR_PROBE_PX = 16
 # A cut connection deserves another try; a host that answers well and still gives no image has a damaged file.
 _HEALTHY_RETRIES = 3
 _handles = threading.local()
@@ -166,7 +165,9 @@ class Scene:
         """Facts, or the reason why this image will never do (returned, so that no retry is spent on it)."""
         label, options = self.scene_id, self._options
         try:
-            _check_georeference(dataset, label)
+            if dataset.driver == "VRT":
+                check_vrt_sources(dataset, label)
+            check_georeference(dataset, label)
             # `--crs` speaks for images that carry none; it never moves one that knows its place.
             place = SourcePlace.of(dataset, None if dataset.crs else options.crs)
             if self._grey:
@@ -178,15 +179,23 @@ class Scene:
         except rasterio.errors.RasterioError as error:
             raise ImageryError(f"unreadable pixels ({error})", where=label) from error
         notes = list(plan.notes)
-        if not is_url(self.href) and options.nodata is None:
-            notes += collar_notes(dataset, plan, label)
         day = acquisition_date(dataset.tags(), public_name(self.href))
+        if not is_url(self.href) and options.nodata is None:
+            found = collar_notes(dataset, plan, label)
+            notes += found or []
+            if found is None:
+                self._forget_handle()
         return SceneFacts(place, plan, day, tuple(notes))
 
     def _try(self, work: Callable[[DatasetReader], T]) -> T:
         """Run `work` on this thread's handle; for remote rasters again after failures that may pass."""
         if not is_url(self.href):
-            return work(self._handle(self.href))
+            try:
+                return work(self._handle(self.href))
+            except ImageryError:
+                # What GDAL gives after it has failed is not to be trusted: the handle is never read again.
+                self._forget_handle()
+                raise
         from canopy.sources import http
 
         healthy = 0
@@ -243,25 +252,6 @@ class Scene:
                 pool.pop(key).close()
 
 
-def _check_georeference(dataset: DatasetReader, label: str) -> None:
-    if dataset.transform != Affine.identity():
-        return
-    if dataset.gcps[0] or dataset.rpcs:
-        kind = "ground control points" if dataset.gcps[0] else "rational polynomial coefficients"
-        raise ImageryError(
-            f"placed only by {kind}",
-            where=label,
-            expected="a geotransform",
-            remedy="orthorectify it first, for example with gdalwarp",
-        )
-    raise ImageryError(
-        "no georeferencing",
-        where=label,
-        expected="a geotransform (GeoTIFF tags or a world file)",
-        remedy="georeference the image first, for example with gdal_translate -a_ullr",
-    )
-
-
 def _expander(
     palette: NDArray[np.uint8],
 ) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -272,57 +262,3 @@ def _expander(
         return np.moveaxis(rgba[..., :3], -1, 0), valid & (rgba[..., 3] > 0)
 
     return expand
-
-
-def collar_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str]:
-    """A warning when the image's rim is one constant colour that nothing declares as missing.
-
-    Looks at eight small windows (corners and middles of the edges); black or white in two of them is a
-    collar.
-    """
-    declared = plan.alpha is not None or dataset.nodatavals[plan.indexes[0] - 1] is not None
-    if declared or plan.palette is not None or dataset.mask_flag_enums[0][0].name != "all_valid":
-        return []
-    px = min(_COLLAR_PROBE_PX, dataset.height, dataset.width)
-    rows, cols = ([0, (extent - px) // 2, extent - px] for extent in dataset.shape)
-    found: list[float] = []
-    for i, row in enumerate(rows):
-        for j, col in enumerate(cols):
-            if (i, j) == (1, 1):
-                continue
-            try:
-                values = dataset.read(list(plan.indexes), window=Window(col, row, px, px))
-            except rasterio.errors.RasterioError:
-                return []  # a damaged block is reported when it is read for its pixels
-            if values.min() == values.max() and values.flat[0] in (0, plan.divisor):
-                found.append(float(values.flat[0]))
-    for value in sorted(set(found)):
-        if found.count(value) >= 2:
-            return [
-                f"{label}: a constant border of {value:g} that is not marked as missing; "
-                f"if there is no image there, give --nodata {value:g}"
-            ]
-    return []
-
-
-def check_options(options: ReadOptions) -> None:
-    """Refuse options that no image could satisfy, before anything is opened.
-
-    Raises:
-        InputError: bands, scale, CRS or dates that make no sense.
-    """
-    from canopy.geo.crs import to_crs
-    from canopy.sources.bands import parse_bands
-    from canopy.sources.dates import parse_range
-
-    parse_bands(options.bands)
-    if options.scale is not None and not (np.isfinite(options.scale) and options.scale > 0):
-        raise InputError(f"--scale {options.scale}", expected="a positive number: the value of white")
-    if options.crs is not None:
-        to_crs(options.crs)
-    try:
-        parse_range(options.datetime)
-    except ValueError as error:
-        raise InputError(
-            str(error), where="--datetime", expected="2021, 2021-07 or 2021-06-01/2021-09-30"
-        ) from None

@@ -20,11 +20,12 @@ from canopy.errors import AreaError, FetchError, ImageryError, InputError, Missi
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
 from canopy.sources import http
+from canopy.sources.checks import check_options
 from canopy.sources.dates import parse_range
 from canopy.sources.imagery import SWAP_HINT, ReadOptions, swapped_area
 from canopy.sources.mosaic import Layer, Mosaic, Pixels
 from canopy.sources.paths import host_of, is_url, redact
-from canopy.sources.scene import Scene, check_options
+from canopy.sources.scene import Scene
 from canopy.sources.stac_items import Item, Json, parse_item, read_json, resolve, walk
 
 MAX_ITEMS = 2000

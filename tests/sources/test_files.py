@@ -255,6 +255,56 @@ def test_a_truncated_file_names_itself_and_the_rows(tif, tmp_path):
         source.read(source.native_grid)
 
 
+def test_a_vrt_with_a_missing_or_broken_file_is_an_error_every_time(tmp_path):
+    path = tmp_path / "mosaic.vrt"
+    path.write_text(vrt_text("gone.tif"))
+    with pytest.raises(ImageryError, match=r"mosaic\.vrt.*gone\.tif.*not there"):
+        open_imagery(path)
+    (tmp_path / "broken.tif").write_bytes(b"II*\0 broken")
+    path.write_text(vrt_text("broken.tif"))
+    for _ in range(3):  # GDAL alone would raise once and then read zeros
+        with pytest.raises(ImageryError, match=r"mosaic\.vrt.*broken\.tif.*unusable"):
+            open_imagery(path)
+    path.write_text(vrt_text("inner.vrt"))
+    (tmp_path / "inner.vrt").write_text(vrt_text("broken.tif"))
+    with pytest.raises(ImageryError, match=r"broken\.tif"):
+        open_imagery(path)
+
+
+def test_a_vrt_of_remote_files_is_refused(tmp_path):
+    path = tmp_path / "mosaic.vrt"
+    path.write_text(vrt_text("/vsicurl/http://127.0.0.1:9/a.tif?sig=secret").replace('VRT="1"', 'VRT="0"'))
+    with pytest.raises(
+        ImageryError, match=r"mosaic\.vrt.*127.*give the URLs themselves|Give the URLs"
+    ) as caught:
+        open_imagery(path)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_vrt_over_a_damaged_file_raises_at_every_read(tif, tmp_path):
+    noise = np.random.default_rng(3).integers(0, 255, (3, 512, 512), dtype=np.uint8)
+    rasterio.shutil.copy(
+        tif(noise), tmp_path / "cog.tif", driver="COG", BLOCKSIZE=128, COMPRESS="DEFLATE", OVERVIEWS="NONE"
+    )
+    whole = (tmp_path / "cog.tif").read_bytes()
+    (tmp_path / "cog.tif").write_bytes(whole[: len(whole) * 2 // 3])
+    path = tmp_path / "mosaic.vrt"
+    path.write_text(vrt_text("cog.tif", size=(512, 512)))
+    source = open_imagery(path)
+    for _ in range(3):
+        with pytest.raises(ImageryError, match=r"mosaic\.vrt.*rows"):
+            source.read(source.native_grid.window(400, 400, 100, 100))
+    assert source.read(source.native_grid.window(0, 0, 50, 50)).valid.all()
+
+
+def test_jpeg_2000_is_read(tif, rgb, tmp_path):
+    path = tmp_path / "ortho.jp2"
+    options = {"driver": "JP2OpenJPEG", "REVERSIBLE": "YES", "QUALITY": 100, "YCBCR420": "NO"}
+    rasterio.shutil.copy(tif(rgb), path, **options)
+    source = open_imagery(path)
+    np.testing.assert_allclose(source.read(source.native_grid).rgb * 255, rgb, atol=1e-4)
+
+
 # ---- areas -----------------------------------------------------------------------------------
 def test_an_area_without_imagery_is_refused_and_a_swap_is_noticed(tif, rgb):
     source = open_imagery(tif(rgb))
