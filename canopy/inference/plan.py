@@ -56,7 +56,9 @@ class Lattice:
         overlap = max(patch_px, round(crop_px / 4 / patch_px) * patch_px)
         if crop_px < 2 * patch_px:
             return cls(crop_px, crop_px, 0)
-        return cls(crop_px, crop_px - overlap, overlap // 4)
+        # The taper gives the first tenth of the overlap under 3 % of the weight: a wide ramp hides seams
+        # better than a wide margin does (measured at equal cost).
+        return cls(crop_px, crop_px - overlap, overlap // 16)
 
     @property
     def served_px(self) -> int:

@@ -57,7 +57,10 @@ class Scratch:
             raise RuntimeError("the scratch file is not open")
         window = Window(col_off, row_off, valid.shape[1], valid.shape[0])
         bands = [np.where(valid, values[0], 0), valid, np.where(valid, values[1], 0)]
-        self._dataset.write(np.stack(bands).astype(np.float32), window=window)
+        try:
+            self._dataset.write(np.stack(bands).astype(np.float32), window=window)
+        except (rasterio.errors.RasterioError, OSError) as error:
+            raise OutputError(f"cannot write predictions ({error})", where=self.path.parent) from error
 
 
 def regrid(
