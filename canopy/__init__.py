@@ -16,7 +16,7 @@ _EXPORTS = {
     "Grid": "canopy.geo.grid",
     "Raster": "canopy.geo.raster",
     "HeightModel": "canopy.models.height",
-    "load_model": "canopy.models.checkpoint",
+    "load_model": "canopy.sources.weights",
     "open_imagery": "canopy.sources.imagery",
     "predict": "canopy.inference.predict",
     "CanopyError": "canopy.errors",
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from canopy.geo.grid import Grid
     from canopy.geo.raster import Raster
     from canopy.inference.predict import predict
-    from canopy.models.checkpoint import load_model
     from canopy.models.height import HeightModel
     from canopy.sources.imagery import open_imagery
+    from canopy.sources.weights import load_model
 
 
 def __getattr__(name: str) -> Any:

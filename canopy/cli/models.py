@@ -7,24 +7,36 @@ from typing import Annotated, Any
 import typer
 
 from canopy.cli.common import Json, print_json
+from canopy.cli.convert import convert
 
 app = typer.Typer(no_args_is_help=True)
+app.command("convert")(convert)
 
 
 @app.command("list")
 def list_models(json_: Json = False) -> None:
-    """Embedded models, by the names that --model takes.
+    """Models by the names that --model takes: embedded ones, and published ones that are downloaded.
 
     Example: canopy models list
     """
-    from canopy.models.registry import EMBEDDED, describe, resolve_model
+    from canopy.models.catalogue import facts as published_facts
+    from canopy.models.catalogue import published_models
+    from canopy.models.registry import EMBEDDED, WEIGHTS_DIR, describe
 
-    rows = {name: describe(resolve_model(name)) for name in EMBEDDED}
+    shipped = {name: WEIGHTS_DIR / file for name, file in EMBEDDED.items()}
+    rows = {name: describe(path) for name, path in shipped.items() if path.is_file()}
+    published = {name: published_facts(entry) for name, entry in published_models().items()}
     if json_:
-        print_json({"models": rows})
+        print_json({"models": rows, "published": published})
         return
     for name, facts in rows.items():
-        typer.echo(f"{name:14} {facts['name']}: {_headline(facts)}")
+        licence = facts["card"].get("licence", "licence not stated")
+        typer.echo(f"{name:19} {facts['name']}: {_headline(facts)}; {licence}; embedded")
+    for name, facts in published.items():
+        typer.echo(
+            f"{name:19} {facts['title']}: {facts['size_gb']:g} GB; {facts['licence']}; {facts['source']}"
+        )
+        typer.echo(f"{'':19} {facts['origin']}; {facts['how']}")
 
 
 @app.command("info")
@@ -34,10 +46,18 @@ def info(
 ) -> None:
     """What a model expects, what it was trained on, and how well it did.
 
+    A published model is described from the table, without downloading it.
+
     Example: canopy models info default
     """
-    from canopy.models.registry import describe, resolve_model
+    from canopy.models.catalogue import facts as published_facts
+    from canopy.models.catalogue import published_models
+    from canopy.models.registry import EMBEDDED, describe, resolve_model
 
+    table = {} if name_or_file in EMBEDDED else published_models()
+    if name_or_file in table:
+        _print_published(name_or_file, published_facts(table[name_or_file]), json_)
+        return
     facts = describe(resolve_model(name_or_file))
     if json_:
         print_json(facts)
@@ -55,6 +75,15 @@ def info(
     for key, value in lines.items():
         typer.echo(f"{key:11} {value}")
     _print_scores(card)
+
+
+def _print_published(name: str, facts: dict[str, Any], json_: bool) -> None:
+    if json_:
+        print_json({"name": name, **facts})
+        return
+    for key in ("title", "licence", "source", "size_gb", "parameters_m", "gsd_m", "origin", "how", "notes"):
+        if facts.get(key):
+            typer.echo(f"{key:12} {facts[key]}")
 
 
 def _headline(facts: dict[str, Any]) -> str:

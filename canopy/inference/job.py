@@ -215,10 +215,9 @@ def prepare(request: Request) -> Job:
     )
     plan = plan_windows(target.predict, Lattice.of(model.config.crop_px, model.config.patch_px))
     bands = 2 if request.date_band else 1
-    rough = estimate(plan, target, None, bands, request.encoding)
-    refuse_too_large(rough, request.max_pixels, aoi.describe(), in_memory=files is None)
     pace = seconds_per_crop(model, request.device, request.precision, request.batch_size)
     cost = estimate(plan, target, pace, bands, request.encoding)
+    refuse_too_large(cost, request.max_pixels, aoi.describe(), in_memory=files is None)
     notes += scale_notes(source.native_gsd_m, model.config.gsd_m)
     return Job(request, source, aoi, model, model_name, target, plan, cost, files, notes)
 
@@ -288,7 +287,7 @@ def _coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
 
 def _load(model: str | Path | HeightModel) -> tuple[HeightModel, str]:
     """The model and the name that tags give it."""
-    from canopy.models.checkpoint import load_model
+    from canopy.sources.weights import load_model
 
     name = None
     if isinstance(model, (str, Path)):

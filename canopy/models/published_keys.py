@@ -144,7 +144,7 @@ def _v2_attention(block: int, what: str, shape: Shape, file: ForeignFile) -> Par
     if what == "qkv.weight":
         return Part({f"{base}.weight": shape})
     third = "qkv".index(what[0])
-    whole = (3 * shape[0],)
+    whole: Shape = (3 * shape[0],)
     sources: dict[str, Shape] = {f"{base}.bias": whole} | (
         {f"{base}.bias_mask": whole} if f"{base}.bias_mask" in file.tensors else {}
     )

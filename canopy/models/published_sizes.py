@@ -38,7 +38,7 @@ _V2_SCALE = 8.0
 
 
 class Given(Settings):
-    """`--config FILE.json`: what tensors of unusual size cannot tell. Sizes may be repeated and must agree."""
+    """`--config FILE.json`: what tensors of unusual size cannot tell. Repeated sizes must agree."""
 
     num_heads: int | None = None
     taps: tuple[int, ...] | None = None
