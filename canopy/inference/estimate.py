@@ -29,13 +29,21 @@ OVERHEAD_S_PER_PX = 0.25e-6
 
 @dataclass(frozen=True)
 class Estimate:
-    """`seconds` is None where it was not worth a measurement (the job is refused or trivial)."""
+    """What a job takes, if every crop has valid pixels.
+
+    Attributes:
+        windows, crops: units of reading and of prediction.
+        pixels: of the map; predicted_pixels: of the grid at the model's ground sample distance.
+        gigabytes: of the map, uncompressed.
+        seconds: from a measurement of the model on this machine.
+    """
 
     windows: int
     crops: int
     pixels: int
+    predicted_pixels: int
     gigabytes: float
-    seconds: float | None
+    seconds: float
 
     @property
     def tiles_text(self) -> str:
@@ -44,26 +52,30 @@ class Estimate:
     @property
     def time_text(self) -> str:
         """`~3 min`; minutes are the finest that such a guess deserves."""
-        if self.seconds is None:
-            return "time unknown"
         minutes = self.seconds / 60
         if minutes < 1:
             return "under 1 min"
-        return f"~{minutes:.0f} min" if minutes < 120 else f"~{minutes / 60:.0f} h"
-
-
-def estimate(
-    plan: Plan, target: Target, seconds_per_crop: float | None, bands: int, encoding: str
-) -> Estimate:
-    """Cost of `plan`; every crop is counted as if it had valid pixels."""
-    pixels = target.output.height * target.output.width
-    seconds = None
-    if seconds_per_crop is not None:
-        seconds = plan.n_crops * seconds_per_crop + OVERHEAD_S_PER_PX * (
-            pixels + plan.grid.height * plan.grid.width
+        hours = minutes / 60
+        return (
+            f"~{minutes:.0f} min"
+            if hours < 2
+            else f"~{hours:.0f} h"
+            if hours < 72
+            else f"~{hours / 24:,.0f} days"
         )
+
+
+def estimate(plan: Plan, target: Target, crop_seconds: float, bands: int, encoding: str) -> Estimate:
+    """Cost of `plan` at a measured pace."""
+    pixels = target.output.height * target.output.width
+    predicted = plan.grid.height * plan.grid.width
     return Estimate(
-        len(plan), plan.n_crops, pixels, pixels * bands * BYTES_PER_PIXEL[encoding] / 1e9, seconds
+        windows=len(plan),
+        crops=plan.n_crops,
+        pixels=pixels,
+        predicted_pixels=predicted,
+        gigabytes=pixels * bands * BYTES_PER_PIXEL[encoding] / 1e9,
+        seconds=plan.n_crops * crop_seconds + OVERHEAD_S_PER_PX * (pixels + predicted),
     )
 
 
@@ -87,15 +99,16 @@ def refuse_too_large(cost: Estimate, max_pixels: int, where: str, in_memory: boo
     Raises:
         AreaError: with the tiles, gigabytes and time it would take.
     """
-    limit = min(max_pixels, MAX_PIXELS_IN_MEMORY) if in_memory else max_pixels
-    if cost.pixels <= limit:
-        return
-    remedy = "choose a smaller area or a coarser --gsd, or raise --max-pixels"
-    if in_memory and cost.pixels <= max_pixels:
+    if max(cost.pixels, cost.predicted_pixels) > max_pixels:
+        limit, remedy = max_pixels, "choose a smaller area, or raise --max-pixels"
+    elif in_memory and cost.pixels > MAX_PIXELS_IN_MEMORY:
+        limit = MAX_PIXELS_IN_MEMORY
         remedy = "give `out` a file name: a map of this size is not held in memory"
+    else:
+        return
     raise AreaError(
-        f"the area is too large: {cost.pixels:,} px, {cost.tiles_text}, {cost.gigabytes:.1f} GB, "
-        f"{cost.time_text}",
+        f"the area is too large: {max(cost.pixels, cost.predicted_pixels):,} px, {cost.tiles_text}, "
+        f"{cost.gigabytes:.1f} GB, {cost.time_text}",
         where=where,
         expected=f"at most {limit:,} px",
         remedy=remedy,
