@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 _HELP_OUT = "GeoTIFF to write; OUT.json (a STAC item) lies beside it. Default: IMAGE_chm.tif here."
 _HELP_CRS = "CRS of the map, or `image` for the image's own grid. Default: the area's UTM zone."
+_HELP_RADIOMETRY = (
+    "Move the image's colours onto those of the model's training imagery: none; match; or the target's own "
+    "r5,r95,g5,g95,b5,b95 in 0..1. The image's percentiles are measured once over all of it."
+)
 _HELP_IMAGERY = (
     "A named source (naip, demo, ...), a STAC API or catalog, an XYZ template, a directory or VRT."
 )
@@ -61,6 +65,9 @@ def predict(
         bool, typer.Option("--date-band", help="Add band acquisition_date: days since 1970-01-01, 0 unknown.")
     ] = False,
     quicklook: Annotated[bool, typer.Option("--quicklook", help="Draw OUT.png beside the map.")] = False,
+    radiometry: Annotated[
+        str, typer.Option("--radiometry", metavar="none|match|PERCENTILES", help=_HELP_RADIOMETRY)
+    ] = "none",
     max_pixels: Annotated[
         int | None, typer.Option("--max-pixels", help="Refuse maps larger than this.", show_default="4e9")
     ] = None,
@@ -113,6 +120,7 @@ def predict(
         encoding=encoding,
         date_band=date_band,
         quicklook=quicklook,
+        radiometry=radiometry,
         overwrite=overwrite,
         max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
     )

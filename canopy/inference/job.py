@@ -19,8 +19,10 @@ from canopy.inference import output
 from canopy.inference.engine import RunSummary, Sink, predict_grid
 from canopy.inference.estimate import Estimate, estimate, refuse_too_large, seconds_per_crop
 from canopy.inference.plan import Lattice, Plan, plan_windows
+from canopy.inference.radiometry import with_radiometry
 from canopy.inference.request import Request
 from canopy.inference.target import Target, choose_target, scale_notes
+from canopy.models.radiometry import parse_radiometry
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ class Job:
     cost: Estimate
     files: output.OutputFiles | None
     notes: list[str] = field(default_factory=list)
+    radiometry: str = "none"
 
     @property
     def model_sha256(self) -> str:
@@ -98,6 +101,7 @@ class Job:
             "imagery": output.imagery_text(self.source),
             "dates": output.dates_text(self.source.dates),
             "encoding": self.request.encoding,
+            "radiometry": self.radiometry,
             "tiles": self.cost.windows,
             "crops": self.cost.crops,
             "gigabytes": self.cost.gigabytes,
@@ -150,7 +154,8 @@ class Job:
         return Result(files, summary, self, sha256=writer.sha256)
 
     def _tags(self) -> dict[str, str]:
-        return output.map_tags(self.source, self.model_name, self.model_sha256, self.target.output.gsd_m)
+        tags = output.map_tags(self.source, self.model_name, self.model_sha256, self.target.output.gsd_m)
+        return tags | ({"CANOPY_RADIOMETRY": self.radiometry} if self.radiometry != "none" else {})
 
     def _predict(self, sink: Sink, progress: Progress | None) -> RunSummary:
         """Predict into `sink`, by way of a scratch file where the output has another grid."""
@@ -195,6 +200,7 @@ def prepare(request: Request) -> Job:
         InputError (and its kinds): whatever in the request cannot be done, in one line.
     """
     files = _check_output(request)
+    parse_radiometry(request.radiometry)  # before a model is fetched for it
     model, model_name = _load(request.model)
     source = _open(request, model.config.gsd_m)
     aoi = request.area or source.area()
@@ -219,7 +225,10 @@ def prepare(request: Request) -> Job:
     cost = estimate(plan, target, pace, bands, request.encoding)
     refuse_too_large(cost, request.max_pixels, aoi.describe(), in_memory=files is None)
     notes += scale_notes(source.native_gsd_m, model.config.gsd_m)
-    return Job(request, source, aoi, model, model_name, target, plan, cost, files, notes)
+    model, radiometry, more = with_radiometry(model, source, aoi, request.radiometry)
+    return Job(
+        request, source, aoi, model, model_name, target, plan, cost, files, notes + more, radiometry
+    )  # fmt: skip
 
 
 def _check_output(request: Request) -> output.OutputFiles | None:

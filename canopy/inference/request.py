@@ -31,6 +31,7 @@ class Options(TypedDict, total=False):
     encoding: str
     date_band: bool
     quicklook: bool
+    radiometry: str
     overwrite: bool
     max_pixels: int
 
@@ -47,6 +48,7 @@ class Request:
         out: the GeoTIFF to write; None keeps the map in memory.
         crs: CRS of the map, or `image`; also the CRS of images that carry none, unless `input_crs` is given.
         input_crs: CRS of images that carry none.
+        radiometry: `none`, `match`, or percentiles; see `canopy.models.radiometry.parse_radiometry`.
     """
 
     images: tuple[str, ...] = ()
@@ -68,5 +70,6 @@ class Request:
     encoding: str = "float32"
     date_band: bool = False
     quicklook: bool = False
+    radiometry: str = "none"
     overwrite: bool = False
     max_pixels: int = MAX_PIXELS
