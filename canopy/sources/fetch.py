@@ -155,7 +155,9 @@ def _fetch_into(url: str, part: Path, headers: Mapping[str, str], sign: http.Sig
             with http.host_slot(url):
                 target = sign(url, signed_anew) if sign else url
                 problem, retry_after = _one_try(url, target, part, have, headers, sign is not None)
-        except httpx.TransportError as error:
+        except httpx.InvalidURL as error:
+            raise FetchError(f"not a usable URL ({redact(error)})", where=redact(url)) from None
+        except httpx.RequestError as error:
             problem, retry_after = f"{host_of(url)} cut the connection ({redact(error)})", None
         if not problem:
             return

@@ -175,8 +175,10 @@ def get(
                 response = client().get(target, headers=headers, timeout=_policy.timeout_s)
         except httpx.InvalidURL as error:
             raise FetchError(f"not a usable URL ({redact(error)})", where=redact(url)) from None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             problem = f"{host_of(url)} did not answer ({_reason(error)})"
+            if attempt and is_unknown_host(error):
+                raise gave_up(url, problem, attempt + 1) from None
             continue
         if response.status_code in absent:
             return response
@@ -193,6 +195,12 @@ def get(
 
 def _reason(error: Exception) -> str:
     return redact(error).strip() or type(error).__name__
+
+
+def is_unknown_host(error: BaseException | str) -> bool:
+    """True when the host's name leads nowhere: no network or a typing error, and no use in many retries."""
+    words = ("name or service not known", "nodename nor servname", "name resolution", "getaddrinfo")
+    return any(word in str(error).lower() for word in words)
 
 
 def raise_if_refused(response: httpx.Response, url: str, what: str) -> None:
@@ -225,7 +233,7 @@ def gave_up(url: str, problem: str, attempts: int | None = None) -> FetchError:
     return FetchError(
         f"{redact(problem)}; gave up after {attempts or _policy.attempts} attempts",
         where=redact(url),
-        remedy="try again later; finished work is kept",
+        remedy="check the network and the address, or try again later",
     )
 
 
@@ -252,7 +260,7 @@ def first_bytes(url: str, count: int = 64) -> bytes:
             ) as response,
         ):
             return next(response.iter_bytes(count), b"") if response.is_success else b""
-    except (httpx.TransportError, httpx.InvalidURL):
+    except (httpx.RequestError, httpx.InvalidURL):
         return b""
 
 
@@ -274,7 +282,9 @@ def diagnose(url: str, *, what: str = "the image", can_sign: bool = False) -> tu
             ) as response,
         ):
             first = next(response.iter_bytes(64), b"")
-    except httpx.TransportError as error:
+    except httpx.InvalidURL as error:
+        raise FetchError(f"not a usable URL ({redact(error)})", where=redact(url)) from None
+    except httpx.RequestError as error:
         return f"{host_of(url)} did not answer ({_reason(error)})", None
     if response.status_code in TRANSIENT or (can_sign and response.status_code in (401, 403)):
         return f"{host_of(url)} answered {response.status_code} {response.reason_phrase}", retry_after_s(

@@ -213,7 +213,8 @@ class Scene:
                     healthy += attempt > 0
                     said = f"{http.host_of(url)} answers, but {error.what}"
                 self._forget_handle()
-            if healthy > _HEALTHY_RETRIES or attempt + 1 == http.policy().attempts:
+            hopeless = healthy > _HEALTHY_RETRIES or (attempt > 0 and http.is_unknown_host(said))
+            if hopeless or attempt + 1 == http.policy().attempts:
                 break
             http.pause(self.href, attempt, said, wait)
         raise http.gave_up(self.href, said, attempt + 1)

@@ -117,6 +117,18 @@ def test_a_dead_host_is_named():
         open_imagery("http://127.0.0.1:9/a.tif")
 
 
+def test_a_portal_that_redirects_for_ever_is_an_error_that_names_it(server):
+    server.fail("/a.tif", times=10_000, status=302, headers={"Location": server.url + "/a.tif?again=1"})
+    with pytest.raises(FetchError, match=r"127\.0\.0\.1:\d+ did not answer.*redirects"):
+        open_imagery(server.url + "/a.tif")
+
+
+def test_a_host_that_does_not_exist_is_asked_only_twice(server):
+    for address in ("http://nowhere.invalid/a.tif", "http://nowhere.invalid/stac"):
+        with pytest.raises(FetchError, match=r"nowhere\.invalid did not answer.*gave up after 2 attempts"):
+            open_imagery(address)
+
+
 def test_a_slow_host_times_out_and_is_tried_again(server, cog, noise):
     url = server.put("/a.tif", cog)
     server.fail("/a.tif", times=1, status=200, delay_s=1.5)
