@@ -97,7 +97,8 @@ class CropStream(IterableDataset[Sample]):
         options = self.augment
         if options is not None:
             rgb, valid, chm = dihedral(rng, rgb, valid, chm)
-            rgb = vary_colour(rgb, rng, options.colour)
+            # Most images nearly as they are, some far off: always far off is too hard to learn from at all.
+            rgb = vary_colour(rgb, rng, options.colour * rng.random())
             if rng.random() < options.hide_chance:
                 shown = hide_part(valid, rng)
                 if shown.mean() > 0.02:

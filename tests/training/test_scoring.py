@@ -1,0 +1,69 @@
+"""Scores against plain numpy; baselines and crops cover every pixel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from canopy.chips.store import Chip, ChipRow
+from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
+from canopy.models.height import HeightModel
+from canopy.training.baselines import fit_baselines, pixel_features
+from canopy.training.report import plain
+from canopy.training.scoring import predict_chip, score, scored_pixels
+
+
+@pytest.fixture
+def chips():
+    rng = np.random.default_rng(0)
+    out = []
+    for i, (site, kind) in enumerate([("a", "lidar"), ("a", "lidar"), ("p", "neon")]):
+        chm = rng.uniform(0, 30, (30, 40)).astype(np.float32)
+        chm[:3] = np.nan
+        red = np.nan_to_num(chm * 6 + 20).astype(np.uint8)
+        rgb = np.stack([red.repeat(2, 0).repeat(2, 1)] * 3)
+        rgb[1:] = 60
+        rgb[:, -5:] = 0
+        out.append(Chip(ChipRow(f"c{i}", site, kind, "train"), rgb, chm))
+    return out
+
+
+def test_rows_pool_the_pixels_of_a_site(chips):
+    table = score(chips, lambda chip: np.where(np.isnan(chip.chm_m), 99, chip.chm_m * 0.5 + 1))
+    truth = np.concatenate([c.chm_m[scored_pixels(c)] for c in chips[:2]])
+    assert list(table) == ["a", "p", "all but plots", "plots", "all"]
+    row = table["a"]
+    assert row["n"] == truth.size == 2 * (30 - 3 - 3) * 40  # 5 missing image rows touch 3 label rows
+    error = 1 - truth * 0.5
+    assert row["mae_m"] == pytest.approx(np.abs(error).mean(), rel=1e-5)
+    assert row["rmse_m"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-5)
+    assert row["bias_m"] == pytest.approx(error.mean(), rel=1e-5)
+    assert row["r"] == pytest.approx(1.0)
+
+
+def test_a_constant_has_no_correlation(chips):
+    table = plain(score(chips, lambda chip: np.full(chip.chm_m.shape, 3.0)))
+    assert table["all"]["r"] is None
+
+
+def test_regression_learns_what_colour_tells(chips):
+    baselines = fit_baselines(chips)
+    known = scored_pixels(chips[0])
+    assert baselines.mean_m == pytest.approx(
+        np.concatenate([c.chm_m[scored_pixels(c)] for c in chips]).mean(), rel=1e-5
+    )
+    error = np.abs(baselines.regression(chips[0]) - chips[0].chm_m)[known].mean()
+    assert error < 0.6 * np.abs(baselines.constant(chips[0]) - chips[0].chm_m)[known].mean()
+    assert np.isfinite(pixel_features(chips[0])).all()
+
+
+@pytest.mark.parametrize("overlap", [0, 16])
+def test_crops_cover_chips_of_any_size(chips, overlap):
+    config = ModelConfig(
+        encoder=EncoderConfig(dim=16, depth=4, heads=2, taps=(0, 1, 2, 3)),
+        decoder=DecoderConfig(post_channels=(4, 4, 4, 4), fusion=4, hidden=4, bins=8),
+    )
+    model = HeightModel(config).eval()
+    for side in (32, 64, 128):
+        heights = predict_chip(model, chips[0], side, overlap)
+        assert heights.shape == chips[0].chm_m.shape and np.isfinite(heights).all()
