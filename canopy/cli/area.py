@@ -13,14 +13,16 @@ Bbox = Annotated[
     typer.Option(
         "--bbox",
         metavar="LAT,LON[,LAT,LON]",
-        help="Latitude first: a point (with --size-m) or two opposite corners.",
+        help="Latitude first: a point (see --size-m) or two opposite corners.",
         rich_help_panel=_PANEL,
     ),
 ]
 SizeM = Annotated[
     float | None,
     typer.Option(
-        "--size-m", help="Side of the square around --bbox LAT,LON, metres.", rich_help_panel=_PANEL
+        "--size-m",
+        help="Side of the square around --bbox LAT,LON, metres; 1000 if not given.",
+        rich_help_panel=_PANEL,
     ),
 ]
 Bounds = Annotated[

@@ -36,6 +36,8 @@ from canopy.geo.fill import fill_polygons
 from canopy.geo.grid import Grid
 
 WGS84 = "EPSG:4326"
+# Side of the square around a single point when nothing else is said: a square kilometre.
+DEFAULT_SIZE_M = 1000.0
 # A grid whose ground distance is this close to its nominal one keeps round pixel sizes (UTM: 0.04 %).
 SCALE_SLACK = 0.01
 # No raster of canopy is wider than this; wider means an area torn apart by its projection.
@@ -56,7 +58,7 @@ class AOI:
     # ---- making -------------------------------------------------------------------------------
     @classmethod
     def from_bbox(cls, bbox: str | Sequence[float], size_m: float | None = None) -> AOI:
-        """'LAT,LON' with `size_m` (a square of that side around the point), or 'LAT,LON,LAT,LON'.
+        """'LAT,LON' (a square of side `size_m`, by default 1000, around the point), or 'LAT,LON,LAT,LON'.
 
         Two corners may be any opposite ones; when their longitudes are more than 180 degrees apart the
         box is the short way round, across the antimeridian. Raises AreaError.
@@ -66,6 +68,7 @@ class AOI:
             raise AreaError(f"{len(numbers)} numbers", where="--bbox", expected="LAT,LON or LAT,LON,LAT,LON")
         _check_latitudes(numbers)
         if len(numbers) == 2:
+            size_m = DEFAULT_SIZE_M if size_m is None else size_m
             return cls._around(numbers[0], _wrap(numbers[1], "--bbox"), size_m)
         if size_m is not None:
             raise AreaError(
@@ -118,12 +121,8 @@ class AOI:
         return cls(box(*grid.bounds), grid.crs, is_box=True)
 
     @classmethod
-    def _around(cls, lat: float, lon: float, size_m: float | None) -> AOI:
+    def _around(cls, lat: float, lon: float, size_m: float) -> AOI:
         """A square of side `size_m` in the point's own UTM zone."""
-        if size_m is None:
-            raise AreaError(
-                "one point and no size", where="--bbox", remedy="add --size-m 1000, or a second corner"
-            )
         if not (math.isfinite(size_m) and size_m > 0):
             raise AreaError(f"size of {size_m:g} m", where="--size-m", expected="a number above 0")
         crs = utm_crs(lon, lat)

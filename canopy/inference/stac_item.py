@@ -32,6 +32,8 @@ STORED = {
     "uint8m": ("uint8", 255, 1.0),
 }
 
+METRES_PER_DEGREE = 111_320.0  # of latitude
+
 
 @dataclass(frozen=True)
 class MapFacts:
@@ -71,7 +73,8 @@ def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[
         "stac_version": "1.0.0",
         "stac_extensions": EXTENSIONS,
         "id": facts.path.stem,
-        "geometry": _plain(outline.__geo_interface__),
+        # Half a pixel of slack keeps a handful of the hundreds of points that follow a curved edge.
+        "geometry": _plain(outline.simplify(facts.grid.gsd_m / 2 / METRES_PER_DEGREE).__geo_interface__),
         "bbox": _bbox(outline),
         "properties": {
             **_when(facts.dates, now),

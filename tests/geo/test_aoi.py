@@ -85,7 +85,6 @@ def test_two_corners_take_the_short_way_round():
         ("-123.3,45.1", 1000, "id you mean --bbox 45.1,-123.3"),
         ("-123.3,45.1,-123.2,45.2", None, "id you mean --bbox 45.1,-123.3,45.2,-123.2"),
         ("120,130", 1000, "beyond 90"),
-        ("45,-123", None, "--size-m"),
         ("45,-123,46,-122", 1000, "--size-m"),
         ("45,-123", 0, "above 0"),
         ("45,-123", math.nan, "above 0"),
@@ -295,3 +294,8 @@ def test_the_output_crs_prefers_the_image_then_the_area():
     assert square.output_crs("EPSG:3857").epsg == 32610
     far = AOI(square.to_crs("EPSG:32633").geometry, "EPSG:32633")
     assert far.output_crs().epsg == 32610
+
+
+def test_a_point_alone_is_a_square_kilometre():
+    aoi = AOI.from_bbox("-23.55,-46.63")
+    assert aoi.is_box and aoi.geometry.equals(AOI.from_bbox("-23.55,-46.63", size_m=1000).geometry)
