@@ -92,10 +92,10 @@ def predict(
 
       canopy predict a.tif b.tif --aoi stand.gpkg --crs image --gsd 1 --dry-run
     """
+    from canopy.geo.choose import choose_area
     from canopy.inference.estimate import MAX_PIXELS
     from canopy.inference.job import prepare
     from canopy.inference.output import default_out
-    from canopy.inference.predict import choose_area
     from canopy.inference.request import Request
     from canopy.runtime import log, progress_bar, setup_logging
 
@@ -134,7 +134,10 @@ def predict(
         return
     with progress_bar(quiet) as progress:
         result = job.run(progress)
-    _print_result(result, json)
+    if json:
+        print_json(result.to_dict())
+    elif not quiet:
+        _print_result(result)
 
 
 def _print_plan(job: Job, json: bool) -> None:
@@ -142,10 +145,7 @@ def _print_plan(job: Job, json: bool) -> None:
         print_json({"dry_run": True, **job.to_dict(), "notes": job.notes})
 
 
-def _print_result(result: Result, json: bool) -> None:
-    if json:
-        print_json(result.to_dict())
-        return
+def _print_result(result: Result) -> None:
     if result.files is None:
         return
     grid, summary = result.job.target.output, result.summary
