@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from canopy.errors import AreaError
 from canopy.geo.aoi import AOI
+from canopy.geo.choose import choose_area
 from canopy.inference.job import prepare
 from canopy.inference.request import Options, Request
 from canopy.runtime import Progress, log
@@ -71,30 +71,3 @@ def predict(
         log.warning(note)
     result = job.run(progress)
     return result.files.tif if result.files else result.data  # type: ignore[return-value]
-
-
-def choose_area(
-    *,
-    bbox: str | Sequence[float] | None = None,
-    size_m: float | None = None,
-    bounds: str | Sequence[float] | None = None,
-    bounds_crs: Any = None,
-    aoi: str | Path | None = None,
-) -> AOI | None:
-    """The area of whichever option was given; None if none was.
-
-    Raises:
-        AreaError: two areas, an option without its partner, or an impossible area.
-    """
-    given = [
-        name for name, value in (("--bbox", bbox), ("--bounds", bounds), ("--aoi", aoi)) if value is not None
-    ]
-    if len(given) > 1:
-        raise AreaError(f"{' and '.join(given)} together", expected="one way to say the area")
-    if size_m is not None and bbox is None:
-        raise AreaError("a size without a point", where="--size-m", remedy="add --bbox LAT,LON")
-    if bbox is not None:
-        return AOI.from_bbox(bbox, size_m)
-    if bounds is not None:
-        return AOI.from_bounds(bounds, bounds_crs or "EPSG:4326")
-    return AOI.from_file(aoi) if aoi is not None else None
