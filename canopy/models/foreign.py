@@ -6,6 +6,7 @@ stay in the file (memory-mapped) until they are asked for one by one, so a conve
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
@@ -69,8 +70,9 @@ def open_foreign(path: Path) -> ForeignFile:
     if not path.is_file():
         raise CheckpointError("no such file", where=path, expected="a checkpoint")
     with path.open("rb") as file:
-        first = file.read(8)
-    if first[:2] == b"PK" or first[:1] == b"\x80":
+        first = file.read(9)
+    # safetensors: the length of a JSON header, eight bytes, and the header's brace.
+    if first[4:] != b"\0\0\0\0{" and (first[:2] == b"PK" or first[:1] == b"\x80"):
         return _from_pickle(path)
     return open_safetensors(path)
 
@@ -203,6 +205,8 @@ def _load(path: Path) -> Any:
         with warnings.catch_warnings():
             # torch announces the end of quantised dtypes; these files keep existing.
             warnings.simplefilter("ignore")
+            if path.suffix == ".safetensors":  # torch believes the name, not the content
+                return torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except pickle.UnpicklingError as error:
         types = _refused_types(path, str(error))

@@ -69,7 +69,8 @@ def _read_table(path: Path) -> dict[str, Any]:
     length = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
-        if first.startswith(_PICKLES):
+        # A header's length may begin like a pickle, but it never fills its upper half.
+        if first.startswith(_PICKLES) and first[4:] != bytes(4):
             raise CheckpointError(
                 "is a PyTorch pickle, which can run code when opened",
                 where=path,

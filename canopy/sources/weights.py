@@ -85,7 +85,7 @@ def is_canopy_file(path: Path) -> bool:
     with path.open("rb") as file:
         first = file.read(8)
         size = int.from_bytes(first, "little")
-        if len(first) < 8 or first[:2] == b"PK" or first[:1] == b"\x80" or size > 100_000_000:
+        if len(first) < 8 or size > 100_000_000:
             return len(first) < 8
         header = file.read(size)
     return f'"format":"{registry.FORMAT}"'.encode() in header.replace(b": ", b":") or len(header) < size
