@@ -7,6 +7,7 @@ writes its card.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,10 +19,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("chips", type=Path, help="chips file of pipelines/build_chips.py")
     parser.add_argument("--model", default="default")
-    parser.add_argument(
-        "--splits", default="val", help="val,test,test_hard; test is for reports only"
-    )
-    parser.add_argument("--crop-px", type=int)
+    parser.add_argument("--splits", default="val", help="val,test,test_hard; test is for reports only")
+    parser.add_argument("--crop-px", type=int, help="score, and publish, with this crop side")
     parser.add_argument("--publish", type=Path, help="write the model with these scores here")
     parser.add_argument("--card", type=Path, help="write the model card here")
     parser.add_argument("--note", action="append", default=[], metavar="KEY=TEXT", help="facts for the card")
@@ -41,8 +40,10 @@ def _run(args: argparse.Namespace) -> None:
     from canopy.training.report import markdown_table, model_card, score_with_baselines
 
     model = load_model(args.model)
+    if args.crop_px:
+        model.config = dataclasses.replace(model.config, crop_px=args.crop_px)
     splits = tuple(args.splits.split(","))
-    scores = score_with_baselines(model, read_store(args.chips), splits, args.crop_px)
+    scores = score_with_baselines(model, read_store(args.chips), splits)
     for split, tables in scores.items():
         print(f"{split}\n{markdown_table(tables)}\n")
     if args.publish:

@@ -21,7 +21,7 @@ from canopy.models.checkpoint import save_checkpoint
 from canopy.models.config import ModelConfig
 from canopy.models.height import HeightModel
 from canopy.training.finetune import HeightModule
-from canopy.training.scoring import score_chips
+from canopy.training.scoring import plain, score_chips
 from canopy.training.settings import FinetuneSettings
 
 LAST = "last.ckpt"
@@ -114,7 +114,7 @@ def export(module: HeightModule, store: ChipStore, run_dir: Path, command: str) 
             "train_ids": [c.row.id for c in store.of_split("train")],
             "val_ids": [c.row.id for c in store.of_split("val")],
         },
-        "val": score_chips(module.ema, module.val_chips) if module.val_chips else {},
+        "val": plain(score_chips(module.ema, module.val_chips)) if module.val_chips else {},
     }
     path = run_dir / "model.safetensors"
     save_checkpoint(path, module.ema, card)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +10,13 @@ import numpy as np
 from canopy.chips.store import Chip, ChipStore
 from canopy.models.height import HeightModel
 from canopy.training.baselines import fit_baselines
-from canopy.training.scoring import predict_chip, score
+from canopy.training.scoring import Table, plain, predict_chip, score
 
-Table = dict[str, dict[str, float | None]]
 OVERLAP_PX = 64
 
 
 def score_with_baselines(
-    model: HeightModel, store: ChipStore, splits: tuple[str, ...], crop_px: int | None = None
+    model: HeightModel, store: ChipStore, splits: tuple[str, ...]
 ) -> dict[str, dict[str, Table]]:
     """Score the model and both baselines on the same pixels of each split.
 
@@ -27,10 +25,9 @@ def score_with_baselines(
         correlation that does not exist (a constant) is None.
     """
     baselines = fit_baselines(store.of_split("train"))
-    side = crop_px or model.config.crop_px
 
     def by_model(chip: Chip) -> np.ndarray:
-        return predict_chip(model, chip, side, OVERLAP_PX)
+        return predict_chip(model, chip, model.config.crop_px, OVERLAP_PX)
 
     predictors: dict[str, Callable[[Chip], np.ndarray]] = {
         "model": by_model,
@@ -41,14 +38,6 @@ def score_with_baselines(
         split: {name: plain(score(store.of_split(split), p)) for name, p in predictors.items()}
         for split in splits
         if store.of_split(split)
-    }
-
-
-def plain(table: dict[str, dict[str, float]]) -> Table:
-    """Rounded to the millimetre, NaN to None, so that JSON stays JSON."""
-    return {
-        site: {k: None if math.isnan(v) else round(v, 3) for k, v in row.items()}
-        for site, row in table.items()
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -12,6 +13,7 @@ from canopy.models.fill import fill_invalid
 from canopy.models.height import HeightModel
 
 Predictor = Callable[[Chip], np.ndarray]
+Table = dict[str, dict[str, float | None]]
 
 
 def score_chips(
@@ -59,6 +61,14 @@ def _row(pred: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         "rmse_m": float(np.sqrt((error**2).mean())),
         "r": float(np.corrcoef(pred, truth)[0, 1]) if varies else float("nan"),
         "bias_m": float(error.mean()),
+    }
+
+
+def plain(table: dict[str, dict[str, float]]) -> Table:
+    """Rounded to the millimetre, NaN to None, so that JSON stays JSON."""
+    return {
+        site: {k: None if math.isnan(v) else round(v, 3) for k, v in row.items()}
+        for site, row in table.items()
     }
 
 
