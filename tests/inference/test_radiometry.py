@@ -1,0 +1,136 @@
+"""`--radiometry`: the stretch itself, its measurement, and heights that do not depend on the cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from affine import Affine
+from hypothesis import given
+from hypothesis import strategies as st
+
+import canopy
+from canopy.errors import ConfigError, InputError
+from canopy.inference.radiometry import scene_percentiles, with_radiometry
+from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
+from canopy.models.height import HeightModel
+from canopy.models.radiometry import Stretch, Wish, normal_percentiles, parse_radiometry
+
+TARGET = (0.1, 0.7, 0.15, 0.65, 0.05, 0.55)
+
+
+def _model(percentiles: tuple[float, ...] = TARGET) -> HeightModel:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        crop_px=64,
+        percentiles=percentiles,
+        encoder=EncoderConfig(dim=32, depth=4, heads=2, taps=(0, 1, 2, 3)),
+        decoder=DecoderConfig(post_channels=(8, 8, 8, 8), fusion=8, hidden=8, bins=16),
+    )
+    return HeightModel(config).eval()
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Path:
+    """A dark, bluish aerial image, brighter in the east, with a black corner that is nodata."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(20, 120, 300)[None, None, :] * np.array([0.7, 1.0, 1.3])[:, None, None]
+    values = np.clip(ramp + rng.normal(0, 12, (3, 260, 300)), 1, 255).astype(np.uint8)
+    values[:, :60, :60] = 0
+    path = tmp_path / "aerial.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", width=300, height=260, count=3, dtype="uint8", nodata=0,
+        crs="EPSG:32617", transform=Affine(0.5, 0, 310_000, 0, -0.5, 4_170_000), photometric="RGB",
+    ) as out:  # fmt: skip
+        out.write(values)
+    return path
+
+
+bands = st.tuples(st.floats(0, 0.45), st.floats(0.5, 1)).map(list)
+
+
+@given(source=st.lists(bands, min_size=3, max_size=3), target=st.lists(bands, min_size=3, max_size=3))
+def test_the_stretch_moves_percentiles_onto_percentiles(source: list, target: list) -> None:
+    stretch = Stretch(tuple(np.ravel(source)), tuple(np.ravel(target)))
+    factor, offset = map(np.array, stretch.factors())
+    assert np.allclose(factor * np.array(source)[:, 0] + offset, np.array(target)[:, 0])
+    assert np.allclose(factor * np.array(source)[:, 1] + offset, np.array(target)[:, 1])
+
+
+def test_what_the_option_takes() -> None:
+    assert parse_radiometry("none") is None
+    assert parse_radiometry("match") == Wish()
+    assert parse_radiometry("0.1,0.7,.15,.65,.05,.55") == Wish(None, TARGET)
+    assert parse_radiometry("0,1,0,1,0,1,0.1,0.7,.15,.65,.05,.55") == Wish((0, 1, 0, 1, 0, 1), TARGET)
+    for wrong in (
+        "Match",
+        "1,2",
+        "0.1,0.7,0.1,0.7,0.1,7",
+        "0.7,0.1,0.1,0.7,0.1,0.7",
+        "a,b,c,d,e,f",
+        "nan," * 5 + "1",
+    ):
+        with pytest.raises(ConfigError):
+            parse_radiometry(wrong)
+
+
+def test_percentiles_of_a_normal_distribution() -> None:
+    sample = np.random.default_rng(1).normal(0.42, 0.1, 200_000)
+    assert np.allclose(normal_percentiles((0.42,), (0.1,)), np.percentile(sample, (5, 95)), atol=2e-3)
+
+
+def test_the_scene_is_measured_without_its_nodata(scene: Path) -> None:
+    source = canopy.open_imagery(scene)
+    area = source.area()
+    assert area is not None
+    measured = scene_percentiles(source, area, 0.5)
+    with rasterio.open(scene) as image:
+        values = image.read().astype(float)
+    wanted = np.percentile(values[:, values.any(axis=0)] / 255, (5, 95), axis=1).T.ravel()
+    assert np.allclose(measured, wanted, atol=0.03)  # windows, not every pixel
+    assert scene_percentiles(source, area, 0.5) == measured
+
+
+def test_a_height_does_not_depend_on_the_part_that_is_mapped(scene: Path, tmp_path: Path) -> None:
+    model = _model()
+    whole = canopy.predict(scene, model=model, out=tmp_path / "whole.tif", radiometry="match", device="cpu")
+    part = canopy.predict(
+        scene, model=model, out=tmp_path / "part.tif", radiometry="match", device="cpu",
+        bounds=(310_080, 4_169_890, 310_140, 4_169_960), bounds_crs="EPSG:32617",
+    )  # fmt: skip
+    with rasterio.open(whole) as a, rasterio.open(part) as b:
+        assert a.tags()["CANOPY_RADIOMETRY"] == b.tags()["CANOPY_RADIOMETRY"]
+        window = rasterio.windows.from_bounds(*b.bounds, transform=a.transform)
+        assert np.array_equal(a.read(1, window=window), b.read(1), equal_nan=True)
+        recorded = a.tags()["CANOPY_RADIOMETRY"].replace(" -> ", ",")
+        heights = a.read(1)
+    # The tag's own numbers, given back, make the same map; without a stretch it is another.
+    again = canopy.predict(scene, model=model, radiometry=recorded, device="cpu")
+    assert np.array_equal(again.values, heights, equal_nan=True)
+    plain = canopy.predict(scene, model=model, device="cpu")
+    assert np.nanmax(np.abs(plain.values - heights)) > 1e-3
+    assert "CANOPY_RADIOMETRY" not in plain.attrs and model.stretch is None
+
+
+def test_a_model_without_percentiles_needs_them_said(scene: Path) -> None:
+    source = canopy.open_imagery(scene)
+    whole = source.area()
+    assert whole is not None
+    with pytest.raises(InputError, match="no percentiles"):
+        with_radiometry(_model(()), source, whole, "match")
+    _, text, notes = with_radiometry(_model(()), source, whole, ",".join(map(str, TARGET)))
+    assert text.endswith("-> 0.1,0.7,0.15,0.65,0.05,0.55") and notes == []
+
+
+def test_a_flat_image_has_nothing_to_stretch(tmp_path: Path) -> None:
+    path = tmp_path / "flat.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", width=80, height=80, count=3, dtype="uint8", photometric="RGB",
+        crs="EPSG:32617", transform=Affine(0.5, 0, 310_000, 0, -0.5, 4_170_000),
+    ) as out:  # fmt: skip
+        out.write(np.full((3, 80, 80), 90, np.uint8))
+    with pytest.raises(ConfigError, match="no contrast"):
+        canopy.predict(path, model=_model(), radiometry="match", device="cpu")
