@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -30,6 +30,7 @@ def download(
     sha256: str | None = None,
     headers: Mapping[str, str] | None = None,
     sign: http.Signer | None = None,
+    check: Callable[[Path], None] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Fetch a URL into a file.
@@ -40,6 +41,8 @@ def download(
         sha256: expected digest, lower-case hex; checked also on a file that is already there.
         headers: extra request headers, such as an access token (never logged).
         sign: makes the URL readable; asked again after a 401 or 403.
+        check: raises DataError for a complete file that is not what it should be (another kind of checksum);
+            called before the file gets its name, and on a file that is already there.
         overwrite: fetch again although `dest` exists.
 
     Returns:
@@ -53,6 +56,8 @@ def download(
     target = Path(dest) if dest is not None else cached_path(url)
     if target.is_file() and not overwrite:
         if sha256 is None or file_sha256(target) == sha256.lower():
+            if check is not None:
+                check(target)
             return target
         if dest is not None:
             raise DataError(
@@ -69,6 +74,8 @@ def download(
             _fetch_into(url, part, headers or {}, sign)
             if sha256 is not None:
                 _check_digest(part, sha256.lower(), url)
+            if check is not None:
+                _discard_unless(check, part)
             _flush(part)
             os.replace(part, target)
     except FetchError:
@@ -136,6 +143,14 @@ def _check_digest(part: Path, expected: str, url: str) -> None:
         expected=expected,
         remedy="the file changed at its source or was damaged on the way; the download was discarded",
     )
+
+
+def _discard_unless(check: Callable[[Path], None], part: Path) -> None:
+    try:
+        check(part)
+    except DataError:
+        part.unlink()
+        raise
 
 
 def _flush(path: Path) -> None:

@@ -25,6 +25,7 @@ from canopy.sources.paths import host_of, redact
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 REQUESTS_PER_HOST = 8
+SECRET_HEADERS = ("x-api-token", "authorization")
 
 Signer = Callable[[str, bool], str]
 """`sign(url, fresh)` -> a URL that may be read now; `fresh` asks for a new signature."""
@@ -90,9 +91,23 @@ def client() -> httpx.Client:
     with _slots_lock:
         if _client is None or _client[0] != os.getpid() or _client[1].is_closed:
             direct = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
-            made = httpx.Client(follow_redirects=True, mounts=direct, headers={"User-Agent": "canopy-height"})
+            made = httpx.Client(
+                follow_redirects=True,
+                mounts=direct,
+                headers={"User-Agent": "canopy-height"},
+                event_hooks={"request": [_keep_tokens_home]},
+            )
             _client = (os.getpid(), made)
         return _client[1]
+
+
+def _keep_tokens_home(request: httpx.Request) -> None:
+    """Drop an access token when a redirect leaves the host that it was meant for (httpx does so only for
+    `Authorization`). Called before every request, redirected ones included."""
+    home = request.extensions.setdefault("canopy_home", request.url.netloc)
+    if request.url.netloc != home:
+        for name in SECRET_HEADERS:
+            request.headers.pop(name, None)
 
 
 def gdal_options() -> dict[str, Any]:
@@ -248,6 +263,29 @@ def pause(url: str, attempt: int, problem: str, retry_after: float | None = None
     wait = _policy.wait_s(attempt, retry_after)
     log.debug("%s; trying again in %.1f s", redact(problem), wait)
     time.sleep(wait)
+
+
+def size_of(
+    url: str, *, headers: Mapping[str, str] | None = None, sign: Signer | None = None
+) -> int | None:
+    """Bytes of what a URL gives, asked with a one-byte range request; None where the host does not say."""
+    try:
+        with (
+            host_slot(url),
+            client().stream(
+                "GET",
+                sign(url, False) if sign else url,
+                headers={**(headers or {}), "Range": "bytes=0-0", "Accept-Encoding": "identity"},
+                timeout=_policy.timeout_s,
+            ) as response,
+        ):
+            if not response.is_success:
+                return None
+            named = "content-range" if response.status_code == 206 else "content-length"
+            total = response.headers.get(named, "").rpartition("/")[2]
+            return int(total) if total.isdigit() else None
+    except (httpx.TransportError, httpx.InvalidURL):
+        return None
 
 
 def first_bytes(url: str, count: int = 64) -> bytes:

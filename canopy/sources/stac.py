@@ -120,11 +120,11 @@ def _find(query: StacQuery, area: AOI | None, options: ReadOptions) -> list[Item
     root = read_json(query.href)
     links = {str(link.get("rel")): str(link.get("href", "")) for link in root.get("links", [])}
     if "search" in links:
-        documents = _search(query.href, query.collection, area, options)
+        documents = search_api(query.href, query.collection, area, options)
     elif root.get("type") == "Collection" and "items" in links and "root" in links:
         # A collection inside an API: search it from the API's root.
         api = resolve(links["root"], query.href)
-        documents = _search(api, str(root.get("id")), area, options)
+        documents = search_api(api, str(root.get("id")), area, options)
     else:
         documents = list(walk(query.href, area.lonlat if area else None))
     items = [parse_item(document, address, query.assets) for document, address in documents]
@@ -149,10 +149,14 @@ def _matching(items: list[Item], query: StacQuery, area: AOI | None, options: Re
     return [item for item in items if item.assets]
 
 
-def _search(
+def search_api(
     href: str, collection: str | None, area: AOI | None, options: ReadOptions
 ) -> list[tuple[Json, str]]:
-    """Items of an API, as JSON."""
+    """Items of a STAC API in an area and time, as JSON, each with the API's address.
+
+    Raises:
+        InputError: no area, or more than MAX_ITEMS items; FetchError: the host; MissingDependencyError.
+    """
     if area is None:
         raise InputError(
             "a STAC API is searched by area", where=redact(href), remedy="give --bbox, --bounds or --aoi"
