@@ -75,6 +75,9 @@ class EncoderConfig:
             raise ConfigError(
                 f"pos_resize {self.pos_resize!r} is unknown", expected="'bicubic' or 'bicubic_aligned'"
             )
+        if self.family == "rope" and self.rope_type == "cat" and self.rope_rotate_half:
+            # timm lays out 'cat' sines for interleaved pairs; rotating halves with them scrambles positions.
+            raise ConfigError("rope_type 'cat' does not go with rope_rotate_half", remedy="set it to false")
         if self.dim % self.heads:
             raise ConfigError(f"dim {self.dim} does not divide into {self.heads} heads")
         if self.rope_periods and len(self.rope_periods) * 4 * self.heads != self.dim:

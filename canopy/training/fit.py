@@ -20,6 +20,7 @@ from canopy.errors import ConfigError
 from canopy.models.checkpoint import save_checkpoint
 from canopy.models.config import ModelConfig
 from canopy.models.height import HeightModel
+from canopy.runtime import log
 from canopy.training.finetune import HeightModule
 from canopy.training.scoring import plain, score_chips
 from canopy.training.settings import FinetuneSettings
@@ -52,6 +53,8 @@ def finetune(settings: FinetuneSettings, run_dir: Path, *, resume: bool = False,
     pl.seed_everything(settings.seed, verbose=False)
     store = read_store(settings.data.chips)
     model = HeightModel(ModelConfig.from_dict(settings.model))
+    if settings.init_from and not resume:
+        _start_from(model, settings.init_from)
     model = model.to(memory_format=torch.channels_last)
     module = HeightModule(model, settings, store.of_split("val"))
     trainer = _trainer(settings, run_dir)
@@ -60,6 +63,18 @@ def finetune(settings: FinetuneSettings, run_dir: Path, *, resume: bool = False,
     )
     trainer.save_checkpoint(last)
     return export(module, store, run_dir, command)
+
+
+def _start_from(model: HeightModel, checkpoint: Path) -> None:
+    """Copy the averaged weights of an earlier run into `model` wherever name and shape agree."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]
+    own = model.state_dict()
+    found = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
+    fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
+    if not fits:
+        raise ConfigError("has no weights that fit the model", where=checkpoint)
+    model.load_state_dict(fits, strict=False)
+    log.info("%d of %d tensors start from %s", len(fits), len(own), checkpoint)
 
 
 def _trainer(settings: FinetuneSettings, run_dir: Path) -> pl.Trainer:

@@ -59,6 +59,7 @@ class FinetuneSettings(Settings):
     precision: str = "32-true"
     threads: int = 1
     device: str = "cpu"
+    init_from: Path | None = None  # a run's last.ckpt whose averaged weights to start from, where they fit
     log_every: int = 25
     validate_every: int = 250
     data: DataSettings = DataSettings()

@@ -11,6 +11,7 @@ from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
 
 SMALL_DECODER = dict(post_channels=(8, 8, 8, 8), fusion=8, hidden=8, bins=16)
+CAT = dict(family="rope", rope_type="cat", rope_rotate_half=False)
 FAMILIES = {
     "v1-like": (dict(family="vit", norm_taps=False), dict(eps=0.1)),
     "v2-like": (
@@ -18,7 +19,14 @@ FAMILIES = {
         dict(spacing="blend", eps=1e-8, unit_bias=True, project_after_fusion=False, bin_max=12.0, scale=8.0),
     ),
     "ours": (
-        dict(family="rope", rope_type="cat", registers=2, stem=(4, 8, 8), layer_scale=0.1),
+        dict(
+            family="rope",
+            rope_type="cat",
+            rope_rotate_half=False,
+            registers=2,
+            stem=(4, 8, 8),
+            layer_scale=0.1,
+        ),
         dict(head="half", detail=True, unit_norm=True, weights="softmax", bin_min=0.0),
     ),
     "patch 14": (dict(family="vit", patch=14, pos_resize="bicubic", pos_embed_prefix=False), dict()),

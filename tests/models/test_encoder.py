@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
+from timm.layers import apply_rot_embed_cat
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
+from canopy.errors import ConfigError
 from canopy.models.config import EncoderConfig
 from canopy.models.encoder import Encoder
 
@@ -52,7 +55,28 @@ def test_keys_are_timm_names_and_hold_no_dead_weights():
 
 
 def test_a_stem_leaves_the_token_grid_as_it_was():
-    encoder = Encoder(EncoderConfig(**SIZE, family="rope", rope_type="cat", stem=(4, 6, 8))).eval()
+    encoder = Encoder(
+        EncoderConfig(**SIZE, family="rope", rope_type="cat", rope_rotate_half=False, stem=(4, 6, 8))
+    ).eval()
     features = encoder(torch.rand(1, 3, 64, 96))
     assert [tuple(m.shape[1:]) for m in features.pyramid] == [(4, 32, 48), (6, 16, 24), (8, 8, 12)]
     assert all(m.shape[-2:] == (4, 6) for m in features.maps)
+
+
+@pytest.mark.parametrize(("rope_type", "rotate_half"), [("cat", False), ("dinov3", True)])
+def test_attention_sees_relative_positions_only(rope_type, rotate_half):
+    config = EncoderConfig(**SIZE, family="rope", rope_type=rope_type, rope_rotate_half=rotate_half)
+    rope = Encoder(config).eval().vit.rope
+    embedding = rope.get_embed(shape=(5, 6))
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 30, 16)
+    turned = [apply_rot_embed_cat(x, embedding, half=rotate_half) for x in (query, key)]
+    logits = (turned[0] @ turned[1].transpose(-1, -2)).reshape(5, 6, 5, 6)
+    # The same offset gives the same logit wherever it starts.
+    torch.testing.assert_close(logits[:4, :5, :4, :5], logits[1:, 1:, 1:, 1:], atol=1e-4, rtol=1e-4)
+    assert logits.std() > 0.01
+
+
+def test_the_layout_that_scrambles_positions_is_refused():
+    with pytest.raises(ConfigError, match="rope_rotate_half"):
+        EncoderConfig(**SIZE, family="rope", rope_type="cat", rope_rotate_half=True)

@@ -25,8 +25,8 @@ lr: 2.0e-3
 log_every: 1
 validate_every: 2
 model:
-  encoder: {family: rope, rope_type: cat, dim: 32, depth: 4, heads: 2, taps: [0, 1, 2, 3], stem: [8, 8, 8],
-            layer_scale: 0.1}
+  encoder: {family: rope, rope_type: cat, rope_rotate_half: false, dim: 32, depth: 4, heads: 2,
+            taps: [0, 1, 2, 3], stem: [8, 8, 8], layer_scale: 0.1}
   decoder: {post_channels: [8, 8, 8, 8], fusion: 8, hidden: 8, head: half, detail: true, unit_norm: true,
             bins: 16, bin_min: 0.0, bin_max: 4.0, weights: softmax}
 """
