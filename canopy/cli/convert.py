@@ -43,13 +43,15 @@ def convert(
     """
     from pathlib import Path
 
-    from canopy.errors import OutputError
+    from canopy.errors import InputError
     from canopy.models.published import convert as convert_file
     from canopy.runtime import setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
     if Path(out).expanduser().exists() and not overwrite:
-        raise OutputError("exists", where=out, remedy="give --overwrite or another name")
+        raise InputError(
+            "exists already", where=out, remedy="add --overwrite, or choose another name with -o"
+        )
     source = None
     if checkpoint.startswith("hf://"):
         from canopy.sources.weights import fetch_hub

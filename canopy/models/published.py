@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from canopy import __version__
-from canopy.errors import CheckpointError, OutputError
+from canopy.errors import CheckpointError, InputError
 from canopy.models.bins import bin_centres
 from canopy.models.config import ModelConfig
 from canopy.models.foreign import ForeignFile, open_foreign
@@ -163,11 +163,14 @@ def convert(
 
     Raises:
         CheckpointError, ConfigError: see `recognise`.
-        OutputError: `out` exists or cannot be written.
+        InputError: `out` exists.
+        OutputError: it cannot be written.
     """
     path = Path(out).expanduser()
     if path.exists() and not overwrite:
-        raise OutputError("exists", where=path, remedy="give --overwrite or another name")
+        raise InputError(
+            "exists already", where=path, remedy="add --overwrite, or choose another name with -o"
+        )
     recognised = recognise(checkpoint, backbone=backbone, config=config)
     card = _card(recognised, source)
     header = {

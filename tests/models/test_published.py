@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from canopy.errors import CheckpointError, ConfigError, OutputError
+from canopy.errors import CheckpointError, ConfigError, InputError
 from canopy.models.checkpoint import load_model
 from canopy.models.foreign import open_foreign
 from canopy.models.height import HeightModel
@@ -203,7 +203,7 @@ def test_card_and_metadata(v1_state: dict[str, torch.Tensor], tmp_path: Path, si
     # The same input gives the same file, and an existing one stays.
     again = convert(tmp_path / "a.pth", tmp_path / "n.safetensors", config=sizes)
     assert again.sha256 == done.sha256
-    with pytest.raises(OutputError, match="exists"):
+    with pytest.raises(InputError, match="exists"):
         convert(tmp_path / "a.pth", tmp_path / "m.safetensors", config=sizes)
 
 
