@@ -93,7 +93,10 @@ _UNUSED: dict[str, tuple[tuple[str, str], ...]] = {
         (r"blocks\.\d+\.attn\.qkv\.bias_mask$", "applied to the bias"),
         (r"fusion_blocks\.0\.res_conv_unit1\..*", "never run: the deepest level has nothing to add"),
     ),
-    "hub": ((r"backbone\.embeddings\.mask_token$", _PRETRAINING),),
+    "hub": (
+        (r"backbone\.embeddings\.mask_token$", _PRETRAINING),
+        (r"backbone\.(model\.)?rope_embeddings\.inv_freq$", "computed from the config's rope_theta"),
+    ),
 }
 _BLOCK = {
     "v1": r"backbone\.blocks\.(\d+)\.",
