@@ -75,7 +75,8 @@ def scene_percentiles(source: ImagerySource, area: AOI, gsd_m: float) -> tuple[f
         for col in _starts(grid.width):
             height, width = min(_WINDOW_PX, grid.height - row), min(_WINDOW_PX, grid.width - col)
             imagery = source.read(grid.window(row, col, height, width))
-            valid = imagery.valid & np.isfinite(imagery.rgb).all(axis=0)
+            # Pure black is a collar that nobody declared far more often than it is a colour.
+            valid = imagery.valid & np.isfinite(imagery.rgb).all(axis=0) & imagery.rgb.any(axis=0)
             pixels.append(imagery.rgb[:, valid])
     values = np.concatenate(pixels, axis=1)
     if values.shape[1] == 0:

@@ -33,16 +33,16 @@ def _model(percentiles: tuple[float, ...] = TARGET) -> HeightModel:
     return HeightModel(config).eval()
 
 
-@pytest.fixture
-def scene(tmp_path: Path) -> Path:
-    """A dark, bluish aerial image, brighter in the east, with a black corner that is nodata."""
+@pytest.fixture(params=[0, None], ids=["nodata declared", "black collar undeclared"])
+def scene(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A dark, bluish aerial image, brighter in the east, with a black corner that is not part of it."""
     rng = np.random.default_rng(0)
     ramp = np.linspace(20, 120, 300)[None, None, :] * np.array([0.7, 1.0, 1.3])[:, None, None]
     values = np.clip(ramp + rng.normal(0, 12, (3, 260, 300)), 1, 255).astype(np.uint8)
     values[:, :60, :60] = 0
     path = tmp_path / "aerial.tif"
     with rasterio.open(
-        path, "w", driver="GTiff", width=300, height=260, count=3, dtype="uint8", nodata=0,
+        path, "w", driver="GTiff", width=300, height=260, count=3, dtype="uint8", nodata=request.param,
         crs="EPSG:32617", transform=Affine(0.5, 0, 310_000, 0, -0.5, 4_170_000), photometric="RGB",
     ) as out:  # fmt: skip
         out.write(values)
