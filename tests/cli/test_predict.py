@@ -209,7 +209,8 @@ def test_negative_numbers_after_a_space_and_one_area_only(predict, make_image) -
     assert "23.55" in done.error_line and "S" in done.error_line and "no imagery there" in done.error_line
     line = predict(image, "--bbox", "44,-75,45,-74", "--bounds", "-75,44,-74,45", code=2).error_line
     assert "--bbox" in line and "--bounds" in line
-    assert "--size-m" in predict(image, "--bbox", "44.09,-75", code=2).error_line
+    # A point alone is the middle of a square kilometre.
+    assert "1.0 x 1.0 km" in predict(image, "--bbox", "44.09,-75", "--dry-run").err
 
 
 # ---- grids and encodings ----------------------------------------------------------------------
