@@ -147,15 +147,16 @@ class CogWriter:
 
     # ---- during -------------------------------------------------------------------------------
     def write(self, values: np.ndarray, valid: np.ndarray, row_off: int = 0, col_off: int = 0) -> None:
-        """Store values (bands, h, w) where valid (h, w), nodata elsewhere, at (row_off, col_off).
+        """Store values (bands, h, w) where valid, nodata elsewhere, at (row_off, col_off).
 
+        `valid` is (h, w), or (bands, h, w) for bands that are missing in different places.
         Windows lie inside the grid and do not overlap. To be called from one thread.
         """
         if self._dataset is None:
             raise OutputError("the writer is closed", where=self.path)
         values, valid = np.asarray(values), np.asarray(valid, dtype=bool)
-        h, w = valid.shape
-        if values.shape != (len(self.bands), h, w):
+        h, w = valid.shape[-2:]
+        if values.shape != (len(self.bands), h, w) or valid.shape not in ((h, w), values.shape):
             raise InputError(
                 f"values {values.shape} with valid {valid.shape}",
                 where=self.path,
@@ -167,7 +168,7 @@ class CogWriter:
                 where=self.path,
                 expected=f"{self.grid.width} x {self.grid.height} px",
             )
-        if not np.isfinite(values[:, valid]).all():
+        if not np.isfinite(values[np.broadcast_to(valid, values.shape)]).all():
             raise OutputError(
                 f"valid pixels that are not finite near row {row_off}, column {col_off}", where=self.path
             )
