@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.data_gedi import gedi
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -64,3 +65,6 @@ def synth(
         f"{planted['trees']} trees, tallest {planted['highest_m']:.1f} m, cover {planted['cover']:.0%}; "
         f"{planted['points']['total']} points, {planted['gedi']['count']} GEDI shots"
     )
+
+
+app.command("gedi")(gedi)
