@@ -114,7 +114,7 @@ class Job:
         crs = f"EPSG:{grid.crs.epsg}" if grid.crs.epsg else "the image's CRS"
         return [
             f"{self.aoi.describe()}, {self.cost.tiles_text}, {self.cost.time_text}",
-            f"imagery {output.imagery_text(self.source)} ({output.dates_text(self.source.dates)}); "
+            f"imagery {output.bare_name(self.source.name)} ({output.dates_text(self.source.dates)}); "
             f"model {self.model_name} ({self.model_sha256[:12]})",
             f"map of {grid.width} x {grid.height} px, {grid.gsd_m:.3g} m, {crs}",
         ]

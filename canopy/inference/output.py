@@ -113,7 +113,8 @@ def imagery_text(source: ImagerySource) -> str:
     more = f" and {len(names) - _TAG_NAMES} more" if len(names) > _TAG_NAMES else ""
     origin = bare_name(source.name)
     listed = ", ".join(names[:_TAG_NAMES]) + more
-    return listed if len(names) == 1 and names[0].startswith(origin) else f"{origin}: {listed}"
+    # Files are their own name ("a.tif and 3 more" says nothing that the list does not).
+    return listed if origin.startswith(names[0]) else f"{origin}: {listed}"
 
 
 def bare_name(name: str) -> str:

@@ -21,7 +21,7 @@ def publish(job: Job, files: output.OutputFiles, sha256: str, summary: RunSummar
             files.tif,
             files.quicklook,
             title=f"Canopy height, {job.aoi.describe()}",
-            subtitle=f"{output.imagery_text(job.source)} ({output.dates_text(job.source.dates)}), "
+            subtitle=f"{output.bare_name(job.source.name)} ({output.dates_text(job.source.dates)}), "
             f"model {job.model_name}",
         )
     facts = MapFacts(

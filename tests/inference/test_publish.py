@@ -91,6 +91,8 @@ def test_a_map_without_heights_still_has_a_picture(tmp_path: Path) -> None:
 def test_names_in_tags_have_no_folders_and_no_signatures() -> None:
     source = SimpleNamespace(name="/data/in/a.tif", scene_ids=("/data/in/a.tif",))
     assert output.imagery_text(source) == "a.tif"  # type: ignore[arg-type]
+    files = SimpleNamespace(name="/in/a.tif and 1 more", scene_ids=("/in/a.tif", "/in/b.tif"))
+    assert output.imagery_text(files) == "a.tif, b.tif"  # type: ignore[arg-type]
     remote = SimpleNamespace(name="naip", scene_ids=("https://host/a.tif?sig=secret",))
     assert output.imagery_text(remote) == "naip: https://host/a.tif"  # type: ignore[arg-type]
     many = SimpleNamespace(name="folder", scene_ids=tuple(f"{i}.tif" for i in range(50)))
