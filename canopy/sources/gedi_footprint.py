@@ -223,7 +223,8 @@ def _statistic(picked: np.ndarray, size: np.ndarray, rule: _Rule) -> np.ndarray:
         below, above = ordered[at, low], ordered[at, np.minimum(low + 1, np.maximum(count - 1, 0))]
         # Rows without a pixel have infinities here, which `enough` turns away.
         share = rank - low
-        result = np.where(share > 0, below.astype(np.float64) * (1 - share) + share * above, below)
+        with np.errstate(invalid="ignore"):
+            result = np.where(share > 0, below.astype(np.float64) * (1 - share) + share * above, below)
     return np.where(enough, result, np.nan).astype(np.float32)
 
 
