@@ -58,6 +58,7 @@ def save_checkpoint(path: str | Path, model: HeightModel, card: dict[str, Any], 
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata=header)
+        temporary.chmod(0o644)  # safetensors writes 0600, which nobody else could read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""The shipped weights on real validation tiles: better than both baselines, and sane elsewhere."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from canopy.chips.cut import cut_pack, cut_synth
+from canopy.models.checkpoint import load_model
+from canopy.models.registry import EMBEDDED, describe, resolve_model
+from canopy.training.baselines import fit_baselines
+from canopy.training.scoring import predict_chip, score
+
+VAL = ["ky_magoffin_r02c08", "ky_frankfort_r02c05", "ky_frankfort_r05c04", "neon_mlbs_1", "neon_osbs_1"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.set_num_threads(1)
+    return load_model("default")
+
+
+@pytest.fixture(scope="module")
+def chips(shared, tmp_path_factory):
+    """A few val tiles, and every seventh training tile for the baselines."""
+    folder = tmp_path_factory.mktemp("pack")
+    (folder / "pairs").symlink_to(shared / "data" / "pairs")
+    with (shared / "data" / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lidar = [r for r in rows if r["split"] == "train" and r["kind"] != "neon"][::7]
+    val = [r for r in rows if r["split"] == "val"]
+    chosen = [r for r in val if r["id"] in VAL] + [r for r in val if r["kind"] == "neon"][::6] + lidar
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({r["id"]: r for r in chosen}.values())
+    return cut_pack(folder)[0]
+
+
+def test_it_beats_both_baselines_on_real_validation_tiles(model, chips):
+    val = [c for c in chips if c.row.split == "val"]
+    baselines = fit_baselines([c for c in chips if c.row.split == "train"], per_chip=500)
+    ours = score(val, lambda chip: predict_chip(model, chip, model.config.crop_px, 0))["all"]
+    mean, ridge = score(val, baselines.constant)["all"], score(val, baselines.regression)["all"]
+    assert ours["mae_m"] < 0.9 * ridge["mae_m"] < mean["mae_m"]
+    assert ours["r"] > max(0.75, ridge["r"])
+
+
+def test_the_demo_forest_is_no_stranger(model):
+    chip = cut_synth(1, side_m=128, first_seed=0)[0]
+    row = score([chip], lambda c: predict_chip(model, c, model.config.crop_px, 0))["all"]
+    assert row["r"] > 0.6 and row["mae_m"] < 6
+
+
+def test_trees_stand_above_their_surroundings_in_california(model, shared):
+    import rasterio
+
+    with (shared / "data" / "ssl" / "manifest_ssl.csv").open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["points_csv"] and int(r["n_tree_points"]) > 20][::120]
+    at_trees, elsewhere = [], []
+    for row in rows[:6]:
+        with rasterio.open(shared / "data" / row["rgb_path"]) as image:
+            rgb = torch.from_numpy(image.read().astype(np.float32) / 255)[None]
+        height = model(torch.nn.functional.interpolate(rgb, scale_factor=1.2, mode="bilinear"))[0, 0]
+        height = height.detach().numpy()
+        points = np.loadtxt(shared / "data" / row["points_csv"], delimiter=",", skiprows=1, usecols=(0, 1))
+        cols, cells = np.clip((points.T * 1.2).astype(int), 0, height.shape[0] - 1)
+        at_trees.append(height[cells, cols].mean())
+        elsewhere.append(np.median(height))
+    assert np.mean(at_trees) > np.mean(elsewhere) + 1
+
+
+def test_card_and_size(model):
+    path = resolve_model("default")
+    facts = describe(path)
+    assert path.stat().st_size < 30e6 and 6e6 < facts["parameters"] < 25e6
+    card = facts["card"]
+    assert {"name", "licence", "date", "command", "data", "scores"} <= set(card)
+    table = card["scores"]["val"]
+    for site, row in table["model"].items():
+        assert row["mae_m"] < table["training_mean"][site]["mae_m"], site
+    assert set(EMBEDDED) >= {"default"} and model.sha256 == facts["sha256"]
