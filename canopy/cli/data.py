@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.data_catalog import describe, get, list_data, verify
+from canopy.cli.data_chips import chips
+from canopy.cli.data_chm import chm
 from canopy.cli.data_gedi import gedi
 
 app = typer.Typer(no_args_is_help=True)
@@ -67,4 +70,10 @@ def synth(
     )
 
 
+app.command("chips")(chips)
+app.command("chm")(chm)
 app.command("gedi")(gedi)
+app.command("list")(list_data)
+app.command("describe")(describe)
+app.command("get")(get)
+app.command("verify")(verify)

@@ -1,9 +1,9 @@
 """CRC-32C (Castagnoli), the checksum that Google's storage and so NEON publish for their files.
 
-Python's `zlib` has only the other CRC-32. A plain loop over bytes would run at 5 MB/s, so many equal slices of
-the data go through the byte-wise table in step, as one NumPy array, and their remainders are joined at the
-end: the remainder of `A + B` is that of A pushed through len(B) zero bytes, xor that of B. Pushing is linear
-over GF(2), so one 32 x 32 bit matrix, kept as four tables of 256, does it.
+Python's `zlib` has only the other CRC-32. A plain loop over bytes would run at 5 MB/s, so many equal slices
+of the data go through the byte-wise table in step, as one NumPy array, and their remainders are joined at
+the end: the remainder of `A + B` is that of A pushed through len(B) zero bytes, xor that of B. Pushing is
+linear over GF(2), so one 32 x 32 bit matrix, kept as four tables of 256, does it.
 """
 
 from __future__ import annotations

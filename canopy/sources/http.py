@@ -8,6 +8,7 @@ Signed URLs never reach a message: everything shown goes through `redact`.
 from __future__ import annotations
 
 import email.utils
+import logging
 import os
 import random
 import threading
@@ -99,6 +100,16 @@ def client() -> httpx.Client:
             )
             _client = (os.getpid(), made)
         return _client[1]
+
+
+def _hide_queries(record: logging.LogRecord) -> bool:
+    """The HTTP library's own log writes whole URLs, signatures included: drop their queries."""
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
+
+
+for _name in ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy"):
+    logging.getLogger(_name).addFilter(_hide_queries)
 
 
 def _keep_tokens_home(request: httpx.Request) -> None:
@@ -265,9 +276,7 @@ def pause(url: str, attempt: int, problem: str, retry_after: float | None = None
     time.sleep(wait)
 
 
-def size_of(
-    url: str, *, headers: Mapping[str, str] | None = None, sign: Signer | None = None
-) -> int | None:
+def size_of(url: str, *, headers: Mapping[str, str] | None = None, sign: Signer | None = None) -> int | None:
     """Bytes of what a URL gives, asked with a one-byte range request; None where the host does not say."""
     try:
         with (

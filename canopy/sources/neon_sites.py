@@ -2,8 +2,8 @@
 
 Three facts trip people up, so they live in the table `data_manifests/labels/neon-sites.csv` and in
 `data_manifests/labels/neon.yaml`, and are asked through functions here: some sites are published under
-another one (TREE under STEI), the zone of the flights is that of the flight site (BLAN and LEWI fly in 17N), and the
-lowest height a CHM can hold depends on the lidar that flew.
+another one (TREE under STEI), the zone of the flights is that of the flight site (BLAN and
+LEWI fly in 17N), and the lowest height a CHM can hold depends on the lidar that flew.
 """
 
 from __future__ import annotations
