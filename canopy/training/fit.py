@@ -109,7 +109,13 @@ def _loader(settings: FinetuneSettings, store: ChipStore, last: Path) -> DataLoa
     stream = CropStream(
         chips, weights, settings.crop_px, AugmentConfig(**settings.augment.model_dump()), settings.seed, start
     )
-    return DataLoader(stream, batch_size=settings.batch, num_workers=0)
+    return DataLoader(
+        stream,
+        batch_size=settings.batch,
+        num_workers=settings.workers,
+        # A forked child would inherit torch's threads in whatever state they are.
+        multiprocessing_context="spawn" if settings.workers else None,
+    )
 
 
 def export(module: HeightModule, store: ChipStore, run_dir: Path, command: str) -> Path:

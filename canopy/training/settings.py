@@ -58,6 +58,7 @@ class FinetuneSettings(Settings):
     ema_final: float = 0.998
     precision: str = "32-true"
     threads: int = 1
+    workers: int = 0  # processes that prepare samples ahead; one keeps the order of samples as with none
     device: str = "cpu"
     init_from: Path | None = None  # a run's last.ckpt whose averaged weights to start from, where they fit
     log_every: int = 25
