@@ -102,7 +102,7 @@ def survey(files: Sequence[str | Path], filter: str = "strict") -> list[Granule]
     require_gedi()
     paths = [Path(name) for name in files]
     for index, path in enumerate(paths):
-        if path.name in {other.name for other in paths[:index]}:
+        if path.resolve() in {other.resolve() for other in paths[:index]}:
             raise DataError("given twice", where=path, expected="every granule once")
     return [_survey_one(path, filter) for path in paths]
 

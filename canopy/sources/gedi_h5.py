@@ -179,7 +179,7 @@ def open_granule(path: str | Path, product: str = "L2A") -> Iterator[h5py.File]:
         raise DataError("a folder", where=path, expected="a GEDI .h5 file")
     if not path.is_file():
         raise DataError("no such file", where=path, remedy="check the spelling of the path")
-    if zipfile.is_zipfile(path):
+    if not h5py.is_hdf5(path) and zipfile.is_zipfile(path):
         raise DataError("a zip archive", where=path, expected="a GEDI .h5 file", remedy="unpack it first")
     try:
         file = h5py.File(path, "r")
