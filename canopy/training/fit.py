@@ -59,7 +59,7 @@ def finetune(settings: FinetuneSettings, run_dir: Path, *, resume: bool = False,
     module = HeightModule(model, settings, store.of_split("val"))
     trainer = _trainer(settings, run_dir)
     trainer.fit(
-        module, _loader(settings, store, last), ckpt_path=last if resume else None, weights_only=False
+        module, _loader(settings, store, last), ckpt_path=last if resume else None, weights_only=True
     )
     trainer.save_checkpoint(last)
     return export(module, store, run_dir, command)
@@ -67,7 +67,7 @@ def finetune(settings: FinetuneSettings, run_dir: Path, *, resume: bool = False,
 
 def _start_from(model: HeightModel, checkpoint: Path) -> None:
     """Copy the averaged weights of an earlier run into `model` wherever name and shape agree."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     own = model.state_dict()
     found = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
     fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
@@ -105,7 +105,7 @@ def _loader(settings: FinetuneSettings, store: ChipStore, last: Path) -> DataLoa
     weights = chip_weights(chips, settings.data.neon_share, settings.data.synth_share)
     start = 0
     if last.exists():
-        start = int(torch.load(last, map_location="cpu", weights_only=False)["global_step"]) * settings.batch
+        start = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"]) * settings.batch
     stream = CropStream(
         chips, weights, settings.crop_px, AugmentConfig(**settings.augment.model_dump()), settings.seed, start
     )
