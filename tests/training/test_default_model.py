@@ -53,8 +53,8 @@ def test_it_beats_both_baselines_on_real_validation_tiles(model, chips):
 
 
 def test_the_demo_forest_is_no_stranger(model):
-    tile = render(SceneSpec(), 300.0, -300.0, 256, 256)
-    chm = tile.chm.reshape(128, 2, 128, 2).mean(axis=(1, 3))
+    tile = render(SceneSpec(), 300.0, -300.0, 512, 512)
+    chm = tile.chm.reshape(256, 2, 256, 2).mean(axis=(1, 3))
     chip = Chip(ChipRow("demo", "demo", "synth", "val"), np.maximum(tile.rgb, 1), chm)
     row = score([chip], lambda c: predict_chip(model, c, model.config.crop_px, 0))["all"]
     assert row["r"] > 0.65
