@@ -11,20 +11,17 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import shapely
-from odc.geo import CRS
 
 from canopy import __version__
-from canopy.errors import AreaError, CanopyError, DataError, InputError, OutputError
+from canopy.errors import CanopyError, DataError, InputError, OutputError
 from canopy.geo.aoi import AOI
 from canopy.geo.cog import CogWriter
-from canopy.geo.crs import metres_per_unit, output_crs, to_crs, to_lonlat
 from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
 from canopy.runtime import NoProgress, Progress, log
@@ -39,58 +36,12 @@ from canopy.sources.lidar_blocks import (
 from canopy.sources.lidar_ground import require_cloth
 from canopy.sources.lidar_header import LidarFile, bounds_in, open_lidar
 from canopy.sources.lidar_points import RECORD, Blocks, Spool, Tally, fill
-from canopy.sources.lidar_surface import POLICIES, Policy
+from canopy.sources.lidar_target import ChmOptions, check_out, choose_crs, choose_grid
 
 BANDS = (BandSpec("canopy_height"), BandSpec("point_density", "1/m2"), BandSpec("valid", "1"))
-GROUNDS = ("auto", "class", "csf")
-BLOCK_M = 256.0
-GSD_RANGE_M = (0.1, 30.0)
-MAX_FILL_PX = 10
 # Heights beyond any tree in a file said to be in metres are most often feet.
 _SUSPECT_M = 100.0
 _GPS_EPOCH = datetime(1980, 1, 6, tzinfo=UTC) + timedelta(seconds=1e9)
-
-
-@dataclass(frozen=True)
-class ChmOptions:
-    """How to make a CHM; the names are those of `canopy data chm`'s options.
-
-    Attributes:
-        gsd: ground metres per pixel.
-        crs: CRS of the CHM, in metres; also that of files without one, unless `input_crs` is given. By default
-            the files' own where it is true to scale in metres, else the area's UTM zone.
-        ground: `class` (LAS class 2), `csf` (cloth simulation), or `auto`: class where files have classes.
-        policy: what becomes of buildings, water, bridges and wires.
-        units: unit of elevations: `auto`, `m`, `ft` or `us-ft`.
-        fill_px: pixels without returns this near to known ones are interpolated; 0 leaves them nodata.
-        block_m: side of a block of work; results do not depend on it where ground is classified.
-    """
-
-    gsd: float = 1.0
-    crs: str | None = None
-    input_crs: str | None = None
-    ground: str = "auto"
-    policy: Policy = field(default_factory=Policy)
-    units: str = "auto"
-    close_pits: bool = True
-    fill_px: int = 0
-    workers: int = 1
-    overwrite: bool = False
-    block_m: float = BLOCK_M
-
-    def check(self) -> None:
-        """Raises InputError for an option out of range."""
-        if not GSD_RANGE_M[0] <= self.gsd <= GSD_RANGE_M[1]:
-            raise InputError(f"{self.gsd:g} m", where="--gsd", expected="0.1 to 30 metres")
-        if self.ground not in GROUNDS:
-            raise InputError(f"{self.ground!r}", where="--ground", expected=" or ".join(GROUNDS))
-        for name, value in asdict(self.policy).items():
-            if value not in POLICIES:
-                raise InputError(f"{value!r}", where=f"--{name}", expected=" or ".join(POLICIES))
-        if not 0 <= self.fill_px <= MAX_FILL_PX:
-            raise InputError(f"{self.fill_px}", where="--fill-px", expected=f"0 to {MAX_FILL_PX}")
-        if self.workers < 1:
-            raise InputError(f"{self.workers}", where="--workers", expected="1 or more")
 
 
 def chm_from_points(
@@ -117,10 +68,10 @@ def chm_from_points(
     """
     options, progress, out = options or ChmOptions(), progress or NoProgress(), Path(out)
     options.check()
-    _check_out(out, options.overwrite)
+    check_out(out, options.overwrite)
     clouds = _open_all(files, options)
-    crs = _choose_crs(clouds, options.crs, stated=options.input_crs is not None)
-    grid = _choose_grid(clouds, crs, options.gsd, area)
+    crs = choose_crs([(c.crs, c.bounds) for c in clouds], options)
+    grid = choose_grid([bounds_in(c, crs) for c in clouds], crs, options.gsd, area)
     for note in (n for c in clouds for n in c.notes):
         log.warning(f"note: {note}")
     with _scratch_beside(out) as folder:
@@ -152,63 +103,6 @@ def _open_all(files: Sequence[str | Path], options: ChmOptions) -> list[LidarFil
         raise InputError("a file is named twice", where=files[0])
     given = options.input_crs if options.input_crs is not None else options.crs
     return [open_lidar(f, crs=given, units=options.units) for f in files]
-
-
-def _choose_crs(clouds: Sequence[LidarFile], asked: str | None, *, stated: bool) -> CRS:
-    """A projected CRS in metres; see `ChmOptions`."""
-    if asked is not None:
-        crs = to_crs(asked)
-        if crs.proj.is_projected and abs(metres_per_unit(crs) - 1) < 1e-9:
-            return crs
-        # It named the CRS of files without one: those may well be in feet. Elsewhere it is a mistake.
-        if stated or any(c.crs != crs for c in clouds):
-            raise InputError(
-                f"{asked} is not in metres", where="--crs", expected="a projected CRS in metres for the CHM"
-            )
-    first = clouds[0]
-    own = first.crs
-    centre = shapely.box(*first.bounds).centroid
-    if own.proj.is_projected and abs(metres_per_unit(own) - 1) < 1e-9:
-        probe = Grid.of(own, (1, 0, centre.x, 0, -1, centre.y), (1, 1))
-        if abs(probe.gsd_m - 1) < 0.01:
-            return own
-    return output_crs(to_lonlat(shapely.box(*_some_extent(first.bounds)), own))
-
-
-def _some_extent(bounds: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-    """Bounds with an inside, also for a single point."""
-    west, south, east, north = bounds
-    return west - 1e-6, south - 1e-6, east + 1e-6, north + 1e-6
-
-
-def _choose_grid(clouds: Sequence[LidarFile], crs: CRS, gsd: float, area: AOI | None) -> Grid:
-    """The pixels to make: the points' rectangle, cut to the area, on the CRS's lattice."""
-    rects = np.array([bounds_in(c, crs) for c in clouds])
-    w, s, e, n = *rects[:, :2].min(axis=0), *rects[:, 2:].max(axis=0)
-    e, n = max(e, w + 1e-3), max(n, s + 1e-3)
-    grid = AOI(shapely.box(w, s, e, n), crs, is_box=True).grid(crs, gsd)
-    if area is not None:
-        wanted = area.grid(crs, gsd).bounds
-        cut = (max(w, wanted[0]), max(s, wanted[1]), min(e, wanted[2]), min(n, wanted[3]))
-        if cut[0] >= cut[2] or cut[1] >= cut[3]:
-            raise AreaError(
-                f"no points in the area {area.describe()}",
-                expected=f"an area within x {w:.10g} to {e:.10g}, y {s:.10g} to {n:.10g} of {crs}",
-            )
-        grid = Grid.from_bounds(cut, crs, grid.pixel)
-    if grid.height * grid.width > 4e9:
-        raise InputError(
-            f"a CHM of {grid.width} x {grid.height} px", remedy="give an area, or a larger --gsd"
-        )
-    return grid
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    """What `CogWriter` would refuse at the end is refused before hours of work."""
-    if out.exists() and not (overwrite and out.is_file()):
-        raise InputError("the file exists", where=out, remedy="use --overwrite to replace it")
-    if not out.parent.is_dir():
-        raise InputError("no such folder", where=out.parent, remedy="create it first")
 
 
 @contextlib.contextmanager
@@ -248,13 +142,13 @@ def _read(
     row, col = grid.origin_rc
     window = (row, col, grid.height, grid.width)
     # Points for the cloth are spooled first: whether it is needed is known only when they are read.
-    plan = Plan(folder, blocks, window, False, options.policy, options.close_pits, options.fill_px)
+    plan = Plan(folder, blocks, window, False, options.policy, options.pit_width_m, options.fill_px)
     progress.start(sum(c.points for c in clouds), "reading points")
     tally = fill(Spool(folder, blocks), clouds, grid.crs, plan.point_limits(), progress)
     classified = _is_classified(options.ground, tally, clouds)
     if not classified:
         require_cloth()
-    made = Plan(folder, blocks, window, classified, options.policy, options.close_pits, options.fill_px)
+    made = Plan(folder, blocks, window, classified, options.policy, options.pit_width_m, options.fill_px)
     return made, tally
 
 
@@ -300,9 +194,7 @@ def _write(
             valid = np.isfinite(heights)
             bands = np.stack([heights, count / np.prod(grid.pixel), valid]).astype(np.float32)
             always = np.ones_like(valid)
-            writer.write(
-                bands, np.stack([valid, always, always]), row - plan.window[0], col - plan.window[1]
-            )
+            writer.write(bands, np.stack([valid, always, always]), row - plan.window[0], col - plan.window[1])
             _count(facts, heights[valid], int(count.sum()))
         if not facts["valid_px"]:
             raise DataError(
@@ -352,9 +244,7 @@ def _dates(tally: Tally) -> str | None:
     """First/last day of the pulses, where their GPS times have dates."""
     if not (np.isfinite(tally.first_s) and tally.last_s > -1e9 and tally.first_s != 0):
         return None
-    days = [
-        (_GPS_EPOCH + timedelta(seconds=s)).date().isoformat() for s in (tally.first_s, tally.last_s)
-    ]
+    days = [(_GPS_EPOCH + timedelta(seconds=s)).date().isoformat() for s in (tally.first_s, tally.last_s)]
     return days[0] if days[0] == days[1] else "/".join(days)
 
 
@@ -367,6 +257,6 @@ def _tags(
         "CANOPY_SOURCE": f"lidar: {names}{',...' if len(clouds) > 20 else ''}",
         "CANOPY_GROUND": "class 2" if plan.classified else "cloth simulation",
         "CANOPY_STRUCTURES": ",".join(f"{k}={v}" for k, v in asdict(options.policy).items()),
-        "CANOPY_PITS": "closed" if options.close_pits else "kept",
+        "CANOPY_PITS": f"closed up to {options.pit_width_m:g} m" if options.pit_width_m else "kept",
     }
     return tags | ({"ACQUISITION_DATE": dates} if dates else {})

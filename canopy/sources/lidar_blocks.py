@@ -1,8 +1,8 @@
 """The two passes over the blocks of a point cloud, in this process or in several.
 
-Pass one finds noise and ground, block by block; pass two lays the terrain and the canopy's surface. Blocks are
-squares of a fixed global lattice, and each step reads as far beyond its block as it looks, so a pixel does not
-depend on the area that was asked for, on the order of the work, or on who did it.
+Pass one finds noise and ground, block by block; pass two lays the terrain and the canopy's surface. Blocks
+are squares of a fixed global lattice, and each step reads as far beyond its block as it looks, so a pixel
+does not depend on the area that was asked for, on the order of the work, or on who did it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Plan:
     window: Window
     classified: bool
     policy: Policy
-    close_pits: bool
+    pit_width_m: float
     fill_px: int
 
     @property
@@ -46,7 +46,12 @@ class Plan:
     @property
     def pad_px(self) -> int:
         """How far the canopy's surface looks beyond a window."""
-        return 2 * lidar_surface.pit_reach(self.blocks.pixel) + self.fill_px + 1
+        return self.pit_px + self.fill_px + 1
+
+    @property
+    def pit_px(self) -> int:
+        """Width, in pixels, of the widest pit that is closed."""
+        return lidar_surface.pit_px(self.pit_width_m, self.blocks.pixel)
 
     @property
     def terrain_px(self) -> int:
@@ -105,7 +110,7 @@ def find_ground(plan: Plan, block: Block) -> Done:
 # ---- pass two ---------------------------------------------------------------------------------
 def make_surface(plan: Plan, block: Block) -> Done:
     """Heights and return counts of a block's part of the output: writes float32 (2, h, w), NaN = nodata."""
-    row, col, height, width = core = core_of(plan, block)
+    row, col, height, width = core_of(plan, block)
     pad, more = plan.pad_px, plan.terrain_px
     window = row - pad, col - pad, height + 2 * pad, width + 2 * pad
     points = _kept(plan, block, pad)
@@ -122,9 +127,7 @@ def make_surface(plan: Plan, block: Block) -> Done:
     made = lidar_surface.highest(
         points["kind"], above, cell, (window[2], window[3]), plan.policy, plan.classified
     )
-    heights = made.height
-    if plan.close_pits:
-        heights = lidar_surface.close_pits(heights, made.fixed, pixel)
+    heights = lidar_surface.close_pits(made.height, made.fixed, plan.pit_px)
     heights = lidar_surface.fill_gaps(heights, made.count == 0, plan.fill_px)
     inner = np.s_[pad : pad + height, pad : pad + width]
     # Whole millimetres: finer than any lidar, and files compress.
@@ -142,7 +145,7 @@ def core_of(plan: Plan, block: Block) -> Window:
 
 
 def surface_of(plan: Plan, block: Block) -> np.ndarray:
-    """What `make_surface` wrote: float32 (2, h, w) height and count; NaN and 0 for a block without returns."""
+    """What `make_surface` wrote, float32 (2, h, w) height and count; NaN and 0 where no return was."""
     _, _, height, width = core_of(plan, block)
     path = plan.spool.path(block, "chm")
     if not path.exists():
@@ -185,7 +188,9 @@ def _ground_around(plan: Plan, window: Window) -> np.ndarray:
                 parts.append(np.fromfile(path, np.float64).reshape(-1, 3))
     ground = np.concatenate(parts)
     rows, cols = plan.blocks.cells(ground[:, 0], ground[:, 1])
-    near = (rows >= row - far) & (rows < row + height + far) & (cols >= col - far) & (cols < col + width + far)
+    near = (
+        (rows >= row - far) & (rows < row + height + far) & (cols >= col - far) & (cols < col + width + far)
+    )
     return ground[near]
 
 

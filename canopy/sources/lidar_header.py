@@ -149,9 +149,7 @@ def _horizontal(path: Path, stated: pyproj.CRS | None, given: Any) -> CRS:
     return crs
 
 
-def _check_bounds(
-    path: Path, bounds: tuple[float, ...], crs: CRS
-) -> tuple[float, float, float, float]:
+def _check_bounds(path: Path, bounds: tuple[float, ...], crs: CRS) -> tuple[float, float, float, float]:
     """Bounds that are numbers, in order, and on the part of the Earth that the CRS is for."""
     west, south, east, north = bounds
     if not all(math.isfinite(v) for v in bounds) or west > east or south > north:
@@ -190,7 +188,7 @@ def _vertical_unit(
         return told, ()
     factor = 1.0
     if horizontal.proj.is_projected:
-        factor = float(horizontal.proj.axis_info[0].unit_conversion_factor)
+        factor = _nearest_unit(float(horizontal.proj.axis_info[0].unit_conversion_factor))
     if abs(factor - 1) < 1e-9:
         return 1.0, ()
     return factor, (f"{path.name}: no unit for z, read as {_name(factor)} like x and y; else use --units",)

@@ -42,7 +42,7 @@ RECORD = np.dtype([("x", "f8"), ("y", "f8"), ("z", "f4"), ("kind", "u1")])
 
 @dataclass(frozen=True)
 class Blocks:
-    """Square blocks of `side_px` pixels on the global lattice of `pixel` metres; (row, col), rows southward."""
+    """Squares of `side_px` pixels on the global lattice of `pixel` metres; (row, col), rows southward."""
 
     pixel: float
     side_px: int
@@ -158,9 +158,7 @@ def fill(
     return tally
 
 
-def _chunks(
-    file: LidarFile, crs: CRS, blocks: Blocks, limits: tuple[int, int, int, int]
-) -> Iterator[Any]:
+def _chunks(file: LidarFile, crs: CRS, blocks: Blocks, limits: tuple[int, int, int, int]) -> Iterator[Any]:
     """laspy's chunks of a file. Raises DataError for one that ends early."""
     import laspy
 

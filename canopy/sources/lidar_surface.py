@@ -12,15 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
 
 from canopy.sources.lidar_points import BRIDGE, BUILDING, GROUND, WATER, WIRE
 
 POLICIES = ("zero", "mask", "keep")
 # Returns farther below the terrain are multipath; the tallest tree known is 116 m.
 BELOW_M, ABOVE_M = 1.0, 130.0
-# Pits are at least so deep and lie in vegetation at least so high; PIT_WIDTH_M is the widest one closed.
-PIT_DEPTH_M, PIT_RIM_M, PIT_WIDTH_M = 1.0, 2.0, 2.0
+# Pits are at least so deep and lie in vegetation at least so high.
+PIT_DEPTH_M, PIT_RIM_M = 1.0, 2.0
 # Returns without a class that stand on a named roof or bridge and rise less above it belong to it.
 ON_TOP_M = 2.0
 
@@ -100,41 +99,49 @@ def highest(
     return Surface(height.reshape(shape), count.reshape(shape), fixed.reshape(shape), int(wrong.sum()))
 
 
-def pit_reach(pixel: float) -> int:
-    """Half length, in pixels, of the lines that close pits; 0 for pixels too coarse to have pits."""
-    return round(PIT_WIDTH_M / 2 / pixel)
+def pit_px(width_m: float, pixel: float) -> int:
+    """Width, in pixels, of the widest pit that is closed; 0 where pixels are too coarse to have such pits."""
+    return int(width_m / pixel + 1e-9)
 
 
-def close_pits(height: np.ndarray, fixed: np.ndarray, pixel: float) -> np.ndarray:
-    """Metres (h, w) with pits raised to the level of their lowest rim; see the module's head.
+def close_pits(height: np.ndarray, fixed: np.ndarray, widest: int) -> np.ndarray:
+    """Metres (h, w) with pits of up to `widest` pixels raised to their lowest rim; see the module's head.
 
     Never lowers a pixel and never touches one that is NaN or `fixed`. A pixel's result depends on those
-    within twice `pit_reach`.
+    within `widest` of it.
     """
-    reach = pit_reach(pixel)
-    if reach < 1:
+    if widest < 1:
         return height
-    side = 2 * reach + 1
-    lines = (
-        np.ones((1, side), bool),
-        np.ones((side, 1), bool),
-        np.eye(side, dtype=bool),
-        np.fliplr(np.eye(side, dtype=bool)),
-    )
     low = np.where(np.isfinite(height), height, -np.inf)
     closed = np.full(height.shape, np.inf)
-    for line in lines:
-        wide = ndimage.maximum_filter(low, footprint=line, mode="constant", cval=-np.inf)
-        closed = np.minimum(
-            closed, ndimage.minimum_filter(wide, footprint=line, mode="constant", cval=-np.inf)
-        )
+    for direction in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        closed = np.minimum(closed, _close_along(low, direction, widest))
     with np.errstate(invalid="ignore"):
         pit = np.isfinite(height) & ~fixed & (closed - height > PIT_DEPTH_M) & (closed >= PIT_RIM_M)
     return np.where(pit, closed, height)
 
 
+def _close_along(low: np.ndarray, direction: tuple[int, int], widest: int) -> np.ndarray:
+    """Closing by a line of `widest` + 1 pixels: the least, over all such lines through a pixel, of their
+    greatest value. Beyond the window nothing is known (-inf)."""
+    (h, w), n = low.shape, widest
+    wide = np.pad(low, 2 * n, constant_values=-np.inf)
+
+    def window(array: np.ndarray, step: int, margin: int) -> np.ndarray:
+        row, col = n + step * direction[0], n + step * direction[1]
+        return array[row : row + h + 2 * margin, col : col + w + 2 * margin]
+
+    greatest = window(wide, 0, n)
+    for step in range(1, n + 1):
+        greatest = np.maximum(greatest, window(wide, step, n))
+    least = window(greatest, 0, 0)
+    for step in range(1, n + 1):
+        least = np.minimum(least, window(greatest, -step, 0))
+    return least
+
+
 def fill_gaps(height: np.ndarray, empty: np.ndarray, steps: int) -> np.ndarray:
-    """Pixels without returns (`empty`) within `steps` of known ones get the mean of their known neighbours."""
+    """Pixels without returns (`empty`) within `steps` of known ones get the mean of known neighbours."""
     for _ in range(steps):
         known = np.isfinite(height)
         wide = np.pad(np.where(known, height, 0.0), 1)
