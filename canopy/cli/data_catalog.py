@@ -86,7 +86,8 @@ def _facts(name: str) -> dict[str, Any]:
         return {**site.model_dump(mode="json"), "flight_site": site.flight_site, "flight_crs": crs}
     tile = read_name(name)
     if tile is not None:
-        return {"file": tile.filename, "bounds": list(tile.bounds), "crs": tile.crs}
+        raster = list(getattr(tile, "raster_bounds", tile.bounds))
+        return {"file": tile.filename, "bounds": list(tile.bounds), "raster_bounds": raster, "crs": tile.crs}
     known = ", ".join([*known_labels(), *known_names()])
     raise InputError("no such source, NEON site or tile name", where=name, expected=f"one of {known}")
 

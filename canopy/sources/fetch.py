@@ -68,7 +68,7 @@ def download(
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(target):
+        with only_one(target):
             if target.is_file() and not overwrite:
                 return target  # another process was faster
             _fetch_into(url, part, headers or {}, sign)
@@ -86,7 +86,7 @@ def download(
 
 
 @contextlib.contextmanager
-def _only_one(target: Path) -> Iterator[None]:
+def only_one(target: Path) -> Iterator[None]:
     """Let one process at a time write `target`'s .part file (on systems that have flock)."""
     try:
         import fcntl

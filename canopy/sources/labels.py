@@ -19,7 +19,7 @@ from typing import Any
 from canopy.errors import AreaError, DataError, OutputError
 from canopy.runtime import NoProgress, Progress, log
 from canopy.sources import http
-from canopy.sources.fetch import download, file_sha256
+from canopy.sources.fetch import download, file_sha256, only_one
 from canopy.sources.label_manifest import LabelManifest, Product, label_source
 from canopy.sources.remote_files import RemoteFile, Wish
 
@@ -217,6 +217,10 @@ class _Record:
     def __init__(self, folder: Path) -> None:
         self.path, self.lock = folder / RECORD, threading.Lock()
         self.entries: dict[str, dict[str, Any]] = {}
+        self._load()
+
+    def _load(self) -> None:
+        """What is on disk now. Raises DataError."""
         if not self.path.is_file():
             return
         try:
@@ -245,15 +249,16 @@ class _Record:
             "checksum": file.checksum,
             "sha256": file_sha256(path),
         }
-        with self.lock:
-            self.entries[file.path] = entry
-            text = json.dumps({"files": dict(sorted(self.entries.items()))}, indent=1)
-            part = self.path.with_name(self.path.name + ".part")
-            try:
+        try:
+            with self.lock, only_one(self.path):
+                self._load()  # another process may be filling the same folder
+                self.entries[file.path] = entry
+                text = json.dumps({"files": dict(sorted(self.entries.items()))}, indent=1)
+                part = self.path.with_name(self.path.name + ".part")
                 part.write_text(text + "\n")
                 os.replace(part, self.path)
-            except OSError as error:
-                raise OutputError(f"cannot be written ({error.strerror})", where=self.path) from error
+        except OSError as error:
+            raise OutputError(f"cannot be written ({error.strerror})", where=self.path) from error
 
 
 def _is_inside(name: str) -> bool:

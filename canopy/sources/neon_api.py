@@ -33,7 +33,7 @@ _HELP = f"set {TOKEN} to a token of your account at data.neonscience.org (My Acc
 def plan_neon(manifest: LabelManifest, product: Product, wish: Wish) -> tuple[list[RemoteFile], list[str]]:
     """Files of a product for an area or for named sites, and notes for the user.
 
-    Without dates the newest flight of each site is taken.
+    Without dates the newest year of each site is taken; a year's flight may be spread over two months.
 
     Raises:
         AreaError: no flown site near the area, or no tile in it; InputError: neither area nor site, an
@@ -48,11 +48,13 @@ def plan_neon(manifest: LabelManifest, product: Product, wish: Wish) -> tuple[li
         if not months:
             notes.append(f"{site}: no {product.code}" + (f" in {wish.datetime}" if wish.datetime else ""))
             continue
-        if wish.datetime is None and len(months) > 1:
-            notes.append(f"{site}: the newest of {len(months)} flights, {months[-1]}; others with --datetime")
-            months = months[-1:]
+        newest = [month for month in months if month[:4] == months[-1][:4]]
+        if wish.datetime is None and len(newest) < len(months):
+            notes.append(f"{site}: the newest year of {months[0]} to {months[-1]}; others with --datetime")
+            months = newest
         for month in months:
             files += [f for f in api.files(site, month) if wish.names(f.name) and _touches(f.name, wish)]
+    notes += [f"{place} is provisional: NEON may still change it" for place in sorted(api.provisional)]
     if not files and wish.area is not None:
         raise AreaError(f"NEON has no tile there ({wish.area.describe()})", where="; ".join(notes) or None)
     return files, notes
@@ -97,6 +99,7 @@ class _Api:
 
     def __init__(self, href: str, product: Product) -> None:
         self.href, self.product = href.rstrip("/"), product
+        self.provisional: set[str] = set()
 
     def headers_for(self, url: str) -> Mapping[str, str]:
         """The token, for the API's own host only."""
@@ -116,10 +119,15 @@ class _Api:
     def files(self, site: str, month: str) -> list[RemoteFile]:
         """Files of a site and month whose names fit the product."""
         listing = f"{self.href}/data/{self.product.code}/{site}/{month}"
-        return [self._file(row, listing, f"{site}-{month}") for row in self._rows(listing)]
+        place = f"{site}-{month}"
+        return [self._file(row, listing, place) for row in self._rows(listing, place)]
 
-    def _rows(self, listing: str) -> list[Mapping[str, Any]]:
-        rows = [row for page in self._pages(listing) for row in page.get("files") or []]
+    def _rows(self, listing: str, place: str) -> list[Mapping[str, Any]]:
+        rows: list[Mapping[str, Any]] = []
+        for page in self._pages(listing):
+            rows += page.get("files") or []
+            if page.get("release") == "PROVISIONAL":
+                self.provisional.add(place)
         return [row for row in rows if re.search(self.product.match or "", str(row.get("name", "")))]
 
     def _file(self, row: Mapping[str, Any], listing: str, folder: str) -> RemoteFile:
@@ -128,7 +136,7 @@ class _Api:
         def sign(url: str, fresh: bool) -> str:
             # A signed URL that has run out: the API gives a new one.
             again = (
-                (str(r.get("url")) for r in self._rows(listing) if r.get("name") == name)
+                (str(r.get("url")) for r in self._rows(listing, folder) if r.get("name") == name)
                 if fresh
                 else iter(())
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,12 +11,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 import rasterio
+import yaml
 from affine import Affine
 from rasterio.enums import ColorInterp
 
+from canopy.runtime import bundled_dir
 from canopy.sources.http import RetryPolicy, use_policy
 
 UTM = "EPSG:32619"
+LABEL_SECRETS = ("eyJ-top-secret-token", "sig=good", "Signature=", "earth-secret")
 NORTH_UP = Affine(0.5, 0, 315_000, 0, -0.5, 4_884_000)
 
 
@@ -85,3 +89,28 @@ def server() -> Iterator[object]:
         yield running
     running.shutdown()
     running.server_close()
+
+
+@pytest.fixture
+def point_at(tmp_path, monkeypatch):
+    """`point_at("neon", url)`: the shipped manifests, but one whose address is `url`."""
+    folder = tmp_path / "manifests"
+    shutil.copytree(bundled_dir("data_manifests"), folder)
+    monkeypatch.setenv("CANOPY_MANIFESTS", str(folder))
+    monkeypatch.setenv("CANOPY_CACHE", str(tmp_path / "cache"))
+
+    def change(name: str, href: str, **more: object) -> None:
+        path = folder / "labels" / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "href": href, **more}))
+
+    return change
+
+
+@pytest.fixture
+def tells_no_secret(caplog):
+    """Nothing secret in any log line of a test, nor in what it hands to `also`."""
+    caplog.set_level("DEBUG")
+    texts: list[object] = []
+    yield texts.append
+    said = caplog.text + "".join(str(text) + repr(text) for text in texts)
+    assert not [secret for secret in LABEL_SECRETS if secret in said]
