@@ -1,0 +1,212 @@
+"""torch Datasets over a chips folder: every chip once, endless training batches, pretraining views.
+
+Batch j is a function of (chips, seed, j) alone, whatever the number of workers: worker k of n makes batches
+k, k + n, ... and torch's DataLoader (with `batch_size=None`) hands them out in turn. So the state of a stream
+is the number of batches consumed, and a resumed run sees exactly what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from canopy.chips.augment import AugmentConfig
+from canopy.chips.dataset import CropStream, Sample
+from canopy.chips.shards import ChipShards, ShardChip, sampling_weights
+from canopy.chips.targets import shots_target
+from canopy.chips.views import ViewRules, batch_masks, multi_crop
+from canopy.errors import DataError
+from canopy.models.fill import fill_invalid
+
+T = TypeVar("T")
+
+
+class WholeChip(NamedTuple):
+    """A chip as it is: rgb (3, H, W) in 0..1, missing filled; target and weight (1, h, w), weight 0 where
+    unknown; shots (n, 4): row, col on the target, height in metres, weight."""
+
+    rgb: Tensor
+    target: Tensor
+    weight: Tensor
+    shots: Tensor
+
+
+class ChipDataset(Dataset[WholeChip]):
+    """Every chip once, whole and unchanged: for validation. Chips at a pair's edge differ in size, and the
+    number of shots differs, so batch them one by one or with a collate function of your own."""
+
+    def __init__(self, shards: ChipShards) -> None:
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, number: int) -> WholeChip:
+        chip = self.shards[number]
+        seen = chip.rgb.max(axis=0) > 0
+        rgb = fill_invalid(chip.rgb.astype(np.float32) / 255, seen)
+        known = np.where(np.isfinite(chip.chm_m), chip.chm_m, 0)
+        weight = chip.weight * _whole(seen)
+        return WholeChip(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (
+            rgb, known[None], weight[None].astype(np.float32), chip.shots
+        )))  # fmt: skip
+
+
+def _whole(seen: np.ndarray) -> np.ndarray:
+    """Label pixels all of whose four image pixels are there."""
+    return seen[0::2, 0::2] & seen[1::2, 0::2] & seen[0::2, 1::2] & seen[1::2, 1::2]
+
+
+class _Batches(IterableDataset[T], Generic[T]):
+    """Endless, resumable batches; a subclass says what batch number j is.
+
+    Use with `DataLoader(stream, batch_size=None, num_workers=n)`; after each batch the consumer calls
+    `advance()`, so that `state_dict()` counts what was used and not what was made ahead.
+    """
+
+    def __init__(self, shards: ChipShards, batch: int, seed: int) -> None:
+        if batch < 1:
+            raise DataError(f"batch of {batch}", expected="at least 1")
+        self.shards, self.batch, self.seed = shards, batch, seed
+        self.position = 0
+
+    def __iter__(self) -> Iterator[T]:
+        worker = get_worker_info()
+        number = self.position + (worker.id if worker else 0)
+        while True:
+            yield self.make(number)
+            number += worker.num_workers if worker else 1
+
+    def make(self, number: int) -> T:
+        """Batch `number` of the stream."""
+        raise NotImplementedError
+
+    def advance(self, batches: int = 1) -> None:
+        """Note that batches were used."""
+        self.position += batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on after the batches used so far."""
+        return {
+            "position": self.position,
+            "batch": self.batch,
+            "seed": self.seed,
+            "chips": self.shards.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state. Raises DataError when it belongs to other chips, seed or batch size."""
+        ours = self.state_dict()
+        for name in ("chips", "seed", "batch"):
+            if state.get(name) != ours[name]:
+                raise DataError(
+                    f"the saved position has {name} {state.get(name)!r}, this run {ours[name]!r}",
+                    remedy="go on with the same chips and settings, or start a new run",
+                )
+        self.position = int(state["position"])
+
+
+class ChipBatches(_Batches[Sample]):
+    """Batches of augmented training crops: rgb (B, 3, S, S), target and weight (B, 1, S/2, S/2).
+
+    Chips are drawn by height category and site (`shards.sampling_weights`); weights hold the date gap and the
+    sensor's floor of the chip. With `with_shots`, a chip's GEDI shots fill places without lidar as discs
+    of little weight.
+
+    Args:
+        shards: chips to draw from; crop_px: S, even; augment: None for plain crops;
+        bare, tall: shares of the height categories.
+    """
+
+    def __init__(
+        self,
+        shards: ChipShards,
+        batch: int,
+        crop_px: int,
+        augment: AugmentConfig | None,
+        *,
+        seed: int = 0,
+        bare: float = 0.1,
+        tall: float = 0.2,
+        with_shots: bool = True,
+    ) -> None:
+        super().__init__(shards, batch, seed)
+        self.chances = sampling_weights(shards.rows, bare=bare, tall=tall)
+        self.crop_px, self.augment, self.with_shots = crop_px, augment, with_shots
+
+    def make(self, number: int) -> Sample:
+        samples = [self._sample(number * self.batch + k) for k in range(self.batch)]
+        return Sample(*(torch.stack(parts) for parts in zip(*samples, strict=True)))
+
+    def _sample(self, index: int) -> Sample:
+        rng = np.random.default_rng((self.seed, index, 2))
+        chip = self.shards[int(rng.choice(len(self.shards), p=self.chances))]
+        height, weight = chip.chm_m, chip.weight
+        if self.with_shots and len(chip.shots):
+            height, weight = _add_shots(chip)
+        known = weight > 0
+        coded = np.where(known, height + _STEP_M * np.ceil(weight * 100), np.nan).astype(np.float32)
+        crops = CropStream(
+            [replace(chip.as_chip(), chm_m=coded)], np.ones(1), self.crop_px, self.augment, self.seed
+        )
+        rgb, target, boost = crops.sample(index)
+        code = torch.floor(target / _STEP_M)
+        return Sample(rgb, target - code * _STEP_M, boost * code / 100)
+
+
+# CropStream moves heights by picking, never by mixing. So a pixel's weight can ride on its height, in whole
+# hundredths: 17.3 m of weight 0.5 travels as 50017.3, which float32 holds to 4 mm.
+_STEP_M = 1000.0
+
+
+def _add_shots(chip: ShardChip) -> tuple[np.ndarray, np.ndarray]:
+    """Heights and weights with the shots' discs where lidar knows nothing."""
+    weak = shots_target(chip.shots, chip.chm_m.shape, chip.row.label_gsd_m)
+    unknown = ~(chip.weight > 0)
+    return np.where(unknown, weak.height_m, chip.chm_m), np.where(unknown, weak.weight, chip.weight)
+
+
+class Views(NamedTuple):
+    """Views of B images: wide (B, globals, 3, G, G), near (B, locals, 3, L, L) in 0..1, and masks
+    (B * globals, rows, cols) over the patches of the wide views, True = masked."""
+
+    wide: Tensor
+    near: Tensor
+    masks: Tensor
+
+
+class ViewBatches(_Batches[Views]):
+    """Batches of views for self-supervised pretraining; labels are not looked at."""
+
+    def __init__(
+        self,
+        shards: ChipShards,
+        batch: int,
+        rules: ViewRules | None = None,
+        *,
+        patch_px: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(shards, batch, seed)
+        self.rules, self.patch_px = rules or ViewRules(), patch_px
+        if self.rules.global_px % patch_px:
+            raise DataError(f"views of {self.rules.global_px} px", expected=f"a multiple of {patch_px}")
+
+    def make(self, number: int) -> Views:
+        rng = np.random.default_rng((self.seed, number, 1))
+        wide, near = [], []
+        for _ in range(self.batch):
+            chip = self.shards[int(rng.integers(len(self.shards)))]
+            seen = chip.rgb.max(axis=0) > 0
+            crops = multi_crop(chip.rgb.astype(np.float32) / 255, seen, rng, self.rules)
+            wide.append(crops[0])
+            near.append(crops[1])
+        side = self.rules.global_px // self.patch_px
+        masks = batch_masks(self.batch * self.rules.globals_, (side, side), rng)
+        return Views(*(torch.from_numpy(x) for x in (np.stack(wide), np.stack(near), masks)))

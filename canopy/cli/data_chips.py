@@ -1,0 +1,88 @@
+"""`canopy data chips`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+
+
+def chips(
+    manifest: Annotated[
+        Path, typer.Option("--manifest", metavar="FILE", help="CSV or Parquet table of pairs, see below.")
+    ],
+    out_dir: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for the chips.")],
+    size_px: Annotated[int, typer.Option("--size-px", help="Side of a chip's image, pixels.")] = 256,
+    gsd: Annotated[
+        float, typer.Option("--gsd", help="Ground metres per image pixel; labels get twice it.")
+    ] = 0.5,
+    label_rule: Annotated[
+        str, typer.Option("--label-rule", help="Several label pixels become one: mean or max.")
+    ] = "mean",
+    register: Annotated[
+        bool, typer.Option("--register/--no-register", help="Measure and undo the shift of labels.")
+    ] = True,
+    max_shift_m: Annotated[
+        float, typer.Option("--max-shift-m", help="Undo shifts up to this; reject chips beyond it.")
+    ] = 10.0,
+    buffer_m: Annotated[
+        float, typer.Option("--buffer-m", help="Drop train chips closer than this to a test chip.")
+    ] = 50.0,
+    block_m: Annotated[
+        float, typer.Option("--block-m", help="Blocks that go to one split as a whole, where none is given.")
+    ] = 1000.0,
+    val: Annotated[float, typer.Option("--val", help="Share of blocks for validation.")] = 0.1,
+    test: Annotated[float, typer.Option("--test", help="Share of blocks for testing.")] = 0.1,
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option("--hold-out", help="Site (or pattern) that is test as a whole; repeat."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the splits.")] = 0,
+    rh: Annotated[int, typer.Option("--rh", help="Relative height of GEDI shots (column gedi_path).")] = 98,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first rows of the manifest.")] = None,
+    workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 1,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Cut pairs of image and canopy height into training chips.
+
+    The manifest has columns id, rgb_path, chm_path (paths count from its folder) and, if known, site, kind,
+    split, crs, date_rgb, date_chm (or year_...), sensor or floor_m, gedi_path, licence. Given splits are
+    kept; the rest is split by blocks of ground. DIR gets shards/, index.csv and .parquet, summary.json and
+    contact_sheet.png. Run it again to go on after an interruption or with a longer manifest: nothing is cut
+    twice. Exit code 3 when some files could not be read (index.csv says which).
+
+    Example: canopy data chips --manifest pairs/manifest.csv -o chips --hold-out 'WLOU*' --workers 4
+    """
+    from canopy.chips.plan import CutRules
+    from canopy.chips.splits import SplitRules
+    from canopy.chips.summary import table
+    from canopy.chips.write import write_chips
+    from canopy.runtime import progress_bar, setup_logging
+
+    setup_logging(quiet, verbose)
+    rules = CutRules(size_px, gsd, label_rule, register, max_shift_m, rh)
+    splits = SplitRules(block_m, val, test, tuple(hold_out or ()), buffer_m, seed)
+    with progress_bar(quiet or json_) as progress:
+        summary = write_chips(
+            manifest,
+            out_dir,
+            rules,
+            splits,
+            limit=limit,
+            workers=workers,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if json_:
+        print_json(summary)
+    elif not quiet:
+        typer.echo(f"{out_dir}: {table(summary)}\n{summary['cut_now']} of {summary['shards']} shards cut now")
+    if summary["unreadable"]:
+        typer.echo(f"canopy: {summary['unreadable']} chips could not be read; see index.csv", err=True)
+        raise typer.Exit(3)
