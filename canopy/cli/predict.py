@@ -2,78 +2,68 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, cast
 
 import typer
 
 from canopy.cli.area import Aoi, Bbox, Bounds, BoundsCrs, SizeM
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.predict_options import (
+    Bands,
+    BatchSize,
+    Crs,
+    DateBand,
+    Datetime,
+    Device,
+    DryRun,
+    Encoding,
+    Gsd,
+    Imagery,
+    Images,
+    InputCrs,
+    MaxPixels,
+    Model,
+    Nodata,
+    Out,
+    Precision,
+    Quicklook,
+    Radiometry,
+    Scale,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from canopy.inference.job import Job, Result
 
-_HELP_OUT = "GeoTIFF to write; OUT.json (a STAC item) lies beside it. Default: IMAGE_chm.tif here."
-_HELP_CRS = "CRS of the map, or `image` for the image's own grid. Default: the area's UTM zone."
-_HELP_RADIOMETRY = (
-    "Move the image's colours onto those of the model's training imagery: none; match; or the target's own "
-    "r5,r95,g5,g95,b5,b95 in 0..1. The image's percentiles are measured once over all of it."
-)
-_HELP_IMAGERY = (
-    "A named source (naip, demo, ...), a STAC API or catalog, an XYZ template, a directory or VRT."
-)
-
 
 def predict(
-    images: Annotated[
-        list[str] | None, typer.Argument(metavar="[IMAGE]...", help="RGB images; several are mosaicked.")
-    ] = None,
+    context: typer.Context,
+    images: Images = None,
     bbox: Bbox = None,
     size_m: SizeM = None,
     bounds: Bounds = None,
     bounds_crs: BoundsCrs = "EPSG:4326",
     aoi: Aoi = None,
-    imagery: Annotated[str | None, typer.Option("--imagery", metavar="NAME", help=_HELP_IMAGERY)] = None,
-    model: Annotated[
-        str, typer.Option("--model", metavar="NAME|FILE", help="See canopy models list.")
-    ] = "default",
-    out: Annotated[str | None, typer.Option("-o", "--out", metavar="OUT.tif", help=_HELP_OUT)] = None,
-    gsd: Annotated[
-        float | None, typer.Option("--gsd", help="Ground metres per pixel of the map. Default: the model's.")
-    ] = None,
-    crs: Annotated[str | None, typer.Option("--crs", help=_HELP_CRS)] = None,
-    input_crs: Annotated[
-        str | None, typer.Option("--input-crs", help="CRS of images that carry none. Default: --crs.")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[str, typer.Option("--precision", help="auto (fp32), fp32 or bf16.")] = "auto",
-    batch_size: Annotated[
-        str, typer.Option("--batch-size", help="Crops per forward pass, or auto.")
-    ] = "auto",
-    workers: Annotated[int, typer.Option("--workers", help="Threads that read imagery ahead.")] = 2,
-    datetime: Annotated[
-        str | None, typer.Option("--datetime", metavar="FROM/TO", help="Acquisitions to use, as STAC has it.")
-    ] = None,
-    bands: Annotated[
-        str | None, typer.Option("--bands", metavar="R,G,B", help="Band numbers of red, green, blue, from 1.")
-    ] = None,
-    nodata: Annotated[float | None, typer.Option("--nodata", help="Image value that means missing.")] = None,
-    scale: Annotated[
-        float | None, typer.Option("--scale", help="Image value that means white; needed unless uint8.")
-    ] = None,
-    encoding: Annotated[str, typer.Option("--encoding", help="float32, uint16cm or uint8m.")] = "float32",
-    date_band: Annotated[
-        bool, typer.Option("--date-band", help="Add band acquisition_date: days since 1970-01-01, 0 unknown.")
-    ] = False,
-    quicklook: Annotated[bool, typer.Option("--quicklook", help="Draw OUT.png beside the map.")] = False,
-    radiometry: Annotated[
-        str, typer.Option("--radiometry", metavar="none|match|PERCENTILES", help=_HELP_RADIOMETRY)
-    ] = "none",
-    max_pixels: Annotated[
-        int | None, typer.Option("--max-pixels", help="Refuse maps larger than this.", show_default="4e9")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and say what would be done; stop there.")
-    ] = False,
+    imagery: Imagery = None,
+    model: Model = "default",
+    out: Out = None,
+    gsd: Gsd = None,
+    crs: Crs = None,
+    input_crs: InputCrs = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = "auto",
+    workers: Workers = 2,
+    datetime: Datetime = None,
+    bands: Bands = None,
+    nodata: Nodata = None,
+    scale: Scale = None,
+    encoding: Encoding = "float32",
+    date_band: DateBand = False,
+    quicklook: Quicklook = False,
+    radiometry: Radiometry = "none",
+    max_pixels: MaxPixels = None,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -96,33 +86,20 @@ def predict(
     from canopy.inference.estimate import MAX_PIXELS
     from canopy.inference.job import prepare
     from canopy.inference.output import default_out
-    from canopy.inference.request import Request
+    from canopy.inference.request import Options, Request
     from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
+    # What goes to the job as it was typed has the job's own names.
+    given = {name: context.params[name] for name in Options.__annotations__}
+    given["max_pixels"] = MAX_PIXELS if max_pixels is None else max_pixels
     request = Request(
         images=tuple(images or ()),
         imagery=imagery,
         area=choose_area(bbox=bbox, size_m=size_m, bounds=bounds, bounds_crs=bounds_crs, aoi=aoi),
         model=model,
         out=out if out is not None else default_out(images or [], imagery),
-        gsd=gsd,
-        crs=crs,
-        input_crs=input_crs,
-        device=device,
-        precision=precision,
-        batch_size=batch_size,
-        workers=workers,
-        datetime=datetime,
-        bands=bands,
-        nodata=nodata,
-        scale=scale,
-        encoding=encoding,
-        date_band=date_band,
-        quicklook=quicklook,
-        radiometry=radiometry,
-        overwrite=overwrite,
-        max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
+        **cast(Options, given),
     )
     job = prepare(request)
     for line in job.describe():

@@ -1,0 +1,57 @@
+"""The options of `canopy predict`, one name each: what a user types, and what --help says of it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+_HELP_OUT = "GeoTIFF to write; OUT.json (a STAC item) lies beside it. Default: IMAGE_chm.tif here."
+_HELP_CRS = "CRS of the map, or `image` for the image's own grid. Default: the area's UTM zone."
+_HELP_RADIOMETRY = (
+    "Move the image's colours onto those of the model's training imagery: none; match; or the target's own "
+    "r5,r95,g5,g95,b5,b95 in 0..1. The image's percentiles are measured once over all of it."
+)
+_HELP_IMAGERY = (
+    "A named source (naip, demo, ...), a STAC API or catalog, an XYZ template, a directory or VRT."
+)
+
+Images = Annotated[
+    list[str] | None, typer.Argument(metavar="[IMAGE]...", help="RGB images; several are mosaicked.")
+]
+Imagery = Annotated[str | None, typer.Option("--imagery", metavar="NAME", help=_HELP_IMAGERY)]
+Model = Annotated[str, typer.Option("--model", metavar="NAME|FILE", help="See canopy models list.")]
+Out = Annotated[str | None, typer.Option("-o", "--out", metavar="OUT.tif", help=_HELP_OUT)]
+Gsd = Annotated[
+    float | None, typer.Option("--gsd", help="Ground metres per pixel of the map. Default: the model's.")
+]
+Crs = Annotated[str | None, typer.Option("--crs", help=_HELP_CRS)]
+InputCrs = Annotated[
+    str | None, typer.Option("--input-crs", help="CRS of images that carry none. Default: --crs.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Precision = Annotated[str, typer.Option("--precision", help="auto (fp32), fp32 or bf16.")]
+BatchSize = Annotated[str, typer.Option("--batch-size", help="Crops per forward pass, or auto.")]
+Workers = Annotated[int, typer.Option("--workers", help="Threads that read imagery ahead.")]
+Datetime = Annotated[
+    str | None, typer.Option("--datetime", metavar="FROM/TO", help="Acquisitions to use, as STAC has it.")
+]
+Bands = Annotated[
+    str | None, typer.Option("--bands", metavar="R,G,B", help="Band numbers of red, green, blue, from 1.")
+]
+Nodata = Annotated[float | None, typer.Option("--nodata", help="Image value that means missing.")]
+Scale = Annotated[
+    float | None, typer.Option("--scale", help="Image value that means white; needed unless uint8.")
+]
+Encoding = Annotated[str, typer.Option("--encoding", help="float32, uint16cm or uint8m.")]
+DateBand = Annotated[
+    bool, typer.Option("--date-band", help="Add band acquisition_date: days since 1970-01-01, 0 unknown.")
+]
+Quicklook = Annotated[bool, typer.Option("--quicklook", help="Draw OUT.png beside the map.")]
+Radiometry = Annotated[
+    str, typer.Option("--radiometry", metavar="none|match|PERCENTILES", help=_HELP_RADIOMETRY)
+]
+MaxPixels = Annotated[
+    int | None, typer.Option("--max-pixels", help="Refuse maps larger than this.", show_default="4e9")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and say what would be done; stop there.")]
