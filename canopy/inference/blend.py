@@ -29,7 +29,7 @@ class Canvas:
     """Sums weighted crops and hands out finished pixels, window after window in plan order.
 
     Memory is one window plus a strip of `overlap` rows as wide as the map: what the crops of one row of
-    windows add to the next. (Sixteen rows of 20,000 float64 pixels are 2.5 MB.)
+    windows add to the next. (84 rows of 20,000 float64 pixels are 13 MB.)
     """
 
     def __init__(self, plan: Plan) -> None:
