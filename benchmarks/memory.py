@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument(
         "--dir", help="where the images go (20,000 px need about 6 GB); default: a temporary one"
     )
+    parser.add_argument("--out", type=Path, help="folder for memory.json")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -107,6 +108,10 @@ def main() -> None:
             image.unlink()
     first, last = (results[side]["peak_mb"] for side in (options.sizes[0], options.sizes[-1]))
     print(f"growth {100 * (last / first - 1):+.1f} % (allowed: 10 %)")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"model": options.model, "sizes": results, "growth": last / first - 1}, indent=2)
+        (options.out / "memory.json").write_text(text + "\n", encoding="utf-8")
     sys.exit(last > 1.1 * first)
 
 
