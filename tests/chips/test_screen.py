@@ -20,7 +20,7 @@ def pair():
 
 def test_a_good_pair_stays(pair):
     found = screen(*pair)
-    assert found.reason == "" and found.image_share == 1 and found.match > 0.2 and found.sharpness > 0.1
+    assert found.reason == "" and found.image_share == 1 and found.match > 0.2 and found.sharpness > 0.4
 
 
 def test_missing_image_and_missing_label(pair):

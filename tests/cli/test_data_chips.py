@@ -1,0 +1,73 @@
+"""`canopy data chips` through the command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import rasterio
+
+FILES = {"shards", "index.csv", "index.parquet", "settings.json", "summary.json", "contact_sheet.png"}
+WORDS = ("data", "chips", "--manifest", "manifest.csv", "-o", "out", "--no-register")
+
+
+@pytest.fixture
+def manifest(make_image, tmp_path):
+    make_image("rgb.tif")
+    heights = np.random.default_rng(0).uniform(3, 20, (1, 50, 60)).astype(np.float32)
+    # Blocks of 8 m without structure: random heights are not judged against the picture.
+    make_image("chm.tif", heights, transform=rasterio.Affine(1, 0, 500_000, 0, -1, 4_882_000))
+    path = tmp_path / "manifest.csv"
+    path.write_text("id,rgb_path,chm_path,split\na,rgb.tif,chm.tif,train\n")
+    return path
+
+
+def test_it_cuts_says_what_it_cut_and_does_not_cut_twice(canopy, manifest, tmp_path):
+    ran = canopy(*WORDS)
+    assert ran.code == 0 and "1 chips, 0 rejected" in ran.out and "1 of 1 shards cut now" in ran.out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == FILES
+    assert "0 of 1 shards cut now" in canopy(*WORDS).out
+    told = json.loads(canopy(*WORDS, "--json").out)
+    assert told["chips"] == 1 and told["cut_now"] == 0 and told["train_chips_within_buffer_of_test"] == 0
+    assert canopy(*WORDS, "-q").out == ""
+
+
+def test_other_settings_need_overwrite(canopy, manifest, tmp_path):
+    assert canopy(*WORDS).code == 0
+    ran = canopy(*WORDS, "--size-px", "64")
+    assert ran.code == 2 and "--overwrite" in ran.error_line
+    assert canopy(*WORDS, "--size-px", "64", "--overwrite").code == 0
+    assert len(list((tmp_path / "out" / "shards").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--size-px", "33"), "33"),
+        (("--gsd", "0"), "0.05"),
+        (("--label-rule", "median"), "median"),
+        (("--max-shift-m", "99"), "shift"),
+        (("--buffer-m", "-1"), "buffer"),
+        (("--val", "0.6", "--test", "0.6"), "train"),
+        (("--hold-out", "WLOU"), "WLOU"),
+        (("--workers", "0"), "workers"),
+        (("--manifest", "none.csv"), "none.csv"),
+    ],
+)
+def test_bad_input_exits_2_in_one_line_and_writes_nothing(canopy, manifest, tmp_path, words, named):
+    ran = canopy(*WORDS, *words)
+    assert ran.code == 2 and named in ran.error_line and "Traceback" not in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_label_exits_3(canopy, manifest, tmp_path):
+    chm = tmp_path / "chm.tif"
+    chm.write_bytes(chm.read_bytes()[:3000])
+    ran = canopy(*WORDS)
+    assert ran.code == 3 and "index.csv" in ran.error_line and "unreadable" in ran.out
+
+
+def test_help_has_an_example(canopy):
+    ran = canopy("data", "chips", "--help")
+    assert ran.code == 0 and "Example: canopy data chips" in ran.out
