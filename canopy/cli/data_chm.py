@@ -105,7 +105,7 @@ def _print(facts: dict[str, Any], json_: bool, quiet: bool) -> None:
     if quiet:
         return
     typer.echo(
-        f"{facts['file']}: {facts['width_px']} x {facts['height_px']} px of {facts['gsd_m']:g} m, "
+        f"{facts['file']}: {facts['width_px']} x {facts['height_px']} px of {facts['gsd_m']:.3g} m, "
         f"{facts['crs']}, "
         f"mean height {facts['mean_height_m']:.1f} m, {facts['cover_2m']:.0%} above 2 m, "
         f"{facts['valid_fraction']:.1%} valid"
