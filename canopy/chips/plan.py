@@ -206,7 +206,7 @@ def _file(row: Mapping[str, str], column: str, manifest: Path, where: str) -> st
 
 def _year(text: str) -> float | None:
     """2021 or 2021-06-30 as a year with fraction; None for anything that is no single date."""
-    found = re.fullmatch(r"(\d{4})(?:-(\d\d)(?:-(\d\d))?)?(?:[T ].*)?", text.strip())
+    found = re.fullmatch(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:[T ]\d.*)?)?)?", text.strip())
     if not found:
         return None
     year, month, day = (int(g) if g else None for g in found.groups())

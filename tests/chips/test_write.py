@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from canopy.chips import cutting, write
 from canopy.chips.augment import AugmentConfig
 from canopy.chips.index import read_index
-from canopy.chips.plan import CutRules, edges, plan_shards, read_pairs
+from canopy.chips.plan import CutRules, _year, edges, plan_shards, read_pairs
 from canopy.chips.shards import ChipShards, category, sampling_weights
 from canopy.chips.splits import SplitRules
 from canopy.chips.store import read_store
@@ -192,6 +192,11 @@ def test_manifests_that_cannot_be_used_are_refused_before_anything_is_written(ma
     attempt("id,rgb_path,chm_path\na,rgb0.tif,chm0.tif\na,rgb1.tif,chm1.tif\n", "twice")
     attempt("id,rgb_path,chm_path\na,/vsizip/x.zip/rgb0.tif,chm0.tif\n", "virtual path")
     attempt("id,rgb_path,chm_path,sensor\na,rgb0.tif,chm0.tif,sonar\n", "sonar")
+
+
+def test_only_a_single_date_is_a_date():
+    assert _year("2019") == 2019.5 and _year("2019-07-02T10:00Z") == pytest.approx(2019.5, abs=0.01)
+    assert _year("") is _year("2010 or earlier") is _year("2019 (OSBS) / 2018 (MLBS)") is None
 
 
 def test_windows_leave_nothing_out_and_never_overlap():
