@@ -22,7 +22,7 @@ NAN = np.nan
 
 def points_over(side: float, count: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    xy = (*rng.uniform(0, side, (count, 2)), 300000.0, -side + 4000000.0)
+    xy = rng.uniform(0, side, (count, 2)) + np.array([300_000.0, 4_000_000.0 - side])
     return np.column_stack([xy, rng.uniform(0, 30, count)])
 
 
