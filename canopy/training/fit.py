@@ -58,9 +58,7 @@ def finetune(settings: FinetuneSettings, run_dir: Path, *, resume: bool = False,
     model = model.to(memory_format=torch.channels_last)
     module = HeightModule(model, settings, store.of_split("val"))
     trainer = _trainer(settings, run_dir)
-    trainer.fit(
-        module, _loader(settings, store, last), ckpt_path=last if resume else None, weights_only=True
-    )
+    trainer.fit(module, _loader(settings, store, last), ckpt_path=last if resume else None, weights_only=True)
     trainer.save_checkpoint(last)
     return export(module, store, run_dir, command)
 
