@@ -116,6 +116,15 @@ def _loader(settings: FinetuneSettings, store: ChipStore, last: Path) -> DataLoa
     )
 
 
+def _shareable(settings: FinetuneSettings) -> dict[str, Any]:
+    """The settings for a card: files by name alone, because folders are this machine's business."""
+    plain_settings = json.loads(settings.model_dump_json(exclude={"model"}))
+    plain_settings["data"]["chips"] = settings.data.chips.name
+    if settings.init_from:
+        plain_settings["init_from"] = settings.init_from.name
+    return plain_settings
+
+
 def export(module: HeightModule, store: ChipStore, run_dir: Path, command: str) -> Path:
     """Write the averaged weights and their card."""
     settings = module.settings
@@ -124,7 +133,7 @@ def export(module: HeightModule, store: ChipStore, run_dir: Path, command: str) 
         "licence": "Apache-2.0",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": command,
-        "settings": json.loads(settings.model_dump_json(exclude={"model"})),
+        "settings": _shareable(settings),
         "steps": module.global_step,
         "minutes": round(module.trained_s / 60, 1),
         "parameters": module.ema.parameter_count,

@@ -14,8 +14,10 @@ WORDS = ("data", "chips", "--manifest", "manifest.csv", "-o", "out", "--no-regis
 
 @pytest.fixture
 def manifest(make_image, tmp_path):
-    make_image("rgb.tif")
-    heights = np.random.default_rng(0).uniform(3, 20, (1, 50, 60)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    # Detail down to the pixel: the smooth picture other tests use is rejected as blurred, and rightly.
+    make_image("rgb.tif", rng.integers(60, 180, (3, 100, 120)).astype(np.uint8))
+    heights = rng.uniform(3, 20, (1, 50, 60)).astype(np.float32)
     # Blocks of 8 m without structure: random heights are not judged against the picture.
     make_image("chm.tif", heights, transform=rasterio.Affine(1, 0, 500_000, 0, -1, 4_882_000))
     path = tmp_path / "manifest.csv"

@@ -76,7 +76,9 @@ def test_trees_stand_above_their_surroundings_in_california(model, shared):
         cols, cells = np.clip((points.T * 1.2).astype(int), 0, height.shape[0] - 1)
         at_trees.append(height[cells, cols].mean())
         elsewhere.append(np.median(height))
-    assert np.mean(at_trees) > np.mean(elsewhere) + 1
+    # Far too low for city trees, as the model card says, but above what surrounds them in every place.
+    assert all(tree > around for tree, around in zip(at_trees, elsewhere, strict=True))
+    assert np.mean(at_trees) > 2 * np.mean(elsewhere)
 
 
 def test_card_and_size(model):
