@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.models.eva import Eva, EvaAttention
@@ -84,41 +84,38 @@ class ConvStem(nn.Module):
         return maps
 
 
+def _shared(config: EncoderConfig, bands: int, patch: int) -> dict[str, Any]:
+    """What timm's two transformer classes call by the same names."""
+    return {
+        "img_size": patch * config.pos_grid,
+        "patch_size": patch,
+        "in_chans": bands,
+        "num_classes": 0,
+        "global_pool": "",
+        "embed_dim": config.dim,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "mlp_ratio": config.mlp_ratio,
+        "qkv_bias": config.qkv_bias,
+        "init_values": config.layer_scale,
+        "dynamic_img_size": True,
+        "drop_path_rate": config.drop_path,
+        "norm_layer": partial(nn.LayerNorm, eps=config.norm_eps),
+    }
+
+
 def _build_vit(config: EncoderConfig, bands: int, patch: int) -> VisionTransformer:
     aligned = config.pos_resize == "bicubic_aligned"
     return (AlignedViT if aligned else VisionTransformer)(
-        img_size=patch * config.pos_grid,
-        patch_size=patch,
-        in_chans=bands,
-        num_classes=0,
-        global_pool="",
-        embed_dim=config.dim,
-        depth=config.depth,
-        num_heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
-        qkv_bias=config.qkv_bias,
-        init_values=config.layer_scale,
+        **_shared(config, bands, patch),
         reg_tokens=config.registers,
         no_embed_class=not config.pos_embed_prefix,
-        dynamic_img_size=True,
-        drop_path_rate=config.drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
     )
 
 
 def _build_rope(config: EncoderConfig, bands: int, patch: int) -> Eva:
     vit = Eva(
-        img_size=patch * config.pos_grid,
-        patch_size=patch,
-        in_chans=bands,
-        num_classes=0,
-        global_pool="",
-        embed_dim=config.dim,
-        depth=config.depth,
-        num_heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
-        qkv_bias=config.qkv_bias,
-        init_values=config.layer_scale,
+        **_shared(config, bands, patch),
         num_reg_tokens=config.registers,
         use_abs_pos_emb=False,
         use_rot_pos_emb=True,
@@ -126,9 +123,6 @@ def _build_rope(config: EncoderConfig, bands: int, patch: int) -> Eva:
         rope_temperature=config.rope_temperature,
         rope_rotate_half=config.rope_rotate_half,
         use_fc_norm=False,
-        dynamic_img_size=True,
-        drop_path_rate=config.drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
     )
     if config.k_bias:  # timm keeps zeros there, outside the state
         for module in vit.modules():
