@@ -1,0 +1,1 @@
+"""Judging any canopy height map: against lidar, GEDI and field plots, and against another map."""
