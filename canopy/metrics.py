@@ -1,0 +1,304 @@
+"""Scores of a height map against a reference: pure NumPy, masked, exact under any cutting into parts.
+
+Everything rests on sums: `pixel_sums`, `block_sums` and `edge_sums` turn pixels into a row of numbers per
+group (a spatial block, a stratum), rows are added, and `scores` turns added rows into metrics. So a raster can
+be read in windows, strata and bootstrap replicates cost no second reading, and the order does not matter (to
+the rounding of float64). p is the map, r the reference, e = p - r, all in metres.
+
+    mae = mean |e|        rmse = sqrt(mean e^2)        bias = mean e
+    r2 = 1 - sum e^2 / sum (r - mean r)^2              r = Pearson's correlation
+    nmae = mean(|e| / r) over r > 2 m;  nmae_plus1 = mean(|e| / (1 + r)) over r > 2 m
+    block_r2 = r2 of the means of p and r over blocks of 50 x 50 px, those at least half valid
+    edge_error = sum ||grad p| - |grad r|| / sum |grad r|, |grad| by Sobel over 3 x 3 valid pixels;
+        edge_error_symmetric divides by sum |grad p| + sum |grad r| instead
+    cover at t = pixels higher than t: iou = tp / (tp + fp + fn), precision, recall, f1
+    pNN_error = NN-th percentile of p minus that of r (linear between ranks; heights in whole millimetres)
+
+Sources: block-R2 and edge error: Tolan et al. 2024 (RSE 300:113888); nMAE, cover and the
+height bins: Fogel et al. 2025 (Open-Canopy, CVPR; its code divides by 1 + r). See docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+HEIGHT_BINS_M = (0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0)  # and everything above the last
+COVER_M = (2, 3, 5)
+PERCENTILES = (50, 95, 98)
+NMAE_ABOVE_M = 2.0
+BLOCK_PX = 50
+BLOCK_VALID_SHARE = 0.5
+
+N_BINS = len(HEIGHT_BINS_M)
+_COVER = tuple(f"{what}_{t}" for t in COVER_M for what in ("tp", "fp", "fn"))
+_BIN = tuple(f"{w}@{i}" for i in range(N_BINS) for w in ("n", "e", "ae", "ee", "in", "width", "bounded"))
+# One row of sums: pixels; relative errors; cover; bounds; height bins; blocks of 50 px; edges.
+FIELDS = (
+    "n", "p", "r", "pp", "rr", "pr", "e", "ae", "ee",
+    "n_tall", "rel", "rel1",
+    *_COVER,
+    "bounded", "in", "width",
+    *_BIN,
+    "blocks", "bp", "br", "brr", "bee",
+    "edges", "gp", "gr", "gd",
+)  # fmt: skip
+COLUMN = {name: i for i, name in enumerate(FIELDS)}
+
+
+def height_bin(height_m: np.ndarray) -> np.ndarray:
+    """Which of the N_BINS bins: 0 for h < 2, ..., N_BINS - 1 for h >= 60. Negative heights are in bin 0."""
+    return np.searchsorted(np.asarray(HEIGHT_BINS_M[1:]), height_m, side="right")
+
+
+# ---- pixels to sums -------------------------------------------------------------------------------
+def pixel_sums(
+    map_m: np.ndarray,
+    reference_m: np.ndarray,
+    group: np.ndarray,
+    groups: int,
+    bounds_m: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """Sums over pixels, float64 (groups, len(FIELDS)); the block and edge fields stay 0.
+
+    Args:
+        map_m, reference_m: (n,) metres, all of them valid.
+        group: int (n,), 0 <= group < groups.
+        bounds_m: lower and upper end of the map's interval (n,), NaN where there is none.
+    """
+    p, r = (np.asarray(x, np.float64) for x in (map_m, reference_m))
+    out = np.zeros((groups, len(FIELDS)))
+    e = p - r
+    ae, ee = np.abs(e), e * e
+
+    def add(name: str, weights: np.ndarray | None, where: np.ndarray | None = None) -> None:
+        chosen = group if where is None else group[where]
+        picked = weights if weights is None or where is None else weights[where]
+        out[:, COLUMN[name]] = np.bincount(chosen, picked, groups)
+
+    sums = {"n": None, "p": p, "r": r, "pp": p * p, "rr": r * r, "pr": p * r, "e": e, "ae": ae, "ee": ee}
+    for name, weights in sums.items():
+        add(name, weights)
+    tall = r > NMAE_ABOVE_M
+    add("n_tall", None, tall)
+    relative, relative1 = ae[tall] / r[tall], ae[tall] / (1 + r[tall])
+    out[:, COLUMN["rel"]] = np.bincount(group[tall], relative, groups)
+    out[:, COLUMN["rel1"]] = np.bincount(group[tall], relative1, groups)
+    for t in COVER_M:
+        both = 2 * (r > t) + (p > t)
+        counts = np.bincount(group * 4 + both, minlength=groups * 4).reshape(groups, 4)
+        for name, k in (("tp", 3), ("fp", 1), ("fn", 2)):
+            out[:, COLUMN[f"{name}_{t}"]] = counts[:, k]
+    _bin_sums(out, group, groups, height_bin(r), {"n": np.ones_like(e), "e": e, "ae": ae, "ee": ee})
+    if bounds_m is not None:
+        low, high = (np.asarray(x, np.float64) for x in bounds_m)
+        known = np.isfinite(low) & np.isfinite(high)
+        inside = ((r >= low) & (r <= high))[known].astype(np.float64)
+        parts = {"bounded": np.ones_like(inside), "in": inside, "width": (high - low)[known]}
+        for name, weights in parts.items():
+            out[:, COLUMN[name]] = np.bincount(group[known], weights, groups)
+        _bin_sums(out, group[known], groups, height_bin(r[known]), parts)
+    return out
+
+
+def _bin_sums(
+    out: np.ndarray, group: np.ndarray, groups: int, bins: np.ndarray, sums: Mapping[str, np.ndarray]
+) -> None:
+    label = group * N_BINS + bins
+    for name, weights in sums.items():
+        total = np.bincount(label, weights, groups * N_BINS).reshape(groups, N_BINS)
+        out[:, [COLUMN[f"{name}@{i}"] for i in range(N_BINS)]] = total
+
+
+def block_sums(
+    map_m: np.ndarray,
+    reference_m: np.ndarray,
+    block: np.ndarray,
+    block_group: np.ndarray,
+    groups: int,
+    block_px: int = BLOCK_PX,
+) -> np.ndarray:
+    """Sums over 50 px blocks for block-R2, float64 (groups, len(FIELDS)).
+
+    Args:
+        map_m, reference_m: (n,) valid pixels.
+        block: int (n,), the block that each pixel lies in; a block must be given whole.
+        block_group: int (blocks,), the group of each block; -1 leaves it out.
+        block_px: side; a block counts with at least half of its block_px^2 pixels.
+    """
+    out = np.zeros((groups, len(FIELDS)))
+    count = np.bincount(block, minlength=len(block_group))
+    whole = (count >= BLOCK_VALID_SHARE * block_px**2) & (block_group >= 0)
+    mean_p, mean_r = (
+        np.bincount(block, np.asarray(x, np.float64), len(block_group))[whole] / count[whole]
+        for x in (map_m, reference_m)
+    )
+    error = mean_p - mean_r
+    sums = {"blocks": np.ones_like(error), "bp": mean_p, "br": mean_r, "brr": mean_r**2, "bee": error**2}
+    for name, weights in sums.items():
+        out[:, COLUMN[name]] = np.bincount(block_group[whole], weights, groups)
+    return out
+
+
+def sobel(values: np.ndarray) -> np.ndarray:
+    """Length of Sobel's gradient (h - 2, w - 2) in units per pixel: the inner pixels of (h, w)."""
+    v = np.asarray(values, np.float64)
+    down = v[:, :-2] + 2 * v[:, 1:-1] + v[:, 2:]
+    right = v[:-2] + 2 * v[1:-1] + v[2:]
+    return np.hypot(down[2:] - down[:-2], right[:, 2:] - right[:, :-2]) / 8
+
+
+def edge_sums(
+    map_m: np.ndarray, reference_m: np.ndarray, valid: np.ndarray, group: np.ndarray, groups: int
+) -> np.ndarray:
+    """Sums over gradients, float64 (groups, len(FIELDS)).
+
+    Args:
+        map_m, reference_m, valid: (h, w) with one pixel of margin on every side.
+        group: int (h - 2, w - 2), -1 leaves a pixel out. One counts where its 3 x 3 pixels are all valid.
+    """
+    out = np.zeros((groups, len(FIELDS)))
+    known = group >= 0
+    h, w = valid.shape
+    for row in range(3):
+        for col in range(3):
+            known = known & valid[row : h - 2 + row, col : w - 2 + col]
+    gp, gr = (sobel(np.where(valid, x, 0))[known] for x in (map_m, reference_m))
+    chosen = group[known]
+    for name, weights in {"edges": None, "gp": gp, "gr": gr, "gd": np.abs(gp - gr)}.items():
+        out[:, COLUMN[name]] = np.bincount(chosen, weights, groups)
+    return out
+
+
+# ---- sums to scores -------------------------------------------------------------------------------
+def scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics of added rows (..., len(FIELDS)); every value has shape (...), NaN where it does not exist."""
+
+    def get(name: str) -> np.ndarray:
+        return sums[..., COLUMN[name]]
+
+    n = get("n")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread_r = get("rr") - get("r") ** 2 / n
+        spread_p = get("pp") - get("p") ** 2 / n
+        both = get("pr") - get("p") * get("r") / n
+        out = {
+            "n": n,
+            "mae_m": _ratio(get("ae"), n),
+            "rmse_m": np.sqrt(_ratio(get("ee"), n)),
+            "bias_m": _ratio(get("e"), n),
+            "r2": 1 - _ratio(get("ee"), _real(spread_r, get("rr"))),
+            "r": _ratio(both, np.sqrt(_real(spread_r, get("rr")) * _real(spread_p, get("pp")))),
+            "nmae": _ratio(get("rel"), get("n_tall")),
+            "nmae_plus1": _ratio(get("rel1"), get("n_tall")),
+        }
+        spread_b = get("brr") - get("br") ** 2 / get("blocks")
+        out["block_r2"] = 1 - _ratio(get("bee"), _real(spread_b, get("brr")))
+        out["edge_error"] = _ratio(get("gd"), get("gr"))
+        out["edge_error_symmetric"] = _ratio(get("gd"), get("gp") + get("gr"))
+        for t in COVER_M:
+            tp, fp, fn = (get(f"{name}_{t}") for name in ("tp", "fp", "fn"))
+            out[f"cover_iou_{t}m"] = _ratio(tp, tp + fp + fn)
+            out[f"cover_precision_{t}m"] = _ratio(tp, tp + fp)
+            out[f"cover_recall_{t}m"] = _ratio(tp, tp + fn)
+            out[f"cover_f1_{t}m"] = _ratio(2 * tp, 2 * tp + fp + fn)
+        out["interval_coverage"] = _ratio(get("in"), get("bounded"))
+        out["interval_width_m"] = _ratio(get("width"), get("bounded"))
+    return out
+
+
+def bin_scores(sums: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """Per height bin: n, bias_m, mae_m, rmse_m, interval_coverage, interval_width_m; each of shape (...)."""
+    found = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for i in range(N_BINS):
+            get = {w: sums[..., COLUMN[f"{w}@{i}"]] for w in ("n", "e", "ae", "ee", "in", "width", "bounded")}
+            found.append(
+                {
+                    "n": get["n"],
+                    "bias_m": _ratio(get["e"], get["n"]),
+                    "mae_m": _ratio(get["ae"], get["n"]),
+                    "rmse_m": np.sqrt(_ratio(get["ee"], get["n"])),
+                    "interval_coverage": _ratio(get["in"], get["bounded"]),
+                    "interval_width_m": _ratio(get["width"], get["bounded"]),
+                }
+            )
+    return found
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.where(below > 0, above / below, np.nan)
+
+
+def _real(spread: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """A sum of squared deviations, 0 where it is only the rounding of the squares it was made from."""
+    return np.where(spread > 1e-12 * squares, spread, 0)
+
+
+# ---- percentiles ----------------------------------------------------------------------------------
+class HeightCounts:
+    """How often each height occurs, in whole millimetres from -20 to 130 m (beyond: counted at the ends).
+
+    Counts add up without error, so percentiles are exact for heights rounded to the millimetre, however the
+    pixels came. Memory: 8 bytes per millimetre up to the highest one.
+    """
+
+    LOW_MM, HIGH_MM = -20_000, 130_000
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(0, np.int64)
+
+    def add(self, height_m: np.ndarray) -> None:
+        """Count heights (n,), metres."""
+        mm = np.clip(np.rint(np.asarray(height_m, np.float64) * 1000), self.LOW_MM, self.HIGH_MM)
+        counts = np.bincount(mm.astype(np.int64) - self.LOW_MM, minlength=len(self.counts))
+        counts[: len(self.counts)] += self.counts
+        self.counts = counts
+
+    def percentile(self, percent: float) -> float:
+        """As `numpy.percentile` (linear) of the rounded heights; NaN without any."""
+        total = int(self.counts.sum())
+        if not total:
+            return float("nan")
+        rank = percent / 100 * (total - 1)
+        below, above = int(np.floor(rank)), int(np.ceil(rank))
+        at = np.searchsorted(np.cumsum(self.counts), [below, above], side="right") + self.LOW_MM
+        return float(at[0] + (at[1] - at[0]) * (rank - below)) / 1000
+
+
+def percentile_errors(map_counts: HeightCounts, reference_counts: HeightCounts) -> dict[str, float]:
+    """pNN_error_m for every NN of PERCENTILES: the map's percentile minus the reference's."""
+    return {f"p{q}_error_m": map_counts.percentile(q) - reference_counts.percentile(q) for q in PERCENTILES}
+
+
+# ---- whole arrays ---------------------------------------------------------------------------------
+def score_arrays(
+    map_m: np.ndarray,
+    reference_m: np.ndarray,
+    valid: np.ndarray | None = None,
+    bounds_m: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, float]:
+    """All metrics of two arrays of any equal shape, NaN where one does not exist.
+
+    Block-R2 and edge error need two dimensions (h, w); blocks are counted from the upper left. `valid`
+    (True = usable) defaults to where both are finite.
+    """
+    p, r = np.asarray(map_m), np.asarray(reference_m)
+    ok = np.isfinite(p) & np.isfinite(r)
+    ok = ok if valid is None else ok & valid
+    one = np.zeros(int(ok.sum()), np.int64)
+    limits = None if bounds_m is None else (bounds_m[0][ok], bounds_m[1][ok])
+    sums = pixel_sums(p[ok], r[ok], one, 1, limits)
+    if p.ndim == 2:
+        wide = -(-p.shape[1] // BLOCK_PX)
+        block = (np.arange(p.shape[0]) // BLOCK_PX)[:, None] * wide + np.arange(p.shape[1]) // BLOCK_PX
+        group = np.zeros(int(block.max(initial=-1)) + 1, np.int64)
+        sums += block_sums(p[ok], r[ok], block[ok], group, 1)
+        if min(p.shape) > 2:
+            inner = np.zeros((p.shape[0] - 2, p.shape[1] - 2), np.int64)
+            sums += edge_sums(p, r, ok, inner, 1)
+    counts = HeightCounts(), HeightCounts()
+    for count, values in zip(counts, (p[ok], r[ok]), strict=True):
+        count.add(values)
+    return {k: float(v) for k, v in scores(sums[0]).items()} | percentile_errors(*counts)
