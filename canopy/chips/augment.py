@@ -38,11 +38,21 @@ class AugmentConfig:
 def dihedral(rng: Rng, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     """The same random flip and quarter turn for all arrays; the last two axes are rows and columns."""
     turns, flip = int(rng.integers(4)), bool(rng.integers(2))
-    out = []
-    for array in arrays:
-        array = np.rot90(array, turns, axes=(-2, -1))
-        out.append(array[..., ::-1] if flip else array)
-    return tuple(out)
+    return tuple(turn(array, turns, flip) for array in arrays)
+
+
+def turn(array: np.ndarray, turns: int, flip: bool) -> np.ndarray:
+    """`turns` quarter turns to the left, then mirrored left to right if `flip`; over the last two axes."""
+    array = np.rot90(array, turns, axes=(-2, -1))
+    return array[..., ::-1] if flip else array
+
+
+def turn_points(points: np.ndarray, side: float, turns: int, flip: bool) -> np.ndarray:
+    """Where points (n, 2) of row, col on a square of `side` go when `turn` turns the square."""
+    row, col = points[:, 0], points[:, 1]
+    for _ in range(turns % 4):
+        row, col = side - col, row
+    return np.stack([row, side - col if flip else col], axis=1)
 
 
 def vary_colour(rgb: np.ndarray, rng: Rng, strength: float = 1.0) -> np.ndarray:

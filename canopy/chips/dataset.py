@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import IterableDataset
 
 from canopy.chips.augment import AugmentConfig, dihedral, hide_part, vary_colour
+from canopy.chips.crops import Sample
 from canopy.chips.store import Chip
 from canopy.errors import DataError
 from canopy.models.fill import fill_invalid
 
 _BOOST_POWER, _MOST_BOOST = 0.7, 14.0
-
-
-class Sample(NamedTuple):
-    """One crop: rgb (3, S, S) in 0..1; target (1, S/2, S/2) metres, 0 where unknown; weight, 0 there."""
-
-    rgb: Tensor
-    target: Tensor
-    weight: Tensor
 
 
 def chip_weights(chips: list[Chip], neon_share: float, synth_share: float) -> np.ndarray:
@@ -115,6 +106,7 @@ class CropStream(IterableDataset[Sample]):
             torch.from_numpy(np.ascontiguousarray(rgb, np.float32)),
             torch.from_numpy(np.where(known, chm, 0.0).astype(np.float32)[None]),
             torch.from_numpy(known.astype(np.float32)[None] * np.float32(boost)),
+            torch.zeros(0, 5),
         )
 
 

@@ -8,8 +8,7 @@ is the number of batches consumed, and a resumed run sees exactly what it would 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,14 +16,25 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from canopy.chips.augment import AugmentConfig
-from canopy.chips.dataset import CropStream, Sample
+from canopy.chips.crops import Sample, make_crop
+from canopy.chips.index import IndexRow
 from canopy.chips.shards import ChipShards, ShardChip, sampling_weights
-from canopy.chips.targets import shots_target
 from canopy.chips.views import ViewRules, batch_masks, multi_crop
 from canopy.errors import DataError
 from canopy.models.fill import fill_invalid
 
 T = TypeVar("T")
+
+
+class ChipSource(Protocol):
+    """Chips by number: `ChipShards`, or anything that looks like it."""
+
+    rows: list[IndexRow]
+
+    @property
+    def fingerprint(self) -> str: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> ShardChip: ...
 
 
 class WholeChip(NamedTuple):
@@ -70,7 +80,7 @@ class _Batches(IterableDataset[T], Generic[T]):
     `advance()`, so that `state_dict()` counts what was used and not what was made ahead.
     """
 
-    def __init__(self, shards: ChipShards, batch: int, seed: int) -> None:
+    def __init__(self, shards: ChipSource, batch: int, seed: int) -> None:
         if batch < 1:
             raise DataError(f"batch of {batch}", expected="at least 1")
         self.shards, self.batch, self.seed = shards, batch, seed
@@ -113,20 +123,21 @@ class _Batches(IterableDataset[T], Generic[T]):
 
 
 class ChipBatches(_Batches[Sample]):
-    """Batches of augmented training crops: rgb (B, 3, S, S), target and weight (B, 1, S/2, S/2).
+    """Batches of augmented training crops: rgb (B, 3, S, S), target and weight (B, 1, S/2, S/2), shots
+    (B, K, 5); see `crops.Sample`.
 
-    Chips are drawn by height category and site (`shards.sampling_weights`); weights hold the date gap and the
-    sensor's floor of the chip. With `with_shots`, a chip's GEDI shots fill places without lidar as discs
-    of little weight.
+    Weights hold the date gap and the sensor's floor of the chip.
 
     Args:
         shards: chips to draw from; crop_px: S, even; augment: None for plain crops;
-        bare, tall: shares of the height categories.
+        bare, tall: shares of the height categories;
+        chances: (n,) of each chip, instead of `shards.sampling_weights` with these shares;
+        with_shots: give the GEDI shots their weight.
     """
 
     def __init__(
         self,
-        shards: ChipShards,
+        shards: ChipSource,
         batch: int,
         crop_px: int,
         augment: AugmentConfig | None,
@@ -134,10 +145,11 @@ class ChipBatches(_Batches[Sample]):
         seed: int = 0,
         bare: float = 0.1,
         tall: float = 0.2,
+        chances: np.ndarray | None = None,
         with_shots: bool = True,
     ) -> None:
         super().__init__(shards, batch, seed)
-        self.chances = sampling_weights(shards.rows, bare=bare, tall=tall)
+        self.chances = sampling_weights(shards.rows, bare=bare, tall=tall) if chances is None else chances
         self.crop_px, self.augment, self.with_shots = crop_px, augment, with_shots
 
     def make(self, number: int) -> Sample:
@@ -147,29 +159,10 @@ class ChipBatches(_Batches[Sample]):
     def _sample(self, index: int) -> Sample:
         rng = np.random.default_rng((self.seed, index, 2))
         chip = self.shards[int(rng.choice(len(self.shards), p=self.chances))]
-        height, weight = chip.chm_m, chip.weight
-        if self.with_shots and len(chip.shots):
-            height, weight = _add_shots(chip)
-        known = weight > 0
-        coded = np.where(known, height + _STEP_M * np.ceil(weight * 100), np.nan).astype(np.float32)
-        crops = CropStream(
-            [replace(chip.as_chip(), chm_m=coded)], np.ones(1), self.crop_px, self.augment, self.seed
-        )
-        rgb, target, boost = crops.sample(index)
-        code = torch.floor(target / _STEP_M)
-        return Sample(rgb, target - code * _STEP_M, boost * code / 100)
-
-
-# CropStream moves heights by picking, never by mixing. So a pixel's weight can ride on its height, in whole
-# hundredths: 17.3 m of weight 0.5 travels as 50017.3, which float32 holds to 4 mm.
-_STEP_M = 1000.0
-
-
-def _add_shots(chip: ShardChip) -> tuple[np.ndarray, np.ndarray]:
-    """Heights and weights with the shots' discs where lidar knows nothing."""
-    weak = shots_target(chip.shots, chip.chm_m.shape, chip.row.label_gsd_m)
-    unknown = ~(chip.weight > 0)
-    return np.where(unknown, weak.height_m, chip.chm_m), np.where(unknown, weak.weight, chip.weight)
+        sample = make_crop(chip, self.crop_px, rng, self.augment)
+        if not self.with_shots:
+            sample.shots[:, 3] = 0
+        return sample
 
 
 class Views(NamedTuple):

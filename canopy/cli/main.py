@@ -15,6 +15,7 @@ import typer
 from canopy import __version__
 from canopy.cli import data, models
 from canopy.cli.predict import predict
+from canopy.cli.train import train
 from canopy.errors import CanopyError
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ def _root(
 
 
 app.command("predict")(predict)
+app.command("train")(train)
 app.add_typer(models.app, name="models", help="Models: what there is, and what is in a file.")
 app.add_typer(data.app, name="data", help="Data: synthetic scenes, lidar, GEDI and imagery.")
 

@@ -80,8 +80,10 @@ class HeightModel(nn.Module):
         H, W = rgb.shape[-2:]
         padded = pad_to_multiple(self._moved(rgb), self.config.pad_px)
         scores = self.decoder.scores(self.encoder((padded - self.mean) / self.std)).float()
-        weights = bin_weights(scores, self.config.decoder)
-        both = moments(weights, self.centres, self.config.decoder.scale)
+        # Under autocast the sum over bins would run in bf16, which steps by 0.1 m at 30 m.
+        with torch.autocast(rgb.device.type, enabled=False):
+            weights = bin_weights(scores, self.config.decoder)
+            both = moments(weights, self.centres, self.config.decoder.scale)
         size = padded.shape[-2:]
         height, spread = (
             m

@@ -1,132 +1,223 @@
-"""Supervised height training as a thin LightningModule: a step, an average of weights, a clock."""
+"""Supervised height training as a thin LightningModule: a step, averaged weights, a clock, the best yet."""
 
 from __future__ import annotations
 
 import copy
 import time
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from canopy.chips.dataset import Sample
+from canopy.chips.crops import Sample
 from canopy.chips.store import Chip
+from canopy.chips.streams import ChipBatches
+from canopy.models.bins import bin_weights
 from canopy.models.height import HeightModel
 from canopy.training import height_losses as losses
-from canopy.training.schedules import ema_decay, warmup_cosine
-from canopy.training.scoring import score_chips
-from canopy.training.settings import FinetuneSettings
+from canopy.training.footprint_loss import footprint_loss
+from canopy.training.guard import NanGuard
+from canopy.training.optim import parameter_groups, set_rates
+from canopy.training.schedules import ema_decay, lr_factor
+from canopy.training.scoring import headline, score_chips
+from canopy.training.settings import FinetuneSettings, weight_at
+
+STATE = "canopy"
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass
+class Best:
+    """The best validation yet: its MAE, its step, and validations since without a better one."""
+
+    mae_m: float = float("inf")
+    step: int = -1
+    waited: int = 0
+
+
+class Output(NamedTuple):
+    """What a model says about a batch, on the label grid: heights (B, 1, h, w) in metres, bin scores."""
+
+    height_m: Tensor
+    scores: Tensor
 
 
 class HeightModule(pl.LightningModule):
     """Trains `model`, keeps `ema`, the running average of its weights that is validated and exported.
 
     Progress, and with it the learning rate, is the larger of steps done / steps allowed and minutes trained /
-    minutes allowed; minutes are those of all parts of a resumed run.
+    minutes allowed; minutes are those of all parts of a resumed run. The random numbers of a step (stochastic
+    depth) are a function of seed and batch number alone, so that a resumed run draws the same.
+
+    Args:
+        model: to train.
+        settings: of the run.
+        stream: batches; its position is part of the checkpoint.
+        val_chips: whole chips to validate on; may be empty.
+        on_step: called after every step with the module.
+        on_scores: called after every validation with the module, the table, and whether it is the best.
     """
 
-    def __init__(self, model: HeightModel, settings: FinetuneSettings, val_chips: list[Chip]) -> None:
+    def __init__(
+        self,
+        model: HeightModel,
+        settings: FinetuneSettings,
+        stream: ChipBatches,
+        val_chips: Iterable[Chip],
+        on_step: Callable[[HeightModule, dict[str, Tensor]], None] | None = None,
+        on_scores: Callable[[HeightModule, Scores, bool], None] | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.settings, self.val_chips = model, settings, val_chips
+        self.automatic_optimization = False  # the guard decides whether a step is taken
+        self.model, self.settings, self.stream, self.val_chips = model, settings, stream, val_chips
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
+        self.on_step, self.on_scores = on_step, on_scores
+        self.guard, self.best = NanGuard(), Best()
         self.trained_s = 0.0
         self._tick = time.monotonic()
+        model.train()
+        if settings.freeze_encoder:
+            model.encoder.requires_grad_(False).eval()
 
     @property
     def progress(self) -> float:
         """Share of the run done, 0..1."""
         s = self.settings
-        return min(1.0, max(self.global_step / s.steps, self.trained_s / (60.0 * s.minutes)))
+        timed = self.trained_s / (60.0 * s.minutes) if s.minutes else 0.0
+        return min(1.0, max(self.global_step / s.steps, timed))
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether too many validations have passed without a better one."""
+        return 0 < self.settings.patience <= self.best.waited
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Norms, biases and other vectors are not decayed, as is usual for transformers.
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": self.settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.settings.lr, betas=(0.9, 0.99))
+        s = self.settings
+        groups = parameter_groups(
+            self.model, s.architecture.encoder.depth, s.weight_decay, s.layer_decay, s.encoder_lr_scale
+        )
+        return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.99))
 
     def on_train_start(self) -> None:
         self._tick = time.monotonic()
+        self.trainer.should_stop = self.progress >= 1.0 or self.out_of_patience
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        factor = warmup_cosine(self.progress, self.settings.warmup)
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.settings.lr * factor
+    def training_step(self, batch: Sample, batch_idx: int) -> None:
+        s, optimizer = self.settings, self.optimizers()
+        torch.manual_seed((s.seed * 1_000_003 + self.stream.position) % 2**63)
+        rate = s.lr * lr_factor(self.progress, s.lr_schedule, s.warmup)
+        set_rates(optimizer, rate)  # type: ignore[arg-type]
+        terms, mae = self.terms(Sample(*batch))
+        total = torch.stack(list(terms.values())).sum()
+        with torch.autocast(self.device.type, enabled=False):  # mixed precision is for the forward pass
+            optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+            self.manual_backward(total)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            norm = torch.nn.utils.clip_grad_norm_(trained, s.clip_norm)
+            stepped = self.guard.passes(
+                self.stream.position, loss=float(total.detach()), gradient=float(norm)
+            )
+            if stepped:
+                optimizer.step()  # type: ignore[union-attr]
+                self._average()
+        self.stream.advance()
+        named = {"loss": total.detach(), "mae_m": mae, **{k: v.detach() for k, v in terms.items()}}
+        self.log_dict(named | {"lr": rate, "grad_norm": norm, "progress": self.progress})
+        self._after(stepped, named | {"lr": torch.tensor(rate), "grad_norm": norm})
 
-    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
-        batch = Sample(*batch)
-        height, _, scores = self.model.heights_and_scores(
-            batch.rgb.contiguous(memory_format=torch.channels_last)
-        )
-        # Labels are at 1 m, the image at 0.5 m.
-        pred = functional.avg_pool2d(height.float(), 2)
-        terms = self._terms(pred, scores.float(), batch)
-        total = torch.stack([v for k, v in terms.items() if k != "mae_m"]).sum()
-        self.log_dict({k: v.detach() for k, v in terms.items()})
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        self.log("progress", self.progress)
-        return total
+    def output(self, rgb: Tensor) -> Output:
+        """Predict rgb (B, 3, S, S) on the label grid (B, 1, S/2, S/2): labels are at 1 m, images at 0.5 m."""
+        height, _, scores = self.model.heights_and_scores(rgb.contiguous(memory_format=torch.channels_last))
+        return Output(functional.avg_pool2d(height.float(), 2), scores.float())
 
-    def _terms(self, pred: Tensor, scores: Tensor, batch: Sample) -> dict[str, Tensor]:
-        s, target, weight = self.settings.loss, batch.target, batch.weight
+    def terms(self, batch: Sample) -> tuple[dict[str, Tensor], Tensor]:
+        """Weighted loss terms by name, those of weight 0 left out, and the batch's plain MAE in metres."""
+        s, (pred, scores) = self.settings.loss, self.output(batch.rgb)
+        target, weight = batch.target, batch.weight
         if s.shift_reach_m and self.progress >= s.shift_after:
             shifts = losses.best_shift(pred, target, weight, s.shift_reach_m, s.shift_penalty_m)
             target, weight = losses.align_labels(target, weight, shifts)
-        terms = {"mae_m": losses.weighted_mean((pred - target).abs(), weight)}
-        if s.charbonnier:
-            terms["charbonnier"] = s.charbonnier * losses.charbonnier(pred, target, weight)
-        if s.silog:
-            terms["silog"] = s.silog * losses.silog(pred, target, weight)
-        if s.gradient:
-            terms["gradient"] = s.gradient * losses.gradient_loss(pred, target, weight)
-        if s.two_hot:
-            if scores.shape[-2:] != target.shape[-2:]:
-                scores = functional.interpolate(scores, size=target.shape[-2:], mode="area")
-            centres = self.model.centres * self.model.config.decoder.scale
-            terms["two_hot"] = s.two_hot * losses.two_hot_loss(scores, target, weight, centres)
-        return terms
+        mae = losses.weighted_mean((pred - target).abs().detach(), weight)
+        weight = weight * losses.height_factor(target, s.height_weight)
+        centres = self.model.centres * self.model.config.decoder.scale
+        by_name: dict[str, Callable[[], Tensor]] = {
+            "charbonnier": lambda: losses.charbonnier(pred, target, weight),
+            "l1": lambda: losses.l1(pred, target, weight),
+            "silog": lambda: losses.silog(pred, target, weight),
+            "gradient": lambda: losses.gradient_loss(pred, target, weight),
+            "two_hot": lambda: losses.two_hot_loss(
+                self._bins(scores, pred).clamp_min(1e-9).log(), target, weight, centres
+            ),
+            "ranked": lambda: losses.ranked_loss(self._bins(scores, pred), target, weight, centres),
+            "footprint": lambda: footprint_loss(
+                pred,
+                batch.shots,
+                top=s.footprint_top,
+                reach_m=s.footprint_reach_m,
+                penalty=s.footprint_penalty,
+            ),
+        }
+        wanted = {name: weight_at(getattr(s, name), self.progress) for name in by_name}
+        return {name: wanted[name] * term() for name, term in by_name.items() if wanted[name]}, mae
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def _bins(self, scores: Tensor, like: Tensor) -> Tensor:
+        """Bin weights (B, bins, h, w) on the label grid."""
+        weights = bin_weights(scores, self.model.config.decoder)
+        if weights.shape[-2:] != like.shape[-2:]:
+            weights = functional.interpolate(weights, size=like.shape[-2:], mode="area")
+        return weights
+
+    @torch.no_grad()
+    def _average(self) -> None:
         decay = ema_decay(self.global_step, self.settings.ema_final)
-        with torch.no_grad():
-            for average, value in zip(
-                self.ema.state_dict().values(), self.model.state_dict().values(), strict=True
-            ):
-                if value.is_floating_point():
-                    average.lerp_(value, 1.0 - decay)
-                else:
-                    average.copy_(value)
+        for average, value in zip(
+            self.ema.state_dict().values(), self.model.state_dict().values(), strict=True
+        ):
+            if value.is_floating_point():
+                average.lerp_(value, 1.0 - decay)
+            else:
+                average.copy_(value)
+
+    def _after(self, stepped: bool, named: dict[str, Tensor]) -> None:
         now = time.monotonic()
         self.trained_s += now - self._tick
-        self._tick = now
-        if self.global_step % self.settings.validate_every == 0:
+        if stepped and self.global_step % self.settings.validate_every == 0:
             self.validate()
-            self._tick = time.monotonic()  # validation does not count as training
-        if self.progress >= 1.0:
+        if stepped and self.on_step:
+            self.on_step(self, named)
+        if self.progress >= 1.0 or self.out_of_patience:
             self.trainer.should_stop = True
+        self._tick = time.monotonic()  # validation and writing do not count as training
 
-    def validate(self) -> dict[str, dict[str, float]]:
-        """Score the averaged weights on the val chips; logged per site."""
+    def validate(self) -> Scores:
+        """Score the averaged weights on the val chips, and note whether they are the best yet."""
         table = score_chips(self.ema, self.val_chips, crop_px=self.settings.crop_px, overlap_px=0)
+        mae = headline(table)["mae_m"] if table else float("inf")
+        better = mae < self.best.mae_m
+        self.best = Best(mae, self.global_step) if better else Best(
+            self.best.mae_m, self.best.step, self.best.waited + 1
+        )  # fmt: skip
         for site, row in table.items():
-            short = site.split(",")[0].replace(" ", "_")
-            self.log_dict({f"val/{short}/{k}": v for k, v in row.items() if k != "n"})
-        overall = table["all but plots"]
-        self.print(
-            f"step {self.global_step} {self.trained_s / 60:.1f} min: "
-            + " ".join(f"{k} {v:.3f}" for k, v in overall.items() if k != "n")
-            + " | "
-            + " ".join(f"{s[:14]} {r['mae_m']:.2f}" for s, r in table.items())
-        )
+            self.log_dict({f"val/{site}/{k}": v for k, v in row.items() if k != "n"})
+        if self.on_scores:
+            self.on_scores(self, table, better)
         return table
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["trained_s"] = self.trained_s
+        checkpoint[STATE] = {
+            "trained_s": self.trained_s,
+            "stream": self.stream.state_dict(),
+            "guard": self.guard.state_dict(),
+            "best": asdict(self.best),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.trained_s = checkpoint["trained_s"]
+        state = checkpoint[STATE]
+        self.trained_s = float(state["trained_s"])
+        self.stream.load_state_dict(state["stream"])
+        self.guard.load_state_dict(state["guard"])
+        self.best = Best(**state["best"])

@@ -3,147 +3,246 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from canopy.chips.augment import AugmentConfig
-from canopy.chips.dataset import CropStream, chip_weights
-from canopy.chips.store import ChipStore, read_store
+from canopy.chips.streams import ChipBatches
 from canopy.errors import ConfigError
-from canopy.models.checkpoint import save_checkpoint
-from canopy.models.config import ModelConfig
+from canopy.models.checkpoint import load_model, save_checkpoint
 from canopy.models.height import HeightModel
-from canopy.runtime import log
-from canopy.training.finetune import HeightModule
-from canopy.training.scoring import plain, score_chips
+from canopy.runtime import NoProgress, Progress, log, pick_device
+from canopy.training.data import TrainingData, batches, open_data
+from canopy.training.finetune import HeightModule, Scores
+from canopy.training.run_folder import LAST, Table, check_run, locked
+from canopy.training.scoring import headline, plain, score_chips
 from canopy.training.settings import FinetuneSettings
+from canopy.training.start import describe_start, start_from
 
-LAST = "last.ckpt"
+MODEL = "model.safetensors"
+# What a resumed run may change: how long, on what machine, how it is watched.
+FREE = frozenset({"steps", "minutes", "threads", "workers", "device", "log_every", "patience"})
+_THOUSAND = 1000  # the bar's steps
 
 
-def finetune(settings: FinetuneSettings, run_dir: Path, *, resume: bool = False, command: str = "") -> Path:
+def finetune(
+    settings: FinetuneSettings,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    fast_dev_run: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Path:
     """Train as `settings` say and export the averaged weights to RUN_DIR/model.safetensors.
+
+    RUN_DIR gets config.yaml (all settings), train.csv, val.csv, TensorBoard events where that is installed,
+    last.ckpt, best-STEP.safetensors and model.safetensors.
 
     Args:
         settings: the whole run.
-        run_dir: created; `settings.json`, `metrics.csv`, `last.ckpt` and `model.safetensors` go here.
+        run_dir: created.
         resume: continue from RUN_DIR/last.ckpt.
+        fast_dev_run: two steps, a validation on two chips and an export, all in a temporary folder: what is
+            wrong with a config, its data or its model shows in seconds. RUN_DIR is left alone.
         command: how the run was started, for the card.
+        progress: told about the share done, in thousandths.
 
     Raises:
-        ConfigError: RUN_DIR holds a run and `resume` is off, or there is nothing to resume.
+        ConfigError: RUN_DIR holds a run and `resume` is off, there is nothing to resume, or settings
+            were changed.
+        DataError, CheckpointError: the chips or the weights to start from cannot be used.
+        TrainingError: loss or gradient were not finite too often.
     """
-    last = run_dir / LAST
-    if resume != last.exists():
-        raise ConfigError(
-            "holds no run to resume" if resume else "holds a run already",
-            where=run_dir,
-            remedy="leave out --resume" if resume else "add --resume, or choose another folder",
+    if fast_dev_run:
+        with tempfile.TemporaryDirectory() as folder:
+            finetune(_brief(settings), Path(folder) / "run", command=command, progress=progress)
+        return run_dir
+    device = pick_device(settings.device)
+    data = open_data(settings.data)
+    with locked(run_dir):
+        check_run(run_dir, settings, resume, FREE)
+        return _Run(settings, run_dir, data, device, progress or NoProgress()).go(resume, command)
+
+
+def _brief(settings: FinetuneSettings) -> FinetuneSettings:
+    data = settings.data.model_copy(update={"val_chips": 2})
+    brief = {"steps": 2, "minutes": None, "validate_every": 1, "log_every": 1, "workers": 0, "data": data}
+    return settings.model_copy(update=brief)
+
+
+class _Run:
+    """One call of `finetune`: what happens around the steps."""
+
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        folder: Path,
+        data: TrainingData,
+        device: torch.device,
+        bar: Progress,
+    ) -> None:
+        self.settings, self.folder, self.data = settings, folder, data
+        self.device, self.bar, self._shown = device, bar, 0
+
+    def go(self, resume: bool, command: str) -> Path:
+        settings, last = self.settings, self.folder / LAST
+        torch.set_num_threads(settings.threads)
+        pl.seed_everything(settings.seed, verbose=False)
+        model, started = self._fresh_weights(resume)
+        stream = batches(settings, self.data)
+        # Channels last is how convolutions run fastest, on CPUs and GPUs alike.
+        model = model.to(memory_format=torch.channels_last)
+        val = self.data.val.some(settings.data.val_chips)
+        module = HeightModule(model, settings, stream, val, self._on_step, self._on_scores)
+        step = _step_of(last) if resume else None
+        self.train_log = Table(self.folder / "train.csv", step)
+        self.val_log = Table(self.folder / "val.csv", step)
+        self.bar.start(_THOUSAND, settings.name)
+        trainer = self._trainer(step)
+        with warnings.catch_warnings():
+            # Batches are made whole by the stream; Lightning's advice about loaders does not apply.
+            warnings.filterwarnings("ignore", module="pytorch_lightning")
+            trainer.fit(module, self._loader(stream), ckpt_path=last if resume else None, weights_only=True)
+        self._save(module)
+        return self._export(module, started, command)
+
+    def _fresh_weights(self, resume: bool) -> tuple[HeightModel, dict[str, object]]:
+        """A model with random weights of the seed, or those of `init_from`, and what is known of these."""
+        model, path = HeightModel(self.settings.architecture), self.settings.init_from
+        if path is None:
+            return model, {}
+        if not resume:
+            start_from(model, path, self.settings.init_part)
+        return model, describe_start(path)
+
+    def _trainer(self, step: int | None) -> pl.Trainer:
+        logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+        device = self.device
+        return pl.Trainer(
+            accelerator={"cuda": "gpu"}.get(device.type, device.type),
+            devices=[device.index] if device.index is not None else 1,
+            precision=self.settings.precision,
+            max_steps=self.settings.steps,
+            logger=_tensorboard(self.folder, step),
+            enable_checkpointing=False,
+            log_every_n_steps=self.settings.log_every,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "settings.json").write_text(settings.model_dump_json(indent=2))
-    torch.set_num_threads(settings.threads)
-    pl.seed_everything(settings.seed, verbose=False)
-    store = read_store(settings.data.chips)
-    model = HeightModel(ModelConfig.from_dict(settings.model))
-    if settings.init_from and not resume:
-        _start_from(model, settings.init_from)
-    model = model.to(memory_format=torch.channels_last)
-    module = HeightModule(model, settings, store.of_split("val"))
-    trainer = _trainer(settings, run_dir)
-    trainer.fit(module, _loader(settings, store, last), ckpt_path=last if resume else None, weights_only=True)
-    trainer.save_checkpoint(last)
-    return export(module, store, run_dir, command)
+
+    def _loader(self, stream: ChipBatches) -> DataLoader[Any]:
+        workers = self.settings.workers
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            # A forked child would inherit torch's threads in whatever state they are.
+            multiprocessing_context="spawn" if workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _on_step(self, module: HeightModule, named: dict[str, Tensor]) -> None:
+        s, step = self.settings, module.global_step
+        if step % s.log_every == 0 or step == 1:
+            row = {k: float(v) for k, v in named.items()}
+            self.train_log.add({"step": step, "minutes": module.trained_s / 60, **row})
+        if step % s.validate_every == 0:
+            self._save(module)
+        now = int(_THOUSAND * module.progress)
+        self.bar.advance(now - self._shown)
+        self._shown = now
+
+    def _on_scores(self, module: HeightModule, table: Scores, better: bool) -> None:
+        step = module.global_step
+        for site, row in plain(table).items():
+            self.val_log.add({"step": step, "minutes": module.trained_s / 60, "site": site, **row})
+        if better and self.settings.exports_best:
+            save_checkpoint(self._best_file(step), module.ema, {"name": self.settings.name}, half=False)
+        if not table:
+            return
+        score, seen = headline(table), "seen" if self.data.val_seen else "val"
+        log.info(
+            "step %d, %.1f min: %s MAE %.2f m, r %.2f, bias %+.2f m%s",
+            step, module.trained_s / 60, seen, score["mae_m"], score["r"], score["bias_m"],
+            " (best)" if better else "",
+        )  # fmt: skip
+
+    def _best_file(self, step: int) -> Path:
+        return self.folder / f"best-{step:07d}.safetensors"
+
+    def _save(self, module: HeightModule) -> None:
+        """Write last.ckpt whole or not at all, then drop the files of bests that are none any more."""
+        part = self.folder / f".{LAST}.part"
+        module.trainer.save_checkpoint(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, self.folder / LAST)
+        for old in self.folder.glob("best-*.safetensors"):
+            if old != self._best_file(module.best.step):
+                old.unlink()
+
+    def _export(self, module: HeightModule, started: dict[str, object], command: str) -> Path:
+        """Write the best or last averaged weights and their card."""
+        settings, model = self.settings, module.ema
+        best = self._best_file(module.best.step)
+        chosen = settings.exports_best and best.is_file()
+        if chosen:
+            model = load_model(best)
+        model = model.float().to(self.device).eval()
+        card: dict[str, Any] = {
+            "name": settings.name,
+            "licence": "Apache-2.0",
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "command": command,
+            "settings": _shareable(settings),
+            "steps": module.global_step,
+            "minutes": round(module.trained_s / 60, 1),
+            "parameters": model.parameter_count,
+            "exported": f"best of the validations, step {module.best.step}" if chosen else "last",
+            "data": self.data.facts(),
+        }
+        if started:
+            card["started_from"] = started
+        if len(self.data.val):
+            table = score_chips(model, self.data.val, crop_px=settings.crop_px, overlap_px=0)
+            card["seen" if self.data.val_seen else "val"] = plain(table)
+        path = self.folder / MODEL
+        save_checkpoint(path, model, card)
+        return path
 
 
-def _start_from(model: HeightModel, checkpoint: Path) -> None:
-    """Copy the averaged weights of an earlier run into `model` wherever name and shape agree."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    own = model.state_dict()
-    found = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
-    fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
-    if not fits:
-        raise ConfigError("has no weights that fit the model", where=checkpoint)
-    model.load_state_dict(fits, strict=False)
-    log.info("%d of %d tensors start from %s", len(fits), len(own), checkpoint)
+def _step_of(last: Path) -> int:
+    try:
+        return int(torch.load(last, map_location="cpu", weights_only=True)["global_step"])
+    except Exception as error:  # torch names a dozen kinds of damage
+        raise ConfigError(f"is no checkpoint ({error})", where=last, remedy="start a new run") from error
 
 
-def _trainer(settings: FinetuneSettings, run_dir: Path) -> pl.Trainer:
-    keep = ModelCheckpoint(
-        dirpath=run_dir,
-        filename="last",
-        every_n_train_steps=settings.validate_every,
-        save_top_k=1,
-        enable_version_counter=False,
-    )
-    return pl.Trainer(
-        accelerator=settings.device,
-        devices=1,
-        precision=settings.precision,  # type: ignore[arg-type]
-        max_steps=settings.steps,
-        gradient_clip_val=settings.clip_norm,
-        logger=CSVLogger(run_dir, name="", version="log", flush_logs_every_n_steps=settings.log_every),
-        callbacks=[keep],
-        log_every_n_steps=settings.log_every,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+def _tensorboard(folder: Path, step: int | None) -> Any:
+    from importlib.util import find_spec
 
+    if not find_spec("tensorboard"):
+        return False
+    from pytorch_lightning.loggers import TensorBoardLogger
 
-def _loader(settings: FinetuneSettings, store: ChipStore, last: Path) -> DataLoader[Any]:
-    chips = store.of_split("train")
-    weights = chip_weights(chips, settings.data.neon_share, settings.data.synth_share)
-    start = 0
-    if last.exists():
-        start = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"]) * settings.batch
-    stream = CropStream(
-        chips, weights, settings.crop_px, AugmentConfig(**settings.augment.model_dump()), settings.seed, start
-    )
-    return DataLoader(
-        stream,
-        batch_size=settings.batch,
-        num_workers=settings.workers,
-        # A forked child would inherit torch's threads in whatever state they are.
-        multiprocessing_context="spawn" if settings.workers else None,
-    )
+    return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=step)
 
 
 def _shareable(settings: FinetuneSettings) -> dict[str, Any]:
     """The settings for a card: files by name alone, because folders are this machine's business."""
-    plain_settings = json.loads(settings.model_dump_json(exclude={"model"}))
-    plain_settings["data"]["chips"] = settings.data.chips.name
+    shown = json.loads(settings.model_dump_json(exclude={"model"}))
+    shown["data"]["chips"] = settings.data.chips.name
     if settings.init_from:
-        plain_settings["init_from"] = settings.init_from.name
-    return plain_settings
-
-
-def export(module: HeightModule, store: ChipStore, run_dir: Path, command: str) -> Path:
-    """Write the averaged weights and their card."""
-    settings = module.settings
-    card = {
-        "name": settings.name,
-        "licence": "Apache-2.0",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": command,
-        "settings": _shareable(settings),
-        "steps": module.global_step,
-        "minutes": round(module.trained_s / 60, 1),
-        "parameters": module.ema.parameter_count,
-        "data": {
-            "sha256": store.data_sha256,
-            "train_ids": [c.row.id for c in store.of_split("train")],
-            "val_ids": [c.row.id for c in store.of_split("val")],
-        },
-        "val": plain(score_chips(module.ema, module.val_chips)) if module.val_chips else {},
-    }
-    path = run_dir / "model.safetensors"
-    save_checkpoint(path, module.ema, card)
-    return path
+        shown["init_from"] = settings.init_from.name
+    return shown

@@ -21,6 +21,11 @@ def charbonnier(pred: Tensor, target: Tensor, weight: Tensor, eps: float = 0.1) 
     return weighted_mean(torch.sqrt((pred - target) ** 2 + eps * eps) - eps, weight)
 
 
+def l1(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean |d| in metres: the MAE itself, at the price of a median's view of the tails."""
+    return weighted_mean((pred - target).abs(), weight)
+
+
 def silog(pred: Tensor, target: Tensor, weight: Tensor, lam: float = 0.85, eps: float = 1.0) -> Tensor:
     """Scale-invariant log loss sqrt(E[g^2] - lam E[g]^2), g = log(pred + eps) - log(target + eps).
 
@@ -78,6 +83,35 @@ def two_hot_loss(scores: Tensor, target: Tensor, weight: Tensor, centres_m: Tens
     normaliser = torch.logsumexp(scores, dim=1, keepdim=True)
     chosen = (1 - share) * scores.gather(1, upper - 1) + share * scores.gather(1, upper)
     return weighted_mean(normaliser - chosen, weight)
+
+
+def ranked_loss(probabilities: Tensor, target: Tensor, weight: Tensor, centres_m: Tensor) -> Tensor:
+    """Continuous ranked probability score, in metres, of bin weights (B, bins, H, W) that sum to 1.
+
+    The integral of (F(x) - [x >= target])^2 over the bins' range, F the distribution with its mass at the
+    centres (Matheson and Winkler 1976; Hersbach 2000). Unlike cross-entropy it knows that the next bin is
+    nearly right; unlike a loss on the mean it asks for an honest spread. `centres_m` (bins,) must rise.
+    """
+    y = target.clamp(float(centres_m[0]), float(centres_m[-1]))
+    low = centres_m[:-1].view(1, -1, 1, 1)
+    width = centres_m.diff().view(1, -1, 1, 1)
+    below = (y - low).clamp_min(0).minimum(width)
+    F = probabilities.cumsum(dim=1)[:, :-1]
+    score = (F * F * below + (1 - F) ** 2 * (width - below)).sum(dim=1, keepdim=True)
+    return weighted_mean(score, weight)
+
+
+def height_factor(target: Tensor, knots: tuple[tuple[float, float], ...]) -> Tensor:
+    """What a pixel of measured height counts: straight lines between knots (metres, factor), flat outside."""
+    if not knots:
+        return torch.ones_like(target)
+    heights = target.new_tensor([h for h, _ in knots])
+    factors = target.new_tensor([f for _, f in knots])
+    if len(knots) == 1:
+        return factors.expand_as(target)
+    upper = torch.searchsorted(heights, target.contiguous()).clamp(1, len(knots) - 1)
+    share = ((target - heights[upper - 1]) / (heights[upper] - heights[upper - 1])).clamp(0, 1)
+    return torch.lerp(factors[upper - 1], factors[upper], share)
 
 
 def shifted(x: Tensor, down: int, right: int) -> Tensor:

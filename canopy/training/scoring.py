@@ -17,7 +17,7 @@ Table = dict[str, dict[str, float | None]]
 
 
 def score_chips(
-    model: HeightModel, chips: list[Chip], *, crop_px: int | None = None, overlap_px: int = 64
+    model: HeightModel, chips: Iterable[Chip], *, crop_px: int | None = None, overlap_px: int = 64
 ) -> dict[str, dict[str, float]]:
     """Table of site -> n, mae_m, rmse_m, r, bias_m at 1 m; see `score`."""
     side = crop_px or model.config.crop_px
@@ -29,7 +29,7 @@ def score(chips: Iterable[Chip], predictor: Predictor) -> dict[str, dict[str, fl
 
     Returns:
         One row per site in order of appearance, then 'all but plots', 'plots' (where there are any) and
-        'all', each over its pooled pixels.
+        'all', each over its pooled pixels. Empty where there are no chips.
     """
     sites: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"all but plots": [], "plots": [], "all": []}
@@ -39,10 +39,17 @@ def score(chips: Iterable[Chip], predictor: Predictor) -> dict[str, dict[str, fl
         sites.setdefault(chip.row.site, []).append(pair)
         groups["plots" if chip.row.kind == "neon" else "all but plots"].append(pair)
         groups["all"].append(pair)
+    if not groups["all"]:
+        return {}
     tables = {**sites, **{k: v for k, v in groups.items() if v}}
     return {
         name: _row(*(np.concatenate(x) for x in zip(*pairs, strict=True))) for name, pairs in tables.items()
     }
+
+
+def headline(table: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The row that chooses between models: all but plots, or all where there are only plots."""
+    return table.get("all but plots") or table["all"]
 
 
 def scored_pixels(chip: Chip) -> np.ndarray:
@@ -86,8 +93,8 @@ def predict_chip(model: HeightModel, chip: Chip, crop_px: int, overlap_px: int, 
     for first in range(0, len(corners), batch):
         part = corners[first : first + batch]
         crops = np.stack([_crop(image, valid, r, c, crop_px) for r, c in part])
-        inputs = torch.from_numpy(crops).contiguous(memory_format=torch.channels_last)
-        heights = model(inputs)[:, 0].float().numpy()
+        inputs = torch.from_numpy(crops).to(model.mean.device).contiguous(memory_format=torch.channels_last)
+        heights = model(inputs)[:, 0].float().cpu().numpy()
         for (r, c), height in zip(part, heights, strict=True):
             h, w = min(crop_px, H - r), min(crop_px, W - c)
             total[r : r + h, c : c + w] += (height * window)[:h, :w]

@@ -263,13 +263,20 @@ def test_batches_do_not_depend_on_workers_and_go_on_where_they_stopped(folder):
 def test_shots_count_only_where_lidar_knows_nothing(folder):
     shards = ChipShards(folder)
     holder = [r for r in shards.rows if r.shots]
-    with_shots = ChipBatches(ChipShards(folder, holder), 1, 128, None).make(0)
-    without = ChipBatches(ChipShards(folder, holder), 1, 128, None, with_shots=False).make(0)
-    extra = (with_shots.weight > 0) & ~(without.weight > 0)
-    assert extra.sum() > 300 and torch.allclose(with_shots.target[extra], torch.tensor(17.25), atol=0.01)
-    known = without.weight > 0
-    assert torch.allclose(with_shots.target[known], without.target[known], atol=0.01)
-    assert not known.any() or with_shots.weight[extra].max() < with_shots.weight[known].max()
+    batch = ChipBatches(ChipShards(folder, holder), 1, 128, None).make(0)
+    row, col, metres, weight, radius = batch.shots[0, 0].tolist()
+    assert (row, col) == pytest.approx((30, 30), abs=0.05) and metres == pytest.approx(17.25)
+    assert weight == 1 and radius == pytest.approx(12.5, rel=0.01)  # its disc has no lidar
+    assert batch.shots.shape == (1, 16, 5) and (batch.shots[0, 1:, 3] == 0).all()
+    assert (
+        ChipBatches(ChipShards(folder, holder), 1, 128, None, with_shots=False).make(0).shots[..., 3] == 0
+    ).all()
+    assert (
+        ChipBatches(ChipShards(folder, [r for r in shards.rows if not r.shots]), 2, 64, None)
+        .make(0)
+        .shots[..., 3]
+        == 0
+    ).all()
 
 
 def test_whole_chips_and_views(folder):

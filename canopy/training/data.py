@@ -1,0 +1,179 @@
+"""What a fine-tuning run trains and validates on: chosen chips, how often each is drawn, whole val chips."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from canopy.chips.augment import AugmentConfig
+from canopy.chips.index import IndexRow, cut_rows, read_index
+from canopy.chips.shards import ChipShards, ShardChip, sampling_weights
+from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M, Chip, ChipStore, read_store
+from canopy.chips.streams import ChipBatches, ChipSource
+from canopy.errors import DataError
+from canopy.training.settings import DataSettings, FinetuneSettings
+
+SYNTH, PLOT = "synth", "neon"
+
+
+class WholeChips(Sequence[Chip]):
+    """Chips as scoring wants them, read when asked for."""
+
+    def __init__(self, source: ChipSource, numbers: Sequence[int] | None = None) -> None:
+        self.source = source
+        self.numbers = range(len(source)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> Chip:  # type: ignore[override]
+        return self.source[self.numbers[number]].as_chip()
+
+    def __iter__(self) -> Iterator[Chip]:
+        return (self[i] for i in range(len(self)))
+
+    def some(self, most: int | None) -> WholeChips:
+        """At most so many of them, evenly spaced; None keeps all."""
+        if most is None or most >= len(self):
+            return self
+        picked = np.linspace(0, len(self) - 1, most).round().astype(int)
+        return WholeChips(self.source, [self.numbers[i] for i in picked])
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The chips of a run.
+
+    Attributes:
+        train: chips that are drawn from; val: whole val chips, may be empty.
+        sha256: stands for all chips of both.
+        val_seen: whether val is part of train.
+    """
+
+    train: ChipSource
+    val: WholeChips
+    sha256: str
+    val_seen: bool
+
+    def facts(self) -> dict[str, object]:
+        """For the model's card."""
+        val = [self.val.source.rows[i].pair for i in self.val.numbers]
+        return {
+            "sha256": self.sha256,
+            "train_chips": len(self.train),
+            "val_chips": len(self.val),
+            "train_ids": sorted({row.pair for row in self.train.rows}),
+            "val_ids": sorted(set(val)),
+            "val_seen": self.val_seen,
+        }
+
+
+def open_data(settings: DataSettings) -> TrainingData:
+    """The train and val chips of `settings.chips`.
+
+    Raises:
+        DataError: no such chips, or none to train on.
+    """
+    rows, open_rows = _open(settings.chips)
+    train = label_subset([r for r in rows if r.split == "train"], settings.label_share, settings.label_seed)
+    val = [r for r in rows if r.split == "val"]
+    if settings.include_val:
+        train = [*train, *val]
+    if not train:
+        raise DataError("no training chips", where=settings.chips, expected="chips of the split 'train'")
+    digest = hashlib.sha256("\n".join(r.id for r in [*train, *val]).encode()).hexdigest()
+    # An empty val is no error: the training chips then stand behind an empty list of numbers.
+    shown = WholeChips(open_rows(val)) if val else WholeChips(open_rows(train), [])
+    return TrainingData(open_rows(train), shown, digest, settings.include_val)
+
+
+def label_subset(rows: Sequence[IndexRow], share: float, seed: int = 0) -> list[IndexRow]:
+    """The first `share` of the rows, at least one, in an order that a hash of their ids gives.
+
+    So the subset of a smaller share lies inside that of a larger one. Rows keep their order.
+    """
+    if share >= 1 or not rows:
+        return list(rows)
+    ranked = sorted(rows, key=lambda r: hashlib.sha256(f"{seed}:{r.id}".encode()).digest())
+    chosen = {r.id for r in ranked[: max(1, math.ceil(share * len(rows)))]}
+    return [r for r in rows if r.id in chosen]
+
+
+def batches(settings: FinetuneSettings, data: TrainingData) -> ChipBatches:
+    """The stream of training batches of a run."""
+    return ChipBatches(
+        data.train,
+        settings.batch,
+        settings.crop_px,
+        AugmentConfig(**settings.augment.model_dump()),
+        seed=settings.seed,
+        chances=chances(data.train.rows, settings.data),
+        with_shots=settings.loss.footprint != 0,
+    )
+
+
+def chances(rows: Sequence[IndexRow], settings: DataSettings) -> np.ndarray:
+    """Chance (n,) of each chip, summing to 1: height categories and sites within each kind of chip, and the
+    set shares for plots and synthetic chips where there are any besides lidar."""
+    kinds = np.array([row.kind if row.kind in (SYNTH, PLOT) else "lidar" for row in rows])
+    shares = {PLOT: settings.neon_share, SYNTH: settings.synth_share}
+    shares["lidar"] = max(1.0 - sum(s for k, s in shares.items() if (kinds == k).any()), 0.0)
+    out = np.zeros(len(rows))
+    for kind, share in shares.items():
+        members = np.flatnonzero(kinds == kind)
+        if len(members):
+            part = [rows[int(i)] for i in members]
+            out[members] = share * sampling_weights(part, bare=settings.bare_share, tall=settings.tall_share)
+    if not out.sum() > 0:
+        raise DataError("no training chip has a chance", remedy="raise neon_share or synth_share")
+    return out / out.sum()
+
+
+def _open(path: Path):  # type: ignore[no-untyped-def]
+    """Rows of a chips folder or chips file, and a function from some rows to their chips."""
+    if path.is_file():
+        store = _StoreChips(read_store(path))
+        return store.rows, store.subset
+    if not path.is_dir():
+        raise DataError("no such chips", where=path, remedy="make them with canopy data chips")
+    return cut_rows(read_index(path)), lambda rows: ChipShards(path, rows)
+
+
+class _StoreChips:
+    """A chips file (`canopy.chips.store`) as a `ChipSource`, in memory."""
+
+    def __init__(self, store: ChipStore, rows: Sequence[IndexRow] | None = None) -> None:
+        self._store = store
+        self._chips = {c.row.id: c for c in store.chips}
+        self.rows = list(rows) if rows is not None else [_row(c) for c in store.chips]
+
+    def subset(self, rows: Sequence[IndexRow]) -> _StoreChips:
+        return _StoreChips(self._store, rows)
+
+    @property
+    def fingerprint(self) -> str:
+        ids = "\n".join([self._store.data_sha256, *(row.id for row in self.rows)])
+        return hashlib.sha256(ids.encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> ShardChip:
+        row = self.rows[number]
+        chip = self._chips[row.id]
+        weight = np.isfinite(chip.chm_m).astype(np.float32)
+        return ShardChip(row, chip.rgb, chip.chm_m, weight, np.zeros((0, 4), np.float32))
+
+
+def _row(chip: Chip) -> IndexRow:
+    known = chip.chm_m[np.isfinite(chip.chm_m)]
+    return IndexRow(
+        chip.row.id, chip.row.id, chip.row.site, chip.row.kind, chip.row.split,
+        gsd_m=IMAGE_GSD_M, label_gsd_m=LABEL_GSD_M,
+        height_p95_m=float(np.percentile(known, 95)) if known.size else 0.0,
+    )  # fmt: skip

@@ -1,0 +1,117 @@
+"""RUN_DIR: one process at a time, one set of settings, tables that a resumed run goes on writing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from canopy.errors import ConfigError, OutputError
+
+CONFIG, LAST, LOCK = "config.yaml", "last.ckpt", ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` (created) for this process.
+
+    Raises:
+        ConfigError: another process trains in it.
+        OutputError: it cannot be written.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / LOCK).open("a")
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror or error})", where=folder) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                "another process trains here", where=folder, remedy="wait for it, or choose another folder"
+            ) from error
+        yield
+
+
+def check_run(folder: Path, settings: BaseModel, resume: bool, free: frozenset[str]) -> None:
+    """See that a run may start or go on in `folder`, and write its resolved settings to config.yaml.
+
+    Args:
+        folder: RUN_DIR.
+        settings: of this call.
+        resume: go on with the run in `folder`.
+        free: dotted names of settings that a resumed run may change.
+
+    Raises:
+        ConfigError: there is a run and `resume` is off, there is none and it is on, or settings changed.
+    """
+    if resume != (folder / LAST).exists():
+        raise ConfigError(
+            "holds no run to resume" if resume else "holds a run already",
+            where=folder,
+            remedy="leave out --resume" if resume else "add --resume, or choose another folder",
+        )
+    now = json.loads(settings.model_dump_json())
+    if resume and (folder / CONFIG).is_file():
+        before = yaml.safe_load((folder / CONFIG).read_text())
+        changed = sorted(_differences(before, now) - free)
+        if changed:
+            raise ConfigError(
+                f"the run was started with other settings: {', '.join(changed)}",
+                where=folder,
+                remedy="use the same config, or start a new run in another folder",
+            )
+    (folder / CONFIG).write_text(yaml.safe_dump(now, sort_keys=False))
+
+
+def _differences(a: Any, b: Any, name: str = "") -> set[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        found: set[str] = set()
+        for key in a.keys() | b.keys():
+            found |= _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+        return found
+    return set() if a == b else {name}
+
+
+class Table:
+    """A CSV file that grows by rows with a column `step`; its columns are those of the first row.
+
+    A resumed run drops the rows after its checkpoint, so that no step is there twice.
+    """
+
+    def __init__(self, path: Path, resume_at: int | None = None) -> None:
+        self.path = path
+        self.columns: list[str] | None = None
+        if resume_at is None or not path.is_file():
+            path.unlink(missing_ok=True)
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            kept = [row for row in reader if row.get("step", "").isdigit() and int(row["step"]) <= resume_at]
+            self.columns = list(reader.fieldnames or [])
+        part = path.with_name(f".{path.name}.part")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(part, path)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row; names that are no columns are left out."""
+        first = self.columns is None
+        self.columns = self.columns or list(row)
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore", lineterminator="\n")
+            if first:
+                writer.writeheader()
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})

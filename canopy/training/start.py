@@ -1,0 +1,88 @@
+"""Where the weights of a new run come from: a pretrained encoder, a model file, or an earlier run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from canopy.errors import CheckpointError
+from canopy.models.checkpoint import load_strict
+from canopy.models.height import HeightModel
+from canopy.runtime import log
+
+ENCODER = "encoder."
+_FIXED = ("mean", "std", "centres")  # buffers that the new run's own config decides
+
+
+def start_from(model: HeightModel, path: Path, part: str = "auto") -> str:
+    """Load weights into `model`, strictly: every tensor of the part fits, or nothing is loaded.
+
+    Args:
+        model: changed in place.
+        path: a safetensors file (a pretraining's `encoder.safetensors`, or a model file), or a run's
+            `last.ckpt` (its averaged weights).
+        part: 'encoder', 'all', or 'auto': all that the file has, whole encoder or whole model.
+
+    Returns:
+        'encoder' or 'all', what was loaded.
+
+    Raises:
+        CheckpointError: no such file, damaged, or keys and shapes that differ (they are named).
+    """
+    found = {k: v for k, v in _read(path).items() if k not in _FIXED}
+    inside = {k: v for k, v in found.items() if k.startswith(ENCODER)}
+    if not inside:
+        raise CheckpointError(
+            "holds no encoder", where=path, expected="tensors named encoder.*", remedy="name another file"
+        )
+    if part == "auto":
+        part = "encoder" if len(inside) == len(found) else "all"
+    if part == "encoder":
+        load_strict(model.encoder, {k.removeprefix(ENCODER): v for k, v in inside.items()}, path)
+    else:
+        own = {k: v for k, v in model.state_dict().items() if k in _FIXED}
+        load_strict(model, {**found, **own}, path)
+    log.info("%s of %s: %d tensors", "encoder" if part == "encoder" else "all", path.name, len(inside))
+    return part
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError("no such file", where=path, expected="a safetensors file or a last.ckpt")
+    if path.suffix == ".ckpt":
+        return _read_run(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"is damaged or no safetensors file ({error})", where=path) from error
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def _read_run(path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a fine-tuning run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, OSError) as error:
+        raise CheckpointError(f"is no checkpoint of a run ({error})", where=path) from error
+    return {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
+
+
+def describe_start(path: Path) -> dict[str, object]:
+    """What a safetensors file says about itself, for the card of the model that starts from it."""
+    from safetensors import SafetensorError, safe_open
+
+    facts: dict[str, object] = {"file": path.name}
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            facts |= json.loads(header.get("card", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        pass  # a run's checkpoint says nothing
+    return {k: v for k, v in facts.items() if isinstance(v, (str, int, float))}
