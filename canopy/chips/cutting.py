@@ -14,9 +14,9 @@ from canopy.chips.cut import mark_missing
 from canopy.chips.index import IndexRow, as_texts, replacing, row_of
 from canopy.chips.plan import LABEL_FACTOR, Block, CutRules, PlannedChip, Shard
 from canopy.chips.register import Shift, measure_shift
-from canopy.chips.screen import NO_LABEL, screen
+from canopy.chips.screen import NO_LABEL, ScreenRules, screen
 from canopy.chips.store import NO_HEIGHT, Chip, ChipRow
-from canopy.chips.targets import Target, chm_target, gap_weight, shots_on
+from canopy.chips.targets import Target, chm_target, gap_weight, shots_on, unknown_target
 from canopy.errors import DataError, FetchError, ImageryError
 from canopy.geo.grid import Grid
 from canopy.sources.fetch import file_sha256
@@ -161,6 +161,8 @@ def _read(block: Block, grid: Grid, rules: CutRules) -> tuple[Imagery, Target, S
     """Image and target of the block, the measured shift, and whether it was undone in the target."""
     pair, labels = block.pair, _label_grid(grid)
     image = open_imagery(pair.rgb, crs=pair.crs or None).read(grid)
+    if not pair.chm:
+        return image, unknown_target(labels.shape), None, False
 
     def label(moved_m: tuple[float, float]) -> Target:
         return chm_target(
@@ -197,9 +199,10 @@ def _cut_chip(
     pixels = mark_missing(pixels)
     heights, known = target.height_m[below], target.valid[below]
     seen = pixels.max(axis=0) > 0
-    found = screen(pixels / np.float32(255), seen, heights, known, block.grid.gsd_m)
-    metres = np.where(known, heights, np.nan).astype(np.float32)
     pair = block.pair
+    screening = ScreenRules() if pair.chm else ScreenRules(least_label=0.0)
+    found = screen(pixels / np.float32(255), seen, heights, known, block.grid.gsd_m, screening)
+    metres = np.where(known, heights, np.nan).astype(np.float32)
     cut = Chip(ChipRow(chip.id, pair.site, pair.kind, chip.place.split), pixels, metres)
     near = shots - np.array([top // n, left // n, 0, 0], np.float32)
     inside = ((near[:, :2] >= 0) & (near[:, :2] < [height // n, width // n])).all(axis=1)

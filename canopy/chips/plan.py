@@ -65,7 +65,7 @@ class CutRules:
 
 @dataclass(frozen=True)
 class Pair:
-    """One row of the manifest, with the hash of all its files."""
+    """One row of the manifest, with the hash of all its files. `chm` is '' for an image without heights."""
 
     id: str
     site: str
@@ -120,7 +120,8 @@ def read_pairs(manifest: str | Path, limit: int | None = None) -> list[Pair]:
     """Pairs of a CSV or Parquet manifest; paths in it are relative to it.
 
     Columns: id, rgb_path, chm_path; optional site, kind, split, crs (for images that carry none), date_rgb or
-    year_rgb, date_chm or year_chm, sensor or floor_m, gedi_path, licence. Others are ignored.
+    year_rgb, date_chm or year_chm, sensor or floor_m, gedi_path, licence. Others are ignored. A row may leave
+    chm_path empty: an image without heights, for pretraining.
 
     Raises:
         DataError: a missing file or column, an id used twice or unfit for a name, or bad values.
@@ -172,9 +173,8 @@ def _pair(row: Mapping[str, str], manifest: Path) -> Pair:
     if split and not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", split):
         raise DataError(f"split {split!r}", where=where, expected="train, val, test or test_...")
     files = [_file(row, column, manifest, where) for column in ("rgb_path", "chm_path", "gedi_path")]
-    for column, name in zip(("rgb_path", "chm_path"), files, strict=False):
-        if not name:
-            raise DataError(f"no {column}", where=where)
+    if not files[0]:
+        raise DataError("no rgb_path", where=where)
     kind = row.get("kind", "")
     kind = kind if kind in ("neon", "synth") else "lidar"
     image, label = (_year(row.get(f"date_{k}") or row.get(f"year_{k}", "")) for k in ("rgb", "chm"))
@@ -250,7 +250,7 @@ def edges(length: int, size: int) -> list[int]:
 
 def _blocks(pair: Pair, rules: CutRules) -> Iterator[Block]:
     source = open_imagery(pair.rgb, crs=pair.crs or None)
-    if source.native_gsd_m > 1.5 * rules.gsd_m:
+    if source.native_gsd_m > 1.51 * rules.gsd_m:  # 0.75 m on a map is a little more on the ground
         raise DataError(
             f"an image of {source.native_gsd_m:.2g} m for chips of {rules.gsd_m:g} m", where=pair.rgb
         )

@@ -137,6 +137,12 @@ def chm_target(
     return make_target(heights, valid, gap_years=gap_years, floor_m=floor_m)
 
 
+def unknown_target(shape: tuple[int, int]) -> Target:
+    """A target (h, w) of an image without labels: no height is known."""
+    nothing = np.zeros(shape, np.float32)
+    return Target(nothing, np.zeros(shape, bool), nothing)
+
+
 def _moved(grid: Grid, moved_m: tuple[float, float]) -> Grid:
     from affine import Affine
 

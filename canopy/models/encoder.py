@@ -28,6 +28,18 @@ class Features(NamedTuple):
     pyramid: list[Tensor]
 
 
+class Tokens(NamedTuple):
+    """What pretraining gets: the last block's tokens after the final norm (where the config has one).
+
+    Attributes:
+        class_token: (B, dim).
+        patches: (B, n, dim), row by row; n is rows * cols, or those that were kept.
+    """
+
+    class_token: Tensor
+    patches: Tensor
+
+
 class AlignedViT(VisionTransformer):
     """timm's ViT with positions resized bicubically, corners aligned, as the 2024 release was trained."""
 
@@ -164,3 +176,44 @@ class Encoder(nn.Module):
             ),
         )
         return Features([m for m, _ in taps], [prefix[:, 0] for _, prefix in taps], pyramid)
+
+    def tokens(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tokens:
+        """The last block's tokens, for pretraining; patches can be hidden, and then stay hidden.
+
+        A convolutional stem sees across patch borders, so hidden patches are blanked in the image itself (0,
+        the mean colour of a normalised image) before the stem; a `mask_token` takes their place after the
+        patch embedding. With `keep` the hidden tokens are dropped instead, positions of the others kept.
+
+        Args:
+            x: normalised image (B, bands, H, W), sides multiples of the patch.
+            mask: bool (B, rows * cols), True = hidden.
+            mask_token: (dim,), goes where `mask` is True.
+            keep: whole numbers (B, k), the patches that are not dropped; they should be those not masked.
+        """
+        vit, patch = self.vit, self.config.patch
+        rows, cols = x.shape[-2] // patch, x.shape[-1] // patch
+        if mask is not None:
+            hidden = mask.reshape(-1, 1, rows, 1, cols, 1).expand(-1, 1, -1, patch, -1, patch)
+            x = x.masked_fill(hidden.reshape(-1, 1, *x.shape[-2:]), 0)
+        embedded = vit.patch_embed(self.stem(x)[-1] if self.stem is not None else x)  # (B, rows, cols, dim)
+        if mask is not None and mask_token is not None:
+            here = mask.reshape(-1, rows, cols, 1)
+            embedded = torch.where(here, mask_token.to(embedded.dtype), embedded)
+        placed = vit._pos_embed(embedded)  # adds the class token and the registers
+        h, rope = placed if isinstance(placed, tuple) else (placed, None)
+        first = vit.num_prefix_tokens
+        if keep is not None:
+            kept = h[:, first:].gather(1, keep[..., None].expand(-1, -1, h.shape[-1]))
+            h = torch.cat([h[:, :first], kept], dim=1)
+            rope = None if rope is None else rope[keep][:, None]  # (B, 1 for all heads, k, channels)
+        h = vit.norm_pre(h)
+        for block in vit.blocks:
+            h = block(h) if rope is None else block(h, rope=rope)
+        h = vit.norm(h)
+        return Tokens(h[:, 0], h[:, first:])

@@ -1,0 +1,197 @@
+"""What both pretext tasks share, as a thin LightningModule: a clock, schedules, the guard, logs, exact resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from canopy.chips.streams import Views
+from canopy.models.encoder import Encoder
+from canopy.runtime import log
+from canopy.training.pretrain_settings import PretrainSettings
+from canopy.training.probe import HeightProbe
+from canopy.training.ssl_data import ViewStream, loader
+from canopy.training.ssl_monitor import FiniteGuard, effective_rank, feature_std
+from canopy.training.ssl_optim import parameter_groups
+from canopy.training.ssl_schedules import cosine, warmup_cosine_to
+
+Terms = dict[str, Tensor]
+
+
+class PretrainModule(pl.LightningModule):
+    """Base of `DinoModule` and `MaeModule`; a subclass gives `terms`, `weights`, and `useful_encoder`.
+
+    Progress is the larger of steps done / steps allowed and minutes trained / minutes allowed; every schedule
+    is a function of it. What is random in a step (stochastic depth, MAE's masks) is drawn from a generator
+    seeded by (seed, step, process), and the views are a function of the step too. So a checkpoint needs no
+    generator states, and a run that was killed and resumed gives the weights of one that was not, bit for
+    bit on a CPU, unless `minutes` bound it.
+
+    Attributes:
+        stream: where views come from; knows how many batches were used.
+        probe: measures frozen features, or None.
+        looked_at: class features (n, dim) and patch features (n, dim) of the last step, for the monitor.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, settings: PretrainSettings, stream: ViewStream, probe: HeightProbe | None) -> None:
+        super().__init__()
+        self.settings, self.stream, self.probe = settings, stream, probe
+        self.config = settings.model_config_
+        self.register_buffer("mean", torch.tensor(self.config.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.config.std).view(1, -1, 1, 1), persistent=False)
+        self.guard = FiniteGuard()
+        self.trained_s = 0.0
+        self.looked_at: tuple[Tensor, Tensor] | None = None
+        self.probed: dict[str, float] = {}
+        self._tick = self._logged = time.monotonic()
+        self._images = 0
+
+    # ---- what a pretext task gives ---------------------------------------------------------------
+    def terms(self, views: Views) -> Terms:
+        """Losses of a batch by name, unweighted, each a scalar with its gradient."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, float]:
+        """Weight of each term now."""
+        raise NotImplementedError
+
+    def useful_encoder(self) -> Encoder:
+        """The encoder as it would be exported now, in eval mode."""
+        raise NotImplementedError
+
+    def trained(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimiser moves."""
+        raise NotImplementedError
+
+    def before_step(self) -> None:
+        """Called with gradients in place, before they are clipped."""
+
+    def after_step(self) -> None:
+        """Called after the weights moved."""
+
+    # ---- the run -----------------------------------------------------------------------------------
+    @property
+    def progress(self) -> float:
+        """Share of the run done, 0..1."""
+        s = self.settings
+        by_time = self.trained_s / (60 * s.minutes) if s.minutes else 0.0
+        return min(1.0, max(self.global_step / s.steps, by_time))
+
+    def setup(self, stage: str) -> None:
+        self.stream.split(self.global_rank, self.trainer.world_size)
+
+    def train_dataloader(self) -> DataLoader[Views]:
+        return loader(self.stream, self.settings.data.workers, pin=self.device.type == "cuda")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        s = self.settings
+        groups = parameter_groups(self.trained(), self.config.encoder.depth, s.layer_decay, s.patch_lr)
+        return torch.optim.AdamW(groups, lr=s.lr, betas=s.betas, weight_decay=0.0)
+
+    def normalised(self, rgb: Tensor) -> Tensor:
+        """RGB (..., 3, H, W) in 0..1 as the encoder wants it."""
+        return (rgb - self.mean) / self.std
+
+    def on_train_start(self) -> None:
+        self._tick = self._logged = time.monotonic()
+        if self.global_step == 0:
+            self.run_probe()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        s, progress = self.settings, self.progress
+        lr = warmup_cosine_to(progress, s.lr, s.lr_end, s.warmup)
+        decay = cosine(progress, s.weight_decay, s.weight_decay_end)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"], group["weight_decay"] = lr * group["factor"], decay * group["decays"]
+        if s.final.share and progress >= 1 - s.final.share:
+            self.stream.go_late()
+        entropy = np.random.SeedSequence((s.seed, self.global_step, self.global_rank))
+        torch.manual_seed(int(entropy.generate_state(1)[0]))
+
+    def training_step(self, batch: Views, batch_idx: int) -> Tensor:
+        self.guard.before(self)
+        terms = self.terms(Views(*batch))
+        self.guard.check(terms, self.global_step)
+        weights = self.weights()
+        total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+        if not self.guard.skip:
+            self.log_dict({f"loss/{k}": v.detach() for k, v in terms.items()} | {"loss": total.detach()})
+        self._images += len(batch[0]) * self.trainer.world_size
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.guard.skip:
+            self.guard.undo(self)
+        else:
+            self.before_step()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Here and not in on_train_batch_end: checkpoints are written before that hook, and must hold this.
+        if not self.guard.skip:
+            self.after_step()
+        self.stream.advance()
+        now = time.monotonic()
+        self.trained_s += now - self._tick
+        self._tick = now
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        s = self.settings
+        if self.global_step % s.log_every == 0:
+            self._report()
+        if s.probe.every and self.global_step % s.probe.every == 0:
+            self.run_probe()
+        if self.progress >= 1.0:
+            self.trainer.should_stop = True
+        self._tick = time.monotonic()  # neither logs nor probes count as training
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        rate = self._images / max(now - self._logged, 1e-9)
+        self._logged, self._images = now, 0
+        facts = {"images_per_s": rate, "progress": self.progress, "minutes": self.trained_s / 60}
+        facts["lr"] = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+        facts["weight_decay"] = max(group["weight_decay"] for group in self.trainer.optimizers[0].param_groups)
+        if self.looked_at is not None:
+            names = ("class", "patch")
+            facts |= {f"std/{k}": feature_std(x) for k, x in zip(names, self.looked_at, strict=True)}
+            facts |= {f"rank/{k}": effective_rank(x) for k, x in zip(names, self.looked_at, strict=True)}
+        self.log_dict(facts)
+        losses = self.trainer.logged_metrics | self.trainer.callback_metrics
+        shown = {k: float(v) for k, v in losses.items() if k.startswith("loss")}
+        shown |= {k: v for k, v in facts.items() if k in ("std/class", "rank/patch", "images_per_s")}
+        line = " ".join(f"{k} {v:.3g}" for k, v in shown.items())
+        self._say(f"step {self.global_step} {self.trained_s / 60:.1f} min: {line}")
+
+    def run_probe(self) -> None:
+        """Score the frozen features on the probe's chips, and log it."""
+        if self.probe is None or not self.settings.probe.every or self.global_rank:
+            return
+        scores = self.probe.score(self.useful_encoder(), self.normalised, self.settings.precision)
+        self.probed = scores
+        for each in self.loggers:
+            each.log_metrics({f"probe/{k}": v for k, v in scores.items()}, step=self.global_step)
+        line = " ".join(f"{k} {v:.3g}" for k, v in scores.items())
+        self._say(f"step {self.global_step} probe: {line}")
+
+    def _say(self, line: str) -> None:
+        if self.global_rank == 0:
+            log.info(line)
+
+    # ---- checkpoints -------------------------------------------------------------------------------
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["trained_s"], checkpoint["stream"] = self.trained_s, self.stream.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trained_s = checkpoint["trained_s"]
+        self.stream.load_state_dict(checkpoint["stream"])

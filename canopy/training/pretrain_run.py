@@ -1,0 +1,175 @@
+"""Run a pretraining: data, probe, trainer, resume, logs, export. RUN_DIR holds all that is needed to repeat it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from canopy.chips.index import replacing
+from canopy.errors import ConfigError
+from canopy.runtime import pick_device
+from canopy.training.pretrain import PretrainModule
+from canopy.training.pretrain_dinov2 import DinoModule
+from canopy.training.pretrain_mae import MaeModule
+from canopy.training.pretrain_settings import PretrainSettings
+from canopy.training.probe import HeightProbe, open_probe
+from canopy.training.ssl_data import ViewStream, open_stream
+
+LAST, ENCODER, SETTINGS = "last.ckpt", "encoder.safetensors", "settings.json"
+FORMAT, FORMAT_VERSION = "canopy-encoder", "1"
+
+
+def pretrain(
+    settings: PretrainSettings,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    fast_dev_run: bool = False,
+    command: str = "",
+) -> dict[str, Any]:
+    """Pretrain as `settings` say and export the encoder to RUN_DIR/encoder.safetensors.
+
+    Args:
+        settings: the whole run.
+        run_dir: created; `settings.json`, `log*/metrics.csv`, `last.ckpt` and `encoder.safetensors` go here.
+        resume: continue from RUN_DIR/last.ckpt.
+        fast_dev_run: two steps and a probe, to see that everything works.
+        command: how the run was started, for the export.
+
+    Returns:
+        The export's card: steps, minutes, probe scores and where from.
+
+    Raises:
+        ConfigError: RUN_DIR holds a run and `resume` is off, or there is nothing to resume.
+        DataError: no chips, or a checkpoint of other chips.
+        CanopyError: three losses in a row were not finite.
+    """
+    last = run_dir / LAST
+    if resume != last.exists():
+        raise ConfigError(
+            "holds no run to resume" if resume else "holds a run already",
+            where=run_dir,
+            remedy="leave out --resume" if resume else "add --resume, or choose another folder",
+        )
+    if fast_dev_run:
+        probe = settings.probe.model_copy(update={"every": 2})
+        settings = settings.model_copy(update={"steps": 2, "minutes": None, "log_every": 1, "probe": probe})
+    device = pick_device(settings.device).type
+    stream, probe_of = open_stream(settings), _probe(settings)  # before anything is written
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n")
+    torch.set_num_threads(settings.threads)
+    pl.seed_everything(settings.seed, verbose=False)
+    kind = MaeModule if settings.objective == "mae" else DinoModule
+    module = kind(settings, stream, probe_of)
+    if settings.compile:
+        _compile(module)
+    trainer = _trainer(settings, run_dir, device)
+    trainer.fit(module, ckpt_path=last if resume else None, weights_only=True)
+    trainer.save_checkpoint(last)
+    card = _card(module, stream, command)
+    if trainer.is_global_zero:
+        export(module, run_dir / ENCODER, card)
+    return card
+
+
+def _probe(settings: PretrainSettings) -> HeightProbe | None:
+    if not settings.probe.every:
+        return None
+    labels = settings.probe.labels or settings.data.chips
+    return open_probe(labels, settings.model_config_.patch_px, settings.probe.chips)
+
+
+def _compile(module: PretrainModule) -> None:
+    """Compile every transformer block in place, which leaves the names of the weights alone."""
+    for name, part in module.named_modules():
+        if name.rsplit(".", 2)[-2:-1] == ["blocks"]:
+            part.compile()
+
+
+def _trainer(settings: PretrainSettings, run_dir: Path, device: str) -> pl.Trainer:
+    def keeper(name: str, every: int, top: int) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            dirpath=run_dir,
+            filename=name,
+            every_n_train_steps=every,
+            save_top_k=top,
+            enable_version_counter=False,
+        )
+
+    callbacks = [keeper("last", settings.checkpoint_every, 1)]
+    if settings.keep_every:
+        callbacks.append(keeper("{step}", settings.keep_every, -1))
+    return pl.Trainer(
+        accelerator="gpu" if device == "cuda" else device,
+        devices=settings.devices,
+        num_nodes=settings.nodes,
+        strategy=settings.strategy,
+        sync_batchnorm=device == "cuda" and settings.devices * settings.nodes > 1,
+        precision=settings.precision,
+        max_steps=settings.steps,
+        gradient_clip_val=settings.clip_norm or None,
+        logger=_loggers(run_dir, settings.log_every),
+        callbacks=callbacks,  # type: ignore[arg-type]
+        log_every_n_steps=settings.log_every,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def _loggers(run_dir: Path, every: int) -> list[Logger]:
+    """CSV, and TensorBoard where installed. A resumed run logs beside what it logged before."""
+    version, n = "log", 2
+    while (run_dir / version).exists():
+        version, n = f"log{n}", n + 1
+    out: list[Logger] = [CSVLogger(run_dir, name="", version=version, flush_logs_every_n_steps=every)]
+    if importlib.util.find_spec("tensorboard"):
+        out.append(TensorBoardLogger(run_dir, name="", version=version, sub_dir="tensorboard"))
+    return out
+
+
+def _card(module: PretrainModule, stream: ViewStream, command: str) -> dict[str, Any]:
+    settings = module.settings
+    shown = json.loads(settings.model_dump_json(exclude={"model"}))
+    # Files by name alone: folders are this machine's business.
+    shown["data"]["chips"] = settings.data.chips.name
+    shown["probe"]["labels"] = settings.probe.labels.name if settings.probe.labels else None
+    return {
+        "name": settings.name,
+        "objective": settings.objective,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": command,
+        "settings": shown,
+        "steps": module.global_step,
+        "minutes": round(module.trained_s / 60, 2),
+        "images_seen": module.global_step * settings.images * stream.world,
+        "data": {"chips": len(stream.shards), "sha256": stream.shards.fingerprint},
+        "probe": module.probed,
+    }
+
+
+def export(module: PretrainModule, path: Path, card: dict[str, Any]) -> None:
+    """Write the useful encoder (the teacher's, with DINOv2) as `encoder.*`, named as in a HeightModel.
+
+    The metadata: format, format_version, `encoder` (its config as JSON), `bands`, `mean`, `std`, and `card`.
+    """
+    from safetensors.torch import save_file
+
+    config = module.config
+    plain = config.to_dict()
+    state = {f"encoder.{k}": v.detach().cpu().contiguous() for k, v in module.useful_encoder().state_dict().items()}
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "card": json.dumps(card)}
+    header |= {name: json.dumps(plain[name]) for name in ("encoder", "bands", "mean", "std")}
+    with replacing(path) as part:
+        save_file(state, part, metadata=header)
+        part.chmod(0o644)  # safetensors writes 0600, which nobody else could read

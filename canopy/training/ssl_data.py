@@ -1,0 +1,89 @@
+"""The stream of views that pretraining consumes: by process, and in two phases of different sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from canopy.chips.shards import ChipShards
+from canopy.chips.streams import ViewBatches, Views
+from canopy.chips.views import ViewRules
+from canopy.errors import DataError
+from canopy.training.pretrain_settings import PretrainSettings
+
+
+class ViewStream(ViewBatches):
+    """`ViewBatches` for one of several processes, with larger views at the end.
+
+    Process r of n makes batch j * n + r as its j-th, so all together see what one alone would. Batches from
+    number `late_from` on have the late rules. A run that is bounded by minutes does not know that number; it
+    calls `go_late()`, which also reaches worker processes, for the batches they have not made yet.
+    """
+
+    def __init__(
+        self,
+        shards: ChipShards,
+        batch: int,
+        rules: ViewRules,
+        late_rules: ViewRules,
+        *,
+        late_from: int,
+        patch_px: int,
+        seed: int,
+    ) -> None:
+        super().__init__(shards, batch, rules, patch_px=patch_px, seed=seed)
+        self.phases, self.late_from = (rules, late_rules), late_from
+        self.rank, self.world = 0, 1
+        self._late = torch.zeros(1, dtype=torch.bool).share_memory_()
+
+    def split(self, rank: int, world: int) -> None:
+        """Serve process `rank` of `world`."""
+        self.rank, self.world = rank, world
+
+    def go_late(self) -> None:
+        """Begin the final phase now."""
+        self._late[0] = True
+
+    def make(self, number: int) -> Views:
+        late = number >= self.late_from or bool(self._late[0])
+        self.rules = self.phases[late]
+        return super().make(number * self.world + self.rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"world": self.world}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if state["world"] != self.world:
+            raise DataError(
+                f"the saved position is of {state['world']} processes, this run has {self.world}",
+                remedy="go on with as many devices as before",
+            )
+
+
+def open_stream(settings: PretrainSettings) -> ViewStream:
+    """The stream of a run. Raises DataError where there are no chips."""
+    late_from = round(settings.steps * (1 - settings.final.share)) if settings.final.share else settings.steps
+    return ViewStream(
+        ChipShards(settings.data.chips, splits=settings.data.splits),
+        settings.images,
+        settings.rules(),
+        settings.rules(final=True),
+        late_from=late_from,
+        patch_px=settings.model_config_.patch_px,
+        seed=settings.seed,
+    )
+
+
+def loader(stream: ViewStream, workers: int, *, pin: bool = False) -> DataLoader[Views]:
+    """Batches of the stream, made ahead by `workers` processes."""
+    return DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin,
+        # A forked child would inherit torch's threads in whatever state they are.
+        multiprocessing_context="spawn" if workers else None,
+    )
