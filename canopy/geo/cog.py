@@ -24,6 +24,7 @@ from canopy.geo.grid import Grid
 from canopy.geo.opening import raster_env
 
 COMPRESSIONS = ("deflate", "zstd")
+OVERVIEWS = ("average", "mode")
 # The uncompressed scratch file, its overviews, and the result stand side by side for a moment.
 SCRATCH_FACTOR = 2.0
 SCRATCH_EXTRA = 16 * 2**20
@@ -48,6 +49,7 @@ class CogWriter:
         tags: texts for the file's metadata; keep wall-clock time out of them.
         overwrite: replace an existing file (at the end, atomically).
         compress: "deflate" or "zstd".
+        overviews: "average", or "mode" for class codes, which have no mean.
 
     Raises InputError at once for an existing file, bad bands or encoding; OutputError for a folder
     that cannot be written, a disk without room, or a read-back that differs.
@@ -63,6 +65,7 @@ class CogWriter:
         tags: Mapping[str, object] | None = None,
         overwrite: bool = False,
         compress: str = "deflate",
+        overviews: str = "average",
     ) -> None:
         self.path, self.grid, self.bands = Path(path), grid, list(bands)
         self.encoding = encoding_named(encoding)
@@ -71,7 +74,9 @@ class CogWriter:
             raise InputError("no bands to write", where=path)
         if compress not in COMPRESSIONS:
             raise InputError(f"compression {compress!r}", expected=" or ".join(COMPRESSIONS))
-        self._compress = compress
+        if overviews not in OVERVIEWS:
+            raise InputError(f"overviews {overviews!r}", expected=" or ".join(OVERVIEWS))
+        self._compress, self._overviews = compress, overviews
         self.encoding.check(self.bands)
         self._scales = [self.encoding.scale_of(b) for b in self.bands]
         self._tags = {k: str(v) for k, v in sorted((tags or {}).items())}
@@ -227,8 +232,8 @@ class CogWriter:
             COMPRESS=self._compress.upper(),
             PREDICTOR="YES",
             OVERVIEWS="AUTO",
-            RESAMPLING="AVERAGE",
-            OVERVIEW_RESAMPLING="AVERAGE",
+            RESAMPLING=self._overviews.upper(),
+            OVERVIEW_RESAMPLING=self._overviews.upper(),
             BIGTIFF="IF_SAFER",
             NUM_THREADS="2",  # fixed: results and memory do not depend on the machine
             STATISTICS="NO",

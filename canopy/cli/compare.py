@@ -1,0 +1,99 @@
+"""`canopy compare`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from canopy.cli.area import Aoi, Bbox, Bounds, BoundsCrs, SizeM
+from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+
+if TYPE_CHECKING:
+    from canopy.evaluation.compare_maps import Comparison
+
+_HELP_MAP = "GeoTIFF, VRT, folder of tiles, or a text file that lists tiles."
+_HELP_AS = "products: how far they agree; dates: what changed from A to B; auto: from their tags."
+_HELP_GSD = "Metres per pixel to compare on, in UTM. Default: the coarser map's own pixels."
+_HELP_SIGMA = "Standard deviation of a pixel of {}, metres. Default: its interval bands, else 4 m."
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A.tif", help=f"First (earlier) map: {_HELP_MAP}")],
+    b: Annotated[str, typer.Argument(metavar="B.tif", help="Second (later) map, likewise.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for maps, tables, report.")],
+    mode: Annotated[str, typer.Option("--as", metavar="auto|products|dates", help=_HELP_AS)] = "auto",
+    bbox: Bbox = None,
+    size_m: SizeM = None,
+    bounds: Bounds = None,
+    bounds_crs: BoundsCrs = "EPSG:4326",
+    aoi: Aoi = None,
+    gsd: Annotated[float | None, typer.Option("--gsd", help=_HELP_GSD)] = None,
+    cover_height: Annotated[float, typer.Option("--cover-height", help="Canopy is higher, metres.")] = 2.0,
+    block_m: Annotated[float, typer.Option("--block-m", help="Side of the blocks in blocks.csv, m.")] = 100.0,
+    confidence: Annotated[float, typer.Option("--confidence", help="Of a change, with dates.")] = 0.95,
+    sigma_a: Annotated[float | None, typer.Option("--sigma-a", help=_HELP_SIGMA.format("A"))] = None,
+    sigma_b: Annotated[float | None, typer.Option("--sigma-b", help=_HELP_SIGMA.format("B"))] = None,
+    nodata_a: Annotated[
+        float | None, typer.Option("--nodata-a", help="Value that means missing in A.")
+    ] = None,
+    nodata_b: Annotated[
+        float | None, typer.Option("--nodata-b", help="Value that means missing in B.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare two canopy height maps, in any CRS and pixel size: two products, or two dates.
+
+    Writes difference.tif and cover.tif (products), or change.tif and classes.tif (dates: gain, loss, change
+    in height
+    where it is significant), with compare.json, CSV tables and report.html. The published v1 and v2 maps are
+    read as
+    they are: a quadkey tile, or a folder with chm/ (and msk/, metadata/).
+
+    Examples:
+
+      canopy compare ours.tif published/v2 -o agreement
+
+      canopy compare chm_2018.tif chm_2022.tif --as dates --sigma-a 3 --sigma-b 3 -o change
+
+      canopy compare v1 v2 --bbox 44.083,-71.296 --size-m 5000 -o v1-v2
+    """
+    from canopy.evaluation.compare_maps import CompareOptions
+    from canopy.evaluation.compare_maps import compare as compare_maps
+    from canopy.geo.choose import choose_area
+    from canopy.runtime import log, progress_bar, setup_logging
+
+    setup_logging(quiet, verbose)
+    options = CompareOptions(
+        mode, gsd, cover_height, block_m, confidence, sigma_a, sigma_b, nodata_a, nodata_b, overwrite
+    )
+    area = choose_area(bbox=bbox, size_m=size_m, bounds=bounds, bounds_crs=bounds_crs, aoi=aoi)
+    with progress_bar(quiet or json_) as progress:
+        found = compare_maps(a, b, out, options, area=area, progress=progress)
+    for note in found.notes:
+        log.warning(f"note: {note}")
+    if json_:
+        print_json(found.to_dict() | {"folder": str(out)})
+    elif not quiet:
+        _print(found, out)
+
+
+def _print(found: Comparison, out: Path) -> None:
+    overall, grid = found.sums.overall(), found.facts["grid"]
+    correlation = "" if overall["r"] is None else f", r {overall['r']:.2f}"
+    typer.echo(
+        f"compared as {found.mode} on {grid['width_px']} x {grid['height_px']} px of {grid['gsd_m']:.3g} m, "
+        f"{overall['area_ha']:,.1f} ha valid in both"
+    )
+    typer.echo(
+        f"B - A: mean {overall['mean_difference_m']:+.2f} m, mean absolute "
+        f"{overall['mean_absolute_difference_m']:.2f} m{correlation}"
+    )
+    if found.mode == "dates":
+        parts = (f"{name} {ha:,.1f} ha" for name, ha in found.classes_ha.items())
+        typer.echo(f"at {found.rule['confidence']:.0%} confidence: {', '.join(parts)}")
+    typer.echo(f"{out / 'report.html'}: maps, tables and figures")
