@@ -16,14 +16,18 @@ from typing import Any, TypeVar
 from canopy.errors import ConfigError
 
 T = TypeVar("T")
+CNN_PATCH_PX = 32  # of a convolutional encoder's deepest map
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A timm vision transformer and where its features are tapped.
+    """A timm vision transformer and where its features are tapped, or a timm convolutional network.
 
     Attributes:
-        family: 'vit' (learned absolute positions) or 'rope' (rotary positions, timm's Eva class).
+        family: 'vit' (learned absolute positions), 'rope' (rotary positions, timm's Eva class), or 'cnn', for
+            which only `network`, `widths`, `patch` (32) and `drop_path` count.
+        network: timm's name of a convolutional network with maps at 1/2 to 1/32 ('cnn' only).
+        widths: channels of a residual network's four stages, where they are not timm's own ('cnn' only).
         dim, depth, heads, mlp_ratio: the transformer's size.
         patch: pixels per token side.
         registers: extra tokens that carry no position (Darcet et al. 2024, arXiv 2309.16588).
@@ -46,6 +50,8 @@ class EncoderConfig:
     """
 
     family: str = "vit"
+    network: str = ""
+    widths: tuple[int, ...] = ()
     dim: int = 1024
     depth: int = 24
     heads: int = 16
@@ -69,8 +75,19 @@ class EncoderConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.family not in ("vit", "rope"):
-            raise ConfigError(f"encoder family {self.family!r} is unknown", expected="'vit' or 'rope'")
+        if self.family not in ("vit", "rope", "cnn"):
+            raise ConfigError(f"encoder family {self.family!r} is unknown", expected="'vit', 'rope' or 'cnn'")
+        if (self.family == "cnn") != bool(self.network) or (self.widths and not self.network):
+            raise ConfigError(
+                f"encoder network {self.network!r} with family {self.family!r}",
+                expected="network, and perhaps widths, with family 'cnn' alone",
+            )
+        if self.family == "cnn":
+            if self.patch != CNN_PATCH_PX or self.stem:
+                raise ConfigError(
+                    "family 'cnn' has no stem, and a patch of 32", remedy="set encoder.patch to 32"
+                )
+            return
         if self.pos_resize not in ("bicubic", "bicubic_aligned"):
             raise ConfigError(
                 f"pos_resize {self.pos_resize!r} is unknown", expected="'bicubic' or 'bicubic_aligned'"

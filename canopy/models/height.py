@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from canopy.errors import InputError
 from canopy.models.bins import bin_centres, bin_weights, moments
+from canopy.models.cnn import CnnEncoder, UNetDecoder
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.decoder import Decoder
 from canopy.models.encoder import Encoder
@@ -47,8 +48,7 @@ class HeightModel(nn.Module):
         self.card: dict[str, Any] = {}
         self.sha256: str | None = None
         self.stretch: Stretch | None = None
-        self.encoder = Encoder(config.encoder, len(config.bands))
-        self.decoder = Decoder(config.decoder, config.encoder.dim, config.encoder.stem)
+        self.encoder, self.decoder = _build(config)
         self.mean: Tensor
         self.std: Tensor
         self.centres: Tensor
@@ -122,6 +122,14 @@ class HeightModel(nn.Module):
                 expected="finite RGB in 0..1",
                 remedy="fill invalid pixels with canopy.models.fill.fill_invalid and mask the output",
             )
+
+
+def _build(config: ModelConfig) -> tuple[Encoder | CnnEncoder, Decoder | UNetDecoder]:
+    bands = len(config.bands)
+    if config.encoder.family == "cnn":
+        network = CnnEncoder(config.encoder, bands)
+        return network, UNetDecoder(config.decoder, network.channels)
+    return Encoder(config.encoder, bands), Decoder(config.decoder, config.encoder.dim, config.encoder.stem)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
