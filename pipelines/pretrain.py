@@ -1,4 +1,4 @@
-"""Pretrain an encoder: `python pipelines/pretrain.py CONFIG.yaml [key=value ...] -o RUN_DIR [--resume] [--fast-dev-run]`."""
+"""Pretrain an encoder: `python pipelines/pretrain.py CONFIG.yaml [key=value ...] -o RUN_DIR [--resume]`."""
 
 from __future__ import annotations
 

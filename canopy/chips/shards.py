@@ -110,6 +110,18 @@ class ChipShards:
         return self.__dict__ | {"_handles": {}}
 
 
+def site_weights(rows: Sequence[IndexRow], power: float = 0.5) -> np.ndarray:
+    """Chance (n,) of each chip, summing to 1: a site counts as its number of chips to `power`.
+
+    1 draws every chip alike, 0 every site alike.
+    """
+    if not rows:
+        raise DataError("no chips to draw from")
+    _, place, counts = np.unique([row.site for row in rows], return_inverse=True, return_counts=True)
+    weights = counts[place] ** (power - 1.0)
+    return weights / weights.sum()
+
+
 def category(row: IndexRow) -> str:
     """'bare' (95 % of the heights below 2 m), 'tall' (the upper 5 % above 35 m) or 'other'."""
     if row.height_p95_m < _BARE_P95_M:

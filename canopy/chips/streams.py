@@ -175,7 +175,12 @@ class Views(NamedTuple):
 
 
 class ViewBatches(_Batches[Views]):
-    """Batches of views for self-supervised pretraining; labels are not looked at."""
+    """Batches of views for self-supervised pretraining; labels are not looked at.
+
+    Args:
+        shards: chips to draw from; batch: images; rules: of the views.
+        chances: (n,) of each chip, summing to 1; None draws all alike.
+    """
 
     def __init__(
         self,
@@ -185,8 +190,10 @@ class ViewBatches(_Batches[Views]):
         *,
         patch_px: int = 16,
         seed: int = 0,
+        chances: np.ndarray | None = None,
     ) -> None:
         super().__init__(shards, batch, seed)
+        self.chances = chances
         self.rules, self.patch_px = rules or ViewRules(), patch_px
         if self.rules.global_px % patch_px:
             raise DataError(f"views of {self.rules.global_px} px", expected=f"a multiple of {patch_px}")
@@ -195,7 +202,7 @@ class ViewBatches(_Batches[Views]):
         rng = np.random.default_rng((self.seed, number, 1))
         wide, near = [], []
         for _ in range(self.batch):
-            chip = self.shards[int(rng.integers(len(self.shards)))]
+            chip = self.shards[int(rng.choice(len(self.shards), p=self.chances))]
             seen = chip.rgb.max(axis=0) > 0
             crops = multi_crop(chip.rgb.astype(np.float32) / 255, seen, rng, self.rules)
             wide.append(crops[0])

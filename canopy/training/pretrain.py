@@ -1,4 +1,4 @@
-"""What both pretext tasks share, as a thin LightningModule: a clock, schedules, the guard, logs, exact resume."""
+"""What both pretext tasks share, as a thin LightningModule: clock, schedules, guard, logs, exact resume."""
 
 from __future__ import annotations
 
@@ -161,7 +161,9 @@ class PretrainModule(pl.LightningModule):
         self._logged, self._images = now, 0
         facts = {"images_per_s": rate, "progress": self.progress, "minutes": self.trained_s / 60}
         facts["lr"] = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
-        facts["weight_decay"] = max(group["weight_decay"] for group in self.trainer.optimizers[0].param_groups)
+        facts["weight_decay"] = max(
+            group["weight_decay"] for group in self.trainer.optimizers[0].param_groups
+        )
         if self.looked_at is not None:
             names = ("class", "patch")
             facts |= {f"std/{k}": feature_std(x) for k, x in zip(names, self.looked_at, strict=True)}

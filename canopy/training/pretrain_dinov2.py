@@ -52,8 +52,8 @@ class Targets(NamedTuple):
 class DinoModule(PretrainModule):
     """Student, EMA teacher, DINO on class tokens, iBOT on masked patches, KoLeo, optional Gram anchoring.
 
-    The teacher runs in training mode: it has no stochastic depth, so that only means that a stem's batch norms
-    use the statistics of the batch and keep running ones, of whole views, which the exported encoder needs.
+    The teacher runs in training mode. It has no stochastic depth, so that only means that a stem's batch
+    norms use the statistics of the batch, and keep running ones of whole views, which the export needs.
     """
 
     centre_class: Tensor

@@ -62,7 +62,7 @@ class MaeModule(PretrainModule):
 
 
 def random_masks(count: int, patches: int, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Patch numbers to keep (count, k), rising, and masks (count, patches), True = hidden; at least one kept."""
+    """Patch numbers to keep (count, k >= 1), rising, and masks (count, patches), True = hidden."""
     kept = max(1, patches - round(share * patches))
     # Drawn on the CPU: the same masks whatever the device.
     order = torch.rand(count, patches).argsort(dim=1)[:, :kept].sort(dim=1).values.to(device)

@@ -1,21 +1,25 @@
-"""Run a pretraining: data, probe, trainer, resume, logs, export. RUN_DIR holds all that is needed to repeat it."""
+"""Run a pretraining: data, probe, trainer, resume, logs, export. RUN_DIR holds all it takes to repeat it."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import time
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from canopy.chips.index import replacing
 from canopy.errors import ConfigError
-from canopy.runtime import pick_device
+from canopy.runtime import Progress, pick_device
 from canopy.training.pretrain import PretrainModule
 from canopy.training.pretrain_dinov2 import DinoModule
 from canopy.training.pretrain_mae import MaeModule
@@ -23,7 +27,7 @@ from canopy.training.pretrain_settings import PretrainSettings
 from canopy.training.probe import HeightProbe, open_probe
 from canopy.training.ssl_data import ViewStream, open_stream
 
-LAST, ENCODER, SETTINGS = "last.ckpt", "encoder.safetensors", "settings.json"
+LAST, ENCODER, CONFIG = "last.ckpt", "encoder.safetensors", "config.yaml"
 FORMAT, FORMAT_VERSION = "canopy-encoder", "1"
 
 
@@ -34,15 +38,17 @@ def pretrain(
     resume: bool = False,
     fast_dev_run: bool = False,
     command: str = "",
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Pretrain as `settings` say and export the encoder to RUN_DIR/encoder.safetensors.
 
     Args:
         settings: the whole run.
-        run_dir: created; `settings.json`, `log*/metrics.csv`, `last.ckpt` and `encoder.safetensors` go here.
+        run_dir: created; `config.yaml`, `log*/metrics.csv`, `last.ckpt` and `encoder.safetensors` go here.
         resume: continue from RUN_DIR/last.ckpt.
-        fast_dev_run: two steps and a probe, to see that everything works.
+        fast_dev_run: two steps, a probe and an export in a temporary folder, to see that everything works.
         command: how the run was started, for the export.
+        progress: told about per cent.
 
     Returns:
         The export's card: steps, minutes, probe scores and where from.
@@ -52,6 +58,9 @@ def pretrain(
         DataError: no chips, or a checkpoint of other chips.
         CanopyError: three losses in a row were not finite.
     """
+    if fast_dev_run:
+        with TemporaryDirectory() as folder:
+            return pretrain(_shortened(settings), Path(folder), command=command, progress=progress)
     last = run_dir / LAST
     if resume != last.exists():
         raise ConfigError(
@@ -59,26 +68,33 @@ def pretrain(
             where=run_dir,
             remedy="leave out --resume" if resume else "add --resume, or choose another folder",
         )
-    if fast_dev_run:
-        probe = settings.probe.model_copy(update={"every": 2})
-        settings = settings.model_copy(update={"steps": 2, "minutes": None, "log_every": 1, "probe": probe})
     device = pick_device(settings.device).type
     stream, probe_of = open_stream(settings), _probe(settings)  # before anything is written
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n")
+    (run_dir / CONFIG).write_text(yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False))
     torch.set_num_threads(settings.threads)
     pl.seed_everything(settings.seed, verbose=False)
     kind = MaeModule if settings.objective == "mae" else DinoModule
     module = kind(settings, stream, probe_of)
+    module.to(memory_format=torch.channels_last)
+    if device == "cpu":
+        _attend_plainly(module)
     if settings.compile:
         _compile(module)
-    trainer = _trainer(settings, run_dir, device)
-    trainer.fit(module, ckpt_path=last if resume else None, weights_only=True)
+    trainer = _trainer(settings, run_dir, device, [_Percent(progress)] if progress else [])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        trainer.fit(module, ckpt_path=last if resume else None, weights_only=True)
     trainer.save_checkpoint(last)
     card = _card(module, stream, command)
     if trainer.is_global_zero:
         export(module, run_dir / ENCODER, card)
     return card
+
+
+def _shortened(settings: PretrainSettings) -> PretrainSettings:
+    probe = settings.probe.model_copy(update={"every": 2})
+    return settings.model_copy(update={"steps": 2, "minutes": None, "log_every": 1, "probe": probe})
 
 
 def _probe(settings: PretrainSettings) -> HeightProbe | None:
@@ -88,6 +104,13 @@ def _probe(settings: PretrainSettings) -> HeightProbe | None:
     return open_probe(labels, settings.model_config_.patch_px, settings.probe.chips)
 
 
+def _attend_plainly(module: PretrainModule) -> None:
+    """On a CPU, for a few dozen tokens, plain products are faster than torch's fused attention (backward)."""
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False  # type: ignore[assignment]
+
+
 def _compile(module: PretrainModule) -> None:
     """Compile every transformer block in place, which leaves the names of the weights alone."""
     for name, part in module.named_modules():
@@ -95,7 +118,24 @@ def _compile(module: PretrainModule) -> None:
             part.compile()
 
 
-def _trainer(settings: PretrainSettings, run_dir: Path, device: str) -> pl.Trainer:
+class _Percent(pl.Callback):
+    """Tells a progress bar how many per cent of the run are done."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.said = progress, 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.progress.start(100, "pretraining, per cent")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        done = int(100 * module.progress)  # type: ignore[operator, arg-type]
+        self.progress.advance(done - self.said)
+        self.said = done
+
+
+def _trainer(
+    settings: PretrainSettings, run_dir: Path, device: str, callbacks: list[pl.Callback]
+) -> pl.Trainer:
     def keeper(name: str, every: int, top: int) -> ModelCheckpoint:
         return ModelCheckpoint(
             dirpath=run_dir,
@@ -105,7 +145,8 @@ def _trainer(settings: PretrainSettings, run_dir: Path, device: str) -> pl.Train
             enable_version_counter=False,
         )
 
-    callbacks = [keeper("last", settings.checkpoint_every, 1)]
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # it advertises
+    callbacks = [*callbacks, keeper("last", settings.checkpoint_every, 1)]
     if settings.keep_every:
         callbacks.append(keeper("{step}", settings.keep_every, -1))
     return pl.Trainer(
@@ -118,7 +159,7 @@ def _trainer(settings: PretrainSettings, run_dir: Path, device: str) -> pl.Train
         max_steps=settings.steps,
         gradient_clip_val=settings.clip_norm or None,
         logger=_loggers(run_dir, settings.log_every),
-        callbacks=callbacks,  # type: ignore[arg-type]
+        callbacks=callbacks,
         log_every_n_steps=settings.log_every,
         use_distributed_sampler=False,
         enable_progress_bar=False,
@@ -167,7 +208,9 @@ def export(module: PretrainModule, path: Path, card: dict[str, Any]) -> None:
 
     config = module.config
     plain = config.to_dict()
-    state = {f"encoder.{k}": v.detach().cpu().contiguous() for k, v in module.useful_encoder().state_dict().items()}
+    state = {
+        f"encoder.{k}": v.detach().cpu().contiguous() for k, v in module.useful_encoder().state_dict().items()
+    }
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "card": json.dumps(card)}
     header |= {name: json.dumps(plain[name]) for name in ("encoder", "bands", "mean", "std")}
     with replacing(path) as part:

@@ -11,14 +11,19 @@ from canopy.chips.views import ViewRules
 from canopy.config import Settings
 from canopy.models.config import ModelConfig
 
-Share = Field(ge=0, le=1)
-
 
 class DataSettings(Settings):
-    """`chips`: a folder made by `canopy data chips`, whose `splits` are looked at; `workers` prepare views."""
+    """What is looked at.
+
+    Attributes:
+        chips: a folder made by `canopy data chips`; splits: which of its chips.
+        site_power: a site counts as its number of chips to this power: 1 draws chips alike, 0 sites alike.
+        workers: processes that prepare views ahead.
+    """
 
     chips: Path = Path("chips")
     splits: tuple[str, ...] = ("train",)
+    site_power: float = Field(default=0.5, ge=0, le=1)
     workers: int = Field(default=0, ge=0)
 
 
@@ -193,5 +198,7 @@ class PretrainSettings(Settings):
         wide, near = (late.global_px, late.local_px) if late else (v.global_px, v.local_px)
         if self.objective == "mae":
             side = wide if late else self.mae.view_px or wide
-            return ViewRules(side, side, 1, 0, self.mae.area or v.global_area, v.local_area, v.aspect, v.colour)
+            return ViewRules(
+                side, side, 1, 0, self.mae.area or v.global_area, v.local_area, v.aspect, v.colour
+            )
         return ViewRules(wide, near, v.globals, v.locals, v.global_area, v.local_area, v.aspect, v.colour)

@@ -78,7 +78,8 @@ class HeightProbe:
             for part, mask in zip((self.train, self.val), known, strict=True)
         )
         target, truth = (
-            np.concatenate(part.heights)[mask] for part, mask in zip((self.train, self.val), known, strict=True)
+            np.concatenate(part.heights)[mask]
+            for part, mask in zip((self.train, self.val), known, strict=True)
         )
         guess = ridge(fitted, target, scored)
         return {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from canopy.chips.shards import ChipShards
+from canopy.chips.shards import ChipShards, site_weights
 from canopy.chips.streams import ViewBatches, Views
 from canopy.chips.views import ViewRules
 from canopy.errors import DataError
@@ -32,8 +33,9 @@ class ViewStream(ViewBatches):
         late_from: int,
         patch_px: int,
         seed: int,
+        chances: np.ndarray | None = None,
     ) -> None:
-        super().__init__(shards, batch, rules, patch_px=patch_px, seed=seed)
+        super().__init__(shards, batch, rules, patch_px=patch_px, seed=seed, chances=chances)
         self.phases, self.late_from = (rules, late_rules), late_from
         self.rank, self.world = 0, 1
         self._late = torch.zeros(1, dtype=torch.bool).share_memory_()
@@ -66,14 +68,16 @@ class ViewStream(ViewBatches):
 def open_stream(settings: PretrainSettings) -> ViewStream:
     """The stream of a run. Raises DataError where there are no chips."""
     late_from = round(settings.steps * (1 - settings.final.share)) if settings.final.share else settings.steps
+    shards = ChipShards(settings.data.chips, splits=settings.data.splits)
     return ViewStream(
-        ChipShards(settings.data.chips, splits=settings.data.splits),
+        shards,
         settings.images,
         settings.rules(),
         settings.rules(final=True),
         late_from=late_from,
         patch_px=settings.model_config_.patch_px,
         seed=settings.seed,
+        chances=site_weights(shards.rows, settings.data.site_power),
     )
 
 

@@ -13,14 +13,18 @@ from torch.nn import functional
 class PrototypeHead(nn.Module):
     """Features (..., dim) -> scores (..., prototypes) in -1..1: an MLP, then cosines to learnt prototypes.
 
-    DINO's head (Caron et al. 2021, arXiv 2104.14294, appendix C): three layers with GELU, a bottleneck brought
+    DINO's head (Caron et al. 2021, arXiv 2104.14294, app. C): three layers with GELU, a bottleneck brought
     to length 1, prototypes of length 1 (weight normalisation with its gain held at 1).
     """
 
     def __init__(self, dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
         )
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
         for layer in self.mlp:
@@ -70,4 +74,6 @@ def sine_positions(grid: tuple[int, int], width: int) -> Tensor:
     rates = torch.exp(-math.log(10_000.0) * torch.arange(width // 4) / (width // 4))
     rows, cols = (torch.arange(n).float()[:, None] * rates for n in grid)
     y, x = (torch.cat([a.sin(), a.cos()], dim=1) for a in (rows, cols))
-    return torch.cat([y[:, None].expand(-1, grid[1], -1), x[None].expand(grid[0], -1, -1)], dim=2).flatten(0, 1)
+    return torch.cat([y[:, None].expand(-1, grid[1], -1), x[None].expand(grid[0], -1, -1)], dim=2).flatten(
+        0, 1
+    )

@@ -90,7 +90,7 @@ def dino_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Ten
 
 
 def ibot_loss(student: Tensor, teacher: Tensor, image: Tensor, temperature: float = 0.1) -> Tensor:
-    """iBOT (Zhou et al. 2022, arXiv 2111.07832): masked patches; the mean over each image's, then over images.
+    """iBOT (Zhou et al. 2022, arXiv 2111.07832): masked patches; mean over each image's, then over images.
 
     Args:
         student: logits (n, prototypes) of all masked patches; teacher: probabilities of the same patches.

@@ -15,7 +15,7 @@ _TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Layer of a parameter: 0 before the blocks, i + 1 in block i, depth + 1 in the final norm and the heads."""
+    """Layer of a parameter: 0 before the blocks, i + 1 in block i, depth + 1 in the final norm and heads."""
     block = re.search(r"encoder\.vit\.blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
@@ -38,7 +38,9 @@ def parameter_groups(
         factor = layer_factor(layer, depth + 2, layer_decay) * (patch_lr if layer == 0 else 1.0)
         decays = int(parameter.ndim > 1 and not name.endswith(_TOKENS))
         groups.setdefault((factor, decays), []).append(parameter)
-    return [{"params": p, "factor": f, "decays": d} for (f, d), p in sorted(groups.items(), key=lambda g: g[0])]
+    return [
+        {"params": p, "factor": f, "decays": d} for (f, d), p in sorted(groups.items(), key=lambda g: g[0])
+    ]
 
 
 @torch.no_grad()
