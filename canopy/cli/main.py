@@ -13,8 +13,11 @@ from typing import Annotated
 import typer
 
 from canopy import __version__
-from canopy.cli import data, models
+from canopy.cli import calibrate, data, models
+from canopy.cli.compare import compare
 from canopy.cli.predict import predict
+from canopy.cli.pretrain import pretrain
+from canopy.cli.stats import stats
 from canopy.cli.train import train
 from canopy.errors import CanopyError
 
@@ -45,8 +48,12 @@ def _root(
 
 
 app.command("predict")(predict)
+app.command("compare")(compare)
+app.command("stats")(stats)
+app.command("pretrain")(pretrain)
 app.command("train")(train)
 app.add_typer(models.app, name="models", help="Models: what there is, and what is in a file.")
+app.add_typer(calibrate.app, name="calibrate", help="Correct a map by GEDI; give a model intervals.")
 app.add_typer(data.app, name="data", help="Data: synthetic scenes, lidar, GEDI and imagery.")
 
 

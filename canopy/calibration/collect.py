@@ -1,0 +1,191 @@
+"""Predictions beside lidar, chip by chip: what every calibration is fitted on and checked with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from canopy.errors import DataError
+from canopy.runtime import NoProgress, Progress
+
+if TYPE_CHECKING:
+    from canopy.chips.store import Chip
+    from canopy.models.height import HeightModel
+
+# Side of the blocks that are taken as exchangeable, in metres: several times the distance over which errors
+# of neighbouring pixels look alike, and still many of them in a tile.
+BLOCK_M = 32
+_OVERLAP_SHARE = 3 / 8
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One chip, predicted; all arrays float32 (h, w) at 1 m, NaN where image or lidar is missing.
+
+    Attributes:
+        id, site, split: of the chip.
+        height_m: predicted height, spread_m: spread of the bin weights, both the mean of the cell's pixels.
+        truth_m: lidar.
+    """
+
+    id: str
+    site: str
+    split: str
+    height_m: np.ndarray
+    spread_m: np.ndarray
+    truth_m: np.ndarray
+
+    @property
+    def known(self) -> np.ndarray:
+        """Bool (h, w): cells that count."""
+        return np.isfinite(self.truth_m) & np.isfinite(self.height_m)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The known cells of several chips in rows; all arrays (n,).
+
+    Attributes:
+        height_m, spread_m, truth_m: metres.
+        block: number of the exchangeable block that a cell lies in, counted over all chips.
+        chip: number of its chip.
+    """
+
+    height_m: np.ndarray
+    spread_m: np.ndarray
+    truth_m: np.ndarray
+    block: np.ndarray
+    chip: np.ndarray
+
+
+def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str]:
+    """Chips of the named splits, and a text that identifies the data.
+
+    Args:
+        data: a data pack (folder with manifest.csv), a chips folder (`canopy data chips`), or a chips file.
+
+    Raises:
+        DataError: it is none of these, or has nothing of the splits.
+    """
+    path = Path(data)
+    if path.is_file():
+        from canopy.chips.store import read_store
+
+        store = read_store(path)
+        chips, identity = store.of_split(*splits), store.data_sha256
+    elif (path / "manifest.csv").is_file():
+        from canopy.chips.cut import cut_pack
+
+        chips, identity = cut_pack(path, tuple(splits))
+    elif path.is_dir():
+        from canopy.chips.shards import ChipShards
+
+        shards = ChipShards(path, splits=splits)
+        chips, identity = [shards[i].as_chip() for i in range(len(shards))], shards.fingerprint
+    else:
+        raise DataError("no such data", where=path, expected="a data pack, a chips folder or a chips file")
+    if not chips:
+        raise DataError(f"no chips of {', '.join(splits)}", where=path, remedy="choose other --splits")
+    return chips, identity
+
+
+def score_chips(
+    model: HeightModel, chips: Sequence[Chip], *, batch: int = 4, progress: Progress | None = None
+) -> Iterator[Scored]:
+    """Predict every chip as the map's engine would, and put its lidar beside it."""
+    import torch
+
+    progress = progress or NoProgress()
+    progress.start(len(chips), "predicting")
+    model = model.eval()
+    for chip in chips:
+        with torch.inference_mode():
+            height, spread = _predict(model, chip, batch)
+        valid = chip.image_valid
+        seen = valid[0::2, 0::2] & valid[1::2, 0::2] & valid[0::2, 1::2] & valid[1::2, 1::2]
+        gone = ~(seen & np.isfinite(chip.chm_m))
+        for array in (height, spread):
+            array[gone] = np.nan
+        truth = np.where(gone, np.nan, chip.chm_m).astype(np.float32)
+        yield Scored(chip.row.id, chip.row.site, chip.row.split, height, spread, truth)
+        progress.advance()
+
+
+def _predict(model: HeightModel, chip: Chip, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Height and spread (h, w) at 1 m of a chip, from overlapping crops, cross-faded linearly."""
+    import torch
+
+    from canopy.models.fill import fill_invalid
+
+    side = model.config.crop_px
+    image, valid = chip.rgb.astype(np.float32) / 255.0, chip.image_valid
+    _, H, W = image.shape
+    total, weights = np.zeros((2, H, W)), np.zeros((H, W))
+    ramp = np.minimum(np.arange(side) + 1.0, np.arange(side, 0, -1.0)) / max(1.0, side * _OVERLAP_SHARE)
+    taper = np.minimum.outer(ramp, ramp).clip(max=1.0)
+    corners = [(r, c) for r in _starts(H, side) for c in _starts(W, side)]
+    for first in range(0, len(corners), batch):
+        part = corners[first : first + batch]
+        crops = []
+        for r, c in part:
+            rgb, ok = np.zeros((3, side, side), np.float32), np.zeros((side, side), bool)
+            piece = image[:, r : r + side, c : c + side]
+            rgb[:, : piece.shape[1], : piece.shape[2]] = piece
+            ok[: piece.shape[1], : piece.shape[2]] = valid[r : r + side, c : c + side]
+            crops.append(fill_invalid(rgb, ok))
+        predicted = model.predict(torch.from_numpy(np.stack(crops)))
+        both = torch.cat([predicted.height_m, predicted.spread_m], dim=1).float().numpy()
+        for (r, c), maps in zip(part, both, strict=True):
+            h, w = min(side, H - r), min(side, W - c)
+            total[:, r : r + h, c : c + w] += (maps * taper)[:, :h, :w]
+            weights[r : r + h, c : c + w] += taper[:h, :w]
+    full = (total / weights).reshape(2, H // 2, 2, W // 2, 2).mean(axis=(2, 4)).astype(np.float32)
+    return full[0], full[1]
+
+
+def _starts(length: int, side: int) -> list[int]:
+    """First pixels of the crops along an axis: neighbours overlap by at least three eighths."""
+    if length <= side:
+        return [0]
+    count = int(np.ceil((length - side) / (side * (1 - _OVERLAP_SHARE)))) + 1
+    return [round(start) for start in np.linspace(0, length - side, count)]
+
+
+def cells_of(scored: Sequence[Scored], block_m: int = BLOCK_M) -> Cells:
+    """The known cells of chips, with the block each lies in.
+
+    Raises:
+        DataError: there is none.
+    """
+    parts: list[tuple[np.ndarray, ...]] = []
+    blocks = 0
+    for number, chip in enumerate(scored):
+        known = chip.known
+        rows, cols = np.nonzero(known)
+        across = -(-known.shape[1] // block_m)
+        _, block = np.unique(rows // block_m * across + cols // block_m, return_inverse=True)
+        parts.append(
+            (chip.height_m[known], chip.spread_m[known], chip.truth_m[known], block + blocks,
+             np.full(len(rows), number))
+        )  # fmt: skip
+        blocks += int(block.max()) + 1 if len(block) else 0
+    if not any(len(part[0]) for part in parts):
+        raise DataError("no cell with both image and lidar")
+    height, spread, truth, block, chip_number = (np.concatenate(c) for c in zip(*parts, strict=True))
+    return Cells(height, spread, truth, block, chip_number)
+
+
+def halves(scored: Sequence[Scored]) -> tuple[list[Scored], list[Scored]]:
+    """Chips dealt into two halves, site by site in order of their names, so that both see every site."""
+    first: list[Scored] = []
+    second: list[Scored] = []
+    for site in dict.fromkeys(chip.site for chip in scored):
+        members = sorted((c for c in scored if c.site == site), key=lambda c: c.id)
+        for number, chip in enumerate(members):
+            (first if number % 2 == 0 else second).append(chip)
+        first, second = second, first  # an odd chip goes to the other half next time
+    return first, second

@@ -1,0 +1,155 @@
+"""Fitting intervals: how far the truth lies from a prediction, read off held-out ground.
+
+The network's own spread is a hint, not a probability. So for a pixel of predicted height h and spread s, the
+errors of held-out cells with like h and like s say how far the truth may lie below and above. This is
+split conformal prediction (Vovk et al. 2005), conditional on (h, s) by hat functions on a lattice of knots
+(Mondrian classes with soft edges; Guan 2023). The exchangeable unit is a block of ground, not a pixel (hierarchical
+conformal prediction: Lee, Barber and Willett 2023): a tail holds a share t of the errors only if the errors
+of K blocks, and of an imaginary further block whose errors are all infinite, leave t outside.
+
+Where the lower end reaches the ground, nothing can lie below it, and the whole risk goes to the upper end.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from canopy.calibration.collect import BLOCK_M, Cells
+from canopy.errors import DataError
+from canopy.models.intervals import SOFT_M, IntervalTable, hats
+
+LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.98)
+HEIGHT_CLASSES_M = (0.0, 0.5, 2.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0)
+_KNOTS_M = (0.0, 0.25, 0.5, 1, 2, 4, 7, 10, 13, 16, 18, 20, 22, 24, 26, 28, 30, 33, 36, 40)
+_SPREAD_QUANTILES = (0.1, 0.5, 0.9)
+# A knot needs this many effective blocks, else its neighbours take its cells.
+_LEAST_BLOCKS = 25.0
+_LEAST_CLASS = 200
+_MOST_M = 60.0
+
+
+def fit_intervals(cells: Cells, facts: dict[str, Any] | None = None) -> IntervalTable:
+    """Read the table off held-out cells.
+
+    Raises:
+        DataError: too few blocks for any knot.
+    """
+    h, s, y = (np.asarray(v, np.float64) for v in (cells.height_m, cells.spread_m, cells.truth_m))
+    knots = _choose_knots(h, cells.block)
+    typical = np.array([_weighted_median(s, w) for w in _dense_hats(knots, h).T])
+    relative = np.log((s + SOFT_M) / (np.interp(h, knots, typical) + SOFT_M))
+    spread = np.unique(np.round(np.quantile(relative, _SPREAD_QUANTILES), 4))
+    hat_h, hat_v = _dense_hats(knots, h), _dense_hats(spread, relative)
+    below, above = (np.zeros((len(LEVELS), len(knots), len(spread))) for _ in range(2))
+    for i, knot in enumerate(knots):
+        for j in range(len(spread)):
+            weight = hat_h[:, i] * hat_v[:, j]
+            at = weight > 1e-6
+            ends = _tails(y[at] - h[at], weight[at], cells.block[at], float(knot))
+            below[:, i, j], above[:, i, j] = ends
+    # Wider levels contain narrower ones.
+    below, above = (np.maximum.accumulate(t, axis=0) for t in (below, above))
+    return IntervalTable(np.array(LEVELS), knots, typical, spread, below, above, facts or {})
+
+
+def _tails(
+    error: np.ndarray, weight: np.ndarray, block: np.ndarray, height_m: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances below and above (levels,) for the errors truth - prediction round one knot."""
+    order = np.argsort(error)
+    ranked, mass = error[order], np.cumsum(weight[order])
+    share = 1.0 / (1.0 + effective_blocks(weight, block))
+    mass = mass / mass[-1] * (1 - share)  # the rest is the imaginary block's
+    below, above = np.zeros(len(LEVELS)), np.zeros(len(LEVELS))
+    for n, level in enumerate(LEVELS):
+        tail = (1 - level) / 2
+        left = np.searchsorted(mass, tail - share, side="left") if tail > share else 0
+        below[n] = max(0.0, -ranked[min(left, len(ranked) - 1)])
+        if below[n] >= height_m:  # the ground: nothing can be lower
+            below[n], tail = max(height_m, below[n]), 1 - level
+        right = np.searchsorted(mass, 1 - tail, side="left")
+        above[n] = max(0.0, ranked[min(right, len(ranked) - 1)])
+    return np.minimum(below, _MOST_M), np.minimum(above, _MOST_M)
+
+
+def effective_blocks(weight: np.ndarray, block: np.ndarray) -> float:
+    """(sum W)^2 / sum W^2 over the blocks' summed weights: as many equal blocks say as much."""
+    sums = np.bincount(np.unique(block, return_inverse=True)[1].ravel(), weight)
+    return float(sums.sum() ** 2 / max((sums**2).sum(), 1e-30))
+
+
+def _choose_knots(height_m: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """The knots round which enough blocks have cells; dropping one widens its neighbours."""
+    knots = list(_KNOTS_M)
+    while len(knots) > 1:
+        hats = _dense_hats(np.array(knots), height_m)
+        counts = [effective_blocks(w[w > 0], block[w > 0]) if (w > 0).any() else 0.0 for w in hats.T]
+        worst = int(np.argmin(counts))
+        if counts[worst] >= _LEAST_BLOCKS:
+            return np.array(knots)
+        del knots[worst]
+    raise DataError(
+        f"too little held-out ground: {effective_blocks(np.ones(len(block)), block):.0f} blocks",
+        expected=f"at least {_LEAST_BLOCKS:.0f} blocks of {BLOCK_M} m",
+        remedy="give more chips with --data, or other --splits",
+    )
+
+
+def _weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
+    order = np.argsort(values)
+    mass = np.cumsum(weight[order])
+    return float(values[order][np.searchsorted(mass, mass[-1] / 2)])
+
+
+def _dense_hats(knots: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """(n, k) linear hat functions, constant beyond the outermost knots; rows sum to 1."""
+    out = np.zeros((len(x), len(knots)))
+    for i, w in hats(knots, x):
+        out[np.arange(len(x)), i] += w
+    return out
+
+
+def coverage(table: IntervalTable, cells: Cells, level: float = 0.9) -> dict[str, Any]:
+    """How often the truth lies inside, and how wide the bands are, JSON-ready.
+
+    Returns:
+        `overall` and `by_height` (classes of predicted height with at least 200 cells), each with n,
+        coverage, below (share of truths under the band), above, and mean_width_m.
+    """
+    lower, upper = table.bounds(cells.height_m, cells.spread_m, level)
+    below, above = cells.truth_m < lower, cells.truth_m > upper
+    rows = {}
+    for low, high in itertools.pairwise(HEIGHT_CLASSES_M):
+        at = (cells.height_m >= low) & (cells.height_m < high)
+        if at.sum() >= _LEAST_CLASS:
+            rows[f"{low:g}-{high:g}"] = _row(below[at], above[at], (upper - lower)[at])
+    return {"level": level, "overall": _row(below, above, upper - lower), "by_height": rows}
+
+
+def _row(below: np.ndarray, above: np.ndarray, width: np.ndarray) -> dict[str, float]:
+    return {
+        "n": len(below),
+        "coverage": round(float(1 - below.mean() - above.mean()), 4),
+        "below": round(float(below.mean()), 4),
+        "above": round(float(above.mean()), 4),
+        "mean_width_m": round(float(width.mean()), 2),
+    }
+
+
+def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several `coverage` tables of disjoint cells as one."""
+    names = dict.fromkeys(name for part in parts for name in part["by_height"])
+    return {
+        "level": parts[0]["level"],
+        "overall": _mean([part["overall"] for part in parts]),
+        "by_height": {n: _mean([p["by_height"][n] for p in parts if n in p["by_height"]]) for n in names},
+    }
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    n = np.array([row["n"] for row in rows], np.float64)
+    keys = ("coverage", "below", "above", "mean_width_m")
+    return {"n": int(n.sum())} | {k: round(float(n @ [row[k] for row in rows] / n.sum()), 4) for k in keys}

@@ -1,0 +1,71 @@
+"""`canopy calibrate`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def _calibrate() -> None:
+    """Calibrate: correct a map by GEDI; give a model intervals."""
+
+
+@app.command("gedi")
+def gedi(
+    map_: Annotated[Path, typer.Argument(metavar="MAP.tif", help="Height map in metres.")],
+    shots: Annotated[
+        Path, typer.Option("--shots", metavar="SHOTS.parquet", help="Table of canopy data gedi.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="CORRECTED.tif", help="GeoTIFF to write.")],
+    method: Annotated[
+        str, typer.Option("--method", metavar="spline|scalar", help="scalar is the published correction.")
+    ] = "spline",
+    rh: Annotated[int, typer.Option("--rh", help="Relative height to match: 95, 98, ...")] = 98,
+    jitter_m: Annotated[
+        float, typer.Option("--jitter-m", help="Position error of a shot: standard deviation per axis.")
+    ] = 10.0,
+    trend_m: Annotated[
+        float, typer.Option("--trend-m", help="Distance between the nodes of the spatial trend.")
+    ] = 5_000.0,
+    encoding: Annotated[str, typer.Option("--encoding", help="float32, uint16cm or uint8m.")] = "float32",
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Correct a height map by the GEDI shots that lie on it.
+
+    Writes CORRECTED.tif with the band correction_se (its standard error), CORRECTED.gedi.json (fit, and
+    scores on shots it was not fitted on) and CORRECTED.gedi.png. Bare ground stays at 0 m;
+    where there is no clear evidence for a change nothing changes.
+
+    Example: canopy calibrate gedi chm.tif --shots shots.parquet -o chm_gedi.tif
+    """
+    from canopy.calibration.gedi_scale import correct_map
+    from canopy.runtime import progress_bar, setup_logging
+
+    setup_logging(quiet, verbose)
+    with progress_bar(quiet or json_) as progress:
+        report = correct_map(
+            map_, shots, out, method=method, rh=rh, jitter_m=jitter_m, spacing_m=trend_m,
+            encoding=encoding, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    if json_:
+        print_json(report)
+    elif not quiet:
+        typer.echo(f"{report['output']}: {_gedi_text(report)}")
+
+
+def _gedi_text(report: dict[str, Any]) -> str:
+    scores, method = report["held_out"], report["method"]
+    if not scores.get("n"):
+        return f"corrected by {report['shots']} shots; too few to hold some out"
+    before, after = (scores[k]["mae_good_m"] for k in ("before", method))
+    return f"{method} fitted; {scores['n']} held-out shots: MAE {before} m before, {after} m after"
