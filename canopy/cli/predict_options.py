@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 _HELP_OUT = "GeoTIFF to write; OUT.json (a STAC item) lies beside it. Default: IMAGE_chm.tif here."
-_HELP_CRS = "CRS of the map, or `image` for the image's own grid. Default: the area's UTM zone."
+_HELP_CRS = (
+    "CRS of the map; `image` for the image's own grid; `quadkey` for Web-Mercator pixels that quadkeys divide "
+    "into. Default: the area's UTM zone."
+)
 _HELP_RADIOMETRY = (
     "Move the image's colours onto those of the model's training imagery: none; match; or the target's own "
     "r5,r95,g5,g95,b5,b95 in 0..1. The image's percentiles are measured once over all of it."

@@ -70,7 +70,7 @@ def plan_warp(place: SourcePlace, grid: Grid, resampling: str | None) -> WarpPla
     kernel = resampling or "average"
     if kernel in ("nearest", "cubic"):
         return WarpPlan(place, kernel, 1, 1)
-    shrink = _shrink_factor(place, grid.crs, grid.pixel)
+    shrink = shrink_factor(place, grid.crs, grid.pixel)
     if kernel == "bilinear" or shrink <= AVERAGE_ABOVE:
         return WarpPlan(place, "bilinear", 1, 1)
     block = max(1, int(shrink / 2 + 1e-6))
@@ -78,7 +78,7 @@ def plan_warp(place: SourcePlace, grid: Grid, resampling: str | None) -> WarpPla
 
 
 @lru_cache(maxsize=1024)
-def _shrink_factor(place: SourcePlace, crs: CRS, pixel: tuple[float, float]) -> float:
+def shrink_factor(place: SourcePlace, crs: CRS, pixel: tuple[float, float]) -> float:
     """Source pixels per target pixel (geometric mean of both axes) at the source's centre."""
     row, col = place.height / 2, place.width / 2
     x, y = place.xy(np.array([row, row, row + 1]), np.array([col, col + 1, col]))

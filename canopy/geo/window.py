@@ -75,7 +75,7 @@ def read_window(
         with raster_env(ds.name):
             ratio = lattice_ratio(place, grid)
             if ratio == 1 or (ratio is not None and resampling in (None, "average")):
-                return _copy_window(place, grid, read, bands, ratio)
+                return copy_window(place, grid, read, bands, ratio)
             return warp_window(plan_warp(place, grid, resampling), grid, read, bands)
     except _DamagedImage:
         # The wrong pixels are in GDAL's block cache now, and a second read would not complain.
@@ -124,7 +124,7 @@ def _same_place(place: SourcePlace, crs: CRS) -> bool:
     return bool(np.all(np.abs(tx - x) < limit_x) and np.all(np.abs(ty - y) < limit_y))
 
 
-def _copy_window(
+def copy_window(
     place: SourcePlace, grid: Grid, read: Decoder | Callable, bands: int, ratio: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of a shared (or n times coarser) lattice, padded by hand: rasterio shrinks silently."""

@@ -133,8 +133,8 @@ class Job:
 
     def _to_memory(self, progress: Progress | None) -> Result:
         sink = output.ArraySink(self.target.output, 2 if self.request.date_band else 1)
-        summary = self._predict(sink, progress)
-        return Result(None, summary, self, data=sink.to_xarray(self._tags()))
+        summary = self.predict_into(sink, progress)
+        return Result(None, summary, self, data=sink.to_xarray(self.tags()))
 
     def _to_files(self, progress: Progress | None) -> Result:
         from canopy.geo.raster import BandSpec, CogWriter
@@ -146,18 +146,19 @@ class Job:
         bands = [BandSpec(*band) for band in output.BANDS[: 2 if request.date_band else 1]]
         writer = CogWriter(
             files.tif, self.target.output, bands,
-            encoding=request.encoding, tags=self._tags(), overwrite=request.overwrite,
+            encoding=request.encoding, tags=self.tags(), overwrite=request.overwrite,
         )  # fmt: skip
         with writer:
-            summary = self._predict(writer, progress)
+            summary = self.predict_into(writer, progress)
         publish(self, files, str(writer.sha256), summary)
         return Result(files, summary, self, sha256=writer.sha256)
 
-    def _tags(self) -> dict[str, str]:
+    def tags(self) -> dict[str, str]:
+        """Tags of the GeoTIFF; no wall-clock time and no folders."""
         tags = output.map_tags(self.source, self.model_name, self.model_sha256, self.target.output.gsd_m)
         return tags | ({"CANOPY_RADIOMETRY": self.radiometry} if self.radiometry != "none" else {})
 
-    def _predict(self, sink: Sink, progress: Progress | None) -> RunSummary:
+    def predict_into(self, sink: Sink, progress: Progress | None) -> RunSummary:
         """Predict into `sink`, by way of a scratch file where the output has another grid."""
         request, target = self.request, self.target
         options: dict[str, Any] = {
@@ -186,7 +187,7 @@ class Job:
                 )  # fmt: skip
             final = regrid(
                 path, target.output, sink, self.source,
-                aoi=self.aoi, date_band=request.date_band, progress=progress,
+                aoi=self.aoi, date_band=request.date_band, whole=target.whole, progress=progress,
             )  # fmt: skip
         for name in ("windows", "crops", "crops_predicted", "batch_size", "model_seconds", "notes"):
             setattr(final, name, getattr(run, name))
@@ -201,8 +202,8 @@ def prepare(request: Request) -> Job:
     """
     files = _check_output(request)
     parse_radiometry(request.radiometry)  # before a model is fetched for it
-    model, model_name = _load(request.model)
-    source = _open(request, model.config.gsd_m)
+    model, model_name = load_named(request.model)
+    source = open_source(request, model.config.gsd_m)
     aoi = request.area or source.area()
     if aoi is None:
         raise AreaError(
@@ -210,7 +211,7 @@ def prepare(request: Request) -> Job:
             where=source.name,
             expected="--bbox, --bounds or --aoi with imagery of unknown extent",
         )
-    notes = _coverage_notes(source, aoi)
+    notes = coverage_notes(source, aoi)
     target = choose_target(
         aoi,
         model.config.gsd_m,
@@ -242,7 +243,7 @@ def _check_output(request: Request) -> output.OutputFiles | None:
     return files
 
 
-def _open(request: Request, gsd_m: float) -> ImagerySource:
+def open_source(request: Request, gsd_m: float) -> ImagerySource:
     """The imagery, to be read at `gsd_m`: files, a named source or address, or the best one known here."""
     from canopy.sources.imagery import open_imagery
 
@@ -250,7 +251,7 @@ def _open(request: Request, gsd_m: float) -> ImagerySource:
         raise InputError("images and --imagery", expected="one of them", remedy="leave one of them out")
     what = request.imagery or request.images or _best_for(request.area)
     # One CRS was named: for images that carry none it cannot have been meant for the map alone.
-    fallback_crs = request.crs if request.crs != "image" else None
+    fallback_crs = None if request.crs in ("image", "quadkey") else request.crs
     return open_imagery(
         what[0] if isinstance(what, tuple) and len(what) == 1 else what,
         area=request.area,
@@ -284,7 +285,8 @@ def _best_for(area: AOI | None) -> str:
     return best.name
 
 
-def _coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
+def coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
+    """Warnings about imagery that does not reach everywhere; AreaError where there is none at all."""
     from canopy.sources.imagery import check_coverage
 
     check_coverage(source, aoi)
@@ -294,7 +296,7 @@ def _coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
     return notes
 
 
-def _load(model: str | Path | HeightModel) -> tuple[HeightModel, str]:
+def load_named(model: str | Path | HeightModel) -> tuple[HeightModel, str]:
     """The model and the name that tags give it."""
     from canopy.sources.weights import load_model
 

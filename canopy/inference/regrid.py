@@ -18,13 +18,19 @@ from rasterio.windows import Window
 from canopy.errors import OutputError
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
-from canopy.geo.raster import read_window
+from canopy.geo.opening import SourcePlace
+from canopy.geo.raster import raster_env
+from canopy.geo.warp import plan_warp, shrink_factor, warp_window
+from canopy.geo.window import copy_window, lattice_ratio
 from canopy.inference.engine import RunSummary, Sink, Source
 from canopy.runtime import Progress
 
 TILE_PX = 1024
 # A coarse pixel gets a height when at least half of it could be predicted.
 LEAST_SHARE = 0.5
+# How far a height is carried to a fine pixel that has imagery but no prediction; no further, and always read
+# along, so that the result does not depend on where a window ends.
+FILL_PX = 8
 
 
 class Scratch:
@@ -71,12 +77,17 @@ def regrid(
     *,
     aoi: AOI | None = None,
     date_band: bool = False,
+    whole: Grid | None = None,
     progress: Progress | None = None,
 ) -> RunSummary:
     """Resample a closed scratch file to `grid` and hand it to `sink`, tile by tile.
 
     On finer grids validity comes from the imagery itself, read on that grid; on coarser ones a pixel is valid
     when at least half of it was.
+
+    Args:
+        whole: the grid that the scratch file is a window of. Positions are counted on it, so that a map made
+            window by window has the bytes of one made at once. The scratch file's own grid by default.
 
     Returns:
         Statistics of the resampled map (its `seconds` and `crops` stay 0).
@@ -85,14 +96,17 @@ def regrid(
     tiles = list(_tiles(grid))
     if progress:
         progress.start(len(tiles), "resampling")
-    with rasterio.open(scratch) as dataset:
-        finer = grid.gsd_m < 0.999 * Grid.of(dataset.crs.to_wkt(), dataset.transform, dataset.shape).gsd_m
+    with raster_env(), rasterio.open(scratch) as dataset:
+        part = _Part(dataset, whole)
+        finer = part.shrink_to(grid) < 0.999
         for row, col, tile in tiles:
-            height_m, share, days = _resample(dataset, tile)
-            valid = share > 0 if finer else share >= LEAST_SHARE
             if finer:
+                height_m, filled = _filled(*_resample(part, tile.pad(FILL_PX))[:2])
                 imagery = source.read(tile)
-                valid, days = imagery.valid & _filled(height_m, share), imagery.date
+                valid, days = imagery.valid & filled, imagery.date
+            else:
+                height_m, share, days = _resample(part, tile)
+                valid = share >= LEAST_SHARE
             if aoi is not None and not aoi.is_box:
                 valid &= aoi.mask(tile)
             summary.count(height_m, valid, days)
@@ -110,24 +124,63 @@ def _tiles(grid: Grid) -> Iterator[tuple[int, int, Grid]]:
             yield row, col, grid.window(row, col, height, width)
 
 
-def _resample(dataset: rasterio.io.DatasetReader, tile: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class _Part:
+    """An open scratch file as the window of a larger grid that it is; what lies outside was not predicted."""
+
+    def __init__(self, dataset: rasterio.io.DatasetReader, whole: Grid | None) -> None:
+        self._dataset = dataset
+        own = Grid.of(dataset.crs.to_wkt(), dataset.transform, dataset.shape)
+        self.whole = whole or own
+        self._row, self._col = self.whole.offset_of(own)
+        self._place = SourcePlace(self.whole.transform, self.whole.crs, self.whole.height, self.whole.width)
+
+    def shrink_to(self, grid: Grid) -> float:
+        """Predicted pixels per pixel of `grid`; the same for every window of a map."""
+        return shrink_factor(self._place, grid.crs, grid.pixel)
+
+    def read(self, tile: Grid, bands: tuple[int, ...], resampling: str | None = None) -> np.ndarray:
+        """Bands (b, h, w) on `tile`, resampled by the place of its pixels on the whole grid; 0 outside."""
+
+        def native(row: int, col: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+            return self._native(bands, row, col, height, width), np.ones((height, width), bool)
+
+        ratio = lattice_ratio(self._place, tile)
+        if ratio == 1 or (ratio is not None and resampling is None):
+            return copy_window(self._place, tile, native, len(bands), ratio)[0]
+        return warp_window(plan_warp(self._place, tile, resampling), tile, native, len(bands))[0]
+
+    def _native(self, bands: tuple[int, ...], row: int, col: int, height: int, width: int) -> np.ndarray:
+        values = np.zeros((len(bands), height, width), np.float32)
+        row, col = row - self._row, col - self._col
+        top, left = max(row, 0), max(col, 0)
+        bottom, right = min(row + height, self._dataset.height), min(col + width, self._dataset.width)
+        if top < bottom and left < right:
+            values[:, top - row : bottom - row, left - col : right - col] = self._dataset.read(
+                bands, window=Window(left, top, right - left, bottom - top)
+            )
+        return values
+
+
+def _resample(part: _Part, tile: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Heights, share of each pixel that is valid (0..1), and days, all (h, w) on `tile`."""
-    (weighted, share), _ = read_window(dataset, tile, (1, 2))
-    (days,), _ = read_window(dataset, tile, (3,), resampling="nearest")
+    weighted, share = part.read(tile, (1, 2))
+    days = part.read(tile, (3,), "nearest")[0]
     height_m = np.divide(weighted, share, out=np.zeros_like(share), where=share > 0)
     return height_m, share, days.astype(np.int32)
 
 
-def _filled(height_m: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Give pixels that no prediction reaches their nearest neighbour's height, in place.
+def _filled(height_m: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Heights without the frame of `FILL_PX` that came with them, and where there is one.
 
-    The imagery can be valid at a fine pixel whose coarse pixel was not. Returns where there is a height now.
+    Pixels that no prediction reaches get their nearest neighbour's height, within the frame's width: the
+    imagery can be valid at a fine pixel whose coarse pixel was not.
     """
     missing = share <= 0
-    if missing.all() or not missing.any():
-        return ~missing
-    from scipy import ndimage
+    known = ~missing
+    if missing.any() and known.any():
+        from scipy import ndimage
 
-    rows, cols = ndimage.distance_transform_edt(missing, return_distances=False, return_indices=True)
-    height_m[...] = height_m[rows, cols]
-    return np.ones(share.shape, bool)
+        distance, (rows, cols) = ndimage.distance_transform_edt(missing, return_indices=True)
+        height_m, known = height_m[rows, cols], distance <= FILL_PX
+    inner = np.s_[FILL_PX:-FILL_PX, FILL_PX:-FILL_PX]
+    return height_m[inner], known[inner]

@@ -33,10 +33,12 @@ class Target:
     """Attributes:
     predict: north-up metric grid at the model's ground sample distance; the crop lattice lives on it.
     output: the grid of the map.
+    whole: the grid that `predict` is a window of, where a map is made in parts; else None.
     """
 
     predict: Grid
     output: Grid
+    whole: Grid | None = None
 
     @property
     def is_resampled(self) -> bool:
@@ -64,7 +66,8 @@ def choose_target(
         aoi: what to map.
         model_gsd_m: ground metres per pixel that the model was trained at.
         gsd_m: ground metres per output pixel; the model's by default (with `crs="image"`, the image's).
-        crs: `image`, anything pyproj understands, or None for the area's UTM zone.
+        crs: `image`, `quadkey` (Web-Mercator pixels that quadkeys divide into), anything pyproj understands,
+            or None for the area's UTM zone.
         native: grid of the image, where it is a single north-up one.
         native_crs: CRS of the imagery; kept by default if it is the area's UTM zone in another datum.
 
@@ -77,6 +80,10 @@ def choose_target(
         raise ConfigError(f"{gsd_m} is no ground sample distance", where="--gsd", expected="metres, above 0")
     if crs == "image":
         return _on_image(aoi, model_gsd_m, gsd_m, native)
+    if crs == "quadkey":
+        from canopy.inference.mercator import quadkey_target
+
+        return quadkey_target(aoi, model_gsd_m, gsd_m, native_crs)
     default = aoi.output_crs(native_crs)
     chosen = default if crs is None else to_crs(crs)
     if not chosen.projected:

@@ -113,7 +113,8 @@ def test_only_crops_with_wanted_pixels_are_predicted(kit) -> None:
         kit, grid, model=model, source=kit.FieldSource(lambda r, c: c >= 48), lattice=Lattice(32, 24, 2)
     )
     rows, cols = len(Lattice(32, 24, 2).crops_serving(0, 240)), len(Lattice(32, 24, 2).crops_serving(0, 48))
-    assert model.crops == rows * cols == summary.crops_predicted
+    # A crop left over alone is given twice: a batch of one would take other kernels.
+    assert rows * cols == summary.crops_predicted <= model.crops <= rows * cols + summary.windows
 
 
 def test_outside_the_polygon_is_nodata_and_unread(kit) -> None:
