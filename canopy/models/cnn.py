@@ -7,6 +7,7 @@ network, as has been usual in remote sensing since. It ends in the same weights 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import timm
 import torch
@@ -36,9 +37,9 @@ class CnnEncoder(nn.Module):
             raise ConfigError(
                 f"encoder network {config.network!r} is unknown", expected="a timm name such as 'resnet18'"
             )
-        options = {"channels": config.widths} if config.widths else {}
+        options: dict[str, Any] = {"channels": config.widths} if config.widths else {}
         try:
-            self.net = timm.create_model(
+            net: Any = timm.create_model(
                 config.network,
                 pretrained=False,
                 features_only=True,
@@ -48,12 +49,13 @@ class CnnEncoder(nn.Module):
             )
         except (TypeError, RuntimeError, AttributeError) as error:
             raise ConfigError(f"encoder network {config.network!r} cannot be built ({error})") from error
-        scales = list(self.net.feature_info.reduction())
+        scales = list(net.feature_info.reduction())
         if scales != [2, 4, 8, 16, CNN_PATCH_PX]:
             raise ConfigError(
                 f"{config.network} has maps at 1/{scales}", expected="maps at 1/2, 1/4, 1/8, 1/16 and 1/32"
             )
-        self.channels: list[int] = list(self.net.feature_info.channels())
+        self.net = net
+        self.channels: list[int] = list(net.feature_info.channels())
 
     def forward(self, x: Tensor) -> Features:
         return Features(list(self.net(x)), [], [])

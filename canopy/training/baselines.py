@@ -6,6 +6,7 @@ mean and roughness of brightness around it at three scales, with all squares and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,7 @@ def _expand(x: np.ndarray) -> np.ndarray:
 
 
 def fit_baselines(
-    chips: list[Chip], *, per_chip: int = 1500, ridge: float = 10.0, seed: int = 0
+    chips: Iterable[Chip], *, per_chip: int = 1500, ridge: float = 10.0, seed: int = 0
 ) -> Baselines:
     """Fit both on training chips; synthetic chips are left out, plots count with all their pixels.
 

@@ -92,16 +92,26 @@ def open_data(settings: DataSettings) -> TrainingData:
     return TrainingData(open_rows(train), shown, digest, settings.include_val)
 
 
-def label_subset(rows: Sequence[IndexRow], share: float, seed: int = 0) -> list[IndexRow]:
-    """The first `share` of the rows, at least one, in an order that a hash of their ids gives.
+def split_chips(chips: Path, split: str) -> Sequence[Chip]:
+    """The whole chips of one split, in the index's order; empty where there are none."""
+    rows, open_rows = _open(chips)
+    chosen = [row for row in rows if row.split == split]
+    return WholeChips(open_rows(chosen)) if chosen else []
 
-    So the subset of a smaller share lies inside that of a larger one. Rows keep their order.
+
+def label_subset(rows: Sequence[IndexRow], share: float, seed: int = 0) -> list[IndexRow]:
+    """Of every kind of chip (lidar, plot, synthetic) the first `share`, at least one, in an order that a hash
+    of their ids gives. So the subset of a smaller share lies inside that of a larger one. Rows keep their
+    order.
     """
-    if share >= 1 or not rows:
+    if share >= 1:
         return list(rows)
-    ranked = sorted(rows, key=lambda r: hashlib.sha256(f"{seed}:{r.id}".encode()).digest())
-    chosen = {r.id for r in ranked[: max(1, math.ceil(share * len(rows)))]}
-    return [r for r in rows if r.id in chosen]
+    chosen: set[str] = set()
+    for kind in {row.kind for row in rows}:
+        members = [row for row in rows if row.kind == kind]
+        members.sort(key=lambda r: hashlib.sha256(f"{seed}:{r.id}".encode()).digest())
+        chosen |= {r.id for r in members[: max(1, math.ceil(share * len(members) - 1e-9))]}
+    return [row for row in rows if row.id in chosen]
 
 
 def batches(settings: FinetuneSettings, data: TrainingData) -> ChipBatches:

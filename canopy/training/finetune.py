@@ -195,14 +195,20 @@ class HeightModule(pl.LightningModule):
 
     def validate(self) -> Scores:
         """Score the averaged weights on the val chips, and note whether they are the best yet."""
-        table = score_chips(self.ema, self.val_chips, crop_px=self.settings.crop_px, overlap_px=0)
+        table = score_chips(
+            self.ema,
+            self.val_chips,
+            crop_px=self.settings.crop_px,
+            overlap_px=0,
+            bf16=self.settings.precision == "bf16-mixed",
+        )
         mae = headline(table)["mae_m"] if table else float("inf")
         better = mae < self.best.mae_m
         self.best = Best(mae, self.global_step) if better else Best(
             self.best.mae_m, self.best.step, self.best.waited + 1
         )  # fmt: skip
         for site, row in table.items():
-            self.log_dict({f"val/{site}/{k}": v for k, v in row.items() if k != "n"})
+            self.log_dict({f"val/{site}/{k}": row[k] for k in ("mae_m", "r", "bias_m")})
         if self.on_scores:
             self.on_scores(self, table, better)
         return table

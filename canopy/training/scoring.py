@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from canopy import metrics
 from canopy.chips.store import Chip
 from canopy.models.fill import fill_invalid
 from canopy.models.height import HeightModel
 
 Predictor = Callable[[Chip], np.ndarray]
 Table = dict[str, dict[str, float | None]]
+T = TypeVar("T")
+ROW = ("n", "mae_m", "rmse_m", "r", "bias_m", "r2", "block_r2", "edge_error")
 
 
 def score_chips(
-    model: HeightModel, chips: Iterable[Chip], *, crop_px: int | None = None, overlap_px: int = 64
+    model: HeightModel,
+    chips: Iterable[Chip],
+    *,
+    crop_px: int | None = None,
+    overlap_px: int = 64,
+    bf16: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Table of site -> n, mae_m, rmse_m, r, bias_m at 1 m; see `score`."""
+    """Table of site -> scores at 1 m; see `score`. `bf16` predicts with autocast, for scores on the way."""
     side = crop_px or model.config.crop_px
-    return score(chips, lambda chip: predict_chip(model, chip, side, overlap_px))
+    with torch.autocast(model.mean.device.type, torch.bfloat16, enabled=bf16):
+        return score(chips, lambda chip: predict_chip(model, chip, side, overlap_px))
 
 
 def score(chips: Iterable[Chip], predictor: Predictor) -> dict[str, dict[str, float]]:
@@ -29,25 +39,36 @@ def score(chips: Iterable[Chip], predictor: Predictor) -> dict[str, dict[str, fl
 
     Returns:
         One row per site in order of appearance, then 'all but plots', 'plots' (where there are any) and
-        'all', each over its pooled pixels. Empty where there are no chips.
+        'all', each over its pooled pixels; empty where there are no chips. A row has n, mae_m, rmse_m, r,
+        bias_m, r2, block_r2, edge_error (see `canopy.metrics`; blocks and gradients within chips) and
+        bias_LOW-HIGH_m, the bias of pixels by their measured height.
     """
-    sites: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"all but plots": [], "plots": [], "all": []}
+    sites: dict[str, np.ndarray] = {}
+    groups = {name: np.zeros(len(metrics.FIELDS)) for name in ("all but plots", "plots", "all")}
     for chip in chips:
-        known = scored_pixels(chip)
-        pair = (predictor(chip)[known], chip.chm_m[known])
-        sites.setdefault(chip.row.site, []).append(pair)
-        groups["plots" if chip.row.kind == "neon" else "all but plots"].append(pair)
-        groups["all"].append(pair)
-    if not groups["all"]:
-        return {}
-    tables = {**sites, **{k: v for k, v in groups.items() if v}}
-    return {
-        name: _row(*(np.concatenate(x) for x in zip(*pairs, strict=True))) for name, pairs in tables.items()
-    }
+        sums = chip_sums(predictor(chip), chip.chm_m, scored_pixels(chip))
+        sites[chip.row.site] = sites.get(chip.row.site, 0) + sums
+        groups["plots" if chip.row.kind == "neon" else "all but plots"] += sums
+        groups["all"] += sums
+    kept = {name: sums for name, sums in groups.items() if sums[metrics.COLUMN["n"]]}
+    return {name: _row(sums) for name, sums in {**sites, **kept}.items()}
 
 
-def headline(table: dict[str, dict[str, float]]) -> dict[str, float]:
+def chip_sums(pred: np.ndarray, truth: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Sums (len(metrics.FIELDS),) of one chip's heights (h, w) where `known`; chips' sums add up."""
+    h, w = known.shape
+    one = np.zeros(int(known.sum()), np.int64)
+    sums = metrics.pixel_sums(pred[known], truth[known], one, 1)
+    side = metrics.BLOCK_PX
+    block = (np.arange(h) // side)[:, None] * -(-w // side) + np.arange(w) // side
+    blocks = np.zeros(int(block.max(initial=-1)) + 1, np.int64)
+    sums += metrics.block_sums(pred[known], truth[known], block[known], blocks, 1)
+    if min(h, w) > 2:
+        sums += metrics.edge_sums(pred, truth, known, np.zeros((h - 2, w - 2), np.int64), 1)
+    return sums[0]
+
+
+def headline(table: Mapping[str, dict[str, T]]) -> dict[str, T]:
     """The row that chooses between models: all but plots, or all where there are only plots."""
     return table.get("all but plots") or table["all"]
 
@@ -58,17 +79,14 @@ def scored_pixels(chip: Chip) -> np.ndarray:
     return np.isfinite(chip.chm_m) & v[0::2, 0::2] & v[1::2, 0::2] & v[0::2, 1::2] & v[1::2, 1::2]
 
 
-def _row(pred: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    pred, truth = pred.astype(np.float64), truth.astype(np.float64)
-    error = pred - truth
-    varies = truth.size > 1 and pred.std() > 1e-9 and truth.std() > 1e-9
-    return {
-        "n": int(truth.size),
-        "mae_m": float(np.abs(error).mean()),
-        "rmse_m": float(np.sqrt((error**2).mean())),
-        "r": float(np.corrcoef(pred, truth)[0, 1]) if varies else float("nan"),
-        "bias_m": float(error.mean()),
-    }
+def _row(sums: np.ndarray) -> dict[str, float]:
+    every = metrics.scores(sums)
+    row = {name: float(every[name]) for name in ROW}
+    edges = [*metrics.HEIGHT_BINS_M, None]
+    for low, high, part in zip(edges, edges[1:], metrics.bin_scores(sums), strict=False):
+        name = f"bias_{low:g}+_m" if high is None else f"bias_{low:g}-{high:g}_m"
+        row[name] = float(part["bias_m"])
+    return row | {"n": int(row["n"])}
 
 
 def plain(table: dict[str, dict[str, float]]) -> Table:
