@@ -99,6 +99,13 @@ def split_chips(chips: Path, split: str) -> Sequence[Chip]:
     return WholeChips(open_rows(chosen)) if chosen else []
 
 
+def some_heights(chips: ChipSource, most: int = 200) -> np.ndarray:
+    """Known heights (n,) in metres of evenly spaced pixels of at most so many evenly spaced chips."""
+    picked = np.unique(np.linspace(0, len(chips) - 1, most).round().astype(int))
+    found = [chip.chm_m[::4, ::4][chip.weight[::4, ::4] > 0] for chip in (chips[int(i)] for i in picked)]
+    return np.concatenate(found)
+
+
 def label_subset(rows: Sequence[IndexRow], share: float, seed: int = 0) -> list[IndexRow]:
     """Of every kind of chip (lidar, plot, synthetic) the first `share`, at least one, in an order that a hash
     of their ids gives. So the subset of a smaller share lies inside that of a larger one. Rows keep their

@@ -21,12 +21,12 @@ from canopy.errors import ConfigError
 from canopy.models.checkpoint import load_model, save_checkpoint
 from canopy.models.height import HeightModel
 from canopy.runtime import NoProgress, Progress, log, pick_device
-from canopy.training.data import TrainingData, batches, open_data
+from canopy.training.data import TrainingData, batches, open_data, some_heights
 from canopy.training.finetune import HeightModule, Scores
 from canopy.training.run_folder import LAST, Table, check_run, locked
 from canopy.training.scoring import headline, plain, score_chips
 from canopy.training.settings import FinetuneSettings
-from canopy.training.start import describe_start, start_from
+from canopy.training.start import describe_start, expect_heights, start_from
 
 MODEL = "model.safetensors"
 # What a resumed run may change: how long, on what machine, how it is watched.
@@ -119,11 +119,12 @@ class _Run:
     def _fresh_weights(self, resume: bool) -> tuple[HeightModel, dict[str, object]]:
         """A model with random weights of the seed, or those of `init_from`, and what is known of these."""
         model, path = HeightModel(self.settings.architecture), self.settings.init_from
-        if path is None:
-            return model, {}
         if not resume:
-            start_from(model, path, self.settings.init_part)
-        return model, describe_start(path)
+            if self.settings.loss.expect_heights:
+                expect_heights(model, torch.from_numpy(some_heights(self.data.train)))
+            if path is not None:
+                start_from(model, path, self.settings.init_part)
+        return model, describe_start(path) if path is not None else {}
 
     def _trainer(self, step: int | None) -> pl.Trainer:
         logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)

@@ -77,6 +77,7 @@ class LossSettings(Settings):
     price per pixel, once the share `shift_after` of the run is over: a random model must not choose.
     `height_weight`: pairs (height in metres, factor), joined by straight lines: what a label pixel of that
     height counts. Tall trees are rare, so that without it every error on them is cheap.
+    `expect_heights`: a fresh head starts at the training heights' distribution (`start.expect_heights`).
     `footprint_*`: see `footprint_loss.footprint_loss`.
     """
 
@@ -90,6 +91,7 @@ class LossSettings(Settings):
     footprint_top: float = Field(default=0.1, gt=0, le=1)
     footprint_reach_m: float = Field(default=10.0, ge=0)
     footprint_penalty: float = Field(default=0.05, ge=0)
+    expect_heights: bool = True
     shift_reach_m: int = 2
     shift_penalty_m: float = 0.1
     shift_after: float = 0.08
@@ -124,7 +126,9 @@ class FinetuneSettings(Settings):
     ema_final: float = Field(default=0.998, ge=0, lt=1)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     threads: int = Field(default=1, ge=1)
-    workers: int = Field(default=0, ge=0)  # processes that make batches ahead; what they make does not depend on it
+    workers: int = Field(
+        default=0, ge=0
+    )  # processes that make batches ahead; what they make does not depend on it
     device: str = "cpu"
     init_from: Path | None = None  # encoder.safetensors of a pretraining, a model file, or a last.ckpt
     init_part: Literal["auto", "all", "encoder"] = "auto"  # auto: whatever the file is made for

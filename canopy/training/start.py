@@ -74,6 +74,26 @@ def _read_run(path: Path) -> dict[str, Tensor]:
     return {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
 
 
+@torch.no_grad()
+def expect_heights(model: HeightModel, heights_m: Tensor) -> None:
+    """Let a fresh model predict the distribution of `heights_m` (n,) everywhere, before it has seen anything.
+
+    Fresh softmax bins are all alike, and their mean is half the highest bin: hundreds of steps would
+    go into unlearning 25 m. So the last layer's bias becomes the logarithm of how often each bin is nearest.
+    Other heads (weights 'relu') are left as they are.
+    """
+    config = model.config.decoder
+    if config.weights != "softmax" or not len(heights_m):
+        return
+    centres = model.centres.cpu() * config.scale
+    edges = (centres[1:] + centres[:-1]) / 2
+    counts = torch.bincount(torch.bucketize(heights_m.cpu(), edges), minlength=config.bins).float()
+    share = (counts + 1e-3 * counts.sum()) / (1 + 1e-3 * config.bins) / counts.sum()
+    last = model.decoder.head.conv3
+    last.bias.copy_(share.log() - share.log().mean())
+    last.weight.mul_(0.1)  # or random scores would drown it
+
+
 def describe_start(path: Path) -> dict[str, object]:
     """What a safetensors file says about itself, for the card of the model that starts from it."""
     from safetensors import SafetensorError, safe_open
