@@ -41,6 +41,30 @@ def read_polygons(path: str | Path) -> tuple[Polygon | MultiPolygon, CRS]:
     return area, crs
 
 
+def read_zones(path: str | Path):  # type: ignore[no-untyped-def]  # -> tuple[GeoDataFrame, CRS, list]
+    """Every feature of a file: its table, its CRS, and one repaired 2-D area per row (None without one).
+
+    Raises AreaError as `read_polygons` does.
+    """
+    where = check_name(path, AreaError)
+    if not Path(where).is_file():
+        raise AreaError("no such file", where=path, expected="a vector file such as GeoJSON or GeoPackage")
+    frame = _read(Path(where))
+    if not len(frame):
+        raise AreaError("the file has no features", where=path, expected="at least one polygon")
+    crs = _crs_of(frame, Path(where))
+    areas = []
+    for shape in frame.geometry:
+        parts = [] if shape is None or shape.is_empty else _polygons(shape)
+        areas.append(shapely.force_2d(shapely.union_all(parts)) if parts else None)
+    known = [area for area in areas if area is not None]
+    if not known:
+        raise AreaError("no polygons in the file", where=path, expected="polygons with an area")
+    for area in known:
+        _check_degrees(area, crs, where)
+    return frame, crs, areas
+
+
 def _read(path: Path):  # type: ignore[no-untyped-def]  # -> geopandas.GeoDataFrame, imported late
     import geopandas
 

@@ -1,0 +1,147 @@
+"""Heights inside polygons against exact geometry."""
+
+from __future__ import annotations
+
+import geopandas
+import numpy as np
+import pytest
+import shapely
+from pyproj import Transformer
+
+from canopy.errors import InputError
+from canopy.evaluation import zones
+from canopy.evaluation.zones import ZoneOptions, coverage, zone_stats
+from canopy.geo.grid import Grid
+
+WEST, NORTH, UTM = 500_000.0, 4_882_000.0, "EPSG:32618"
+
+
+def save(tmp_path, shapes, crs=UTM, name="zones.gpkg", **columns):
+    frame = geopandas.GeoDataFrame(columns or {"id": range(len(shapes))}, geometry=shapes, crs=crs)
+    path = tmp_path / name
+    frame.to_file(path)
+    return path
+
+
+def box(left, top, right, bottom):
+    """A box in metres from the map's upper left corner."""
+    return shapely.box(WEST + left, NORTH - bottom, WEST + right, NORTH - top)
+
+
+def test_whole_pixels_equal_numpy(write_map, forest, tmp_path):
+    heights = forest(120)
+    heights[30:34, 30:50] = np.nan
+    zone = save(tmp_path, [box(20, 20, 80, 70)])
+    row = zone_stats(write_map("map.tif", heights), zone).iloc[0]
+    inside = heights[20:70, 20:80]
+    known = inside[np.isfinite(inside)].astype(float)
+    assert row.n == known.size
+    assert row.mean_m == pytest.approx(known.mean(), rel=1e-9)
+    assert row.std_m == pytest.approx(known.std(), rel=1e-9)
+    assert (row.min_m, row.max_m) == (pytest.approx(known.min()), pytest.approx(known.max()))
+    for q in (5, 25, 50, 75, 95):
+        wanted = np.percentile(known, q, method="inverted_cdf")
+        assert row[f"p{q:02d}_m"] == pytest.approx(wanted, abs=0.006)
+    for limit in (2, 5, 10):
+        assert row[f"cover_{limit}m"] == pytest.approx((known > limit).mean(), rel=1e-9)
+    assert row.valid_share == pytest.approx(known.size / inside.size, rel=1e-4)
+    assert row.area_ha == pytest.approx(inside.size / 0.9996**2 / 1e4, rel=1e-5)
+
+
+def test_pixels_count_by_their_share(write_map, tmp_path):
+    """A box over 1.5 x 1 pixels: the second pixel counts half."""
+    heights = np.zeros((4, 4), np.float32)
+    heights[1, 1], heights[1, 2] = 10, 40
+    row = zone_stats(write_map("map.tif", heights), save(tmp_path, [box(1, 1, 2.5, 2)])).iloc[0]
+    assert row.n == 2 and row.mean_m == pytest.approx(20.0)
+
+
+def test_holes_and_parts_are_respected(write_map, tmp_path):
+    heights = np.full((100, 100), 5, np.float32)
+    heights[40:60, 40:60] = 50
+    ring = box(20, 20, 80, 80).difference(box(40, 40, 60, 60))
+    parts = shapely.MultiPolygon([box(0, 0, 10, 10), box(45, 45, 55, 55)])
+    table = zone_stats(write_map("map.tif", heights), save(tmp_path, [ring, parts]))
+    assert table.mean_m[0] == pytest.approx(5) and table.area_ha[0] == pytest.approx(0.32, rel=1e-3)
+    assert table.mean_m[1] == pytest.approx(27.5)
+
+
+def test_coverage_equals_the_geometry(forest):
+    grid = Grid.of(UTM, (1, 0, WEST, 0, -1, NORTH), (40, 50))
+    shape = shapely.Point(WEST + 20.3, NORTH - 17.6).buffer(11.7).difference(box(18, 15, 22, 40))
+    share = coverage(shape, grid)
+    for row, col in [(6, 20), (17, 9), (17, 20), (25, 17), (28, 22), (39, 0)]:
+        pixel = shapely.box(WEST + col, NORTH - row - 1, WEST + col + 1, NORTH - row)
+        assert share[row, col] == pytest.approx(shape.intersection(pixel).area, abs=1e-6)
+    assert share.sum() == pytest.approx(shape.area, rel=1e-6)
+
+
+def test_any_crs_of_polygons_and_of_the_map(write_map, forest, tmp_path):
+    heights = forest(100, 3)
+    circle = shapely.Point(WEST + 50, NORTH - 50).buffer(30)
+    degrees = geopandas.GeoSeries([circle], crs=UTM).to_crs("EPSG:4326")
+    path = write_map("map.tif", heights)
+    metric = zone_stats(path, save(tmp_path, [circle])).iloc[0]
+    geographic = zone_stats(path, save(tmp_path, list(degrees), "EPSG:4326", "degrees.geojson")).iloc[0]
+    for name in ("n", "mean_m", "p95_m", "cover_5m", "area_ha", "valid_ha"):
+        assert geographic[name] == pytest.approx(metric[name], rel=1e-4), name
+    assert metric.valid_ha == pytest.approx(metric.area_ha, rel=1e-4)
+
+
+def test_web_mercator_map_gives_ground_area(write_map, tmp_path):
+    x, y = Transformer.from_crs(UTM, "EPSG:3857", always_xy=True).transform(WEST, NORTH)
+    import rasterio
+
+    path = write_map(
+        "m.tif",
+        np.full((200, 200), 7, np.float32),
+        crs="EPSG:3857",
+        transform=rasterio.Affine(2, 0, x, 0, -2, y),
+    )
+    zone = save(tmp_path, [box(60, 60, 160, 160)])
+    row = zone_stats(path, zone).iloc[0]
+    assert row.area_ha == pytest.approx(1, rel=2e-3) and row.valid_ha == pytest.approx(row.area_ha, rel=1e-3)
+
+
+def test_outside_and_odd_features_stay_with_n_0(write_map, forest, tmp_path):
+    shapes = [box(10, 10, 30, 30), box(5000, 5000, 5100, 5100), box(-50, 10, 20, 30), None]
+    path = save(tmp_path, shapes, name="z.gpkg", stand=["in", "far", "edge", "none"], n=[1, 2, 3, 4])
+    table = zone_stats(write_map("map.tif", forest(60)), path, tmp_path / "out.csv")
+    assert table.n.tolist()[1] == 0 and table.n.tolist()[3] == 0 and np.isnan(table.mean_m[1])
+    assert table.area_ha[1] == pytest.approx(1, rel=1e-3)
+    assert table.valid_share[2] == pytest.approx(20 / 70, rel=1e-3)
+    assert table.n_zone.tolist() == [1, 2, 3, 4]  # the file's own column is kept
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert len(lines) == 5 and lines[2].startswith("far,2,0,")
+
+
+def test_parquet_carries_the_polygons_and_windows_do_not_matter(write_map, forest, tmp_path, monkeypatch):
+    path = write_map("map.tif", forest(150, 4))
+    shape = shapely.Point(WEST + 70, NORTH - 80).buffer(55)
+    zone = save(tmp_path, [shape])
+    whole = zone_stats(path, zone, tmp_path / "out.parquet")
+    back = geopandas.read_parquet(tmp_path / "out.parquet")
+    assert back.crs == UTM and back.geometry[0].equals(shape)
+    monkeypatch.setattr(zones, "TILE_PX", 32)
+    parts = zone_stats(path, zone)
+    for name in ("n", "mean_m", "std_m", "p50_m", "cover_5m", "valid_ha"):
+        assert parts[name][0] == pytest.approx(whole[name][0], rel=1e-9)
+
+
+def test_bad_input_is_said_and_nothing_written(write_map, forest, tmp_path):
+    path, zone = write_map("map.tif", forest(40)), save(tmp_path, [box(0, 0, 10, 10)])
+    points = save(tmp_path, [shapely.Point(WEST, NORTH)], name="points.gpkg")
+    for zones_file, out, options, words in (
+        (tmp_path / "no.gpkg", "a.csv", ZoneOptions(), "no such file"),
+        (points, "a.csv", ZoneOptions(), "no polygons"),
+        (zone, "a.xlsx", ZoneOptions(), "not a table's name"),
+        (zone, "no/a.csv", ZoneOptions(), "no such folder"),
+        (zone, "a.csv", ZoneOptions(percentiles=(101,)), "--percentiles"),
+        (zone, "a.csv", ZoneOptions(above_m=(-1,)), "--above"),
+    ):
+        with pytest.raises(InputError, match=words):
+            zone_stats(path, zones_file, tmp_path / out, options)
+    assert not list(tmp_path.glob("*.csv"))
+    (tmp_path / "a.csv").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        zone_stats(path, zone, tmp_path / "a.csv")
