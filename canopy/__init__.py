@@ -19,6 +19,7 @@ _EXPORTS = {
     "load_model": "canopy.sources.weights",
     "open_imagery": "canopy.sources.imagery",
     "predict": "canopy.inference.predict",
+    "evaluate": "canopy.evaluation.compare",
     "CanopyError": "canopy.errors",
     "InputError": "canopy.errors",
 }
@@ -30,6 +31,7 @@ __all__ = [
     "HeightModel",
     "InputError",
     "Raster",
+    "evaluate",
     "load_model",
     "open_imagery",
     "predict",
@@ -37,6 +39,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from canopy.errors import CanopyError, InputError
+    from canopy.evaluation.compare import evaluate
     from canopy.geo.aoi import AOI
     from canopy.geo.grid import Grid
     from canopy.geo.raster import Raster

@@ -1,8 +1,8 @@
 """Scores of a height map against a reference: pure NumPy, masked, exact under any cutting into parts.
 
 Everything rests on sums: `pixel_sums`, `block_sums` and `edge_sums` turn pixels into a row of numbers per
-group (a spatial block, a stratum), rows are added, and `scores` turns added rows into metrics. So a raster can
-be read in windows, strata and bootstrap replicates cost no second reading, and the order does not matter (to
+group (a spatial block, a stratum), rows are added, and `scores` turns added rows into metrics. A raster can
+be read in windows, strata and bootstrap replicates cost no second reading, and the order does not count (to
 the rounding of float64). p is the map, r the reference, e = p - r, all in metres.
 
     mae = mean |e|        rmse = sqrt(mean e^2)        bias = mean e

@@ -15,6 +15,7 @@ import typer
 from canopy import __version__
 from canopy.cli import calibrate, data, models
 from canopy.cli.compare import compare
+from canopy.cli.evaluate import evaluate
 from canopy.cli.predict import predict
 from canopy.cli.pretrain import pretrain
 from canopy.cli.stats import stats
@@ -48,6 +49,7 @@ def _root(
 
 
 app.command("predict")(predict)
+app.command("evaluate")(evaluate)
 app.command("compare")(compare)
 app.command("stats")(stats)
 app.command("pretrain")(pretrain)

@@ -194,7 +194,7 @@ class Preview:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Footprints or plots that were scored (a random 20,000 of them where there are more); arrays are (n,)."""
+    """Footprints or plots that were scored (a random 20,000 where there are more); arrays are (n,)."""
 
     lon: np.ndarray
     lat: np.ndarray

@@ -1,0 +1,254 @@
+"""Ways of cutting a judgement into parts: by site, height, cover, slope, a categorical raster, or polygons.
+
+Each way gives a code per pixel (-1: none) and the codes' names. Codes of rasters and polygons are found while
+reading; there may be up to 100 of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from canopy.errors import InputError
+from canopy.evaluation.blocks import cells_of
+from canopy.evaluation.tables import missing_column, pixel_metres, read_table, sample_raster
+from canopy.geo.grid import Grid
+from canopy.geo.paths import public_name
+from canopy.geo.raster import SourcePlace, open_raster, read_window
+from canopy.metrics import HEIGHT_BINS_M, height_bin
+
+COVER_SHARES = (0.1, 0.4, 0.7)
+COVER_ABOVE_M = 2.0
+SLOPE_DEG = (5, 10, 20, 30, 45)
+# Slope is what the ground does over some twenty metres, not between two pixels of a 1 m model.
+_SLOPE_REACH_M = 10.0
+
+
+class Stratifier(Protocol):
+    """One way of cutting, for rasters."""
+
+    by: str
+
+    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+        """Codes (h, w), -1 for none, of a window whose corner is the corner of a 50 px cell."""
+        ...
+
+    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
+        """Codes (n,) of places in degrees."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the codes so far."""
+        ...
+
+
+class BySite:
+    """By the reference raster that a pixel is from."""
+
+    by = "site"
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+        if site not in self.names:
+            self.names.append(site)
+        return np.full(grid.shape, self.names.index(site), np.int64)
+
+    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
+        raise InputError("samples without a column 'site'", where="--by site")
+
+
+class ByHeight:
+    """By reference height: 0-2, 2-5, ... 60+."""
+
+    by = "height"
+    names = (
+        *(f"{low:g}-{high:g} m" for low, high in pairwise(HEIGHT_BINS_M)),
+        f"{HEIGHT_BINS_M[-1]:g}+ m",
+    )
+
+    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+        return height_bin(reference_m)
+
+    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
+        return height_bin(reference_m)
+
+
+class ByCover:
+    """By canopy cover of the 50 x 50 px cell round a pixel: share of the reference above 2 m."""
+
+    by = "cover"
+    names = ("cover 0-10 %", "cover 10-40 %", "cover 40-70 %", "cover 70-100 %")
+
+    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+        cell, count = cells_of(grid.shape)
+        known = np.bincount(cell[valid], minlength=count)
+        tall = np.bincount(cell[valid & (reference_m > COVER_ABOVE_M)], minlength=count)
+        classes = np.searchsorted(COVER_SHARES, tall / np.maximum(known, 1), side="right")
+        return classes[cell]
+
+    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
+        raise InputError("samples have no cover", where="--by cover", remedy="name a column or a raster")
+
+
+class BySlope:
+    """By the slope of the ground, from an elevation model (over 20 m) or a raster of degrees."""
+
+    by = "slope"
+    names = ("0-5 deg", "5-10 deg", "10-20 deg", "20-30 deg", "30-45 deg", "45+ deg")
+
+    def __init__(self, path: str | Path, *, elevation: bool) -> None:
+        self.path, self.elevation = path, elevation
+        self._dataset = open_raster(path)
+        SourcePlace.of(self._dataset)
+
+    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+        slope, known = self.degrees(grid)
+        return np.where(known, np.searchsorted(SLOPE_DEG, slope, side="right"), -1)
+
+    def degrees(self, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+        """Slope in degrees and where it is known, both (h, w): central differences over about 20 m."""
+        if not self.elevation:
+            values, known = read_window(self._dataset, grid, [1])
+            return values[0], known
+        k = max(1, round(_SLOPE_REACH_M / grid.gsd_m))
+        values, known = read_window(self._dataset, grid.pad(k), [1])
+        z = values[0].astype(np.float64) * self._dataset.scales[0] + self._dataset.offsets[0]
+        mx, my = pixel_metres(grid)
+        right = (z[k:-k, 2 * k :] - z[k:-k, : -2 * k]) / (2 * k * mx)
+        down = (z[2 * k :, k:-k] - z[: -2 * k, k:-k]) / (2 * k * my)
+        around = known[k:-k, 2 * k :] & known[k:-k, : -2 * k] & known[2 * k :, k:-k] & known[: -2 * k, k:-k]
+        return np.degrees(np.arctan(np.hypot(right, down))), around
+
+    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
+        north = _SLOPE_REACH_M / 111_320
+        east = north / np.cos(np.radians(lat))
+        if not self.elevation:
+            slope = sample_raster(self._dataset, lon, lat)
+        else:
+            z = [sample_raster(self._dataset, lon + i * east, lat) for i in (-1, 1)]
+            z += [sample_raster(self._dataset, lon, lat + i * north) for i in (-1, 1)]
+            rise = np.hypot(z[1] - z[0], z[3] - z[2]) / (2 * _SLOPE_REACH_M)
+            slope = np.degrees(np.arctan(rise))
+        return np.where(np.isfinite(slope), np.searchsorted(SLOPE_DEG, slope, side="right"), -1)
+
+
+class ByRaster:
+    """By a raster of whole numbers; every pixel takes the class that its centre lies in."""
+
+    def __init__(self, by: str, path: str | Path) -> None:
+        self.by = by
+        self._dataset = open_raster(path)
+        SourcePlace.of(self._dataset)
+        if np.dtype(self._dataset.dtypes[0]).kind not in "iub":
+            raise InputError(
+                f"a raster of {self._dataset.dtypes[0]}", where=public_name(path),
+                expected="classes as whole numbers",
+            )  # fmt: skip
+        self._codes: dict[int, int] = {}
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [str(value) for value in self._codes]
+
+    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+        values, known = read_window(self._dataset, grid, [1], resampling="nearest")
+        return self._coded(np.where(known, values[0], np.nan))
+
+    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
+        return self._coded(sample_raster(self._dataset, lon, lat))
+
+    def _coded(self, values: np.ndarray) -> np.ndarray:
+        found, inverse = np.unique(values, return_inverse=True)
+        new = [int(v) for v in found if np.isfinite(v) and int(v) not in self._codes]
+        self._codes |= {v: len(self._codes) + i for i, v in enumerate(new)}
+        codes = np.array([self._codes[int(v)] if np.isfinite(v) else -1 for v in found], np.int64)
+        return codes[inverse].reshape(values.shape)
+
+
+class ByPolygons:
+    """By the polygon that a pixel's centre lies in: `FILE` (polygons 1, 2, ...) or `FILE:COLUMN`."""
+
+    def __init__(self, by: str, path: str | Path, column: str | None) -> None:
+        self.by = by
+        frame = read_table(path)
+        if column is not None and column not in frame:
+            raise missing_column(column, frame.columns, path)
+        kinds = set(frame.geom_type)
+        if not kinds & {"Polygon", "MultiPolygon"}:
+            raise InputError(f"only {', '.join(sorted(kinds))}", where=path, expected="polygons")
+        labels = [str(v) for v in (frame[column] if column else range(1, len(frame) + 1))]
+        self.names = sorted(set(labels))
+        self._codes = np.array([self.names.index(label) for label in labels])
+        self._frame = frame
+
+    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+        from rasterio.features import rasterize
+
+        shapes = self._frame.geometry.to_crs(grid.crs.to_wkt())
+        pairs = [(s, c + 1) for s, c in zip(shapes, self._codes, strict=True) if s is not None]
+        drawn = rasterize(pairs, grid.shape, fill=0, transform=grid.transform, dtype="int32")
+        return drawn.astype(np.int64) - 1
+
+    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
+        import shapely
+
+        tree = shapely.STRtree(self._frame.geometry.to_crs("EPSG:4326").to_numpy())
+        point, polygon = tree.query(shapely.points(lon, lat), predicate="within")
+        codes = np.full(len(lon), -1, np.int64)
+        codes[point] = self._codes[polygon]
+        return codes
+
+
+def stratifiers(
+    by: Sequence[str], *, slope: str | Path | None = None, dem: str | Path | None = None
+) -> list[Stratifier]:
+    """The ways named by --by that need no table of samples; see the error for what there is.
+
+    Raises InputError for an unknown way, naming what there is.
+    """
+    made: list[Stratifier] = []
+    for word in by:
+        name, equals, source = word.partition("=")
+        if equals:
+            made.append(_from_file(name, source))
+        elif word == "slope":
+            made.append(_slope(slope, dem))
+        elif word in ("site", "height", "cover"):
+            plain: dict[str, type[Stratifier]] = {"site": BySite, "height": ByHeight, "cover": ByCover}
+            made.append(plain[word]())
+        else:
+            raise InputError(
+                f"unknown stratum {word!r}", where="--by",
+                expected="site, height, cover, slope, NAME=raster.tif, NAME=polygons.gpkg:COLUMN or, for "
+                "GEDI and plots, a column",
+            )  # fmt: skip
+    if (slope or dem) and not any(s.by == "slope" for s in made):
+        made.append(_slope(slope, dem))
+    return made
+
+
+def _slope(slope: str | Path | None, dem: str | Path | None) -> BySlope:
+    if dem is not None:
+        return BySlope(dem, elevation=True)
+    if slope is None:
+        raise InputError(
+            "nothing to tell the slope from", where="--by slope", remedy="add --dem or --slope FILE"
+        )
+    return BySlope(slope, elevation=False)
+
+
+def _from_file(name: str, source: str) -> Stratifier:
+    if not name or not source:
+        raise InputError(f"{name}={source}", where="--by", expected="NAME=FILE")
+    path, _, column = source.rpartition(":") if not Path(source).exists() else (source, "", "")
+    path = path or source
+    if Path(path).suffix.lower() in (".tif", ".tiff", ".vrt", ".jp2"):
+        return ByRaster(name, path)
+    return ByPolygons(name, path, column or None)
