@@ -35,7 +35,9 @@ class PrototypeHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.normalize(self.mlp(x).float(), dim=-1, eps=1e-6)
-        return functional.linear(x, functional.normalize(self.prototypes.float(), dim=-1, eps=1e-6))
+        # Cosines in float32: temperatures of 0.04 would blow up the rounding of bfloat16 to a tenth.
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x, functional.normalize(self.prototypes.float(), dim=-1, eps=1e-6))
 
 
 class PixelDecoder(nn.Module):

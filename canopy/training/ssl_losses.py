@@ -6,10 +6,29 @@ detached by the caller (it is made under `no_grad`); `cross_entropy` never sends
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
+
+
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+def _exact(function: F) -> F:
+    """Work in float32 also where mixed precision would turn products into bfloat16, of three digits."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        first = next(x for x in args if isinstance(x, Tensor))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return cast(F, wrapped)
 
 
 def distributed() -> bool:
@@ -72,6 +91,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 0.1) -> 
     return -(targets.detach() * functional.log_softmax(logits.float() / temperature, dim=-1)).sum(dim=-1)
 
 
+@_exact
 def dino_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
     """DINO: every view of the student against every global view of the teacher but itself; the mean.
 
@@ -84,7 +104,7 @@ def dino_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Ten
         raise ValueError(f"views {tuple(student.shape)} against {tuple(teacher.shape)}")
     log_p = functional.log_softmax(student.float() / temperature, dim=-1)
     # (views, globals): cross-entropy averaged over the batch
-    losses = -torch.einsum("vbk,gbk->vg", log_p, teacher.detach()) / student.shape[1]
+    losses = -torch.einsum("vbk,gbk->vg", log_p, teacher.detach().float()) / student.shape[1]
     itself = torch.eye(views, globals_, dtype=torch.bool, device=losses.device)
     return losses.masked_fill(itself, 0).sum() / (views * globals_ - globals_)
 
@@ -103,6 +123,7 @@ def ibot_loss(student: Tensor, teacher: Tensor, image: Tensor, temperature: floa
     return (losses / counts[place]).sum() / len(counts)
 
 
+@_exact
 def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
     """KoLeo (Sablayrolles et al. 2019, arXiv 1806.03198): spreads the features (n, dim) of a batch evenly.
 
@@ -117,6 +138,7 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
     return -torch.log(distance + eps).mean()
 
 
+@_exact
 def gram_loss(student: Tensor, anchor: Tensor) -> Tensor:
     """Gram anchoring (DINOv3, Simeoni et al. 2025, arXiv 2508.10104, eq. 2): keep how alike patches are.
 
