@@ -20,6 +20,9 @@ _HELP_BY = (
 )
 _HELP_STAT = "What a pixel, footprint or plot takes. Default: mean; for GEDI the column's percentile."
 _HELP_FLOOR = "Heights below this count as 0 on both sides (NEON's height models: 2, or 0.667 m)."
+_HELP_BENCHMARK = "Named benchmark: neon-test, sao-paulo, california, france, open-canopy, pack."
+_HELP_DATA = "Folder of the benchmark's files; `canopy data get` fills it."
+_PANEL = "Benchmarks"
 _HELP_BLOCK = "Side of the blocks resampled for intervals, m. Default: up to 250 m, so that 25 are left."
 
 
@@ -54,6 +57,25 @@ def evaluate(
     ] = None,
     map_date: Annotated[str | None, typer.Option("--map-date", help="2021, 2021-07 or 2021-07-04.")] = None,
     reference_date: Annotated[str | None, typer.Option("--reference-date", help="Likewise.")] = None,
+    benchmark: Annotated[
+        str | None, typer.Option("--benchmark", metavar="NAME", help=_HELP_BENCHMARK, rich_help_panel=_PANEL)
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", help="Name or file; may be repeated. Default: default.", rich_help_panel=_PANEL
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", metavar="DIR", help=_HELP_DATA, rich_help_panel=_PANEL)
+    ] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option("--group", help="Only this group of the benchmark; repeat.", rich_help_panel=_PANEL),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda or mps.", rich_help_panel=_PANEL)
+    ] = "auto",
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -71,12 +93,25 @@ def evaluate(
       canopy evaluate chm.tif --reference shots.parquet --by beam_type
 
       canopy evaluate published/v2 --reference plots.gpkg --column top_height --stat p95
+
+      canopy evaluate --benchmark pack --model default --model first.safetensors --data-dir ../shared/data
     """
     from canopy.errors import InputError
     from canopy.evaluation.compare import evaluate as judge
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
+    if benchmark is not None:
+        _refuse_map(map_, reference)
+        from canopy.cli.evaluate_benchmark import evaluate_benchmark
+
+        code = evaluate_benchmark(
+            benchmark, model or (), data_dir, out, groups=group or (), device=device, replicates=replicates,
+            json_=json_, quiet=quiet,
+        )  # fmt: skip
+        raise typer.Exit(code)
+    if model or data_dir or group:
+        raise InputError("--model, --data-dir and --group go with a benchmark", remedy="add --benchmark NAME")
     if map_ is None or not reference:
         missing = "MAP.tif" if map_ is None else "--reference"
         raise InputError("nothing to score" if map_ is None else "no reference", remedy=f"give {missing}")
@@ -94,6 +129,13 @@ def evaluate(
         print_scores(result)
         if out is not None:
             typer.echo(f"written to {out}")
+
+
+def _refuse_map(map_: str | None, reference: list[str] | None) -> None:
+    from canopy.errors import InputError
+
+    if map_ is not None or reference:
+        raise InputError("a map and a benchmark together", where="--benchmark", expected="one or the other")
 
 
 def print_scores(result: Evaluation) -> None:
