@@ -134,7 +134,7 @@ class _Run:
             devices=[device.index] if device.index is not None else 1,
             precision=self.settings.precision,
             max_steps=self.settings.steps,
-            logger=_tensorboard(self.folder, step),
+            logger=_tensorboard(self.folder, step) if self.settings.tensorboard else False,
             enable_checkpointing=False,
             log_every_n_steps=self.settings.log_every,
             enable_progress_bar=False,

@@ -45,6 +45,7 @@ def gradient_loss(pred: Tensor, target: Tensor, weight: Tensor, scales: int = 3)
     error = (pred - target) * (weight > 0)
     known = (weight > 0).to(pred.dtype)
     total = pred.new_zeros(())
+    scales = min(scales, min(pred.shape[-2:]).bit_length())  # a side of 1 cannot be halved
     for scale in range(scales):
         for axis in (-1, -2):
             ahead, back = slice(1, None), slice(None, -1)

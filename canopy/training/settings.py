@@ -138,6 +138,7 @@ class FinetuneSettings(Settings):
         1.0, gt=0, le=1
     )  # each transformer block learns this much slower than the next
     log_every: int = Field(default=25, ge=1)
+    tensorboard: bool = True  # where it is installed
     validate_every: int = Field(default=250, ge=1)
     patience: int = Field(default=0, ge=0)  # validations without a better MAE before the run stops; 0 = never
     export: Literal["auto", "best", "last"] = "auto"  # auto: best, or last where val was trained on

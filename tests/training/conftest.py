@@ -1,7 +1,9 @@
-"""A small chips folder as `canopy data chips` writes it, without its geo libraries' work."""
+"""Small chips folders as `canopy data chips` writes them, without its geo libraries' work."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,27 @@ import pytest
 
 from canopy.chips.cutting import write_shard
 from canopy.chips.index import IndexRow, write_index
-from canopy.chips.store import Chip, ChipRow
+from canopy.chips.store import NO_HEIGHT, Chip, ChipRow
+
+
+# Trains in a second.
+TINY = """
+name: tiny
+minutes: null
+steps: 6
+batch: 2
+crop_px: 32
+lr: 2.0e-3
+log_every: 1
+tensorboard: false
+validate_every: 2
+loss: {shift_after: 0.2, footprint: {first: 0.0, last: 0.5, begin: 0.2, end: 0.6}}
+model:
+  encoder: {family: rope, rope_type: cat, rope_rotate_half: false, dim: 32, depth: 4, heads: 2,
+            taps: [0, 1, 2, 3], stem: [8, 8, 8], layer_scale: 0.1, drop_path: 0.3}
+  decoder: {post_channels: [8, 8, 8, 8], fusion: 8, hidden: 8, head: half, detail: true, unit_norm: true,
+            bins: 16, bin_min: 0.0, bin_max: 4.0, weights: softmax}
+"""
 
 
 def made_up_chip(name: str, split: str, seed: int, side_m: int = 32) -> Chip:
@@ -47,3 +69,71 @@ def views_dir(tmp_path_factory) -> Path:
         ]  # fmt: skip
     write_index(folder, index)
     return folder
+
+
+def write_shards(
+    folder: Path, splits: list[str], side_m: int = 24, shots: int = 0, kind: str = "lidar"
+) -> Path:
+    """Chips whose heights can be read off their brightness, one shard, as `canopy data chips` leaves them."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    tensors, rows = {}, []
+    for i, split in enumerate(splits):
+        chm = np.kron(rng.uniform(0, 30, (side_m // 8, side_m // 8)), np.ones((8, 8)))
+        rgb = np.stack([(chm * 8).clip(1, 255).astype(np.uint8).repeat(2, 0).repeat(2, 1)] * 3)
+        name = f"c{i}"
+        tensors[f"{name}/rgb"] = rgb
+        tensors[f"{name}/chm"] = np.where(np.arange(side_m) < 2, NO_HEIGHT, chm * 100).astype(np.uint16)
+        if shots:
+            places = rng.uniform(13, side_m - 13, (shots, 2)) if side_m > 26 else np.full((shots, 2), 12.0)
+            tensors[f"{name}/shots"] = np.column_stack([places, np.full((shots, 2), [20.0, 1.0])]).astype(
+                np.float32
+            )
+        rows.append(
+            IndexRow(
+                name,
+                f"p{i}",
+                f"site{i % 2}",
+                kind,
+                split,
+                "shards/a.safetensors",
+                gsd_m=0.5,
+                label_gsd_m=1.0,
+                height_px=2 * side_m,
+                width_px=2 * side_m,
+                shots=shots,
+                height_p95_m=float(np.percentile(chm, 95)),
+            )
+        )
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "shards" / "a.safetensors")
+    write_index(folder, rows)
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """Four training, two val and one test chip."""
+    return write_shards(tmp_path / "chips", ["train"] * 4 + ["val"] * 2 + ["test"])
+
+
+@pytest.fixture
+def config(tmp_path, shards) -> Path:
+    """A config file that trains on `shards`."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY + f"data: {{chips: {shards}}}\n")
+    return path
+
+
+@pytest.fixture
+def rows() -> Callable[..., list[IndexRow]]:
+    """`rows(n, **changes)`: index rows."""
+
+    def make(count: int, **changes: object) -> list[IndexRow]:
+        base = IndexRow("", "", "site", "lidar", "train", gsd_m=0.5, label_gsd_m=1.0, height_p95_m=20.0)
+        return [
+            dataclasses.replace(base, id=f"{changes.get('kind', 'l')}{i}", **changes) for i in range(count)
+        ]
+
+    return make

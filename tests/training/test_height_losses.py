@@ -1,4 +1,4 @@
-"""Losses against plain numpy, on the known pixels only."""
+"""Losses against plain NumPy over a grid of shapes; on the known pixels only; gradients finite."""
 
 from __future__ import annotations
 
@@ -8,80 +8,183 @@ import torch
 
 from canopy.training import height_losses as losses
 
+SHAPES = [(1, 1, 4, 4), (2, 1, 12, 16), (3, 1, 9, 7), (1, 1, 1, 20), (2, 1, 33, 8)]
+CENTRES = np.linspace(0, 28, 15)  # some targets lie above the last bin
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def batch(request):
+    rng = np.random.default_rng(sum(request.param))
+    pred = rng.uniform(0, 30, request.param)
+    target = rng.uniform(0, 30, request.param)
+    weight = (rng.random(request.param) < 0.7) * rng.uniform(0.2, 2, request.param)
+    weight.flat[0] = 1.0
+    return pred, target, weight
+
 
 @pytest.fixture
-def batch():
-    rng = np.random.default_rng(0)
-    pred = rng.uniform(0, 30, (2, 1, 12, 16))
-    target = rng.uniform(0, 30, (2, 1, 12, 16))
-    weight = (rng.random((2, 1, 12, 16)) < 0.7).astype(float)
-    return pred, target, weight
+def scores(batch):
+    b, _, h, w = batch[0].shape
+    return np.random.default_rng(1).normal(size=(b, len(CENTRES), h, w))
 
 
 def tensors(*arrays):
     return [torch.tensor(a) for a in arrays]
 
 
-def test_charbonnier_and_silog(batch):
+def mean(values, weight):
+    return (values * weight).sum() / weight.sum()
+
+
+def test_charbonnier_l1_and_silog(batch):
     pred, target, weight = batch
-    known = weight > 0
-    d = (pred - target)[known]
-    expected = (np.sqrt(d**2 + 0.01) - 0.1).mean()
-    assert losses.charbonnier(*tensors(*batch)).item() == pytest.approx(expected)
-    g = (np.log(pred + 1) - np.log(target + 1))[known]
-    expected = np.sqrt((g**2).mean() - 0.85 * g.mean() ** 2)
+    d = pred - target
+    assert losses.charbonnier(*tensors(*batch)).item() == pytest.approx(
+        mean(np.sqrt(d**2 + 0.01) - 0.1, weight)
+    )
+    assert losses.l1(*tensors(*batch)).item() == pytest.approx(mean(np.abs(d), weight))
+    g = np.log(pred + 1) - np.log(target + 1)
+    expected = np.sqrt(max(mean(g**2, weight) - 0.85 * mean(g, weight) ** 2, 1e-8))
     assert losses.silog(*tensors(*batch)).item() == pytest.approx(expected)
 
 
-def test_gradient_loss_against_loops(batch):
-    pred, target, weight = batch
+def test_silog_forgives_a_common_factor_the_more_the_nearer_lambda_is_to_one():
+    target = torch.rand(1, 1, 8, 8, dtype=torch.float64) * 20 + 5
+    twice, ones = 2 * target, torch.ones_like(target)
+    assert losses.silog(twice, target, ones, lam=1.0, eps=0.0).item() == pytest.approx(1e-4, abs=1e-6)
+    assert losses.silog(twice, target, ones, lam=0.0, eps=0.0).item() == pytest.approx(np.log(2))
+
+
+def gradient_by_loops(pred, target, weight):
     error, known = (pred - target)[:, 0], weight[:, 0] > 0
     terms = []
     for scale in range(3):
-        down = [
-            abs(e[r + 1, c] - e[r, c])
-            for e, k in zip(error, known, strict=True)
-            for r in range(e.shape[0] - 1)
-            for c in range(e.shape[1])
-            if k[r, c] and k[r + 1, c]
-        ]
-        right = [
-            abs(e[r, c + 1] - e[r, c])
-            for e, k in zip(error, known, strict=True)
-            for r in range(e.shape[0])
-            for c in range(e.shape[1] - 1)
-            if k[r, c] and k[r, c + 1]
-        ]
-        terms += [np.mean(down) if down else 0.0, np.mean(right) if right else 0.0]
+        n, h, w = error.shape
+        for dr, dc in ((1, 0), (0, 1)):
+            pairs = [
+                abs(error[b, r + dr, c + dc] - error[b, r, c])
+                for b in range(n)
+                for r in range(h - dr)
+                for c in range(w - dc)
+                if known[b, r, c] and known[b, r + dr, c + dc]
+            ]
+            terms.append(np.mean(pairs) if pairs else 0.0)
         if scale < 2:
-            n, h, w = error.shape
+            h, w = h // 2 * 2, w // 2 * 2
             blocks = (n, h // 2, 2, w // 2, 2)
-            error, known = error.reshape(blocks).mean((2, 4)), known.reshape(blocks).all((2, 4))
-    assert losses.gradient_loss(*tensors(*batch)).item() == pytest.approx(np.mean(terms))
+            error, known = (
+                error[:, :h, :w].reshape(blocks).mean((2, 4)),
+                known[:, :h, :w].reshape(blocks).all((2, 4)),
+            )
+    return np.mean(terms)
 
 
-def test_two_hot_against_full_cross_entropy(batch):
+@pytest.mark.parametrize("shape", [(2, 1, 12, 16), (1, 1, 9, 7), (1, 1, 4, 4)])
+def test_gradient_loss_against_loops(shape):
+    rng = np.random.default_rng(0)
+    pred, target = rng.uniform(0, 30, shape), rng.uniform(0, 30, shape)
+    weight = (rng.random(shape) < 0.8).astype(float)
+    got = losses.gradient_loss(*tensors(pred, target, weight))
+    assert got.item() == pytest.approx(gradient_by_loops(pred, target, weight))
+    moved = losses.gradient_loss(*tensors(pred + 3.0, target, weight))
+    assert moved.item() == pytest.approx(got.item())  # blind to a constant error
+
+
+def test_two_hot_against_full_cross_entropy(batch, scores):
     _, target, weight = batch
-    centres = np.linspace(0, 28, 15)  # some targets lie above the last bin
-    scores = np.random.default_rng(1).normal(size=(2, 15, 12, 16))
     logp = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-    total = []
-    for b, _, r, c in np.argwhere(weight > 0):
+    values = np.zeros_like(target)
+    for b, _, r, c in np.ndindex(target.shape):
         position = min(target[b, 0, r, c], 28.0) / 2.0
         low = min(int(position), 13)
         mass = np.zeros(15)
         mass[low], mass[low + 1] = 1 - (position - low), position - low
-        total.append(-(mass * logp[b, :, r, c]).sum())
-    got = losses.two_hot_loss(*tensors(scores, target, weight, centres))
-    assert got.item() == pytest.approx(np.mean(total))
+        values[b, 0, r, c] = -(mass * logp[b, :, r, c]).sum()
+    got = losses.two_hot_loss(*tensors(scores, target, weight, CENTRES))
+    assert got.item() == pytest.approx(mean(values, weight))
 
 
-def test_unknown_pixels_have_no_say(batch):
+def test_ranked_loss_against_a_fine_integral(batch, scores):
+    _, target, weight = batch
+    p = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    x = np.linspace(0, 28, 28_001)[:-1] + 0.0005
+    values = np.zeros_like(target)
+    some = list(np.ndindex(target.shape))[::7]
+    for b, _, r, c in some:
+        F = np.cumsum(p[b, :, r, c])[np.searchsorted(CENTRES, x, side="right") - 1]
+        values[b, 0, r, c] = ((F - (x >= min(target[b, 0, r, c], 28.0))) ** 2).sum() * 0.001
+    only = np.zeros_like(weight)
+    for place in some:
+        only[place] = weight[place]
+    only.flat[0] = 1.0
+    got = losses.ranked_loss(*tensors(p, target, only, CENTRES))
+    assert got.item() == pytest.approx(mean(values, only), abs=2e-3)
+
+
+def test_ranked_loss_is_nought_for_certainty_and_grows_with_distance():
+    centres = torch.tensor(CENTRES)
+    target = torch.full((1, 1, 2, 2), 10.0, dtype=torch.float64)
+    ones = torch.ones_like(target)
+
+    def sure_of(height):
+        p = torch.zeros(1, 15, 2, 2, dtype=torch.float64)
+        p[:, int(height / 2)] = 1
+        return losses.ranked_loss(p, target, ones, centres).item()
+
+    assert [sure_of(h) for h in (10, 12, 20)] == pytest.approx([0.0, 2.0, 10.0])
+
+
+def test_height_factor_is_a_line_between_knots():
+    heights = np.array([0.0, 10, 20, 25, 30, 50]).reshape(1, 1, 2, 3)
+    knots = ((10.0, 1.0), (30.0, 3.0), (40.0, 2.0))
+    got = losses.height_factor(torch.tensor(heights), knots).numpy()
+    assert np.allclose(got, np.interp(heights, *zip(*knots, strict=True)))
+    assert (losses.height_factor(torch.tensor(heights), ()) == 1).all()
+    assert (losses.height_factor(torch.tensor(heights), ((5.0, 2.0),)) == 2).all()
+
+
+def every_loss(scores):
+    bins, centres = torch.tensor(scores), torch.tensor(CENTRES)
+    return {
+        "charbonnier": losses.charbonnier,
+        "l1": losses.l1,
+        "silog": losses.silog,
+        "gradient": losses.gradient_loss,
+        "two_hot": lambda p, t, w: losses.two_hot_loss(bins + p * 0, t, w, centres),
+        "ranked": lambda p, t, w: losses.ranked_loss(bins.softmax(1) + p * 0, t, w, centres),
+    }
+
+
+def test_unknown_pixels_have_no_say_and_none_known_is_nought(batch, scores):
     pred, target, weight = tensors(*batch)
-    spoiled = torch.where(weight > 0, target, 1e4)
-    for loss in (losses.charbonnier, losses.silog, losses.gradient_loss):
-        assert loss(pred, spoiled, weight).item() == pytest.approx(loss(pred, target, weight).item())
-        assert loss(pred, target, torch.zeros_like(weight)).item() == pytest.approx(0.0, abs=1e-3)
+    unknown = weight == 0
+    for name, loss in every_loss(scores).items():
+        before = loss(pred, target, weight).item()
+        assert loss(pred, torch.where(unknown, 1e4, target), weight).item() == pytest.approx(before), name
+        assert loss(torch.where(unknown, 55.0, pred), target, weight).item() == pytest.approx(before), name
+        assert loss(pred, target, torch.zeros_like(weight)).item() == pytest.approx(0.0, abs=1e-3), name
+
+
+def test_weights_count_in_proportion(batch, scores):
+    pred, target, weight = tensors(*batch)
+    for name, loss in every_loss(scores).items():
+        assert loss(pred, target, 3 * weight).item() == pytest.approx(loss(pred, target, weight).item()), name
+
+
+@pytest.mark.parametrize("height", [0.0, 1e-7, 30.0, 120.0])
+def test_gradients_are_finite_at_the_corners(height):
+    for name in ("charbonnier", "l1", "silog", "gradient_loss"):
+        for truth in (0.0, height, 40.0):
+            pred = torch.full((2, 1, 8, 8), height, requires_grad=True)
+            getattr(losses, name)(pred, torch.full_like(pred, truth), torch.ones_like(pred)).backward()
+            assert torch.isfinite(pred.grad).all(), (name, truth)
+    bins = torch.zeros(1, 15, 4, 4, requires_grad=True)
+    target = torch.full((1, 1, 4, 4), height)
+    centres = torch.tensor(CENTRES, dtype=torch.float32)
+    total = losses.two_hot_loss(bins * 1e3, target, torch.ones_like(target), centres)
+    total = total + losses.ranked_loss((bins * 1e3).softmax(1), target, torch.ones_like(target), centres)
+    total.backward()
+    assert torch.isfinite(bins.grad).all()
 
 
 @pytest.mark.parametrize("move", [(0, 0), (1, -2), (-2, 2), (2, 1)])

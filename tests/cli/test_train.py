@@ -1,0 +1,58 @@
+"""`canopy train` as users run it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from canopy.cli.main import app
+from canopy.errors import ConfigError
+
+spec = importlib.util.spec_from_file_location(
+    "training_conftest", Path(__file__).parents[1] / "training" / "conftest.py"
+)
+assert spec and spec.loader
+chips = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(chips)
+
+
+@pytest.fixture
+def config(tmp_path):
+    folder = chips.write_shards(tmp_path / "chips", ["train"] * 3 + ["val"])
+    path = tmp_path / "tiny.yaml"
+    path.write_text(chips.TINY + f"data: {{chips: {folder}}}\n")
+    return path
+
+
+def call(*args):
+    return CliRunner().invoke(app, ["train", *map(str, args)])
+
+
+def test_train_then_resume_with_json(config, tmp_path):
+    done = call(config, "steps=2", "-o", tmp_path / "run")
+    assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "run" / "model.safetensors")
+    assert "step 2" in done.stderr and "val MAE" in done.stderr
+    more = call(config, "steps=4", "-o", tmp_path / "run", "--resume", "--json", "-q")
+    facts = json.loads(more.stdout)
+    assert facts["steps"] == 4 and facts["val"]["all"]["mae_m"] > 0 and more.stderr == ""
+
+
+def test_fast_dev_run(config, tmp_path):
+    done = call(config, "-o", tmp_path / "run", "--fast-dev-run")
+    assert done.exit_code == 0 and "work" in done.stdout and not (tmp_path / "run").exists()
+
+
+def test_bad_input_is_one_line_and_writes_nothing(config, tmp_path):
+    for args in (
+        (config, "lr=quick"),
+        (config, "learning_rate=1"),
+        (tmp_path / "none.yaml",),
+        (config, "device=tpu"),
+    ):
+        done = call(*args, "-o", tmp_path / "run")
+        assert isinstance(done.exception, ConfigError | ValueError) and not (tmp_path / "run").exists()
+    assert "canopy train" in call("--help").stdout
