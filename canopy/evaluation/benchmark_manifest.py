@@ -101,14 +101,14 @@ class Published(Settings):
 
     Attributes:
         model: whose. scores: metric -> value, named and measured as ours are.
-        on: what exactly they were measured on. source: where they were read.
+        measured_on: what exactly they were measured on. source: where they were read.
         comparable: whether scenes and rules are the same as here.
         note: what else a reader must know.
     """
 
     model: str
     scores: dict[str, float] = Field(min_length=1)
-    on: str
+    measured_on: str
     source: str = Field(min_length=1)
     comparable: bool = False
     note: str = ""

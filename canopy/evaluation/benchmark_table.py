@@ -118,7 +118,7 @@ def markdown(manifest: BenchmarkManifest, rows: Sequence[Mapping[str, str]]) -> 
         lines.append(_line(["---", *("---:" for _ in names), "---", "---"]))
         for entry in manifest.published:
             values = [number_text(entry.scores[m]) if m in entry.scores else "" for m in names]
-            on = "; ".join(t for t in (f"{entry.on} ({entry.source})", entry.note) if t)
+            on = "; ".join(t for t in (f"{entry.measured_on} ({entry.source})", entry.note) if t)
             lines.append(_line([entry.model, *values, on, "yes" if entry.comparable else "no"]))
         lines.append("")
     lines += ["Trained here?", ""]
