@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,58 +49,6 @@ def write_map(tmp_path: Path) -> Callable[..., Path]:
             path, "w", driver="GTiff", count=len(bands), dtype=bands.dtype, height=bands.shape[1],
             width=bands.shape[2], crs=crs, nodata=nodata,
             transform=transform or rasterio.Affine(gsd, 0, WEST, 0, -gsd, NORTH), **profile,
-        ) as dataset:  # fmt: skip
-            dataset.write(bands)
-            for index, text in enumerate(names, 1):
-                dataset.set_band_description(index, text)
-            dataset.update_tags(**(tags or {}))
-        return path
-
-    return write
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Path]:
-    """`write("a.tif", heights, gsd=0.5, west=...)` in the test's folder; see stand.py."""
-    write_heights = runpy.run_path(str(Path(__file__).with_name("stand.py")))["write_heights"]
-    return lambda name, *bands, **kw: write_heights(tmp_path / name, *bands, **kw)
-
-
-@pytest.fixture(scope="session", name="forest")
-def _square_forest() -> Callable[..., np.ndarray]:
-    """`forest(side, seed)`: heights (side, side) float32, 0 to 30 m, about a third of it open."""
-
-    def make(side: int = 200, seed: int = 0, top: float = 30.0) -> np.ndarray:
-        noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(side, side)), 6)
-        heights = np.clip(8 + 9 * noise / noise.std(), 0, top)
-        return np.where(heights < 2.5, 0, heights).astype(np.float32)
-
-    return make
-
-
-@pytest.fixture
-def write_map(tmp_path: Path) -> Callable[..., Path]:
-    """`write_map("a.tif", heights, ...)`: (h, w) or (bands, h, w) at 500 km E, 4882 km N of UTM 18N."""
-
-    def write(
-        name: str | Path,
-        heights: np.ndarray,
-        *,
-        crs: str = "EPSG:32618",
-        transform: rasterio.Affine | None = None,
-        gsd: float = 1.0,
-        nodata: float | None = float("nan"),
-        names: tuple[str, ...] = ("canopy_height",),
-        tags: dict[str, str] | None = None,
-        **profile: object,
-    ) -> Path:
-        bands = heights if heights.ndim == 3 else heights[None]
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with rasterio.open(
-            path, "w", driver="GTiff", count=len(bands), dtype=bands.dtype, height=bands.shape[1],
-            width=bands.shape[2], crs=crs, nodata=nodata,
-            transform=transform or Affine(gsd, 0, 500_000.0, 0, -gsd, 4_882_000.0), **profile,
         ) as dataset:  # fmt: skip
             dataset.write(bands)
             for index, text in enumerate(names, 1):
