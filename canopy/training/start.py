@@ -41,6 +41,7 @@ def start_from(model: HeightModel, path: Path, part: str = "auto") -> str:
         )
     if part == "auto":
         part = "encoder" if len(inside) == len(found) else "all"
+    _same_normalisation(model, path)
     if part == "encoder":
         load_strict(model.encoder, {k.removeprefix(ENCODER): v for k, v in inside.items()}, path)
     else:
@@ -48,6 +49,30 @@ def start_from(model: HeightModel, path: Path, part: str = "auto") -> str:
         load_strict(model, {**found, **own}, path)
     log.info("%s of %s: %d tensors", "encoder" if part == "encoder" else "all", path.name, len(inside))
     return part
+
+
+def _same_normalisation(model: HeightModel, path: Path) -> None:
+    """A pretrained encoder says what its images were normalised with; other constants would shift them all."""
+    said = _header(path)
+    for name in ("mean", "std"):
+        theirs, ours = json.loads(said.get(name, "null")), list(getattr(model.config, name))
+        if theirs is not None and theirs != ours:
+            raise CheckpointError(
+                f"was trained on images of {name} {theirs}, the model has {ours}",
+                where=path,
+                remedy=f"set model.{name} to what the encoder knows",
+            )
+
+
+def _header(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file; a run's checkpoint has none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -96,13 +121,8 @@ def expect_heights(model: HeightModel, heights_m: Tensor) -> None:
 
 def describe_start(path: Path) -> dict[str, object]:
     """What a safetensors file says about itself, for the card of the model that starts from it."""
-    from safetensors import SafetensorError, safe_open
-
-    facts: dict[str, object] = {"file": path.name}
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            facts |= json.loads(header.get("card", "{}"))
-    except (SafetensorError, OSError, ValueError):
-        pass  # a run's checkpoint says nothing
-    return {k: v for k, v in facts.items() if isinstance(v, (str, int, float))}
+        card = json.loads(_header(path).get("card", "{}"))
+    except ValueError:
+        card = {}
+    return {"file": path.name} | {k: v for k, v in card.items() if isinstance(v, (str, int, float))}
