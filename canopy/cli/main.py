@@ -16,6 +16,7 @@ from canopy import __version__
 from canopy.cli import calibrate, data, models
 from canopy.cli.compare import compare
 from canopy.cli.evaluate import evaluate
+from canopy.cli.map import map_
 from canopy.cli.predict import predict
 from canopy.cli.pretrain import pretrain
 from canopy.cli.stats import stats
@@ -49,6 +50,7 @@ def _root(
 
 
 app.command("predict")(predict)
+app.command("map")(map_)
 app.command("evaluate")(evaluate)
 app.command("compare")(compare)
 app.command("stats")(stats)

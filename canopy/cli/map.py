@@ -1,0 +1,266 @@
+"""`canopy map`: parse, call, print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from canopy.cli.area import Aoi, Bbox, Bounds, BoundsCrs, SizeM
+from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.predict_options import (
+    Bands,
+    BatchSize,
+    DateBand,
+    Datetime,
+    Device,
+    Encoding,
+    Gsd,
+    Imagery,
+    Images,
+    InputCrs,
+    Model,
+    Nodata,
+    Precision,
+    Radiometry,
+    Scale,
+)
+
+if TYPE_CHECKING:
+    from canopy.inference.region.run import RunResult
+    from canopy.inference.region.settings import RegionSettings
+
+_GRID, _ENGINE, _RUN = "Tiles", "Engine", "Run"
+
+
+def _option(kind: Any, *names: str, help: str, panel: str, metavar: str | None = None) -> Any:
+    return Annotated[kind, typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)]
+
+
+Out = Annotated[str | None, typer.Option("-o", "--out", metavar="DIR", help="Folder of the run.")]
+GridKind = _option(
+    str, "--grid", panel=_GRID, metavar="quadkey|utm",
+    help="Tiles by quadkey (EPSG:3857), or squares of the area's UTM zone (or of --crs).",
+)  # fmt: skip
+Zoom = _option(
+    int, "--zoom", panel=_GRID,
+    help="Zoom of the tiles; larger ones than --tile-px are divided into work tiles.",
+)  # fmt: skip
+TilePx = _option(int, "--tile-px", panel=_GRID, help="Largest side of a work tile, pixels; a power of two.")
+MapCrs = _option(
+    str | None, "--crs", panel=_GRID, help="A projected CRS for --grid utm. Default: the area's UTM zone."
+)
+Layout = _option(
+    str, "--layout", panel=_GRID, metavar="tiles|published|published-v1|published-v2",
+    help="Also write tiles named and stored as in the published maps (v1: zoom 9, v2: zoom 10).",
+)  # fmt: skip
+Scheduler = _option(
+    str, "--scheduler", panel=_ENGINE, metavar="local|ADDRESS",
+    help="Processes of this machine, or a dask scheduler such as tcp://head:8786.",
+)  # fmt: skip
+Workers = _option(
+    int | None, "--workers", panel=_ENGINE, help="Processes on this machine. Default: one per GPU, else 1."
+)
+Threads = _option(
+    int | None, "--threads", panel=_ENGINE,
+    help="Threads of the network in each worker on a CPU; pinned to the run.",
+)  # fmt: skip
+Readers = _option(int, "--readers", panel=_ENGINE, help="Threads of a worker that read imagery ahead.")
+Shard = _option(
+    str | None, "--shard", panel=_ENGINE, metavar="I/N",
+    help="Only every N-th tile, from the I-th: for job arrays, without a scheduler.",
+)  # fmt: skip
+Attempts = _option(int, "--attempts", panel=_ENGINE, help="Tries of a tile before it counts as failed.")
+Resume = _option(
+    bool,
+    "--resume",
+    panel=_RUN,
+    help="Go on with the run in -o; its area, imagery and model need not be given.",
+)
+Status = _option(str | None, "--status", panel=_RUN, metavar="DIR", help="Show how a run stands; do nothing.")
+RetryFailed = _option(bool, "--retry-failed", panel=_RUN, help="Give failed tiles another chance.")
+Verify = _option(bool, "--verify", panel=_RUN, help="Hash every finished tile again before going on.")
+DryRun = _option(bool, "--dry-run", panel=_RUN, help="Say tiles, imagery, hours and money; write nothing.")
+Price = _option(float | None, "--price", panel=_RUN, help="Price of a worker's hour, for --dry-run.")
+
+
+def map_(
+    context: typer.Context,
+    images: Images = None,
+    bbox: Bbox = None,
+    size_m: SizeM = None,
+    bounds: Bounds = None,
+    bounds_crs: BoundsCrs = "EPSG:4326",
+    aoi: Aoi = None,
+    imagery: Imagery = None,
+    model: Model = "default",
+    out: Out = None,
+    grid: GridKind = "quadkey",
+    zoom: Zoom = 10,
+    tile_px: TilePx = 2048,
+    crs: MapCrs = None,
+    gsd: Gsd = None,
+    layout: Layout = "tiles",
+    input_crs: InputCrs = None,
+    datetime: Datetime = None,
+    bands: Bands = None,
+    nodata: Nodata = None,
+    scale: Scale = None,
+    encoding: Encoding = "float32",
+    date_band: DateBand = False,
+    radiometry: Radiometry = "none",
+    scheduler: Scheduler = "local",
+    workers: Workers = None,
+    threads: Threads = None,
+    shard: Shard = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = "auto",
+    readers: Readers = 2,
+    attempts: Attempts = 4,
+    resume: Resume = False,
+    retry_failed: RetryFailed = False,
+    verify: Verify = False,
+    status: Status = None,
+    dry_run: DryRun = False,
+    price: Price = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Map a region in tiles: a job of hours or days that can be stopped, resumed and shared out.
+
+    DIR/tiles holds the tiles, DIR/mosaic opens as one raster, DIR/catalog.json is a STAC catalog,
+    DIR/ledger.sqlite says what became of every tile. Running the same command again goes on. Exit 3: some
+    tiles failed; the ledger has the reasons.
+
+    Examples:
+
+      canopy map --aoi county.gpkg --imagery naip -o county --dry-run --price 2.5
+
+      canopy map --aoi county.gpkg --imagery naip -o county --workers 4 --threads 1
+
+      canopy map -o county --resume --scheduler tcp://head:8786
+
+      canopy map --status county
+    """
+    from canopy.config import validate_settings
+    from canopy.inference.region.settings import RegionSettings
+    from canopy.runtime import setup_logging
+
+    setup_logging(quiet=quiet, verbose=verbose)
+    if status is not None:
+        _show_status(status, json)
+        return
+    if out is None:
+        from canopy.errors import ConfigError
+
+        raise ConfigError("no folder was given", where="-o", expected="-o DIR")
+    given = {name: context.params[name] for name in RegionSettings.model_fields if name in context.params}
+    given["images"] = tuple(images or ())
+    settings = validate_settings(RegionSettings, given, where="canopy map")
+    run_map(
+        settings, resume=resume, retry_failed=retry_failed, verify=verify, dry_run=dry_run,
+        overwrite=overwrite, json=json, quiet=quiet,
+    )  # fmt: skip
+
+
+def run_map(
+    settings: RegionSettings,
+    *,
+    resume: bool = False,
+    retry_failed: bool = False,
+    verify: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    json: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Make (or go on with, or only plan) a regional run, say what happens, and exit with its code.
+
+    Raises:
+        CanopyError: see `canopy.inference.region.run`.
+    """
+    from canopy.cli.map_progress import watching
+    from canopy.inference.region.run import prepare_run, start
+    from canopy.runtime import log
+
+    settings.parse_shard()
+    prepared = prepare_run(settings, resume=resume, overwrite=overwrite)
+    tiling = prepared.tiling
+    tiles = sum(1 for _ in tiling.tiles(prepared.aoi))
+    log.info(f"{prepared.aoi.describe()}, {tiles:,} tile{'' if tiles == 1 else 's'} of {tiling.tile_px} px")
+    for note in prepared.notes:
+        log.warning(f"note: {note}")
+    if dry_run:
+        _show_cost(prepared, json)
+        return
+    with watching(quiet) as watch:
+        result = start(prepared, overwrite=overwrite, retry_failed=retry_failed, verify=verify, watch=watch)
+    if json:
+        print_json(result.to_dict())
+    elif not quiet:
+        _print_result(result)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def _show_status(folder: str, json: bool) -> None:
+    from pathlib import Path
+
+    from canopy.inference.region.run import elapsed_text
+    from canopy.inference.region.state import status
+
+    found = status(Path(folder).expanduser())
+    if json:
+        print_json(found)
+        return
+    counts = found["tiles"]
+    total = sum(counts.values())
+    typer.echo(f"{found['area']}; model {found['model']}; begun {found['created']}")
+    typer.echo(
+        f"{counts['done'] + counts['empty']:,} of {total:,} tiles finished ({counts['empty']:,} empty), "
+        f"{counts['running']:,} in work, {counts['pending']:,} to do, {counts['failed']:,} failed"
+    )
+    typer.echo(
+        f"{found['km2_finished']:,.2f} of {found['km2']:,.2f} km2, {found['seconds_per_tile']:g} s a tile, "
+        f"{elapsed_text(found['worker_seconds'])} of work"
+    )
+    for who in found["at_work"]:
+        typer.echo(f"at work: process {who['pid']} on {who['host']}, for {elapsed_text(who['for_s'])}")
+    for failed in found["failures"]:
+        typer.echo(f"failed {failed['tile']}: {failed['reason']}")
+
+
+def _show_cost(prepared: Any, json: bool) -> None:
+    from canopy.inference.region.cost import region_cost
+    from canopy.runtime import log
+
+    cost = region_cost(prepared)
+    if json:
+        print_json(
+            {"dry_run": True, "area": prepared.aoi.describe(), **cost.to_dict(), "notes": prepared.notes}
+        )
+        return
+    for line in cost.lines():
+        log.info(line)
+
+
+def _print_result(result: RunResult) -> None:
+    counts = result.counts
+    text = f"{result.folder}: {counts['done']:,} tiles"
+    if counts["empty"]:
+        text += f", {counts['empty']:,} empty"
+    if counts["failed"]:
+        text += f", {counts['failed']:,} FAILED"
+    left = counts["pending"] + counts["running"]
+    if left:
+        text += f", {left:,} left"
+    typer.echo(f"{text}, {result.totals['km2_finished']:,.2f} km2")
+    for tile, reason in result.failures[:10]:
+        typer.echo(f"failed {tile}: {reason}")
+    if len(result.failures) > 10:
+        typer.echo(f"... and {len(result.failures) - 10} more; see canopy map --status {result.folder}")
+    for name, path in result.outputs.items():
+        typer.echo(f"{path}: {name}")

@@ -1,0 +1,263 @@
+"""The ledger: one SQLite row per tile, so that a run can die at any moment and go on as if it had not.
+
+One process writes a ledger; others may read it. States: `pending`, `running`, `done`, `empty` (nothing to
+map, no file), `failed` (with its reason). What runs when a driver dies is pending again when the next one
+opens the ledger, and its tile is made anew: its bytes do not depend on who makes it, and how often.
+
+Commits are gathered over half a second; what is lost with the last ones is only time.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from canopy.errors import CanopyError, DataError, OutputError
+from canopy.inference.region.tiling import TileTask
+
+STATES = ("pending", "running", "done", "empty", "failed")
+COMMIT_EVERY_S = 0.5
+FORMAT = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS tiles (
+  ordinal INTEGER PRIMARY KEY,
+  id TEXT NOT NULL UNIQUE,
+  "row" INTEGER NOT NULL, col INTEGER NOT NULL, km2 REAL NOT NULL,
+  state TEXT NOT NULL CHECK (state IN ('pending', 'running', 'done', 'empty', 'failed')),
+  attempts INTEGER NOT NULL DEFAULT 0,
+  host TEXT, seconds REAL, sha256 TEXT, bytes INTEGER, reason TEXT, facts TEXT, updated REAL
+);
+CREATE INDEX IF NOT EXISTS tiles_open ON tiles (ordinal) WHERE state IN ('pending', 'running');
+CREATE INDEX IF NOT EXISTS tiles_failed ON tiles (ordinal) WHERE state = 'failed';
+"""
+# File systems of several machines: SQLite's shared memory does not reach across them.
+_NETWORK = {"nfs", "nfs4", "lustre", "beegfs", "gpfs", "cifs", "smb3", "ceph", "fuse.sshfs", "9p", "afs"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tile as the ledger has it; `facts` are statistics and provenance of a finished one."""
+
+    task: TileTask
+    state: str
+    attempts: int
+    host: str | None
+    seconds: float | None
+    sha256: str | None
+    bytes: int | None
+    reason: str | None
+    facts: dict[str, Any]
+
+
+_COLUMNS = 'ordinal, id, "row", col, km2, state, attempts, host, seconds, sha256, bytes, reason, facts'
+
+
+class Ledger:
+    """An open ledger; a context manager. Use it from one thread."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Open or create the ledger at `path`.
+
+        Raises:
+            DataError: no ledger of canopy; OutputError: it cannot be written.
+        """
+        self.path = path
+        self._changed = 0
+        self._committed = time.monotonic()
+        with self._guard():
+            if read_only:
+                self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=30)
+            else:
+                self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
+                if file_system(path) in _NETWORK:
+                    # One writer, and the index of the log in its own memory: safe where memory is not shared.
+                    self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=NORMAL")
+                self._db.executescript(_SCHEMA)
+
+    # ---- the run ------------------------------------------------------------------------------
+    def get(self, key: str) -> str | None:
+        """A fact about the run."""
+        with self._guard():
+            found = self._db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
+        return found[0] if found else None
+
+    def set(self, key: str, value: str) -> None:
+        """Note a fact about the run, at once."""
+        with self._guard():
+            self._begin()
+            self._db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
+        self.commit()
+
+    # ---- tiles --------------------------------------------------------------------------------
+    def add(self, tiles: Iterable[TileTask]) -> int:
+        """Enter tiles as pending, all or none; returns how many. The run's first act."""
+        rows = ((t.ordinal, t.id, t.row, t.col, t.km2) for t in tiles)
+        with self._guard():
+            self._begin()
+            try:
+                count = self._db.executemany(
+                    'INSERT INTO tiles (ordinal, id, "row", col, km2, state) '
+                    "VALUES (?, ?, ?, ?, ?, 'pending')",
+                    rows,
+                ).rowcount  # fmt: skip
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+        self.commit()
+        return max(0, count)
+
+    def reopen(self, retry_failed: bool = False) -> None:
+        """Make tiles pending that were running when a driver died, and failed ones if asked."""
+        with self._guard():
+            self._begin()
+            self._db.execute("UPDATE tiles SET state = 'pending' WHERE state = 'running'")
+            if retry_failed:
+                self._db.execute("UPDATE tiles SET state = 'pending', reason = NULL WHERE state = 'failed'")
+        self.commit()
+
+    def pending(self, batch: int = 1000) -> Iterator[TileTask]:
+        """Pending tiles in order, each once; memory does not grow with their number."""
+        last = -1
+        while True:
+            with self._guard():
+                rows = self._db.execute(
+                    "SELECT ordinal, id, \"row\", col, km2 FROM tiles WHERE state IN ('pending', 'running') "
+                    "AND state = 'pending' AND ordinal > ? ORDER BY ordinal LIMIT ?",
+                    (last, batch),
+                ).fetchall()
+            if not rows:
+                return
+            for row in rows:
+                yield TileTask(*row)
+            last = rows[-1][0]
+
+    def begin(self, ordinal: int) -> None:
+        """A tile is being made."""
+        self._update("state = 'running', attempts = attempts + 1", (), ordinal)
+
+    def finish(
+        self, ordinal: int, state: str, *, host: str, seconds: float, sha256: str | None = None,
+        size: int | None = None, reason: str | None = None, facts: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """A tile is `done`, `empty`, `failed`, or `pending` once more (with the reason so far)."""
+        text = json.dumps(facts, separators=(",", ":")) if facts else None
+        self._update(
+            "state = ?, host = ?, seconds = ?, sha256 = ?, bytes = ?, reason = ?, facts = ?",
+            (state, host, seconds, sha256, size, reason, text),
+            ordinal,
+        )
+
+    def lose(self, ordinal: int, reason: str) -> None:
+        """A finished tile's file is not as it was: it must be made again."""
+        self._update("state = 'pending', sha256 = NULL, bytes = NULL, reason = ?", (reason,), ordinal)
+
+    def take(self, row: Row) -> None:
+        """Enter what another ledger of the same run knows of a tile."""
+        text = json.dumps(row.facts, separators=(",", ":")) if row.facts else None
+        self._update(
+            "state = ?, attempts = ?, host = ?, seconds = ?, sha256 = ?, bytes = ?, reason = ?, facts = ?",
+            (row.state, row.attempts, row.host, row.seconds, row.sha256, row.bytes, row.reason, text),
+            row.task.ordinal,
+        )
+
+    def rows(self, *states: str) -> Iterator[Row]:
+        """Rows in order, of some states or of all."""
+        where = f"WHERE state IN ({', '.join('?' * len(states))})" if states else ""
+        with self._guard():
+            cursor = self._db.execute(f"SELECT {_COLUMNS} FROM tiles {where} ORDER BY ordinal", states)
+        while chunk := cursor.fetchmany(1000):
+            for r in chunk:
+                yield Row(TileTask(*r[:5]), *r[5:12], facts=json.loads(r[12]) if r[12] else {})
+
+    def counts(self) -> dict[str, int]:
+        """Tiles by state."""
+        with self._guard():
+            found = dict(self._db.execute("SELECT state, COUNT(*) FROM tiles GROUP BY state").fetchall())
+        return {state: found.get(state, 0) for state in STATES}
+
+    def totals(self) -> dict[str, float]:
+        """Square kilometres (all and finished), worker seconds and bytes so far."""
+        with self._guard():
+            row = self._db.execute(
+                "SELECT TOTAL(km2), TOTAL(CASE WHEN state IN ('done', 'empty') THEN km2 END), "
+                "TOTAL(seconds), TOTAL(bytes) FROM tiles"
+            ).fetchone()
+        return dict(zip(("km2", "km2_finished", "worker_seconds", "bytes"), row, strict=True))
+
+    # ---- writing ------------------------------------------------------------------------------
+    def _update(self, what: str, values: tuple[Any, ...], ordinal: int) -> None:
+        with self._guard():
+            self._begin()
+            self._db.execute(
+                f"UPDATE tiles SET {what}, updated = ? WHERE ordinal = ?", (*values, time.time(), ordinal)
+            )
+            self._changed += 1
+        if time.monotonic() - self._committed > COMMIT_EVERY_S:
+            self.commit()
+
+    def _begin(self) -> None:
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        """Put what was gathered on the disk."""
+        with self._guard():
+            if self._db.in_transaction:
+                self._db.execute("COMMIT")
+        self._changed, self._committed = 0, time.monotonic()
+
+    def commit_if_due(self) -> None:
+        """Commit what has waited long enough."""
+        if self._changed and time.monotonic() - self._committed > COMMIT_EVERY_S:
+            self.commit()
+
+    def close(self) -> None:
+        """Commit and close; the log is folded into the file."""
+        try:
+            self.commit()
+        finally:
+            self._db.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """SQLite's errors in canopy's words."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            text = str(error)
+            if "not a database" in text or "malformed" in text:
+                raise DataError("is no ledger of canopy map", where=self.path) from error
+            if isinstance(error, sqlite3.OperationalError):
+                raise OutputError(f"the ledger cannot be used ({text})", where=self.path) from error
+            raise CanopyError(f"the ledger refused ({text})", where=self.path) from error
+
+
+def file_system(path: Path) -> str:
+    """Type of the file system that holds a path (`ext4`, `nfs4`, ...); '' where the system does not say."""
+    try:
+        lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    where = path.absolute().parent.resolve()
+    best, kind = -1, ""
+    for line in lines:
+        parts = line.split()
+        point = Path(parts[1].replace("\\040", " "))
+        if where.is_relative_to(point) and len(point.parts) >= best:
+            best, kind = len(point.parts), parts[2]
+    return kind

@@ -1,0 +1,101 @@
+"""`--shard I/N`: N processes, on any machines, without a scheduler, at one run.
+
+Shard I makes every N-th tile and keeps a ledger of its own, DIR/shards/I-of-N.sqlite, which no other process
+writes: SQLite's locks need not reach from machine to machine. The shard that ends last gathers all ledgers
+into DIR/ledger.sqlite and makes catalog and mosaic; `canopy map -o DIR --resume` does so at any time, and
+takes over what shards have left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from canopy.errors import CanopyError, InputError
+from canopy.inference.region.ledger import Ledger
+from canopy.inference.region.lock import RunLock
+from canopy.runtime import log
+
+FOLDER = "shards"
+
+
+def _stem(shard: tuple[int, int]) -> str:
+    return f"{shard[0]:05d}-of-{shard[1]:05d}"
+
+
+def ledger_path(folder: Path, shard: tuple[int, int]) -> Path:
+    """The ledger of one shard."""
+    (folder / FOLDER).mkdir(exist_ok=True)
+    return folder / FOLDER / f"{_stem(shard)}.sqlite"
+
+
+def lock_name(shard: tuple[int, int]) -> str:
+    """The lock of one shard, in the run's folder."""
+    return f".lock-{_stem(shard)}"
+
+
+def mark_complete(folder: Path, shard: tuple[int, int]) -> None:
+    """Say that a shard has no open tile left; its ledger is closed by now."""
+    path = folder / FOLDER / f"{_stem(shard)}.complete"
+    partial = path.with_suffix(f".part{os.getpid()}")
+    partial.write_text(json.dumps({"shard": shard}) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def all_complete(folder: Path, count: int) -> bool:
+    """Whether every one of `count` shards has said so."""
+    return all((folder / FOLDER / f"{_stem((i, count))}.complete").is_file() for i in range(1, count + 1))
+
+
+def refuse_crossing(folder: Path, shard: tuple[int, int] | None) -> None:
+    """A whole run beside living shards would do their work again. Raises InputError."""
+    if shard is not None:
+        (folder / FOLDER / f"{_stem(shard)}.complete").unlink(missing_ok=True)
+        return
+    for path in sorted(folder.glob(".lock-*-of-*")):
+        try:
+            with RunLock(path):
+                pass
+        except InputError as error:
+            raise InputError(
+                f"a shard of this run is at work ({path.name.removeprefix('.lock-')})",
+                where=folder, remedy="wait for it, or stop it first",
+            ) from error  # fmt: skip
+
+
+def ledgers(folder: Path) -> Iterator[Path]:
+    """The ledgers of all shards that ever worked here."""
+    if (folder / FOLDER).is_dir():
+        pattern = re.compile(r"\d+-of-\d+\.sqlite$")
+        yield from sorted(p for p in (folder / FOLDER).iterdir() if pattern.fullmatch(p.name))
+
+
+def gather(ledger: Ledger, folder: Path, own: Path) -> int:
+    """Take over from all other ledgers of the run what this one does not know yet; returns how many tiles.
+
+    A ledger that cannot be read now (its shard is at work on another machine) is left out: its tiles are then
+    only made twice, with the same bytes.
+    """
+    others = [path for path in (folder / "ledger.sqlite", *ledgers(folder)) if path != own and path.is_file()]
+    if not others:
+        return 0
+    states = {row.task.ordinal: row.state for row in ledger.rows()}
+    count = 0
+    for path in others:
+        try:
+            with Ledger(path, read_only=True) as other:
+                if other.get("run") != ledger.get("run"):
+                    continue
+                for row in other.rows("done", "empty", "failed"):
+                    mine = states.get(row.task.ordinal)
+                    if mine in ("pending", "running") or (mine == "failed" and row.state != "failed"):
+                        ledger.take(row)
+                        states[row.task.ordinal] = row.state
+                        count += 1
+        except CanopyError as error:
+            log.info(f"{path.name} is left out: {error}")
+    ledger.commit()
+    return count

@@ -1,0 +1,69 @@
+"""How a run stands, for those who look on: `canopy map --status DIR`."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from canopy.errors import InputError
+from canopy.inference.region import shards
+from canopy.inference.region.ledger import STATES, Ledger
+from canopy.inference.region.lock import read_holder
+from canopy.inference.region.pins import RUN_FILE, read_pins, run_id
+
+_MOST_FAILURES = 20
+
+
+def outputs_digest(ledger: Ledger) -> str:
+    """Hash of all finished tiles: catalog and mosaic are up to date while it stays the same."""
+    digest = hashlib.sha256()
+    for row in ledger.rows("done", "failed"):
+        digest.update(f"{row.task.id} {row.state} {row.sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Counts, area, failures and pace of a run, from all of its ledgers; changes nothing.
+
+    Raises:
+        InputError: no run there.
+    """
+    pins = read_pins(folder)
+    if pins is None:
+        raise InputError("no run there", where=folder, expected=f"a folder with {RUN_FILE}")
+    counts = dict.fromkeys(STATES, 0)
+    totals = {"km2": 0.0, "km2_finished": 0.0, "worker_seconds": 0.0, "bytes": 0.0}
+    failures: list[dict[str, str]] = []
+    main = folder / "ledger.sqlite"
+    parts = [main] if main.is_file() else list(shards.ledgers(folder))
+    for path in parts:
+        with Ledger(path, read_only=True) as ledger:
+            if ledger.get("run") != run_id(pins):
+                continue
+            for state, count in ledger.counts().items():
+                counts[state] += count
+            for key, value in ledger.totals().items():
+                totals[key] += value
+            for row in ledger.rows("failed"):
+                if len(failures) < _MOST_FAILURES:
+                    failures.append({"tile": row.task.id, "reason": row.reason or ""})
+    finished = counts["done"] + counts["empty"]
+    holders = [read_holder(path) for path in sorted(folder.glob(".lock*"))]
+    return {
+        "folder": str(folder),
+        "area": pins["area"]["text"],
+        "model": pins["model"]["name"],
+        "created": pins["canopy"]["created"],
+        "tiles": counts,
+        "finished_fraction": finished / max(1, sum(counts.values())),
+        **{key: round(value, 6) for key, value in totals.items()},
+        "seconds_per_tile": round(totals["worker_seconds"] / max(1, counts["done"]), 3),
+        "at_work": [
+            {"host": h["host"], "pid": h["pid"], "for_s": round(time.time() - float(h["since"]))}  # type: ignore[arg-type]
+            for h in holders
+            if h
+        ],
+        "failures": failures,
+    }

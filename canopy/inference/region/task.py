@@ -1,0 +1,227 @@
+"""Making one tile: what a worker process holds, and what it answers.
+
+A worker opens model and imagery once, from the pins in DIR/run.json, and refuses when they are not what the
+run is pinned to. A tile is written under a temporary name, read back, hashed, and renamed: whoever makes a
+tile a second time replaces it by the same bytes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from canopy.errors import CanopyError, FetchError, InputError, OutputError
+from canopy.geo.grid import Grid
+from canopy.inference import output
+from canopy.inference.region.pins import area_of, read_pins, refuse_changes, run_id
+from canopy.inference.region.plan import Prepared, open_region, settings_from
+from canopy.inference.region.settings import RegionSettings
+from canopy.inference.region.tiling import TileTask
+
+TILES = "tiles"
+_EPOCH = datetime.date(1970, 1, 1)
+# More scenes than this in one tile's row only make the ledger large.
+_MOST_SCENES = 50
+
+
+@dataclass(frozen=True)
+class How:
+    """How a worker works; nothing of it changes a tile's pixels (but see --threads in the documentation).
+
+    Attributes:
+        folder: of the run.
+        run: the run's id, as `pins.run_id` has it.
+        device, batch_size, readers: of the engine.
+    """
+
+    folder: str
+    run: str
+    device: str = "auto"
+    batch_size: int | str = "auto"
+    readers: int = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one tile.
+
+    Attributes:
+        state: `done`, `empty`, `failed`; or `died`: the worker was lost while it had the tile.
+        reason: why it failed, in one line.
+        again: whether another try can help.
+        stop: whether the whole run has to stop (the disk is full, the model is another one).
+    """
+
+    task: TileTask
+    state: str
+    host: str = ""
+    seconds: float = 0.0
+    sha256: str | None = None
+    size: int | None = None
+    reason: str | None = None
+    again: bool = False
+    stop: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def tile_path(folder: Path, tile_id: str) -> Path:
+    """Where a tile's map lies."""
+    return folder / TILES / f"{tile_id}.tif"
+
+
+class _Empty(Exception):  # noqa: N818  (a signal, not an error)
+    """Nothing valid in a tile: its file is not kept."""
+
+
+class TileWorker:
+    """Model, imagery and grids of a run, ready to make tiles one at a time."""
+
+    def __init__(self, how: How) -> None:
+        """Open everything.
+
+        Raises:
+            InputError: the folder is not seen from here, or model or imagery are not the run's.
+        """
+        import torch
+
+        self.folder = Path(how.folder)
+        pins = read_pins(self.folder)
+        if pins is None or run_id(pins) != how.run:
+            raise InputError(
+                "the run's folder is not there, or is another run's",
+                where=f"{how.folder} on {socket.gethostname()}",
+                remedy="workers need the same folder under the same path as the driver",
+            )
+        torch.set_num_threads(pins["map"]["threads"])
+        settings = settings_from(
+            pins,
+            RegionSettings(out=how.folder, device=how.device, batch_size=how.batch_size, readers=how.readers),
+        )
+        self.prepared: Prepared = open_region(settings, area_of(pins))
+        refuse_changes(pins, self.prepared.pins, self.folder)
+
+    def make(self, task: TileTask) -> Outcome:
+        """Predict and write one tile.
+
+        Raises:
+            CanopyError: nothing is left at the tile's place then but what was there before.
+        """
+        from canopy.geo.raster import BandSpec, CogWriter, raster_env
+        from canopy.inference.job import Job
+
+        started = time.perf_counter()
+        prepared = self.prepared
+        target = prepared.lattices.target(prepared.tiling.window(task.row, task.col))
+        path = tile_path(self.folder, task.id)
+        source = SceneNames.of(prepared.source, target.output)
+        request = prepared.request
+        job = Job(
+            request, prepared.source, prepared.aoi, prepared.model, prepared.model_name, target,
+            plan=None, cost=None,  # type: ignore[arg-type]  # both are for the words before a run
+            files=output.OutputFiles(path, path.with_suffix(".json")), radiometry=prepared.radiometry,
+        )  # fmt: skip
+        tags = output.map_tags(source, prepared.model_name, job.model_sha256, prepared.lattices.gsd_m)  # type: ignore[arg-type]
+        tags |= {key: value for key, value in job.tags().items() if key not in tags}
+        tags["CANOPY_GSD_M"] = f"{target.output.gsd_m:.6g}"
+        bands = [BandSpec(*band) for band in output.BANDS[: 2 if request.date_band else 1]]
+        try:
+            with raster_env():
+                writer = CogWriter(
+                    path, target.output, bands, encoding=request.encoding, tags=tags, overwrite=True
+                )
+                with writer:
+                    summary = job.predict_into(writer, None)
+                    if not summary.valid_pixels:
+                        raise _Empty
+        except _Empty:
+            path.unlink(missing_ok=True)
+            return Outcome(
+                task, "empty", socket.gethostname(), time.perf_counter() - started,
+                reason="no valid imagery in the area",
+            )  # fmt: skip
+        facts: dict[str, Any] = {
+            "pixels": summary.pixels,
+            "valid": summary.valid_pixels,
+            "mean_m": round(summary.mean_height_m, 4),
+            "max_m": round(summary.max_height_m, 4),
+            "cover_2m": round(summary.cover_2m, 6),
+            "crops": summary.crops_predicted,
+            "model_s": round(summary.model_seconds, 3),
+            "dates": [_day(day) for day in (summary.first_day, summary.last_day) if day],
+            "scenes": [output.bare_name(name) for name in source.scene_ids[:_MOST_SCENES]],
+        }
+        if summary.notes:
+            facts["notes"] = summary.notes
+        return Outcome(
+            task, "done", socket.gethostname(), time.perf_counter() - started,
+            sha256=writer.sha256, size=path.stat().st_size, facts=facts,
+        )  # fmt: skip
+
+    def attempt(self, task: TileTask) -> Outcome:
+        """`make`, with failures told as an outcome."""
+        started = time.perf_counter()
+        try:
+            return self.make(task)
+        except Exception as error:
+            return failure(task, error, time.perf_counter() - started)
+
+
+def failure(task: TileTask, error: BaseException, seconds: float) -> Outcome:
+    """What an exception means for its tile and for the run."""
+    reason = str(error) if isinstance(error, CanopyError) else f"{type(error).__name__}: {error}"
+    reason = " ".join(reason.split())[:500]
+    fetch = isinstance(error, FetchError)
+    # Bad input stays bad; a host, a device or a bug's bad luck may not.
+    return Outcome(
+        task, "failed", socket.gethostname(), seconds, reason=reason,
+        again=fetch or not isinstance(error, InputError),
+        stop=isinstance(error, OutputError),
+    )  # fmt: skip
+
+
+def _day(days: int) -> str:
+    return (_EPOCH + datetime.timedelta(days=days)).isoformat()
+
+
+@dataclass(frozen=True)
+class SceneNames:
+    """What tags say of imagery: of a mosaic, only the scenes that reach into a tile."""
+
+    name: str
+    scene_ids: Sequence[str]
+    dates: Sequence[str]
+
+    @classmethod
+    def of(cls, source: Any, window: Grid) -> SceneNames:
+        """The scenes of `source` that share ground with `window`."""
+        whole = cls(source.name, tuple(source.scene_ids), tuple(source.dates))
+        layers = getattr(source, "layers", ())
+        if len(layers) < 2:
+            return whole
+        outline = window.outline("EPSG:4326")
+        near = [layer for layer in layers if layer.outline().intersects(outline)]
+        dates = sorted({layer.day.isoformat() for layer in near if layer.day})
+        return replace(whole, scene_ids=tuple(layer.scene_id for layer in near), dates=tuple(dates))
+
+
+def remove_leftovers(folder: Path, ids: set[str] | None = None) -> int:
+    """Drop what killed workers left under temporary names; only of the tiles `ids`, if given."""
+    import shutil
+
+    count = 0
+    with os.scandir(folder / TILES) as entries:
+        for entry in entries:
+            name = entry.name
+            if not (name.startswith(".") and (name.endswith(".partial") or name.startswith(".canopy-"))):
+                continue
+            tile = name[1:].split(".tif.")[0]
+            if ids is None or tile in ids:
+                shutil.rmtree(entry.path, ignore_errors=True)
+                count += 1
+    return count
