@@ -40,6 +40,8 @@ def pretrain(
 
     Example: canopy pretrain configs/pretrain/small.yaml data.chips=chips minutes=30 -o runs/encoder
     """
+    from pytorch_lightning.utilities import rank_zero_only
+
     from canopy.config import load_settings
     from canopy.runtime import progress_bar, setup_logging
     from canopy.training.pretrain_settings import PretrainSettings
@@ -58,6 +60,8 @@ def pretrain(
             command=command,
             progress=progress,
         )
+    if rank_zero_only.rank:
+        return  # one of several processes has the word
     shown = {k: card[k] for k in ("objective", "steps", "minutes", "images_seen", "probe")}
     if json_:
         where = {"fast_dev_run": True} if fast_dev_run else {"encoder": str(run_dir / pretrain_run.ENCODER)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from canopy.chips.streams import Views
 from canopy.models.config import ModelConfig
-from canopy.models.encoder import Encoder
+from canopy.models.encoder import Encoder, Tokens
 from canopy.training import ssl_losses as losses
 from canopy.training.pretrain import PretrainModule, Terms
 from canopy.training.pretrain_settings import DinoSettings, PretrainSettings
@@ -33,6 +33,11 @@ class Network(nn.Module):
         self.norm = nn.Identity() if config.encoder.norm_taps else nn.LayerNorm(dim)
         self.class_head = PrototypeHead(dim, settings.class_prototypes, *shape)
         self.patch_head = PrototypeHead(dim, settings.patch_prototypes, *shape)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
+        """The encoder's tokens, normalised; see `Encoder.tokens`."""
+        tokens = self.encoder.tokens(x, mask, mask_token)
+        return Tokens(self.norm(tokens.class_token), self.norm(tokens.patches))
 
 
 class Targets(NamedTuple):
@@ -91,12 +96,10 @@ class DinoModule(PretrainModule):
         mask = views.masks.flatten(1)
         targets = self._teach(wide, mask, globals_)
         self.looked_at = targets.class_tokens, targets.patch_tokens.flatten(0, 1)
-        seen = self.student.encoder.tokens(wide, mask, self.mask_token)
-        first, patches = self.student.norm(seen.class_token), self.student.norm(seen.patches)
+        first, patches = self.student(wide, mask, self.mask_token)
         scores = [self.student.class_head(first)]
         if len(near):
-            close = self.student.encoder.tokens(near).class_token
-            scores.append(self.student.class_head(self.student.norm(close)))
+            scores.append(self.student.class_head(self.student(near).class_token))
         d = self.settings.dino
         every = torch.cat(scores).unflatten(0, (-1, B))  # (views, B, prototypes)
         out = {"dino": losses.dino_loss(every, targets.views, d.student_temperature)}
@@ -106,13 +109,12 @@ class DinoModule(PretrainModule):
         # DINOv2 sums over the views.
         out["koleo"] = torch.stack([losses.koleo_loss(x) for x in first.split(B)]).sum()
         if self.anchor is not None and bool(self.anchor_ready):
-            out["gram"] = losses.gram_loss(seen.patches, self._anchored(wide))
+            out["gram"] = losses.gram_loss(patches, self._anchored(wide))
         return out
 
     @torch.no_grad()
     def _teach(self, wide: Tensor, mask: Tensor, globals_: int) -> Targets:
-        tokens = self.teacher.encoder.tokens(wide)
-        first, patches = self.teacher.norm(tokens.class_token), self.teacher.norm(tokens.patches)
+        first, patches = self.teacher(wide)
         of_views = self.teacher.class_head(first)
         of_patches = self.teacher.patch_head(patches[mask])
         views = self._targets(of_views, self.centre_class)

@@ -125,11 +125,13 @@ class _Percent(pl.Callback):
         self.progress, self.said = progress, 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.progress.start(100, "pretraining, per cent")
+        if trainer.is_global_zero:
+            self.progress.start(100, "pretraining, per cent")
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        done = int(100 * module.progress)  # type: ignore[operator, arg-type]
-        self.progress.advance(done - self.said)
+        done = int(100 * module.progress)  # type: ignore[operator]
+        if trainer.is_global_zero:
+            self.progress.advance(done - self.said)
         self.said = done
 
 

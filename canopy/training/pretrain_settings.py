@@ -130,7 +130,8 @@ class PretrainSettings(Settings):
         layer_decay: factor on the learning rate from each layer to the one below; patch_lr: another one on
             all that lies before the first block.
         keep_every: also keep the checkpoint of every n-th step for good (0: only the last).
-        devices, nodes, strategy: as PyTorch Lightning has them ("ddp", "fsdp", ...).
+        devices, nodes, strategy: as PyTorch Lightning has them. There is no FSDP: a ViT-L with its teacher,
+            heads and AdamW takes about 9 GB, so nothing needs to be sharded, and none could be tried here.
         compile: torch.compile the transformer's blocks.
     """
 
@@ -154,7 +155,7 @@ class PretrainSettings(Settings):
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     devices: int = Field(default=1, ge=1)
     nodes: int = Field(default=1, ge=1)
-    strategy: str = "auto"
+    strategy: Literal["auto", "ddp"] = "auto"
     compile: bool = False
     log_every: int = Field(default=25, ge=1)
     checkpoint_every: int = Field(default=250, ge=1)
@@ -175,6 +176,8 @@ class PretrainSettings(Settings):
 
     @model_validator(mode="after")
     def _views_divide_into_patches(self) -> PretrainSettings:
+        if self.devices * self.nodes > 1 and self.device == "auto":
+            raise ValueError("several devices need device=cuda or device=cpu to be said")
         patch = self.model_config_.patch_px
         rules = self.rules(), self.rules(final=True)
         for side in {r.global_px for r in rules} | {r.local_px for r in rules if r.locals_}:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 

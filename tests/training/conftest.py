@@ -13,7 +13,6 @@ from canopy.chips.cutting import write_shard
 from canopy.chips.index import IndexRow, write_index
 from canopy.chips.store import NO_HEIGHT, Chip, ChipRow
 
-
 # Trains in a second.
 TINY = """
 name: tiny
@@ -40,7 +39,7 @@ def made_up_chip(name: str, split: str, seed: int, side_m: int = 32) -> Chip:
     rows, cols = np.mgrid[:side_m, :side_m]
     chm = np.zeros((side_m, side_m), np.float32)
     for _ in range(6):
-        row, col, radius = rng.uniform(0, side_m, 2).tolist() + [rng.uniform(3, 7)]
+        row, col, radius = (*rng.uniform(0, side_m, 2).tolist(), rng.uniform(3, 7))
         dome = np.sqrt(np.maximum(0, 1 - ((rows - row) ** 2 + (cols - col) ** 2) / radius**2))
         chm = np.maximum(chm, (rng.uniform(8, 25) * dome).astype(np.float32))
     fine = chm.repeat(2, 0).repeat(2, 1)

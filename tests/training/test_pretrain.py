@@ -1,0 +1,322 @@
+"""Both pretext tasks: exact resume after a kill, what is trained and what is not, what is exported."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from canopy.chips.streams import Views
+from canopy.config import load_settings, validate_settings
+from canopy.errors import CanopyError, ConfigError, DataError
+from canopy.models.config import EncoderConfig, ModelConfig, from_plain
+from canopy.models.height import HeightModel
+from canopy.training.pretrain import PretrainModule
+from canopy.training.pretrain_dinov2 import DinoModule
+from canopy.training.pretrain_mae import MaeModule, measure_norms, random_masks
+from canopy.training.pretrain_run import pretrain
+from canopy.training.pretrain_settings import PretrainSettings
+from canopy.training.ssl_data import open_stream
+
+STEPS = 12
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from canopy.training.pretrain_run import pretrain
+from canopy.training.pretrain import PretrainModule
+from canopy.training.pretrain_settings import PretrainSettings
+whole = PretrainModule.optimizer_step
+def dying(self, *args, **kwargs):
+    if self.global_step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(self, *args, **kwargs)
+PretrainModule.optimizer_step = dying
+pretrain(PretrainSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def smoke(repo: Path, chips: Path, *more: str) -> PretrainSettings:
+    changes = [f"data.chips={chips}", f"steps={STEPS}", "log_every=4", "probe.every=0", *more]
+    return load_settings(PretrainSettings, repo / "configs" / "pretrain" / "smoke.yaml", changes)
+
+
+def module_of(settings: PretrainSettings) -> tuple[PretrainModule, Views]:
+    torch.manual_seed(0)
+    stream = open_stream(settings)
+    kind = MaeModule if settings.objective == "mae" else DinoModule
+    return kind(settings, stream, None), stream.make(0)
+
+
+@pytest.fixture(autouse=True)
+def at_the_start(monkeypatch):
+    """Progress of a module that no trainer runs."""
+    whole = PretrainModule.progress.fget
+    monkeypatch.setattr(
+        PretrainModule, "progress", property(lambda self: whole(self) if self._trainer else 0.5)
+    )
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    a, b = (torch.load(d / "last.ckpt", weights_only=True) for d in (one, other))
+    assert a["global_step"] == b["global_step"] == STEPS and a["stream"] == b["stream"]
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    for name, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][name]), name
+    left, right = (ckpt["optimizer_states"][0] for ckpt in (a, b))
+    assert left["param_groups"] == right["param_groups"]
+    for key, state in left["state"].items():
+        assert all(torch.equal(v, right["state"][key][k]) for k, v in state.items())
+    first, second = (load_file(d / "encoder.safetensors") for d in (one, other))
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+# ---- resume -----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["dinov2", "mae"])
+def uninterrupted(request, repo, views_dir, tmp_path_factory) -> tuple[PretrainSettings, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    settings = smoke(repo, views_dir, f"objective={request.param}", "probe.every=6", "checkpoint_every=3")
+    card = pretrain(settings, folder, command="test")
+    assert card["steps"] == STEPS and card["probe"]["mae_m"] > 0
+    return settings, folder
+
+
+@pytest.mark.parametrize("step", [3, 7, 11])  # just saved, in between, in the final phase
+def test_stopped_anywhere_and_resumed_is_bitwise_the_same(uninterrupted, tmp_path, monkeypatch, step):
+    settings, whole = uninterrupted
+    step_of = PretrainModule.optimizer_step
+
+    def failing(self, *args, **kwargs):
+        if self.global_step == step:
+            raise RuntimeError("power cut")
+        step_of(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(PretrainModule, "optimizer_step", failing)
+        pretrain(settings, tmp_path)
+    torch.rand(7)  # whatever the generator did in between
+    pretrain(settings, tmp_path, resume=True)
+    assert_equal_runs(whole, tmp_path)
+
+
+def test_killed_by_sigkill_and_resumed_is_bitwise_the_same(uninterrupted, tmp_path):
+    settings, whole = uninterrupted
+    if settings.objective == "mae":
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"workers": 1})})
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, settings.model_dump_json(), str(tmp_path)],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert died.returncode == -signal.SIGKILL, died.stderr[-800:]
+    assert (tmp_path / "last.ckpt").exists() and not (tmp_path / "encoder.safetensors").exists()
+    pretrain(settings, tmp_path, resume=True)
+    assert_equal_runs(whole, tmp_path)
+
+
+def test_a_finished_run_goes_on_when_steps_are_raised(repo, views_dir, tmp_path):
+    pretrain(smoke(repo, views_dir, "steps=2", "views.locals=0"), tmp_path)
+    card = pretrain(smoke(repo, views_dir, "steps=3", "views.locals=0"), tmp_path, resume=True)
+    assert card["steps"] == 3 and {p.name for p in tmp_path.glob("log*")} == {"log", "log2"}
+
+
+def test_resume_needs_a_run_and_a_run_needs_room(repo, views_dir, tmp_path):
+    settings = smoke(repo, views_dir, "steps=1")
+    with pytest.raises(ConfigError, match="no run to resume"):
+        pretrain(settings, tmp_path / "new", resume=True)
+    pretrain(settings, tmp_path)
+    with pytest.raises(ConfigError, match="holds a run"):
+        pretrain(settings, tmp_path)
+    other = smoke(repo, views_dir, "steps=2", "data.splits=[train, val]")
+    with pytest.raises(DataError, match="chips"):
+        pretrain(other, tmp_path, resume=True)
+    with pytest.raises(DataError, match=r"index\.csv"):
+        pretrain(smoke(repo, tmp_path / "none"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_and_resume(repo, views_dir, tmp_path):
+    words = [
+        sys.executable,
+        "pipelines/pretrain.py",
+        "configs/pretrain/smoke.yaml",
+        f"data.chips={views_dir}",
+    ]
+    words += ["devices=2", "strategy=ddp", "probe.every=2", "dino.gram.weight=0", "-o", str(tmp_path / "run")]
+    for steps, more in ((2, []), (4, ["--resume"])):
+        ran = subprocess.run(
+            [*words, f"steps={steps}", *more], capture_output=True, text=True, timeout=900, cwd=repo
+        )
+        assert ran.returncode == 0, ran.stderr[-800:]
+        assert json.loads(ran.stdout.strip())["steps"] == steps  # one process has the word
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert state["stream"]["world"] == 2 and state["stream"]["position"] == 4
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------------
+def test_the_export_fits_a_height_model_by_name_and_shape(uninterrupted):
+    settings, folder = uninterrupted
+    found = load_file(folder / "encoder.safetensors")
+    wanted = HeightModel(settings.model_config_).state_dict()
+    assert {k: v.shape for k, v in found.items()} == {
+        k: v.shape for k, v in wanted.items() if k.startswith("encoder.")
+    }
+    with safe_open(folder / "encoder.safetensors", "pt") as file:
+        header = file.metadata()
+    card = json.loads(header["card"])
+    assert header["format"] == "canopy-encoder" and card["objective"] == settings.objective
+    assert card["steps"] == STEPS and card["data"]["chips"] == 12 and card["command"] == "test"
+    assert card["settings"]["data"]["chips"] == settings.data.chips.name  # no folder of this machine
+    described = from_plain(EncoderConfig, json.loads(header["encoder"]))
+    assert described == settings.model_config_.encoder
+
+
+def test_a_run_logs_losses_spread_rank_and_probe(uninterrupted):
+    settings, folder = uninterrupted
+    columns = set((folder / "log" / "metrics.csv").read_text().splitlines()[0].split(","))
+    terms = {"dinov2": {"loss/dino", "loss/ibot", "loss/koleo", "loss/gram"}, "mae": {"loss/mae"}}
+    wanted = terms[settings.objective] | {"images_per_s", "lr", "std/class", "rank/patch", "probe/mae_m"}
+    assert wanted <= columns
+    assert list((folder / "log" / "tensorboard").iterdir())
+    assert load_settings(PretrainSettings, folder / "config.yaml") == settings
+
+
+# ---- DINOv2 --------------------------------------------------------------------------------------------
+def test_only_the_student_gets_gradients(repo, views_dir):
+    module, views = module_of(smoke(repo, views_dir))
+    module.anchor_ready.fill_(True)
+    terms = module.terms(views)
+    assert set(terms) == {"dino", "ibot", "koleo", "gram"}
+    sum(terms.values()).backward()
+    assert all(p.grad is None for p in [*module.teacher.parameters(), *module.anchor.parameters()])
+    assert all(p.grad is not None for _, p in module.trained())
+    trained = {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
+    assert trained == {id(p) for _, p in module.trained()}
+
+
+def test_the_teacher_is_a_running_average_of_the_student(repo, views_dir, monkeypatch):
+    module, _ = module_of(smoke(repo, views_dir))
+    monkeypatch.setattr(module, "_trainer", None)
+    before = {k: v.clone() for k, v in module.teacher.named_parameters()}
+    with torch.no_grad():
+        for p in module.student.parameters():
+            p.add_(1)
+    from canopy.training.ssl_optim import follow
+
+    follow(module.teacher, module.student, 0.75)
+    for name, value in module.teacher.named_parameters():
+        assert torch.allclose(value, before[name] + 0.25, atol=1e-5)
+
+
+@pytest.mark.parametrize("centring", ["sinkhorn", "softmax"])
+@pytest.mark.parametrize("norm_taps", [True, False])
+def test_every_variant_learns_from_a_batch(repo, views_dir, centring, norm_taps):
+    settings = smoke(repo, views_dir, f"dino.centring={centring}", f"model.encoder.norm_taps={norm_taps}")
+    module, views = module_of(settings)
+    optimiser = torch.optim.AdamW([p for _, p in module.trained()], lr=3e-3)
+    seen = []
+    for _ in range(12):
+        torch.manual_seed(0)
+        terms = module.terms(views)
+        total = terms["dino"] + terms["ibot"]
+        optimiser.zero_grad()
+        total.backward()
+        optimiser.step()
+        seen.append(float(total.detach()))
+    assert seen[-1] < seen[0] - 0.1
+
+
+# ---- MAE -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("patches", "share", "kept"), [(64, 0.75, 16), (9, 0.5, 5), (4, 0.99, 1)])
+def test_masks_keep_what_they_should(patches, share, kept):
+    keep, mask = random_masks(5, patches, share, torch.device("cpu"))
+    assert keep.shape == (5, kept) and (mask.sum(dim=1) == patches - kept).all()
+    assert not mask.gather(1, keep).any() and (keep.diff(dim=1) > 0).all()
+
+
+def test_hidden_pixels_change_nothing_but_the_target(repo, views_dir):
+    module, views = module_of(smoke(repo, views_dir, "objective=mae"))
+    torch.manual_seed(1)
+    module.eval().terms(views)
+    once = module.looked_at[1]
+    torch.manual_seed(1)
+    rgb = views.wide[:, 0]
+    _, mask = random_masks(len(rgb), 4, 0.75, torch.device("cpu"))
+    hidden = mask.reshape(-1, 1, 2, 1, 2, 1).expand(-1, 3, -1, 16, -1, 16).reshape(rgb.shape)
+    torch.manual_seed(1)
+    module.terms(views._replace(wide=rgb.masked_fill(hidden, 0.9)[:, None]))
+    assert torch.equal(once, module.looked_at[1])
+
+
+def test_norms_are_measured_on_whole_images():
+    norm = torch.nn.BatchNorm2d(2)
+    module = torch.nn.Sequential(norm).eval()
+    batches = [torch.randn(4, 2, 5, 5) * 3 + 1 for _ in range(6)]
+    measure_norms(module, batches)
+    assert torch.allclose(norm.running_mean, torch.cat(batches).mean((0, 2, 3)), atol=1e-5)
+    assert norm.momentum == 0.1 and not module.training
+
+
+# ---- losses that are not finite ------------------------------------------------------------------------
+@pytest.mark.parametrize("bad", [{4, 5}, {4, 5, 6}])
+def test_two_bad_losses_are_skipped_and_the_third_stops(repo, views_dir, tmp_path, monkeypatch, bad, caplog):
+    whole, kept = DinoModule.terms, {}
+
+    def poisoned(self, views):
+        step = self.global_step
+        if step in bad | {max(bad) + 1}:
+            kept[step] = {k: v.clone() for k, v in self.state_dict().items()}
+        terms = whole(self, views)
+        return terms | {"ibot": terms["ibot"] * float("nan")} if step in bad else terms
+
+    monkeypatch.setattr(DinoModule, "terms", poisoned)
+    settings = smoke(repo, views_dir)
+    caplog.set_level("WARNING", logger="canopy")
+    monkeypatch.setattr("canopy.runtime.log.propagate", True)
+    if len(bad) > 2:
+        with pytest.raises(CanopyError, match="ibot is nan, the third time in a row"):
+            pretrain(settings, tmp_path)
+        return
+    assert pretrain(settings, tmp_path)["steps"] == STEPS
+    assert "step 4: ibot is nan: skipped (1 of 2)" in caplog.text
+    for name, value in kept[4].items():  # two skipped steps leave no trace
+        assert torch.equal(value, kept[6][name]), name
+
+
+# ---- settings ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        ({"views": {"global_px": 100}}, "patches of 16"),
+        ({"views": {"local_area": [0.5, 0.2]}}, "rising"),
+        ({"objective": "simclr"}, "dinov2"),
+        ({"dino": {"gram": {"wait": 1}}}, "dino.gram.wait"),
+        ({"model": {"encoder": {"dim": 30, "heads": 4}}}, "30"),
+        ({"batch": 1}, "batch"),
+    ],
+)
+def test_bad_settings_are_named(raw, named):
+    with pytest.raises(ConfigError, match=named):
+        validate_settings(PretrainSettings, raw, "config")
+
+
+@pytest.mark.parametrize("objective", ["dinov2", "mae"])
+def test_every_shipped_config_is_valid(repo, objective):
+    files = sorted((repo / "configs" / "pretrain").glob("*.yaml"))
+    assert {f.stem for f in files} >= {"smoke", "cpu-small", "small", "base", "large-published"}
+    for file in files:
+        load_settings(PretrainSettings, file, [f"objective={objective}"])
+
+
+def test_cpu_small_has_the_encoder_it_is_for(repo):
+    from canopy.training.settings import FinetuneSettings
+
+    ours = load_settings(PretrainSettings, repo / "configs/pretrain/cpu-small.yaml").model_config_.encoder
+    theirs = load_settings(FinetuneSettings, repo / "configs/finetune/canopy-small-scratch.yaml").model
+    assert ours == ModelConfig.from_dict(theirs).encoder
