@@ -52,7 +52,7 @@ def start_from(model: HeightModel, path: Path, part: str = "auto") -> str:
 
 
 def _same_normalisation(model: HeightModel, path: Path) -> None:
-    """A pretrained encoder says what its images were normalised with; other constants would shift them all."""
+    """A pretrained encoder says what its images were normalised with: other constants would shift them."""
     said = _header(path)
     for name in ("mean", "std"):
         theirs, ours = json.loads(said.get(name, "null")), list(getattr(model.config, name))
