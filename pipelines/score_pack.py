@@ -17,12 +17,13 @@ from canopy.errors import CanopyError
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("chips", type=Path, help="chips file of pipelines/build_chips.py")
+    parser.add_argument("chips", type=Path, help="folder of canopy data chips")
     parser.add_argument("--model", default="default")
     parser.add_argument("--splits", default="val", help="val,test,test_hard; test is for reports only")
     parser.add_argument("--crop-px", type=int, help="score, and publish, with this crop side")
     parser.add_argument("--publish", type=Path, help="write the model with these scores here")
     parser.add_argument("--card", type=Path, help="write the model card here")
+    parser.add_argument("--json", type=Path, help="write all scores here")
     parser.add_argument("--note", action="append", default=[], metavar="KEY=TEXT", help="facts for the card")
     args = parser.parse_args()
     try:
@@ -34,18 +35,19 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from canopy.chips.store import read_store
     from canopy.models.checkpoint import load_model, save_checkpoint
     from canopy.models.registry import describe
-    from canopy.training.report import markdown_table, model_card, score_with_baselines
+    from canopy.training.report import height_table, markdown_table, model_card, score_with_baselines
 
     model = load_model(args.model)
     if args.crop_px:
         model.config = dataclasses.replace(model.config, crop_px=args.crop_px)
     splits = tuple(args.splits.split(","))
-    scores = score_with_baselines(model, read_store(args.chips), splits)
+    scores = score_with_baselines(model, args.chips, splits)
     for split, tables in scores.items():
-        print(f"{split}\n{markdown_table(tables)}\n")
+        print(f"{split}\n{markdown_table(tables)}\n\n{height_table(tables)}\n")
+    if args.json:
+        args.json.write_text(json.dumps(scores, indent=1))
     if args.publish:
         notes = dict(note.split("=", 1) for note in args.note)
         card = {**model.card, **notes, "scores": {**model.card.get("scores", {}), **scores}}
