@@ -1,0 +1,72 @@
+"""Which chips a run uses: nested shares of labels, chances by kind, val seen or not, files and folders."""
+
+from __future__ import annotations
+
+import importlib.util
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from canopy.chips.store import Chip, ChipRow, write_store
+from canopy.errors import DataError
+from canopy.training.data import chances, label_subset, open_data, some_heights, split_chips
+from canopy.training.settings import DataSettings
+
+spec = importlib.util.spec_from_file_location("chips_for_training", Path(__file__).with_name("conftest.py"))
+assert spec and spec.loader
+made = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(made)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_smaller_shares_lie_inside_larger_ones(rows, seed):
+    every = rows(300) + rows(40, kind="neon") + rows(1, kind="synth")
+    ids = [{r.id for r in label_subset(every, share, seed)} for share in (0.001, 0.01, 0.1, 0.5, 1.0)]
+    assert all(a <= b for a, b in pairwise(ids))
+    assert [len(i) for i in ids] == [3, 3 + 1 + 1, 30 + 4 + 1, 150 + 20 + 1, 341]
+    assert label_subset(every, 0.1, seed) == label_subset(every[::-1], 0.1, seed)[::-1]
+    assert ids[2] != {r.id for r in label_subset(every, 0.1, seed + 1)}
+    assert label_subset(rows(1), 0.01) == rows(1) and label_subset([], 0.5) == []
+
+
+def test_kinds_get_their_shares(rows):
+    some = rows(30) + rows(10, kind="neon") + rows(5, kind="synth")
+    got = chances(some, DataSettings(neon_share=0.2, synth_share=0.3))
+    assert [got[:30].sum(), got[30:40].sum(), got[40:].sum()] == pytest.approx([0.5, 0.2, 0.3])
+    assert chances(rows(30) + rows(10, kind="neon"), DataSettings(neon_share=0.2))[
+        30:
+    ].sum() == pytest.approx(0.2)
+    assert chances(rows(7, kind="neon"), DataSettings()).sum() == pytest.approx(1)
+    with pytest.raises(DataError, match="no training chip has a chance"):
+        chances(rows(3, kind="synth"), DataSettings(synth_share=0.0))
+
+
+def test_val_is_apart_or_seen(shards):
+    apart, seen = (open_data(DataSettings(chips=shards, include_val=seen)) for seen in (False, True))
+    assert [len(apart.train), len(apart.val), len(seen.train), len(seen.val)] == [4, 2, 6, 2]
+    assert not apart.val_seen and seen.val_seen and apart.sha256 != seen.sha256
+    assert {c.row.id for c in apart.val} == {"c4", "c5"} and apart.facts()["val_ids"] == ["p4", "p5"]
+    assert len(split_chips(shards, "test")) == 1 and len(split_chips(shards, "other")) == 0
+    assert [c.row.id for c in seen.val.some(1)] == ["c4"] and seen.val.some(None) is seen.val
+
+
+def test_no_chips_no_run(tmp_path):
+    with pytest.raises(DataError, match="no such chips"):
+        open_data(DataSettings(chips=tmp_path / "none"))
+    with pytest.raises(DataError, match="no training chips"):
+        open_data(DataSettings(chips=made.write_shards(tmp_path / "chips", ["val"])))
+    only = open_data(DataSettings(chips=made.write_shards(tmp_path / "train", ["train"])))
+    assert len(only.val) == 0 and list(only.val) == []
+
+
+def test_a_chips_file_is_like_a_folder(shards, tmp_path):
+    folder = open_data(DataSettings(chips=shards))
+    chips = [Chip(ChipRow(c.row.id, c.row.site, c.row.kind, s), c.rgb, c.chm_m)
+             for s in ("train", "val") for c in split_chips(shards, s)]  # fmt: skip
+    write_store(tmp_path / "chips.safetensors", chips, "hash")
+    file = open_data(DataSettings(chips=tmp_path / "chips.safetensors"))
+    for a, b in zip(folder.val, file.val, strict=True):
+        assert a.row == b.row and np.array_equal(a.chm_m, b.chm_m, equal_nan=True)
+    assert np.array_equal(some_heights(folder.train), some_heights(file.train))
