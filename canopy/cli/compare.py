@@ -41,6 +41,7 @@ def compare(
     nodata_b: Annotated[
         float | None, typer.Option("--nodata-b", help="Value that means missing in B.")
     ] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Draw report.html.")] = True,
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -69,7 +70,7 @@ def compare(
 
     setup_logging(quiet, verbose)
     options = CompareOptions(
-        mode, gsd, cover_height, block_m, confidence, sigma_a, sigma_b, nodata_a, nodata_b, overwrite
+        mode, gsd, cover_height, block_m, confidence, sigma_a, sigma_b, nodata_a, nodata_b, overwrite, report
     )
     area = choose_area(bbox=bbox, size_m=size_m, bounds=bounds, bounds_crs=bounds_crs, aoi=aoi)
     with progress_bar(quiet or json_) as progress:
@@ -96,4 +97,6 @@ def _print(found: Comparison, out: Path) -> None:
     if found.mode == "dates":
         parts = (f"{name} {ha:,.1f} ha" for name, ha in found.classes_ha.items())
         typer.echo(f"at {found.rule['confidence']:.0%} confidence: {', '.join(parts)}")
-    typer.echo(f"{out / 'report.html'}: maps, tables and figures")
+    typer.echo(
+        f"{out}: maps, tables, compare.json" + (", report.html" if (out / "report.html").exists() else "")
+    )

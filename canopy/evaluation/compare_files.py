@@ -36,8 +36,8 @@ _LABELS = {
 }
 
 
-def write_files(found: Comparison, folder: Path) -> None:
-    """Write the tables, the JSON and the page of a comparison into `folder`."""
+def write_files(found: Comparison, folder: Path, page: bool = True) -> None:
+    """Write the tables, the JSON and (if wanted) the page of a comparison into `folder`."""
     plain = found.to_dict()
     write_json(folder / "compare.json", plain)
     write_csv(folder / "summary.csv", [{"quantity": k, "value": v} for k, v in plain["overall"].items()])
@@ -47,7 +47,8 @@ def write_files(found: Comparison, folder: Path) -> None:
         write_csv(folder / "change.csv", [{"class": k, "ha": v} for k, v in found.classes_ha.items()])
     blocks = block_rows(found)
     write_csv(folder / "blocks.csv", blocks)
-    (folder / "report.html").write_text(report(found, blocks), encoding="utf-8")
+    if page:
+        (folder / "report.html").write_text(report(found, blocks), encoding="utf-8")
 
 
 def write_json(path: Path, plain: Mapping[str, Any]) -> None:

@@ -46,6 +46,7 @@ class CompareOptions:
         confidence: of a change (dates).
         sigma_a, sigma_b: standard deviation of each map's pixel in metres (dates).
         nodata_a, nodata_b: values that mean missing, in place of what the files say.
+        report: whether to draw report.html.
     """
 
     mode: str = "auto"
@@ -58,6 +59,7 @@ class CompareOptions:
     nodata_a: float | None = None
     nodata_b: float | None = None
     overwrite: bool = False
+    report: bool = True
 
     def check(self) -> None:
         """Raises InputError for a value out of range."""
@@ -122,7 +124,7 @@ def compare(
             found.facts["mode_because"] = why
             from canopy.evaluation.compare_files import write_files  # matplotlib takes a second to import
 
-            write_files(found, folder)
+            write_files(found, folder, options.report)
     return found
 
 

@@ -96,12 +96,14 @@ def pair_windows(
     progress = progress or NoProgress()
     tiles = tiles_over(grid, TILE_PX)
     progress.start(len(tiles), "comparing")
+    # Of the whole grid, so that a pixel's area does not depend on the window it is met in.
+    row_areas = pixel_areas_m2(grid)
     for tile in tiles:
         row, col = grid.offset_of(tile.core)
         one, two = a.read(tile.core, interval=interval), b.read(tile.core, interval=interval)
         valid = one.valid & two.valid
         if area is not None and not area.is_box:
             valid &= area.mask(tile.core)
-        areas = np.broadcast_to(pixel_areas_m2(tile.core)[:, None], valid.shape)
+        areas = np.broadcast_to(row_areas[row : row + tile.core.height, None], valid.shape)
         yield PairWindow(row, col, tile.core, one, two, valid, areas)
         progress.advance()

@@ -181,16 +181,19 @@ def _one(
     if shape is None:
         return sums.row(0.0, options)
     lonlat = to_lonlat(shape, crs)
-    if lonlat.intersects(product.outline):
-        there = to_lonlat(shape, crs, lattice.crs)
-        window = _window(lattice, there, product)
-        for tile in tiles_over(window, TILE_PX) if window is not None else ():
+    there = to_lonlat(shape, crs, lattice.crs)
+    window = _window(lattice, there, product) if lonlat.intersects(product.outline) else None
+    if window is not None:
+        # Of the whole window, so that a pixel's area does not depend on the tile it is met in.
+        row_areas = pixel_areas_m2(window)
+        for tile in tiles_over(window, TILE_PX):
             share = coverage(there, tile.core)
             if share is None:
                 continue
+            top = window.offset_of(tile.core)[0]
             got = product.read(tile.core)
             used = got.valid & (share > 0)
-            weight = share * pixel_areas_m2(tile.core)[:, None]
+            weight = share * row_areas[top : top + tile.core.height, None]
             sums.add(got.height_m[used], weight[used])
     return sums.row(geodesic_area_m2(lonlat), options)
 

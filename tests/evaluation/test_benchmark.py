@@ -1,0 +1,225 @@
+"""Benchmarks: strict manifests, scenes in folders, pooled scores, the audit and the table."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import rasterio
+import yaml
+
+from canopy.errors import AreaError, ConfigError, DataError, InputError
+from canopy.evaluation.benchmark import Judged, audit_lines, run_benchmark
+from canopy.evaluation.benchmark_manifest import benchmark, benchmarks_dir, known_benchmarks
+from canopy.evaluation.benchmark_scenes import scenes_of
+from canopy.evaluation.benchmark_table import append_rows, markdown, rows_of
+
+NAMES = ["california", "france", "neon-test", "open-canopy", "pack", "sao-paulo"]
+OURS = Judged("default", "ab" * 32, ("default", "canopy-small"))
+
+
+@pytest.fixture
+def manifests(tmp_path, monkeypatch):
+    """A copy of data_manifests that a test may spoil: `manifests("pack", metrics=[...])` rewrites one."""
+    root = tmp_path / "manifests"
+    shutil.copytree(benchmarks_dir().parent, root)
+    monkeypatch.setenv("CANOPY_MANIFESTS", str(root))
+
+    def change(name, **fields):
+        path = root / "benchmarks" / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | fields))
+
+    return change
+
+
+@pytest.fixture
+def pack(tmp_path, forest, write_map):
+    """A small folder of the pack's layout: two tiles of two sites and one test tile."""
+    rows = [("a", "other", "Wood", "val"), ("b", "other", "Hill", "val"), ("c", "neon", "Plot", "val"),
+            ("d", "other", "Far", "test"), ("e", "other", "Wood", "train")]  # fmt: skip
+    folder = tmp_path / "pack"
+    for seed, (name, *_) in enumerate(rows):
+        centimetres = (forest(100, seed) * 100).round().astype(np.uint16)
+        path = write_map(f"pack/chm/{name}.tif", centimetres, nodata=65535, names=())
+        with rasterio.open(path, "r+") as dataset:
+            dataset.scales = (0.01,)
+        write_map(
+            f"pack/rgb/{name}.tif", np.full((3, 200, 200), 90, np.uint8), gsd=0.5, nodata=None, names=()
+        )
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "kind", "site", "split", "rgb_path", "chm_path"])
+        writer.writerows([*row, f"rgb/{row[0]}.tif", f"chm/{row[0]}.tif"] for row in rows)
+    return folder
+
+
+def too_high_by(metres):
+    """A "model" that knows the truth and adds some metres."""
+
+    def predict(scene, path):
+        with rasterio.open(scene.reference) as dataset:
+            heights = dataset.read(1) * np.float32(0.01) + np.float32(metres)
+            profile = dataset.profile | {"dtype": "float32", "nodata": np.nan}
+        with rasterio.open(path, "w", **profile) as made:
+            made.write(heights[None].astype(np.float32))
+
+    return predict
+
+
+@pytest.fixture
+def small(manifests):
+    """The pack benchmark with the groups that `pack` has."""
+    groups = yaml.safe_load((benchmarks_dir() / "pack.yaml").read_text())["groups"]
+    del groups["test-hard"]
+    leakage = [
+        {"models": ["canopy-*"], "seen": "near", "why": "same sites", "groups": ["val"], "source": "card"},
+        {"models": ["canopy-*"], "seen": "no", "why": "another place", "source": "card"},
+    ]
+    manifests("pack", groups=groups, leakage=leakage)
+    return benchmark("pack")
+
+
+def test_all_manifests_are_strict_and_complete():
+    assert known_benchmarks() == NAMES
+    for name in NAMES:
+        made = benchmark(name)
+        assert all(leak.source for leak in made.leakage) and all(p.source for p in made.published)
+        for ours in ("default", "canopy-small-v1"):
+            assert all(made.leak_of((ours,), group) is not None for group in made.groups)
+    assert benchmark("neon-test").leak_of(("v2",), "all").seen == "yes"
+    assert benchmark("california").leak_of(("v2",), "all").seen == "yes"
+    assert benchmark("neon-test").leak_of(("somebody's",), "all") is None
+
+
+def test_a_wrong_manifest_is_refused(manifests):
+    with pytest.raises(InputError, match="did you mean 'france'"):
+        benchmark("frence")
+    for fields, words in (
+        ({"metrics": ["mae"]}, "unknown metric 'mae'"),
+        ({"leekage": []}, "did you mean 'leakage'"),
+        ({"imagery": "nowhere"}, "no imagery source 'nowhere'"),
+        ({"reference": {"labels": "moon"}}, "no label source 'moon'"),
+        ({"reference": {"labels": "neon", "product": "juice"}}, "juice"),
+        ({"name": "other"}, "is named 'other'"),
+        (
+            {"published": [{"model": "x", "scores": {"mse": 1}, "measured_on": "y", "source": "z"}]},
+            "metric 'mse'",
+        ),
+        ({"leakage": [{"models": ["a"], "seen": "maybe", "why": "b", "source": "c"}]}, "leakage"),
+        ({"groups": {"all": {"title": "x", "rows": {"split": "val"}}}}, "rows go with layout pack"),
+    ):
+        manifests("france", **({"name": "france", "metrics": ["n"]} | fields))
+        with pytest.raises((ConfigError, InputError), match=words):
+            benchmark("france")
+        shutil.copy(benchmarks_dir() / "california.yaml", benchmarks_dir() / "france.yaml")
+        manifests("france", name="france")
+
+
+def test_scenes_of_the_real_pack(shared):
+    counts = {}
+    for scene in scenes_of(benchmark("pack"), shared / "data"):
+        counts[scene.group] = counts.get(scene.group, 0) + 1
+        assert scene.whole_image and scene.images[0].is_file() and scene.reference.is_file()
+    assert counts == {"val": 27, "val-plots": 17, "test": 7, "test-hard": 4}
+
+
+def test_missing_data_names_the_command(tmp_path):
+    for name in ("france", "neon-test", "california", "sao-paulo"):
+        with pytest.raises(InputError, match=r"canopy data get .* -o DIR/"):
+            scenes_of(benchmark(name), None)
+        (tmp_path / name).mkdir()
+        with pytest.raises(InputError, match=rf"no rasters in reference/.*canopy data get .*{name}/"):
+            scenes_of(benchmark(name), tmp_path / name)
+    with pytest.raises(InputError, match="no manifest"):
+        scenes_of(benchmark("pack"), tmp_path)
+    with pytest.raises(InputError, match="--group"):
+        scenes_of(benchmark("pack"), tmp_path, ("vall",))
+
+
+def test_folders_of_references_and_images(tmp_path, write_map, forest):
+    write_map("neon/reference/NEON_D17_SJER_DP3_257000_4112000_CHM.tif", forest(30))
+    write_map("neon/reference/more/NEON_D01_HARV_DP3_730000_4710000_CHM.tif", forest(30))
+    named = scenes_of(benchmark("neon-test"), tmp_path / "neon")
+    assert [(s.site, s.imagery, s.images) for s in named] == [("SJER", "naip", ())]  # HARV is excluded
+    write_map("neon/imagery/a.tif", np.zeros((3, 9, 9), np.uint8), names=())
+    own = scenes_of(benchmark("neon-test"), tmp_path / "neon")
+    assert own[0].images == (tmp_path / "neon" / "imagery",) and own[0].imagery is None
+    write_map("sp/reference/north/x.tif", forest(30))
+    with pytest.raises(InputError, match="no rasters in imagery"):
+        scenes_of(benchmark("sao-paulo"), tmp_path / "sp")
+
+
+def test_broken_packs_are_named(small, pack):
+    (pack / "chm" / "d.tif").unlink()
+    with pytest.raises(InputError, match=r"d\.tif: a file of manifest.csv is not there"):
+        scenes_of(small, pack)
+    (pack / "manifest.csv").write_text("id,site\n")
+    with pytest.raises(DataError, match="no column 'chm_path'"):
+        scenes_of(small, pack)
+
+
+def test_scores_are_pooled_by_group_and_site(small, pack, tmp_path):
+    scenes = scenes_of(small, pack)
+    result = run_benchmark(small, scenes, OURS, too_high_by(1.5), tmp_path / "out", replicates=0)
+    assert [(g.group, g.scenes) for g in result.groups] == [("val", 2), ("val-plots", 1), ("test", 1)]
+    val = result.groups[0].evaluation
+    assert val.overall.n == 20_000
+    assert val.overall["mae_m"].value == pytest.approx(1.5, abs=1e-4)
+    assert val.overall["bias_m"].value == pytest.approx(1.5, abs=1e-4)
+    assert {s.name for s in val.strata if s.by == "site"} == {"Wood", "Hill"}
+    assert (tmp_path / "out" / "default-abababab" / "val" / "metrics.json").is_file()
+    lines = audit_lines(result)
+    assert "val: was default trained here? near: same sites" in lines[0]
+    assert "test: was default trained here? no: another place" in lines[2]
+
+    def never(scene, path):
+        raise AssertionError("the maps are there")
+
+    again = run_benchmark(small, scenes, OURS, never, tmp_path / "out", replicates=0)
+    assert again.groups[0].evaluation.overall["rmse_m"] == val.overall["rmse_m"]
+
+
+def test_one_bad_scene_does_not_stop_the_others(small, pack, tmp_path):
+    def predict(scene, path):
+        if scene.id == "b":
+            raise AreaError("no image here")
+        too_high_by(0)(scene, path)
+
+    result = run_benchmark(small, scenes_of(small, pack), OURS, predict, tmp_path / "out", replicates=0)
+    assert result.failed == {"b": "no image here"} and result.groups[0].scenes == 1
+
+    def none(scene, path):
+        raise AreaError("no image at all")
+
+    with pytest.raises(InputError, match=r"no scene of group 'val'.*no image at all"):
+        run_benchmark(small, scenes_of(small, pack), OURS, none, tmp_path / "other", replicates=0)
+
+
+def test_the_table_grows_and_replaces(small, pack, tmp_path):
+    scenes = scenes_of(small, pack)
+    path = tmp_path / "results.csv"
+    first = run_benchmark(small, scenes, OURS, too_high_by(1), tmp_path / "a", replicates=0)
+    rows = append_rows(path, rows_of(first, "2026-11-22"))
+    assert [(r["group"], r["site"]) for r in rows] == [
+        ("val", "all"), ("val", "Wood"), ("val", "Hill"), ("val-plots", "all"), ("val-plots", "Plot"),
+        ("test", "all"), ("test", "Far"),
+    ]  # fmt: skip
+    other = Judged("v2", "cd" * 32, ("v2",))
+    second = run_benchmark(small, scenes, other, too_high_by(-2), tmp_path / "b", replicates=0)
+    assert len(append_rows(path, rows_of(second))) == 14
+    assert len(append_rows(path, rows_of(first))) == 14
+    text = markdown(small, append_rows(path, []))
+    line = next(line for line in text.splitlines() if line.startswith("| val:") and "default" in line)
+    assert "| near | 20,000 | 1.00 | 1.00 | 1.00 |" in line
+    assert any("v2 `cdcdcdcd`" in line and "unknown" in line for line in text.splitlines())
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="another layout"):
+        append_rows(path, rows_of(first))
+
+
+def test_published_scores_stand_beside_ours():
+    text = markdown(benchmark("neon-test"), [])
+    assert "v1 huge, satellite" in text and "3.15" in text and "0.51" in text and "arXiv 2304.07213" in text
+    assert "**yes**, trained on NEON" in text
