@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
 
-_BLOCK = re.compile(r"^encoder\.vit\.blocks\.(\d+)\.")
+from canopy.training.ssl_optim import layer_of
 
 
 def layer_scale(name: str, depth: int, layer_decay: float, encoder_scale: float) -> float:
@@ -19,11 +17,7 @@ def layer_scale(name: str, depth: int, layer_decay: float, encoder_scale: float)
     """
     if not name.startswith("encoder."):
         return 1.0
-    block = _BLOCK.match(name)
-    if block:
-        return encoder_scale * layer_decay ** (depth - int(block.group(1)))
-    after = name.startswith("encoder.vit.norm.")
-    return encoder_scale * (1.0 if after else layer_decay ** (depth + 1))
+    return encoder_scale * layer_decay ** (depth + 1 - layer_of(name, depth))
 
 
 def parameter_groups(
