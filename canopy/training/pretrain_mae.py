@@ -23,8 +23,10 @@ class MaeModule(PretrainModule):
     """Hide most patches, encode the rest, let a light decoder paint the hidden pixels.
 
     Hidden tokens are dropped, so the transformer sees a quarter of them, with their own positions. A
-    convolutional stem still runs over the whole image, hidden patches blanked; its running statistics are of
-    such images, and are measured again on whole ones for the probe and the export.
+    convolutional stem still runs over the whole image, hidden patches blanked. Statistics of such images would
+    be mostly those of blanks, and later ones of whole images would not fit the weights; so in each step the
+    stem's batch norms take (as constants) what they measure on the same images unmasked, and for the probe
+    and the export what they measure on some batches of them.
     """
 
     def __init__(self, settings: PretrainSettings, stream: ViewStream, probe: HeightProbe | None) -> None:
@@ -44,8 +46,12 @@ class MaeModule(PretrainModule):
         rgb = views.wide[:, 0]
         patch = self.config.patch_px
         grid = rgb.shape[-2] // patch, rgb.shape[-1] // patch
-        keep, mask = random_masks(len(rgb), grid[0] * grid[1], self.settings.mae.mask, rgb.device)
-        tokens = self.encoder.tokens(self.normalised(rgb), mask=mask, keep=keep)
+        m, x = self.settings.mae, self.normalised(rgb)
+        keep, mask = random_masks(len(rgb), grid, m.mask, m.unit, rgb.device)
+        if self.encoder.stem is not None:
+            measure_norms(self.encoder.stem, [x])
+            self.encoder.stem.eval()
+        tokens = self.encoder.tokens(x, mask=mask, keep=keep)
         visible = self.norm(tokens.patches)
         self.looked_at = tokens.class_token.detach(), visible.detach().flatten(0, 1)
         predicted = self.decoder(visible, keep, grid)
@@ -61,13 +67,28 @@ class MaeModule(PretrainModule):
         return encoder.eval()
 
 
-def random_masks(count: int, patches: int, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Patch numbers to keep (count, k >= 1), rising, and masks (count, patches), True = hidden."""
-    kept = max(1, patches - round(share * patches))
+def random_masks(
+    count: int, grid: tuple[int, int], share: float, unit: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What to keep, drawn in squares of `unit` x `unit` patches of a grid (rows, cols); at least one square.
+
+    Returns:
+        Patch numbers (count, k), rising, and masks (count, rows * cols), True = hidden.
+
+    Raises:
+        ValueError: the grid does not divide into such squares.
+    """
+    rows, cols = grid
+    if rows % unit or cols % unit:
+        raise ValueError(f"{rows} x {cols} patches do not divide into squares of {unit}")
+    squares = rows // unit * (cols // unit)
+    kept = max(1, squares - round(share * squares))
     # Drawn on the CPU: the same masks whatever the device.
-    order = torch.rand(count, patches).argsort(dim=1)[:, :kept].sort(dim=1).values.to(device)
-    mask = torch.ones(count, patches, dtype=torch.bool, device=device)
-    return order, mask.scatter(1, order, False)
+    chosen = torch.rand(count, squares).argsort(dim=1)[:, :kept]
+    hidden = torch.ones(count, squares, dtype=torch.bool).scatter(1, chosen, False)
+    hidden = hidden.reshape(count, rows // unit, cols // unit)
+    mask = hidden.repeat_interleave(unit, 1).repeat_interleave(unit, 2).flatten(1).to(device)
+    return (~mask).nonzero()[:, 1].reshape(count, -1), mask
 
 
 @torch.no_grad()

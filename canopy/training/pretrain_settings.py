@@ -92,13 +92,17 @@ class DinoSettings(Settings):
 
 
 class MaeSettings(Settings):
-    """Masked autoencoding: share of patches hidden, the light decoder, and images instead of views.
+    """Masked autoencoding.
 
     Attributes:
+        mask: share hidden; unit: hidden and kept in squares of so many patches. A stem sees across the edges
+            of what is kept, so larger squares leave it more of what it will meet later.
+        width, depth, heads: of the decoder.
         batch, view_px, area: None takes the run's batch and the global views' side and area.
     """
 
     mask: float = Field(default=0.75, gt=0, lt=1)
+    unit: int = Field(default=1, ge=1)
     width: int = Field(default=512, ge=4, multiple_of=4)
     depth: int = Field(default=8, ge=1)
     heads: int = Field(default=16, ge=1)
@@ -183,6 +187,8 @@ class PretrainSettings(Settings):
         for side in {r.global_px for r in rules} | {r.local_px for r in rules if r.locals_}:
             if side % patch:
                 raise ValueError(f"views of {side} px do not divide into patches of {patch} px")
+        if self.objective == "mae" and any(r.global_px % (patch * self.mae.unit) for r in rules):
+            raise ValueError(f"views do not divide into squares of mae.unit {self.mae.unit} patches")
         return self
 
     @property
