@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,37 @@ def test_rows_pool_the_pixels_of_a_site(chips):
     assert row["rmse_m"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-5)
     assert row["bias_m"] == pytest.approx(error.mean(), rel=1e-5)
     assert row["r"] == pytest.approx(1.0)
+
+
+def test_blocks_edges_and_heights_pool_over_chips(chips):
+    rng = np.random.default_rng(1)
+    noise = {c.row.id: rng.normal(1, 4, c.chm_m.shape) for c in chips}
+    big = [replace(c, chm_m=np.tile(c.chm_m, (2, 2)), rgb=np.tile(c.rgb, (1, 2, 2))) for c in chips[:2]]
+    row = score(big, lambda c: c.chm_m + np.tile(noise[c.row.id], (2, 2)))["a"]
+    low = high = ()
+    blocks = []
+    for c in big:
+        known = scored_pixels(c)
+        error = np.tile(noise[c.row.id], (2, 2))
+        low = np.append(low, error[known & (c.chm_m < 2)])
+        high = np.append(high, error[known & (c.chm_m >= 20) & (c.chm_m < 30)])
+        for r in range(0, 60, 50):
+            for k in range(0, 80, 50):
+                part = known[r : r + 50, k : k + 50]
+                if part.sum() >= 1250:
+                    t, e = (x[r : r + 50, k : k + 50][part].mean() for x in (c.chm_m, error))
+                    blocks.append((t, e))
+    truth, error = np.array(blocks).T
+    assert row["bias_0-2_m"] == pytest.approx(low.mean()) and row["bias_20-30_m"] == pytest.approx(
+        high.mean()
+    )
+    assert np.isnan(row["bias_60+_m"])
+    expected = 1 - (error**2).sum() / ((truth - truth.mean()) ** 2).sum()
+    assert row["block_r2"] == pytest.approx(expected, rel=1e-4) and row["edge_error"] > 0.1
+
+
+def test_no_chips_no_rows():
+    assert score([], lambda chip: chip.chm_m) == {}
 
 
 def test_a_constant_has_no_correlation(chips):

@@ -1,0 +1,85 @@
+"""The matrix of runs: what it would do, what it skips, what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+
+from canopy.errors import ConfigError
+from canopy.training.experiments import jobs, load_matrix, run_matrix
+
+MATRIX = """
+splits: [val, test]
+set: {steps: 1, validate_every: 1, loss: {l1: 0.1}}
+shares: [1.0, 0.25]
+seeds: [0, 1]
+runs:
+  - {name: mean, baseline: constant}
+  - {name: ours, config: tiny.yaml, set: {loss: {silog: 0.2}}}
+  - {name: begun, config: tiny.yaml, set: {init_from: "{encoder}"}, shares: [1.0], seeds: [0]}
+"""
+
+
+@pytest.fixture
+def matrix(tmp_path):
+    path = tmp_path / "matrix.yaml"
+    path.write_text(MATRIX)
+    return path
+
+
+def test_order_and_overrides(matrix):
+    found = list(jobs(load_matrix(matrix, []), {"encoder": "runs/e.safetensors"}))
+    assert [job.id for job in found] == [
+        "mean-100pct-s0", "ours-100pct-s0", "begun-100pct-s0", "mean-25pct-s0", "ours-25pct-s0",
+        "ours-100pct-s1", "ours-25pct-s1",
+    ]  # fmt: skip
+    assert found[1].overrides == (
+        "steps=1", "validate_every=1", "loss.l1=0.1", "loss.silog=0.2", "seed=0", "data.label_share=1.0",
+    )  # fmt: skip
+    assert 'init_from="runs/e.safetensors"' in found[2].overrides
+    assert "begun-100pct-s0" not in [job.id for job in jobs(load_matrix(matrix, []), {})]
+    assert [job.seed for job in jobs(load_matrix(matrix, ["seeds=[5]"]), {})] == [5, 5, 5, 5]
+
+
+def test_runs_are_scored_once_and_failures_do_not_stop_the_rest(
+    matrix, config, shards, tmp_path, monkeypatch
+):
+    torch.set_num_threads(1)
+    wanted = load_matrix(matrix, ["seeds=[0]", "shares=[1.0]"])
+    out = tmp_path / "out"
+    failed = run_matrix(wanted, tmp_path, shards, out, {"encoder": str(tmp_path / "none.safetensors")})
+    assert failed == ["begun-100pct-s0"]
+    with (out / "results.csv").open(newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["mean-100pct-s0", "ours-100pct-s0"]
+    ours = rows["ours-100pct-s0"]
+    assert (
+        ours["steps"] == "1"
+        and float(ours["test mae_m"]) > 0
+        and float(rows["mean-100pct-s0"]["val mae_m"]) > 0
+    )
+    assert "loss.silog=0.2" in ours["command"] and str(tmp_path) not in (out / "results.csv").read_text()
+    scores = json.loads((out / "ours-100pct-s0" / "scores.json").read_text())["scores"]
+    assert set(scores) == {"val", "test"} and "bias_20-30_m" in scores["test"]["all"]
+    text = (out / "results.md").read_text()
+    assert "ours-100pct-s0" in text and "random weights" in text and "val: site0" in text
+
+    monkeypatch.setattr("canopy.training.experiments.finetune", lambda *a, **k: pytest.fail("ran again"))
+    monkeypatch.setattr("canopy.training.experiments.fit_baselines", lambda *a, **k: pytest.fail("ran again"))
+    run_matrix(load_matrix(matrix, ["seeds=[0]", "shares=[1.0]"]), tmp_path, shards, out, {})
+
+
+def test_wrong_matrices(matrix):
+    with pytest.raises(ConfigError, match="either a config or a baseline"):
+        load_matrix(matrix, ["runs=[{name: a}]"])
+    with pytest.raises(ConfigError, match="two runs are called 'a'"):
+        load_matrix(matrix, ["runs=[{name: a, baseline: ridge}, {name: a, baseline: constant}]"])
+
+
+def test_the_shipped_matrices_name_real_configs(repo):
+    for path in sorted((repo / "configs" / "experiments").glob("*.yaml")):
+        for line in load_matrix(path, []).runs:
+            assert not line.config or (path.parent / line.config).is_file()
