@@ -71,39 +71,43 @@ def pixel_sums(
     out = np.zeros((groups, len(FIELDS)))
     e = p - r
     ae, ee = np.abs(e), e * e
-
-    def add(name: str, weights: np.ndarray | None, where: np.ndarray | None = None) -> None:
-        chosen = group if where is None else group[where]
-        picked = weights if weights is None or where is None else weights[where]
-        out[:, COLUMN[name]] = np.bincount(chosen, picked, groups)
-
-    sums = {"n": None, "p": p, "r": r, "pp": p * p, "rr": r * r, "pr": p * r, "e": e, "ae": ae, "ee": ee}
-    for name, weights in sums.items():
-        add(name, weights)
+    _bin_sums(out, group, groups, height_bin(r), {"n": None, "e": e, "ae": ae, "ee": ee})
+    for name in ("n", "e", "ae", "ee"):  # every pixel is in one bin
+        out[:, COLUMN[name]] = sum(out[:, COLUMN[f"{name}@{i}"]] for i in range(N_BINS))
+    for name, weights in {"p": p, "r": r, "pp": p * p, "rr": r * r, "pr": p * r}.items():
+        out[:, COLUMN[name]] = np.bincount(group, weights, groups)
     tall = r > NMAE_ABOVE_M
-    add("n_tall", None, tall)
-    relative, relative1 = ae[tall] / r[tall], ae[tall] / (1 + r[tall])
-    out[:, COLUMN["rel"]] = np.bincount(group[tall], relative, groups)
-    out[:, COLUMN["rel1"]] = np.bincount(group[tall], relative1, groups)
+    in_tall, ae_tall, r_tall = group[tall], ae[tall], r[tall]
+    for name, weights in {"n_tall": None, "rel": ae_tall / r_tall, "rel1": ae_tall / (1 + r_tall)}.items():
+        out[:, COLUMN[name]] = np.bincount(in_tall, weights, groups)
     for t in COVER_M:
         both = 2 * (r > t) + (p > t)
         counts = np.bincount(group * 4 + both, minlength=groups * 4).reshape(groups, 4)
         for name, k in (("tp", 3), ("fp", 1), ("fn", 2)):
             out[:, COLUMN[f"{name}_{t}"]] = counts[:, k]
-    _bin_sums(out, group, groups, height_bin(r), {"n": np.ones_like(e), "e": e, "ae": ae, "ee": ee})
     if bounds_m is not None:
-        low, high = (np.asarray(x, np.float64) for x in bounds_m)
-        known = np.isfinite(low) & np.isfinite(high)
-        inside = ((r >= low) & (r <= high))[known].astype(np.float64)
-        parts = {"bounded": np.ones_like(inside), "in": inside, "width": (high - low)[known]}
-        for name, weights in parts.items():
-            out[:, COLUMN[name]] = np.bincount(group[known], weights, groups)
-        _bin_sums(out, group[known], groups, height_bin(r[known]), parts)
+        _interval_sums(out, r, group, groups, bounds_m)
     return out
 
 
+def _interval_sums(
+    out: np.ndarray,
+    r: np.ndarray,
+    group: np.ndarray,
+    groups: int,
+    bounds_m: tuple[np.ndarray, np.ndarray],
+) -> None:
+    low, high = (np.asarray(x, np.float64) for x in bounds_m)
+    known = np.isfinite(low) & np.isfinite(high)
+    inside = ((r >= low) & (r <= high))[known].astype(np.float64)
+    parts = {"bounded": None, "in": inside, "width": (high - low)[known]}
+    for name, weights in parts.items():
+        out[:, COLUMN[name]] = np.bincount(group[known], weights, groups)
+    _bin_sums(out, group[known], groups, height_bin(r[known]), parts)
+
+
 def _bin_sums(
-    out: np.ndarray, group: np.ndarray, groups: int, bins: np.ndarray, sums: Mapping[str, np.ndarray]
+    out: np.ndarray, group: np.ndarray, groups: int, bins: np.ndarray, sums: Mapping[str, np.ndarray | None]
 ) -> None:
     label = group * N_BINS + bins
     for name, weights in sums.items():

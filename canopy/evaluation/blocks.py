@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from canopy.geo.aoi import SCALE_SLACK
 from canopy.geo.grid import Grid
 from canopy.metrics import BLOCK_PX
 
@@ -41,7 +42,7 @@ class BlockLayout:
         if side_m is not None:
             cells = max(1, round(side_m / cell_m))
         else:
-            cells = max(1, math.floor(WANTED_M / cell_m + 1e-6))
+            cells = max(1, math.floor(WANTED_M / cell_m * (1 + SCALE_SLACK)))
             while cells > 1 and _count(grids, cells * BLOCK_PX) < LEAST_WANTED:
                 cells -= 1
         while _count(grids, cells * BLOCK_PX) > max(MOST, len(grids)):

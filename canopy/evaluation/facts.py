@@ -56,6 +56,7 @@ class Options:
             raise InputError(f"{self.kind!r}", where="--kind", expected=", ".join(KINDS))
         if self.stat is not None:
             check_stat(self.stat)
+        sensor_floor(self.sensor)
         if self.floor_m is not None and not 0 <= self.floor_m <= 10:
             raise InputError(f"{self.floor_m:g} m", where="--floor-m", expected="0 to 10")
         if self.block_m is not None and not 0 < self.block_m < 1e6:

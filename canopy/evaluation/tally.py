@@ -86,7 +86,7 @@ class Tally:
         self._add_part(self.whole, _window_sums(window, zero, 1)[0], window.blocks)
         ok = window.valid
         self._count(self.whole, window.map_m[ok], window.reference_m[ok])
-        self._add_overall(window.map_m[ok], window.reference_m[ok], window.blocks[window.block[ok]])
+        self._add_overall(window.map_m[ok], window.reference_m[ok], window.block[ok], window.blocks)
         for by, (codes, names) in (strata or {}).items():
             sums = _window_sums(window, codes, len(names))
             self._add_strata(by, names, sums, window.blocks, codes, window.valid, window)
@@ -103,7 +103,8 @@ class Tally:
         rows = metrics.pixel_sums(map_m, reference_m, block, self.blocks, bounds_m)
         self.whole.rows += rows
         self._count(self.whole, map_m, reference_m)
-        self._add_overall(map_m, reference_m, block)
+        numbers, local = np.unique(block, return_inverse=True)
+        self._add_overall(map_m, reference_m, local, numbers)
         for by, (codes, names) in (strata or {}).items():
             for code, name in enumerate(names):
                 here = codes == code
@@ -151,12 +152,13 @@ class Tally:
                 here = valid & (codes == code)
                 self._count(part, window.map_m[here], window.reference_m[here])
 
-    def _add_overall(self, map_m: np.ndarray, reference_m: np.ndarray, block: np.ndarray) -> None:
+    def _add_overall(
+        self, map_m: np.ndarray, reference_m: np.ndarray, local: np.ndarray, numbers: np.ndarray
+    ) -> None:
         top = len(JOINT_EDGES_M) - 2
         step = JOINT_EDGES_M[1]
         i, j = (np.clip(np.floor(x / step), 0, top).astype(np.int64) for x in (reference_m, map_m))
         self.joint += np.bincount(i * (top + 1) + j, minlength=(top + 1) ** 2).reshape(top + 1, top + 1)
-        numbers, local = np.unique(block, return_inverse=True)
         for side, values in enumerate((map_m, reference_m)):
             at = np.clip(np.floor(values / _HIST_STEP_M), 0, _HIST_BINS - 1).astype(np.int64)
             counts = np.bincount(local * _HIST_BINS + at, minlength=len(numbers) * _HIST_BINS)

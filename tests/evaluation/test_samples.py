@@ -1,0 +1,185 @@
+"""GEDI shots and field plots against a map: pooled by brute force, cut by columns."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import pandas
+import pytest
+from pyproj import Transformer
+from shapely.geometry import Point, Polygon, box
+
+import canopy
+from canopy.errors import DataError, InputError
+from canopy.evaluation.compare import guess_kind
+from canopy.evaluation.pool import coverage
+from canopy.evaluation.samples import block_samples, column_codes
+from canopy.geo.grid import Grid
+
+stand = runpy.run_path(str(Path(__file__).with_name("stand.py")))
+WEST, NORTH, UTM = stand["WEST"], stand["NORTH"], stand["UTM"]
+MAP = stand["forest"](4)
+H, W = MAP.shape
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """`write("a.tif", heights, gsd=0.5, west=...)` in the test's folder; see stand.py."""
+    return lambda name, *bands, **kw: stand["write_heights"](tmp_path / name, *bands, **kw)
+
+
+def places(n: int, seed: int = 0, margin: float = 20) -> tuple[np.ndarray, np.ndarray]:
+    """x, y in UTM, away from the map's edge."""
+    rng = np.random.default_rng(seed)
+    return WEST + rng.uniform(margin, W - margin, n), NORTH - rng.uniform(margin, H - margin, n)
+
+
+def disc(x: float, y: float, radius: float) -> np.ndarray:
+    """Heights of the pixels whose centres lie in a disc."""
+    cols, rows = WEST + np.arange(W) + 0.5, NORTH - np.arange(H) - 0.5
+    return MAP[(cols[None] - x) ** 2 + (rows[:, None] - y) ** 2 <= radius**2]
+
+
+def shots(path: Path, n: int = 300) -> tuple[Path, np.ndarray, np.ndarray, pandas.DataFrame]:
+    x, y = places(n)
+    lon, lat = Transformer.from_crs(UTM, "EPSG:4326", always_xy=True).transform(x, y)
+    rng = np.random.default_rng(1)
+    top = np.array([np.percentile(disc(a, b, 12.5), 98) for a, b in zip(x, y, strict=True)])
+    table = pandas.DataFrame(
+        {
+            "shot_number": [str(19640000000000000 + i) for i in range(n)], "lat": lat, "lon": lon,
+            "rh_95": top - 2, "rh_98": top + rng.normal(0, 1, n),
+            "beam_type": rng.choice(["full", "coverage"], n),
+            "sensitivity": rng.uniform(0.9, 1, n),
+        }
+    )  # fmt: skip
+    table.to_csv(path, index=False)
+    return path, x, y, table
+
+
+def test_gedi_is_compared_over_its_disc(write: Callable[..., Path], tmp_path: Path) -> None:
+    path, _, _, table = shots(tmp_path / "shots.csv")
+    result = canopy.evaluate(
+        write("m.tif", MAP), path, by=("beam_type", "sensitivity", "height"), replicates=200, block_m=50
+    )
+    assert result.kind == "gedi"
+    assert result.provenance["stat"] == "p98"
+    assert result.overall.n == len(table)
+    assert abs(result.overall["bias_m"].value) < 0.25
+    assert result.overall["rmse_m"].value == pytest.approx(1.0, abs=0.15)
+    low, high = result.overall["mae_m"].ci95
+    assert low < result.overall["mae_m"].value < high
+    assert result.overall["block_r2"].value is None
+    assert "neighbouring" in result.overall["block_r2"].note
+    parts = {(s.by, s.name): s.scores.n for s in result.strata}
+    assert parts[("beam_type", "full")] == (table["beam_type"] == "full").sum()
+    assert sum(n for (by, _), n in parts.items() if by == "sensitivity") == len(table)
+    assert sum(1 for by, _ in parts if by == "sensitivity") == 5
+    assert len(result.samples.lon) == len(table)
+    other = canopy.evaluate(write("m.tif", MAP), path, column="rh_95", stat="p98", replicates=0)
+    assert other.overall["bias_m"].value == pytest.approx(2, abs=0.4)
+
+
+def test_plots_as_points_and_polygons(write: Callable[..., Path], tmp_path: Path) -> None:
+    x, y = places(40, seed=2)
+    means = np.array([disc(a, b, 10).mean() for a, b in zip(x, y, strict=True)])
+    points = geopandas.GeoDataFrame(
+        {"height": means, "site": ["a", "b"] * 20},
+        geometry=[Point(*p) for p in zip(x, y, strict=True)],
+        crs=UTM,
+    )
+    points.to_file(tmp_path / "points.gpkg")
+    map_path = write("m.tif", MAP)
+    result = canopy.evaluate(map_path, tmp_path / "points.gpkg", by=("site",), replicates=0)
+    assert result.overall["mae_m"].value < 1e-3
+    assert {s.name: s.scores.n for s in result.strata} == {"a": 20, "b": 20}
+    squares = [
+        box(round(a) - 7.5, round(b) - 7.25, round(a) + 7.5, round(b) + 7.25)
+        for a, b in zip(x, y, strict=True)
+    ]
+    grid = Grid.of(UTM, (1, 0, WEST, 0, -1, NORTH), (H, W))
+    exact = [float((MAP * coverage(s, grid)).sum() / coverage(s, grid).sum()) for s in squares[:6]]
+    polygons = geopandas.GeoDataFrame({"top_height": exact}, geometry=squares[:6], crs=UTM).to_crs(
+        "EPSG:4326"
+    )
+    polygons.to_file(tmp_path / "polygons.geojson")
+    result = canopy.evaluate(map_path, tmp_path / "polygons.geojson", replicates=0)
+    assert result.kind == "plots"
+    assert result.overall.n == 6
+    assert result.overall["mae_m"].value < 5e-3
+
+
+def test_polygons_cover_pixels_by_share() -> None:
+    grid = Grid.of(UTM, (2, 0, WEST, 0, -2, NORTH), (10, 12))
+    triangle = Polygon([(WEST + 1, NORTH - 1), (WEST + 21, NORTH - 3), (WEST + 9, NORTH - 19)])
+    share = coverage(triangle, grid)
+    assert share.sum() * 4 == pytest.approx(triangle.area)
+    fine = Grid.of(UTM, (0.02, 0, WEST, 0, -0.02, NORTH), (1000, 1200))
+    counted = coverage(triangle, fine).reshape(10, 100, 12, 100).mean(axis=(1, 3))
+    np.testing.assert_allclose(share, counted, atol=0.02)
+
+
+def test_samples_off_the_map_are_counted_and_said(write: Callable[..., Path], tmp_path: Path) -> None:
+    path, *_ = shots(tmp_path / "shots.csv", 60)
+    west = MAP.copy()
+    west[:, 150:] = np.nan
+    result = canopy.evaluate(write("m.tif", west), path, replicates=0)
+    assert 10 < result.overall.n < 50
+    assert any("off the map" in note for note in result.notes)
+    with pytest.raises(InputError, match="no sample lies"):
+        canopy.evaluate(write("far.tif", MAP, west=WEST + 9000), path)
+
+
+def test_what_is_wrong_with_a_table(write: Callable[..., Path], tmp_path: Path) -> None:
+    map_path = write("m.tif", MAP)
+    path, *_ = shots(tmp_path / "shots.csv", 20)
+    plots = geopandas.GeoDataFrame({"dbh": [1.0]}, geometry=[Point(WEST + 50, NORTH - 50)], crs=UTM)
+    plots.to_file(tmp_path / "plots.gpkg")
+    (tmp_path / "broken.gpkg").write_bytes(b"not a file")
+    (tmp_path / "plain.csv").write_text("a,b\n1,2\n")
+    cases = [
+        ("no height column", tmp_path / "plots.gpkg", {}),
+        ("no column 'top'", tmp_path / "plots.gpkg", {"column": "top"}),
+        ("no column 'rh_50'", path, {"column": "rh_50"}),
+        ("no column 'owner'", path, {"by": ("owner",)}),
+        ("not a readable vector file", tmp_path / "broken.gpkg", {}),
+        ("no columns lon and lat", tmp_path / "plain.csv", {}),
+        ("a table, not a raster", path, {"kind": "chm"}),
+        ("no such file", tmp_path / "none.parquet", {}),
+        ("expected one table", [path, path], {}),
+    ]
+    for text, reference, options in cases:
+        with pytest.raises((InputError, DataError), match=text):
+            canopy.evaluate(map_path, reference, **options)
+
+
+def test_kinds_are_told_from_files(write: Callable[..., Path], tmp_path: Path) -> None:
+    path, *_ = shots(tmp_path / "shots.csv", 5)
+    assert guess_kind(path) == "gedi"
+    assert guess_kind("lidar.tif") == "chm"
+    (tmp_path / "plots.csv").write_text("lon,lat,height\n1,2,3\n")
+    assert guess_kind(tmp_path / "plots.csv") == "plots"
+
+
+def test_columns_become_classes_or_quantiles() -> None:
+    codes, names = column_codes(pandas.Series(["b", "a", None, "b"]))
+    assert list(codes) == [1, 0, -1, 1]
+    assert list(names) == ["a", "b"]
+    codes, names = column_codes(pandas.Series(np.arange(100.0)))
+    assert len(names) == 5
+    assert np.bincount(codes).tolist() == [20, 20, 20, 20, 20]
+
+
+def test_sample_blocks_are_large_but_enough() -> None:
+    rng = np.random.default_rng(0)
+    lon, lat = -80 + rng.random(500) * 0.1, 40 + rng.random(500) * 0.1
+    blocks = block_samples(lon, lat)
+    assert blocks.side_m == 1000
+    assert blocks.count >= 25
+    few = block_samples(lon[:30], lat[:30], 200.0)
+    assert few.side_m == 200
+    assert len(few.number) == 30
