@@ -107,7 +107,7 @@ def evaluate(
 
         code = evaluate_benchmark(
             benchmark, model or (), data_dir, out, groups=group or (), device=device, replicates=replicates,
-            json_=json_, quiet=quiet,
+            overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         raise typer.Exit(code)
     if model or data_dir or group:

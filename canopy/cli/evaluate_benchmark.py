@@ -24,13 +24,14 @@ def evaluate_benchmark(
     groups: Sequence[str] = (),
     device: str = "auto",
     replicates: int = 1000,
+    overwrite: bool = False,
     json_: bool = False,
     quiet: bool = False,
 ) -> int:
     """Predict and score a benchmark with one or several models; print one table. Returns the exit code.
 
-    0: done; 3: some scenes could not be predicted. Raises InputError for an unknown benchmark, model or
-        group, or a
+    Maps that an earlier run of the same model left are used again, unless `overwrite`. 0: done; 3: some
+    scenes could not be predicted. Raises InputError for an unknown benchmark, model or group, or a
     folder that lacks its files.
     """
     from canopy.evaluation.benchmark import audit_lines, run_benchmark
@@ -52,7 +53,7 @@ def evaluate_benchmark(
         with progress_bar(quiet or json_) as progress:
             done = run_benchmark(
                 manifest, scenes, judged, predictor(model, device, manifest.image_nodata), folder,
-                replicates=replicates, progress=progress,
+                replicates=replicates, again=overwrite, progress=progress,
             )  # fmt: skip
         results.append(done)
         rows = append_rows(folder / "results.csv", rows_of(done))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from canopy import __version__
 from canopy.errors import CanopyError, InputError
 from canopy.evaluation.benchmark_manifest import BenchmarkManifest, Leak
 from canopy.evaluation.benchmark_scenes import Scene
@@ -62,16 +63,19 @@ def run_benchmark(
     out: Path,
     *,
     replicates: int = 1000,
+    again: bool = False,
     progress: Progress | None = None,
 ) -> BenchmarkResult:
-    """Predict what is not yet there (OUT/maps/MODEL/SCENE.tif) and score it by group (OUT/NAME/GROUP/).
+    """Predict what is not yet there and score it by group.
 
-    A scene that cannot be predicted is named in `failed` and the others go on. Raises InputError where a
-    group has no scene left.
+    Maps go to OUT/maps/HASH-VERSION/SCENE.tif, each group's scores and report to OUT/MODEL-HASH/GROUP/.
+    `again` predicts what is there too. A scene that cannot be predicted is named in `failed` and the others
+    go on. Raises InputError where a group has no scene left.
     """
     progress = progress or NoProgress()
     result = BenchmarkResult(manifest, model)
-    maps = _predict_all(scenes, model, predict, out / "maps", result.failed, progress)
+    folder = out / "maps" / f"{model.sha256[:16]}-{__version__}"
+    maps = _predict_all(scenes, model, predict, folder, again, result.failed, progress)
     for name in manifest.groups:
         chosen = [scene for scene in scenes if scene.group == name]
         there = [scene for scene in chosen if scene.id in maps]
@@ -94,11 +98,11 @@ def _predict_all(
     model: Judged,
     predict: Predict,
     folder: Path,
+    again: bool,
     failed: dict[str, str],
     progress: Progress,
 ) -> dict[str, Path]:
-    """Scene id -> its map. Maps are kept by the model's hash, so a second run only scores."""
-    folder = folder / model.sha256[:16]
+    """Scene id -> its map. Maps are kept by the model's hash and our version, so a second run only scores."""
     folder.mkdir(parents=True, exist_ok=True)
     unique = list({scene.id: scene for scene in scenes}.values())
     progress.start(len(unique), f"predicting with {model.name}")
@@ -106,7 +110,7 @@ def _predict_all(
     for scene in unique:
         path = folder / f"{slug(scene.id)}.tif"
         try:
-            if not path.exists():
+            if again or not path.exists():
                 predict(scene, path)
             maps[scene.id] = path
         except CanopyError as error:
