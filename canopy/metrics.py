@@ -78,8 +78,9 @@ def pixel_sums(
         out[:, COLUMN[name]] = np.bincount(group, weights, groups)
     tall = r > NMAE_ABOVE_M
     in_tall, ae_tall, r_tall = group[tall], ae[tall], r[tall]
-    for name, weights in {"n_tall": None, "rel": ae_tall / r_tall, "rel1": ae_tall / (1 + r_tall)}.items():
-        out[:, COLUMN[name]] = np.bincount(in_tall, weights, groups)
+    out[:, COLUMN["n_tall"]] = np.bincount(in_tall, minlength=groups)
+    for name, relative in {"rel": ae_tall / r_tall, "rel1": ae_tall / (1 + r_tall)}.items():
+        out[:, COLUMN[name]] = np.bincount(in_tall, relative, groups)
     for t in COVER_M:
         both = 2 * (r > t) + (p > t)
         counts = np.bincount(group * 4 + both, minlength=groups * 4).reshape(groups, 4)
