@@ -46,7 +46,7 @@ class PretrainModule(pl.LightningModule):
     def __init__(self, settings: PretrainSettings, stream: ViewStream, probe: HeightProbe | None) -> None:
         super().__init__()
         self.settings, self.stream, self.probe = settings, stream, probe
-        self.config = settings.model_config_
+        self.config = settings.architecture
         self.register_buffer("mean", torch.tensor(self.config.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.config.std).view(1, -1, 1, 1), persistent=False)
         self.guard = FiniteGuard()

@@ -105,7 +105,7 @@ class DinoModule(PretrainModule):
         out = {"dino": losses.dino_loss(every, targets.views, d.student_temperature)}
         hidden = self.student.patch_head(patches[mask])
         image = mask.nonzero()[:, 0]
-        out["ibot"] = losses.ibot_loss(hidden, targets.patches, image, d.student_temperature)
+        out["ibot"] = losses.ibot_loss(hidden, targets.patches, image, len(wide), d.student_temperature)
         # DINOv2 sums over the views.
         out["koleo"] = torch.stack([losses.koleo_loss(x) for x in first.split(B)]).sum()
         if self.anchor is not None and bool(self.anchor_ready):

@@ -23,10 +23,10 @@ class MaeModule(PretrainModule):
     """Hide most patches, encode the rest, let a light decoder paint the hidden pixels.
 
     Hidden tokens are dropped, so the transformer sees a quarter of them, with their own positions. A
-    convolutional stem still runs over the whole image, hidden patches blanked. Statistics of such images would
-    be mostly those of blanks, and later ones of whole images would not fit the weights; so in each step the
-    stem's batch norms take (as constants) what they measure on the same images unmasked, and for the probe
-    and the export what they measure on some batches of them.
+    convolutional stem still runs over the whole image, hidden patches blanked. Statistics of such images
+    would be mostly those of blanks, and later ones of whole images would not fit the weights; so in each step
+    the stem's batch norms take (as constants) what they measure on the same images unmasked, and for the
+    probe and the export what they measure on some batches of them.
     """
 
     def __init__(self, settings: PretrainSettings, stream: ViewStream, probe: HeightProbe | None) -> None:

@@ -101,7 +101,7 @@ def _probe(settings: PretrainSettings) -> HeightProbe | None:
     if not settings.probe.every:
         return None
     labels = settings.probe.labels or settings.data.chips
-    return open_probe(labels, settings.model_config_.patch_px, settings.probe.chips)
+    return open_probe(labels, settings.architecture.patch_px, settings.probe.chips)
 
 
 def _attend_plainly(module: PretrainModule) -> None:

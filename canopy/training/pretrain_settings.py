@@ -182,7 +182,9 @@ class PretrainSettings(Settings):
     def _views_divide_into_patches(self) -> PretrainSettings:
         if self.devices * self.nodes > 1 and self.device == "auto":
             raise ValueError("several devices need device=cuda or device=cpu to be said")
-        patch = self.model_config_.patch_px
+        if self.architecture.encoder.family == "cnn":
+            raise ValueError("only transformers can be pretrained (model.encoder.family vit or rope)")
+        patch = self.architecture.patch_px
         rules = self.rules(), self.rules(final=True)
         for side in {r.global_px for r in rules} | {r.local_px for r in rules if r.locals_}:
             if side % patch:
@@ -192,7 +194,7 @@ class PretrainSettings(Settings):
         return self
 
     @property
-    def model_config_(self) -> ModelConfig:
+    def architecture(self) -> ModelConfig:
         """The height model whose encoder is pretrained."""
         return ModelConfig.from_dict(self.model)
 

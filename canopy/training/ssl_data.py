@@ -75,7 +75,7 @@ def open_stream(settings: PretrainSettings) -> ViewStream:
         settings.rules(),
         settings.rules(final=True),
         late_from=late_from,
-        patch_px=settings.model_config_.patch_px,
+        patch_px=settings.architecture.patch_px,
         seed=settings.seed,
         chances=site_weights(shards.rows, settings.data.site_power),
     )

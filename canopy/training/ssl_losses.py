@@ -108,18 +108,20 @@ def dino_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Ten
     return losses.masked_fill(itself, 0).sum() / (views * globals_ - globals_)
 
 
-def ibot_loss(student: Tensor, teacher: Tensor, image: Tensor, temperature: float = 0.1) -> Tensor:
+def ibot_loss(
+    student: Tensor, teacher: Tensor, image: Tensor, images: int, temperature: float = 0.1
+) -> Tensor:
     """iBOT (Zhou et al. 2022, arXiv 2111.07832): masked patches; mean over each image's, then over images.
+
+    As in DINOv2, images of which nothing is masked count as 0.
 
     Args:
         student: logits (n, prototypes) of all masked patches; teacher: probabilities of the same patches.
-        image: (n,) whole numbers, which image each patch belongs to.
+        image: (n,) whole numbers, which image each patch belongs to; images: how many there are.
     """
     losses = cross_entropy(student, teacher, temperature)
-    if not len(losses):
-        return student.float().sum()  # 0 that still belongs to the graph
-    _, place, counts = torch.unique(image, return_inverse=True, return_counts=True)
-    return (losses / counts[place]).sum() / len(counts)
+    counts = torch.bincount(image, minlength=images)
+    return (losses / counts[image]).sum() / images
 
 
 @_exact

@@ -24,6 +24,7 @@ from canopy.training.pretrain_mae import MaeModule, measure_norms, random_masks
 from canopy.training.pretrain_run import pretrain
 from canopy.training.pretrain_settings import PretrainSettings
 from canopy.training.ssl_data import open_stream
+from canopy.training.ssl_optim import follow
 
 STEPS = 12
 KILLED = """
@@ -52,15 +53,6 @@ def module_of(settings: PretrainSettings) -> tuple[PretrainModule, Views]:
     stream = open_stream(settings)
     kind = MaeModule if settings.objective == "mae" else DinoModule
     return kind(settings, stream, None), stream.make(0)
-
-
-@pytest.fixture(autouse=True)
-def at_the_start(monkeypatch):
-    """Progress of a module that no trainer runs."""
-    whole = PretrainModule.progress.fget
-    monkeypatch.setattr(
-        PretrainModule, "progress", property(lambda self: whole(self) if self._trainer else 0.5)
-    )
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -163,7 +155,7 @@ def test_two_processes_train_together_and_resume(repo, views_dir, tmp_path):
 def test_the_export_fits_a_height_model_by_name_and_shape(uninterrupted):
     settings, folder = uninterrupted
     found = load_file(folder / "encoder.safetensors")
-    wanted = HeightModel(settings.model_config_).state_dict()
+    wanted = HeightModel(settings.architecture).state_dict()
     assert {k: v.shape for k, v in found.items()} == {
         k: v.shape for k, v in wanted.items() if k.startswith("encoder.")
     }
@@ -174,7 +166,7 @@ def test_the_export_fits_a_height_model_by_name_and_shape(uninterrupted):
     assert card["steps"] == STEPS and card["data"]["chips"] == 12 and card["command"] == "test"
     assert card["settings"]["data"]["chips"] == settings.data.chips.name  # no folder of this machine
     described = from_plain(EncoderConfig, json.loads(header["encoder"]))
-    assert described == settings.model_config_.encoder
+    assert described == settings.architecture.encoder
 
 
 def test_a_run_logs_losses_spread_rank_and_probe(uninterrupted):
@@ -200,15 +192,12 @@ def test_only_the_student_gets_gradients(repo, views_dir):
     assert trained == {id(p) for _, p in module.trained()}
 
 
-def test_the_teacher_is_a_running_average_of_the_student(repo, views_dir, monkeypatch):
+def test_the_teacher_is_a_running_average_of_the_student(repo, views_dir):
     module, _ = module_of(smoke(repo, views_dir))
-    monkeypatch.setattr(module, "_trainer", None)
     before = {k: v.clone() for k, v in module.teacher.named_parameters()}
     with torch.no_grad():
         for p in module.student.parameters():
             p.add_(1)
-    from canopy.training.ssl_optim import follow
-
     follow(module.teacher, module.student, 0.75)
     for name, value in module.teacher.named_parameters():
         assert torch.allclose(value, before[name] + 0.25, atol=1e-5)
@@ -307,6 +296,9 @@ def test_two_bad_losses_are_skipped_and_the_third_stops(repo, views_dir, tmp_pat
         ({"dino": {"gram": {"wait": 1}}}, "dino.gram.wait"),
         ({"model": {"encoder": {"dim": 30, "heads": 4}}}, "30"),
         ({"batch": 1}, "batch"),
+        ({"objective": "mae", "mae": {"unit": 4}}, "mae.unit 4"),
+        ({"device": "auto", "devices": 2}, "device="),
+        ({"model": {"encoder": {"family": "cnn", "network": "resnet18", "patch": 32}}}, "transformers"),
     ],
 )
 def test_bad_settings_are_named(raw, named):
@@ -325,6 +317,6 @@ def test_every_shipped_config_is_valid(repo, objective):
 def test_cpu_small_has_the_encoder_it_is_for(repo):
     from canopy.training.settings import FinetuneSettings
 
-    ours = load_settings(PretrainSettings, repo / "configs/pretrain/cpu-small.yaml").model_config_.encoder
+    ours = load_settings(PretrainSettings, repo / "configs/pretrain/cpu-small.yaml").architecture.encoder
     theirs = load_settings(FinetuneSettings, repo / "configs/finetune/canopy-small-scratch.yaml").model
     assert ours == ModelConfig.from_dict(theirs).encoder

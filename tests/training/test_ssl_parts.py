@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,14 +21,12 @@ from canopy.training.ssl_heads import PixelDecoder, PrototypeHead, sine_position
 from canopy.training.ssl_monitor import FiniteGuard, effective_rank, feature_std
 from canopy.training.ssl_optim import layer_of, parameter_groups
 
+SIZE: dict[str, Any] = {"dim": 16, "depth": 4, "heads": 2, "taps": (0, 1, 2, 3), "norm_taps": True}
 CONFIGS = {
-    "rope": EncoderConfig("rope", 16, 4, 2, taps=(0, 1, 2, 3), norm_taps=True, registers=2),
-    "vit": EncoderConfig("vit", 16, 4, 2, taps=(0, 1, 2, 3), norm_taps=True, pos_grid=4),
-    "stem": EncoderConfig(
-        "rope", 16, 4, 2, taps=(0, 1, 2, 3), norm_taps=True, rope_type="cat", rope_rotate_half=False,
-        stem=(4, 4, 8),
-    ),
-}  # fmt: skip
+    "rope": EncoderConfig(family="rope", registers=2, **SIZE),
+    "vit": EncoderConfig(family="vit", pos_grid=4, **SIZE),
+    "stem": EncoderConfig(family="rope", rope_type="cat", rope_rotate_half=False, stem=(4, 4, 8), **SIZE),
+}
 
 
 # ---- the encoder's tokens --------------------------------------------------------------------------------
