@@ -3,9 +3,10 @@
 The network's own spread is a hint, not a probability. So for a pixel of predicted height h and spread s, the
 errors of held-out cells with like h and like s say how far the truth may lie below and above. This is
 split conformal prediction (Vovk et al. 2005), conditional on (h, s) by hat functions on a lattice of knots
-(Mondrian classes with soft edges; Guan 2023). The exchangeable unit is a block of ground, not a pixel (hierarchical
-conformal prediction: Lee, Barber and Willett 2023): a tail holds a share t of the errors only if the errors
-of K blocks, and of an imaginary further block whose errors are all infinite, leave t outside.
+(Mondrian classes with soft edges; Guan 2023). The exchangeable unit is a block of ground, not a pixel
+(hierarchical conformal prediction: Lee, Barber and Willett 2023): a band counts as wide enough only if it
+holds its share of the errors of K blocks and of an imaginary further one whose errors are all infinite. Both
+ends move out together, tail by tail, as nested sets (Gupta, Kuchibhotla and Ramdas 2022).
 
 Where the lower end reaches the ground, nothing can lie below it, and the whole risk goes to the upper end.
 """
@@ -44,11 +45,11 @@ def fit_intervals(cells: Cells, facts: dict[str, Any] | None = None) -> Interval
     spread = np.unique(np.round(np.quantile(relative, _SPREAD_QUANTILES), 4))
     hat_h, hat_v = _dense_hats(knots, h), _dense_hats(spread, relative)
     below, above = (np.zeros((len(LEVELS), len(knots), len(spread))) for _ in range(2))
-    for i, knot in enumerate(knots):
+    for i, knot in enumerate(knots.tolist()):
         for j in range(len(spread)):
             weight = hat_h[:, i] * hat_v[:, j]
             at = weight > 1e-6
-            ends = _tails(y[at] - h[at], weight[at], cells.block[at], float(knot))
+            ends = _tails(y[at] - h[at], weight[at], cells.block[at], knot)
             below[:, i, j], above[:, i, j] = ends
     # Wider levels contain narrower ones.
     below, above = (np.maximum.accumulate(t, axis=0) for t in (below, above))
@@ -60,18 +61,18 @@ def _tails(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distances below and above (levels,) for the errors truth - prediction round one knot."""
     order = np.argsort(error)
-    ranked, mass = error[order], np.cumsum(weight[order])
-    share = 1.0 / (1.0 + effective_blocks(weight, block))
-    mass = mass / mass[-1] * (1 - share)  # the rest is the imaginary block's
+    ranked, mass = error[order].tolist(), np.cumsum(weight[order]) / weight.sum()
+    last = len(ranked) - 1
+    share = 1.0 / (1.0 + effective_blocks(weight, block))  # the imaginary block's
     below, above = np.zeros(len(LEVELS)), np.zeros(len(LEVELS))
     for n, level in enumerate(LEVELS):
-        tail = (1 - level) / 2
-        left = np.searchsorted(mass, tail - share, side="left") if tail > share else 0
-        below[n] = max(0.0, -ranked[min(left, len(ranked) - 1)])
+        # Both ends move out together until the known blocks inside outweigh what is wanted of all.
+        inside = min(1.0, level / (1 - share))
+        high = (1 - inside) / 2
+        below[n] = max(0.0, -ranked[min(int(np.searchsorted(mass, high, side="left")), last)])
         if below[n] >= height_m:  # the ground: nothing can be lower
-            below[n], tail = max(height_m, below[n]), 1 - level
-        right = np.searchsorted(mass, 1 - tail, side="left")
-        above[n] = max(0.0, ranked[min(right, len(ranked) - 1)])
+            high = 1 - inside
+        above[n] = max(0.0, ranked[min(int(np.searchsorted(mass, 1 - high, side="left")), last)])
     return np.minimum(below, _MOST_M), np.minimum(above, _MOST_M)
 
 

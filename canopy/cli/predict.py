@@ -21,11 +21,13 @@ from canopy.cli.predict_options import (
     Imagery,
     Images,
     InputCrs,
+    Interval,
     MaxPixels,
     Model,
     Nodata,
     Out,
     Precision,
+    QualityBand,
     Quicklook,
     Radiometry,
     Scale,
@@ -60,6 +62,8 @@ def predict(
     scale: Scale = None,
     encoding: Encoding = "float32",
     date_band: DateBand = False,
+    interval: Interval = None,
+    quality_band: QualityBand = False,
     quicklook: Quicklook = False,
     radiometry: Radiometry = "none",
     max_pixels: MaxPixels = None,
@@ -79,6 +83,8 @@ def predict(
       canopy predict aerial.tif -o chm.tif --quicklook
 
       canopy predict --imagery naip --bbox 44.083,-71.296 --size-m 1000 -o chm.tif
+
+      canopy predict aerial.tif --interval 0.9 --quality-band -o chm.tif
 
       canopy predict a.tif b.tif --aoi stand.gpkg --crs image --gsd 1 --dry-run
     """

@@ -50,6 +50,15 @@ Encoding = Annotated[str, typer.Option("--encoding", help="float32, uint16cm or 
 DateBand = Annotated[
     bool, typer.Option("--date-band", help="Add band acquisition_date: days since 1970-01-01, 0 unknown.")
 ]
+Interval = Annotated[
+    float | None,
+    typer.Option(
+        "--interval", metavar="0.9", help="Add bands height_lower, height_upper of this coverage."
+    ),
+]
+QualityBand = Annotated[
+    bool, typer.Option("--quality-band", help="Add band quality: bit flags, see docs/uncertainty.md.")
+]
 Quicklook = Annotated[bool, typer.Option("--quicklook", help="Draw OUT.png beside the map.")]
 Radiometry = Annotated[
     str, typer.Option("--radiometry", metavar="none|match|PERCENTILES", help=_HELP_RADIOMETRY)

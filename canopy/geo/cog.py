@@ -140,6 +140,8 @@ class CogWriter:
                 blockxsize=BLOCK,
                 blockysize=BLOCK,
                 interleave="band",
+                photometric="MINISBLACK",  # four uint8 bands are no RGBA picture
+                ALPHA="UNSPECIFIED",
                 sparse_ok=True,  # blocks never written read back as nodata
                 bigtiff="IF_SAFER",
             )

@@ -32,50 +32,52 @@ class Canvas:
     windows add to the next. (84 rows of 20,000 float64 pixels are 13 MB.)
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, layers: int = 1) -> None:
         self._lattice = plan.lattice
+        self._layers = layers
         self._first_col = plan.cols[0].served_from
         weights = taper(plan.lattice)
         self._weights = weights[:, None] * weights[None, :]
         width = sum(len(span.crops) for span in plan.cols) * plan.lattice.stride_px
-        self._carry_down = np.zeros((plan.lattice.overlap_px, width))
+        self._carry_down = np.zeros((layers, plan.lattice.overlap_px, width))
         self._carry_right: np.ndarray | None = None
-        self._sum = np.zeros((0, 0))
+        self._sum = np.zeros((layers, 0, 0))
         self._window: WorkWindow | None = None
 
     def begin(self, window: WorkWindow) -> None:
         """Start a window with what its upper and left neighbours left over for it."""
         stride, overlap = self._lattice.stride_px, self._lattice.overlap_px
         height, width = len(window.rows.crops) * stride, len(window.cols.crops) * stride
-        total = np.zeros((height + overlap, width + overlap))
+        total = np.zeros((self._layers, height + overlap, width + overlap))
         left = window.cols.served_from - self._first_col
-        total[:overlap, :width] += self._carry_down[:, left : left + width]
+        total[:, :overlap, :width] += self._carry_down[..., left : left + width]
         if self._carry_right is not None and not window.is_row_start:
-            total[:, :overlap] += self._carry_right
+            total[..., :overlap] += self._carry_right
         self._sum, self._window = total, window
 
-    def add(self, row: int, col: int, height_m: np.ndarray) -> None:
-        """Add the crop (`row`, `col`), counted within the window; `height_m` is (crop_px, crop_px)."""
+    def add(self, row: int, col: int, maps: np.ndarray) -> None:
+        """Add the crop (`row`, `col`), counted within the window; `maps` is (layers, crop_px, crop_px)."""
         lattice = self._lattice
         inner = slice(lattice.margin_px, lattice.margin_px + lattice.served_px)
         top, left = row * lattice.stride_px, col * lattice.stride_px
-        self._sum[top : top + lattice.served_px, left : left + lattice.served_px] += (
-            self._weights * height_m[inner, inner]
+        self._sum[:, top : top + lattice.served_px, left : left + lattice.served_px] += (
+            self._weights * maps[..., inner, inner]
         )
 
     def finish(self) -> np.ndarray:
-        """Heights (final rows, final columns) float32 of the current window; the rest is carried over."""
+        """The window's layers (layers, final rows, final columns) float32; the rest is carried over."""
         window, stride = self._window, self._lattice.stride_px
         if window is None:
             raise RuntimeError("finish() needs begin() first")
         height, width = len(window.rows.crops) * stride, len(window.cols.crops) * stride
         left = window.cols.served_from - self._first_col
-        self._carry_down[:, left : left + width] = self._sum[height:, :width]
-        self._carry_right = self._sum[:, width:].copy()
+        self._carry_down[..., left : left + width] = self._sum[:, height:, :width]
+        self._carry_right = self._sum[..., width:].copy()
         top, side = (
             span.final[0] - span.served_from if span.final_px > 0 else 0
             for span in (window.rows, window.cols)
         )
-        done = self._sum[top : top + max(0, window.rows.final_px), side : side + max(0, window.cols.final_px)]
+        bottom, right = top + max(0, window.rows.final_px), side + max(0, window.cols.final_px)
+        done = self._sum[:, top:bottom, side:right]
         self._window = None
         return done.astype(np.float32)

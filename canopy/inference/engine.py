@@ -20,6 +20,7 @@ from canopy.errors import CanopyError, ImageryError
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
 from canopy.inference.blend import Canvas
+from canopy.inference.extras import Extras
 from canopy.inference.forward import Predictor
 from canopy.inference.plan import WINDOW_PX, Lattice, Plan, WorkWindow, plan_windows
 from canopy.runtime import NoProgress, Progress
@@ -119,6 +120,7 @@ def predict_grid(
     batch_size: int | str = "auto",
     workers: int = 2,
     date_band: bool = False,
+    extras: Extras | None = None,
     lattice: Lattice | None = None,
     window_px: int = WINDOW_PX,
     progress: Progress | None = None,
@@ -131,6 +133,7 @@ def predict_grid(
         source: gives RGB, validity and dates on any grid; read from `workers` threads at once.
         sink: receives (1, h, w) heights in metres and (h, w) validity, or (2, h, w) with `date_band`, whose
             second band is the acquisition day since 1970-01-01 (0 where unknown). Each pixel comes once.
+        extras: other bands beside heights, in the order of its `bands`; stands in for `date_band`.
         aoi: pixels whose centres lie outside become invalid; a box is not masked.
         lattice: crop geometry; the model's own by default.
         window_px: side of a unit of reading; has no influence on the heights.
@@ -144,11 +147,12 @@ def predict_grid(
     """
     started = time.perf_counter()
     progress = progress or NoProgress()
-    predictor = Predictor(model, device=device, precision=precision, batch_size=batch_size)
+    extras = extras or Extras(date=date_band)
+    predictor = Predictor(model, device=device, precision=precision, batch_size=batch_size, extras=extras)
     lattice = lattice or Lattice.of(model.config.crop_px, model.config.patch_px)
     plan = plan_windows(grid, lattice, window_px)
     summary = RunSummary(windows=len(plan), crops=plan.n_crops)
-    canvas = Canvas(plan)
+    canvas = Canvas(plan, extras.layers)
     progress.start(plan.n_crops, "predicting")
     writes: deque[Future[None]] = deque()
     # Two separate pools: a full write queue must not keep the readers from running.
@@ -156,8 +160,8 @@ def predict_grid(
     writer = ThreadPoolExecutor(1, thread_name_prefix="canopy-write")
     try:
         for window, pixels in _read_ahead(plan, source, aoi, readers, ahead=max(1, workers)):
-            height_m = _predict_window(window, plan, pixels, predictor, canvas, summary, progress)
-            values, valid = _finished(window, plan, height_m, pixels, summary, date_band)
+            layers = _predict_window(window, plan, pixels, predictor, canvas, summary, progress)
+            values, valid = _finished(window, plan, layers, pixels, summary, extras)
             if valid.size:
                 offset = (window.rows.final[0], window.cols.final[0])
                 writes.append(writer.submit(sink.write, values, valid, *offset))
@@ -233,7 +237,7 @@ def _predict_window(
     summary: RunSummary,
     progress: Progress,
 ) -> np.ndarray:
-    """Heights of the window's finished pixels; crops that serve no wanted pixel are skipped."""
+    """Layers (n, h, w) of the window's finished pixels; crops that serve no wanted pixel are skipped."""
     lattice = plan.lattice
     canvas.begin(window)
     places = [(r, c) for r in range(len(window.rows.crops)) for c in range(len(window.cols.crops))]
@@ -243,12 +247,12 @@ def _predict_window(
     while needed and pixels is not None:
         batch, needed = needed[: predictor.batch_size], needed[predictor.batch_size :]
         crops = [_crop(place, lattice) for place in batch]
-        heights = predictor(
+        predicted = predictor(
             np.stack([pixels.rgb[:, r, c] for r, c in crops]),
             np.stack([pixels.valid[r, c] for r, c in crops]),
         )
-        for (row, col), height_m in zip(batch, heights, strict=True):
-            canvas.add(row, col, height_m)
+        for (row, col), layers in zip(batch, predicted, strict=True):
+            canvas.add(row, col, layers)
         progress.advance(len(batch))
     return canvas.finish()
 
@@ -269,12 +273,13 @@ def _served(place: tuple[int, int], lattice: Lattice) -> tuple[slice, slice]:
 def _finished(
     window: WorkWindow,
     plan: Plan,
-    height_m: np.ndarray,
+    layers: np.ndarray,
     pixels: _Pixels | None,
     summary: RunSummary,
-    date_band: bool,
+    extras: Extras,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bands (1 or 2, h, w) and validity (h, w) of the window's finished pixels, checked and counted."""
+    """Bands (b, h, w) and validity (h, w) of the window's finished pixels, checked and counted."""
+    height_m = layers[0]
     if pixels is None:
         valid = np.zeros(height_m.shape, bool)
         days = np.zeros(height_m.shape, np.int32)
@@ -284,7 +289,7 @@ def _finished(
             for span in (window.rows, window.cols)
         )
         valid, days = pixels.wanted[rows, cols], pixels.date[rows, cols]
-    bad = valid & ~np.isfinite(height_m)
+    bad = valid & ~np.isfinite(layers).all(axis=0)
     if bad.any():
         row, col = (int(i) for i in np.argwhere(bad)[0])
         row, col = row + window.rows.final[0], col + window.cols.final[0]
@@ -295,5 +300,4 @@ def _finished(
             remedy="try --precision fp32; if it stays, the model file is faulty",
         )
     summary.count(height_m, valid, days)
-    bands = [height_m, days.astype(np.float32)] if date_band else [height_m]
-    return np.where(valid, np.stack(bands), np.float32(np.nan)), valid
+    return np.where(valid, extras.stack(layers, days), np.float32(np.nan)), valid

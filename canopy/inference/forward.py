@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from canopy.errors import ConfigError, InputError
+from canopy.inference.extras import Extras
 from canopy.models.fill import fill_invalid
 from canopy.runtime import pick_device
 
@@ -40,6 +41,7 @@ class Predictor:
         device: str | torch.device = "auto",
         precision: str = "auto",
         batch_size: int | str = "auto",
+        extras: Extras | None = None,
     ) -> None:
         import torch
 
@@ -47,11 +49,12 @@ class Predictor:
         self._autocast = use_bf16(precision, self.device)
         self.batch_size = resolve_batch(batch_size, self.device.type)
         self._model = model.to(self.device).eval()
+        self._extras = extras or Extras()
         self.seconds = 0.0
         self.notes: list[str] = []
 
     def __call__(self, rgb: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        """Heights in metres (n, crop, crop) float32.
+        """Layers (n, layers, crop, crop) float32: heights in metres, then what the extras need.
 
         Args:
             rgb: (n, 3, crop, crop) float32 in 0..1; anything where invalid.
@@ -83,8 +86,15 @@ class Predictor:
             filled = np.concatenate([filled, filled])
         pixels = torch.from_numpy(filled).to(self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            height_m = self._model(pixels)
-        return height_m[: len(rgb), 0].float().cpu().numpy()
+            if self._extras.spread:
+                maps = torch.cat(self._model.predict(pixels), dim=1)
+            else:
+                maps = self._model(pixels)
+        layers = maps[: len(rgb)].float().cpu().numpy()
+        if self._extras.quality is not None:
+            scores = [self._extras.quality.scores(*c) for c in zip(filled[: len(rgb)], valid, strict=True)]
+            layers = np.concatenate([layers, np.stack(scores)], axis=1)
+        return layers
 
     def _halve_batch(self) -> None:
         import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from canopy.geo.raster import raster_env
 from canopy.inference import output
 from canopy.inference.engine import RunSummary, Sink, predict_grid
 from canopy.inference.estimate import Estimate, estimate, refuse_too_large, seconds_per_crop
+from canopy.inference.extras import QUALITY_BAND, Extras, extras_of
 from canopy.inference.plan import Lattice, Plan, plan_windows
 from canopy.inference.radiometry import with_radiometry
 from canopy.inference.request import Request
@@ -81,6 +82,12 @@ class Job:
     files: output.OutputFiles | None
     notes: list[str] = field(default_factory=list)
     radiometry: str = "none"
+    extras: Extras = field(default_factory=Extras)
+
+    @property
+    def bands(self) -> tuple[tuple[str, str], ...]:
+        """Names and units of the map's bands, in order."""
+        return self.extras.bands
 
     @property
     def model_sha256(self) -> str:
@@ -132,7 +139,7 @@ class Job:
         return result
 
     def _to_memory(self, progress: Progress | None) -> Result:
-        sink = output.ArraySink(self.target.output, 2 if self.request.date_band else 1)
+        sink = output.ArraySink(self.target.output, self.bands)
         summary = self.predict_into(sink, progress)
         return Result(None, summary, self, data=sink.to_xarray(self.tags()))
 
@@ -143,7 +150,7 @@ class Job:
         files, request = self.files, self.request
         if files is None:
             raise RuntimeError("no output was asked for")
-        bands = [BandSpec(*band) for band in output.BANDS[: 2 if request.date_band else 1]]
+        bands = [BandSpec(*band, 1.0 if band == QUALITY_BAND else None) for band in self.bands]
         writer = CogWriter(
             files.tif, self.target.output, bands,
             encoding=request.encoding, tags=self.tags(), overwrite=request.overwrite,
@@ -156,6 +163,7 @@ class Job:
     def tags(self) -> dict[str, str]:
         """Tags of the GeoTIFF; no wall-clock time and no folders."""
         tags = output.map_tags(self.source, self.model_name, self.model_sha256, self.target.output.gsd_m)
+        tags |= output.extra_tags(self.extras, self.model.card)
         return tags | ({"CANOPY_RADIOMETRY": self.radiometry} if self.radiometry != "none" else {})
 
     def predict_into(self, sink: Sink, progress: Progress | None) -> RunSummary:
@@ -171,7 +179,7 @@ class Job:
         if not target.is_resampled:
             return predict_grid(
                 self.model, self.source, target.predict, sink,
-                aoi=self.aoi, date_band=request.date_band, **options,
+                aoi=self.aoi, extras=self.extras, **options,
             )  # fmt: skip
         from canopy.inference.regrid import Scratch, regrid
 
@@ -180,14 +188,14 @@ class Job:
             beside = self.files.tif.absolute().parent if self.files else None
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".canopy-", dir=beside))
             path = Path(folder) / "predicted.tif"
-            with Scratch(path, target.predict) as scratch:
+            with Scratch(path, target.predict, self.extras.layers) as scratch:
                 run = predict_grid(
                     self.model, self.source, target.predict, scratch,
-                    aoi=target.reach(self.aoi), date_band=True, **options,
+                    aoi=target.reach(self.aoi), extras=replace(self.extras, raw=True), **options,
                 )  # fmt: skip
             final = regrid(
                 path, target.output, sink, self.source,
-                aoi=self.aoi, date_band=request.date_band, whole=target.whole, progress=progress,
+                aoi=self.aoi, extras=self.extras, whole=target.whole, progress=progress,
             )  # fmt: skip
         for name in ("windows", "crops", "crops_predicted", "batch_size", "model_seconds", "notes"):
             setattr(final, name, getattr(run, name))
@@ -221,14 +229,14 @@ def prepare(request: Request) -> Job:
         native_crs=source.native_crs,
     )
     plan = plan_windows(target.predict, Lattice.of(model.config.crop_px, model.config.patch_px))
-    bands = 2 if request.date_band else 1
+    extras = extras_of(request, model)
     pace = seconds_per_crop(model, request.device, request.precision, request.batch_size)
-    cost = estimate(plan, target, pace, bands, request.encoding)
+    cost = estimate(plan, target, pace, len(extras.bands), request.encoding)
     refuse_too_large(cost, request.max_pixels, aoi.describe(), in_memory=files is None)
     notes += scale_notes(source.native_gsd_m, model.config.gsd_m)
     model, radiometry, more = with_radiometry(model, source, aoi, request.radiometry)
     return Job(
-        request, source, aoi, model, model_name, target, plan, cost, files, notes + more, radiometry
+        request, source, aoi, model, model_name, target, plan, cost, files, notes + more, radiometry, extras
     )  # fmt: skip
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from canopy import __version__
 from canopy.errors import ConfigError, InputError
 from canopy.geo.grid import Grid
+from canopy.inference.extras import Extras
+from canopy.models.intervals import CARD_KEY
 from canopy.sources.paths import is_url, redact
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from canopy.sources.imagery import ImagerySource
 
 ENCODINGS = ("float32", "uint16cm", "uint8m")
+# The level whose bands the area model of `canopy.calibration.areas` is fitted to.
+AREA_LEVEL = 0.9
 BANDS = (("canopy_height", "m"), ("acquisition_date", "d"))
 # Names in a tag beyond this number only make it unreadable; the STAC item has them all.
 _TAG_NAMES = 20
@@ -107,6 +112,20 @@ def map_tags(source: ImagerySource, model_name: str, model_sha256: str, gsd_m: f
     }
 
 
+def extra_tags(extras: Extras, card: Mapping[str, Any]) -> dict[str, str]:
+    """Tags that say what the bands beside heights mean."""
+    tags: dict[str, str] = {}
+    if extras.interval is not None:
+        tags["CANOPY_INTERVAL"] = f"{extras.level:g}"
+        area = card.get(CARD_KEY, {}).get("area")
+        # Bands of another level would be read with the wrong widths.
+        if area is not None and extras.level == AREA_LEVEL:
+            tags["CANOPY_AREA_MODEL"] = json.dumps({k: v for k, v in area.items() if k != "facts"})
+    if extras.quality is not None:
+        tags["CANOPY_QUALITY_BITS"] = extras.quality.describe()
+    return tags
+
+
 def imagery_text(source: ImagerySource) -> str:
     """What the pixels came from, in one line without folders or signatures."""
     names = [bare_name(name) for name in (source.scene_ids or (source.name,))]
@@ -139,9 +158,9 @@ def imagery_links(source: ImagerySource) -> tuple[tuple[str, str], ...]:
 class ArraySink:
     """Keeps a map in memory: bands (n, height, width) float32, NaN where there is no height."""
 
-    def __init__(self, grid: Grid, bands: int) -> None:
-        self.grid = grid
-        self.values = np.full((bands, *grid.shape), np.nan, np.float32)
+    def __init__(self, grid: Grid, bands: Sequence[tuple[str, str]] = BANDS[:1]) -> None:
+        self.grid, self.bands = grid, tuple(bands)
+        self.values = np.full((len(self.bands), *grid.shape), np.nan, np.float32)
 
     def write(self, values: np.ndarray, valid: np.ndarray, row_off: int, col_off: int) -> None:
         """Take a window; see `CogWriter.write`."""
@@ -163,7 +182,7 @@ class ArraySink:
         values = self.values[0]
         if len(self.values) > 1:
             dims, values = ("band", "y", "x"), self.values
-            coords["band"] = [name for name, _ in BANDS[: len(values)]]
+            coords["band"] = [name for name, _ in self.bands]
         array = xr.DataArray(
             values, dims=dims, coords=coords, name="canopy_height",
             attrs={"units": "m", "long_name": "canopy height", **attributes},

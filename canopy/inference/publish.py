@@ -29,7 +29,7 @@ def publish(job: Job, files: output.OutputFiles, sha256: str, summary: RunSummar
         sha256=sha256,
         grid=job.target.output,
         encoding=job.request.encoding,
-        bands=output.BANDS[: 2 if job.request.date_band else 1],
+        bands=job.bands,
         dates=job.source.dates,
         imagery=output.imagery_links(job.source),
         model={

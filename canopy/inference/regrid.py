@@ -23,6 +23,7 @@ from canopy.geo.raster import raster_env
 from canopy.geo.warp import plan_warp, shrink_factor, warp_window
 from canopy.geo.window import copy_window, lattice_ratio
 from canopy.inference.engine import RunSummary, Sink, Source
+from canopy.inference.extras import Extras
 from canopy.runtime import Progress
 
 TILE_PX = 1024
@@ -34,17 +35,18 @@ FILL_PX = 8
 
 
 class Scratch:
-    """A temporary GeoTIFF that takes predictions: bands height x validity, validity, acquisition day."""
+    """A temporary GeoTIFF that takes predictions: bands layer x validity, ..., validity, acquisition day."""
 
-    def __init__(self, path: Path, grid: Grid) -> None:
-        self.path, self.grid = path, grid
+    def __init__(self, path: Path, grid: Grid, layers: int = 1) -> None:
+        self.path, self.grid, self.layers = path, grid, layers
         self._dataset: rasterio.io.DatasetWriter | None = None
 
     def __enter__(self) -> Scratch:
         try:
             self._dataset = rasterio.open(
-                self.path, "w", driver="GTiff", dtype="float32", count=3, crs=self.grid.crs.to_wkt(),
-                transform=self.grid.transform, height=self.grid.height, width=self.grid.width, tiled=True,
+                self.path, "w", driver="GTiff", dtype="float32", count=self.layers + 2,
+                crs=self.grid.crs.to_wkt(), transform=self.grid.transform,
+                height=self.grid.height, width=self.grid.width, tiled=True,
                 blockxsize=512, blockysize=512, compress="deflate", zlevel=1, bigtiff="if_safer",
             )  # fmt: skip
         except rasterio.errors.RasterioError as error:
@@ -58,11 +60,12 @@ class Scratch:
             self._dataset.close()
 
     def write(self, values: np.ndarray, valid: np.ndarray, row_off: int, col_off: int) -> None:
-        """Take (2, h, w) heights and days, with (h, w) validity."""
+        """Take (layers + 1, h, w) layers and days, with (h, w) validity."""
         if self._dataset is None:
             raise RuntimeError("the scratch file is not open")
         window = Window(col_off, row_off, valid.shape[1], valid.shape[0])
-        bands = [np.where(valid, values[0], 0), valid, np.where(valid, values[1], 0)]
+        kept = np.where(valid, values, 0)
+        bands = [*kept[:-1], valid, kept[-1]]
         try:
             self._dataset.write(np.stack(bands).astype(np.float32), window=window)
         except (rasterio.errors.RasterioError, OSError) as error:
@@ -76,7 +79,7 @@ def regrid(
     source: Source,
     *,
     aoi: AOI | None = None,
-    date_band: bool = False,
+    extras: Extras | None = None,
     whole: Grid | None = None,
     progress: Progress | None = None,
 ) -> RunSummary:
@@ -86,32 +89,33 @@ def regrid(
     when at least half of it was.
 
     Args:
+        extras: bands beside heights; the scratch file holds the layers they are made of.
         whole: the grid that the scratch file is a window of. Positions are counted on it, so that a map made
             window by window has the bytes of one made at once. The scratch file's own grid by default.
 
     Returns:
         Statistics of the resampled map (its `seconds` and `crops` stay 0).
     """
+    extras = extras or Extras()
     summary = RunSummary()
     tiles = list(_tiles(grid))
     if progress:
         progress.start(len(tiles), "resampling")
     with raster_env(), rasterio.open(scratch) as dataset:
-        part = _Part(dataset, whole)
+        part = _Part(dataset, whole, extras.layers)
         finer = part.shrink_to(grid) < 0.999
         for row, col, tile in tiles:
             if finer:
-                height_m, filled = _filled(*_resample(part, tile.pad(FILL_PX))[:2])
+                layers, filled = _filled(*_resample(part, tile.pad(FILL_PX))[:2])
                 imagery = source.read(tile)
                 valid, days = imagery.valid & filled, imagery.date
             else:
-                height_m, share, days = _resample(part, tile)
+                layers, share, days = _resample(part, tile)
                 valid = share >= LEAST_SHARE
             if aoi is not None and not aoi.is_box:
                 valid &= aoi.mask(tile)
-            summary.count(height_m, valid, days)
-            bands = [height_m, days.astype(np.float32)] if date_band else [height_m]
-            sink.write(np.where(valid, np.stack(bands), np.float32(np.nan)), valid, row, col)
+            summary.count(layers[0], valid, days)
+            sink.write(np.where(valid, extras.stack(layers, days), np.float32(np.nan)), valid, row, col)
             if progress:
                 progress.advance()
     return summary
@@ -127,8 +131,8 @@ def _tiles(grid: Grid) -> Iterator[tuple[int, int, Grid]]:
 class _Part:
     """An open scratch file as the window of a larger grid that it is; what lies outside was not predicted."""
 
-    def __init__(self, dataset: rasterio.io.DatasetReader, whole: Grid | None) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: rasterio.io.DatasetReader, whole: Grid | None, layers: int) -> None:
+        self._dataset, self.layers = dataset, layers
         own = Grid.of(dataset.crs.to_wkt(), dataset.transform, dataset.shape)
         self.whole = whole or own
         self._row, self._col = self.whole.offset_of(own)
@@ -162,15 +166,16 @@ class _Part:
 
 
 def _resample(part: _Part, tile: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Heights, share of each pixel that is valid (0..1), and days, all (h, w) on `tile`."""
-    weighted, share = part.read(tile, (1, 2))
-    days = part.read(tile, (3,), "nearest")[0]
-    height_m = np.divide(weighted, share, out=np.zeros_like(share), where=share > 0)
-    return height_m, share, days.astype(np.int32)
+    """Layers (n, h, w), share of each pixel that is valid (0..1), and days, (h, w), on `tile`."""
+    count = part.layers
+    *weighted, share = part.read(tile, tuple(range(1, count + 2)))
+    days = part.read(tile, (count + 2,), "nearest")[0]
+    layers = [np.divide(w, share, out=np.zeros_like(share), where=share > 0) for w in weighted]
+    return np.stack(layers), share, days.astype(np.int32)
 
 
-def _filled(height_m: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Heights without the frame of `FILL_PX` that came with them, and where there is one.
+def _filled(layers: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Layers without the frame of `FILL_PX` that came with them, and where there is a height.
 
     Pixels that no prediction reaches get their nearest neighbour's height, within the frame's width: the
     imagery can be valid at a fine pixel whose coarse pixel was not.
@@ -181,6 +186,6 @@ def _filled(height_m: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.nda
         from scipy import ndimage
 
         distance, (rows, cols) = ndimage.distance_transform_edt(missing, return_indices=True)
-        height_m, known = height_m[rows, cols], distance <= FILL_PX
+        layers, known = layers[:, rows, cols], distance <= FILL_PX
     inner = np.s_[FILL_PX:-FILL_PX, FILL_PX:-FILL_PX]
-    return height_m[inner], known[inner]
+    return layers[(slice(None), *inner)], known[inner]

@@ -30,6 +30,8 @@ class Options(TypedDict, total=False):
     scale: float | None
     encoding: str
     date_band: bool
+    interval: float | None
+    quality_band: bool
     quicklook: bool
     radiometry: str
     overwrite: bool
@@ -48,6 +50,8 @@ class Request:
         out: the GeoTIFF to write; None keeps the map in memory.
         crs: CRS of the map, or `image`; also the CRS of images that carry none, unless `input_crs` is given.
         input_crs: CRS of images that carry none.
+        interval: coverage of the bands height_lower and height_upper, e.g. 0.9; None writes none.
+        quality_band: add the band `quality`, see `canopy.inference.quality`.
         radiometry: `none`, `match`, or percentiles; see `canopy.models.radiometry.parse_radiometry`.
     """
 
@@ -69,6 +73,8 @@ class Request:
     scale: float | None = None
     encoding: str = "float32"
     date_band: bool = False
+    interval: float | None = None
+    quality_band: bool = False
     quicklook: bool = False
     radiometry: str = "none"
     overwrite: bool = False

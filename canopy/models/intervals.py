@@ -62,6 +62,15 @@ class IntervalTable:
         lower = np.maximum(height_m - low, 0.0)
         return lower.astype(np.float32), (height_m + high).astype(np.float32)
 
+    def check_level(self, level: float) -> None:
+        """Raises ConfigError for a level outside the stored ones."""
+        if not self.levels[0] <= level <= self.levels[-1]:
+            raise ConfigError(
+                f"an interval of {level:g}",
+                where="--interval",
+                expected=f"{self.levels[0]:g} to {self.levels[-1]:g}",
+            )
+
     def sigma(self, height_m: np.ndarray, spread_m: np.ndarray) -> np.ndarray:
         """A scale of the error in metres: half the width of the 68 % interval, at least 0.1 m."""
         lower, upper = self.bounds(height_m, spread_m, 0.68)
@@ -73,11 +82,7 @@ class IntervalTable:
         return np.log((spread_m + SOFT_M) / (typical + SOFT_M))
 
     def _at_level(self, table: np.ndarray, level: float) -> np.ndarray:
-        if not self.levels[0] <= level <= self.levels[-1]:
-            raise ConfigError(
-                f"an interval of {level:g}", where="--interval",
-                expected=f"{self.levels[0]:g} to {self.levels[-1]:g}",
-            )  # fmt: skip
+        self.check_level(level)
         right = int(np.clip(np.searchsorted(self.levels, level), 1, len(self.levels) - 1))
         share = (level - self.levels[right - 1]) / (self.levels[right] - self.levels[right - 1])
         return (1 - share) * table[right - 1] + share * table[right]

@@ -1,0 +1,203 @@
+"""`canopy calibrate interval`: give a model file its interval calibration; its tensors stay as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from canopy import __version__
+from canopy.calibration.area_fit import area_coverage, fit_areas
+from canopy.calibration.collect import BLOCK_M, Scored, cells_of, halves, load_chips, score_chips
+from canopy.calibration.intervals import coverage, fit_intervals, pooled
+from canopy.errors import CheckpointError, DataError, InputError, OutputError
+from canopy.models.intervals import CARD_KEY, IntervalTable
+from canopy.models.registry import file_sha256, read_header, resolve_model
+from canopy.runtime import Progress, log
+
+_VERIFIED = (0.5, 0.8, 0.9, 0.95)
+
+
+def calibrate_model(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    splits: Sequence[str] = ("val",),
+    report_splits: Sequence[str] = ("test", "test_hard"),
+    domain_split: str | None = "train",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Calibrate a model's intervals on held-out chips and write the model with the calibration in its card.
+
+    The chips of `splits` are dealt into two halves by site; a calibration of each is verified on the other,
+    so that every block is scored once by a calibration that has not seen it. The one that is stored uses
+    both halves. `report_splits` are only reported.
+
+    Args:
+        model: an embedded name or a file.
+        data: a data pack, a chips folder or a chips file.
+        out: the file to write; may be the model itself with `overwrite`.
+        domain_split: its images become the reference of the quality flag "out of domain"; None skips it.
+
+    Returns:
+        The report, JSON-ready; it is also in the card under "intervals" -> "facts".
+
+    Raises:
+        InputError: bad names, data or model; nothing was written.
+    """
+    from canopy.models.checkpoint import load_model
+
+    source, target = resolve_model(model), _check_out(Path(out), overwrite)
+    network = load_model(source)
+    chips, identity = load_chips(data, splits)
+    scored = list(score_chips(network, chips, progress=progress))
+    log.info(f"{len(scored)} chips predicted")
+    table, facts = _fit(scored)
+    facts |= {
+        "version": __version__, "data": identity, "splits": list(splits), "block_m": BLOCK_M,
+        "chips": len(scored), "model_sha256": file_sha256(source), "tensors_sha256": tensors_sha256(source),
+    }  # fmt: skip
+    raw = table.to_dict()
+    area = _areas(scored, table, facts)
+    facts["elsewhere"] = _elsewhere(network, data, report_splits, table, area, progress)
+    raw |= {"facts": facts} | ({"area": area.to_dict()} if area is not None else {})
+    additions: dict[str, Any] = {CARD_KEY: raw}
+    if domain_split is not None:
+        additions |= _domain(data, domain_split, splits)
+    sha256 = rewrite_card(source, target, additions)
+    return {"model": str(model), "output": str(target), "sha256": sha256, **facts}
+
+
+def _fit(scored: list[Scored]) -> tuple[IntervalTable, dict[str, Any]]:
+    """The table of all chips, and what tables of the halves do on each other."""
+    table = fit_intervals(cells_of(scored))
+    parts: dict[float, list[dict[str, Any]]] = {level: [] for level in _VERIFIED}
+    for one, two in _both_ways(scored):
+        made, cells = fit_intervals(cells_of(one)), cells_of(two)
+        for level in _VERIFIED:
+            parts[level].append(coverage(made, cells, level))
+    verified = [pooled(tables) for tables in parts.values() if tables]
+    return table, {"verified_on_unseen_halves": verified}
+
+
+def _both_ways(scored: list[Scored]) -> list[tuple[list[Scored], list[Scored]]]:
+    one, two = halves(scored)
+    if min(len(one), len(two)) < 2:
+        raise DataError(
+            f"{len(scored)} held-out chips", expected="at least 4", remedy="give more with --data"
+        )
+    return [(one, two), (two, one)]
+
+
+def _areas(scored: list[Scored], table: IntervalTable, facts: dict[str, Any]) -> Any:
+    """The area model of all chips, with its coverage on unseen halves; None where tiles are too few."""
+    try:
+        rows: dict[str, list[dict[str, float]]] = {}
+        for one, two in _both_ways(scored):
+            made = fit_intervals(cells_of(one))
+            for size, row in area_coverage(two, made, fit_areas(one, made)).items():
+                rows.setdefault(size, []).append(row)
+        model = fit_areas(scored, table)
+    except DataError as error:
+        log.warning(f"note: no intervals for areas: {error}")
+        return None
+    facts["areas_on_unseen_halves"] = {size: _pool_rows(parts) for size, parts in rows.items()}
+    return model
+
+
+def _pool_rows(parts: list[dict[str, float]]) -> dict[str, float]:
+    n = sum(p["n"] for p in parts)
+    return {"n": n} | {
+        k: round(sum(p[k] * p["n"] for p in parts) / n, 4) for k in ("coverage", "mean_width_m")
+    }
+
+
+def _elsewhere(
+    network: Any, data: str | Path, splits: Sequence[str], table: IntervalTable, area: Any,
+    progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Coverage on splits that play no part in the calibration."""
+    found: dict[str, Any] = {}
+    for split in splits:
+        try:
+            chips, _ = load_chips(data, (split,))
+        except DataError:
+            continue
+        scored = list(score_chips(network, chips, progress=progress))
+        found[split] = coverage(table, cells_of(scored))
+        if area is not None:
+            found[split]["areas"] = area_coverage(scored, table, area)
+    return found
+
+
+def _domain(data: str | Path, split: str, held_out: Sequence[str]) -> dict[str, Any]:
+    """The reference of the flag "out of domain"; empty where the data have no such split."""
+    from canopy.calibration.domain import fit_domain
+    from canopy.inference.quality import CARD_KEY as QUALITY_KEY
+
+    try:
+        inside, _ = load_chips(data, (split,))
+        unseen, _ = load_chips(data, held_out)
+    except DataError as error:
+        log.warning(f"note: no quality reference: {error}")
+        return {}
+    return {QUALITY_KEY: fit_domain([c.rgb for c in inside], [c.rgb for c in unseen])}
+
+
+def _check_out(out: Path, overwrite: bool) -> Path:
+    if out.suffix.lower() != ".safetensors":
+        raise InputError("is not a model file's name", where=out, expected="a name ending in .safetensors")
+    if out.exists() and not overwrite:
+        raise InputError(
+            "exists already", where=out, remedy="add --overwrite, or choose another name with -o"
+        )
+    if not out.absolute().parent.is_dir():
+        raise InputError("no such directory", where=out.absolute().parent, remedy="create it first")
+    return out
+
+
+def tensors_sha256(path: Path) -> str:
+    """Hash of a model file's tensor bytes, without its header: the same before and after a calibration."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        file.seek(8 + size)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def rewrite_card(source: Path, target: Path, additions: dict[str, Any]) -> str:
+    """Copy a model file with `additions` in its card, tensor bytes untouched; returns the new file's sha256.
+
+    Raises:
+        CheckpointError: the source is no model file. OutputError: the target cannot be written.
+    """
+    header, table = read_header(source)
+    card = json.loads(header.get("card", "{}")) | additions
+    text = {"__metadata__": header | {"card": json.dumps(card)}} | table
+    blob = json.dumps(text, separators=(",", ":")).encode()
+    blob += b" " * (-len(blob) % 8)  # the format wants the tensors aligned
+    before = tensors_sha256(source)
+    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with source.open("rb") as old, part.open("wb") as new:
+            size = int.from_bytes(old.read(8), "little")
+            old.seek(8 + size)
+            new.write(len(blob).to_bytes(8, "little") + blob)
+            while block := old.read(1 << 20):
+                new.write(block)
+        if tensors_sha256(part) != before:
+            raise CheckpointError("tensors changed while the file was written", where=target)
+        part.chmod(0o644)
+        os.replace(part, target)
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", where=target) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return file_sha256(target)

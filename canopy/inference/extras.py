@@ -1,0 +1,98 @@
+"""What a map holds beside heights: interval bands, acquisition days, quality flags.
+
+The network's spread and the scores behind the flags are blended over the crops like heights are, and only
+then turned into bands. So these bands depend on tiles, batches and threads as little as heights do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from canopy.models.intervals import IntervalTable, table_of
+
+if TYPE_CHECKING:
+    from canopy.inference.quality import QualityRules
+    from canopy.inference.request import Request
+    from canopy.models.height import HeightModel
+
+Band = tuple[str, str]
+HEIGHT_BAND: Band = ("canopy_height", "m")
+DATE_BAND: Band = ("acquisition_date", "d")
+INTERVAL_BANDS: tuple[Band, Band] = (("height_lower", "m"), ("height_upper", "m"))
+QUALITY_BAND: Band = ("quality", "1")
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is wanted beside heights.
+
+    Attributes:
+        date: the acquisition day, since 1970-01-01, 0 where unknown.
+        interval: the model's calibration, for lower and upper bands; `level` is their coverage.
+        quality: rules of the quality flags.
+        raw: hand out the layers themselves, and then the days, for resampling (see `regrid`).
+    """
+
+    date: bool = False
+    interval: IntervalTable | None = None
+    level: float = 0.9
+    quality: QualityRules | None = None
+    raw: bool = False
+
+    @property
+    def spread(self) -> bool:
+        """Whether the network's spread is needed."""
+        return self.interval is not None
+
+    @property
+    def layers(self) -> int:
+        """Layers that are predicted and blended: heights, spread, scores of the flags."""
+        return 1 + self.spread + (len(self.quality.names) if self.quality else 0)
+
+    @property
+    def bands(self) -> tuple[Band, ...]:
+        """Names and units of the map's bands, in order."""
+        return band_list(self.date, self.interval is not None, self.quality is not None)
+
+    def stack(self, layers: np.ndarray, days: np.ndarray) -> np.ndarray:
+        """Blended layers (`layers`, h, w) and days (h, w) -> the map's bands (b, h, w) float32."""
+        if self.raw:
+            return np.concatenate([layers, days[None].astype(np.float32)]).astype(np.float32, copy=False)
+        bands = [layers[0]]
+        if self.interval is not None:
+            # Where there is nothing a layer may hold anything; it is masked later.
+            clean = np.nan_to_num(layers[:2]).astype(np.float64)
+            bands += self.interval.bounds(np.maximum(clean[0], 0.0), np.maximum(clean[1], 0.0), self.level)
+        if self.date:
+            bands.append(days.astype(np.float32))
+        if self.quality is not None:
+            bands.append(self.quality.flags(layers[1 + self.spread :], days).astype(np.float32))
+        return np.stack(bands).astype(np.float32, copy=False)
+
+
+def extras_of(request: Request, model: HeightModel) -> Extras:
+    """What a request wants beside heights.
+
+    Raises:
+        ConfigError: the model's file lacks the calibration that it takes; it names the remedy.
+    """
+    table = quality = None
+    if request.interval is not None:
+        table = table_of(model.card)
+        table.check_level(request.interval)
+    if request.quality_band:
+        from canopy.inference.quality import rules_of
+
+        quality = rules_of(model.card)
+    return Extras(request.date_band, table, request.interval or 0.9, quality)
+
+
+def band_list(date: bool, interval: bool, quality: bool) -> tuple[Band, ...]:
+    """Names and units of a map's bands, in order."""
+    bands: tuple[Band, ...] = (HEIGHT_BAND,)
+    bands += INTERVAL_BANDS if interval else ()
+    bands += (DATE_BAND,) if date else ()
+    return bands + ((QUALITY_BAND,) if quality else ())

@@ -1,0 +1,147 @@
+"""`canopy calibrate` and the bands it makes possible, at the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from safetensors.numpy import load_file
+
+from canopy.calibration.areas import area_model_of
+from canopy.calibration.model_file import calibrate_model
+from canopy.chips.store import Chip, ChipRow, write_store
+from canopy.models.registry import describe
+
+
+@pytest.fixture(scope="module")
+def chips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight held-out tiles of 128 m and training images of the procedural forest."""
+    from canopy.sources.synth import random_spec
+    from canopy.sources.synth_render import render
+
+    made = []
+    for number in range(10):
+        split = "val" if number < 8 else "train"
+        tile = render(random_spec(4000 + number), 0.0, 0.0, 256, 256)
+        chm = tile.chm.reshape(128, 2, 128, 2).max(axis=(1, 3)).astype(np.float32)
+        made.append(Chip(ChipRow(f"c{number}", "forest", "lidar", split), np.maximum(tile.rgb, 1), chm))
+    for number in range(30):  # a domain needs more crops than these tiles have
+        tile = render(random_spec(5000 + number), 0.0, 0.0, 256, 256)
+        chm = np.zeros((128, 128), np.float32)
+        made.append(Chip(ChipRow(f"d{number}", "forest", "lidar", "train"), np.maximum(tile.rgb, 1), chm))
+    path = tmp_path_factory.mktemp("chips") / "chips.safetensors"
+    write_store(path, made, "0" * 64)
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibrated(chips: Path, model_file: Path) -> Path:
+    out = chips.with_name("calibrated.safetensors")
+    calibrate_model(model_file, chips, out)
+    return out
+
+
+def test_calibrate_interval_reports_what_it_verified(canopy, chips: Path, model_file: Path) -> None:
+    ran = canopy("calibrate", "interval", model_file, "--data", chips, "-o", "m.safetensors", "--json")
+    assert ran.code == 0, ran.err
+    facts = json.loads(ran.out)
+    assert facts["chips"] == 8 and facts["splits"] == ["val"]
+    levels = {row["level"]: row["overall"]["coverage"] for row in facts["verified_on_unseen_halves"]}
+    assert levels[0.5] < levels[0.9] and levels[0.9] > 0.8
+    assert "64" in facts["areas_on_unseen_halves"]
+
+
+def test_calibrate_then_predict(
+    canopy, calibrated: Path, model_file: Path, make_image, tmp_path: Path
+) -> None:
+    before, after = load_file(model_file), load_file(calibrated)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+    card = describe(calibrated)["card"]
+    assert card["name"] == "small-random" and card["intervals"]["facts"]["tensors_sha256"]
+
+    image = make_image()
+    ran = canopy("predict", image, "--model", calibrated, "--interval", 0.9, "--quality-band", "-o", "m.tif")
+    assert ran.code == 0, ran.err
+    with rasterio.open(tmp_path / "m.tif") as made:
+        assert made.descriptions == ("canopy_height", "height_lower", "height_upper", "quality")
+        height, lower, upper, quality = made.read()
+        tags = made.tags()
+    assert (lower <= height + 1e-4).all() and (upper >= height - 1e-4).all() and (lower >= 0).all()
+    assert (quality.astype(int) & 64).all()  # this image has no date
+    assert tags["CANOPY_INTERVAL"] == "0.9" and "32 domain" in tags["CANOPY_QUALITY_BITS"]
+    assert area_model_of(tags).factors.shape == (5, 6)
+    item = json.loads((tmp_path / "m.json").read_text())
+    assert [b["name"] for b in item["assets"]["canopy_height"]["raster:bands"]][1] == "height_lower"
+
+    plain = canopy("predict", image, "--model", model_file, "-o", "plain.tif")
+    assert plain.code == 0
+    with rasterio.open(tmp_path / "plain.tif") as made:
+        np.testing.assert_allclose(made.read(1), height, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [("--gsd", 1.0), ("--crs", "EPSG:4326"), ("--encoding", "uint8m")])
+def test_bands_on_other_grids_and_encodings(
+    canopy, calibrated: Path, make_image, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    ran = canopy("predict", make_image(), "--model", calibrated, "--interval", 0.8, "--quality-band",
+                 "-o", "m.tif", *options)  # fmt: skip
+    assert ran.code == 0, ran.err
+    with rasterio.open(tmp_path / "m.tif") as made:
+        height, lower, upper, quality = made.read(masked=True).astype(float)
+        assert "CANOPY_AREA_MODEL" not in made.tags()  # its widths are those of 90 % bands
+    assert height.count() > 1000
+    assert (lower <= height + 0.51).all() and (upper >= height - 0.51).all()
+    assert np.isin(quality.compressed().astype(int) & 64, 64).all()
+
+
+def test_without_calibration_the_remedy_is_named(
+    canopy, model_file: Path, make_image, tmp_path: Path
+) -> None:
+    image = make_image()
+    for option in (("--interval", 0.9), ("--quality-band",)):
+        ran = canopy("predict", image, "--model", model_file, *option, "-o", "m.tif")
+        assert ran.code == 2 and "canopy calibrate interval" in ran.error_line
+        assert not (tmp_path / "m.tif").exists()
+
+
+def test_bad_calls_write_nothing(canopy, chips: Path, model_file: Path, calibrated: Path, make_image) -> None:
+    for words, text in (
+        (("interval", model_file, "--data", "nowhere", "-o", "x.safetensors"), "no such data"),
+        (("interval", "nomodel", "--data", chips, "-o", "x.safetensors"), "no model"),
+        (
+            ("interval", model_file, "--data", chips, "--splits", "test", "-o", "x.safetensors"),
+            "no chips of test",
+        ),
+        (("interval", model_file, "--data", chips, "-o", calibrated), "--overwrite"),
+        (("interval", model_file, "--data", chips, "-o", "x.tif"), ".safetensors"),
+        (("gedi", make_image(), "--shots", "none.parquet", "-o", "x.tif"), "no such file"),
+        (("gedi", "none.tif", "--shots", chips, "-o", "x.jpg"), "not a GeoTIFF's name"),
+    ):
+        ran = canopy("calibrate", *words)
+        assert ran.code == 2 and text in ran.error_line, (words, ran.err)
+        assert not Path("x.safetensors").exists() and not Path("x.tif").exists()
+    ran = canopy("predict", make_image(), "--model", calibrated, "--interval", 1.5, "-o", "x.tif")
+    assert ran.code == 2 and "0.5 to 0.98" in ran.error_line
+
+
+def test_gedi_from_scene_to_corrected_map(canopy, tmp_path: Path) -> None:
+    from canopy.sources.synth_scene import write_scene
+
+    write_scene(tmp_path / "scene", 3, 500.0, 1.0, gedi_jitter_m=10.0)
+    ran = canopy("data", "gedi", tmp_path / "scene" / "gedi.h5", "-o", "shots.parquet", "--filter", "loose")
+    assert ran.code == 0, ran.err
+    ran = canopy("calibrate", "gedi", tmp_path / "scene" / "chm.tif", "--shots", "shots.parquet", "-o",
+                 "out.tif", "--json")  # fmt: skip
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert report["shots"] >= 20 and report["held_out"]["n"] > 0
+    with rasterio.open(tmp_path / "scene" / "chm.tif") as truth, rasterio.open(tmp_path / "out.tif") as made:
+        assert np.abs(made.read(1) - truth.read(1)).max() <= 0.1
+    again = canopy(
+        "calibrate", "gedi", tmp_path / "scene" / "chm.tif", "--shots", "shots.parquet", "-o", "out.tif"
+    )
+    assert again.code == 2 and "--overwrite" in again.error_line
