@@ -12,13 +12,14 @@ import numpy as np
 
 from canopy.chips.augment import AugmentConfig
 from canopy.chips.index import IndexRow, cut_rows, read_index
-from canopy.chips.shards import ChipShards, ShardChip, sampling_weights
+from canopy.chips.shards import BARE, TALL, ChipShards, ShardChip, category, sampling_weights
 from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M, Chip, ChipStore, read_store
 from canopy.chips.streams import ChipBatches, ChipSource
 from canopy.errors import DataError
 from canopy.training.settings import DataSettings, FinetuneSettings
 
 SYNTH, PLOT = "synth", "neon"
+_MOST_TIMES = 4
 
 
 class WholeChips(Sequence[Chip]):
@@ -136,7 +137,11 @@ def batches(settings: FinetuneSettings, data: TrainingData) -> ChipBatches:
 
 def chances(rows: Sequence[IndexRow], settings: DataSettings) -> np.ndarray:
     """Chance (n,) of each chip, summing to 1: height categories and sites within each kind of chip, and the
-    set shares for plots and synthetic chips where there are any besides lidar."""
+    set shares for plots and synthetic chips where there are any besides lidar.
+
+    A height category is drawn at most four times as often as its chips' number says: one bare chip among a
+    hundred would otherwise be a tenth of all that is seen.
+    """
     kinds = np.array([row.kind if row.kind in (SYNTH, PLOT) else "lidar" for row in rows])
     shares = {PLOT: settings.neon_share, SYNTH: settings.synth_share}
     shares["lidar"] = max(1.0 - sum(s for k, s in shares.items() if (kinds == k).any()), 0.0)
@@ -145,7 +150,11 @@ def chances(rows: Sequence[IndexRow], settings: DataSettings) -> np.ndarray:
         members = np.flatnonzero(kinds == kind)
         if len(members):
             part = [rows[int(i)] for i in members]
-            out[members] = share * sampling_weights(part, bare=settings.bare_share, tall=settings.tall_share)
+            bare, tall = (
+                min(wanted, _MOST_TIMES * sum(category(row) == name for row in part) / len(part))
+                for name, wanted in ((BARE, settings.bare_share), (TALL, settings.tall_share))
+            )
+            out[members] = share * sampling_weights(part, bare=bare, tall=tall)
     if not out.sum() > 0:
         raise DataError("no training chip has a chance", remedy="raise neon_share or synth_share")
     return out / out.sum()

@@ -43,6 +43,12 @@ def test_kinds_get_their_shares(rows):
         chances(rows(3, kind="synth"), DataSettings(synth_share=0.0))
 
 
+def test_rare_heights_are_drawn_more_often_but_not_over_and_over(rows):
+    some = rows(93) + rows(1, height_p95_m=1.0) + rows(6, height_p95_m=40.0)
+    got = chances(some, DataSettings(bare_share=0.1, tall_share=0.2))
+    assert got[93] == pytest.approx(0.04) and got[94:].sum() == pytest.approx(0.2)
+
+
 def test_val_is_apart_or_seen(shards):
     apart, seen = (open_data(DataSettings(chips=shards, include_val=seen)) for seen in (False, True))
     assert [len(apart.train), len(apart.val), len(seen.train), len(seen.val)] == [4, 2, 6, 2]
