@@ -151,7 +151,8 @@ def sobel(values: np.ndarray) -> np.ndarray:
     v = np.asarray(values, np.float64)
     down = v[:, :-2] + 2 * v[:, 1:-1] + v[:, 2:]
     right = v[:-2] + 2 * v[1:-1] + v[2:]
-    return np.hypot(down[2:] - down[:-2], right[:, 2:] - right[:, :-2]) / 8
+    dy, dx = down[2:] - down[:-2], right[:, 2:] - right[:, :-2]
+    return np.sqrt(dx * dx + dy * dy) / 8
 
 
 def edge_sums(
@@ -163,16 +164,29 @@ def edge_sums(
         map_m, reference_m, valid: (h, w) with one pixel of margin on every side.
         group: int (h - 2, w - 2), -1 leaves a pixel out. One counts where its 3 x 3 pixels are all valid.
     """
-    out = np.zeros((groups, len(FIELDS)))
-    known = group >= 0
+    return gradient_sums(gradients(map_m, reference_m, valid), group, groups)
+
+
+Gradients = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def gradients(map_m: np.ndarray, reference_m: np.ndarray, valid: np.ndarray) -> Gradients:
+    """Gradient lengths of both and where all 3 x 3 pixels are valid, (h - 2, w - 2) of arrays (h, w)."""
     h, w = valid.shape
+    known = np.ones((h - 2, w - 2), bool)
     for row in range(3):
         for col in range(3):
-            known = known & valid[row : h - 2 + row, col : w - 2 + col]
-    gp, gr = (sobel(np.where(valid, x, 0))[known] for x in (map_m, reference_m))
-    chosen = group[known]
+            known &= valid[row : h - 2 + row, col : w - 2 + col]
+    return sobel(np.where(valid, map_m, 0)), sobel(np.where(valid, reference_m, 0)), known
+
+
+def gradient_sums(of: Gradients, group: np.ndarray, groups: int) -> np.ndarray:
+    """`edge_sums` of gradients that are there already; for several ways of grouping the same pixels."""
+    out = np.zeros((groups, len(FIELDS)))
+    chosen = of[2] & (group >= 0)
+    gp, gr, at = of[0][chosen], of[1][chosen], group[chosen]
     for name, weights in {"edges": None, "gp": gp, "gr": gr, "gd": np.abs(gp - gr)}.items():
-        out[:, COLUMN[name]] = np.bincount(chosen, weights, groups)
+        out[:, COLUMN[name]] = np.bincount(at, weights, groups)
     return out
 
 

@@ -3,79 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.evaluate_options import (
+    Benchmark,
+    BlockM,
+    By,
+    Column,
+    DataDir,
+    Dem,
+    Device,
+    FloorM,
+    Group,
+    Kind,
+    Map,
+    MapDate,
+    Model,
+    Nodata,
+    Out,
+    RadiusM,
+    Reference,
+    ReferenceDate,
+    ReferenceNodata,
+    Replicates,
+    Seed,
+    Sensor,
+    Shift,
+    Slope,
+    Stat,
+)
 
 if TYPE_CHECKING:
     from canopy.evaluation.result import Evaluation, Score
 
-_HELP_MAP = "Height GeoTIFF, folder of tiles, or a published v1 or v2 map."
-_HELP_REFERENCE = "Height raster (may be repeated), table of GEDI shots, or field plots."
-_HELP_BY = (
-    "site, height, cover, slope, a column, NAME=classes.tif, NAME=zones.gpkg:COLUMN; several with commas."
-)
-_HELP_STAT = "What a pixel, footprint or plot takes. Default: mean; for GEDI the column's percentile."
-_HELP_FLOOR = "Heights below this count as 0 on both sides (NEON's height models: 2, or 0.667 m)."
-_HELP_BENCHMARK = "Named benchmark: neon-test, sao-paulo, california, france, open-canopy, pack."
-_HELP_DATA = "Folder of the benchmark's files; `canopy data get` fills it."
-_PANEL = "Benchmarks"
-_HELP_BLOCK = "Side of the blocks resampled for intervals, m. Default: up to 250 m, so that 25 are left."
-
 
 def evaluate(
-    map_: Annotated[str | None, typer.Argument(metavar="[MAP.tif]", help=_HELP_MAP)] = None,
-    reference: Annotated[list[str] | None, typer.Option("--reference", help=_HELP_REFERENCE)] = None,
-    kind: Annotated[
-        str | None, typer.Option("--kind", metavar="chm|gedi|plots", help="Default: told from the file.")
-    ] = None,
-    by: Annotated[list[str] | None, typer.Option("--by", metavar="WAY,WAY", help=_HELP_BY)] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")] = None,
-    stat: Annotated[str | None, typer.Option("--stat", metavar="mean|max|p95", help=_HELP_STAT)] = None,
-    floor_m: Annotated[float | None, typer.Option("--floor-m", help=_HELP_FLOOR)] = None,
-    sensor: Annotated[
-        str | None, typer.Option("--sensor", help="The floor by NEON's lidar: gemini, riegl or galaxy.")
-    ] = None,
-    column: Annotated[str | None, typer.Option("--column", help="Heights of a table, e.g. rh_98.")] = None,
-    radius_m: Annotated[
-        float | None, typer.Option("--radius-m", help="Of plots that are points. Default 10; GEDI 12.5.")
-    ] = None,
-    slope: Annotated[Path | None, typer.Option("--slope", help="Raster of slope in degrees.")] = None,
-    dem: Annotated[Path | None, typer.Option("--dem", help="Elevation raster, for slope.")] = None,
-    shift: Annotated[bool, typer.Option("--shift/--no-shift", help="Measure the shift.")] = True,
-    block_m: Annotated[float | None, typer.Option("--block-m", help=_HELP_BLOCK)] = None,
-    replicates: Annotated[
-        int, typer.Option("--replicates", help="Of the bootstrap; 0: no intervals.")
-    ] = 1000,
-    seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap.")] = 0,
-    nodata: Annotated[float | None, typer.Option("--nodata", help="Missing in the map.")] = None,
-    reference_nodata: Annotated[
-        float | None, typer.Option("--reference-nodata", help="Missing in the reference.")
-    ] = None,
-    map_date: Annotated[str | None, typer.Option("--map-date", help="2021, 2021-07 or 2021-07-04.")] = None,
-    reference_date: Annotated[str | None, typer.Option("--reference-date", help="Likewise.")] = None,
-    benchmark: Annotated[
-        str | None, typer.Option("--benchmark", metavar="NAME", help=_HELP_BENCHMARK, rich_help_panel=_PANEL)
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model", help="Name or file; may be repeated. Default: default.", rich_help_panel=_PANEL
-        ),
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", metavar="DIR", help=_HELP_DATA, rich_help_panel=_PANEL)
-    ] = None,
-    group: Annotated[
-        list[str] | None,
-        typer.Option("--group", help="Only this group of the benchmark; repeat.", rich_help_panel=_PANEL),
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda or mps.", rich_help_panel=_PANEL)
-    ] = "auto",
+    map_: Map = None,
+    reference: Reference = None,
+    kind: Kind = None,
+    by: By = None,
+    out: Out = None,
+    stat: Stat = None,
+    floor_m: FloorM = None,
+    sensor: Sensor = None,
+    column: Column = None,
+    radius_m: RadiusM = None,
+    slope: Slope = None,
+    dem: Dem = None,
+    shift: Shift = True,
+    block_m: BlockM = None,
+    replicates: Replicates = 1000,
+    seed: Seed = 0,
+    nodata: Nodata = None,
+    reference_nodata: ReferenceNodata = None,
+    map_date: MapDate = None,
+    reference_date: ReferenceDate = None,
+    benchmark: Benchmark = None,
+    model: Model = None,
+    data_dir: DataDir = None,
+    group: Group = None,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -145,8 +135,9 @@ def print_scores(result: Evaluation) -> None:
     shift = result.shift
     if shift is not None:
         sure = "" if shift.sure else " (not sure)"
-        east, north = f"{shift.east_m:+.2f} m east", f"{shift.north_m:+.2f} m north"
-        typer.echo(f"the map lies {east}, {north} of the reference{sure}")
+        # Adding 0 turns the -0.0 of a rounded trifle into 0.0.
+        east, north = (f"{round(x, 2) + 0.0:+.2f} m" for x in (shift.east_m, shift.north_m))
+        typer.echo(f"the map lies {east} east, {north} north of the reference{sure}")
     head = ("", "value", "95 % interval", "shift undone" if result.corrected else "")
     rows = [
         (name, _value(score), _interval(score), _value(result.corrected[name]) if result.corrected else "")

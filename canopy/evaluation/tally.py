@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -50,6 +51,11 @@ class Window:
     @property
     def valid(self) -> np.ndarray:
         return self.margin_valid[1:-1, 1:-1]
+
+    @cached_property
+    def gradients(self) -> metrics.Gradients:
+        """Of both sides; computed once for all ways of cutting."""
+        return metrics.gradients(self.margin_map_m, self.margin_reference_m, self.margin_valid)
 
 
 @dataclass
@@ -205,9 +211,7 @@ def _window_sums(window: Window, codes: np.ndarray, count: int) -> np.ndarray:
     cell_block[cell.ravel()] = window.block.ravel()
     cell_group = (np.arange(count)[:, None] * local + cell_block).ravel()
     sums += metrics.block_sums(p, r, codes[ok] * cells + cell[ok], cell_group, count * local)
-    sums += metrics.edge_sums(
-        window.margin_map_m, window.margin_reference_m, window.margin_valid, group, count * local
-    )
+    sums += metrics.gradient_sums(window.gradients, group, count * local)
     return sums.reshape(count, local, len(FIELDS))
 
 

@@ -273,3 +273,20 @@ def test_what_cannot_be_scored(write: Callable[..., Path], tmp_path: Path) -> No
         with pytest.raises((InputError, ImageryError), match=text):
             canopy.evaluate(map_path, ref, out=tmp_path / "report", **options)
     assert not (tmp_path / "report").exists()
+
+
+def test_real_lidar_before_and_after_its_pits_were_filled(shared: Path) -> None:
+    folder = shared / "data" / "pairs"
+    names = sorted(path.name for path in (folder / "chm_raw").glob("ky_*.tif"))[:2]
+    maps, references = ([folder / kind / name for name in names] for kind in ("chm_raw", "chm"))
+    result = canopy.evaluate(maps[0], references[0], by=("height",), replicates=100)
+    # Filling pits raises heights and nothing else: the raw model lies below, and in the same place.
+    assert result.overall.n > 50_000
+    assert -3 < result.overall["bias_m"].value < 0
+    assert result.overall["r"].value > 0.8
+    assert result.shift.length_m < 0.3
+    assert result.overall["p98_error_m"].value == pytest.approx(0, abs=0.5)
+    low, high = result.overall["bias_m"].ci95
+    assert low < result.overall["bias_m"].value < high
+    other = canopy.evaluate(maps[1], references[1], replicates=0)
+    assert other.provenance["grid"]["crs"] == "EPSG:26917"
