@@ -26,6 +26,10 @@ def stats(
     above: Annotated[
         str, typer.Option("--above", metavar="LIST", help="Cover is the share of ground higher, metres.")
     ] = "2,5,10",
+    interval: Annotated[
+        float | None,
+        typer.Option("--interval", metavar="0.9", help="Add mean_lower_m, mean_upper_m of this coverage."),
+    ] = None,
     nodata: Annotated[float | None, typer.Option("--nodata", help="Map value that means missing.")] = None,
     overwrite: Overwrite = False,
     json_: Json = False,
@@ -35,11 +39,12 @@ def stats(
     """Mean height, percentiles, canopy cover and area per polygon.
 
     Pixels count by the ground they share with the polygon, so small and crooked polygons are exact. Polygons
-    outside the map stay in the table with n = 0.
+    outside the map stay in the table with n = 0. Intervals need a map of canopy predict --interval 0.9; they
+    take into account that neighbouring errors are alike (docs/uncertainty.md).
 
     Example: canopy stats chm.tif --zones stands.gpkg -o stats.parquet
     """
-    from canopy.evaluation.zones import ZoneOptions, zone_stats
+    from canopy.evaluation.zones import ZoneOptions, check_out, write_table, zone_stats
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
@@ -47,7 +52,15 @@ def stats(
         _numbers(percentiles, "--percentiles"), _numbers(above, "--above"), nodata, overwrite
     )
     with progress_bar(quiet or json_) as progress:
-        table = zone_stats(height_map, zones, out, options, progress=progress)
+        if interval is None:
+            table = zone_stats(height_map, zones, out, options, progress=progress)
+        else:
+            from canopy.calibration.zone_intervals import zone_intervals
+
+            target = check_out(out, overwrite)
+            bands = zone_intervals(height_map, zones, interval, progress=progress)
+            table = zone_stats(height_map, zones, None, options, progress=progress).join(bands)
+            write_table(table, target)
     empty = int((table["n"] == 0).sum())
     valid_ha = float(table["valid_ha"].sum())
     mean = float((table["mean_m"] * table["valid_ha"]).sum() / valid_ha) if valid_ha else None

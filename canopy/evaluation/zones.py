@@ -147,7 +147,7 @@ def zone_stats(
             progress.advance()
     table = _join(frame, rows)
     if target is not None:
-        _write(table, target)
+        write_table(table, target)
     return table
 
 
@@ -265,7 +265,8 @@ def _join(frame: geopandas.GeoDataFrame, rows: list[dict[str, Any]]) -> geopanda
     return frame.rename(columns=taken).join(numbers)
 
 
-def _write(table: geopandas.GeoDataFrame, path: Path) -> None:
+def write_table(table: geopandas.GeoDataFrame, path: Path) -> None:
+    """Write a table of zones as .csv or .parquet; OutputError where that is impossible."""
     partial = path.with_name(f".{path.name}.part")
     try:
         if path.suffix.lower() == ".csv":

@@ -145,3 +145,28 @@ def test_gedi_from_scene_to_corrected_map(canopy, tmp_path: Path) -> None:
         "calibrate", "gedi", tmp_path / "scene" / "chm.tif", "--shots", "shots.parquet", "-o", "out.tif"
     )
     assert again.code == 2 and "--overwrite" in again.error_line
+
+
+def test_stats_of_polygons_get_intervals(canopy, calibrated: Path, make_image, tmp_path: Path) -> None:
+    import geopandas
+    import pandas
+    import shapely
+
+    image = make_image()
+    ran = canopy("predict", image, "--model", calibrated, "--interval", 0.9, "-o", "m.tif")
+    assert ran.code == 0, ran.err
+    west, north = 500_000.0, 4_882_000.0
+    small = shapely.box(west + 5, north - 20, west + 15, north - 10)
+    large = shapely.box(west + 1, north - 49, west + 59, north - 1)
+    away = shapely.box(west + 900, north, west + 910, north + 10)
+    geopandas.GeoDataFrame({"name": ["small", "large", "away"]}, geometry=[small, large, away],
+                           crs="EPSG:32618").to_file("zones.gpkg")  # fmt: skip
+    ran = canopy("stats", "m.tif", "--zones", "zones.gpkg", "-o", "stats.csv", "--interval", 0.9)
+    assert ran.code == 0, ran.err
+    table = pandas.read_csv("stats.csv").set_index("name")
+    known = table.loc[["small", "large"]]
+    assert (known.mean_lower_m <= known.mean_m).all() and (known.mean_upper_m >= known.mean_m).all()
+    assert table.mean_sd_m["large"] < table.mean_sd_m["small"] and np.isnan(table.mean_sd_m["away"])
+    canopy("predict", image, "--model", calibrated, "-o", "plain.tif")
+    ran = canopy("stats", "plain.tif", "--zones", "zones.gpkg", "-o", "s.csv", "--interval", 0.9)
+    assert ran.code == 2 and "--interval 0.9" in ran.error_line and not Path("s.csv").exists()
