@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from canopy.errors import CanopyError, InputError, OutputError
+from canopy.errors import InputError, OutputError
 from canopy.inference.region import shards
 from canopy.inference.region.drive import Interrupted, Stop, Tally, Watcher, drive, in_main_thread
 from canopy.inference.region.engines import Engine, LocalEngine, local_devices
@@ -344,6 +343,3 @@ def elapsed_text(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
-
-
-__all__ = ["CanopyError", "RunResult", "elapsed_text", "finish", "prepare_run", "start", "time"]

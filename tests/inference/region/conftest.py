@@ -1,0 +1,119 @@
+"""A region small enough for tests: 200 x 240 px of texture, a model of milliseconds, an engine in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+
+from canopy.geo.aoi import AOI
+from canopy.geo.grid import Grid
+from canopy.inference.region.ledger import Ledger
+from canopy.inference.region.settings import RegionSettings
+from canopy.inference.region.task import TILES, How, Outcome, TileWorker
+from canopy.inference.region.tiling import TileTask, Tiling
+
+UTM = "EPSG:32618"
+TRANSFORM = Affine(0.5, 0, 500_000, 0, -0.5, 4_882_000)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a random model whose heights vary with the image; crops of 64 px at 0.5 m."""
+    import torch
+
+    from canopy.models.checkpoint import save_checkpoint
+    from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
+    from canopy.models.height import HeightModel
+
+    torch.manual_seed(3)
+    encoder = EncoderConfig(dim=32, depth=4, heads=2, taps=(0, 1, 2, 3), pos_grid=4, layer_scale=None)
+    decoder = DecoderConfig(
+        post_channels=(16, 16, 16, 16), fusion=16, hidden=16, bins=16, bin_min=0.0, bin_max=40.0, scale=1.0,
+        weights="softmax",
+    )  # fmt: skip
+    model = HeightModel(ModelConfig(gsd_m=0.5, crop_px=64, encoder=encoder, decoder=decoder)).eval()
+    with torch.no_grad():
+        list(model.decoder.parameters())[-2].mul_(300.0)
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    save_checkpoint(path, model, {"name": "small-random", "licence": "Apache-2.0"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A texture of 200 x 240 px with a hole without imagery, taken on 2021-06-15."""
+    from scipy import ndimage
+
+    rng = np.random.default_rng(5)
+    noise = ndimage.gaussian_filter(rng.normal(size=(3, 200, 240)), (0, 3, 3))
+    pixels = np.clip(noise / noise.std() * 35 + 100, 20, 230).astype(np.uint8)
+    pixels[:, 60:75, 100:130] = 0
+    path = tmp_path_factory.mktemp("imagery") / "texture.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", width=240, height=200, count=3, dtype="uint8", crs=UTM, transform=TRANSFORM,
+        nodata=0, tiled=True, blockxsize=64, blockysize=64,
+    ) as dataset:  # fmt: skip
+        dataset.write(pixels)
+        dataset.update_tags(TIFFTAG_DATETIME="2021:06:15 10:00:00")
+    return path
+
+
+@pytest.fixture
+def settings(image: Path, small_model: Path, tmp_path: Path) -> Callable[..., RegionSettings]:
+    """`settings(grid="utm", ...)`: a region of six UTM tiles of 128 px, in `tmp_path/run`."""
+
+    def make(**more: object) -> RegionSettings:
+        given = {
+            "out": str(tmp_path / "run"), "images": (str(image),), "model": str(small_model), "grid": "utm",
+            "zoom": 19, "tile_px": 128, "device": "cpu", "threads": 1, "attempts": 2,
+        }  # fmt: skip
+        return RegionSettings(**(given | more))
+
+    return make
+
+
+class InlineEngine:
+    """Makes tiles in this process with a real `TileWorker`; `broken(task)` may answer in its place."""
+
+    def __init__(self, how: How, broken: Callable[[TileTask], Outcome | None] | None = None) -> None:
+        self.worker = TileWorker(how)
+        self.broken, self.tasks, self.made = broken, [], []
+
+    slots = 2
+
+    def submit(self, task: TileTask) -> None:
+        self.tasks.append(task)
+
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        task = self.tasks.pop()
+        self.made.append(task.id)
+        return [(self.broken(task) if self.broken else None) or self.worker.attempt(task)]
+
+    def close(self, kill: bool = False) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def inline() -> type[InlineEngine]:
+    return InlineEngine
+
+
+@pytest.fixture
+def tiles() -> Tiling:
+    """A tiling of 7 x 5 tiles, clipped on all sides."""
+    area = Grid.of(UTM, (0.5, 0, 500_010, 0, -0.5, 4_881_990), (400, 600))
+    return Tiling("utm", area, 96)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, tiles: Tiling) -> Ledger:
+    """A fresh ledger of those tiles, in a run's folder."""
+    (tmp_path / "run" / TILES).mkdir(parents=True)
+    made = Ledger(tmp_path / "run" / "ledger.sqlite")
+    made.add(tiles.tiles(AOI.from_grid(tiles.area)))
+    return made
