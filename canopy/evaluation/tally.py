@@ -20,6 +20,7 @@ JOINT_EDGES_M = np.arange(0, 80.25, 0.5)
 # Block histograms from which the percentiles' intervals are made (their values come from exact counts).
 _HIST_STEP_M, _HIST_BINS = 0.1, 801
 NO_VALUE = "does not exist for these heights"
+_NO_STRATUM_PERCENTILES = "no interval is made for the percentiles of a stratum"
 BOUNDED = ("interval_coverage", "interval_width_m")
 
 
@@ -236,7 +237,9 @@ def _scores_of(
             limits |= intervals(_drawn_percentiles(hist[:, used], setting), blocks)
     bounded = total[COLUMN["bounded"]] > 0
     names = [name for name in values if bounded or name not in BOUNDED]
-    made = {k: _score(k, values[k], limits.get(k), note, absent) for k in names}
+    # Histograms per block are kept for the whole only.
+    unknown = {} if hist is not None else {f"p{q}_error_m": _NO_STRATUM_PERCENTILES for q in PERCENTILES}
+    made = {k: _score(k, values[k], limits.get(k), note or unknown.get(k), absent) for k in names}
     edges = [*HEIGHT_BINS_M, None]
     by_height = tuple(
         HeightBin(
