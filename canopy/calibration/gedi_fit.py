@@ -189,16 +189,35 @@ def held_out(shots: Footprints, *, spacing_m: float = 5_000.0) -> dict[str, Any]
         errors["before"].append(outer.reported_m - outer.height_m)
         for name, correction in made.items():
             errors[name].append(correction(outer.reported_m, outer.xy_m) - outer.height_m)
-        scale = max(3.0, 4 * float(spline.facts["noise_m"]))
-        corrected = spline(np.nan_to_num(outer.map_m).ravel(), np.repeat(outer.xy_m, outer.map_m.shape[1], 0))
-        nearest = np.abs(corrected.reshape(outer.map_m.shape) - outer.height_m[:, None])
-        good.append(np.where(np.isfinite(outer.map_m), nearest, np.inf).min(axis=1) < scale)
+        good.append(_plausible(outer, spline))
     if not good:
         return {"n": 0}
     kept = np.concatenate(good)
     return {
         "n": len(kept), "n_good": int(kept.sum()),
         **{name: _scores(np.concatenate(parts), kept) for name, parts in errors.items()},
+    }  # fmt: skip
+
+
+def _plausible(shots: Footprints, spline: Correction) -> np.ndarray:
+    """(n,) whether some disc that a shot may have seen explains it under a correction fitted elsewhere."""
+    scale = max(3.0, 4 * float(spline.facts["noise_m"]))
+    corrected = spline(np.nan_to_num(shots.map_m).ravel(), np.repeat(shots.xy_m, shots.map_m.shape[1], 0))
+    nearest = np.abs(corrected.reshape(shots.map_m.shape) - shots.height_m[:, None])
+    return np.where(np.isfinite(shots.map_m), nearest, np.inf).min(axis=1) < scale
+
+
+def scores_on(shots: Footprints, corrections: dict[str, Correction]) -> dict[str, Any]:
+    """The scores of `held_out` for shots that no part of the corrections was fitted on."""
+    shots = shots.take(np.isfinite(shots.reported_m))
+    if not len(shots):
+        return {"n": 0}
+    kept = _plausible(shots, corrections["spline"])
+    made = {name: c(shots.reported_m, shots.xy_m) for name, c in corrections.items()}
+    return {
+        "n": len(shots), "n_good": int(kept.sum()),
+        "before": _scores(shots.reported_m - shots.height_m, kept),
+        **{name: _scores(values - shots.height_m, kept) for name, values in made.items()},
     }  # fmt: skip
 
 

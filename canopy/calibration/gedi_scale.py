@@ -12,7 +12,7 @@ import numpy as np
 
 from canopy import __version__
 from canopy.calibration.discs import Footprints, map_grid, read_footprints
-from canopy.calibration.gedi_fit import GRID_M, METHODS, Correction, fit_correction, held_out
+from canopy.calibration.gedi_fit import GRID_M, METHODS, Correction, fit_correction, held_out, scores_on
 from canopy.errors import ConfigError, InputError, OutputError
 from canopy.runtime import NoProgress, Progress
 
@@ -63,6 +63,8 @@ def correct_map(
     jitter_m: float = 10.0,
     spacing_m: float = 5_000.0,
     encoding: str = "float32",
+    model: str | Path | None = None,
+    imagery: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -82,6 +84,8 @@ def correct_map(
         jitter_m: standard deviation of a shot's position error, metres per axis.
         spacing_m: distance between the nodes of the spatial trend; smaller maps have none.
         encoding: of the result, as for `canopy predict`.
+        model, imagery: a GEDI model (pipelines/train_gedi.py) and the map's imagery. The map is then matched
+            to what the model predicts over all of it, as published, and the shots only score the result.
 
     Returns:
         The diagnostics, JSON-ready.
@@ -101,16 +105,38 @@ def correct_map(
     files.check([map_path, Path(shots_path)], overwrite)
     grid = map_grid(map_path)
     shots = read_footprints(map_path, read_shots(shots_path), rh=rh, sigma_m=jitter_m)
-    correction = fit_correction(shots, method, spacing_m=spacing_m)
+    correction, scores = _fit(map_path, shots, method, spacing_m, model, imagery)
     report = {
         "map": map_path.name, "shots": Path(shots_path).name, "method": method, "rh": rh,
-        "jitter_m": jitter_m, **correction.facts, "held_out": held_out(shots, spacing_m=spacing_m),
+        "jitter_m": jitter_m, **correction.facts, "held_out": scores,
         "curve": _curve(correction), "limits": _limits(shots),
     }  # fmt: skip
     sha256 = _write(map_path, grid, correction, files.tif, report, encoding, overwrite, progress)
     report |= {"output": files.tif.name, "sha256": sha256}
     _write_report(files, report, shots, correction)
     return report | {"output": str(files.tif), "diagnostics": str(files.diagnostics)}
+
+
+def _fit(
+    map_path: Path, shots: Footprints, method: str, spacing_m: float, model: str | Path | None,
+    imagery: str | Path | None,
+) -> tuple[Correction, dict[str, Any]]:  # fmt: skip
+    """The correction, and its scores on shots that it was not fitted on."""
+    if model is None:
+        return fit_correction(shots, method, spacing_m=spacing_m), held_out(shots, spacing_m=spacing_m)
+    if imagery is None:
+        raise ConfigError(
+            "a GEDI model needs imagery", where="--model", remedy="give --imagery, the map's own"
+        )
+    from canopy.calibration.gedi_area import predicted_footprints
+    from canopy.sources.imagery import open_imagery
+
+    predicted = predicted_footprints(map_path, model, open_imagery(imagery, area=None))
+    if predicted.percent != shots.percent:
+        raise ConfigError(f"the GEDI model predicts RH{predicted.percent}", where=f"--rh {shots.percent}")
+    made = {name: fit_correction(predicted, name, spacing_m=spacing_m) for name in METHODS}
+    made[method].facts["fitted_on"] = f"{len(predicted)} footprints predicted by {Path(model).name}"
+    return made[method], scores_on(shots, made)
 
 
 def _curve(correction: Correction) -> dict[str, list[float]]:
