@@ -106,14 +106,13 @@ def expect_heights(model: HeightModel, heights_m: Tensor) -> None:
     go into unlearning 25 m. So the last layer's bias becomes the logarithm of how often each bin is nearest.
     Other heads (weights 'relu') are left as they are.
     """
-    config = model.config.decoder
-    if config.weights != "softmax" or not len(heights_m):
+    config, last = model.config.decoder, model.decoder.head.conv3
+    if config.weights != "softmax" or last.bias is None or not len(heights_m):
         return
     centres = model.centres.cpu() * config.scale
     edges = (centres[1:] + centres[:-1]) / 2
     counts = torch.bincount(torch.bucketize(heights_m.cpu(), edges), minlength=config.bins).float()
     share = (counts + 1e-3 * counts.sum()) / (1 + 1e-3 * config.bins) / counts.sum()
-    last = model.decoder.head.conv3
     last.bias.copy_(share.log() - share.log().mean())
     last.weight.mul_(0.1)  # or random scores would drown it
 
