@@ -58,7 +58,7 @@ class HeightModule(pl.LightningModule):
         settings: of the run.
         stream: batches; its position is part of the checkpoint.
         val_chips: whole chips to validate on; may be empty.
-        on_step: called after every step with the module.
+        on_step: called after every step with the module, what is to be logged, and whether it was validated.
         on_scores: called after every validation with the module, the table, and whether it is the best.
     """
 
@@ -68,7 +68,7 @@ class HeightModule(pl.LightningModule):
         settings: FinetuneSettings,
         stream: ChipBatches,
         val_chips: Iterable[Chip],
-        on_step: Callable[[HeightModule, dict[str, Tensor]], None] | None = None,
+        on_step: Callable[[HeightModule, dict[str, Tensor], bool], None] | None = None,
         on_scores: Callable[[HeightModule, Scores, bool], None] | None = None,
     ) -> None:
         super().__init__()
@@ -185,10 +185,12 @@ class HeightModule(pl.LightningModule):
     def _after(self, stepped: bool, named: dict[str, Tensor]) -> None:
         now = time.monotonic()
         self.trained_s += now - self._tick
-        if stepped and self.global_step % self.settings.validate_every == 0:
+        # The last step is validated too: its weights, after the lowest learning rates, tend to be the best.
+        due = stepped and (self.global_step % self.settings.validate_every == 0 or self.progress >= 1.0)
+        if due:
             self.validate()
         if stepped and self.on_step:
-            self.on_step(self, named)
+            self.on_step(self, named, due)
         if self.progress >= 1.0 or self.out_of_patience:
             self.trainer.should_stop = True
         self._tick = time.monotonic()  # validation and writing do not count as training

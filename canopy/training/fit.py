@@ -153,12 +153,12 @@ class _Run:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _on_step(self, module: HeightModule, named: dict[str, Tensor]) -> None:
+    def _on_step(self, module: HeightModule, named: dict[str, Tensor], validated: bool) -> None:
         s, step = self.settings, module.global_step
         if step % s.log_every == 0 or step == 1:
             row = {k: float(v) for k, v in named.items()}
             self.train_log.add({"step": step, "minutes": module.trained_s / 60, **row})
-        if step % s.validate_every == 0:
+        if validated:
             self._save(module)
         now = int(_THOUSAND * module.progress)
         self.bar.advance(now - self._shown)
