@@ -27,9 +27,9 @@ def manifests(tmp_path, monkeypatch):
     shutil.copytree(benchmarks_dir().parent, root)
     monkeypatch.setenv("CANOPY_MANIFESTS", str(root))
 
-    def change(name, **fields):
+    def change(name, /, **fields):
         path = root / "benchmarks" / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | fields))
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | fields, sort_keys=False))
 
     return change
 
@@ -143,7 +143,7 @@ def test_folders_of_references_and_images(tmp_path, write_map, forest):
     write_map("neon/reference/more/NEON_D01_HARV_DP3_730000_4710000_CHM.tif", forest(30))
     named = scenes_of(benchmark("neon-test"), tmp_path / "neon")
     assert [(s.site, s.imagery, s.images) for s in named] == [("SJER", "naip", ())]  # HARV is excluded
-    write_map("neon/imagery/a.tif", np.zeros((3, 9, 9), np.uint8), names=())
+    write_map("neon/imagery/a.tif", np.zeros((3, 9, 9), np.uint8), nodata=None, names=())
     own = scenes_of(benchmark("neon-test"), tmp_path / "neon")
     assert own[0].images == (tmp_path / "neon" / "imagery",) and own[0].imagery is None
     write_map("sp/reference/north/x.tif", forest(30))
