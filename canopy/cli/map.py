@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from canopy.cli.area import Aoi, Bbox, Bounds, BoundsCrs, SizeM
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.map_options import (
+    Attempts,
+    DryRun,
+    GridKind,
+    Layout,
+    MapCrs,
+    Out,
+    Price,
+    Readers,
+    Resume,
+    RetryFailed,
+    Scheduler,
+    Shard,
+    Status,
+    Threads,
+    TilePx,
+    Verify,
+    Workers,
+    Zoom,
+)
 from canopy.cli.predict_options import (
     Bands,
     BatchSize,
@@ -19,9 +39,11 @@ from canopy.cli.predict_options import (
     Imagery,
     Images,
     InputCrs,
+    Interval,
     Model,
     Nodata,
     Precision,
+    QualityBand,
     Radiometry,
     Scale,
 )
@@ -29,59 +51,6 @@ from canopy.cli.predict_options import (
 if TYPE_CHECKING:
     from canopy.inference.region.run import RunResult
     from canopy.inference.region.settings import RegionSettings
-
-_GRID, _ENGINE, _RUN = "Tiles", "Engine", "Run"
-
-
-def _option(kind: Any, *names: str, help: str, panel: str, metavar: str | None = None) -> Any:
-    return Annotated[kind, typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)]
-
-
-Out = Annotated[str | None, typer.Option("-o", "--out", metavar="DIR", help="Folder of the run.")]
-GridKind = _option(
-    str, "--grid", panel=_GRID, metavar="quadkey|utm",
-    help="Tiles by quadkey (EPSG:3857), or squares of the area's UTM zone (or of --crs).",
-)  # fmt: skip
-Zoom = _option(
-    int, "--zoom", panel=_GRID,
-    help="Zoom of the tiles; larger ones than --tile-px are divided into work tiles.",
-)  # fmt: skip
-TilePx = _option(int, "--tile-px", panel=_GRID, help="Largest side of a work tile, pixels; a power of two.")
-MapCrs = _option(
-    str | None, "--crs", panel=_GRID, help="A projected CRS for --grid utm. Default: the area's UTM zone."
-)
-Layout = _option(
-    str, "--layout", panel=_GRID, metavar="tiles|published|published-v1|published-v2",
-    help="Also write tiles named and stored as in the published maps (v1: zoom 9, v2: zoom 10).",
-)  # fmt: skip
-Scheduler = _option(
-    str, "--scheduler", panel=_ENGINE, metavar="local|ADDRESS",
-    help="Processes of this machine, or a dask scheduler such as tcp://head:8786.",
-)  # fmt: skip
-Workers = _option(
-    int | None, "--workers", panel=_ENGINE, help="Processes on this machine. Default: one per GPU, else 1."
-)
-Threads = _option(
-    int | None, "--threads", panel=_ENGINE,
-    help="Threads of the network in each worker on a CPU; pinned to the run.",
-)  # fmt: skip
-Readers = _option(int, "--readers", panel=_ENGINE, help="Threads of a worker that read imagery ahead.")
-Shard = _option(
-    str | None, "--shard", panel=_ENGINE, metavar="I/N",
-    help="Only every N-th tile, from the I-th: for job arrays, without a scheduler.",
-)  # fmt: skip
-Attempts = _option(int, "--attempts", panel=_ENGINE, help="Tries of a tile before it counts as failed.")
-Resume = _option(
-    bool,
-    "--resume",
-    panel=_RUN,
-    help="Go on with the run in -o; its area, imagery and model need not be given.",
-)
-Status = _option(str | None, "--status", panel=_RUN, metavar="DIR", help="Show how a run stands; do nothing.")
-RetryFailed = _option(bool, "--retry-failed", panel=_RUN, help="Give failed tiles another chance.")
-Verify = _option(bool, "--verify", panel=_RUN, help="Hash every finished tile again before going on.")
-DryRun = _option(bool, "--dry-run", panel=_RUN, help="Say tiles, imagery, hours and money; write nothing.")
-Price = _option(float | None, "--price", panel=_RUN, help="Price of a worker's hour, for --dry-run.")
 
 
 def map_(
@@ -108,6 +77,8 @@ def map_(
     scale: Scale = None,
     encoding: Encoding = "float32",
     date_band: DateBand = False,
+    interval: Interval = None,
+    quality_band: QualityBand = False,
     radiometry: Radiometry = "none",
     scheduler: Scheduler = "local",
     workers: Workers = None,

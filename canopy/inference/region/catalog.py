@@ -87,7 +87,7 @@ def tile_item(row: Row, prepared: Prepared, pins: Pins) -> dict[str, Any]:
             sha256=str(row.sha256),
             grid=prepared.tiling.window(row.task.row, row.task.col),
             encoding=settings.encoding,
-            bands=output.BANDS[: 2 if settings.date_band else 1],
+            bands=prepared.bands,
             dates=tuple(facts.get("dates", ())),
             imagery=tuple((name, name.replace(" ", "%20")) for name in facts.get("scenes", ())),
             model=_model_facts(prepared),

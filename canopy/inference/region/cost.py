@@ -91,7 +91,7 @@ def region_cost(prepared: Prepared, crop_seconds: float | None = None) -> Region
     return RegionCost(
         tiles=tiles, km2=km2, crops=crops, pixels=pixels,
         imagery_bytes=seen_m2 / prepared.source.native_gsd_m**2 * IMAGERY_BYTES_PER_PX,
-        map_bytes=float(pixels * (2 if settings.date_band else 1) * BYTES_PER_PIXEL[settings.encoding]),
+        map_bytes=float(pixels * len(prepared.bands) * BYTES_PER_PIXEL[settings.encoding]),
         workers=workers, worker_hours=hours, hours=hours / workers,
         km2_per_hour=km2 / (hours / workers) if hours else 0.0,
         price_per_worker_hour=settings.price,

@@ -104,6 +104,8 @@ class Ledger:
         with self._guard():
             self._begin()
             try:
+                # A first start may have died right after entering them.
+                self._db.execute("DELETE FROM tiles")
                 count = self._db.executemany(
                     'INSERT INTO tiles (ordinal, id, "row", col, km2, state) '
                     "VALUES (?, ?, ?, ?, ?, 'pending')",
@@ -176,7 +178,7 @@ class Ledger:
             cursor = self._db.execute(f"SELECT {_COLUMNS} FROM tiles {where} ORDER BY ordinal", states)
         while chunk := cursor.fetchmany(1000):
             for r in chunk:
-                yield Row(TileTask(*r[:5]), *r[5:12], facts=json.loads(r[12]) if r[12] else {})
+                yield Row(TileTask(*r[:5]), *r[5:12], json.loads(r[12]) if r[12] else {})
 
     def counts(self) -> dict[str, int]:
         """Tiles by state."""

@@ -18,9 +18,9 @@ import rasterio
 
 from canopy.errors import OutputError
 from canopy.geo.grid import Grid
-from canopy.inference.output import BANDS
+from canopy.inference.extras import QUALITY_BAND
 from canopy.inference.region.ledger import Ledger
-from canopy.inference.region.settings import RegionSettings
+from canopy.inference.region.plan import Prepared
 from canopy.inference.region.task import TILES
 from canopy.inference.region.tiling import TileTask, Tiling
 
@@ -35,15 +35,13 @@ _STRIP = 512
 _GDAL_TYPES = {"float32": "Float32", "uint16": "UInt16", "uint8": "Byte"}
 
 
-def write_mosaic(
-    ledger: Ledger, tiling: Tiling, settings: RegionSettings, folder: Path, most_vrt: int = VRT_MOST_TILES
-) -> Path:
+def write_mosaic(ledger: Ledger, prepared: Prepared, folder: Path, most_vrt: int = VRT_MOST_TILES) -> Path:
     """Write DIR/mosaic with its overviews; returns its path.
 
     Raises:
         OutputError: it cannot be written.
     """
-    bands = BANDS[: 2 if settings.date_band else 1]
+    tiling, bands, encoding = prepared.tiling, prepared.bands, prepared.settings.encoding
     count = ledger.counts()["done"]
     for name in (INDEX, OVERVIEW):
         (folder / name).unlink(missing_ok=True)
@@ -53,16 +51,16 @@ def write_mosaic(
 
     def write(overview: bool) -> None:
         if indexed:
-            lines = _over_index(tiling, settings.encoding, bands, overview)
+            lines = _over_index(tiling, encoding, bands, overview)
         else:
-            lines = _over_tiles(tiling, tiles, settings.encoding, bands, overview)
+            lines = _over_tiles(tiling, tiles, encoding, bands, overview)
         _write_text(path, lines)
 
     if indexed:
-        facts = _index_facts(tiling, settings.encoding, len(bands))
+        facts = _index_facts(tiling, encoding, len(bands))
         _write_index(folder / INDEX, tiling, (row.task for row in ledger.rows("done")), facts)
     write(overview=False)
-    if count and write_overview(path, folder / OVERVIEW, tiling.area, settings):
+    if count and write_overview(path, folder / OVERVIEW, tiling.area, encoding, bands):
         write(overview=True)
     _write_text(folder / MOSAIC, iter([path.read_text(encoding="utf-8")]))
     return folder / MOSAIC
@@ -76,7 +74,9 @@ def overview_factor(area: Grid) -> int:
     return factor
 
 
-def write_overview(mosaic: Path, path: Path, area: Grid, settings: RegionSettings) -> bool:
+def write_overview(
+    mosaic: Path, path: Path, area: Grid, encoding: str, bands: tuple[tuple[str, str], ...]
+) -> bool:
     """The whole region at a coarse pixel, as a COG (which has the coarser levels inside).
 
     Read through the tiles' own overviews, so that it costs a glance at every tile. False where the region is
@@ -94,8 +94,8 @@ def write_overview(mosaic: Path, path: Path, area: Grid, settings: RegionSetting
     px, py = area.pixel
     west, north = area.xy(0, 0)
     grid = Grid.of(area.crs, (px * factor, 0, west, 0, -py * factor, north), (height, width))
-    bands = [BandSpec(*band) for band in BANDS[: 2 if settings.date_band else 1]]
-    writer = CogWriter(path, grid, bands, encoding=settings.encoding, overwrite=True)
+    specs = [BandSpec(*band, 1.0 if band == QUALITY_BAND else None) for band in bands]
+    writer = CogWriter(path, grid, specs, encoding=encoding, overwrite=True)
     with raster_env(), rasterio.open(mosaic) as dataset, writer:
         scales = np.array(dataset.scales, np.float32)[:, None, None]
         for row in range(0, height, _STRIP):
@@ -104,11 +104,16 @@ def write_overview(mosaic: Path, path: Path, area: Grid, settings: RegionSetting
                 fine_h = min(h * factor, area.height - row * factor)
                 fine_w = min(w * factor, area.width - col * factor)
                 window = Window(col * factor, row * factor, fine_w, fine_h)
-                part = dataset.read(
-                    window=window, out_shape=(len(bands), h, w), masked=True, resampling=Resampling.average
-                )
-                values = np.ma.filled(part.astype(np.float32), np.nan) * scales
-                writer.write(values, np.isfinite(values).all(axis=0), row, col)
+                # Heights are averaged; days and flags are taken as they are somewhere.
+                parts = [
+                    dataset.read(
+                        number, window=window, out_shape=(h, w), masked=True,
+                        resampling=Resampling.average if unit == "m" else Resampling.nearest,
+                    )
+                    for number, (_, unit) in enumerate(bands, 1)
+                ]  # fmt: skip
+                values = np.stack([np.ma.filled(p.astype(np.float32), np.nan) for p in parts]) * scales
+                writer.write(values, np.logical_and.reduce(np.isfinite(values)), row, col)
     return True
 
 

@@ -13,6 +13,7 @@ from canopy.errors import AreaError, ConfigError
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid
+from canopy.inference.extras import Extras, extras_of
 from canopy.inference.mercator import MARGIN_PX, one_zone, predict_grid_for, quadkey_output, zone_of
 from canopy.inference.region.pins import Pins, absolute, area_pin, imagery_fingerprint, stamp
 from canopy.inference.region.settings import RegionSettings
@@ -76,7 +77,13 @@ class Prepared:
     lattices: Lattices
     tiling: Tiling
     radiometry: str
+    extras: Extras
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def bands(self) -> tuple[tuple[str, str], ...]:
+        """Names and units of the map's bands, in order."""
+        return self.extras.bands
 
     @property
     def request(self) -> Request:
@@ -103,6 +110,8 @@ def request_of(settings: RegionSettings, aoi: AOI | None) -> Request:
         scale=settings.scale,
         encoding=settings.encoding,
         date_band=settings.date_band,
+        interval=settings.interval,
+        quality_band=settings.quality_band,
         radiometry=settings.radiometry,
     )
 
@@ -143,6 +152,7 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
     if not settings.images and settings.imagery is None:
         settings = settings.model_copy(update={"imagery": source.name})
     notes = coverage_notes(source, aoi) + scale_notes(source.native_gsd_m, model.config.gsd_m)
+    extras = extras_of(request_of(settings, aoi), model)
     model, radiometry, more = with_radiometry(model, source, aoi, settings.radiometry)
     if radiometry != "none":  # measured once, here; the workers are told the numbers
         settings = settings.model_copy(update={"radiometry": radiometry.replace(" -> ", ",")})
@@ -153,7 +163,17 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
     settings = settings.model_copy(update={"threads": threads})
     pins = _pins(settings, aoi, source, model, model_name, lattices, tiling)
     return Prepared(
-        settings, pins, aoi, source, model, model_name, lattices, tiling, radiometry, notes + more
+        settings,
+        pins,
+        aoi,
+        source,
+        model,
+        model_name,
+        lattices,
+        tiling,
+        radiometry,
+        extras,
+        notes + more,
     )
 
 
@@ -233,6 +253,8 @@ def _pins(
             "height": grid.height,
             "encoding": settings.encoding,
             "date_band": settings.date_band,
+            "interval": settings.interval,
+            "quality_band": settings.quality_band,
             "radiometry": settings.radiometry,
             "precision": settings.precision,
             "threads": settings.threads,
@@ -250,8 +272,8 @@ def settings_from(pins: Pins, now: RegionSettings) -> RegionSettings:
         **{
             key: made[key]
             for key in (
-                "grid", "zoom", "tile_px", "crs", "gsd", "encoding", "date_band", "radiometry", "precision",
-                "threads",
+                "grid", "zoom", "tile_px", "crs", "gsd", "encoding", "date_band", "interval", "quality_band",
+                "radiometry", "precision", "threads",
             )
         },
         "bbox": None, "size_m": None, "bounds": None, "aoi": None,

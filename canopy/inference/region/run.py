@@ -202,7 +202,7 @@ def finish(ledger: Ledger, prepared: Prepared, pins: dict[str, Any]) -> dict[str
     digest = outputs_digest(ledger)
     outputs = {"catalog": str(folder / "catalog.json"), "mosaic": str(folder / "mosaic")}
     if ledger.get("outputs") != digest or not all(Path(path).exists() for path in outputs.values()):
-        write_mosaic(ledger, prepared.tiling, prepared.settings, folder)
+        write_mosaic(ledger, prepared, folder)
         write_catalog(ledger, prepared, pins)
         ledger.set("outputs", digest)
     if prepared.settings.layout != "tiles":

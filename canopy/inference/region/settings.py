@@ -46,6 +46,8 @@ class RegionSettings(Settings):
     gsd: float | None = None
     encoding: Literal["float32", "uint16cm", "uint8m"] = "float32"
     date_band: bool = False
+    interval: float | None = Field(default=None, gt=0, lt=1)
+    quality_band: bool = False
     radiometry: str = "none"
     precision: str = "auto"
     threads: int | None = Field(default=None, ge=1)

@@ -19,6 +19,7 @@ from typing import Any
 from canopy.errors import CanopyError, FetchError, InputError, OutputError
 from canopy.geo.grid import Grid
 from canopy.inference import output
+from canopy.inference.extras import QUALITY_BAND
 from canopy.inference.region.pins import area_of, read_pins, refuse_changes, run_id
 from canopy.inference.region.plan import Prepared, open_region, settings_from
 from canopy.inference.region.settings import RegionSettings
@@ -125,11 +126,12 @@ class TileWorker:
             request, prepared.source, prepared.aoi, prepared.model, prepared.model_name, target,
             plan=None, cost=None,  # type: ignore[arg-type]  # both are for the words before a run
             files=output.OutputFiles(path, path.with_suffix(".json")), radiometry=prepared.radiometry,
+            extras=prepared.extras,
         )  # fmt: skip
         tags = output.map_tags(source, prepared.model_name, job.model_sha256, prepared.lattices.gsd_m)  # type: ignore[arg-type]
         tags |= {key: value for key, value in job.tags().items() if key not in tags}
         tags["CANOPY_GSD_M"] = f"{target.output.gsd_m:.6g}"
-        bands = [BandSpec(*band) for band in output.BANDS[: 2 if request.date_band else 1]]
+        bands = [BandSpec(*band, 1.0 if band == QUALITY_BAND else None) for band in prepared.bands]
         try:
             with raster_env():
                 writer = CogWriter(

@@ -1,4 +1,4 @@
-"""A region small enough for tests: 200 x 240 px of texture, a model of milliseconds, an engine in this process."""
+"""A region small enough for tests: 200 x 240 px of texture, a quick model, an engine in this process."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels[:, 60:75, 100:130] = 0
     path = tmp_path_factory.mktemp("imagery") / "texture.tif"
     with rasterio.open(
-        path, "w", driver="GTiff", width=240, height=200, count=3, dtype="uint8", crs=UTM, transform=TRANSFORM,
-        nodata=0, tiled=True, blockxsize=64, blockysize=64,
+        path, "w", driver="GTiff", width=240, height=200, count=3, dtype="uint8", crs=UTM,
+        transform=TRANSFORM, nodata=0, tiled=True, blockxsize=64, blockysize=64,
     ) as dataset:  # fmt: skip
         dataset.write(pixels)
         dataset.update_tags(TIFFTAG_DATETIME="2021:06:15 10:00:00")

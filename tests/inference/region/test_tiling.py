@@ -1,4 +1,4 @@
-"""Tiles partition the region, have the names of their quadkeys, and leave out what the area does not touch."""
+"""Tiles partition the region, bear the names of their quadkeys, and only what the area touches is one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,350 @@
+"""A region made in tiles is the map made at once, byte for byte; its outputs open; its run goes on, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from rio_cogeo import cog_validate
+from shapely.geometry import Point
+
+from canopy.errors import InputError, OutputError
+from canopy.geo.aoi import AOI
+from canopy.geo.crs import to_crs
+from canopy.geo.raster import read_raster
+from canopy.inference.job import prepare
+from canopy.inference.region.ledger import Ledger
+from canopy.inference.region.mosaic import write_mosaic
+from canopy.inference.region.plan import request_of
+from canopy.inference.region.published import PublishedLayout, write_published
+from canopy.inference.region.run import RunResult, prepare_run, start
+from canopy.inference.region.settings import RegionSettings
+from canopy.inference.region.state import status
+from canopy.inference.region.task import Outcome, tile_path
+from canopy.inference.region.tiling import TileTask
+from canopy.inference.request import Request
+
+Make = Callable[..., RegionSettings]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> object:
+    """Heights agree to the last bit at equal threads, and the runs here are pinned to one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(settings: RegionSettings, inline: type, **more: object) -> RunResult:
+    prepared = prepare_run(settings, **{k: more.pop(k) for k in ("resume", "overwrite") if k in more})  # type: ignore[arg-type]
+    return start(prepared, engine=more.pop("engine", inline), **more)  # type: ignore[arg-type]
+
+
+def at_once(settings: RegionSettings, out: Path) -> np.ndarray:
+    """The stored pixels of one `canopy predict` over the region."""
+    request = request_of(settings, settings.area())
+    crs = "quadkey" if settings.grid == "quadkey" else settings.crs
+    given = {**{f: getattr(request, f) for f in Request.__dataclass_fields__}, "out": out, "crs": crs}
+    prepare(Request(**given)).run()
+    with rasterio.open(out) as dataset:
+        return dataset.read()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (folder / "tiles").glob("*.tif")}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"grid": "utm"},
+        {"grid": "quadkey", "zoom": 20},
+        {"grid": "utm", "gsd": 2.0, "zoom": 18, "tile_px": 64, "date_band": True},
+    ],
+    ids=["utm", "quadkey", "coarser"],
+)
+def test_a_region_is_the_map_made_at_once(settings: Make, inline: type, tmp_path: Path, more: dict) -> None:
+    wish = settings(**more)
+    result = run(wish, inline)
+    expected = at_once(wish, tmp_path / "once.tif")
+    assert result.exit_code == 0 and result.counts["done"] >= 2
+    with rasterio.open(tmp_path / "run" / "mosaic") as mosaic, rasterio.open(tmp_path / "once.tif") as once:
+        assert mosaic.transform == once.transform and mosaic.crs == once.crs and mosaic.units == once.units
+        assert mosaic.descriptions == once.descriptions
+        assert mosaic.read().tobytes() == expected.tobytes()
+    assert np.nanstd(expected[0]) > 0.1 and np.isnan(expected[0]).any()
+
+
+def test_outputs_are_valid_and_say_where_they_come_from(settings: Make, inline: type, tmp_path: Path) -> None:
+    result = run(settings(encoding="uint16cm", date_band=True), inline)
+    folder = tmp_path / "run"
+    collection = json.loads((folder / "collection.json").read_text())
+    items = [link["href"] for link in collection["links"] if link["rel"] == "item"]
+    assert len(items) == result.counts["done"] > 1
+    assert collection["extent"]["temporal"]["interval"] == [["2021-06-15T00:00:00Z", "2021-06-15T23:59:59Z"]]
+    for href in items:
+        item = json.loads((folder / href).read_text())
+        path = folder / "tiles" / item["assets"]["canopy_height"]["href"]
+        valid, errors, warnings = cog_validate(path, strict=True)
+        assert valid and not errors and not warnings
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert item["assets"]["canopy_height"]["file:checksum"] == f"1220{digest}"
+        assert item["properties"]["datetime"] == "2021-06-15T00:00:00Z"
+        assert (
+            item["properties"]["created"]
+            == json.loads((folder / "run.json").read_text())["canopy"]["created"]
+        )
+        with rasterio.open(path) as dataset:
+            assert dataset.tags()["CANOPY_IMAGERY"] == "texture.tif"
+            assert list(dataset.transform)[:6] == item["properties"]["proj:transform"]
+            dataset.read()
+    check_stac(folder)
+    model = json.loads((folder / "model.json").read_text())["properties"]
+    assert model["mlm:name"] == "small-random" and model["mlm:total_parameters"] > 1000
+    with rasterio.open(folder / "mosaic") as mosaic:
+        assert mosaic.scales == (0.01, 1.0) and mosaic.nodata == 65535
+    assert read_raster(folder / "mosaic.vrt").valid.any()  # canopy's own reader takes it
+
+
+def check_stac(folder: Path) -> None:
+    """pystac reads all of it, follows every link, and the extensions' own classes find their fields."""
+    import pystac
+    from pystac.extensions.file import FileExtension
+    from pystac.extensions.projection import ProjectionExtension
+    from pystac.extensions.raster import RasterExtension
+
+    catalog = pystac.Catalog.from_file(str(folder / "catalog.json"))
+    (collection,) = catalog.get_children()
+    assert isinstance(collection, pystac.Collection)
+    for item in collection.get_items():
+        assert item.get_root() is catalog and item.collection_id == collection.id
+        assert (
+            ProjectionExtension.ext(item).shape and FileExtension.ext(item.assets["canopy_height"]).checksum
+        )
+        assert RasterExtension.ext(item.assets["canopy_height"]).bands
+    assert [item.id for item in catalog.get_items()] == ["model-small-random"]
+
+
+def test_the_catalog_keeps_to_the_published_schemas(settings: Make, inline: type, tmp_path: Path) -> None:
+    pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    import pystac
+    from pystac.validation import validate_core
+
+    run(settings(), inline)
+    folder = tmp_path / "run"
+    for path in [folder / "catalog.json", folder / "collection.json", *folder.glob("tiles/*.json")]:
+        value = json.loads(path.read_text())
+        kind = {"Catalog": pystac.STACObjectType.CATALOG, "Collection": pystac.STACObjectType.COLLECTION}
+        validate_core(value, kind.get(value["type"], pystac.STACObjectType.ITEM))
+
+
+def test_a_finished_run_starts_no_worker_and_a_lost_tile_is_made_again(
+    settings: Make, inline: type, tmp_path: Path
+) -> None:
+    run(settings(), inline)
+    before, outputs = hashes(tmp_path / "run"), (tmp_path / "run" / "catalog.json").stat().st_mtime_ns
+
+    def nobody(how: object) -> object:
+        raise AssertionError("a finished run must not start workers")
+
+    again = run(settings(), inline, engine=nobody)
+    assert again.tally.finished == 0 and again.exit_code == 0
+    assert (tmp_path / "run" / "catalog.json").stat().st_mtime_ns == outputs
+    victim, damaged = sorted(before)[:2]
+    (tmp_path / "run" / "tiles" / victim).unlink()
+    with (tmp_path / "run" / "tiles" / damaged).open("r+b") as file:
+        file.seek(-9, os.SEEK_END)
+        file.write(b"something")
+    result = run(settings(out=str(tmp_path / "run")), inline, verify=True, resume=True)
+    assert result.tally.done == 2 and hashes(tmp_path / "run") == before
+
+
+def test_a_changed_run_is_refused(settings: Make, inline: type, image: Path, tmp_path: Path) -> None:
+    run(settings(), inline)
+    ledger = (tmp_path / "run" / "ledger.sqlite").read_bytes()
+    with pytest.raises(InputError, match=r"map\.encoding was .float32. and is .uint16cm."):
+        prepare_run(settings(encoding="uint16cm"))
+    other = tmp_path / "texture.tif"
+    shutil.copy(image, other)
+    prepare_run(settings(images=(str(other),)))  # the same imagery in another place
+    with rasterio.open(other, "r+") as dataset:
+        dataset.write(np.full((3, 10, 10), 50, np.uint8), window=((0, 10), (0, 10)))
+    with pytest.raises(InputError, match=r"imagery\.sha256 was"):
+        prepare_run(settings(images=(str(other),)))
+    with pytest.raises(InputError, match=r"model\.sha256"):
+        prepare_run(settings(model="default"))
+    assert (tmp_path / "run" / "ledger.sqlite").read_bytes() == ledger
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="no run"):
+        prepare_run(settings(out=str(tmp_path / "mine")))
+
+
+def test_shards_make_the_same_run(settings: Make, inline: type, tmp_path: Path) -> None:
+    whole = run(settings(out=str(tmp_path / "whole")), inline)
+    parts = [run(settings(shard=f"{i}/3"), inline) for i in (2, 3, 1)]
+    assert [bool(part.outputs) for part in parts] == [False, False, True]
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
+    assert status(tmp_path / "run")["tiles"] == whole.counts
+    assert (tmp_path / "run" / "mosaic").read_bytes() == (tmp_path / "whole" / "mosaic").read_bytes()
+
+
+def test_failures_are_journaled_and_leave_a_hole_not_a_wrong_pixel(
+    settings: Make, inline: type, tmp_path: Path
+) -> None:
+    prepared = prepare_run(settings())
+    tasks = list(prepared.tiling.tiles(prepared.aoi))
+    bad = tasks[1]
+
+    def broken(task: TileTask) -> Outcome | None:
+        return Outcome(task, "failed", "h", reason="the host is gone") if task.id == bad.id else None
+
+    result = start(prepared, engine=lambda how: inline(how, broken))
+    assert result.exit_code == 3 and result.failures == [(bad.id, "the host is gone")]
+    top, left, height, width = prepared.tiling.offset(bad.row, bad.col)
+    with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
+        hole = mosaic.read(1, window=((top, top + height), (left, left + width)))
+        assert np.isnan(hole).all() and np.isfinite(mosaic.read(1)).any()
+    assert run(settings(), inline).exit_code == 3  # failures stay until asked to be tried again
+    assert run(settings(), inline, retry_failed=True).exit_code == 0
+
+
+def test_tiles_without_imagery_cost_nothing(settings: Make, inline: type, tmp_path: Path) -> None:
+    engines = []
+
+    def engine(how: object) -> object:
+        engines.append(inline(how))
+        return engines[-1]
+
+    # The area is larger than the image: tiles beyond it never become a task.
+    area = "499990,4881850,500300,4882100"
+    result = run(settings(bounds=area, bounds_crs="EPSG:32618"), inline, engine=engine)
+    assert result.counts["empty"] > 0 and result.counts["failed"] == 0
+    assert len(engines[0].made) < sum(result.counts.values())
+    assert len(hashes(tmp_path / "run")) == result.counts["done"]
+
+
+def test_a_polygon_is_mapped_inside_only(settings: Make, inline: type, tmp_path: Path) -> None:
+    import geopandas
+
+    disc = Point(500_060, 4_881_950).buffer(40)
+    geopandas.GeoDataFrame(geometry=[disc], crs="EPSG:32618").to_file(tmp_path / "disc.gpkg")
+    run(settings(aoi=str(tmp_path / "disc.gpkg")), inline)
+    found = read_raster(tmp_path / "run" / "mosaic.vrt")
+    inside = AOI(disc, to_crs("EPSG:32618")).mask(found.grid)
+    assert found.valid[inside].any() and not found.valid[~inside].any()
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
+    settings: Make, inline: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = shutil.disk_usage, []
+
+    def full(path: object) -> object:
+        calls.append(path)
+        return real(path)._replace(free=0) if len(calls) >= 3 else real(path)  # type: ignore[type-var]
+
+    monkeypatch.setattr("canopy.geo.cog.shutil.disk_usage", full)
+    with pytest.raises(OutputError, match=r"free on the disk.*run the same command again"):
+        run(settings(), inline)
+    monkeypatch.setattr("canopy.geo.cog.shutil.disk_usage", real)
+    assert len(hashes(tmp_path / "run")) == 2
+    for path in (tmp_path / "run" / "tiles").glob("*.tif"):
+        rasterio.open(path).read()
+    assert run(settings(), inline).exit_code == 0
+    assert not [p for p in (tmp_path / "run" / "tiles").iterdir() if p.name.startswith(".")]
+
+
+def test_many_tiles_are_found_through_an_index(settings: Make, inline: type, tmp_path: Path) -> None:
+    prepared = prepare_run(settings())
+    start(prepared, engine=inline)
+    with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
+        expected = mosaic.read()
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        write_mosaic(ledger, prepared, tmp_path / "run", most_vrt=1)
+    assert (tmp_path / "run" / "index.gti.gpkg").is_file()
+    with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
+        assert mosaic.read().tobytes() == expected.tobytes()
+
+
+def test_overviews_of_the_whole_region_show_it(settings: Make, tmp_path: Path, inline: type) -> None:
+    from canopy.inference.region import mosaic as module
+
+    prepared = prepare_run(settings())
+    start(prepared, engine=inline)
+    folder = tmp_path / "run"
+    assert not (folder / "overview.tif").exists()  # 240 px need none
+    made = module.write_overview(
+        folder / "mosaic", folder / "overview.tif", prepared.tiling.area, "float32", prepared.bands
+    )
+    assert not made
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_the_published_layout(settings: Make, inline: type, tmp_path: Path, name: str) -> None:
+    prepared = prepare_run(settings(grid="quadkey", zoom=20))
+    start(prepared, engine=inline)
+    # Smaller tiles than the real zooms 9 and 10, on the same pixel.
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        folder = write_published(ledger, prepared, PublishedLayout(name, 16))
+    fine = read_raster(tmp_path / "run" / "mosaic.vrt")
+    features = json.loads((folder / "tiles.geojson").read_text())["features"]
+    assert features and len(list((folder / "chm").glob("*.tif"))) == len(features)
+    mapped = 0
+    for feature in features:
+        quadkey = feature["properties"]["tile"]
+        with rasterio.open(folder / "chm" / f"{quadkey}.tif") as dataset:
+            assert (
+                dataset.dtypes == ("uint8",) and dataset.crs.to_epsg() == 3857 and dataset.shape == (512, 512)
+            )
+            assert dataset.transform.a == pytest.approx(1.194329, abs=1e-6)
+            heights, transform = dataset.read(1), dataset.transform
+        valid = heights != 255
+        mapped += int(valid.sum())
+        if name == "v1":
+            with rasterio.open(folder / "msk" / f"{quadkey}.tif.msk") as dataset:
+                assert np.array_equal(dataset.read(1) == 255, ~valid)
+            dated = json.loads((folder / "metadata" / f"{quadkey}.geojson").read_text())["features"][0]
+            assert dated["properties"]["acq_date"] in ("2021-06-15", None)
+        else:
+            with rasterio.open(folder / "metadata" / f"{quadkey}.tif") as dataset:
+                years = dataset.read(1)
+            assert (years[valid] == 21).all() and (years[~valid] == 255).all()
+        if valid.any():
+            row, col = (int(v) for v in np.argwhere(valid)[valid.sum() // 2])
+            x, y = transform * (col, row)
+            r, c = (round(v) for v in fine.grid.rowcol(x, y))
+            k = round(transform.a / fine.grid.pixel[0])
+            block, known = fine.values[0, r : r + k, c : c + k], fine.valid[r : r + k, c : c + k]
+            assert heights[row, col] == np.rint(block[known].mean())
+    assert mapped > 1000
+
+
+def test_an_image_that_is_damaged_fails_its_tiles_only(
+    settings: Make, inline: type, image: Path, tmp_path: Path
+) -> None:
+    with rasterio.open(image) as dataset:
+        pixels, profile = dataset.read(), dataset.profile
+    profile |= {"compress": "deflate", "transform": Affine(0.5, 0, 500_000, 0, -0.5, 4_882_000)}
+    broken = tmp_path / "broken.tif"
+    with rasterio.open(broken, "w", **profile) as dataset:
+        dataset.write(pixels)
+    raw = bytearray(broken.read_bytes())
+    raw[-2000:-1500] = bytes(500)
+    broken.write_bytes(raw)
+    result = run(settings(images=(str(broken),)), inline)
+    assert result.exit_code == 3 and 0 < result.counts["failed"] < sum(result.counts.values())
+    assert all("broken.tif" in reason for _, reason in result.failures)
+    for tile, _ in result.failures:
+        assert not tile_path(tmp_path / "run", tile).exists()
