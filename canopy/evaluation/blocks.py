@@ -16,7 +16,7 @@ from canopy.metrics import BLOCK_PX
 WANTED_M = 250.0
 LEAST_WANTED = 25
 # Each block costs some kilobytes; more of them make intervals no truer.
-MOST = 2500
+MOST = 1600
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class BlockLayout:
 
     @classmethod
     def of(cls, grids: Sequence[Grid], side_m: float | None = None) -> BlockLayout:
-        """The largest side up to 250 m (in steps of 50 px) that leaves 25 blocks; larger above 2,500 blocks.
+        """The largest side up to 250 m (in steps of 50 px) that leaves 25 blocks; larger above 1,600 blocks.
 
         `side_m` asks for a side; it is rounded to whole cells of 50 px.
         """

@@ -34,14 +34,17 @@ class Bootstrap:
 
 
 def draws(blocks: int, setting: Bootstrap) -> np.ndarray:
-    """How often each block is drawn, float64 (replicates, blocks); rows sum to `blocks`."""
+    """How often each block is drawn, int16 (replicates, blocks); rows sum to `blocks`."""
     return _draws(blocks, setting.replicates, setting.seed)
 
 
 @lru_cache(maxsize=2)
 def _draws(blocks: int, replicates: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng([seed, blocks])
-    made = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=replicates).astype(np.float64)
+    equal = np.full(blocks, 1 / blocks)
+    made = np.zeros((replicates, blocks), np.int16)  # no block is drawn 32,000 times
+    for i in range(0, replicates, _CHUNK):
+        made[i : i + _CHUNK] = rng.multinomial(blocks, equal, size=min(_CHUNK, replicates - i))
     made.flags.writeable = False
     return made
 
@@ -49,7 +52,7 @@ def _draws(blocks: int, replicates: int, seed: int) -> np.ndarray:
 def replicate(rows: np.ndarray, setting: Bootstrap) -> np.ndarray:
     """Sums of resampled blocks (replicates, fields) from each block's row (blocks, fields)."""
     weights = draws(len(rows), setting)
-    parts = [weights[i : i + _CHUNK] @ rows for i in range(0, len(weights), _CHUNK)]
+    parts = [weights[i : i + _CHUNK].astype(np.float64) @ rows for i in range(0, len(weights), _CHUNK)]
     return np.concatenate(parts)
 
 

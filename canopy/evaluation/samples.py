@@ -155,7 +155,7 @@ class SampleBlocks:
 
 
 def block_samples(lon: np.ndarray, lat: np.ndarray, side_m: float | None = None) -> SampleBlocks:
-    """Blocks of 1000, 500, 250 or 100 m, the largest that leaves 25 of them; larger above 2,500 blocks.
+    """Blocks of 1000, 500, 250 or 100 m, the largest that leaves 25 of them; larger above 1,600 blocks.
 
     Counted in the UTM zone of the middle, in an equal-area projection for samples more than 6 degrees apart.
     """

@@ -18,7 +18,7 @@ from canopy.metrics import COLUMN, FIELDS, HEIGHT_BINS_M, PERCENTILES, HeightCou
 MOST_STRATA = 100
 JOINT_EDGES_M = np.arange(0, 80.25, 0.5)
 # Block histograms from which the percentiles' intervals are made (their values come from exact counts).
-_HIST_STEP_M, _HIST_BINS = 0.1, 801
+_HIST_STEP_M, _HIST_BINS = 0.2, 401
 NO_VALUE = "does not exist for these heights"
 _NO_STRATUM_PERCENTILES = "no interval is made for the percentiles of a stratum"
 BOUNDED = ("interval_coverage", "interval_width_m")

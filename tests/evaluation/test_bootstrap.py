@@ -107,5 +107,5 @@ def test_blocks_number_every_pixel_of_every_raster_once() -> None:
 def test_sides_grow_when_there_would_be_too_many_blocks() -> None:
     grid = Grid.of("EPSG:32617", (1, 0, 4e5, 0, -1, 4.2e6), (20_000, 20_000))
     layout = BlockLayout.of([grid])
-    assert layout.count <= 2500
-    assert layout.side_m == pytest.approx(400, rel=1e-3)
+    assert layout.count <= 1600
+    assert layout.side_m == pytest.approx(500, rel=1e-3)
