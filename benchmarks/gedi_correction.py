@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from canopy.calibration.collect import Scored, load_chips, score_chips
+from canopy.calibration.gap import TAG, gaps_to_dict
 from canopy.calibration.gedi_scale import correct_map
 from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid
@@ -42,17 +43,22 @@ def main() -> None:
         places = {row["id"]: row for row in csv.DictReader(file)}
     rows = {}
     for site in dict.fromkeys(s.site for s in scored):
-        rows[site] = _site(site, [s for s in scored if s.site == site], places, args.out)
+        # The gap is that of other sites: the site itself stands for new ground.
+        gap = gaps_to_dict([s for s in scored if s.site != site and s.split == "val"])
+        rows[site] = _site([s for s in scored if s.site == site], places, gap, args.out)
         _print(site, rows[site])
     (args.out / "gedi_correction.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _site(site: str, tiles: list[Scored], places: dict[str, dict[str, str]], out: Path) -> dict[str, Any]:
+def _site(
+    tiles: list[Scored], places: dict[str, dict[str, str]], gap: dict[str, Any], out: Path
+) -> dict[str, Any]:
     """Mosaic a site's tiles, simulate shots, correct, score."""
     grid, predicted, truth = _mosaic(tiles, places)
     name = tiles[0].id.rsplit("_", 1)[0]
     chm = out / f"{name}.tif"
-    write_cog(chm, Raster(predicted[None], np.isfinite(predicted), grid), overwrite=True)
+    tags = {TAG: json.dumps(gap)} if gap else {}
+    write_cog(chm, Raster(predicted[None], np.isfinite(predicted), grid), tags=tags, overwrite=True)
     shots = _simulate(truth, grid, out / f"{name}.parquet")
     result: dict[str, Any] = {"tiles": len(tiles), "shots_simulated": shots}
     for method in ("spline", "scalar"):
@@ -69,6 +75,7 @@ def _site(site: str, tiles: list[Scored], places: dict[str, dict[str, str]], out
         "pixel_mae_m": round(float(np.abs(error).mean()), 3),
         "pixel_bias_m": round(float(error.mean()), 3),
     }
+    result["usual"] = report["held_out"]["usual"]
     return result | {"held_out_shots": report["held_out"]["n"]}
 
 
@@ -111,12 +118,12 @@ def _simulate(truth: np.ndarray, grid: Grid, path: Path) -> int:
 
 def _print(site: str, row: dict[str, Any]) -> None:
     print(f"{site}: {row['tiles']} tiles, {row['held_out_shots']} simulated shots, each held out once")
-    for name in ("before", "scalar", "spline"):
+    for name in ("before", "usual", "scalar", "spline"):
         r = row[name]
-        print(
-            f"  {name:7} shots: MAE {r['mae_good_m']} m, bias {r['bias_good_m']} m; "
-            f"pixels: MAE {r['pixel_mae_m']} m, bias {r['pixel_bias_m']} m"
+        pixels = (
+            f"; pixels: MAE {r['pixel_mae_m']} m, bias {r['pixel_bias_m']} m" if "pixel_mae_m" in r else ""
         )
+        print(f"  {name:7} shots: MAE {r['mae_good_m']} m, bias {r['bias_good_m']} m{pixels}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ places would be compared with their lower surroundings (attenuation by errors in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ from canopy.geo.raster import SourcePlace, open_raster
 
 if TYPE_CHECKING:
     import pandas
+
+    from canopy.calibration.gap import FootprintGap
 
 CANDIDATES = 32
 _GOLDEN_RAD = np.pi * (3 - 5**0.5)
@@ -37,12 +39,14 @@ class Footprints:
             where the map is not seen there.
         xy_m: (n, 2) place in metres, in a plane local to the map.
         percent: which percentile of the disc, e.g. 98.
+        gap: what discs of the canopy usually have over discs of this map; None takes them as equal.
     """
 
     height_m: np.ndarray
     map_m: np.ndarray
     xy_m: np.ndarray
     percent: int
+    gap: FootprintGap | None = None
 
     def __len__(self) -> int:
         return len(self.height_m)
@@ -52,9 +56,13 @@ class Footprints:
         """(n,) the map at the reported place."""
         return self.map_m[:, 0]
 
+    def expect(self, map_m: np.ndarray) -> np.ndarray:
+        """What shots should see where a map that is right has these percentiles: the usual gap is added."""
+        return map_m if self.gap is None else self.gap.expected(map_m)
+
     def take(self, chosen: np.ndarray) -> Footprints:
         """These rows only."""
-        return Footprints(self.height_m[chosen], self.map_m[chosen], self.xy_m[chosen], self.percent)
+        return replace(self, height_m=self.height_m[chosen], map_m=self.map_m[chosen], xy_m=self.xy_m[chosen])
 
 
 def displacements(sigma_m: float, count: int = CANDIDATES) -> np.ndarray:

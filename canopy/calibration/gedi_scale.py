@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ import numpy as np
 
 from canopy import __version__
 from canopy.calibration.discs import Footprints, map_grid, read_footprints
+from canopy.calibration.gap import FootprintGap, gap_of
 from canopy.calibration.gedi_fit import GRID_M, METHODS, Correction, fit_correction, held_out, scores_on
 from canopy.errors import ConfigError, InputError, OutputError
-from canopy.runtime import NoProgress, Progress
+from canopy.runtime import NoProgress, Progress, log
 
 if TYPE_CHECKING:
     from canopy.geo.grid import Grid
@@ -104,17 +105,33 @@ def correct_map(
         raise ConfigError(f"nodes {spacing_m:g} m apart", where="--trend-m", expected="a number above 0")
     files.check([map_path, Path(shots_path)], overwrite)
     grid = map_grid(map_path)
-    shots = read_footprints(map_path, read_shots(shots_path), rh=rh, sigma_m=jitter_m)
+    gap = _gap(map_path, rh)
+    shots = replace(read_footprints(map_path, read_shots(shots_path), rh=rh, sigma_m=jitter_m), gap=gap)
     correction, scores = _fit(map_path, shots, method, spacing_m, model, imagery)
     report = {
         "map": map_path.name, "shots": Path(shots_path).name, "method": method, "rh": rh,
-        "jitter_m": jitter_m, **correction.facts, "held_out": scores,
+        "jitter_m": jitter_m, "footprint_gap": "of the map's model" if gap else "not known, taken as none",
+        **correction.facts, "held_out": scores,
         "curve": _curve(correction), "limits": _limits(shots),
     }  # fmt: skip
     sha256 = _write(map_path, grid, correction, files.tif, report, encoding, overwrite, progress)
     report |= {"output": files.tif.name, "sha256": sha256}
     _write_report(files, report, shots, correction)
     return report | {"output": str(files.tif), "diagnostics": str(files.diagnostics)}
+
+
+def _gap(map_path: Path, rh: int) -> FootprintGap | None:
+    """The footprint gap in the map's tags; says so where there is none."""
+    from canopy.geo.raster import open_raster
+
+    with open_raster(map_path) as dataset:
+        gap = gap_of(dataset.tags(), rh)
+    if gap is None:
+        log.warning(
+            f"note: {map_path.name} has no footprint gap of its model: its RH{rh} is matched as it is, which "
+            "lifts maps that are smoother than the canopy"
+        )
+    return gap
 
 
 def _fit(
@@ -132,6 +149,7 @@ def _fit(
     from canopy.sources.imagery import open_imagery
 
     predicted = predicted_footprints(map_path, model, open_imagery(imagery, area=None))
+    predicted = replace(predicted, gap=shots.gap)
     if predicted.percent != shots.percent:
         raise ConfigError(f"the GEDI model predicts RH{predicted.percent}", where=f"--rh {shots.percent}")
     made = {name: fit_correction(predicted, name, spacing_m=spacing_m) for name in METHODS}

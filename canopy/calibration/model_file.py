@@ -12,6 +12,8 @@ from typing import Any
 from canopy import __version__
 from canopy.calibration.area_fit import area_coverage, fit_areas
 from canopy.calibration.collect import BLOCK_M, Scored, cells_of, halves, load_chips, score_chips
+from canopy.calibration.gap import CARD_KEY as GAP_KEY
+from canopy.calibration.gap import gaps_to_dict
 from canopy.calibration.intervals import coverage, fit_intervals, pooled
 from canopy.errors import CheckpointError, DataError, InputError, OutputError
 from canopy.models.intervals import CARD_KEY, IntervalTable
@@ -66,7 +68,7 @@ def calibrate_model(
     area = _areas(scored, table, facts)
     facts["elsewhere"] = _elsewhere(network, data, report_splits, table, area, progress)
     raw |= {"facts": facts} | ({"area": area.to_dict()} if area is not None else {})
-    additions: dict[str, Any] = {CARD_KEY: raw}
+    additions: dict[str, Any] = {CARD_KEY: raw, GAP_KEY: gaps_to_dict(scored)}
     if domain_split is not None:
         additions |= _domain(data, domain_split, splits)
     sha256 = rewrite_card(source, target, additions)

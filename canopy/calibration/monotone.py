@@ -130,7 +130,7 @@ def fit_monotone(
         start: a fit to begin with; the identity by default.
         steps: most rounds of expectation and maximisation.
     """
-    m, y = shots.map_m, shots.height_m[:, None]
+    m, y = shots.expect(shots.map_m), shots.height_m[:, None]
     seen = np.isfinite(m)
     heights = np.where(seen, m, 0.0)
     bins = np.minimum((heights / _BIN_M).astype(np.int64), int(2 * KNOTS_M[-1] / _BIN_M))

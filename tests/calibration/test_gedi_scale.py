@@ -191,3 +191,29 @@ def test_held_out_needs_enough(truth: np.ndarray, tmp_path: Path) -> None:
     chm = make_map(truth, tmp_path / "map.tif")
     shots = make_shots(truth, tmp_path / "shots.parquet", count=21)
     assert held_out(read_footprints(chm, read_shots(shots)))["n"] >= 0
+
+
+def test_a_smooth_but_unbiased_map_is_not_lifted(tmp_path: Path, truth: np.ndarray) -> None:
+    """Maps of a network are smoother than the canopy; their footprint gap tells that from a bias."""
+    from scipy import ndimage
+
+    from canopy.calibration.collect import Scored
+    from canopy.calibration.gap import TAG, FootprintGap, gap_of, gaps_to_dict
+
+    smooth = ndimage.gaussian_filter(truth, 4)
+    known = [Scored("t", "s", "val", smooth[:300], np.ones_like(smooth[:300]), truth[:300])]
+    gap = gaps_to_dict(known)
+    assert set(gap) == {"95", "98"} and max(gap["98"]["gap_m"]) > 1
+    shots = make_shots(truth, tmp_path / "shots.parquet")
+    lifted = {}
+    for name, tags in (("plain", {}), ("told", {TAG: json.dumps(gap)})):
+        chm = tmp_path / f"{name}.tif"
+        write_cog(chm, Raster(smooth[None].astype(np.float32), np.isfinite(smooth), GRID), tags=tags)
+        correct_map(chm, shots, tmp_path / f"{name}_out.tif")
+        lifted[name] = float((read_raster(tmp_path / f"{name}_out.tif", bands=[1]).values[0] - truth).mean())
+    assert abs(lifted["told"]) < 0.3 < 1.0 < lifted["plain"]
+    made = gap_of({TAG: json.dumps(gap)}, 98)
+    assert isinstance(made, FootprintGap) and gap_of({}, 98) is None
+    assert (np.diff(made.expected(np.linspace(0, 60, 200))) >= -1e-9).all()
+    with pytest.raises(DataError, match="footprint gap"):
+        gap_of({TAG: "[1"}, 98)
