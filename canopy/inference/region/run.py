@@ -93,6 +93,10 @@ def prepare_run(settings: RegionSettings, *, resume: bool = False, overwrite: bo
         prepared = open_region(settings)
     if pins is not None and not overwrite:
         refuse_changes(pins, prepared.pins, folder)
+    if settings.layout != "tiles":
+        from canopy.inference.region.published import published_ratio
+
+        published_ratio(prepared.tiling)  # known now, not after days of work
     return prepared
 
 
