@@ -23,7 +23,7 @@ from canopy.models.height import HeightModel
 from canopy.runtime import NoProgress, Progress, log, pick_device
 from canopy.training.data import TrainingData, batches, open_data, some_heights
 from canopy.training.finetune import HeightModule, Scores
-from canopy.training.run_folder import LAST, Table, check_run, locked
+from canopy.training.run_folder import LAST, Table, check_run, locked, without_folders
 from canopy.training.scoring import headline, plain, score_chips
 from canopy.training.settings import FinetuneSettings
 from canopy.training.start import describe_start, expect_heights, start_from
@@ -205,7 +205,7 @@ class _Run:
             "name": settings.name,
             "licence": "Apache-2.0",
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "command": command,
+            "command": without_folders(command),
             "settings": _shareable(settings),
             "steps": module.global_step,
             "minutes": round(module.trained_s / 60, 1),

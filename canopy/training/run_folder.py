@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 
 from canopy.errors import ConfigError, OutputError
 
+_FOLDERS = re.compile(r"(?<![^\s='\"])/(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
 CONFIG, LAST, LOCK = "config.yaml", "last.ckpt", ".lock"
 
 
@@ -81,6 +83,11 @@ def _differences(a: Any, b: Any, name: str = "") -> set[str]:
             found |= _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
         return found
     return set() if a == b else {name}
+
+
+def without_folders(command: str) -> str:
+    """A command as a card may show it: absolute paths by name alone, because folders are this machine's."""
+    return _FOLDERS.sub("", command)
 
 
 class Table:

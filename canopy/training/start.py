@@ -12,6 +12,7 @@ from canopy.errors import CheckpointError
 from canopy.models.checkpoint import load_strict
 from canopy.models.height import HeightModel
 from canopy.runtime import log
+from canopy.training.run_folder import without_folders
 
 ENCODER = "encoder."
 _FIXED = ("mean", "std", "centres")  # buffers that the new run's own config decides
@@ -123,4 +124,7 @@ def describe_start(path: Path) -> dict[str, object]:
         card = json.loads(_header(path).get("card", "{}"))
     except ValueError:
         card = {}
-    return {"file": path.name} | {k: v for k, v in card.items() if isinstance(v, (str, int, float))}
+    card = {k: v for k, v in card.items() if isinstance(v, (str, int, float))}
+    if "command" in card:
+        card["command"] = without_folders(str(card["command"]))
+    return {"file": path.name, **card}

@@ -41,6 +41,14 @@ def test_train_then_resume_with_json(config, tmp_path):
     assert facts["steps"] == 4 and facts["val"]["all"]["mae_m"] > 0 and more.stderr == ""
 
 
+def test_a_card_names_no_folders():
+    from canopy.training.run_folder import without_folders
+
+    given = "canopy train configs/a.yaml data.chips=/home/me/chips -o /runs/x '/a b/c' ../y lr=1e-3"
+    assert without_folders(given) == "canopy train configs/a.yaml data.chips=chips -o x 'a b/c' ../y lr=1e-3"
+    assert without_folders('"/somewhere/x.yaml" a=/b') == '"x.yaml" a=b'
+
+
 def test_fast_dev_run(config, tmp_path):
     done = call(config, "-o", tmp_path / "run", "--fast-dev-run")
     assert done.exit_code == 0 and "work" in done.stdout and not (tmp_path / "run").exists()
