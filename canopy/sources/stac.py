@@ -33,6 +33,10 @@ _INSTALL = "pip install 'canopy-height[stac]'"
 _LEAST_NEW_AREA_DEG2 = 1e-10  # about one square metre
 
 
+class TooManyItemsError(InputError):
+    """A search finds more items than one mosaic may have; smaller areas can be searched on their own."""
+
+
 @dataclass(frozen=True)
 class StacQuery:
     """Where to look.
@@ -201,7 +205,7 @@ def search_api(
             f"{host_of(href)} answers no valid STAC ({redact(error)[:200]})", where=redact(href)
         ) from None
     if len(found) > MAX_ITEMS:
-        raise InputError(
+        raise TooManyItemsError(
             f"more than {MAX_ITEMS} items there", where=redact(href), remedy="limit the dates with --datetime"
         )
     return found

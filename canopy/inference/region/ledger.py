@@ -178,7 +178,11 @@ class Ledger:
             cursor = self._db.execute(f"SELECT {_COLUMNS} FROM tiles {where} ORDER BY ordinal", states)
         while chunk := cursor.fetchmany(1000):
             for r in chunk:
-                yield Row(TileTask(*r[:5]), *r[5:12], json.loads(r[12]) if r[12] else {})
+                state, attempts, host, seconds, sha256, size, reason, facts = r[5:]
+                yield Row(
+                    TileTask(*r[:5]), state, attempts, host, seconds, sha256, size, reason,
+                    json.loads(facts) if facts else {},
+                )  # fmt: skip
 
     def counts(self) -> dict[str, int]:
         """Tiles by state."""

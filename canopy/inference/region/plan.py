@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from shapely.geometry import box
+from shapely.geometry import Point, Polygon, box
 
 from canopy.errors import AreaError, ConfigError
 from canopy.geo.aoi import AOI
@@ -24,6 +24,11 @@ from canopy.inference.target import Target, choose_target, scale_notes
 if TYPE_CHECKING:
     from canopy.models.height import HeightModel
     from canopy.sources.imagery import ImagerySource
+
+
+# Tiles along a side of the square for which imagery is opened where the whole is too much for one mosaic.
+CELL_TILES = 8
+PLACE_M = 2000.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,11 @@ def _zone_grid(crs, gsd_m: float, output: Grid) -> Grid:  # type: ignore[no-unty
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked region: what `open_region` found."""
+    """A checked region: what `open_region` found.
+
+    `cells`: imagery of more items than one mosaic may have is opened for squares of so many tiles a side, and
+    `source` then is that of one place in the area; None: `source` is all of it.
+    """
 
     settings: RegionSettings
     pins: Pins
@@ -78,6 +87,7 @@ class Prepared:
     tiling: Tiling
     radiometry: str
     extras: Extras
+    cells: int | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -126,7 +136,7 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
     Raises:
         InputError (and its kinds): whatever cannot be done as asked.
     """
-    from canopy.inference.job import coverage_notes, load_named, open_source
+    from canopy.inference.job import coverage_notes, load_named
     from canopy.inference.output import check_encoding
     from canopy.inference.radiometry import with_radiometry
     from canopy.models.radiometry import parse_radiometry
@@ -145,13 +155,14 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
         }
     )
     model, model_name = load_named(settings.model)
-    source = open_source(request_of(settings, aoi), model.config.gsd_m)
+    source, cells = _open_imagery(settings, aoi, model.config.gsd_m)
     aoi = aoi or source.area()
     if aoi is None:
         raise AreaError("which area?", where=source.name, expected="--bbox, --bounds or --aoi")
     if not settings.images and settings.imagery is None:
         settings = settings.model_copy(update={"imagery": source.name})
-    notes = coverage_notes(source, aoi) + scale_notes(source.native_gsd_m, model.config.gsd_m)
+    notes = [] if cells else coverage_notes(source, aoi)
+    notes += scale_notes(source.native_gsd_m, model.config.gsd_m)
     extras = extras_of(request_of(settings, aoi), model)
     model, radiometry, more = with_radiometry(model, source, aoi, settings.radiometry)
     if radiometry != "none":  # measured once, here; the workers are told the numbers
@@ -162,6 +173,9 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
     threads = settings.threads or default_threads()
     settings = settings.model_copy(update={"threads": threads})
     pins = _pins(settings, aoi, source, model, model_name, lattices, tiling)
+    pins["imagery"]["cells"] = cells
+    if cells:
+        notes.append(f"more images than one mosaic may have: opened for {cells} x {cells} tiles at a time")
     return Prepared(
         settings,
         pins,
@@ -173,8 +187,41 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
         tiling,
         radiometry,
         extras,
+        cells,
         notes + more,
     )
+
+
+def _open_imagery(
+    settings: RegionSettings, aoi: AOI | None, gsd_m: float
+) -> tuple[ImagerySource, int | None]:
+    """The imagery of the whole area, or that of one place in it where there is too much for one mosaic.
+
+    Raises:
+        InputError: as `open_source`; with `--radiometry match`, which has to measure all of it.
+    """
+    from canopy.inference.job import open_source
+    from canopy.sources.stac import TooManyItemsError
+
+    try:
+        return open_source(request_of(settings, aoi), gsd_m), None
+    except TooManyItemsError:
+        measures = settings.radiometry != "none" and settings.radiometry.count(",") != 11
+        if aoi is None or measures:
+            raise
+    outline = aoi.lonlat
+    places = (
+        [outline.representative_point(), outline.centroid, *map(Point, outline.exterior.coords[:8])]
+        if (isinstance(outline, Polygon))
+        else [outline.representative_point()]
+    )
+    for place in places:
+        try:
+            here = AOI.from_bbox((place.y, place.x), PLACE_M)
+            return open_source(request_of(settings, here), gsd_m), CELL_TILES
+        except AreaError:
+            continue
+    raise AreaError("no imagery at the places that were tried", where=aoi.describe())
 
 
 def default_threads() -> int:

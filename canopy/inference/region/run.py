@@ -280,7 +280,7 @@ def _mark_bare(ledger: Ledger, prepared: Prepared) -> None:
     import shapely
 
     outline = prepared.source.area()
-    if outline is None:
+    if outline is None or prepared.cells:
         return
     area, side = prepared.tiling.area, prepared.tiling.tile_px
     # A quarter of a tile of slack: catalogs draw outlines with a broad pen.

@@ -14,9 +14,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from canopy.errors import CanopyError, FetchError, InputError, OutputError
+from canopy.errors import AreaError, CanopyError, FetchError, InputError, OutputError
+from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
 from canopy.inference import output
 from canopy.inference.extras import QUALITY_BAND
@@ -25,7 +26,12 @@ from canopy.inference.region.plan import Prepared, open_region, settings_from
 from canopy.inference.region.settings import RegionSettings
 from canopy.inference.region.tiling import TileTask
 
+if TYPE_CHECKING:
+    from canopy.sources.imagery import ImagerySource
+
 TILES = "tiles"
+# Opened imagery that a worker keeps where it is opened part by part.
+CELLS_KEPT = 2
 _EPOCH = datetime.date(1970, 1, 1)
 # More scenes than this in one tile's row only make the ledger large.
 _MOST_SCENES = 50
@@ -106,6 +112,26 @@ class TileWorker:
         )
         self.prepared: Prepared = open_region(settings, area_of(pins))
         refuse_changes(pins, self.prepared.pins, self.folder)
+        self._sources: dict[tuple[int, int], ImagerySource | None] = {}
+
+    def source_of(self, task: TileTask) -> ImagerySource | None:
+        """The imagery for a tile; None where its part of the area has none."""
+        from canopy.inference.job import open_source
+
+        prepared = self.prepared
+        if prepared.cells is None:
+            return prepared.source
+        key = (task.row // prepared.cells, task.col // prepared.cells)
+        if key not in self._sources:
+            while len(self._sources) >= CELLS_KEPT:
+                self._sources.pop(next(iter(self._sources)))
+            area = AOI.from_grid(prepared.tiling.cell(task.row, task.col, prepared.cells))
+            try:
+                request = replace(prepared.request, area=area)
+                self._sources[key] = open_source(request, prepared.lattices.gsd_m)
+            except AreaError:
+                self._sources[key] = None
+        return self._sources[key]
 
     def make(self, task: TileTask) -> Outcome:
         """Predict and write one tile.
@@ -120,10 +146,13 @@ class TileWorker:
         prepared = self.prepared
         target = prepared.lattices.target(prepared.tiling.window(task.row, task.col))
         path = tile_path(self.folder, task.id)
-        source = SceneNames.of(prepared.source, target.output)
+        imagery = self.source_of(task)
+        if imagery is None:
+            return self._empty(task, started)
+        source = SceneNames.of(imagery, target.output)
         request = prepared.request
         job = Job(
-            request, prepared.source, prepared.aoi, prepared.model, prepared.model_name, target,
+            request, imagery, prepared.aoi, prepared.model, prepared.model_name, target,
             plan=None, cost=None,  # type: ignore[arg-type]  # both are for the words before a run
             files=output.OutputFiles(path, path.with_suffix(".json")), radiometry=prepared.radiometry,
             extras=prepared.extras,
@@ -143,10 +172,7 @@ class TileWorker:
                         raise _Empty
         except _Empty:
             path.unlink(missing_ok=True)
-            return Outcome(
-                task, "empty", socket.gethostname(), time.perf_counter() - started,
-                reason="no valid imagery in the area",
-            )  # fmt: skip
+            return self._empty(task, started)
         facts: dict[str, Any] = {
             "pixels": summary.pixels,
             "valid": summary.valid_pixels,
@@ -164,6 +190,11 @@ class TileWorker:
             task, "done", socket.gethostname(), time.perf_counter() - started,
             sha256=writer.sha256, size=path.stat().st_size, facts=facts,
         )  # fmt: skip
+
+    @staticmethod
+    def _empty(task: TileTask, started: float) -> Outcome:
+        seconds = time.perf_counter() - started
+        return Outcome(task, "empty", socket.gethostname(), seconds, reason="no valid imagery in the area")
 
     def attempt(self, task: TileTask) -> Outcome:
         """`make`, with failures told as an outcome."""

@@ -79,6 +79,13 @@ class Tiling:
         """The pixels that a tile writes."""
         return self.area.window(*self.offset(row, col))
 
+    def cell(self, row: int, col: int, tiles: int) -> Grid:
+        """The square of `tiles` x `tiles` tiles that a tile is in, with half a tile around it."""
+        row0, col0 = self.area.origin_rc
+        side, margin = tiles * self.tile_px, self.tile_px // 2 + 512
+        top, left = row // tiles * side - row0 - margin, col // tiles * side - col0 - margin
+        return self.area.window(top, left, side + 2 * margin, side + 2 * margin)
+
     def name(self, row: int, col: int) -> str:
         """A tile's id: its quadkey, or the CRS and its place on the tile lattice."""
         if self.kind != "quadkey":

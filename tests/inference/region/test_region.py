@@ -348,3 +348,26 @@ def test_an_image_that_is_damaged_fails_its_tiles_only(
     assert all("broken.tif" in reason for _, reason in result.failures)
     for tile, _ in result.failures:
         assert not tile_path(tmp_path / "run", tile).exists()
+
+
+def test_more_images_than_one_mosaic_may_have_are_opened_in_parts(
+    settings: Make, inline: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from canopy.inference import job
+    from canopy.sources.stac import TooManyItemsError
+
+    area = {"bounds": "500000,4881900,500120,4882000", "bounds_crs": "EPSG:32618"}
+    run(settings(out=str(tmp_path / "whole"), **area), inline)
+    real, asked = job.open_source, []
+
+    def limited(request: Request, gsd_m: float) -> object:
+        asked.append(request.area)
+        if len(asked) in (1, 3):  # the whole area: by the driver, and by the worker
+            raise TooManyItemsError("more than 2000 items there")
+        return real(request, gsd_m)
+
+    monkeypatch.setattr(job, "open_source", limited)
+    monkeypatch.setattr("canopy.inference.region.plan.PLACE_M", 20.0)
+    result = run(settings(**area), inline)
+    assert result.exit_code == 0 and len(asked) > 4
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
