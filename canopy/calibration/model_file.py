@@ -21,6 +21,7 @@ from canopy.models.registry import file_sha256, read_header, resolve_model
 from canopy.runtime import Progress, log
 
 _VERIFIED = (0.5, 0.8, 0.9, 0.95)
+_Way = tuple[IntervalTable, list[Scored], list[Scored]]
 
 
 def calibrate_model(
@@ -59,13 +60,14 @@ def calibrate_model(
     chips, identity = load_chips(data, splits)
     scored = list(score_chips(network, chips, progress=progress))
     log.info(f"{len(scored)} chips predicted")
-    table, facts = _fit(scored)
+    ways = _both_ways(scored)
+    table, facts = _fit(scored, ways)
     facts |= {
         "version": __version__, "data": identity, "splits": list(splits), "block_m": BLOCK_M,
         "chips": len(scored), "model_sha256": file_sha256(source), "tensors_sha256": tensors_sha256(source),
     }  # fmt: skip
     raw = table.to_dict()
-    area = _areas(scored, table, facts)
+    area = _areas(scored, table, ways, facts)
     facts["elsewhere"] = _elsewhere(network, data, report_splits, table, area, progress)
     raw |= {"facts": facts} | ({"area": area.to_dict()} if area is not None else {})
     additions: dict[str, Any] = {CARD_KEY: raw, GAP_KEY: gaps_to_dict(scored)}
@@ -75,33 +77,33 @@ def calibrate_model(
     return {"model": str(model), "output": str(target), "sha256": sha256, **facts}
 
 
-def _fit(scored: list[Scored]) -> tuple[IntervalTable, dict[str, Any]]:
+def _fit(scored: list[Scored], ways: list[_Way]) -> tuple[IntervalTable, dict[str, Any]]:
     """The table of all chips, and what tables of the halves do on each other."""
     table = fit_intervals(cells_of(scored))
     parts: dict[float, list[dict[str, Any]]] = {level: [] for level in _VERIFIED}
-    for one, two in _both_ways(scored):
-        made, cells = fit_intervals(cells_of(one)), cells_of(two)
+    for made, _, two in ways:
+        cells = cells_of(two)
         for level in _VERIFIED:
             parts[level].append(coverage(made, cells, level))
     verified = [pooled(tables) for tables in parts.values() if tables]
     return table, {"verified_on_unseen_halves": verified}
 
 
-def _both_ways(scored: list[Scored]) -> list[tuple[list[Scored], list[Scored]]]:
+def _both_ways(scored: list[Scored]) -> list[_Way]:
+    """Each half with its own table, and the other half to verify it on."""
     one, two = halves(scored)
     if min(len(one), len(two)) < 2:
         raise DataError(
             f"{len(scored)} held-out chips", expected="at least 4", remedy="give more with --data"
         )
-    return [(one, two), (two, one)]
+    return [(fit_intervals(cells_of(a)), a, b) for a, b in ((one, two), (two, one))]
 
 
-def _areas(scored: list[Scored], table: IntervalTable, facts: dict[str, Any]) -> Any:
+def _areas(scored: list[Scored], table: IntervalTable, ways: list[_Way], facts: dict[str, Any]) -> Any:
     """The area model of all chips, with its coverage on unseen halves; None where tiles are too few."""
     try:
         rows: dict[str, list[dict[str, float]]] = {}
-        for one, two in _both_ways(scored):
-            made = fit_intervals(cells_of(one))
+        for made, one, two in ways:
             for size, row in area_coverage(two, made, fit_areas(one, made)).items():
                 rows.setdefault(size, []).append(row)
         model = fit_areas(scored, table)

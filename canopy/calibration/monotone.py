@@ -192,8 +192,11 @@ def _slopes(
     right = design.T @ cross + np.ones(count) / _PRIOR_SLOPE**2
     root = cholesky(normal, lower=True)
     half = solve_triangular(root, np.eye(count), lower=True)
-    slopes = lsq_linear(root.T, solve_triangular(root, right, lower=True), bounds=SLOPES).x
-    return slopes, half.T @ half
+    covariance = half.T @ half
+    slopes = covariance @ right
+    if slopes.min() < SLOPES[0] or slopes.max() > SLOPES[1]:
+        slopes = lsq_linear(root.T, solve_triangular(root, right, lower=True), bounds=SLOPES).x
+    return slopes, covariance
 
 
 def _trend(

@@ -92,7 +92,7 @@ def test_removes_a_planted_bias_and_beats_the_scalar(
 def test_changes_nothing_where_nothing_is_wrong(tmp_path: Path, truth: np.ndarray, outliers: float) -> None:
     chm = make_map(truth, tmp_path / "map.tif")
     for seed in range(2):
-        shots = make_shots(truth, tmp_path / f"{seed}.parquet", outliers=outliers, seed=seed)
+        shots = make_shots(truth, tmp_path / f"{seed}.parquet", outliers=outliers, seed=seed, count=300)
         out = tmp_path / f"{seed}.tif"
         correct_map(chm, shots, out)
         assert np.abs(read_raster(out, bands=[1]).values[0] - truth).max() <= 0.1
@@ -143,7 +143,7 @@ def test_few_shots_barely_change_and_too_few_are_refused(tmp_path: Path, truth: 
 def test_a_spatial_trend_is_followed(truth: np.ndarray, tmp_path: Path) -> None:
     x = np.linspace(0, 1, SIDE_PX)
     chm = make_map(truth * (0.65 + 0.3 * x), tmp_path / "map.tif")
-    shots = make_shots(truth, tmp_path / "shots.parquet", count=600)
+    shots = make_shots(truth, tmp_path / "shots.parquet", count=400)
     correct_map(chm, shots, tmp_path / "flat.tif", spacing_m=1e6)
     correct_map(chm, shots, tmp_path / "trend.tif", spacing_m=300)
     error = {n: read_raster(tmp_path / f"{n}.tif", bands=[1]).values[0] - truth for n in ("flat", "trend")}

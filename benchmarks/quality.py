@@ -1,0 +1,92 @@
+"""How often images are flagged out of domain: `python benchmarks/quality.py PACK [--every 6]`.
+
+The reference comes from the pack's training images and the limit from its val images, as `canopy calibrate
+interval` makes them. Flagged is an image whose crops are beyond the limit on average. Towns are NAIP images
+of Californian cities: a tenth of them was looked at when the descriptor was designed, none sets a number.
+Deserts and water are generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from scipy import ndimage
+
+from canopy.calibration.collect import load_chips
+from canopy.calibration.domain import crops_described, fit_domain
+from canopy.inference.quality import CARD_KEY, QualityRules, rules_of
+
+NAIP_GSD_M, MODEL_GSD_M = 0.6, 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pack", type=Path)
+    parser.add_argument("--every", type=int, default=6, help="take every n-th town image")
+    parser.add_argument("--generated", type=int, default=40, help="deserts and lakes to generate, each")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    args = parser.parse_args()
+    images = {
+        s: [c.rgb for c in load_chips(args.pack, (s,))[0]] for s in ("train", "val", "test", "test_hard")
+    }
+    rules = rules_of({CARD_KEY: fit_domain(images.pop("train"), images["val"])})
+    groups = {name: [_ratio(rules, image) for image in found] for name, found in images.items()}
+    towns = sorted((args.pack / "ssl" / "naip_ca").glob("*.tif"))[:: args.every]
+    groups["towns"] = [_ratio(rules, _read(path)) for path in towns]
+    groups["deserts"] = [_ratio(rules, desert(seed)) for seed in range(args.generated)]
+    groups["water"] = [_ratio(rules, water(seed)) for seed in range(args.generated)]
+    rows = {}
+    for name, found in groups.items():
+        values = np.array([v for v in found if v is not None])
+        rows[name] = {"images": len(values), "flagged": round(float((values > 1).mean()), 4)}
+        print(f"{name:10} {len(values):5} images, {100 * rows[name]['flagged']:.1f} % flagged out of domain")
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _ratio(rules: QualityRules, image: np.ndarray) -> float | None:
+    """Mean distance of an image's crops in units of the limit; None where it is too small."""
+    described = crops_described(image)
+    return float(np.mean([rules.distance(d) for d in described])) / rules.limit if described else None
+
+
+def _read(path: Path) -> np.ndarray:
+    with rasterio.open(path) as file:
+        return ndimage.zoom(file.read(), (1, NAIP_GSD_M / MODEL_GSD_M, NAIP_GSD_M / MODEL_GSD_M), order=1)
+
+
+def _field(rng: np.random.Generator, sigma_px: float, side: int = 512) -> np.ndarray:
+    made = ndimage.gaussian_filter(rng.normal(size=(side, side)), sigma_px, mode="wrap")
+    return made / made.std()
+
+
+def desert(seed: int) -> np.ndarray:
+    """Sand, stones and dunes, uint8 (3, 512, 512)."""
+    rng = np.random.default_rng([1, seed])
+    sand = np.array([0.72, 0.58, 0.42]) * rng.uniform(0.75, 1.2) + rng.normal(0, 0.03, 3)
+    light = 1 + 0.05 * _field(rng, 40) + rng.uniform(0.01, 0.04) * _field(rng, 8)
+    light += rng.uniform(0.005, 0.02) * _field(rng, 1)
+    light += rng.uniform(0, 0.05) * np.sin((np.arange(512) + 20 * _field(rng, 30)) / rng.uniform(6, 25))
+    stones = ndimage.binary_dilation(rng.random((512, 512)) < rng.uniform(0, 0.002), iterations=2)
+    return _bytes(sand[:, None, None] * light * np.where(stones, 0.6, 1.0))
+
+
+def water(seed: int) -> np.ndarray:
+    """Dark to turbid water with waves, uint8 (3, 512, 512)."""
+    rng = np.random.default_rng([2, seed])
+    colours = [[0.10, 0.17, 0.22], [0.06, 0.10, 0.13], [0.15, 0.25, 0.25], [0.25, 0.30, 0.28]]
+    tone = np.array(colours[rng.integers(4)]) * rng.uniform(0.75, 1.25)
+    waves = 1 + 0.05 * _field(rng, 60) + rng.uniform(0.01, 0.06) * _field(rng, 1.5)
+    return _bytes(tone[:, None, None] * waves + rng.uniform(0, 0.01) * rng.normal(size=(512, 512)))
+
+
+def _bytes(rgb: np.ndarray) -> np.ndarray:
+    return np.round(np.clip(rgb, 1 / 255, 1) * 255).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    main()
