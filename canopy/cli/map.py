@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -49,6 +49,8 @@ from canopy.cli.predict_options import (
 )
 
 if TYPE_CHECKING:
+    from canopy.inference.region.cost import RegionCost
+    from canopy.inference.region.plan import Prepared
     from canopy.inference.region.run import RunResult
     from canopy.inference.region.settings import RegionSettings
 
@@ -154,18 +156,22 @@ def run_map(
         CanopyError: see `canopy.inference.region.run`.
     """
     from canopy.cli.map_progress import watching
-    from canopy.inference.region.run import prepare_run, start
+    from canopy.inference.region.cost import region_cost
+    from canopy.inference.region.run import elapsed_text, prepare_run, start
     from canopy.runtime import log
 
     settings.parse_shard()
     prepared = prepare_run(settings, resume=resume, overwrite=overwrite)
     tiling = prepared.tiling
-    tiles = sum(1 for _ in tiling.tiles(prepared.aoi))
-    log.info(f"{prepared.aoi.describe()}, {tiles:,} tile{'' if tiles == 1 else 's'} of {tiling.tile_px} px")
+    tiles = tiling.count(prepared.aoi)
+    new = overwrite or not (settings.folder / "run.json").exists()
+    cost = region_cost(prepared) if dry_run or (new and settings.scheduler == "local" and not quiet) else None
+    text = f"{prepared.aoi.describe()}, {tiles:,} tile{'' if tiles == 1 else 's'} of {tiling.tile_px} px"
+    log.info(text + (f", ~{elapsed_text(cost.hours * 3600)}" if cost else ""))
     for note in prepared.notes:
         log.warning(f"note: {note}")
-    if dry_run:
-        _show_cost(prepared, json)
+    if dry_run and cost:
+        _show_cost(prepared, cost, json)
         return
     with watching(quiet) as watch:
         result = start(prepared, overwrite=overwrite, retry_failed=retry_failed, verify=verify, watch=watch)
@@ -204,11 +210,9 @@ def _show_status(folder: str, json: bool) -> None:
         typer.echo(f"failed {failed['tile']}: {failed['reason']}")
 
 
-def _show_cost(prepared: Any, json: bool) -> None:
-    from canopy.inference.region.cost import region_cost
+def _show_cost(prepared: Prepared, cost: RegionCost, json: bool) -> None:
     from canopy.runtime import log
 
-    cost = region_cost(prepared)
     if json:
         print_json(
             {"dry_run": True, "area": prepared.aoi.describe(), **cost.to_dict(), "notes": prepared.notes}

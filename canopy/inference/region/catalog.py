@@ -117,7 +117,7 @@ def model_item(prepared: Prepared, pins: Pins) -> dict[str, Any]:
     return {
         "type": "Feature",
         "stac_version": "1.0.0",
-        "stac_extensions": [MLM],
+        "stac_extensions": [MLM, EXTENSIONS[2]],
         "id": f"model-{facts['name']}",
         "geometry": {"type": "Polygon", "coordinates": [_WORLD]},
         "bbox": [-180, -90, 180, 90],
@@ -174,7 +174,8 @@ def _collection(
 ) -> dict[str, Any]:
     settings = prepared.settings
     west, south, east, north = area_of(pins).bounds_lonlat
-    interval: list[str | None] = [None, None]
+    # Unknown dates become the widest true statement, as in the items.
+    interval = ["1900-01-01T00:00:00Z", pins["canopy"]["created"]]
     if dates:
         interval = [f"{dates[0]}T00:00:00Z", f"{dates[-1]}T23:59:59Z"]
     assets = {
@@ -199,7 +200,7 @@ def _collection(
             f"{output.imagery_text(prepared.source)} by the model {prepared.model_name}."
         ),
         "keywords": ["canopy height", "forest"],
-        "license": "other",
+        "license": "various",
         "extent": {
             "spatial": {"bbox": [[west, south, east, north]]},
             "temporal": {"interval": [interval]},

@@ -75,7 +75,10 @@ class ClusterEngine:
         """Ask for a GPU where workers have declared theirs."""
         if self._how.device not in ("auto", "cuda"):
             return None
-        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        try:
+            workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        except TypeError:  # before 2025 it always told of all of them
+            workers = self._client.scheduler_info()["workers"].values()
         return {"GPU": 1} if any("GPU" in worker.get("resources", {}) for worker in workers) else None
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 from canopy.inference.estimate import BYTES_PER_PIXEL, OVERHEAD_S_PER_PX, seconds_per_crop
 from canopy.inference.plan import Lattice, plan_windows
+from canopy.inference.region.engines import local_devices
 from canopy.inference.region.plan import Prepared
 
 # A worker reads its tile's imagery at its native pixel, three bytes each, before any compression.
@@ -85,7 +86,8 @@ def region_cost(prepared: Prepared, crop_seconds: float | None = None) -> Region
         crops = round(plan.n_crops * share)
         predicted = round(target.predict.height * target.predict.width * share)
     worker_s = crops * crop_seconds + OVERHEAD_S_PER_PX * (pixels + predicted)
-    workers = settings.workers or 1
+    local = settings.scheduler == "local"
+    workers = len(local_devices(settings.device, settings.workers)) if local else settings.workers or 1
     seen_m2 = crops * (config.crop_px * config.gsd_m) ** 2 * (1 / lattice.waste)
     hours = worker_s / 3600
     return RegionCost(

@@ -140,7 +140,10 @@ class LocalEngine:
         return [value]
 
     def _bury(self, slot: _Slot) -> list[Outcome]:
-        slot.process.join()
+        slot.process.join(STOP_S)
+        if slot.process.is_alive():  # it has closed its side and does not end
+            slot.process.kill()
+            slot.process.join()
         code, task = slot.process.exitcode, slot.task
         if not slot.ready:
             self._bad_starts += 1

@@ -73,7 +73,7 @@ class Ledger:
         self._committed = time.monotonic()
         with self._guard():
             if read_only:
-                self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=30)
+                self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=2)
             else:
                 self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
                 if file_system(path) in _NETWORK:

@@ -78,7 +78,7 @@ def prepare_run(settings: RegionSettings, *, resume: bool = False, overwrite: bo
     pins = read_pins(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError("is a file", where=folder, expected="the folder of a run")
-    if pins is None and folder.is_dir() and any(folder.iterdir()):
+    if pins is None and folder.is_dir() and not all(_is_ours(path.name) for path in folder.iterdir()):
         raise InputError(
             "the folder holds something that is no run", where=folder, remedy="choose another -o"
         )
@@ -98,6 +98,11 @@ def prepare_run(settings: RegionSettings, *, resume: bool = False, overwrite: bo
 
         published_ratio(prepared.tiling)  # known now, not after days of work
     return prepared
+
+
+def _is_ours(name: str) -> bool:
+    """Names that a start leaves which died before it had pinned anything."""
+    return name in (TILES, shards.FOLDER) or name.startswith((LOCK, f".{RUN_FILE}", LEDGER))
 
 
 def start(
@@ -286,6 +291,8 @@ def _mark_bare(ledger: Ledger, prepared: Prepared) -> None:
     # A quarter of a tile of slack: catalogs draw outlines with a broad pen.
     shape = outline.to_crs(area.crs).geometry.buffer(side * area.pixel[0] / 4)
     shapely.prepare(shape)
+    if shape.covers(shapely.box(*area.bounds)):
+        return
     for task in ledger.pending():
         window = prepared.tiling.window(task.row, task.col)
         if not shape.intersects(shapely.box(*window.bounds)):

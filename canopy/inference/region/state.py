@@ -24,6 +24,25 @@ def outputs_digest(ledger: Ledger) -> str:
     return digest.hexdigest()
 
 
+def _sum(paths: list[Path], run: str) -> tuple[dict[str, int], dict[str, float], list[dict[str, str]]]:
+    """Counts, totals and first failures of some ledgers of a run."""
+    counts = dict.fromkeys(STATES, 0)
+    totals = {"km2": 0.0, "km2_finished": 0.0, "worker_seconds": 0.0, "bytes": 0.0}
+    failures: list[dict[str, str]] = []
+    for path in paths:
+        with Ledger(path, read_only=True) as ledger:
+            if ledger.get("run") != run:
+                continue
+            for state, count in ledger.counts().items():
+                counts[state] += count
+            for key, value in ledger.totals().items():
+                totals[key] += value
+            for row in ledger.rows("failed"):
+                if len(failures) < _MOST_FAILURES:
+                    failures.append({"tile": row.task.id, "reason": row.reason or ""})
+    return counts, totals, failures
+
+
 def status(folder: Path) -> dict[str, Any]:
     """Counts, area, failures and pace of a run, from all of its ledgers; changes nothing.
 
@@ -33,22 +52,10 @@ def status(folder: Path) -> dict[str, Any]:
     pins = read_pins(folder)
     if pins is None:
         raise InputError("no run there", where=folder, expected=f"a folder with {RUN_FILE}")
-    counts = dict.fromkeys(STATES, 0)
-    totals = {"km2": 0.0, "km2_finished": 0.0, "worker_seconds": 0.0, "bytes": 0.0}
-    failures: list[dict[str, str]] = []
-    main = folder / "ledger.sqlite"
-    parts = [main] if main.is_file() else list(shards.ledgers(folder))
-    for path in parts:
-        with Ledger(path, read_only=True) as ledger:
-            if ledger.get("run") != run_id(pins):
-                continue
-            for state, count in ledger.counts().items():
-                counts[state] += count
-            for key, value in ledger.totals().items():
-                totals[key] += value
-            for row in ledger.rows("failed"):
-                if len(failures) < _MOST_FAILURES:
-                    failures.append({"tile": row.task.id, "reason": row.reason or ""})
+    main, parts = folder / "ledger.sqlite", list(shards.ledgers(folder))
+    # The whole run's ledger is behind while shards are at work, and ahead of them afterwards.
+    sums = [_sum(paths, run_id(pins)) for paths in ([main] if main.is_file() else [], parts)]
+    counts, totals, failures = max(sums, key=lambda one: one[0]["done"] + one[0]["empty"] + one[0]["failed"])
     finished = counts["done"] + counts["empty"]
     holders = [read_holder(path) for path in sorted(folder.glob(".lock*"))]
     return {

@@ -8,6 +8,7 @@ tile a second time replaces it by the same bytes.
 from __future__ import annotations
 
 import datetime
+import errno
 import os
 import socket
 import time
@@ -210,11 +211,12 @@ def failure(task: TileTask, error: BaseException, seconds: float) -> Outcome:
     reason = str(error) if isinstance(error, CanopyError) else f"{type(error).__name__}: {error}"
     reason = " ".join(reason.split())[:500]
     fetch = isinstance(error, FetchError)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
     # Bad input stays bad; a host, a device or a bug's bad luck may not.
     return Outcome(
         task, "failed", socket.gethostname(), seconds, reason=reason,
         again=fetch or not isinstance(error, InputError),
-        stop=isinstance(error, OutputError),
+        stop=full or isinstance(error, OutputError),
     )  # fmt: skip
 
 

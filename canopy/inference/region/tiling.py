@@ -21,7 +21,7 @@ from canopy.geo.tiles import HALF_WORLD_M
 KINDS = ("quadkey", "utm")
 # A UTM tile of zoom 10 is a square of this side, about what a quadkey of zoom 10 is at the equator.
 UTM_ZOOM_10_M = 40_960.0
-LEAST_TILE_PX = 64
+LEAST_TILE_PX = 16
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,14 @@ class Tiling:
                 _, _, height, width = self.offset(row, col)
                 yield TileTask(ordinal, self.name(row, col), row, col, km2 * height * width)
                 ordinal += 1
+
+    def count(self, aoi: AOI) -> int:
+        """How many tiles `tiles` gives."""
+        if aoi.is_box:
+            return len(self.rows) * len(self.cols)
+        shape = aoi.to_crs(self.area.crs).geometry
+        shapely.prepare(shape)
+        return sum(len(self._cols_hit(row, shape)) for row in self.rows)
 
     def _cols_hit(self, row: int, shape: shapely.Geometry | None) -> list[int]:
         cols = np.arange(self.cols.start, self.cols.stop)
