@@ -57,7 +57,7 @@ class FiniteGuard:
         Raises:
             CanopyError: the third bad one in a row.
         """
-        named = [f"{k} is {float(v)}" for k, v in terms.items() if not torch.isfinite(v)]
+        named = [f"{k} is {v.item()}" for k, v in terms.items() if not torch.isfinite(v)]
         self.skip = _anywhere(bool(named), next(iter(terms.values())).device)
         if not self.skip:
             self.in_a_row = 0

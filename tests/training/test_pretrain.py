@@ -97,10 +97,9 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_same(uninterrupted, tmp_pat
     assert_equal_runs(whole, tmp_path)
 
 
+@pytest.mark.parametrize("uninterrupted", ["dinov2"], indirect=True)
 def test_killed_by_sigkill_and_resumed_is_bitwise_the_same(uninterrupted, tmp_path):
     settings, whole = uninterrupted
-    if settings.objective == "mae":
-        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"workers": 1})})
     died = subprocess.run(
         [sys.executable, "-c", KILLED, settings.model_dump_json(), str(tmp_path)],
         capture_output=True, text=True, timeout=600,
