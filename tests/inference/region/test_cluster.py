@@ -51,7 +51,7 @@ def test_a_worker_that_does_not_see_the_run_ends_it(cluster: str, tmp_path: Path
 
     engine = ClusterEngine(How(str(tmp_path / "nowhere"), "x"), cluster)
     engine.submit(TileTask(0, "t", 0, 0))
-    with pytest.raises(InputError, match="workers need the same folder"):
+    with pytest.raises(InputError, match="Workers need the same folder"):
         for _ in range(100):
             engine.wait(1.0)
     engine.close(kill=True)
