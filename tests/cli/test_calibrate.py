@@ -25,15 +25,16 @@ def chips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from canopy.sources.synth_render import render
 
     made = []
-    for number in range(10):
-        split = "val" if number < 8 else "train"
+    for number in range(12):
         tile = render(random_spec(4000 + number), 0.0, 0.0, 256, 256)
+        rgb = np.maximum(tile.rgb, 1)
         chm = tile.chm.reshape(128, 2, 128, 2).max(axis=(1, 3)).astype(np.float32)
-        made.append(Chip(ChipRow(f"c{number}", "forest", "lidar", split), np.maximum(tile.rgb, 1), chm))
-    for number in range(30):  # a domain needs more crops than these tiles have
-        tile = render(random_spec(5000 + number), 0.0, 0.0, 256, 256)
-        chm = np.zeros((128, 128), np.float32)
-        made.append(Chip(ChipRow(f"d{number}", "forest", "lidar", "train"), np.maximum(tile.rgb, 1), chm))
+        if number < 8:
+            made.append(Chip(ChipRow(f"c{number}", "forest", "lidar", "val"), rgb, chm))
+            continue
+        for turn in range(8):  # a domain needs more crops than there are tiles to wait for
+            turned = np.ascontiguousarray(np.rot90(rgb, turn % 4, (1, 2))[:, :, :: 1 if turn < 4 else -1])
+            made.append(Chip(ChipRow(f"c{number}_{turn}", "forest", "lidar", "train"), turned, chm))
     path = tmp_path_factory.mktemp("chips") / "chips.safetensors"
     write_store(path, made, "0" * 64)
     return path
