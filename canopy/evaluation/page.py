@@ -23,7 +23,8 @@ tabular-nums; } caption { text-align: left; color: #47525a; font-size: .9rem; pa
 th, td { padding: .28rem .7rem; border-bottom: 1px solid #e1e5e7; text-align: right; vertical-align: top; }
 th { background: #f3f5f6; font-weight: 600; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.text { overflow-wrap: anywhere; }
+td { white-space: nowrap; }
+td.text { white-space: normal; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 figure { margin: 1rem 0 1.4rem; }
 figure img { max-width: 100%; height: auto; }
