@@ -1,7 +1,8 @@
 """Score a model beside both baselines: `python pipelines/score_pack.py CHIPS --model NAME --splits val`.
 
 `--publish MODEL.safetensors --card docs/model-card.md` stores the scores in a copy of the model and
-writes its card.
+writes its card. A model that was trained on the val rows too cannot be judged by them: `--unseen SIBLING`
+names the same training without them, whose val scores and calibration the copy gets instead.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ def main() -> int:
     parser.add_argument("chips", type=Path, help="folder of canopy data chips")
     parser.add_argument("--model", default="default")
     parser.add_argument("--splits", default="val", help="val,test,test_hard; test is for reports only")
+    parser.add_argument(
+        "--unseen", metavar="SIBLING", help="model file: val scores and calibration of this one"
+    )
     parser.add_argument("--crop-px", type=int, help="score, and publish, with this crop side")
     parser.add_argument("--publish", type=Path, help="write the model with these scores here")
     parser.add_argument("--card", type=Path, help="write the model card here")
@@ -35,7 +39,10 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from canopy.calibration.gap import CARD_KEY as GAP
+    from canopy.inference.quality import CARD_KEY as QUALITY
     from canopy.models.checkpoint import load_model, save_checkpoint
+    from canopy.models.intervals import CARD_KEY as INTERVALS
     from canopy.models.registry import describe
     from canopy.training.report import height_table, markdown_table, model_card, score_with_baselines
 
@@ -44,6 +51,9 @@ def _run(args: argparse.Namespace) -> None:
         model.config = dataclasses.replace(model.config, crop_px=args.crop_px)
     splits = tuple(args.splits.split(","))
     scores = score_with_baselines(model, args.chips, splits)
+    sibling = load_model(args.unseen) if args.unseen else None
+    if sibling:
+        scores |= score_with_baselines(sibling, args.chips, ("val",))
     for split, tables in scores.items():
         print(f"{split}\n{markdown_table(tables)}\n\n{height_table(tables)}\n")
     if args.json:
@@ -51,6 +61,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.publish:
         notes = dict(note.split("=", 1) for note in args.note)
         card = {**model.card, **notes, "scores": {**model.card.get("scores", {}), **scores}}
+        if sibling:
+            card |= {key: sibling.card[key] for key in (INTERVALS, GAP, QUALITY) if key in sibling.card}
         for split in scores:
             card[split] = scores[split]["model"]
         save_checkpoint(args.publish, model, json.loads(json.dumps(card)))
