@@ -331,7 +331,7 @@ def test_the_published_layout(settings: Make, inline: type, tmp_path: Path, name
     assert mapped > 1000
 
 
-def test_an_image_that_is_damaged_fails_its_tiles_only(
+def test_an_image_that_is_cut_short_fails_its_tiles_only(
     settings: Make, inline: type, image: Path, tmp_path: Path
 ) -> None:
     with rasterio.open(image) as dataset:
@@ -340,10 +340,8 @@ def test_an_image_that_is_damaged_fails_its_tiles_only(
     broken = tmp_path / "broken.tif"
     with rasterio.open(broken, "w", **profile) as dataset:
         dataset.write(pixels)
-    raw = bytearray(broken.read_bytes())
-    middle = len(raw) // 2
-    raw[middle : middle + 300] = bytes(300)
-    broken.write_bytes(raw)
+    with broken.open("r+b") as file:  # the header is whole and opens; the last blocks are not there
+        file.truncate(broken.stat().st_size * 2 // 3)
     result = run(settings(images=(str(broken),)), inline)
     assert result.exit_code == 3 and 0 < result.counts["failed"] < sum(result.counts.values())
     assert all("broken.tif" in reason for _, reason in result.failures)
