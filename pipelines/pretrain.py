@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--fast-dev-run", action="store_true", help="two steps and a probe")
     args = parser.parse_intermixed_args()
-    from pytorch_lightning.utilities import rank_zero_only
+    from lightning_utilities.core.rank_zero import rank_zero_only
 
     from canopy.training.pretrain_run import pretrain
     from canopy.training.pretrain_settings import PretrainSettings
@@ -33,7 +33,7 @@ def main() -> int:
         card = pretrain(
             settings, args.output, resume=args.resume, fast_dev_run=args.fast_dev_run, command=command
         )
-        if not rank_zero_only.rank:  # one of several processes has the word
+        if not getattr(rank_zero_only, "rank", 0):  # one of several processes has the word
             print(json.dumps({k: card[k] for k in ("objective", "steps", "minutes", "probe")}))
     except CanopyError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -40,7 +40,7 @@ def pretrain(
 
     Example: canopy pretrain configs/pretrain/small.yaml data.chips=chips minutes=30 -o runs/encoder
     """
-    from pytorch_lightning.utilities import rank_zero_only
+    from lightning_utilities.core.rank_zero import rank_zero_only
 
     from canopy.config import load_settings
     from canopy.runtime import progress_bar, setup_logging
@@ -60,7 +60,7 @@ def pretrain(
             command=command,
             progress=progress,
         )
-    if rank_zero_only.rank:
+    if getattr(rank_zero_only, "rank", 0):
         return  # one of several processes has the word
     shown = {k: card[k] for k in ("objective", "steps", "minutes", "images_seen", "probe")}
     if json_:

@@ -50,7 +50,7 @@ def test_the_temperature_rises_and_stays(warmup):
     values = np.array([s.warmup_constant(p, 0.04, 0.07, warmup) for p in GRID])
     assert (np.diff(values) >= 0).all() and values[-1] == pytest.approx(0.07)
     assert values[0] == pytest.approx(0.04 if warmup else 0.07)
-    assert (values[GRID >= warmup] == 0.07).all()
+    assert (values[warmup <= GRID] == 0.07).all()
 
 
 def test_layers_further_down_learn_more_slowly():
