@@ -8,8 +8,8 @@ import typer
 
 _HELP_OUT = "GeoTIFF to write; OUT.json (a STAC item) lies beside it. Default: IMAGE_chm.tif here."
 _HELP_CRS = (
-    "CRS of the map; `image` for the image's own grid; `quadkey` for Web-Mercator pixels that quadkeys divide "
-    "into. Default: the area's UTM zone."
+    "CRS of the map; `image` for the image's own grid; `quadkey` for Web-Mercator pixels that quadkeys "
+    "divide into. Default: the area's UTM zone."
 )
 _HELP_RADIOMETRY = (
     "Move the image's colours onto those of the model's training imagery: none; match; or the target's own "
