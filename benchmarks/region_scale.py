@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 TILE_PX = 2048
+TILE_M = 40.0  # a UTM tile of zoom 20
 LIMIT_MS, LIMIT_RESUME_S = 5.0, 30.0
 
 
@@ -132,7 +133,7 @@ def finished(tiles: int, folder: Path) -> dict[str, float]:
     from canopy.inference.region.run import prepare_run, start
     from canopy.inference.region.settings import RegionSettings
 
-    side = math.ceil(math.sqrt(tiles)) * 64
+    side = round(math.ceil(math.sqrt(tiles)) * TILE_M / 0.6)  # pixels of the image
     image = folder / "image.tif"
     profile = {
         "driver": "GTiff", "width": side, "height": side, "count": 3, "dtype": "uint8", "crs": "EPSG:32618",
@@ -142,7 +143,7 @@ def finished(tiles: int, folder: Path) -> dict[str, float]:
     with rasterio.open(image, "w", **profile) as dataset:
         dataset.write(np.full((3, 64, 64), 90, np.uint8), window=((0, 64), (0, 64)))
     settings = RegionSettings(
-        out=str(folder / "run"), images=(str(image),), grid="utm", zoom=20, tile_px=64, device="cpu"
+        out=str(folder / "run"), images=(str(image),), grid="utm", zoom=20, tile_px=128, device="cpu"
     )
     prepared = prepare_run(settings)
     started = time.perf_counter()
