@@ -53,7 +53,8 @@ def chips(
 
     The manifest has columns id, rgb_path, chm_path (paths count from its folder) and, if known, site, kind,
     split, crs, date_rgb, date_chm (or year_...), sensor or floor_m, gedi_path, licence. Rows without chm_path
-    become chips without heights, for canopy pretrain. Given splits are kept; the rest is split by blocks of ground. DIR gets shards/, index.csv and .parquet, summary.json and
+    become chips without heights, for canopy pretrain. Given splits are kept; the rest is split by
+    blocks of ground. DIR gets shards/, index.csv and .parquet, summary.json and
     contact_sheet.png. Run it again to go on after an interruption or with a longer manifest: nothing is cut
     twice. Exit code 3 when some files could not be read (index.csv says which).
 

@@ -52,9 +52,7 @@ DateBand = Annotated[
 ]
 Interval = Annotated[
     float | None,
-    typer.Option(
-        "--interval", metavar="0.9", help="Add bands height_lower, height_upper of this coverage."
-    ),
+    typer.Option("--interval", metavar="0.9", help="Add bands height_lower, height_upper of this coverage."),
 ]
 QualityBand = Annotated[
     bool, typer.Option("--quality-band", help="Add band quality: bit flags, see docs/uncertainty.md.")
