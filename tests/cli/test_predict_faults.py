@@ -335,7 +335,8 @@ def test_missing_things_are_named(predict, canopy, make_image, tmp_path) -> None
     assert canopy("predict", image, "--model", "nothing", "-o", "x.tif").code == 2
     assert canopy("predict", image, "--imagery", "demo", "-o", "x.tif").code == 2
     assert canopy("predict", "-o", "x.tif").code == 2
-    assert "--interval" in canopy("predict", image, "--interval", "0.9").err
+    uncalibrated = canopy("predict", image, "--model", "canopy-small-v1", "--interval", "0.9")
+    assert uncalibrated.code == 2 and "--interval" in uncalibrated.err
     assert not Path("x.tif").exists()
 
 

@@ -1,6 +1,6 @@
 """The whole chain on the procedural forest: pretrain, fine-tune, score on scenes never seen.
 
-`benchmarks/synthetic_training.py` does it with enough steps to get below a quarter of the constant's error.
+`benchmarks/synthetic_training.py` does it with enough steps to come near a quarter of the constant's error.
 """
 
 from __future__ import annotations
