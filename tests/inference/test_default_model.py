@@ -54,15 +54,14 @@ def test_a_sub_area_equals_the_whole(model, demo) -> None:
 def test_heights_follow_the_scenes_truth(demo) -> None:
     truth, valid = demo.source.truth(demo.grid)
     assert valid.all() and np.isfinite(demo.heights).all()
-    # In 4 m cells: crowns are drawn to the pixel in the truth, no model places them so finely. Few of the
-    # default model's training chips are synthetic: the bar is a sanity check.
+    # In 4 m cells: crowns are drawn to the pixel in the truth, no model places them so finely.
     cell = max(1, round(4 / demo.grid.pixel[0]))
     rows, cols = (n // cell * cell for n in truth.shape)
     coarse = [
         a[:rows, :cols].reshape(rows // cell, cell, cols // cell, cell).mean(axis=(1, 3))
         for a in (truth, demo.heights)
     ]
-    assert np.corrcoef(coarse[0].ravel(), coarse[1].ravel())[0, 1] > 0.5
+    assert np.corrcoef(coarse[0].ravel(), coarse[1].ravel())[0, 1] > 0.6
     assert abs(coarse[0].mean() - coarse[1].mean()) < 5
 
 

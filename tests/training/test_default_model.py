@@ -57,8 +57,8 @@ def test_the_demo_forest_is_no_stranger(model):
     chm = tile.chm.reshape(256, 2, 256, 2).mean(axis=(1, 3))
     chip = Chip(ChipRow("demo", "demo", "synth", "val"), np.maximum(tile.rgb, 1), chm)
     row = score([chip], lambda c: predict_chip(model, c, model.config.crop_px, 0))["all"]
-    assert row["r"] > 0.5
-    assert row["mae_m"] < 0.9 * np.abs(chm - np.median(chm)).mean()
+    assert row["r"] > 0.65
+    assert row["mae_m"] < 0.8 * np.abs(chm - np.median(chm)).mean()
 
 
 def test_trees_stand_above_their_surroundings_in_california(model, shared):
