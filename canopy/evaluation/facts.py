@@ -154,6 +154,8 @@ def _date_note(facts: Mapping[str, Any]) -> str:
     if gap is None:
         unknown = [w for w, key in (("map", "map_dates"), ("reference", "reference_dates")) if not facts[key]]
         return f"the date gap is unknown: no date in the {' and the '.join(unknown) or 'tags'}"
+    if abs(gap) < 0.05:
+        return "the reference was taken at the time of the map's imagery"
     when = "after" if gap > 0 else "before"
     return f"the reference was taken {abs(gap):.1f} years {when} the map's imagery"
 
