@@ -119,6 +119,7 @@ def map_(
       canopy map --status county
     """
     from canopy.config import validate_settings
+    from canopy.errors import ConfigError
     from canopy.inference.region.settings import RegionSettings
     from canopy.runtime import setup_logging
 
@@ -127,8 +128,6 @@ def map_(
         _show_status(status, json)
         return
     if out is None:
-        from canopy.errors import ConfigError
-
         raise ConfigError("no folder was given", where="-o", expected="-o DIR")
     given = {name: context.params[name] for name in RegionSettings.model_fields if name in context.params}
     given["images"] = tuple(images or ())

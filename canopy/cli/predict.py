@@ -93,7 +93,7 @@ def predict(
     from canopy.inference.job import prepare
     from canopy.inference.output import default_out
     from canopy.inference.request import Options, Request
-    from canopy.runtime import log, progress_bar, setup_logging
+    from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
     # What goes to the job as it was typed has the job's own names.
@@ -108,10 +108,7 @@ def predict(
         **cast(Options, given),
     )
     job = prepare(request)
-    for line in job.describe():
-        log.info(line)
-    for note in job.notes:
-        log.warning(f"note: {note}")
+    _announce(job)
     if dry_run:
         _print_plan(job, json)
         return
@@ -121,6 +118,16 @@ def predict(
         print_json(result.to_dict())
     elif not quiet:
         _print_result(result)
+
+
+def _announce(job: Job) -> None:
+    """What is about to be done, before it is done."""
+    from canopy.runtime import log
+
+    for line in job.describe():
+        log.info(line)
+    for note in job.notes:
+        log.warning(f"note: {note}")
 
 
 def _print_plan(job: Job, json: bool) -> None:
