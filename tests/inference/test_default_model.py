@@ -61,7 +61,7 @@ def test_heights_follow_the_scenes_truth(demo) -> None:
         a[:rows, :cols].reshape(rows // cell, cell, cols // cell, cell).mean(axis=(1, 3))
         for a in (truth, demo.heights)
     ]
-    assert np.corrcoef(coarse[0].ravel(), coarse[1].ravel())[0, 1] > 0.6
+    assert np.corrcoef(coarse[0].ravel(), coarse[1].ravel())[0, 1] > 0.55
     assert abs(coarse[0].mean() - coarse[1].mean()) < 5
 
 
