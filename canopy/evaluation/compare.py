@@ -27,7 +27,6 @@ from canopy.evaluation.result import Evaluation, Samples, Stratum
 from canopy.evaluation.samples import block_samples, load_gedi, load_plots, sample_strata
 from canopy.evaluation.strata import stratifiers
 from canopy.evaluation.tally import Tally
-from canopy.geo.opening import raster_env
 from canopy.geo.paths import is_url
 from canopy.runtime import Progress
 
@@ -149,8 +148,7 @@ def score_rasters(
         raise InputError("--column and --radius-m are for tables", expected="a raster has neither")
     rules = options.rules
     ways = stratifiers(options.by, slope=options.slope, dem=options.dem)
-    with raster_env():  # else GDAL's cache grows to its default between reads
-        tally = tally_rasters(pairs, rules, ways, progress)
+    tally = tally_rasters(pairs, rules, ways, progress)
     side = _side_text(tally.layout)
     overall = tally.plain.scores(rules.bootstrap, side)
     corrected = None
