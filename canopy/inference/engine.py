@@ -19,6 +19,7 @@ import numpy as np
 from canopy.errors import CanopyError, ImageryError
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
+from canopy.inference.backends.runner import Runner
 from canopy.inference.blend import Canvas
 from canopy.inference.extras import Extras
 from canopy.inference.forward import Predictor
@@ -118,6 +119,7 @@ def predict_grid(
     device: str | torch.device = "auto",
     precision: str = "auto",
     batch_size: int | str = "auto",
+    runner: Runner | None = None,
     workers: int = 2,
     date_band: bool = False,
     extras: Extras | None = None,
@@ -133,6 +135,8 @@ def predict_grid(
         source: gives RGB, validity and dates on any grid; read from `workers` threads at once.
         sink: receives (1, h, w) heights in metres and (h, w) validity, or (2, h, w) with `date_band`, whose
             second band is the acquisition day since 1970-01-01 (0 where unknown). Each pixel comes once.
+        runner: the model on its runtime, with the outputs that `extras` need; by default torch, on `device`
+            in `precision`.
         extras: other bands beside heights, in the order of its `bands`; stands in for `date_band`.
         aoi: pixels whose centres lie outside become invalid; a box is not masked.
         lattice: crop geometry; the model's own by default.
@@ -148,7 +152,9 @@ def predict_grid(
     started = time.perf_counter()
     progress = progress or NoProgress()
     extras = extras or Extras(date=date_band)
-    predictor = Predictor(model, device=device, precision=precision, batch_size=batch_size, extras=extras)
+    predictor = Predictor(
+        model, device=device, precision=precision, batch_size=batch_size, extras=extras, runner=runner
+    )
     lattice = lattice or Lattice.of(model.config.crop_px, model.config.patch_px)
     plan = plan_windows(grid, lattice, window_px)
     summary = RunSummary(windows=len(plan), crops=plan.n_crops)

@@ -1,6 +1,6 @@
 """What a map holds beside heights: interval bands, acquisition days, quality flags.
 
-The network's spread and the scores behind the flags are blended over the crops like heights are, and only
+The network's further outputs and the scores behind the flags are blended over the crops like heights are, and only
 then turned into bands. So these bands depend on tiles, batches and threads as little as heights do.
 """
 
@@ -43,14 +43,19 @@ class Extras:
     raw: bool = False
 
     @property
-    def spread(self) -> bool:
-        """Whether the network's spread is needed."""
-        return self.interval is not None
+    def outputs(self) -> tuple[str, ...]:
+        """What the network is to give, by name (`HeightModel.layers`): heights first."""
+        return ("height", *(self.interval.hints(self.level) if self.interval else ()))
+
+    @property
+    def views(self) -> int:
+        """Over how many views of a crop the spread is taken (`canopy.inference.views`)."""
+        return self.interval.views if self.interval else 1
 
     @property
     def layers(self) -> int:
-        """Layers that are predicted and blended: heights, spread, scores of the flags."""
-        return 1 + self.spread + (len(self.quality.names) if self.quality else 0)
+        """Layers that are predicted and blended: the network's outputs, then scores of the flags."""
+        return len(self.outputs) + (len(self.quality.names) if self.quality else 0)
 
     @property
     def bands(self) -> tuple[Band, ...]:
@@ -61,15 +66,16 @@ class Extras:
         """Blended layers (`layers`, h, w) and days (h, w) -> the map's bands (b, h, w) float32."""
         if self.raw:
             return np.concatenate([layers, days[None].astype(np.float32)]).astype(np.float32, copy=False)
-        bands = [layers[0]]
+        bands, given = [layers[0]], len(self.outputs)
         if self.interval is not None:
             # Where there is nothing a layer may hold anything; it is masked later.
-            clean = np.nan_to_num(layers[:2]).astype(np.float64)
-            bands += self.interval.bounds(np.maximum(clean[0], 0.0), np.maximum(clean[1], 0.0), self.level)
+            clean = np.maximum(np.nan_to_num(layers[:given]).astype(np.float64), 0.0)
+            hint = clean[1] if given == 2 else clean[1:]
+            bands += self.interval.bounds(clean[0], hint, self.level)
         if self.date:
             bands.append(days.astype(np.float32))
         if self.quality is not None:
-            bands.append(self.quality.flags(layers[1 + self.spread :], days).astype(np.float32))
+            bands.append(self.quality.flags(layers[given:], days).astype(np.float32))
         return np.stack(bands).astype(np.float32, copy=False)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from canopy.errors import ConfigError, InputError
+from canopy.inference.backends.runner import Runner, TorchRunner
 from canopy.inference.extras import Extras
 from canopy.models.fill import fill_invalid
 from canopy.runtime import pick_device
@@ -29,6 +30,7 @@ class Predictor:
 
     Attributes:
         device: where the model runs.
+        runner: the model on its runtime.
         batch_size: crops per forward pass now; halved whenever the device runs out of memory.
         seconds: time spent in the model so far, transfers included.
         notes: what the user should know about the run.
@@ -42,14 +44,17 @@ class Predictor:
         precision: str = "auto",
         batch_size: int | str = "auto",
         extras: Extras | None = None,
+        runner: Runner | None = None,
     ) -> None:
         import torch
 
-        self.device = device if isinstance(device, torch.device) else pick_device(device)
-        self._autocast = use_bf16(precision, self.device)
-        self.batch_size = resolve_batch(batch_size, self.device.type)
-        self._model = model.to(self.device).eval()
         self._extras = extras or Extras()
+        if runner is None:
+            device = device if isinstance(device, torch.device) else pick_device(device)
+            half = use_bf16(precision, device)
+            runner = TorchRunner(model, device, "bf16" if half else "fp32", self._extras.outputs)
+        self.runner, self.device = runner, runner.device
+        self.batch_size = resolve_batch(batch_size, self.device.type)
         self.seconds = 0.0
         self.notes: list[str] = []
 
@@ -60,37 +65,25 @@ class Predictor:
             rgb: (n, 3, crop, crop) float32 in 0..1; anything where invalid.
             valid: (n, crop, crop) bool; invalid pixels are filled from their surroundings first.
         """
-        import torch
-
         started = time.perf_counter()
         done: list[np.ndarray] = []
-        with torch.inference_mode():
-            while (start := sum(map(len, done))) < len(rgb):
-                stop = start + self.batch_size
-                try:
-                    done.append(self._forward(rgb[start:stop], valid[start:stop]))
-                except RuntimeError as error:
-                    if not _is_out_of_memory(error) or self.batch_size == 1:
-                        raise
-                    self._halve_batch()
+        while (start := sum(map(len, done))) < len(rgb):
+            stop = start + self.batch_size
+            try:
+                done.append(self._forward(rgb[start:stop], valid[start:stop]))
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or self.batch_size == 1:
+                    raise
+                self._halve_batch()
         self.seconds += time.perf_counter() - started
         return np.concatenate(done)
 
     def _forward(self, rgb: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        import torch
-
         filled = np.stack([fill_invalid(*crop) for crop in zip(rgb, valid, strict=True)])
-        if len(filled) == 1 and self.batch_size > 1:
-            # A batch of one takes other kernels, and its heights differ in the last bits from the same crop's
-            # in company: a map must not depend on how many crops were left over.
+        if len(filled) == 1 and self.batch_size > 1 and not self.runner.alone:
+            # A map must not depend on how many crops were left over.
             filled = np.concatenate([filled, filled])
-        pixels = torch.from_numpy(filled).to(self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            if self._extras.spread:
-                maps = torch.cat(self._model.predict(pixels), dim=1)
-            else:
-                maps = self._model(pixels)
-        layers = maps[: len(rgb)].float().cpu().numpy()
+        layers = self.runner(filled)[: len(rgb)]
         if self._extras.quality is not None:
             scores = [self._extras.quality.scores(*c) for c in zip(filled[: len(rgb)], valid, strict=True)]
             layers = np.concatenate([layers, np.stack(scores)], axis=1)
