@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from canopy.geo.aoi import AOI
 
 _PANEL = "Area"
 
@@ -39,3 +43,20 @@ Aoi = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+
+
+@dataclass(frozen=True)
+class AreaOptions:
+    """Which area; see `canopy.cli.groups`."""
+
+    bbox: Bbox = None
+    size_m: SizeM = None
+    bounds: Bounds = None
+    bounds_crs: BoundsCrs = "EPSG:4326"
+    aoi: Aoi = None
+
+    def choose(self) -> AOI | None:
+        """The area that was asked for; None if none was. Raises AreaError."""
+        from canopy.geo.choose import choose_area
+
+        return choose_area(**asdict(self))

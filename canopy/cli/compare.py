@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from canopy.cli.area import Aoi, Bbox, Bounds, BoundsCrs, SizeM
+from canopy.cli.area import AreaOptions
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.groups import takes_groups
 
 if TYPE_CHECKING:
     from canopy.evaluation.compare_maps import Comparison
@@ -19,16 +20,13 @@ _HELP_GSD = "Metres per pixel to compare on, in UTM. Default: the coarser map's 
 _HELP_SIGMA = "Standard deviation of a pixel of {}, metres. Default: its interval bands, else 4 m."
 
 
+@takes_groups
 def compare(
     a: Annotated[str, typer.Argument(metavar="A.tif", help=f"First (earlier) map: {_HELP_MAP}")],
     b: Annotated[str, typer.Argument(metavar="B.tif", help="Second (later) map, likewise.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for maps, tables, report.")],
+    place: AreaOptions,
     mode: Annotated[str, typer.Option("--as", metavar="auto|products|dates", help=_HELP_AS)] = "auto",
-    bbox: Bbox = None,
-    size_m: SizeM = None,
-    bounds: Bounds = None,
-    bounds_crs: BoundsCrs = "EPSG:4326",
-    aoi: Aoi = None,
     gsd: Annotated[float | None, typer.Option("--gsd", help=_HELP_GSD)] = None,
     cover_height: Annotated[float, typer.Option("--cover-height", help="Canopy is higher, metres.")] = 2.0,
     block_m: Annotated[float, typer.Option("--block-m", help="Side of the blocks in blocks.csv, m.")] = 100.0,
@@ -65,14 +63,13 @@ def compare(
     """
     from canopy.evaluation.compare_maps import CompareOptions
     from canopy.evaluation.compare_maps import compare as compare_maps
-    from canopy.geo.choose import choose_area
     from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
     options = CompareOptions(
         mode, gsd, cover_height, block_m, confidence, sigma_a, sigma_b, nodata_a, nodata_b, overwrite, report
     )
-    area = choose_area(bbox=bbox, size_m=size_m, bounds=bounds, bounds_crs=bounds_crs, aoi=aoi)
+    area = place.choose()
     with progress_bar(quiet or json_) as progress:
         found = compare_maps(a, b, out, options, area=area, progress=progress)
     for note in found.notes:

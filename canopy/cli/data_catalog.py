@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from canopy.cli.area import Aoi, Bbox, Bounds, BoundsCrs, SizeM
+from canopy.cli.area import AreaOptions
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.groups import takes_groups
 
 if TYPE_CHECKING:
     from canopy.sources.labels import Plan
@@ -111,14 +112,11 @@ def _show(key: str, value: Any, indent: int = 0) -> None:
         typer.echo(f"{space}{key}: {' '.join(str(value).split())}")
 
 
+@takes_groups
 def get(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A label source; see `canopy data list`.")],
     out_dir: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for the files.")],
-    bbox: Bbox = None,
-    size_m: SizeM = None,
-    bounds: Bounds = None,
-    bounds_crs: BoundsCrs = "EPSG:4326",
-    aoi: Aoi = None,
+    place: AreaOptions,
     product: Annotated[
         str | None, typer.Option("--product", help="Kind of file; default: the source's.")
     ] = None,
@@ -143,13 +141,12 @@ def get(
 
     Example: canopy data get neon --site HARV --bbox 42.54,-72.17 --size-m 2000 -o harv --dry-run
     """
-    from canopy.geo.choose import choose_area
     from canopy.runtime import progress_bar, setup_logging
     from canopy.sources.labels import get_files, plan_get
     from canopy.sources.remote_files import Wish
 
     setup_logging(quiet, verbose)
-    area = choose_area(bbox=bbox, size_m=size_m, bounds=bounds, bounds_crs=bounds_crs, aoi=aoi)
+    area = place.choose()
     wish = Wish(area=area, datetime=datetime, sites=tuple(site or ()), match=match)
     if area is not None and not (quiet or json_):
         typer.echo(area.describe(), err=True)

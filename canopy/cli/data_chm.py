@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from canopy.cli.area import Aoi, Bbox, Bounds, BoundsCrs, SizeM
+from canopy.cli.area import AreaOptions
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.groups import takes_groups
 
 _POLICY = "zero: 0 m of canopy; mask: nodata; keep: as canopy."
 _HELP_CRS = "CRS of the CHM, in metres; also of files that carry none. Default: the points' own, or UTM."
@@ -17,8 +18,10 @@ _HELP_GROUND = "auto, class (LAS class 2) or csf (cloth simulation)."
 _HELP_UNITS = "Unit of elevations: auto (as the file says, else that of x and y), m, ft or us-ft."
 
 
+@takes_groups
 def chm(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="CHM.tif", help="GeoTIFF to write.")],
+    place: AreaOptions,
     files: Annotated[
         list[Path] | None, typer.Argument(metavar="[LIDAR]...", help="LAS, LAZ or COPC files.")
     ] = None,
@@ -29,11 +32,6 @@ def chm(
     input_crs: Annotated[
         str | None, typer.Option("--input-crs", help="CRS of files that carry none. Default: --crs.")
     ] = None,
-    bbox: Bbox = None,
-    size_m: SizeM = None,
-    bounds: Bounds = None,
-    bounds_crs: BoundsCrs = "EPSG:4326",
-    aoi: Aoi = None,
     ground: Annotated[str, typer.Option("--ground", help=_HELP_GROUND)] = "auto",
     buildings: Annotated[str, typer.Option("--buildings", help=f"Class 6. {_POLICY}")] = "zero",
     water: Annotated[str, typer.Option("--water", help=f"Class 9. {_POLICY}")] = "zero",
@@ -68,7 +66,6 @@ def chm(
       canopy data chm --dsm dsm.tif --dtm dtm.tif -o chm.tif
     """
     from canopy.errors import InputError
-    from canopy.geo.choose import choose_area
     from canopy.runtime import progress_bar, setup_logging
     from canopy.sources.lidar import ChmOptions, chm_from_points
     from canopy.sources.lidar_rasters import chm_from_rasters
@@ -85,7 +82,7 @@ def chm(
         raise InputError("one raster of two", where="--dsm, --dtm", expected="both of them")
     if dsm is not None and files:
         raise InputError("point clouds and rasters together", where="--dsm", expected="one or the other")
-    area = choose_area(bbox=bbox, size_m=size_m, bounds=bounds, bounds_crs=bounds_crs, aoi=aoi)
+    area = place.choose()
     with progress_bar(quiet or json_) as progress:
         if dsm is not None and dtm is not None:
             facts = chm_from_rasters(dsm, dtm, out, options, area=area, progress=progress)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from canopy.cli.area import Aoi, Bbox, Bounds, BoundsCrs, SizeM
+from canopy.cli.area import AreaOptions
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.groups import takes_groups
 
 if TYPE_CHECKING:
     from canopy.sources.gedi import Granule, ShotsReport
@@ -20,14 +21,11 @@ _HELP_FILTER = (
 )
 
 
+@takes_groups
 def gedi(
     files: Annotated[list[Path], typer.Argument(metavar="FILE.h5...", help="GEDI L2A granules.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="SHOTS.parquet", help="GeoParquet to write.")],
-    bbox: Bbox = None,
-    size_m: SizeM = None,
-    bounds: Bounds = None,
-    bounds_crs: BoundsCrs = "EPSG:4326",
-    aoi: Aoi = None,
+    place: AreaOptions,
     rh: Annotated[
         str, typer.Option("--rh", metavar="NN,NN", help="Relative heights to keep, 0 to 100.")
     ] = "95,98",
@@ -60,14 +58,13 @@ def gedi(
 
       canopy data gedi a.h5 --bounds -84.6,37.9,-84.4,38.1 --filter loose --rh 50,98 --l4a b.h5 -o s.parquet
     """
-    from canopy.geo.choose import choose_area
     from canopy.runtime import log, progress_bar, setup_logging
     from canopy.sources.gedi import check_rh, extract_shots, survey
     from canopy.sources.gedi_filters import filter_named
     from canopy.sources.gedi_table import check_out
 
     setup_logging(quiet, verbose)
-    area = choose_area(bbox=bbox, size_m=size_m, bounds=bounds, bounds_crs=bounds_crs, aoi=aoi)
+    area = place.choose()
     percents = check_rh(_numbers(rh))
     filter_named(filter_)
     check_out(out, overwrite)

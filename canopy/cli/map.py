@@ -2,51 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
 
-from canopy.cli.area import Aoi, Bbox, Bounds, BoundsCrs, SizeM
+from canopy.cli.area import AreaOptions
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
-from canopy.cli.map_options import (
-    Attempts,
-    DryRun,
-    GridKind,
-    Layout,
-    MapCrs,
-    Out,
-    Price,
-    Readers,
-    Resume,
-    RetryFailed,
-    Scheduler,
-    Shard,
-    Status,
-    Threads,
-    TilePx,
-    Verify,
-    Workers,
-    Zoom,
-)
-from canopy.cli.predict_options import (
-    Bands,
-    BatchSize,
-    DateBand,
-    Datetime,
-    Device,
-    Encoding,
-    Gsd,
-    Imagery,
-    Images,
-    InputCrs,
-    Interval,
-    Model,
-    Nodata,
-    Precision,
-    QualityBand,
-    Radiometry,
-    Scale,
-)
+from canopy.cli.groups import takes_groups
+from canopy.cli.map_options import DryRun, RegionOptions, Resume, RetryFailed, Status, Verify
+from canopy.cli.predict_options import PredictionOptions
 
 if TYPE_CHECKING:
     from canopy.inference.region.cost import RegionCost
@@ -55,48 +20,16 @@ if TYPE_CHECKING:
     from canopy.inference.region.settings import RegionSettings
 
 
+@takes_groups
 def map_(
-    context: typer.Context,
-    images: Images = None,
-    bbox: Bbox = None,
-    size_m: SizeM = None,
-    bounds: Bounds = None,
-    bounds_crs: BoundsCrs = "EPSG:4326",
-    aoi: Aoi = None,
-    imagery: Imagery = None,
-    model: Model = "default",
-    out: Out = None,
-    grid: GridKind = "quadkey",
-    zoom: Zoom = 10,
-    tile_px: TilePx = 2048,
-    crs: MapCrs = None,
-    gsd: Gsd = None,
-    layout: Layout = "tiles",
-    input_crs: InputCrs = None,
-    datetime: Datetime = None,
-    bands: Bands = None,
-    nodata: Nodata = None,
-    scale: Scale = None,
-    encoding: Encoding = "float32",
-    date_band: DateBand = False,
-    interval: Interval = None,
-    quality_band: QualityBand = False,
-    radiometry: Radiometry = "none",
-    scheduler: Scheduler = "local",
-    workers: Workers = None,
-    threads: Threads = None,
-    shard: Shard = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    batch_size: BatchSize = "auto",
-    readers: Readers = 2,
-    attempts: Attempts = 4,
+    prediction: PredictionOptions,
+    area: AreaOptions,
+    region: RegionOptions,
     resume: Resume = False,
     retry_failed: RetryFailed = False,
     verify: Verify = False,
     status: Status = None,
     dry_run: DryRun = False,
-    price: Price = None,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -127,10 +60,10 @@ def map_(
     if status is not None:
         _show_status(status, json)
         return
-    if out is None:
+    if region.out is None:
         raise ConfigError("no folder was given", where="-o", expected="-o DIR")
-    given = {name: context.params[name] for name in RegionSettings.model_fields if name in context.params}
-    given["images"] = tuple(images or ())
+    given = asdict(prediction) | asdict(area) | asdict(region)
+    given["images"] = tuple(prediction.images or ())
     settings = validate_settings(RegionSettings, given, where="canopy map")
     run_map(
         settings, resume=resume, retry_failed=retry_failed, verify=verify, dry_run=dry_run,

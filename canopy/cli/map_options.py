@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -86,3 +87,22 @@ Price = Annotated[
     float | None,
     typer.Option("--price", help="Price of a worker's hour, for --dry-run.", rich_help_panel=_RUN),
 ]
+
+
+@dataclass(frozen=True)
+class RegionOptions:
+    """What only a region is asked for; names are those of `RegionSettings`, see `canopy.cli.groups`."""
+
+    out: Out = None
+    grid: GridKind = "quadkey"
+    zoom: Zoom = 10
+    tile_px: TilePx = 2048
+    crs: MapCrs = None
+    layout: Layout = "tiles"
+    scheduler: Scheduler = "local"
+    workers: Workers = None
+    threads: Threads = None
+    shard: Shard = None
+    readers: Readers = 2
+    attempts: Attempts = 4
+    price: Price = None

@@ -2,70 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
 
-from canopy.cli.area import Aoi, Bbox, Bounds, BoundsCrs, SizeM
+from canopy.cli.area import AreaOptions
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
-from canopy.cli.predict_options import (
-    Bands,
-    BatchSize,
-    Crs,
-    DateBand,
-    Datetime,
-    Device,
-    DryRun,
-    Encoding,
-    Gsd,
-    Imagery,
-    Images,
-    InputCrs,
-    Interval,
-    MaxPixels,
-    Model,
-    Nodata,
-    Out,
-    Precision,
-    QualityBand,
-    Quicklook,
-    Radiometry,
-    Scale,
-    Workers,
-)
+from canopy.cli.groups import takes_groups
+from canopy.cli.predict_options import Crs, DryRun, MaxPixels, Out, PredictionOptions, Quicklook, Workers
 
 if TYPE_CHECKING:
     from canopy.inference.job import Job, Result
 
 
+@takes_groups
 def predict(
-    context: typer.Context,
-    images: Images = None,
-    bbox: Bbox = None,
-    size_m: SizeM = None,
-    bounds: Bounds = None,
-    bounds_crs: BoundsCrs = "EPSG:4326",
-    aoi: Aoi = None,
-    imagery: Imagery = None,
-    model: Model = "default",
+    prediction: PredictionOptions,
+    area: AreaOptions,
     out: Out = None,
-    gsd: Gsd = None,
     crs: Crs = None,
-    input_crs: InputCrs = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    batch_size: BatchSize = "auto",
     workers: Workers = 2,
-    datetime: Datetime = None,
-    bands: Bands = None,
-    nodata: Nodata = None,
-    scale: Scale = None,
-    encoding: Encoding = "float32",
-    date_band: DateBand = False,
-    interval: Interval = None,
-    quality_band: QualityBand = False,
     quicklook: Quicklook = False,
-    radiometry: Radiometry = "none",
     max_pixels: MaxPixels = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -88,24 +46,23 @@ def predict(
 
       canopy predict a.tif b.tif --aoi stand.gpkg --crs image --gsd 1 --dry-run
     """
-    from canopy.geo.choose import choose_area
     from canopy.inference.estimate import MAX_PIXELS
     from canopy.inference.job import prepare
     from canopy.inference.output import default_out
-    from canopy.inference.request import Options, Request
+    from canopy.inference.request import Request
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
-    # What goes to the job as it was typed has the job's own names.
-    given = {name: context.params[name] for name in Options.__annotations__}
-    given["max_pixels"] = MAX_PIXELS if max_pixels is None else max_pixels
+    images = tuple(prediction.images or ())
     request = Request(
-        images=tuple(images or ()),
-        imagery=imagery,
-        area=choose_area(bbox=bbox, size_m=size_m, bounds=bounds, bounds_crs=bounds_crs, aoi=aoi),
-        model=model,
-        out=out if out is not None else default_out(images or [], imagery),
-        **cast(Options, given),
+        **asdict(prediction) | {"images": images},
+        area=area.choose(),
+        out=out if out is not None else default_out(list(images), prediction.imagery),
+        crs=crs,
+        workers=workers,
+        quicklook=quicklook,
+        max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
+        overwrite=overwrite,
     )
     job = prepare(request)
     _announce(job)

@@ -1,7 +1,11 @@
-"""The options of `canopy predict`, one name each: what a user types, and what --help says of it."""
+"""The options of a prediction: what a user types, and what --help says of it.
+
+`PredictionOptions` are those that `canopy predict` and `canopy map` share.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -65,3 +69,30 @@ MaxPixels = Annotated[
     int | None, typer.Option("--max-pixels", help="Refuse maps larger than this.", show_default="4e9")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and say what would be done; stop there.")]
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """What to map from which imagery, with which model and how: alike for one map and for a region's tiles.
+
+    Names and defaults are those of `canopy.inference.request.Request` and of
+    `canopy.inference.region.settings.RegionSettings`; see `canopy.cli.groups`.
+    """
+
+    images: Images = None
+    imagery: Imagery = None
+    datetime: Datetime = None
+    input_crs: InputCrs = None
+    bands: Bands = None
+    nodata: Nodata = None
+    scale: Scale = None
+    model: Model = "default"
+    gsd: Gsd = None
+    encoding: Encoding = "float32"
+    date_band: DateBand = False
+    interval: Interval = None
+    quality_band: QualityBand = False
+    radiometry: Radiometry = "none"
+    device: Device = "auto"
+    precision: Precision = "auto"
+    batch_size: BatchSize = "auto"
