@@ -1,7 +1,7 @@
 """What a map holds beside heights: interval bands, acquisition days, quality flags.
 
-The network's further outputs and the scores behind the flags are blended over the crops like heights are, and only
-then turned into bands. So these bands depend on tiles, batches and threads as little as heights do.
+The network's further outputs and the scores behind the flags are blended over the crops like heights are, and
+only then turned into bands. So these bands depend on tiles, batches and threads as little as heights do.
 """
 
 from __future__ import annotations
@@ -43,9 +43,14 @@ class Extras:
     raw: bool = False
 
     @property
+    def spread(self) -> bool:
+        """Whether the network's spread is needed."""
+        return "spread_m" in self.outputs
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """What the network is to give, by name (`HeightModel.layers`): heights first."""
-        return ("height", *(self.interval.hints(self.level) if self.interval else ()))
+        return ("height_m", *(self.interval.hints(self.level) if self.interval else ()))
 
     @property
     def views(self) -> int:

@@ -1,6 +1,8 @@
-"""Height bins: where their centres lie, how scores become weights, and what mean and spread follow."""
+"""Height bins: where their centres lie, how scores become weights, and what mean, spread and quantiles follow."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,3 +50,23 @@ def moments(weights: Tensor, centres: Tensor, scale: float) -> tuple[Tensor, Ten
     # E[x^2] - mean^2 avoids a (B, bins, H, W) temporary; rounding may dip below zero.
     spread = torch.sqrt((square - mean * mean).clamp_min(0.0))
     return scale * mean, scale * spread
+
+
+def quantiles(weights: Tensor, centres: Tensor, scale: float, shares: Sequence[float]) -> Tensor:
+    """Heights below which these shares of the bin weights lie, metres (B, len(shares), H, W).
+
+    Each bin's weight is taken as spread evenly between the middles towards its neighbours (the outermost
+    bins: as far outwards as inwards, but not below 0), so quantiles run continuously and rise with the share.
+    """
+    middle = (centres[1:] + centres[:-1]) / 2
+    low, high = (2 * centres[0] - middle[0]).clamp_min(0.0), 2 * centres[-1] - middle[-1]
+    edges = torch.cat([low[None], middle, high[None]])
+    total = weights.cumsum(dim=1)
+    found = []
+    for share in shares:
+        at = (total < share).sum(dim=1, keepdim=True).clamp_max(len(centres) - 1)
+        mass = weights.gather(1, at)
+        inside = (share - (total.gather(1, at) - mass)) / mass.clamp_min(1e-12)
+        left = edges[at]
+        found.append(left + inside.clamp(0.0, 1.0) * (edges[at + 1] - left))
+    return scale * torch.cat(found, dim=1)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from canopy.errors import InputError
-from canopy.models.bins import bin_centres, bin_weights, moments
+from canopy.errors import ConfigError, InputError
+from canopy.models.bins import bin_centres, bin_weights, moments, quantiles
 from canopy.models.cnn import CnnEncoder, UNetDecoder
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.decoder import Decoder
@@ -76,22 +77,45 @@ class HeightModel(nn.Module):
         Training needs the scores; they cover the padded image, so they line up with the image only
         where H and W are multiples of `config.pad_px`.
         """
-        self._check(rgb)
+        scores, weights, size = self._weights(rgb)
         H, W = rgb.shape[-2:]
+        with torch.autocast(rgb.device.type, enabled=False):
+            both = moments(weights, self.centres, self.config.decoder.scale)
+        height, spread = (_at_size(m, size)[..., :H, :W] for m in both)
+        return height, spread, scores
+
+    def layers(self, rgb: Tensor, outputs: Sequence[str] = ("height_m", "spread_m")) -> Tensor:
+        """The named maps, in metres, (B, len(outputs), H, W) float32.
+
+        Args:
+            rgb: as for `forward`.
+            outputs: "height_m", "spread_m", or "q" and a share, e.g. "q0.05": the height below which this share
+                of the bin weights lies.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        shares = output_shares(outputs)
+        _, weights, size = self._weights(rgb)
+        H, W = rgb.shape[-2:]
+        scale = self.config.decoder.scale
+        with torch.autocast(rgb.device.type, enabled=False):
+            made = dict(zip(HeightPrediction._fields, moments(weights, self.centres, scale), strict=True))
+            if shares:
+                found = quantiles(weights, self.centres, scale, list(shares.values()))
+                made |= dict(zip(shares, found.split(1, dim=1), strict=True))
+            stacked = torch.cat([made[name] for name in outputs], dim=1)
+        return _at_size(stacked, size)[..., :H, :W]
+
+    def _weights(self, rgb: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Bin scores and bin weights (B, bins, h, w) of the padded image, and its size."""
+        self._check(rgb)
         padded = pad_to_multiple(self._moved(rgb), self.config.pad_px)
         scores = self.decoder.scores(self.encoder((padded - self.mean) / self.std)).float()
         # Under autocast the sum over bins would run in bf16, which steps by 0.1 m at 30 m.
         with torch.autocast(rgb.device.type, enabled=False):
             weights = bin_weights(scores, self.config.decoder)
-            both = moments(weights, self.centres, self.config.decoder.scale)
-        size = padded.shape[-2:]
-        height, spread = (
-            m
-            if m.shape[-2:] == size
-            else functional.interpolate(m, size=size, mode="bilinear", align_corners=False)
-            for m in both
-        )
-        return height[..., :H, :W], spread[..., :H, :W], scores
+        return scores, weights, (padded.shape[-2], padded.shape[-1])
 
     def with_radiometry(self, stretch: Stretch | None) -> HeightModel:
         """This model, its weights shared, with every image moved by `stretch` before it is normalised."""
@@ -122,6 +146,35 @@ class HeightModel(nn.Module):
                 expected="finite RGB in 0..1",
                 remedy="fill invalid pixels with canopy.models.fill.fill_invalid and mask the output",
             )
+
+
+def output_shares(outputs: Sequence[str]) -> dict[str, float]:
+    """The share of each quantile among names of `HeightModel.layers`.
+
+    Raises:
+        ConfigError: a name that is none of its outputs.
+    """
+    shares = {}
+    for name in outputs:
+        if name in HeightPrediction._fields:
+            continue
+        try:
+            shares[name] = float(name.removeprefix("q"))
+        except ValueError:
+            shares[name] = -1.0
+        if not name.startswith("q") or not 0 < shares[name] < 1:
+            raise ConfigError(
+                f"the model has no output {name!r}",
+                expected="height_m, spread_m, or a quantile such as q0.05",
+            )
+    return shares
+
+
+def _at_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (B, n, h, w), as fine as `size`; those of a 'half' head are interpolated."""
+    if maps.shape[-2:] == size:
+        return maps
+    return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def _build(config: ModelConfig) -> tuple[Encoder | CnnEncoder, Decoder | UNetDecoder]:

@@ -16,19 +16,25 @@ from canopy.errors import CheckpointError, ConfigError
 CARD_KEY = "intervals"
 VERSION = 1
 SOFT_M = 0.1  # spreads below this are told apart no further
+METHODS = ("spread", "quantiles", "flips")
 
 
 @dataclass(frozen=True)
 class IntervalTable:
     """Distances from a predicted height to the ends of its interval, on a lattice of knots.
 
+    With the methods "spread" and "flips" they are taken from the height, and the hint is the network's spread
+    in metres; "flips" takes it over eight views of the image (`canopy.inference.views`). With "quantiles" they
+    are taken from the two quantiles of the bin weights, outwards, and may be negative; the hint is both.
+
     Attributes:
         levels: (l,) shares of truths inside, rising.
         height_m: (k,) knots of predicted height, rising.
         typical_m: (k,) typical spread at each.
         spread: (v,) knots of log((s + 0.1) / (typical + 0.1)), rising.
-        below_m, above_m: (l, k, v) distances, not negative.
+        below_m, above_m: (l, k, v) distances.
         facts: JSON-ready: what it was fitted on and how it did elsewhere.
+        method: one of `METHODS`.
     """
 
     levels: np.ndarray
@@ -38,11 +44,21 @@ class IntervalTable:
     below_m: np.ndarray
     above_m: np.ndarray
     facts: dict[str, Any]
+    method: str = "spread"
 
-    def bounds(
-        self, height_m: np.ndarray, spread_m: np.ndarray, level: float
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def hints(self, level: float) -> tuple[str, ...]:
+        """Names of the network's outputs that the bands need beside heights."""
+        return quantile_names(level) if self.method == "quantiles" else ("spread_m",)
+
+    @property
+    def views(self) -> int:
+        """How many views of the image the hint is taken over."""
+        return 8 if self.method == "flips" else 1
+
+    def bounds(self, height_m: np.ndarray, hint_m: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper ends in metres, float32, shaped like `height_m`; 0 <= lower <= height <= upper.
+
+        `hint_m`: the outputs of `hints(level)`: shaped like `height_m`, or (2, ...) of that for quantiles.
 
         Levels between the stored ones are interpolated.
 
@@ -51,16 +67,16 @@ class IntervalTable:
         """
         below, above = (self._at_level(t, level) for t in (self.below_m, self.above_m))
         k, v = len(self.height_m), len(self.spread)
-        hat_k = hats(self.height_m, height_m)
-        hat_v = hats(self.spread, self.relative(height_m, spread_m))
-        low, high = (np.zeros(height_m.shape) for _ in range(2))
-        for i, wi in hat_k:
-            for j, wj in hat_v:
+        low, high = (hint_m[0], hint_m[1]) if self.method == "quantiles" else (height_m, height_m)
+        low, high = low.astype(np.float64), high.astype(np.float64)
+        spread_m = np.maximum(high - low, 0) / 2 if self.method == "quantiles" else hint_m
+        for i, wi in hats(self.height_m, height_m):
+            for j, wj in hats(self.spread, self.relative(height_m, spread_m)):
                 place = np.minimum(i, k - 1), np.minimum(j, v - 1)
-                low += wi * wj * below[place]
+                low -= wi * wj * below[place]
                 high += wi * wj * above[place]
-        lower = np.maximum(height_m - low, 0.0)
-        return lower.astype(np.float32), (height_m + high).astype(np.float32)
+        lower, upper = np.clip(low, 0.0, height_m), np.maximum(high, height_m)
+        return lower.astype(np.float32), upper.astype(np.float32)
 
     def check_level(self, level: float) -> None:
         """Raises ConfigError for a level outside the stored ones."""
@@ -70,11 +86,6 @@ class IntervalTable:
                 where="--interval",
                 expected=f"{self.levels[0]:g} to {self.levels[-1]:g}",
             )
-
-    def sigma(self, height_m: np.ndarray, spread_m: np.ndarray) -> np.ndarray:
-        """A scale of the error in metres: half the width of the 68 % interval, at least 0.1 m."""
-        lower, upper = self.bounds(height_m, spread_m, 0.68)
-        return np.maximum((upper - lower) / 2, 0.1)
 
     def relative(self, height_m: np.ndarray, spread_m: np.ndarray) -> np.ndarray:
         """How the spread compares with what is usual at this height: log of their ratio, softened."""
@@ -93,7 +104,7 @@ class IntervalTable:
         rounded = {
             name: np.round(getattr(self, name), 4 if name == "spread" else 2).tolist() for name in arrays
         }
-        return {"version": VERSION, **rounded, "facts": self.facts}
+        return {"version": VERSION, "method": self.method, **rounded, "facts": self.facts}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> IntervalTable:
@@ -101,11 +112,14 @@ class IntervalTable:
         try:
             names = ("levels", "height_m", "typical_m", "spread", "below_m", "above_m")
             arrays = {name: np.asarray(raw[name], np.float64) for name in names}
-            table = cls(**arrays, facts=dict(raw.get("facts", {})))
+            # Files of before there were several methods name none.
+            method = str(raw.get("method", "spread"))
+            table = cls(**arrays, facts=dict(raw.get("facts", {})), method=method)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the model's interval calibration cannot be used: {error}") from error
         shape = len(table.levels), len(table.height_m), len(table.spread)
-        if raw.get("version") != VERSION or table.below_m.shape != shape or table.above_m.shape != shape:
+        known = raw.get("version") == VERSION and table.method in METHODS
+        if not known or table.below_m.shape != shape or table.above_m.shape != shape:
             raise CheckpointError(
                 "the model's interval calibration has another form", remedy="run canopy calibrate interval"
             )
@@ -124,6 +138,11 @@ def table_of(card: Mapping[str, Any]) -> IntervalTable:
             remedy="make one: canopy calibrate interval MODEL --data CHIPS -o MODEL2.safetensors",
         )  # fmt: skip
     return IntervalTable.from_dict(card[CARD_KEY])
+
+
+def quantile_names(level: float) -> tuple[str, str]:
+    """The network's outputs between which this share of the bin weights lies."""
+    return f"q{(1 - level) / 2:.6g}", f"q{(1 + level) / 2:.6g}"
 
 
 def hats(knots: np.ndarray, x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

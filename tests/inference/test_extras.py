@@ -9,7 +9,6 @@ import torch
 from canopy.inference.engine import predict_grid
 from canopy.inference.extras import Extras
 from canopy.inference.quality import DESCRIPTORS, DOMAIN, UNDATED, QualityRules
-from canopy.models.height import HeightPrediction
 from canopy.models.intervals import IntervalTable
 
 
@@ -31,9 +30,10 @@ def rules(limit: float = 1e9) -> QualityRules:
 @pytest.fixture
 def spread_model(kit):
     class SpreadModel(kit.AnalyticModel):
-        def predict(self, rgb: torch.Tensor) -> HeightPrediction:
-            height = self.forward(rgb)
-            return HeightPrediction(height, 0.5 + rgb[:, :1])
+        def layers(self, rgb: torch.Tensor, outputs: tuple[str, ...]) -> torch.Tensor:
+            made = {"height_m": self.forward(rgb), "spread_m": 0.5 + rgb[:, :1]}
+            made |= {"q0.05": made["height_m"] - rgb[:, 1:2], "q0.95": made["height_m"] + 2 * rgb[:, :1]}
+            return torch.cat([made[name] for name in outputs], dim=1)
 
     return SpreadModel()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from canopy.models.bins import bin_centres, bin_weights, moments
+from canopy.models.bins import bin_centres, bin_weights, moments, quantiles
 from canopy.models.config import DecoderConfig
 
 
@@ -49,3 +49,30 @@ def test_one_sure_bin_has_no_spread():
     weights[:, 3] = 1.0
     mean, spread = moments(weights, torch.tensor([0.0, 1.0, 2.0, 3.3, 4.0]), 10.0)
     assert torch.allclose(mean, torch.tensor(33.0)) and spread.max() < 0.05
+
+
+@pytest.mark.parametrize("spacing", ["linear", "blend"])
+def test_quantiles_invert_the_distribution(spacing):
+    """Against a million draws: a bin by its weight, then a place within it."""
+    config = DecoderConfig(bins=12, bin_min=0.0, bin_max=5.0, spacing=spacing, scale=10.0)
+    centres = bin_centres(config)
+    weights = torch.softmax(2 * torch.randn(1, 12, 1, 1), dim=1)
+    shares = [0.02, 0.05, 0.3, 0.5, 0.9, 0.99]
+    found = quantiles(weights, centres, config.scale, shares)[0, :, 0, 0].numpy()
+
+    rng = np.random.default_rng(0)
+    c = centres.numpy().astype(float)
+    edges = np.concatenate([[0.0], (c[1:] + c[:-1]) / 2, [1.5 * c[-1] - 0.5 * c[-2]]])
+    p = weights.flatten().numpy().astype(float)
+    bins = rng.choice(12, 1_000_000, p=p / p.sum())
+    draws = 10 * rng.uniform(edges[bins], edges[bins + 1])
+    for share, value in zip(shares, found, strict=True):
+        assert (draws <= value).mean() == pytest.approx(share, abs=0.003)
+    assert (np.diff(found) > 0).all()
+
+
+def test_quantiles_of_a_sure_bin_stay_in_it():
+    weights = torch.zeros(1, 5, 1, 1)
+    weights[:, 3] = 1.0
+    found = quantiles(weights, torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]), 10.0, [0.001, 0.5, 0.999]).flatten()
+    assert torch.allclose(found, torch.tensor([25.01, 30.0, 34.99]), atol=1e-3)

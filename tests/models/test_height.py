@@ -93,3 +93,16 @@ def test_a_gradient_reaches_every_parameter(make_model):
     (height.mean() + spread.mean() + scores.square().mean()).backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert missing == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_the_maps_they_are_named_after(make_model, family):
+    model, image = make_model(family), torch.rand(2, 3, 40, 57)
+    made = model.layers(image, ("q0.05", "height_m", "q0.95", "spread_m"))
+    height, spread = model.predict(image)
+    assert made.shape == (2, 4, 40, 57)
+    assert torch.equal(made[:, 1:2], height) and torch.equal(made[:, 3:], spread)
+    assert (made[:, 0] < made[:, 2]).all() and (made[:, 0] >= 0).all()
+    for name in ("slope", "q", "q1.5", "0.5"):
+        with pytest.raises(ConfigError, match="no output"):
+            model.layers(image, ("height_m", name))
