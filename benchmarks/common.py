@@ -261,3 +261,21 @@ def forest(side: int) -> Any:
     from canopy.sources.synth_render import render
 
     return np.maximum(render(SceneSpec(gsd_m=0.5), 300.0, 300.0, side, side).rgb, 1)
+
+
+def cheap_model() -> Any:
+    """Height = 30 x green: no work for a network, but all of the reading, blending and writing."""
+    from types import SimpleNamespace
+
+    import torch
+
+    class Cheap(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(crop_px=256, patch_px=16, gsd_m=0.5, percentiles=())
+            self.card, self.sha256 = {"name": "cheap"}, None
+
+        def forward(self, rgb: torch.Tensor) -> torch.Tensor:
+            return 30 * rgb[:, 1:2]
+
+    return Cheap()

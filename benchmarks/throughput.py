@@ -29,7 +29,7 @@ MODELS = ("default:1024", "large:768")
 GSD_M = 0.5
 LEGEND = (
     "x loop: times faster than the loop of the same numbers (wall; processor). /model: wall over time in the "
-    "model. px seen: by the network per pixel mapped.\nready: model loaded and warm; first: the same with the "
+    "model. px seen: by the network per pixel mapped.\nready: model loaded and warm; first: that with the "
     "one-time conversion. diff, max: mean and greatest distance from the map of torch fp32."
 )
 
