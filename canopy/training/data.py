@@ -78,11 +78,13 @@ def open_data(settings: DataSettings) -> TrainingData:
     """The train and val chips of `settings.chips`.
 
     Raises:
-        DataError: no such chips, or none to train on.
+        DataError: no such chips, or none to train on; `val_sites` that name no site, or several.
     """
     rows, open_rows = _open(settings.chips)
-    train = label_subset([r for r in rows if r.split == "train"], settings.label_share, settings.label_seed)
-    val = [r for r in rows if r.split == "val"]
+    train, val = ([r for r in rows if r.split == split] for split in ("train", "val"))
+    if settings.val_sites:
+        train, val = hold_out(train, val, settings.val_sites)
+    train = label_subset(train, settings.label_share, settings.label_seed)
     if settings.include_val:
         train = [*train, *val]
     if not train:
@@ -91,6 +93,27 @@ def open_data(settings: DataSettings) -> TrainingData:
     # An empty val is no error: the training chips then stand behind an empty list of numbers.
     shown = WholeChips(open_rows(val)) if val else WholeChips(open_rows(train), [])
     return TrainingData(open_rows(train), shown, digest, settings.include_val)
+
+
+def hold_out(
+    train: Sequence[IndexRow], val: Sequence[IndexRow], sites: Sequence[str]
+) -> tuple[list[IndexRow], list[IndexRow]]:
+    """Training chips of other sites than `sites` (beginnings of names), and all chips of these.
+
+    The other sites' val chips are left out: they lie beside training chips, and would mix two questions.
+    """
+    known = sorted({row.site for row in [*train, *val]})
+    held = set()
+    for name in sites:
+        found = [site for site in known if site.lower().startswith(name.lower())]
+        if len(found) != 1:
+            raise DataError(
+                f"val_sites: {name!r} begins the name of {len(found)} sites",
+                expected=f"the beginning of one of: {'; '.join(known)}",
+            )
+        held.add(found[0])
+    unseen = [row for row in [*train, *val] if row.site in held]
+    return [row for row in train if row.site not in held], unseen
 
 
 def split_chips(chips: Path, split: str) -> Sequence[Chip]:

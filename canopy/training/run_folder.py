@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from canopy.errors import ConfigError, OutputError
 
@@ -65,7 +65,7 @@ def check_run(folder: Path, settings: BaseModel, resume: bool, free: frozenset[s
         )
     now = json.loads(settings.model_dump_json())
     if resume and (folder / CONFIG).is_file():
-        before = yaml.safe_load((folder / CONFIG).read_text())
+        before = _with_defaults(yaml.safe_load((folder / CONFIG).read_text()), type(settings))
         changed = sorted(_differences(before, now) - free)
         if changed:
             raise ConfigError(
@@ -74,6 +74,14 @@ def check_run(folder: Path, settings: BaseModel, resume: bool, free: frozenset[s
                 remedy="use the same config, or start a new run in another folder",
             )
     (folder / CONFIG).write_text(yaml.safe_dump(now, sort_keys=False))
+
+
+def _with_defaults(raw: Any, schema: type[BaseModel]) -> Any:
+    """A run's settings with those that have been added to `schema` since it was started."""
+    try:
+        return json.loads(schema.model_validate(raw).model_dump_json())
+    except ValidationError:
+        return raw  # of another age: the differences will be named
 
 
 def _differences(a: Any, b: Any, name: str = "") -> set[str]:

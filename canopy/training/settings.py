@@ -20,6 +20,8 @@ class DataSettings(Settings):
     `label_share`: share of the training chips that may be used; a smaller share is a subset of a larger
     one, `label_seed` draws another. `include_val`: train on the val chips too; their scores are then called
     "seen". `val_chips`: validate on at most so many, evenly spaced (the final scores count all).
+    `val_sites`: beginnings of sites' names; validation is then on all train and val chips of these sites, and
+    training on the others: what a model knows of places it has not seen, without looking at a test chip.
     """
 
     chips: Path = Path("chips")
@@ -31,6 +33,13 @@ class DataSettings(Settings):
     label_seed: int = 0
     include_val: bool = False
     val_chips: int | None = Field(default=None, ge=1)
+    val_sites: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _apart(self) -> DataSettings:
+        if self.val_sites and self.include_val:
+            raise ValueError("val_sites are there to be unseen: no include_val")
+        return self
 
 
 class AugmentSettings(Settings):

@@ -58,6 +58,22 @@ def test_val_is_apart_or_seen(shards):
     assert [c.row.id for c in seen.val.some(1)] == ["c4"] and seen.val.some(None) is seen.val
 
 
+def test_whole_sites_are_left_out(shards):
+    held = open_data(DataSettings(chips=shards, val_sites=["SITE1"]))
+    assert {r.site for r in held.train.rows} == {"site0"} and len(held.train) == 2
+    assert [c.row.id for c in held.val] == ["c1", "c3", "c5"] and not held.val_seen
+    assert {c.row.site for c in held.val} == {"site1"}  # train and val chips of it, never its test chips
+    assert held.sha256 != open_data(DataSettings(chips=shards)).sha256
+    with pytest.raises(DataError, match="0 sites"):
+        open_data(DataSettings(chips=shards, val_sites=["nowhere"]))
+    with pytest.raises(DataError, match=r"'site' begins the name of 2 sites.*site0; site1"):
+        open_data(DataSettings(chips=shards, val_sites=["site"]))
+    with pytest.raises(DataError, match="no training chips"):
+        open_data(DataSettings(chips=shards, val_sites=["site0", "site1"]))
+    with pytest.raises(ValueError, match="unseen"):
+        DataSettings(val_sites=["site0"], include_val=True)
+
+
 def test_no_chips_no_run(tmp_path):
     with pytest.raises(DataError, match="no such chips"):
         open_data(DataSettings(chips=tmp_path / "none"))

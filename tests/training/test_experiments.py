@@ -72,6 +72,32 @@ def test_runs_are_scored_once_and_failures_do_not_stop_the_rest(
     run_matrix(load_matrix(matrix, ["seeds=[0]", "shares=[1.0]"]), tmp_path, shards, out, {})
 
 
+def test_folds_of_places_are_scored_on_what_they_left_out(config, shards, tmp_path):
+    torch.set_num_threads(1)
+    text = """
+splits: [val]
+set: {steps: 1, validate_every: 1}
+folds: {a: [site0], b: [site1]}
+runs:
+  - {name: mean, baseline: constant}
+  - {name: ours, config: tiny.yaml}
+"""
+    (tmp_path / "places.yaml").write_text(text)
+    matrix = load_matrix(tmp_path / "places.yaml", [])
+    ids = [job.id for job in jobs(matrix, {})]
+    assert ids == ["mean-a-100pct-s0", "ours-a-100pct-s0", "mean-b-100pct-s0", "ours-b-100pct-s0"]
+    assert run_matrix(matrix, tmp_path, shards, tmp_path / "out", {}) == []
+    for name, site in zip(ids, ["site0", "site0", "site1", "site1"], strict=True):
+        found = json.loads((tmp_path / "out" / name / "scores.json").read_text())
+        assert set(found["scores"]) == {"val"} and site in found["scores"]["val"]
+        assert len([k for k in found["scores"]["val"] if k.startswith("site")]) == 1
+    # The constant is the mean of the other site's training chips, and so differs between the folds.
+    text = (tmp_path / "out" / "results.md").read_text()
+    table = text.split("## Places left out")[1].split("##")[0]
+    assert "| mean-100pct-s0 |" in table and "| ours-100pct-s0 |" in table and "- |" not in table
+    assert "'data.val_sites=[site0]'" in text
+
+
 def test_wrong_matrices(matrix):
     with pytest.raises(ConfigError, match="either a config or a baseline"):
         load_matrix(matrix, ["runs=[{name: a}]"])
