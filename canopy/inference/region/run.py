@@ -146,9 +146,11 @@ def start(
         shards.gather(ledger, folder, path)
         ledger.reopen(retry_failed)
         _check_files(ledger, folder, verify)
-        remove_leftovers(folder, {t.id for t in ledger.pending()} if shard else None)
+        mine = {t.id for t in ledger.pending()} if shard else None
+        remove_leftovers(folder, mine)
         how = How(str(folder.resolve()), run_id(pins), settings.device, settings.batch_size, settings.readers)
         tally = _drive(ledger, settings, how, watch, engine)
+        remove_leftovers(folder, mine)  # of workers that died on the way
         counts, totals = ledger.counts(), ledger.totals()
         failures = [(row.task.id, row.reason or "") for row in ledger.rows("failed")]
         if tally.interrupted:
