@@ -77,11 +77,10 @@ class HeightModel(nn.Module):
         Training needs the scores; they cover the padded image, so they line up with the image only
         where H and W are multiples of `config.pad_px`.
         """
-        scores, weights, size = self._weights(rgb)
+        scores, size = self._scores(rgb)
         H, W = rgb.shape[-2:]
-        with torch.autocast(rgb.device.type, enabled=False):
-            both = moments(weights, self.centres, self.config.decoder.scale)
-        height, spread = (_at_size(m, size)[..., :H, :W] for m in both)
+        both = self.layers_of(scores, HeightPrediction._fields, size)[..., :H, :W]
+        height, spread = both.split(1, dim=1)
         return height, spread, scores
 
     def layers(self, rgb: Tensor, outputs: Sequence[str] = ("height_m", "spread_m")) -> Tensor:
@@ -89,33 +88,36 @@ class HeightModel(nn.Module):
 
         Args:
             rgb: as for `forward`.
-            outputs: "height_m", "spread_m", or "q" and a share, e.g. "q0.05": the height below which this share
-                of the bin weights lies.
+            outputs: "height_m", "spread_m", or "q" and a share, e.g. "q0.05": the height below which this
+                share of the bin weights lies.
 
         Raises:
             ConfigError: an unknown name.
         """
-        shares = output_shares(outputs)
-        _, weights, size = self._weights(rgb)
+        scores, size = self._scores(rgb)
         H, W = rgb.shape[-2:]
+        return self.layers_of(scores, outputs, size)[..., :H, :W]
+
+    def layers_of(self, scores: Tensor, outputs: Sequence[str], size: tuple[int, int]) -> Tensor:
+        """What `layers` gives, from the bin scores (B, bins, h, w) of an image of `size` pixels."""
+        shares = output_shares(outputs)
         scale = self.config.decoder.scale
-        with torch.autocast(rgb.device.type, enabled=False):
+        # Under autocast the sum over bins would run in bf16, which steps by 0.1 m at 30 m.
+        with torch.autocast(scores.device.type, enabled=False):
+            weights = bin_weights(scores, self.config.decoder)
             made = dict(zip(HeightPrediction._fields, moments(weights, self.centres, scale), strict=True))
             if shares:
                 found = quantiles(weights, self.centres, scale, list(shares.values()))
                 made |= dict(zip(shares, found.split(1, dim=1), strict=True))
             stacked = torch.cat([made[name] for name in outputs], dim=1)
-        return _at_size(stacked, size)[..., :H, :W]
+        return _at_size(stacked, size)
 
-    def _weights(self, rgb: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Bin scores and bin weights (B, bins, h, w) of the padded image, and its size."""
+    def _scores(self, rgb: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Bin scores (B, bins, h, w) of the padded image, float32, and its size."""
         self._check(rgb)
         padded = pad_to_multiple(self._moved(rgb), self.config.pad_px)
         scores = self.decoder.scores(self.encoder((padded - self.mean) / self.std)).float()
-        # Under autocast the sum over bins would run in bf16, which steps by 0.1 m at 30 m.
-        with torch.autocast(rgb.device.type, enabled=False):
-            weights = bin_weights(scores, self.config.decoder)
-        return scores, weights, (padded.shape[-2], padded.shape[-1])
+        return scores, (padded.shape[-2], padded.shape[-1])
 
     def with_radiometry(self, stretch: Stretch | None) -> HeightModel:
         """This model, its weights shared, with every image moved by `stretch` before it is normalised."""

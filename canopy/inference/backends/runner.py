@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from canopy.models.height import HeightModel
     from canopy.models.radiometry import Stretch
 
-# Layers a runner may be asked for are the fields of `HeightPrediction`; this one every model has.
+# Layers a runner may be asked for are those of `HeightModel.layers`; this one every model has.
 HEIGHT = "height_m"
 
 
@@ -24,7 +24,7 @@ class Runner(Protocol):
         backend: `torch`, `openvino` or `onnx`.
         precision: `fp32`, `bf16` or `int8`.
         device: where it runs.
-        outputs: fields of `HeightPrediction` it gives, in order; the first is `height_m`.
+        outputs: layers of `HeightModel.layers` it gives, in order; the first is `height_m`.
         alone: whether a crop's layers are the same bytes alone and in company of others.
     """
 
@@ -73,8 +73,7 @@ class TorchRunner:
         with torch.inference_mode(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             if self.outputs == (HEIGHT,):
                 return self.model(rgb).float()
-            predicted = self.model.predict(rgb)
-            return torch.cat([getattr(predicted, name) for name in self.outputs], dim=1).float()
+            return self.model.layers(rgb, self.outputs).float()
 
     def with_radiometry(self, stretch: Stretch | None) -> TorchRunner:
         other = copy.copy(self)
