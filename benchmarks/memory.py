@@ -3,8 +3,8 @@
     python benchmarks/memory.py                      # 2,000, 5,000, 10,000 and 20,000 px, a very cheap model
     python benchmarks/memory.py --model default      # the embedded model, on images that are mostly nodata
 
-Each size runs in a process of its own on a tiled JPEG GeoTIFF made on the fly. With `--model` only a chequer
-of 2 % of the image is valid, so that a real network passes over the whole raster in minutes; what grows with a
+Each size runs in a process of its own on a tiled JPEG GeoTIFF made on the fly. With `--model` only a
+chequer of 2 % of the image is valid, so that a real network passes over it in minutes; what grows with a
 raster (strips, caches) is the same for all models. Growth is that from 5,000 px, or the smallest, to the
 largest.
 """
