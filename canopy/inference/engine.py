@@ -7,6 +7,7 @@ of any stage stops the others and is raised as it was; the sink is left to its o
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -16,29 +17,25 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from canopy.errors import CanopyError, ImageryError
+from canopy.errors import CanopyError
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
 from canopy.inference.backends.runner import Runner
 from canopy.inference.blend import Canvas
 from canopy.inference.extras import Extras
+from canopy.inference.flow import Finished, Flow
 from canopy.inference.forward import Predictor
 from canopy.inference.plan import WINDOW_PX, Lattice, Plan, WorkWindow, plan_windows
+from canopy.inference.transfer import Transfer
+from canopy.inference.windows import Pixels, Source, read_ahead
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
     import torch
 
     from canopy.models.height import HeightModel
-    from canopy.sources.imagery import Imagery
 
 COVER_ABOVE_M = 2.0
-
-
-class Source(Protocol):
-    """The part of `ImagerySource` that prediction needs."""
-
-    def read(self, grid: Grid) -> Imagery: ...
 
 
 class Sink(Protocol):
@@ -96,19 +93,6 @@ class RunSummary:
             self.last_day = max(self.last_day, int(known.max()))
 
 
-@dataclass(frozen=True)
-class _Pixels:
-    """A window as read: everything on `plan.read_grid(window)`.
-
-    `wanted` is True where a height is due: valid, inside the grid and inside the area.
-    """
-
-    rgb: np.ndarray
-    valid: np.ndarray
-    wanted: np.ndarray
-    date: np.ndarray
-
-
 def predict_grid(
     model: HeightModel,
     source: Source,
@@ -120,7 +104,7 @@ def predict_grid(
     precision: str = "auto",
     batch_size: int | str = "auto",
     runner: Runner | None = None,
-    workers: int = 2,
+    workers: int | str = "auto",
     date_band: bool = False,
     extras: Extras | None = None,
     lattice: Lattice | None = None,
@@ -132,7 +116,8 @@ def predict_grid(
     Args:
         model: a `HeightModel`, or any module from RGB (B, 3, H, W) in 0..1 to metres (B, 1, H, W) whose
             `config` has `crop_px` and `patch_px`. The grid's pixel size is taken to be the model's.
-        source: gives RGB, validity and dates on any grid; read from `workers` threads at once.
+        source: gives RGB, validity and dates on any grid; read from `workers` threads at once (`auto`: by
+            device).
         sink: receives (1, h, w) heights in metres and (h, w) validity, or (2, h, w) with `date_band`, whose
             second band is the acquisition day since 1970-01-01 (0 where unknown). Each pixel comes once.
         runner: the model on its runtime, with the outputs that `extras` need; by default torch, on `device`
@@ -155,132 +140,82 @@ def predict_grid(
     predictor = Predictor(
         model, device=device, precision=precision, batch_size=batch_size, extras=extras, runner=runner
     )
-    lattice = lattice or Lattice.of(model.config.crop_px, model.config.patch_px)
+    lattice = lattice or Lattice.of_model(model.config)
     plan = plan_windows(grid, lattice, window_px)
     summary = RunSummary(windows=len(plan), crops=plan.n_crops)
-    canvas = Canvas(plan, extras.layers)
     progress.start(plan.n_crops, "predicting")
-    writes: deque[Future[None]] = deque()
-    # Two separate pools: a full write queue must not keep the readers from running.
-    readers = ThreadPoolExecutor(max(1, workers), thread_name_prefix="canopy-read")
-    writer = ThreadPoolExecutor(1, thread_name_prefix="canopy-write")
-    try:
-        for window, pixels in _read_ahead(plan, source, aoi, readers, ahead=max(1, workers)):
-            layers = _predict_window(window, plan, pixels, predictor, canvas, summary, progress)
-            values, valid = _finished(window, plan, layers, pixels, summary, extras)
-            if valid.size:
-                offset = (window.rows.final[0], window.cols.final[0])
-                writes.append(writer.submit(sink.write, values, valid, *offset))
-            while len(writes) > 2:
-                writes.popleft().result()
-        while writes:
-            writes.popleft().result()
-    finally:
-        readers.shutdown(wait=True, cancel_futures=True)
-        writer.shutdown(wait=True, cancel_futures=True)
+    with _Stages(plan, predictor, extras, reader_count(workers, predictor.device), progress) as stages:
+        for window, pixels in stages.read_ahead(source, aoi):
+            for finished in stages.flow.feed(window, pixels):
+                stages.write(finished, sink, summary)
+        for finished in stages.flow.end():
+            stages.write(finished, sink, summary)
+        stages.wait_for_writes(0)
+        summary.crops_predicted = stages.flow.crops_predicted
     summary.batch_size, summary.model_seconds = predictor.batch_size, predictor.seconds
     summary.notes += predictor.notes
     summary.seconds = time.perf_counter() - started
     return summary
 
 
-def _read_ahead(
-    plan: Plan, source: Source, aoi: AOI | None, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[tuple[WorkWindow, _Pixels | None]]:
-    """The plan's windows in order with their pixels, at most `ahead` of them read in advance."""
-    pending: deque[tuple[WorkWindow, Future[_Pixels | None]]] = deque()
-    for window in plan:
-        pending.append((window, pool.submit(_read, window, plan, source, aoi)))
-        if len(pending) > ahead:
-            window_done, future = pending.popleft()
-            yield window_done, future.result()
-    while pending:
-        window_done, future = pending.popleft()
-        yield window_done, future.result()
+def reader_count(workers: int | str, device: torch.device) -> int:
+    """Threads that read imagery: `auto` takes two beside a CPU that predicts, up to eight for a GPU."""
+    if workers == "auto":
+        return 2 if device.type == "cpu" else min(8, os.cpu_count() or 2)
+    return max(1, int(workers))
 
 
-def _read(window: WorkWindow, plan: Plan, source: Source, aoi: AOI | None) -> _Pixels | None:
-    """The window's pixels; None where the area has none of it (nothing is read then)."""
-    grid = plan.read_grid(window)
-    inside = _inside(window, plan)
-    if aoi is not None and not aoi.is_box:
-        inside &= aoi.mask(grid)
-    if not inside.any():
-        return None
-    imagery = source.read(grid)
-    if imagery.rgb.shape != (3, *grid.shape) or imagery.valid.shape != grid.shape:
-        raise ImageryError(
-            f"the source gave {imagery.rgb.shape} RGB and {imagery.valid.shape} validity",
-            where=getattr(source, "name", None),
-            expected=f"the window's shape (3, {grid.height}, {grid.width})",
-        )
-    # The last gate before the network: whatever the source believes, NaN and Inf stop here.
-    valid = imagery.valid & np.isfinite(imagery.rgb).all(axis=0)
-    return _Pixels(imagery.rgb, valid, valid & inside, imagery.date)
+class _Stages:
+    """The threads of a run, and what flows between them."""
+
+    def __init__(
+        self, plan: Plan, predictor: Predictor, extras: Extras, readers: int, progress: Progress
+    ) -> None:
+        self._plan, self._extras, self._readers = plan, extras, readers
+        # Float64 is not for every accelerator; where it is not, heights are summed on the CPU.
+        device = predictor.device if predictor.device.type == "cuda" else "cpu"
+        canvas = Canvas(plan, extras.layers, device)
+        self._transfer = Transfer(predictor.device)
+        # Pools of their own: a full write queue must not keep the readers from running.
+        self._pools = [
+            ThreadPoolExecutor(count, thread_name_prefix=f"canopy-{name}")
+            for name, count in (("read", readers), ("score", readers), ("write", 1))
+        ]
+        self._writes: deque[Future[None]] = deque()
+        self.flow = Flow(predictor, canvas, self._transfer, plan.lattice, extras, self._pools[1], progress)
+
+    def __enter__(self) -> _Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def read_ahead(self, source: Source, aoi: AOI | None) -> Iterator[tuple[WorkWindow, Pixels | None]]:
+        return read_ahead(self._plan, source, aoi, self._transfer, self._pools[0], self._readers)
+
+    def write(self, finished: Finished, sink: Sink, summary: RunSummary) -> None:
+        """Hand a window to the writer thread; waits while two others are still to be written."""
+        self._writes.append(self._pools[2].submit(_write, finished, self._plan, sink, summary, self._extras))
+        self.wait_for_writes(2)
+
+    def wait_for_writes(self, left: int) -> None:
+        while len(self._writes) > left:
+            self._writes.popleft().result()
 
 
-def _inside(window: WorkWindow, plan: Plan) -> np.ndarray:
-    """True on the pixels of `plan.read_grid(window)` that lie in the output grid."""
-    read = plan.read_grid(window)
-    inside = np.zeros(read.shape, bool)
-    rows, cols = (
-        slice(
-            max(0, -(span.served_from - plan.lattice.margin_px)),
-            max(0, length - (span.served_from - plan.lattice.margin_px)),
-        )
-        for span, length in ((window.rows, plan.grid.height), (window.cols, plan.grid.width))
-    )
-    inside[rows, cols] = True
-    return inside
-
-
-def _predict_window(
-    window: WorkWindow,
-    plan: Plan,
-    pixels: _Pixels | None,
-    predictor: Predictor,
-    canvas: Canvas,
-    summary: RunSummary,
-    progress: Progress,
-) -> np.ndarray:
-    """Layers (n, h, w) of the window's finished pixels; crops that serve no wanted pixel are skipped."""
-    lattice = plan.lattice
-    canvas.begin(window)
-    places = [(r, c) for r in range(len(window.rows.crops)) for c in range(len(window.cols.crops))]
-    needed = [] if pixels is None else [p for p in places if pixels.wanted[_served(p, lattice)].any()]
-    summary.crops_predicted += len(needed)
-    progress.advance(len(places) - len(needed))
-    while needed and pixels is not None:
-        batch, needed = needed[: predictor.batch_size], needed[predictor.batch_size :]
-        crops = [_crop(place, lattice) for place in batch]
-        predicted = predictor(
-            np.stack([pixels.rgb[:, r, c] for r, c in crops]),
-            np.stack([pixels.valid[r, c] for r, c in crops]),
-        )
-        for (row, col), layers in zip(batch, predicted, strict=True):
-            canvas.add(row, col, layers)
-        progress.advance(len(batch))
-    return canvas.finish()
-
-
-def _crop(place: tuple[int, int], lattice: Lattice) -> tuple[slice, slice]:
-    """Rows and columns that the crop at (row, column) of a window reads."""
-    top, left = place[0] * lattice.stride_px, place[1] * lattice.stride_px
-    return slice(top, top + lattice.crop_px), slice(left, left + lattice.crop_px)
-
-
-def _served(place: tuple[int, int], lattice: Lattice) -> tuple[slice, slice]:
-    """Rows and columns that the crop at (row, column) of a window serves."""
-    rows, cols = _crop(place, lattice)
-    margin = lattice.margin_px
-    return slice(rows.start + margin, rows.stop - margin), slice(cols.start + margin, cols.stop - margin)
+def _write(finished: Finished, plan: Plan, sink: Sink, summary: RunSummary, extras: Extras) -> None:
+    window, pixels, layers = finished
+    values, valid = _finished(window, plan, layers.numpy(), pixels, summary, extras)
+    if valid.size:
+        sink.write(values, valid, window.rows.final[0], window.cols.final[0])
 
 
 def _finished(
     window: WorkWindow,
     plan: Plan,
     layers: np.ndarray,
-    pixels: _Pixels | None,
+    pixels: Pixels | None,
     summary: RunSummary,
     extras: Extras,
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from canopy.errors import AreaError
 from canopy.inference.forward import Predictor
 from canopy.inference.plan import Plan
 from canopy.inference.target import Target
+from canopy.models.fill import EMPTY_VALUE
 
 if TYPE_CHECKING:
     import torch
@@ -83,14 +81,17 @@ def seconds_per_crop(
     model: HeightModel, device: str | torch.device, precision: str, batch_size: int | str
 ) -> float:
     """Measured time of one crop: one forward pass to warm up, one to count, on an empty image."""
+    import torch
+
     predictor = Predictor(model, device=device, precision=precision, batch_size=batch_size)
     side = model.config.crop_px
-    count = 1 if predictor.device.type == "cpu" else predictor.batch_size
-    rgb, valid = np.full((count, 3, side, side), 0.4, np.float32), np.ones((count, side, side), bool)
-    predictor(rgb, valid)
-    started = time.perf_counter()
-    predictor(rgb, valid)
-    return (time.perf_counter() - started) / count
+    # A single crop would be run twice.
+    count = min(2, predictor.batch_size) if predictor.device.type == "cpu" else predictor.batch_size
+    crops = torch.full((count, 3, side, side), EMPTY_VALUE, device=predictor.device)
+    predictor(crops)
+    warm = predictor.seconds
+    predictor(crops)
+    return (predictor.seconds - warm) / count
 
 
 def refuse_too_large(cost: Estimate, max_pixels: int, where: str, in_memory: bool) -> None:

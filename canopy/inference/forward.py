@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +10,8 @@ import numpy as np
 from canopy.errors import ConfigError, InputError
 from canopy.inference.backends.runner import Runner, TorchRunner
 from canopy.inference.extras import Extras
-from canopy.models.fill import fill_invalid
+from canopy.inference.stopwatch import StopWatch
+from canopy.inference.views import over_views
 from canopy.runtime import pick_device
 
 if TYPE_CHECKING:
@@ -26,13 +26,12 @@ AUTO_BATCH = {"cpu": 4, "cuda": 32, "mps": 8}
 
 
 class Predictor:
-    """Calls the model on (n, 3, crop, crop) arrays and keeps count of what it took.
+    """Calls the model on crops and keeps count of what it took.
 
     Attributes:
-        device: where the model runs.
+        device: where the model runs, and where crops come from and layers go to.
         runner: the model on its runtime.
         batch_size: crops per forward pass now; halved whenever the device runs out of memory.
-        seconds: time spent in the model so far, transfers included.
         notes: what the user should know about the run.
     """
 
@@ -48,46 +47,66 @@ class Predictor:
     ) -> None:
         import torch
 
-        self._extras = extras or Extras()
+        extras = extras or Extras()
         if runner is None:
             device = device if isinstance(device, torch.device) else pick_device(device)
             half = use_bf16(precision, device)
-            runner = TorchRunner(model, device, "bf16" if half else "fp32", self._extras.outputs)
-        self.runner, self.device = runner, runner.device
+            runner = TorchRunner(model, device, "bf16" if half else "fp32", extras.outputs)
+        self.runner, self.device, self._views = runner, runner.device, extras.views
         self.batch_size = resolve_batch(batch_size, self.device.type)
-        self.seconds = 0.0
         self.notes: list[str] = []
+        self._watch = StopWatch(self.device)
 
-    def __call__(self, rgb: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        """Layers (n, layers, crop, crop) float32: heights in metres, then what the extras need.
+    @property
+    def seconds(self) -> float:
+        """Time spent in the model so far; on a GPU its own time, for which this waits."""
+        return self._watch.seconds
 
-        Args:
-            rgb: (n, 3, crop, crop) float32 in 0..1; anything where invalid.
-            valid: (n, crop, crop) bool; invalid pixels are filled from their surroundings first.
+    def __call__(self, crops: torch.Tensor) -> torch.Tensor:
+        """Crops (n, 3, crop, crop) float32 in 0..1, finite, on `device` -> layers (n, l, crop, crop) float32
+        there: heights in metres, then what else the extras need of the network.
         """
-        started = time.perf_counter()
-        done: list[np.ndarray] = []
-        while (start := sum(map(len, done))) < len(rgb):
-            stop = start + self.batch_size
-            try:
-                done.append(self._forward(rgb[start:stop], valid[start:stop]))
-            except RuntimeError as error:
-                if not _is_out_of_memory(error) or self.batch_size == 1:
-                    raise
-                self._halve_batch()
-        self.seconds += time.perf_counter() - started
-        return np.concatenate(done)
+        import torch
 
-    def _forward(self, rgb: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        filled = np.stack([fill_invalid(*crop) for crop in zip(rgb, valid, strict=True)])
-        if len(filled) == 1 and self.batch_size > 1 and not self.runner.alone:
-            # A map must not depend on how many crops were left over.
-            filled = np.concatenate([filled, filled])
-        layers = self.runner(filled)[: len(rgb)]
-        if self._extras.quality is not None:
-            scores = [self._extras.quality.scores(*c) for c in zip(filled[: len(rgb)], valid, strict=True)]
-            layers = np.concatenate([layers, np.stack(scores)], axis=1)
-        return layers
+        done: list[torch.Tensor] = []
+        start = 0
+        with self._watch:
+            while start < len(crops):
+                part = crops[start : start + self.batch_size]
+                try:
+                    done.append(self._forward(part))
+                    start += len(part)
+                except RuntimeError as error:
+                    if not _is_out_of_memory(error) or self.batch_size == 1:
+                        raise
+                    self._halve_batch()
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _forward(self, crops: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        # A map must not depend on how many crops were left over: other batch sizes take other kernels.
+        whole = self.batch_size if self.device.type == "cuda" else min(2, self.batch_size)
+        short = 0 if self.runner.alone else max(0, whole - len(crops))
+        if short:
+            crops = torch.cat([crops, crops[-1:].expand(short, -1, -1, -1)])
+        layers = self._run(crops) if self._views == 1 else self._run_views(crops)
+        return layers[: len(layers) - short]
+
+    def _run(self, crops: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if isinstance(self.runner, TorchRunner):
+            return self.runner.forward(crops)
+        return torch.from_numpy(self.runner(crops.numpy()))
+
+    def _run_views(self, crops: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        def network(turned: np.ndarray) -> np.ndarray:
+            return self._run(torch.from_numpy(turned).to(self.device)).cpu().numpy()
+
+        return torch.from_numpy(over_views(network, crops.cpu().numpy(), self._views)).to(self.device)
 
     def _halve_batch(self) -> None:
         import torch

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from canopy.errors import ConfigError
 from canopy.geo.grid import Grid
@@ -61,6 +62,13 @@ class Lattice:
         # The taper gives the first tenth of the overlap under 3 % of the weight: a wide ramp hides seams
         # better than a wide margin does (measured at equal cost).
         return cls(crop_px, crop_px - overlap, overlap // 16)
+
+    @classmethod
+    def of_model(cls, config: Any) -> Lattice:
+        """The lattice of a model's `config`: `crop_px` and `patch_px`, and `overlap_px` where it has one."""
+        overlap = getattr(config, "overlap_px", 0)
+        lattice = cls.of(config.crop_px, config.patch_px)
+        return cls(config.crop_px, config.crop_px - overlap, overlap // 16) if overlap else lattice
 
     @property
     def served_px(self) -> int:

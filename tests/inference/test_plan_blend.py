@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,10 +72,11 @@ def test_windows_partition_the_grid_and_blend_to_the_truth(
         for r in range(len(window.rows.crops)):
             for c in range(len(window.cols.crops)):
                 top, left = r * lattice.stride_px, c * lattice.stride_px
-                canvas.add(r, c, field[top : top + lattice.crop_px, left : left + lattice.crop_px])
+                crop = field[top : top + lattice.crop_px, left : left + lattice.crop_px]
+                canvas.add(r, c, torch.from_numpy(crop)[None])
                 n_crops += 1
         done, place = canvas.finish(), (slice(*window.rows.final), slice(*window.cols.final))
-        result[place] = done[0]
+        result[place] = done[0].numpy()
         seen[place] += 1
     assert (seen == 1).all()
     assert n_crops == plan.n_crops
