@@ -9,14 +9,12 @@ in a process of its own and reports its seconds and what it adds to the resident
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
+
+import common
 
 BEAMS = ("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011", "BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
 LAYOUTS = {
@@ -63,7 +61,7 @@ def make_granule(path: Path, shots: int, layout: str) -> None:
             file[beam].create_dataset("shot_number", data=numbers, chunks=True, compression=4)
 
 
-def measure(path: Path, share: float | None, filter: str, columns: str) -> dict[str, float]:
+def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Extract in this process."""
     import geopandas  # noqa: F401  (counted as import, not as work)
     import pyarrow.parquet  # noqa: F401
@@ -71,19 +69,21 @@ def measure(path: Path, share: float | None, filter: str, columns: str) -> dict[
     from canopy.geo.aoi import AOI
     from canopy.sources.gedi import extract_shots
 
+    share, path = AREAS[case["area"]], Path(case["path"])
     area = None if share is None else AOI.from_bounds((-90, 35, -90 + 40 * share, 35 + 20 * share))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    began, spent = time.perf_counter(), time.process_time()
-    rh = [int(column) for column in columns.split(",")]
+    before = common.peak_mb()
+    clock = common.Clock()
+    rh = [int(column) for column in case["rh"].split(",")]
     report = extract_shots(
-        [path], path.with_suffix(".parquet"), area=area, rh=rh, filter=filter, overwrite=True
+        [path], path.with_suffix(".parquet"), area=area, rh=rh, filter=case["filter"], overwrite=True
     )
+    took = clock.read()
     return {
         "kept": report.tally.kept,
-        "cpu_s": round(time.process_time() - spent, 2),
-        "wall_s": round(time.perf_counter() - began, 2),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "added_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before),
+        "cpu s": took["cpu_s"],
+        "wall s": took["wall_s"],
+        "peak MB": common.peak_mb(),
+        "added MB": common.peak_mb() - before,
     }
 
 
@@ -96,41 +96,28 @@ def cases() -> list[tuple[str, str, str]]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--shots", type=int, default=300_000, help="per beam")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
-    parser.add_argument("--out", type=Path, help="folder for gedi.json")
     parser.add_argument("--dir", help="where the granules go (up to 1 GB); default: a temporary folder")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.child:
-        path, area, filter, columns = options.child
-        print(json.dumps(measure(Path(path), AREAS[area], filter, columns)))
+        print(json.dumps(measure(json.loads(options.child))))
         return
-    results = []
-    print(f"{'heights':8} {'area':6} {'filter':7} {'rh':9} {'kept':>8} {'cpu s':>6} {'wall s':>7} {'MB':>9}")
+    rows = []
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         for layout in options.layouts:
             path = Path(folder) / f"{layout}.h5"
             make_granule(path, options.shots, layout)
-            for case in cases():
-                command = [sys.executable, __file__, "--child", str(path), *case]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                found = json.loads(done.stdout)
-                results.append({"layout": layout, "area": case[0], "filter": case[1], "rh": case[2], **found})
-                print(
-                    f"{layout:8} {case[0]:6} {case[1]:7} {case[2]:9} {found['kept']:8} {found['cpu_s']:6} "
-                    f"{found['wall_s']:7} {found['added_mb']:9}",
-                    flush=True,
-                )
+            for area, rule, rh in cases():
+                case = {"area": area, "filter": rule, "rh": rh}
+                found = common.alone(__file__, case | {"path": str(path)})
+                pace = {"Mshots/cpu s": len(BEAMS) * options.shots / max(found["cpu s"], 1e-3) / 1e6}
+                rows.append({"heights": layout, **case, **found, **pace})
             path.unlink()
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"shots_per_beam": options.shots, "results": results}, indent=2)
-        (options.out / "gedi.json").write_text(text + "\n", encoding="utf-8")
+    common.show(f"canopy data gedi, {len(BEAMS)} beams x {options.shots:,} shots", rows)
+    common.save(options.out, "gedi", {"shots_per_beam": options.shots}, rows)
 
 
 if __name__ == "__main__":

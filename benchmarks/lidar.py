@@ -9,14 +9,13 @@ process plus that of every worker at its largest.
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 
 EASTING, NORTHING = 500_000.0, 4_880_000.0
@@ -57,40 +56,36 @@ def measure(points: int, workers: int, folder: Path) -> dict[str, Any]:
 
     cloud = folder / "cloud.laz"
     make_cloud(cloud, points)
-    started = time.perf_counter()
+    clock = common.Clock()
     facts = chm_from_points([str(cloud)], str(folder / "chm.tif"), ChmOptions(workers=workers))
-    seconds = time.perf_counter() - started
-    main, worker = (
-        resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    took = clock.read()
+    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    points, main = facts["points_read"], common.peak_mb()
     return {
-        "points": facts["points_read"],
+        "points": points,
         "workers": workers,
-        "seconds": round(seconds, 1),
-        "main_mb": round(main),
-        "biggest_worker_mb": round(worker),
-        "total_mb": round(main + workers * worker),
-        "mean_height_m": facts["mean_height_m"],
-        "valid_fraction": facts["valid_fraction"],
+        "wall s": took["wall_s"],
+        "cpu s": took["cpu_s"],
+        "Mpoints/s": points / took["wall_s"] / 1e6,
+        "main MB": round(main),
+        "biggest worker MB": round(worker),
+        "total MB": round(main + workers * worker),
+        "mean height m": facts["mean_height_m"],
+        "valid": facts["valid_fraction"],
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--points", type=int, default=20_000_000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="folder for lidar.json")
     parser.add_argument("--dir", help="where the cloud goes; default: a temporary folder")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         found = measure(options.points, options.workers, Path(folder))
-    print(", ".join(f"{key} {value}" for key, value in found.items()))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "lidar.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    common.show("canopy data chm on a LAZ file", [found])
+    common.save(options.out, "lidar", {"points": options.points, "workers": options.workers}, found)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
