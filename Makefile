@@ -40,13 +40,12 @@ check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## run the benchmarks (minutes; tables and JSON under bench_out/)
-	@mkdir -p bench_out
-	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b --out bench_out || exit 1; done
+bench: $(STAMP)  ## run the benchmarks, then the table of targets (SIZE=full: hours; JSON in bench/)
+	$(BIN)/python benchmarks/run.py --out bench --size $(or $(SIZE),quick)
 
 lock: $(STAMP)  ## rewrite requirements.lock from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header --constraint constraints.txt -o requirements.lock
 
 clean:  ## remove what the demo, tests and benchmarks made (not .venv)
-	rm -rf demo bench_out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo bench bench_out .pytest_cache .mypy_cache .ruff_cache .hypothesis

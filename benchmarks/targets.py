@@ -1,0 +1,131 @@
+"""The targets of the project beside what the benchmarks in a folder measured.
+
+    python benchmarks/targets.py --out bench        # reads bench/*.json, writes bench/targets.json
+
+`make bench` ends with it. A target whose benchmark has not run says so; one that is missed is no error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+
+# The results of all benchmarks by name, as `common.save` wrote them.
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the table.
+
+    Attributes:
+        what: in words; wanted: the limit in words; source: the benchmark's name.
+        measure: gives (value, in words, met) from that benchmark's results; None where they do not say.
+    """
+
+    what: str
+    wanted: str
+    source: str
+    measure: Callable[[Any], tuple[float, str, bool] | None]
+
+
+def _way(results: Any, model: str, way: str) -> dict[str, Any] | None:
+    rows = [row for found in results if found["model"] == model for row in found["rows"] if row["way"] == way]
+    return rows[0] if rows else None
+
+
+def _faster(
+    model: str, ways: tuple[str, ...], least: float
+) -> Callable[[Any], tuple[float, str, bool] | None]:
+    """The fastest of several ways against the loop of the same numbers, by wall time."""
+
+    def measure(results: Any) -> tuple[float, str, bool] | None:
+        rows = [row for way in ways if (row := _way(results, model, way)) and row["x loop"]]
+        if not rows:
+            return None
+        best = max(rows, key=lambda row: row["x loop"])
+        words = f"{best['x loop']:.2f}x ({best['what']}; by processor time {best['x loop, cpu']:.2f}x)"
+        return best["x loop"], words, best["x loop"] >= least
+
+    return measure
+
+
+def _overhead(results: Any) -> tuple[float, str, bool] | None:
+    """Wall over model time, the worst of canopy's ways with the default model."""
+    rows = [row for found in results if found["model"] == "default" for row in found["rows"]]
+    rows = [row for row in rows if not row["way"].startswith("loop")]
+    if not rows:
+        return None
+    row = next((row for row in rows if row["way"] == "openvino"), rows[0])
+    return row["/model"], f"{row['/model']:.3f} ({row['what']})", row["/model"] <= 1.05
+
+
+def _memory(results: Any) -> tuple[float, str, bool]:
+    sides = [int(side) for side in results["sizes"]]
+    growth = results["growth"]
+    return growth, f"{100 * growth:+.1f} % up to {max(sides):,} px", abs(growth) <= 0.05
+
+
+def _help(results: Any) -> tuple[float, str, bool]:
+    row = next(row for row in results if row["command"] == "canopy --help")
+    took, used = row["median wall s"], row["median cpu s"]
+    return took, f"{took:.2f} s (processor {used:.2f} s)", took < 0.4
+
+
+TARGETS = [
+    Target(
+        "whole raster on CPU, ViT-L fp32, against the eager loop", ">= 1.4x", "throughput",
+        _faster("large", ("openvino", "torch", "onnx"), 1.4),
+    ),
+    Target(
+        "whole raster on CPU, ViT-L int8, against dynamic int8 in the loop", ">= 2.5x", "throughput",
+        _faster("large", ("openvino-int8",), 2.5),
+    ),
+    Target("wall over model time, CPU, default model", "<= 1.05", "throughput", _overhead),
+    Target("growth of peak memory from 5,000 px on", "within 5 %", "memory", _memory),
+    Target("`canopy --help`", "< 0.4 s", "startup", _help),
+]  # fmt: skip
+
+
+def read_results(folder: Path) -> Results:
+    """All benchmarks' results in a folder, by name."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(whole, dict) and {"benchmark", "results"} <= set(whole):
+            found[whole["benchmark"]] = whole
+    return found
+
+
+def judge(results: Results) -> list[dict[str, Any]]:
+    """A row for every target."""
+    rows = []
+    for target in TARGETS:
+        whole = results.get(target.source)
+        found = target.measure(whole["results"]) if whole else None
+        rows.append({
+            "target": target.what,
+            "wanted": target.wanted,
+            "measured": found[1] if found else "not measured",
+            "met": ("yes" if found[2] else "no") if found else "-",
+            "by": f"benchmarks/{target.source}.py",
+        })  # fmt: skip
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
+    options = parser.parse_args(argv)
+    folder = options.out or Path("bench")
+    rows = judge(read_results(folder))
+    common.show("Targets", rows)
+    common.save(folder, "targets", {}, rows)
+
+
+if __name__ == "__main__":
+    main()
