@@ -1,4 +1,4 @@
-"""Cut a data pack's image and height files into one chips file. Needs rasterio; nothing after it does."""
+"""A data pack's pairs as they are, whole and not registered; `canopy data chips` is what training uses."""
 
 from __future__ import annotations
 
@@ -86,20 +86,3 @@ def mark_missing(rgb: np.ndarray) -> np.ndarray:
     out = np.maximum(rgb, 1)
     out[:, missing] = 0
     return out
-
-
-def cut_synth(count: int, side_m: int = 256, first_seed: int = 1000) -> list[Chip]:
-    """Chips of the procedural forest, each another place, sun and camera; heights are cell maxima.
-
-    Seeds start far from 0, the demo's, so that the demo scene is new to a model trained on these.
-    """
-    from canopy.sources.synth import random_spec
-    from canopy.sources.synth_render import render
-
-    chips = []
-    for seed in range(first_seed, first_seed + count):
-        tile = render(random_spec(seed), 0.0, 0.0, 2 * side_m, 2 * side_m)
-        chm = tile.chm.reshape(side_m, 2, side_m, 2).max(axis=(1, 3)).astype(np.float32)
-        row = ChipRow(f"synth_{seed}", "procedural forest", "synth", "train")
-        chips.append(Chip(row, np.maximum(tile.rgb, 1), chm))
-    return chips

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from canopy.chips.index import IndexRow, as_texts, replacing, row_of
 from canopy.chips.plan import LABEL_FACTOR, Block, CutRules, PlannedChip, Shard
 from canopy.chips.register import Shift, measure_shift
 from canopy.chips.screen import NO_LABEL, ScreenRules, screen
-from canopy.chips.store import NO_HEIGHT, Chip, ChipRow
+from canopy.chips.store import NO_SHOTS, Chip, ChipRow, write_shard
 from canopy.chips.targets import Target, chm_target, gap_weight, shots_on, unknown_target
 from canopy.errors import DataError, FetchError, ImageryError
 from canopy.geo.grid import Grid
@@ -74,49 +73,13 @@ def read_rows(shard: Shard, folder: Path) -> list[IndexRow] | None:
         return None
 
 
-def write_shard(path: Path, chips: Sequence[tuple[Chip, np.ndarray]], source: str) -> None:
-    """A chips file (see `canopy.chips.store`) with `ID/shots` beside, equal bytes for equal chips.
-
-    Written out by hand: the safetensors library puts the metadata in random order.
-    """
-    tensors: dict[str, np.ndarray] = {}
-    for chip, shots in chips:
-        known = np.isfinite(chip.chm_m)
-        cm = np.where(known, np.round(np.where(known, chip.chm_m, 0) * 100), NO_HEIGHT)
-        tensors[f"{chip.row.id}/chm"] = cm.astype("<u2")
-        tensors[f"{chip.row.id}/rgb"] = np.ascontiguousarray(chip.rgb)
-        if len(shots):
-            tensors[f"{chip.row.id}/shots"] = shots.astype("<f4")
-    names = {np.dtype("<f4"): "F32", np.dtype("<u2"): "U16", np.dtype("u1"): "U8"}
-    header: dict[str, object] = {
-        "__metadata__": {
-            "format": "canopy-chips",
-            "rows": json.dumps([asdict(chip.row) for chip, _ in chips]),
-            "data_sha256": source,
-        }
-    }
-    end = 0
-    # Widest numbers first, so that every array begins on a whole multiple of its own size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    for name, array in ordered:
-        start, end = end, end + array.nbytes
-        header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as part, part.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, array in ordered:
-            file.write(array.tobytes())
-
-
 # ---- one block --------------------------------------------------------------------------------------
 def _cut_block(block: Block, rules: CutRules) -> Iterator[tuple[Chip | None, np.ndarray, IndexRow]]:
     """Chip (None where rejected), its shots and its row, for every chip of the block."""
-    nothing = np.zeros((0, 4), np.float32)
     wanted = [chip for chip in block.chips if not chip.reason]
     for chip in block.chips:
         if chip.reason:
-            yield None, nothing, _row(block, chip, reason=chip.reason)
+            yield None, NO_SHOTS, _row(block, chip, reason=chip.reason)
     if not wanted:
         return
     try:
@@ -124,12 +87,12 @@ def _cut_block(block: Block, rules: CutRules) -> Iterator[tuple[Chip | None, np.
         grid = block.grid.window(*frame)
         image, target, shift, moved = _read(block, grid, rules)
         labels = _label_grid(grid)
-        shots = shots_on(block.pair.gedi, labels, rh=rules.rh) if block.pair.gedi else nothing
+        shots = shots_on(block.pair.gedi, labels, rh=rules.rh) if block.pair.gedi else NO_SHOTS
     except FetchError:
         raise
     except (ImageryError, DataError) as error:
         for chip in wanted:
-            yield None, nothing, _row(block, chip, reason=f"{UNREADABLE}: {error.what}")
+            yield None, NO_SHOTS, _row(block, chip, reason=f"{UNREADABLE}: {error.what}")
         return
     too_far = shift is not None and shift.is_sure and shift.length_m > rules.most_shift_m
     for chip in wanted:

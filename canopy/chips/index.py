@@ -103,7 +103,8 @@ def read_index(folder: str | Path) -> list[IndexRow]:
     """Rows of a chips folder, rejected chips included. Raises DataError where there is no readable index."""
     path = Path(folder) / INDEX_CSV
     if not path.is_file():
-        raise DataError("no index.csv", where=folder, expected="a folder made by canopy data chips")
+        what = "no index.csv" if path.parent.is_dir() else "no such chips"
+        raise DataError(what, where=folder, expected="a folder made by canopy data chips")
     with path.open(newline="") as file:
         return [row_of(line, path) for line in csv.DictReader(file)]
 

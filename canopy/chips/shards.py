@@ -1,4 +1,4 @@
-"""A chips folder (`canopy data chips`) read chip by chip, and how often each should be seen. No geo library,
+"""Chips folders (`canopy data chips`) read chip by chip, and how often each should be seen. No geo library,
 no torch; the torch Datasets over it are in `canopy.chips.streams`."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from canopy.chips.index import IndexRow, cut_rows, read_index
-from canopy.chips.store import NO_HEIGHT, Chip, ChipRow
+from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M, NO_HEIGHT, NO_SHOTS, Chip, ChipRow, read_store
 from canopy.chips.targets import pixel_weight
 from canopy.errors import DataError
 
@@ -49,30 +50,41 @@ class ChipShards:
     """Chips by number, read when asked for; picklable, and safe in forked and spawned workers.
 
     Args:
-        folder: made by `canopy data chips`.
-        rows: which chips; None takes all that were cut.
+        places: folders made by `canopy data chips`, or single shards of one (chips files); one or several.
         splits: only these splits; None takes all.
 
     Raises:
-        DataError: there is no index, or nothing of these splits.
+        DataError: no such place, no index, nothing of these splits, or a chip that is there twice.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        rows: Sequence[IndexRow] | None = None,
-        *,
-        splits: Sequence[str] | None = None,
+        self, places: str | Path | Sequence[str | Path], *, splits: Sequence[str] | None = None
     ) -> None:
-        self.folder = Path(folder)
-        chosen = cut_rows(read_index(self.folder) if rows is None else rows)
-        self.rows = [r for r in chosen if splits is None or r.split in splits]
+        wanted = [places] if isinstance(places, str | Path) else places
+        self.rows: list[IndexRow] = []
+        self._folders: dict[str, Path] = {}
+        self._sources: list[str] = []
+        for place in map(Path, wanted):
+            rows = _rows_of_file(place, self._sources) if place.is_file() else cut_rows(read_index(place))
+            folder = place.parent if place.is_file() else place
+            for row in rows:
+                if row.id in self._folders:
+                    raise DataError(f"chip {row.id} is also in {self._folders[row.id]}", where=place)
+                self._folders[row.id] = folder
+            self.rows += [row for row in rows if splits is None or row.split in splits]
         if not self.rows:
-            raise DataError(
-                "no chips", where=folder, expected=f"some of {', '.join(splits or ['any split'])}"
-            )
-        self._handles: dict[str, Any] = {}
+            names = ", ".join(map(str, wanted))
+            raise DataError("no chips", where=names, expected=f"some of {', '.join(splits or ['any split'])}")
+        self._handles: dict[Path, Any] = {}
         self._owner = os.getpid()
+
+    def subset(self, rows: Sequence[IndexRow]) -> ChipShards:
+        """The same with these of its rows, at least one."""
+        if not rows:
+            raise DataError("no chips chosen")
+        other = copy(self)
+        other.rows, other._handles = list(rows), {}
+        return other
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,24 +95,25 @@ class ChipShards:
         known = cm != NO_HEIGHT
         chm = np.where(known, cm / 100.0, np.nan).astype(np.float32)
         weight = pixel_weight(np.where(known, chm, 0), known, row.weight, row.floor_m)
-        shots = self._tensor(row, "shots") if row.shots else np.zeros((0, 4), np.float32)
+        shots = self._tensor(row, "shots") if row.shots else NO_SHOTS
         return ShardChip(row, rgb, chm, weight, shots)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of which chips these are, in which order; ids stand for their pixels."""
-        return hashlib.sha256("\n".join(row.id for row in self.rows).encode()).hexdigest()[:16]
+        """Hash of which chips these are, in which order; ids and a file's hash stand for pixels."""
+        facts = [*self._sources, *(row.id for row in self.rows)]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
     def _tensor(self, row: IndexRow, name: str) -> np.ndarray:
         from safetensors import SafetensorError, safe_open
 
         if self._owner != os.getpid():
             self._handles, self._owner = {}, os.getpid()
-        path = self.folder / row.shard
+        path = self._folders[row.id] / row.shard
         try:
-            if row.shard not in self._handles:
-                self._handles[row.shard] = safe_open(path, framework="numpy")
-            return self._handles[row.shard].get_tensor(f"{row.id}/{name}")
+            if path not in self._handles:
+                self._handles[path] = safe_open(path, framework="numpy")
+            return self._handles[path].get_tensor(f"{row.id}/{name}")
         except (SafetensorError, OSError) as error:
             raise DataError(
                 f"chip {row.id} cannot be read ({error})", where=path, remedy="run canopy data chips again"
@@ -108,6 +121,32 @@ class ChipShards:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handles": {}}
+
+
+def _rows_of_file(path: Path, sources: list[str]) -> list[IndexRow]:
+    """Rows of a chips file, which has no index; its hash is added to `sources`."""
+    store = read_store(path)
+    sources.append(store.data_sha256)
+    return [row_of_chip(chip, path.name) for chip in store.chips]
+
+
+def row_of_chip(chip: Chip, shard: str, licence: str = "") -> IndexRow:
+    """The index row of a chip that was not cut from a manifest's pair: what can be read off it."""
+    known = chip.chm_m[np.isfinite(chip.chm_m)]
+    heights: dict[str, Any] = {
+        "height_mean_m": round(float(known.mean()), 3),
+        "height_p95_m": float(np.percentile(known, 95)),
+        "height_max_m": round(float(known.max()), 3),
+        "cover": round(float((known > 2).mean()), 4),
+    }
+    r = chip.row
+    return IndexRow(
+        r.id, r.id, r.site, r.kind, r.split, shard,
+        height_px=chip.rgb.shape[1], width_px=chip.rgb.shape[2],
+        gsd_m=IMAGE_GSD_M, label_gsd_m=LABEL_GSD_M,
+        image_share=float(chip.image_valid.mean()), label_share=known.size / max(chip.chm_m.size, 1),
+        licence=licence, **(heights if known.size else {"height_p95_m": 0.0}),
+    )  # fmt: skip
 
 
 def site_weights(rows: Sequence[IndexRow], power: float = 0.5) -> np.ndarray:

@@ -1,23 +1,28 @@
 """A chips file: image and height pairs on one pixel grid, in one safetensors file; no geo libraries needed.
 
-For each chip ID the file holds `ID/rgb` uint8 (3, 2h, 2w) at 0.5 m, where 0,0,0 alone means no image, and
-`ID/chm` uint16 (h, w) at 1 m in centimetres, 65535 = no height. The metadata holds the rows (id, site, kind,
-split) and a hash of the source data.
+For each chip ID the file holds `ID/rgb` uint8 (3, 2h, 2w) at 0.5 m, where 0,0,0 alone means no image,
+`ID/chm` uint16 (h, w) at 1 m in centimetres, 65535 = no height, and perhaps `ID/shots` float32 (n, 4). The
+metadata holds the rows (id, site, kind, split) and a hash of the source data. Every shard of a chips folder
+is such a file.
 """
 
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from canopy.chips.index import replacing
 from canopy.errors import DataError
 
 NO_HEIGHT = 65535
 IMAGE_GSD_M = 0.5
 LABEL_GSD_M = 1.0
+NO_SHOTS = np.zeros((0, 4), np.float32)
 
 
 @dataclass(frozen=True)
@@ -56,20 +61,46 @@ class ChipStore:
         return [c for c in self.chips if c.row.split in splits]
 
 
-def write_store(path: str | Path, chips: list[Chip], data_sha256: str) -> None:
-    """Write `chips` to one file, heights rounded to centimetres."""
-    from safetensors.numpy import save_file
-
-    tensors: dict[str, np.ndarray] = {}
-    for chip in chips:
-        known = np.isfinite(chip.chm_m)
-        cm = np.where(known, np.round(np.where(known, chip.chm_m, 0) * 100), NO_HEIGHT)
-        tensors[f"{chip.row.id}/rgb"] = np.ascontiguousarray(chip.rgb)
-        tensors[f"{chip.row.id}/chm"] = cm.astype(np.uint16)
-    rows = json.dumps([asdict(c.row) for c in chips])
+def write_store(path: str | Path, chips: Sequence[Chip], data_sha256: str) -> None:
+    """Write chips without shots to one file; see `write_shard`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "canopy-chips", "rows": rows, "data_sha256": data_sha256})
+    write_shard(path, [(chip, NO_SHOTS) for chip in chips], data_sha256)
+
+
+def write_shard(path: Path, chips: Sequence[tuple[Chip, np.ndarray]], source: str) -> None:
+    """Write chips and their GEDI shots (n, 4), heights rounded to centimetres; equal bytes for equal chips.
+
+    Written out by hand: the safetensors library puts the metadata in random order.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for chip, shots in chips:
+        known = np.isfinite(chip.chm_m)
+        cm = np.where(known, np.round(np.where(known, chip.chm_m, 0) * 100), NO_HEIGHT)
+        tensors[f"{chip.row.id}/chm"] = cm.astype("<u2")
+        tensors[f"{chip.row.id}/rgb"] = np.ascontiguousarray(chip.rgb)
+        if len(shots):
+            tensors[f"{chip.row.id}/shots"] = shots.astype("<f4")
+    names = {np.dtype("<f4"): "F32", np.dtype("<u2"): "U16", np.dtype("u1"): "U8"}
+    header: dict[str, object] = {
+        "__metadata__": {
+            "format": "canopy-chips",
+            "rows": json.dumps([asdict(chip.row) for chip, _ in chips]),
+            "data_sha256": source,
+        }
+    }
+    end = 0
+    # Widest numbers first, so that every array begins on a whole multiple of its own size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    for name, array in ordered:
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as part, part.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, array in ordered:
+            file.write(array.tobytes())
 
 
 def read_store(path: str | Path) -> ChipStore:
@@ -78,7 +109,7 @@ def read_store(path: str | Path) -> ChipStore:
 
     path = Path(path)
     if not path.is_file():
-        raise DataError("no such chips file", where=path, remedy="make it with pipelines/build_chips.py")
+        raise DataError("no such chips file", where=path, expected="a shard of canopy data chips")
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}

@@ -116,7 +116,7 @@ def draw_contact_sheet(folder: Path, rows: Sequence[IndexRow]) -> None:
     FigureCanvasAgg(figure)
     axes = np.atleast_2d(figure.subplots(down, 2 * across, squeeze=False))
     colours = colormaps["viridis"].with_extremes(bad=_NO_LABEL)
-    shards = ChipShards(folder, chosen)
+    shards = ChipShards(folder).subset(chosen)
     top = float(np.nanmax([5.0, *(row.height_p95_m for row in chosen)]))
     for cell in axes.flat:
         cell.set_axis_off()

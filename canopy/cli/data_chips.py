@@ -8,13 +8,21 @@ from typing import Annotated
 import typer
 
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.errors import InputError
+
+_FIRST_SEED = 1000  # far from 0, the demo's
 
 
 def chips(
-    manifest: Annotated[
-        Path, typer.Option("--manifest", metavar="FILE", help="CSV or Parquet table of pairs, see below.")
-    ],
     out_dir: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for the chips.")],
+    manifest: Annotated[
+        Path | None,
+        typer.Option("--manifest", metavar="FILE", help="CSV or Parquet table of pairs, see below."),
+    ] = None,
+    synth: Annotated[
+        int | None,
+        typer.Option("--synth", metavar="N", help="Instead: N chips of the procedural forest, for training."),
+    ] = None,
     size_px: Annotated[int, typer.Option("--size-px", help="Side of a chip's image, pixels.")] = 256,
     gsd: Annotated[
         float, typer.Option("--gsd", help="Ground metres per image pixel; labels get twice it.")
@@ -40,7 +48,7 @@ def chips(
         list[str] | None,
         typer.Option("--hold-out", help="Site (or pattern) that is test as a whole; repeat."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the splits.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the splits, or of the first synthetic chip.")] = 0,
     rh: Annotated[int, typer.Option("--rh", help="Relative height of GEDI shots (column gedi_path).")] = 98,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first rows of the manifest.")] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 1,
@@ -58,8 +66,15 @@ def chips(
     contact_sheet.png. Run it again to go on after an interruption or with a longer manifest: nothing is cut
     twice. Exit code 3 when some files could not be read (index.csv says which).
 
+    With --synth there is no manifest; canopy train mixes such chips in by data.chips=[chips,synth].
+
     Example: canopy data chips --manifest pairs/manifest.csv -o chips --hold-out 'WLOU*' --workers 4
     """
+    if (manifest is None) == (synth is None):
+        raise InputError("needs either --manifest or --synth")
+    if manifest is None:
+        _synth(out_dir, synth or 0, size_px, seed, overwrite, json_, quiet, verbose)
+        return
     from canopy.chips.plan import CutRules
     from canopy.chips.splits import SplitRules
     from canopy.chips.summary import table
@@ -87,3 +102,27 @@ def chips(
     if summary["unreadable"]:
         typer.echo(f"canopy: {summary['unreadable']} chips could not be read; see index.csv", err=True)
         raise typer.Exit(3)
+
+
+def _synth(
+    out_dir: Path,
+    count: int,
+    size_px: int,
+    seed: int,
+    overwrite: bool,
+    json_: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    from canopy.chips.made import write_synth
+    from canopy.runtime import progress_bar, setup_logging
+
+    setup_logging(quiet, verbose)
+    with progress_bar(quiet or json_) as progress:
+        summary = write_synth(
+            out_dir, count, size_px, _FIRST_SEED + seed, overwrite=overwrite, progress=progress
+        )
+    if json_:
+        print_json(summary)
+    elif not quiet:
+        typer.echo(f"{out_dir}: {count} synthetic chips, {'made' if summary['cut_now'] else 'there already'}")

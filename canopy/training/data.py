@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from canopy.chips.augment import AugmentConfig
-from canopy.chips.index import IndexRow, cut_rows, read_index
-from canopy.chips.shards import BARE, TALL, ChipShards, ShardChip, category, sampling_weights
-from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M, Chip, ChipStore, read_store
+from canopy.chips.index import IndexRow
+from canopy.chips.shards import BARE, TALL, ChipShards, category, sampling_weights
+from canopy.chips.store import Chip
 from canopy.chips.streams import ChipBatches, ChipSource
 from canopy.errors import DataError
 from canopy.training.settings import DataSettings, FinetuneSettings
@@ -80,19 +80,20 @@ def open_data(settings: DataSettings) -> TrainingData:
     Raises:
         DataError: no such chips, or none to train on; `val_sites` that name no site, or several.
     """
-    rows, open_rows = _open(settings.chips)
-    train, val = ([r for r in rows if r.split == split] for split in ("train", "val"))
+    chips = ChipShards(settings.chips)
+    train, val = ([r for r in chips.rows if r.split == split] for split in ("train", "val"))
     if settings.val_sites:
         train, val = hold_out(train, val, settings.val_sites)
     train = label_subset(train, settings.label_share, settings.label_seed)
     if settings.include_val:
         train = [*train, *val]
     if not train:
-        raise DataError("no training chips", where=settings.chips, expected="chips of the split 'train'")
+        places = ", ".join(map(str, settings.chips))
+        raise DataError("no training chips", where=places, expected="chips of the split 'train'")
     digest = hashlib.sha256("\n".join(r.id for r in [*train, *val]).encode()).hexdigest()
     # An empty val is no error: the training chips then stand behind an empty list of numbers.
-    shown = WholeChips(open_rows(val)) if val else WholeChips(open_rows(train), [])
-    return TrainingData(open_rows(train), shown, digest, settings.include_val)
+    shown = WholeChips(chips.subset(val)) if val else WholeChips(chips.subset(train), [])
+    return TrainingData(chips.subset(train), shown, digest, settings.include_val)
 
 
 def hold_out(
@@ -116,11 +117,11 @@ def hold_out(
     return [row for row in train if row.site not in held], unseen
 
 
-def split_chips(chips: Path, split: str) -> Sequence[Chip]:
-    """The whole chips of one split, in the index's order; empty where there are none."""
-    rows, open_rows = _open(chips)
-    chosen = [row for row in rows if row.split == split]
-    return WholeChips(open_rows(chosen)) if chosen else []
+def split_chips(chips: Path | Sequence[Path], split: str) -> Sequence[Chip]:
+    """The whole chips of one split of a chips folder or several, in the index's order; perhaps none."""
+    shards = ChipShards(chips)
+    chosen = [row for row in shards.rows if row.split == split]
+    return WholeChips(shards.subset(chosen)) if chosen else []
 
 
 def some_heights(chips: ChipSource, most: int = 200) -> np.ndarray:
@@ -181,48 +182,3 @@ def chances(rows: Sequence[IndexRow], settings: DataSettings) -> np.ndarray:
     if not out.sum() > 0:
         raise DataError("no training chip has a chance", remedy="raise neon_share or synth_share")
     return out / out.sum()
-
-
-def _open(path: Path):  # type: ignore[no-untyped-def]
-    """Rows of a chips folder or chips file, and a function from some rows to their chips."""
-    if path.is_file():
-        store = _StoreChips(read_store(path))
-        return store.rows, store.subset
-    if not path.is_dir():
-        raise DataError("no such chips", where=path, remedy="make them with canopy data chips")
-    return cut_rows(read_index(path)), lambda rows: ChipShards(path, rows)
-
-
-class _StoreChips:
-    """A chips file (`canopy.chips.store`) as a `ChipSource`, in memory."""
-
-    def __init__(self, store: ChipStore, rows: Sequence[IndexRow] | None = None) -> None:
-        self._store = store
-        self._chips = {c.row.id: c for c in store.chips}
-        self.rows = list(rows) if rows is not None else [_row(c) for c in store.chips]
-
-    def subset(self, rows: Sequence[IndexRow]) -> _StoreChips:
-        return _StoreChips(self._store, rows)
-
-    @property
-    def fingerprint(self) -> str:
-        ids = "\n".join([self._store.data_sha256, *(row.id for row in self.rows)])
-        return hashlib.sha256(ids.encode()).hexdigest()[:16]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> ShardChip:
-        row = self.rows[number]
-        chip = self._chips[row.id]
-        weight = np.isfinite(chip.chm_m).astype(np.float32)
-        return ShardChip(row, chip.rgb, chip.chm_m, weight, np.zeros((0, 4), np.float32))
-
-
-def _row(chip: Chip) -> IndexRow:
-    known = chip.chm_m[np.isfinite(chip.chm_m)]
-    return IndexRow(
-        chip.row.id, chip.row.id, chip.row.site, chip.row.kind, chip.row.split,
-        gsd_m=IMAGE_GSD_M, label_gsd_m=LABEL_GSD_M,
-        height_p95_m=float(np.percentile(known, 95)) if known.size else 0.0,
-    )  # fmt: skip

@@ -24,6 +24,7 @@ from canopy.runtime import NoProgress, Progress, log, pick_device
 from canopy.training.data import TrainingData, batches, open_data, some_heights
 from canopy.training.finetune import HeightModule, Scores
 from canopy.training.run_folder import LAST, Table, check_run, locked, without_folders
+from canopy.training.run_settings import shown
 from canopy.training.scoring import headline, plain, score_chips
 from canopy.training.settings import FinetuneSettings
 from canopy.training.start import describe_start, expect_heights, start_from
@@ -241,9 +242,9 @@ def _tensorboard(folder: Path, step: int | None) -> Any:
 
 
 def _shareable(settings: FinetuneSettings) -> dict[str, Any]:
-    """The settings for a card: files by name alone, because folders are this machine's business."""
-    shown = json.loads(settings.model_dump_json(exclude={"model"}))
-    shown["data"]["chips"] = settings.data.chips.name
+    """The settings for a card: files by name alone."""
+    facts = json.loads(settings.model_dump_json(exclude={"model"}))
+    facts["data"]["chips"] = shown(settings.data.chips)
     if settings.init_from:
-        shown["init_from"] = settings.init_from.name
-    return shown
+        facts["init_from"] = settings.init_from.name
+    return facts

@@ -25,6 +25,7 @@ from canopy.training.pretrain_dinov2 import DinoModule
 from canopy.training.pretrain_mae import MaeModule
 from canopy.training.pretrain_settings import PretrainSettings
 from canopy.training.probe import HeightProbe, open_probe
+from canopy.training.run_settings import shown
 from canopy.training.ssl_data import ViewStream, open_stream
 
 LAST, ENCODER, CONFIG = "last.ckpt", "encoder.safetensors", "config.yaml"
@@ -183,16 +184,16 @@ def _loggers(run_dir: Path, every: int) -> list[Logger]:
 
 def _card(module: PretrainModule, stream: ViewStream, command: str) -> dict[str, Any]:
     settings = module.settings
-    shown = json.loads(settings.model_dump_json(exclude={"model"}))
-    # Files by name alone: folders are this machine's business.
-    shown["data"]["chips"] = settings.data.chips.name
-    shown["probe"]["labels"] = settings.probe.labels.name if settings.probe.labels else None
+    facts = json.loads(settings.model_dump_json(exclude={"model"}))
+    facts["data"]["chips"], facts["probe"]["labels"] = (
+        shown(settings.data.chips), shown(settings.probe.labels)
+    )  # fmt: skip
     return {
         "name": settings.name,
         "objective": settings.objective,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": command,
-        "settings": shown,
+        "settings": facts,
         "steps": module.global_step,
         "minutes": round(module.trained_s / 60, 2),
         "images_seen": module.global_step * settings.images * stream.world,

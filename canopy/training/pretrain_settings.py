@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from canopy.chips.views import ViewRules
 from canopy.config import Settings
-from canopy.models.config import ModelConfig
+from canopy.training.run_settings import ChipPlaces, RunSettings
 
 
 class DataSettings(Settings):
     """What is looked at.
 
     Attributes:
-        chips: a folder made by `canopy data chips`; splits: which of its chips.
+        chips: a folder made by `canopy data chips`, or a list; splits: which of its chips.
         site_power: a site counts as its number of chips to this power: 1 draws chips alike, 0 sites alike.
         workers: processes that prepare views ahead.
     """
 
-    chips: Path = Path("chips")
+    chips: ChipPlaces = (Path("chips"),)
     splits: tuple[str, ...] = ("train",)
     site_power: float = Field(default=0.5, ge=0, le=1)
     workers: int = Field(default=0, ge=0)
@@ -115,16 +115,16 @@ class ProbeSettings(Settings):
     """How useful are the frozen features? A ridge from patches to height, every `every` steps (0: never).
 
     Attributes:
-        labels: chips with heights (a folder or a chips file); None takes those of `data.chips`.
+        labels: chips with heights, one folder or several; None takes those of `data.chips`.
         chips: how many train chips are fitted and how many val chips scored.
     """
 
     every: int = Field(default=500, ge=0)
-    labels: Path | None = None
+    labels: ChipPlaces | None = None
     chips: int = Field(default=32, ge=1)
 
 
-class PretrainSettings(Settings):
+class PretrainSettings(RunSettings):
     """One pretraining run. It ends after `steps`, or `minutes` of training if those come first.
 
     Only a run bounded by steps alone repeats bit for bit: minutes are this machine's business.
@@ -137,11 +137,11 @@ class PretrainSettings(Settings):
         devices, nodes, strategy: as PyTorch Lightning has them. There is no FSDP: a ViT-L with its teacher,
             heads and AdamW takes about 9 GB, so nothing needs to be sharded, and none could be tried here.
         compile: torch.compile the transformer's blocks.
+        model: the height model whose encoder is pretrained.
     """
 
     name: str = "canopy-encoder"
     objective: Literal["dinov2", "mae"] = "dinov2"
-    seed: int = Field(default=0, ge=0)
     steps: int = Field(default=100_000, ge=1)
     minutes: float | None = Field(default=None, gt=0)
     batch: int = Field(default=64, ge=2)
@@ -154,14 +154,11 @@ class PretrainSettings(Settings):
     clip_norm: float = Field(default=3.0, ge=0)
     layer_decay: float = Field(default=0.9, gt=0, le=1)
     patch_lr: float = Field(default=0.2, gt=0, le=1)
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    threads: int = Field(default=1, ge=1)
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     devices: int = Field(default=1, ge=1)
     nodes: int = Field(default=1, ge=1)
     strategy: Literal["auto", "ddp"] = "auto"
     compile: bool = False
-    log_every: int = Field(default=25, ge=1)
     checkpoint_every: int = Field(default=250, ge=1)
     keep_every: int = Field(default=0, ge=0)
     data: DataSettings = DataSettings()
@@ -170,13 +167,6 @@ class PretrainSettings(Settings):
     dino: DinoSettings = DinoSettings()
     mae: MaeSettings = MaeSettings()
     probe: ProbeSettings = ProbeSettings()
-    model: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("model")
-    @classmethod
-    def _known_model(cls, value: dict[str, Any]) -> dict[str, Any]:
-        ModelConfig.from_dict(value)  # raises on unknown keys
-        return value
 
     @model_validator(mode="after")
     def _views_divide_into_patches(self) -> PretrainSettings:
@@ -192,11 +182,6 @@ class PretrainSettings(Settings):
         if self.objective == "mae" and any(r.global_px % (patch * self.mae.unit) for r in rules):
             raise ValueError(f"views do not divide into squares of mae.unit {self.mae.unit} patches")
         return self
-
-    @property
-    def architecture(self) -> ModelConfig:
-        """The height model whose encoder is pretrained."""
-        return ModelConfig.from_dict(self.model)
 
     @property
     def images(self) -> int:

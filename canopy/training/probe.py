@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from canopy.chips.shards import ChipShards
-from canopy.chips.store import Chip, read_store
+from canopy.chips.store import Chip
 from canopy.errors import DataError
 from canopy.models.encoder import Encoder
 from canopy.models.fill import fill_invalid
@@ -90,35 +90,30 @@ class HeightProbe:
         }
 
 
-def open_probe(folder: Path, patch: int, chips: int) -> HeightProbe | None:
-    """The probe over a chips folder or a chips file; None where it has no heights.
+def open_probe(places: Path | Sequence[Path], patch: int, chips: int) -> HeightProbe | None:
+    """The probe over chips folders; None where they have no heights. Plots of 20 m are left out.
 
     Args:
-        folder: made by `canopy data chips`, or a chips file; splits train and val are used.
+        places: folders of `canopy data chips`; splits train and val are used.
         patch: pixels per token side; chips: how many of each split, spread evenly.
     """
-    train, val = (Patches.of(_spread(_labelled(folder, split), chips), patch) for split in ("train", "val"))
+    shards = ChipShards(places)
+    parts = []
+    for split in ("train", "val"):
+        wanted = [
+            i for i, r in enumerate(shards.rows)
+            if r.split == split and r.label_share > 0 and r.kind not in ("neon", "synth")
+        ]  # fmt: skip
+        parts.append(Patches.of([shards[i].as_chip() for i in _spread(wanted, chips)], patch))
+    train, val = parts
     return HeightProbe(train, val) if train.images and val.images else None
 
 
-def _labelled(folder: Path, split: str) -> Sequence[Callable[[], Chip]]:
-    """How to read every chip of a split that has heights; plots of 20 m are left out."""
-    if folder.is_file():
-        chips = [c for c in read_store(folder).of_split(split) if c.row.kind == "lidar"]
-        return [lambda chip=chip: chip for chip in chips]  # type: ignore[misc]
-    try:
-        shards = ChipShards(folder, splits=(split,))
-    except DataError:
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    if not numbers:
         return []
-    numbers = [i for i, row in enumerate(shards.rows) if row.label_share > 0 and row.kind != "neon"]
-    return [lambda i=i: shards[i].as_chip() for i in numbers]  # type: ignore[misc]
-
-
-def _spread(readers: Sequence[Callable[[], Chip]], count: int) -> list[Chip]:
-    if not readers:
-        return []
-    at = np.unique(np.linspace(0, len(readers) - 1, min(count, len(readers))).round().astype(int))
-    return [readers[i]() for i in at]
+    at = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
+    return [numbers[i] for i in np.unique(at)]
 
 
 def patch_means(height_m: np.ndarray, image_valid: np.ndarray, side: int) -> np.ndarray:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from canopy.config import Settings
-from canopy.models.config import ModelConfig
+from canopy.training.run_settings import ChipPlaces, RunSettings
 from canopy.training.schedules import SHAPES, ramp
 
 
 class DataSettings(Settings):
     """Where the labels are and how often each kind is seen.
 
-    `chips`: a folder of `canopy data chips`. `bare_share`, `tall_share`: chance of a chip of that height
-    category; `neon_share`, `synth_share`: chance of a plot or a synthetic chip, where there are any.
+    `chips`: a folder of `canopy data chips`, or a list of them. `bare_share`, `tall_share`: chance of a chip
+    of that height category; `neon_share`, `synth_share`: chance of a plot or a synthetic chip, where there
+    are any.
     `label_share`: share of the training chips that may be used; a smaller share is a subset of a larger
     one, `label_seed` draws another. `include_val`: train on the val chips too; their scores are then called
     "seen". `val_chips`: validate on at most so many, evenly spaced (the final scores count all).
@@ -24,7 +25,7 @@ class DataSettings(Settings):
     training on the others: what a model knows of places it has not seen, without looking at a test chip.
     """
 
-    chips: Path = Path("chips")
+    chips: ChipPlaces = (Path("chips"),)
     bare_share: float = Field(default=0.1, ge=0, le=1)
     tall_share: float = Field(default=0.2, ge=0, le=1)
     neon_share: float = Field(default=0.12, ge=0, lt=1)
@@ -115,14 +116,12 @@ class LossSettings(Settings):
         return value
 
 
-class FinetuneSettings(Settings):
+class FinetuneSettings(RunSettings):
     """One supervised run. `minutes` bounds it in time, `steps` in work; the first to come ends it.
 
     With `minutes: null` the learning rate follows the steps alone, and a run is repeatable to the bit.
     """
 
-    name: str = "canopy"
-    seed: int = 0
     minutes: float | None = Field(default=60.0, gt=0)
     steps: int = Field(default=100_000, ge=1)
     batch: int = Field(default=8, ge=1)
@@ -133,8 +132,6 @@ class FinetuneSettings(Settings):
     weight_decay: float = 0.05
     clip_norm: float = Field(default=1.0, gt=0)
     ema_final: float = Field(default=0.998, ge=0, lt=1)
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    threads: int = Field(default=1, ge=1)
     workers: int = Field(
         default=0, ge=0
     )  # processes that make batches ahead; what they make does not depend on it
@@ -146,7 +143,6 @@ class FinetuneSettings(Settings):
     layer_decay: float = Field(
         1.0, gt=0, le=1
     )  # each transformer block learns this much slower than the next
-    log_every: int = Field(default=25, ge=1)
     tensorboard: bool = True  # where it is installed
     validate_every: int = Field(default=250, ge=1)
     patience: int = Field(default=0, ge=0)  # validations without a better MAE before the run stops; 0 = never
@@ -154,13 +150,6 @@ class FinetuneSettings(Settings):
     data: DataSettings = DataSettings()
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = LossSettings()
-    model: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("model")
-    @classmethod
-    def _known_model(cls, value: dict[str, Any]) -> dict[str, Any]:
-        ModelConfig.from_dict(value)  # raises on unknown keys
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> FinetuneSettings:
@@ -171,11 +160,6 @@ class FinetuneSettings(Settings):
         if self.layer_decay < 1 and self.architecture.encoder.family == "cnn":
             raise ValueError("layer_decay is for transformers")
         return self
-
-    @property
-    def architecture(self) -> ModelConfig:
-        """The model's config with its defaults."""
-        return ModelConfig.from_dict(self.model)
 
     @property
     def exports_best(self) -> bool:

@@ -21,7 +21,7 @@ def test_round_trip(make_chip, tmp_path):
 
 
 def test_broken_files(tmp_path):
-    with pytest.raises(DataError, match="build_chips"):
+    with pytest.raises(DataError, match="no such chips file"):
         read_store(tmp_path / "none.safetensors")
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"not chips at all, sorry")
