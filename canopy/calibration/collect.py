@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from canopy.errors import DataError
+from canopy.models.intervals import hint_names, views_of
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ class Scored:
 
     Attributes:
         id, site, split: of the chip.
-        height_m: predicted height, spread_m: spread of the bin weights, both the mean of the cell's pixels.
+        height_m: predicted height, the mean of the cell's pixels.
+        hint_m: what a method takes the width of bands from, likewise: (h, w) spread, or (2 l, h, w)
+            quantiles, in the order of `hint_names`.
         truth_m: lidar.
     """
 
@@ -36,7 +39,7 @@ class Scored:
     site: str
     split: str
     height_m: np.ndarray
-    spread_m: np.ndarray
+    hint_m: np.ndarray
     truth_m: np.ndarray
 
     @property
@@ -47,16 +50,16 @@ class Scored:
 
 @dataclass(frozen=True)
 class Cells:
-    """The known cells of several chips in rows; all arrays (n,).
+    """The known cells of several chips in rows; all arrays (n,), hints perhaps (2 l, n).
 
     Attributes:
-        height_m, spread_m, truth_m: metres.
+        height_m, hint_m, truth_m: metres.
         block: number of the exchangeable block that a cell lies in, counted over all chips.
         chip: number of its chip.
     """
 
     height_m: np.ndarray
-    spread_m: np.ndarray
+    hint_m: np.ndarray
     truth_m: np.ndarray
     block: np.ndarray
     chip: np.ndarray
@@ -94,8 +97,9 @@ def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str
 
 
 def score_chips(
-    model: HeightModel, chips: Sequence[Chip], *, batch: int = 4, progress: Progress | None = None
-) -> Iterator[Scored]:
+    model: HeightModel, chips: Sequence[Chip], *, method: str = "spread", batch: int = 4,
+    progress: Progress | None = None,
+) -> Iterator[Scored]:  # fmt: skip
     """Predict every chip as the map's engine would, and put its lidar beside it."""
     import torch
 
@@ -104,27 +108,33 @@ def score_chips(
     model = model.eval()
     for chip in chips:
         with torch.inference_mode():
-            height, spread = _predict(model, chip, batch)
+            layers = _predict(model, chip, method, batch)
         valid = chip.image_valid
         seen = valid[0::2, 0::2] & valid[1::2, 0::2] & valid[0::2, 1::2] & valid[1::2, 1::2]
         gone = ~(seen & np.isfinite(chip.chm_m))
-        for array in (height, spread):
-            array[gone] = np.nan
+        layers[:, gone] = np.nan
         truth = np.where(gone, np.nan, chip.chm_m).astype(np.float32)
-        yield Scored(chip.row.id, chip.row.site, chip.row.split, height, spread, truth)
+        hint = layers[1] if len(layers) == 2 else layers[1:]
+        yield Scored(chip.row.id, chip.row.site, chip.row.split, layers[0], hint, truth)
         progress.advance()
 
 
-def _predict(model: HeightModel, chip: Chip, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Height and spread (h, w) at 1 m of a chip, from overlapping crops, cross-faded linearly."""
+def _predict(model: HeightModel, chip: Chip, method: str, batch: int) -> np.ndarray:
+    """Height and hints (l, h, w) at 1 m of a chip, from overlapping crops, cross-faded linearly."""
     import torch
 
+    from canopy.inference.views import over_views
     from canopy.models.fill import fill_invalid
+
+    outputs = ("height_m", *hint_names(method))
+
+    def network(crops: np.ndarray) -> np.ndarray:
+        return model.layers(torch.from_numpy(crops), outputs).float().numpy()
 
     side = model.config.crop_px
     image, valid = chip.rgb.astype(np.float32) / 255.0, chip.image_valid
     _, H, W = image.shape
-    total, weights = np.zeros((2, H, W)), np.zeros((H, W))
+    total, weights = np.zeros((len(outputs), H, W)), np.zeros((H, W))
     ramp = np.minimum(np.arange(side) + 1.0, np.arange(side, 0, -1.0)) / max(1.0, side * _OVERLAP_SHARE)
     taper = np.minimum.outer(ramp, ramp).clip(max=1.0)
     corners = [(r, c) for r in _starts(H, side) for c in _starts(W, side)]
@@ -137,14 +147,11 @@ def _predict(model: HeightModel, chip: Chip, batch: int) -> tuple[np.ndarray, np
             rgb[:, : piece.shape[1], : piece.shape[2]] = piece
             ok[: piece.shape[1], : piece.shape[2]] = valid[r : r + side, c : c + side]
             crops.append(fill_invalid(rgb, ok))
-        predicted = model.predict(torch.from_numpy(np.stack(crops)))
-        both = torch.cat([predicted.height_m, predicted.spread_m], dim=1).float().numpy()
-        for (r, c), maps in zip(part, both, strict=True):
+        for (r, c), maps in zip(part, over_views(network, np.stack(crops), views_of(method)), strict=True):
             h, w = min(side, H - r), min(side, W - c)
             total[:, r : r + h, c : c + w] += (maps * taper)[:, :h, :w]
             weights[r : r + h, c : c + w] += taper[:h, :w]
-    full = (total / weights).reshape(2, H // 2, 2, W // 2, 2).mean(axis=(2, 4)).astype(np.float32)
-    return full[0], full[1]
+    return (total / weights).reshape(-1, H // 2, 2, W // 2, 2).mean(axis=(2, 4)).astype(np.float32)
 
 
 def _starts(length: int, side: int) -> list[int]:
@@ -169,14 +176,13 @@ def cells_of(scored: Sequence[Scored], block_m: int = BLOCK_M) -> Cells:
         across = -(-known.shape[1] // block_m)
         _, block = np.unique(rows // block_m * across + cols // block_m, return_inverse=True)
         parts.append(
-            (chip.height_m[known], chip.spread_m[known], chip.truth_m[known], block + blocks,
+            (chip.height_m[known], chip.hint_m[..., known], chip.truth_m[known], block + blocks,
              np.full(len(rows), number))
         )  # fmt: skip
         blocks += int(block.max()) + 1 if len(block) else 0
     if not any(len(part[0]) for part in parts):
         raise DataError("no cell with both image and lidar")
-    height, spread, truth, block, chip_number = (np.concatenate(c) for c in zip(*parts, strict=True))
-    return Cells(height, spread, truth, block, chip_number)
+    return Cells(*(np.concatenate(column, axis=-1) for column in zip(*parts, strict=True)))
 
 
 def halves(scored: Sequence[Scored]) -> tuple[list[Scored], list[Scored]]:

@@ -1,4 +1,4 @@
-"""Height bins: where their centres lie, how scores become weights, and what mean, spread and quantiles follow."""
+"""Height bins: where their centres lie, how scores become weights; their mean, spread and quantiles."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ Here is only what prediction needs; the calibration is fitted in `canopy.calibra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,17 @@ CARD_KEY = "intervals"
 VERSION = 1
 SOFT_M = 0.1  # spreads below this are told apart no further
 METHODS = ("spread", "quantiles", "flips")
+LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.98)
 
 
 @dataclass(frozen=True)
 class IntervalTable:
     """Distances from a predicted height to the ends of its interval, on a lattice of knots.
 
-    With the methods "spread" and "flips" they are taken from the height, and the hint is the network's spread
-    in metres; "flips" takes it over eight views of the image (`canopy.inference.views`). With "quantiles" they
-    are taken from the two quantiles of the bin weights, outwards, and may be negative; the hint is both.
+    With the methods "spread" and "flips" they are taken from the height, and the hint is the network's
+    spread in metres; "flips" takes it over eight views of the image (`canopy.inference.views`). With
+    "quantiles" they are taken from two quantiles of the bin weights, outwards, and may be negative; the hint
+    is both.
 
     Attributes:
         levels: (l,) shares of truths inside, rising.
@@ -48,12 +50,19 @@ class IntervalTable:
 
     def hints(self, level: float) -> tuple[str, ...]:
         """Names of the network's outputs that the bands need beside heights."""
-        return quantile_names(level) if self.method == "quantiles" else ("spread_m",)
+        return hint_names(self.method, (level,))
 
     @property
     def views(self) -> int:
         """How many views of the image the hint is taken over."""
-        return 8 if self.method == "flips" else 1
+        return views_of(self.method)
+
+    def hint_of(self, hints_m: np.ndarray, level: float) -> np.ndarray:
+        """The hint for a stored level among those for all of them, as calibration data hold them."""
+        if self.method != "quantiles":
+            return hints_m
+        at = 2 * int(np.argmin(np.abs(self.levels - level)))
+        return hints_m[at : at + 2]
 
     def bounds(self, height_m: np.ndarray, hint_m: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper ends in metres, float32, shaped like `height_m`; 0 <= lower <= height <= upper.
@@ -67,11 +76,11 @@ class IntervalTable:
         """
         below, above = (self._at_level(t, level) for t in (self.below_m, self.above_m))
         k, v = len(self.height_m), len(self.spread)
-        low, high = (hint_m[0], hint_m[1]) if self.method == "quantiles" else (height_m, height_m)
-        low, high = low.astype(np.float64), high.astype(np.float64)
-        spread_m = np.maximum(high - low, 0) / 2 if self.method == "quantiles" else hint_m
+        quantiles = self.method == "quantiles"
+        low, high = (np.array(hint_m[n] if quantiles else height_m, np.float64) for n in (0, 1))
+        relative = np.zeros(height_m.shape) if quantiles else self.relative(height_m, hint_m)
         for i, wi in hats(self.height_m, height_m):
-            for j, wj in hats(self.spread, self.relative(height_m, spread_m)):
+            for j, wj in hats(self.spread, relative):
                 place = np.minimum(i, k - 1), np.minimum(j, v - 1)
                 low -= wi * wj * below[place]
                 high += wi * wj * above[place]
@@ -140,9 +149,16 @@ def table_of(card: Mapping[str, Any]) -> IntervalTable:
     return IntervalTable.from_dict(card[CARD_KEY])
 
 
-def quantile_names(level: float) -> tuple[str, str]:
-    """The network's outputs between which this share of the bin weights lies."""
-    return f"q{(1 - level) / 2:.6g}", f"q{(1 + level) / 2:.6g}"
+def hint_names(method: str, levels: Sequence[float] = LEVELS) -> tuple[str, ...]:
+    """The network's outputs that a method needs beside heights; quantiles by level, lower before upper."""
+    if method != "quantiles":
+        return ("spread_m",)
+    return tuple(f"q{share:.6g}" for level in levels for share in ((1 - level) / 2, (1 + level) / 2))
+
+
+def views_of(method: str) -> int:
+    """How many views of the image a method's spread is taken over."""
+    return 8 if method == "flips" else 1
 
 
 def hats(knots: np.ndarray, x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,0 +1,81 @@
+"""Which hint makes the best bands: `python benchmarks/interval_methods.py PACK [--model MODEL] [-o JSON]`.
+
+Spread of the bin weights, their quantiles (conformalised), and the spread over flips and turns, on the
+val chips, each half verified with the calibration of the other. What counts: mean width at equal coverage,
+and how evenly coverage falls on heights, on wide and narrow bands, and on tiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from canopy.calibration.collect import Scored, cells_of, halves, load_chips, score_chips
+from canopy.calibration.intervals import coverage, fit_intervals, pooled
+from canopy.models.checkpoint import load_model
+from canopy.models.intervals import METHODS
+
+LEVEL = 0.9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pack", type=Path)
+    parser.add_argument("--model", default="default", help="one that has not seen the val chips")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("-o", "--out", type=Path, help="JSON to write")
+    args = parser.parse_args()
+    model, (chips, _) = load_model(args.model), load_chips(args.pack, ("val",))
+    rows = {}
+    print("method      coverage  width m  by height       by width third        tiles: sd, worst  s/chip")
+    for method in args.methods.split(","):
+        started = time.perf_counter()
+        scored = list(score_chips(model, chips, method=method))
+        seconds = (time.perf_counter() - started) / len(chips)
+        rows[method] = compare(scored, method) | {"seconds_per_chip": round(seconds, 2)}
+        print(_line(method, rows[method]))
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def compare(scored: Sequence[Scored], method: str) -> dict[str, Any]:
+    """Numbers of one method, from both halves."""
+    one, two = halves(scored)
+    tables, inside, width, tile, n = [], [], [], [], 0
+    for known, unseen in ((one, two), (two, one)):
+        table, cells = fit_intervals(cells_of(known), method=method), cells_of(unseen)
+        tables.append(coverage(table, cells, LEVEL))
+        lower, upper = table.bounds(cells.height_m, table.hint_of(cells.hint_m, LEVEL), LEVEL)
+        inside.append((cells.truth_m >= lower) & (cells.truth_m <= upper))
+        width.append(upper - lower)
+        tile.append(cells.chip + n)
+        n += len(unseen)
+    held, wide, number = (np.concatenate(v) for v in (inside, width, tile))
+    thirds = np.digitize(wide, np.quantile(wide, (1 / 3, 2 / 3)))
+    by_tile = [held[number == t].mean() for t in range(n) if (number == t).sum() > 5000]
+    table = pooled(tables)
+    return {
+        "overall": table["overall"],
+        "by_height": {k: row["coverage"] for k, row in table["by_height"].items()},
+        "by_width_third": [round(float(held[thirds == t].mean()), 4) for t in range(3)],
+        "tiles_sd": round(float(np.std(by_tile)), 4), "tiles_worst": round(float(min(by_tile)), 4),
+    }  # fmt: skip
+
+
+def _line(method: str, row: dict[str, Any]) -> str:
+    heights, thirds = row["by_height"].values(), ", ".join(f"{100 * v:.1f}" for v in row["by_width_third"])
+    return (
+        f"{method:10} {100 * row['overall']['coverage']:8.1f} % {row['overall']['mean_width_m']:8.2f}  "
+        f"{100 * min(heights):.1f} to {100 * max(heights):.1f} %  {thirds} %   "
+        f"{100 * row['tiles_sd']:.1f}, {100 * row['tiles_worst']:.1f} %  {row['seconds_per_chip']:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
