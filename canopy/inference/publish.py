@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from canopy.inference import output
 from canopy.inference.engine import RunSummary
-from canopy.inference.stac_item import MapFacts, map_item, write_item
+from canopy.inference.stac_item import MapFacts, map_item, write_json
 
 if TYPE_CHECKING:
     from canopy.inference.job import Job
@@ -44,4 +44,4 @@ def publish(job: Job, files: output.OutputFiles, sha256: str, summary: RunSummar
             "valid_percent": 100 * summary.valid_fraction,
         },
     )
-    write_item(files.item, map_item(facts))
+    write_json(files.item, map_item(facts))

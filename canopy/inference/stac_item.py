@@ -1,7 +1,9 @@
 """The STAC Item beside a map: where, when, from what, by which model, and the hash of the file.
 
-Plain JSON after STAC 1.0.0 with the extensions projection v2, raster v1.1, file v2.1 and processing v1.2
-(https://stac-extensions.github.io). The TIFF holds no wall-clock time; `created` here is the only one.
+Plain JSON after STAC 1.1.0 with the extensions projection v2, raster v1.1, file v2.1 and processing v1.1
+(https://stac-extensions.github.io). Bands are said twice: as `bands`, which STAC has had since 1.1, and as
+the raster extension's `raster:bands`, which most readers know. The TIFF holds no wall-clock time; `created`
+here is the only one.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from canopy import __version__
 from canopy.errors import OutputError
 from canopy.geo.grid import Grid
 
-EXTENSIONS = [
-    "https://stac-extensions.github.io/projection/v2.0.0/schema.json",
-    "https://stac-extensions.github.io/raster/v1.1.0/schema.json",
-    "https://stac-extensions.github.io/file/v2.1.0/schema.json",
-    "https://stac-extensions.github.io/processing/v1.2.0/schema.json",
-]
+STAC_VERSION = "1.1.0"
+PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
+RASTER = "https://stac-extensions.github.io/raster/v1.1.0/schema.json"
+FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
+PROCESSING = "https://stac-extensions.github.io/processing/v1.1.0/schema.json"
 COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
+MAP_ASSET = {"type": COG_TYPE, "title": "Canopy height, metres", "roles": ["data"]}
 # dtype, nodata, scale of each encoding, as STAC's raster extension names them.
 STORED = {
     "float32": ("float32", "nan", 1.0),
@@ -70,8 +72,8 @@ def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[
     outline = facts.grid.outline("EPSG:4326")
     return {
         "type": "Feature",
-        "stac_version": "1.0.0",
-        "stac_extensions": EXTENSIONS,
+        "stac_version": STAC_VERSION,
+        "stac_extensions": [PROJECTION, RASTER, FILE, PROCESSING],
         "id": facts.path.stem,
         # Half a pixel of slack keeps a handful of the hundreds of points that follow a curved edge.
         "geometry": _plain(outline.simplify(facts.grid.gsd_m / 2 / METRES_PER_DEGREE).__geo_interface__),
@@ -91,16 +93,16 @@ def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[
     }
 
 
-def write_item(path: Path, item: dict[str, Any]) -> None:
-    """Write the item's JSON atomically; OutputError where that is impossible."""
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON under a temporary name and rename it; OutputError where that is impossible."""
     partial = path.with_name(f".{path.name}.part")
     try:
         partial.write_text(
-            json.dumps(item, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         os.replace(partial, path)
     except OSError as error:
-        raise OutputError(f"cannot write the STAC item ({error.strerror})", where=path) from error
+        raise OutputError(f"cannot be written ({error.strerror})", where=path) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -109,12 +111,11 @@ def _assets(facts: MapFacts) -> dict[str, Any]:
     assets: dict[str, Any] = {
         "canopy_height": {
             "href": f"./{facts.path.name}",
-            "type": COG_TYPE,
-            "title": "Canopy height, metres",
-            "roles": ["data"],
+            **MAP_ASSET,
             # A multihash: 0x12 says sha2-256, 0x20 that 32 bytes follow.
             "file:checksum": f"1220{facts.sha256}",
             "file:size": facts.path.stat().st_size,
+            "bands": _bands(facts),
             "raster:bands": _raster_bands(facts),
         }
     }
@@ -128,27 +129,26 @@ def _assets(facts: MapFacts) -> dict[str, Any]:
     return assets
 
 
-def _raster_bands(facts: MapFacts) -> list[dict[str, Any]]:
-    dtype, nodata, scale = STORED[facts.encoding]
-    bands = []
-    for name, unit in facts.bands:
-        # Days are stored as they are; only heights are scaled.
-        factor = scale if unit == "m" else 1.0
-        bands.append(
-            {
-                "name": name,
-                "data_type": dtype,
-                "nodata": nodata,
-                "unit": unit,
-                "scale": factor,
-                "offset": 0,
-                "sampling": "area",
-                "spatial_resolution": round(facts.grid.gsd_m, 6),
-            }
-        )
+def band_facts(bands: tuple[tuple[str, str], ...], encoding: str) -> list[dict[str, Any]]:
+    """What STAC itself says of bands (names and units) that are stored in an encoding."""
+    dtype, nodata, _ = STORED[encoding]
+    return [{"name": name, "data_type": dtype, "nodata": nodata, "unit": unit} for name, unit in bands]
+
+
+def _bands(facts: MapFacts) -> list[dict[str, Any]]:
+    """The map's bands, with the statistics of the first."""
+    bands = band_facts(facts.bands, facts.encoding)
     if facts.statistics and all(math.isfinite(value) for value in facts.statistics.values()):
         bands[0]["statistics"] = facts.statistics
     return bands
+
+
+def _raster_bands(facts: MapFacts) -> list[dict[str, Any]]:
+    """The same, and what the raster extension adds."""
+    # Days and flags are stored as they are; only heights are scaled.
+    scale = STORED[facts.encoding][2]
+    more = {"offset": 0, "sampling": "area", "spatial_resolution": round(facts.grid.gsd_m, 6)}
+    return [{**band, "scale": scale if band["unit"] == "m" else 1.0, **more} for band in _bands(facts)]
 
 
 def _projection(grid: Grid) -> dict[str, Any]:

@@ -6,29 +6,38 @@
     DIR/stac/GROUP.json         where there are many tiles: catalogs of up to a thousand of them each
     DIR/model.json              the model (MLM extension)
 
-Plain STAC 1.0.0 JSON from the ledger's rows and the run's pins alone, so the same run gives the same catalog.
+Plain STAC 1.1.0 JSON from the ledger's rows and the run's pins alone, so the same run gives the same catalog.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from canopy.errors import OutputError
 from canopy.inference import output
 from canopy.inference.region.ledger import Ledger, Row
 from canopy.inference.region.mosaic import MOSAIC, OVERVIEW
 from canopy.inference.region.pins import Pins, area_of
 from canopy.inference.region.plan import Prepared
 from canopy.inference.region.task import tile_path
-from canopy.inference.stac_item import COG_TYPE, EXTENSIONS, MapFacts, map_item
+from canopy.inference.stac_item import (
+    COG_TYPE,
+    FILE,
+    MAP_ASSET,
+    PROCESSING,
+    RASTER,
+    STAC_VERSION,
+    MapFacts,
+    band_facts,
+    map_item,
+    write_json,
+)
 
 GROUP = 1000
 _WORLD = [[-180, -90], [180, -90], [180, 90], [-180, 90], [-180, -90]]
+_COLOURS = ["red", "green", "blue"]
 _DIMS = ["batch", "channel", "height", "width"]
 MLM = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
 _JSON, _GEOJSON = "application/json", "application/geo+json"
@@ -116,8 +125,8 @@ def model_item(prepared: Prepared, pins: Pins) -> dict[str, Any]:
     side = config.crop_px
     return {
         "type": "Feature",
-        "stac_version": "1.0.0",
-        "stac_extensions": [MLM, EXTENSIONS[2]],
+        "stac_version": STAC_VERSION,
+        "stac_extensions": [MLM, RASTER, FILE],
         "id": f"model-{facts['name']}",
         "geometry": {"type": "Polygon", "coordinates": [_WORLD]},
         "bbox": [-180, -90, 180, 90],
@@ -134,7 +143,7 @@ def model_item(prepared: Prepared, pins: Pins) -> dict[str, Any]:
             "mlm:input": [
                 {
                     "name": "RGB in 0..1",
-                    "bands": ["red", "green", "blue"],
+                    "bands": _COLOURS,
                     "input": {"shape": [-1, 3, side, side], "dim_order": _DIMS, "data_type": "float32"},
                     "resize_type": None,
                     "pre_processing_function": None,
@@ -162,6 +171,8 @@ def model_item(prepared: Prepared, pins: Pins) -> dict[str, Any]:
                 "type": "application/octet-stream; application=safetensors",
                 "title": f"Weights, sha256 {facts['sha256']}",
                 "roles": ["mlm:model", "mlm:weights"],
+                # MLM 1.4 wants STAC's own `bands` where STAC 1.1 forbids them; these it takes as well.
+                "raster:bands": [{"name": name, "data_type": "float32"} for name in _COLOURS],
                 **({"file:checksum": f"1220{facts['sha256']}"} if facts["sha256"] != "unsaved" else {}),
                 "mlm:artifact_type": "safetensors",
             }
@@ -191,8 +202,8 @@ def _collection(
         }  # fmt: skip
     return {
         "type": "Collection",
-        "stac_version": "1.0.0",
-        "stac_extensions": EXTENSIONS[3:],
+        "stac_version": STAC_VERSION,
+        "stac_extensions": [PROCESSING],
         "id": _collection_id(prepared),
         "title": "Canopy height map",
         "description": (
@@ -200,7 +211,7 @@ def _collection(
             f"{output.imagery_text(prepared.source)} by the model {prepared.model_name}."
         ),
         "keywords": ["canopy height", "forest"],
-        "license": "various",
+        "license": "other",
         "extent": {
             "spatial": {"bbox": [[west, south, east, north]]},
             "temporal": {"interval": [interval]},
@@ -208,6 +219,9 @@ def _collection(
         "summaries": {
             "gsd": [round(prepared.tiling.area.gsd_m, 6)],
             "processing:software": {"canopy": pins["canopy"]["version"]},
+        },
+        "item_assets": {
+            "canopy_height": {**MAP_ASSET, "bands": band_facts(prepared.bands, settings.encoding)},
         },
         "assets": assets,
         "links": [
@@ -221,7 +235,7 @@ def _collection(
 def _group(number: int, links: list[dict[str, str]]) -> dict[str, Any]:
     return {
         "type": "Catalog",
-        "stac_version": "1.0.0",
+        "stac_version": STAC_VERSION,
         "id": f"tiles-{number:05d}",
         "description": f"{len(links)} tiles of the map.",
         "links": [
@@ -235,7 +249,7 @@ def _group(number: int, links: list[dict[str, str]]) -> dict[str, Any]:
 def _catalog(prepared: Prepared) -> dict[str, Any]:
     return {
         "type": "Catalog",
-        "stac_version": "1.0.0",
+        "stac_version": STAC_VERSION,
         "id": f"{_collection_id(prepared)}-catalog",
         "title": "Canopy height map",
         "description": "A canopy height map in tiles, and the model that made it.",
@@ -262,17 +276,3 @@ def _model_facts(prepared: Prepared) -> dict[str, str]:
 
 def _link(rel: str, href: str, kind: str, title: str | None = None) -> dict[str, str]:
     return {"rel": rel, "href": href, "type": kind, **({"title": title} if title else {})}
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON under a temporary name and rename it; OutputError where that is impossible."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(
-            json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror})", where=path) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -23,11 +23,11 @@ from canopy.errors import ConfigError, OutputError
 from canopy.geo.grid import Grid
 from canopy.geo.raster import BandSpec, CogWriter, raster_env
 from canopy.geo.tiles import HALF_WORLD_M, quadkey_grid, quadkeys
-from canopy.inference.region.catalog import write_json
 from canopy.inference.region.ledger import Ledger, Row
 from canopy.inference.region.plan import Prepared
 from canopy.inference.region.task import tile_path
 from canopy.inference.region.tiling import TileTask, Tiling
+from canopy.inference.stac_item import write_json
 
 FOLDER = "published"
 # World pixels of the published maps, as a power of two: 2 * HALF_WORLD_M / 2**25 = 1.194 m.

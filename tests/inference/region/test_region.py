@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
-from rio_cogeo import cog_validate
 from shapely.geometry import Point
 
 from canopy.errors import InputError, OutputError
@@ -84,56 +83,6 @@ def test_a_region_is_the_map_made_at_once(settings: Make, inline: type, tmp_path
         assert mosaic.descriptions == once.descriptions
         assert mosaic.read().tobytes() == expected.tobytes()
     assert np.nanstd(expected[0]) > 0.1 and np.isnan(expected[0]).any()
-
-
-def test_outputs_are_valid_and_say_where_they_come_from(settings: Make, inline: type, tmp_path: Path) -> None:
-    result = run(settings(encoding="uint16cm", date_band=True), inline)
-    folder = tmp_path / "run"
-    collection = json.loads((folder / "collection.json").read_text())
-    items = [link["href"] for link in collection["links"] if link["rel"] == "item"]
-    assert len(items) == result.counts["done"] > 1
-    assert collection["extent"]["temporal"]["interval"] == [["2021-06-15T00:00:00Z", "2021-06-15T23:59:59Z"]]
-    for href in items:
-        item = json.loads((folder / href).read_text())
-        path = folder / "tiles" / item["assets"]["canopy_height"]["href"]
-        valid, errors, warnings = cog_validate(path, strict=True)
-        assert valid and not errors and not warnings
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert item["assets"]["canopy_height"]["file:checksum"] == f"1220{digest}"
-        assert item["properties"]["datetime"] == "2021-06-15T00:00:00Z"
-        assert (
-            item["properties"]["created"]
-            == json.loads((folder / "run.json").read_text())["canopy"]["created"]
-        )
-        with rasterio.open(path) as dataset:
-            assert dataset.tags()["CANOPY_IMAGERY"] == "texture.tif"
-            assert list(dataset.transform)[:6] == item["properties"]["proj:transform"]
-            dataset.read()
-    check_stac(folder)
-    model = json.loads((folder / "model.json").read_text())["properties"]
-    assert model["mlm:name"] == "small-random" and model["mlm:total_parameters"] > 1000
-    with rasterio.open(folder / "mosaic") as mosaic:
-        assert mosaic.scales == (0.01, 1.0) and mosaic.nodata == 65535
-    assert read_raster(folder / "mosaic.vrt").valid.any()  # canopy's own reader takes it
-
-
-def check_stac(folder: Path) -> None:
-    """pystac reads all of it, follows every link, and the extensions' own classes find their fields."""
-    import pystac
-    from pystac.extensions.file import FileExtension
-    from pystac.extensions.projection import ProjectionExtension
-    from pystac.extensions.raster import RasterExtension
-
-    catalog = pystac.Catalog.from_file(str(folder / "catalog.json"))
-    (collection,) = catalog.get_children()
-    assert isinstance(collection, pystac.Collection)
-    for item in collection.get_items():
-        assert item.get_root() is catalog and item.collection_id == collection.id
-        assert (
-            ProjectionExtension.ext(item).shape and FileExtension.ext(item.assets["canopy_height"]).checksum
-        )
-        assert RasterExtension.ext(item.assets["canopy_height"]).bands
-    assert [item.id for item in catalog.get_items()] == ["model-small-random"]
 
 
 def test_a_finished_run_starts_no_worker_and_a_lost_tile_is_made_again(
