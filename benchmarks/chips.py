@@ -62,7 +62,7 @@ def make_pair(folder: Path, side: int) -> Path:
     return manifest
 
 
-def readers(folder: Path) -> dict[str, tuple[int, Callable[[], Iterator[Any]]]]:
+def readers(folder: Path, workers: bool) -> dict[str, tuple[int, Callable[[], Iterator[Any]]]]:
     """Name -> samples per item, and what makes an iterator over items."""
     from torch.utils.data import DataLoader
 
@@ -76,19 +76,21 @@ def readers(folder: Path) -> dict[str, tuple[int, Callable[[], Iterator[Any]]]]:
     plain = ChipBatches(shards, BATCH, CROP_PX, None)
     augmented = ChipBatches(shards, BATCH, CROP_PX, AugmentConfig())
     views = ViewBatches(shards, BATCH, ViewRules())
-    two = DataLoader(augmented, batch_size=None, num_workers=2, multiprocessing_context="spawn")
 
     def endless() -> Iterator[Any]:
         while True:
             yield from (whole[i] for i in range(len(whole)))
 
-    return {
+    made: dict[str, tuple[int, Callable[[], Iterator[Any]]]] = {
         "whole chips (validation)": (1, endless),
         f"crops of {CROP_PX} px, plain": (BATCH, lambda: iter(plain)),
         f"crops of {CROP_PX} px, augmented": (BATCH, lambda: iter(augmented)),
         "views (pretraining)": (BATCH, lambda: iter(views)),
-        "augmented crops, 2 worker processes": (BATCH, lambda: iter(two)),
     }
+    if workers:
+        two = DataLoader(augmented, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+        made["augmented crops, 2 worker processes"] = (BATCH, lambda: iter(two))
+    return made
 
 
 def rate(per_item: int, items: Iterator[Any], samples: int) -> dict[str, float]:
@@ -103,8 +105,8 @@ def rate(per_item: int, items: Iterator[Any], samples: int) -> dict[str, float]:
     return {"samples": taken, "wall s": wall, "samples/s": taken / wall, "cpu ms/sample": 1000 * cpu / taken}
 
 
-def measure(folder: Path, side: int, samples: int) -> list[dict[str, Any]]:
-    """Cut, then read in every way."""
+def measure(folder: Path, side: int, samples: int, workers: bool = True) -> list[dict[str, Any]]:
+    """Cut, then read in every way; `workers`: also from processes."""
     import torch
 
     from canopy.chips.plan import CutRules
@@ -124,7 +126,7 @@ def measure(folder: Path, side: int, samples: int) -> list[dict[str, Any]]:
             "cpu ms/sample": 1000 * took["cpu_s"] / cut,
         }
     ]
-    for name, (per_item, make) in readers(folder / "chips").items():
+    for name, (per_item, make) in readers(folder / "chips", workers).items():
         found = rate(per_item, make(), samples)
         if "worker" in name:
             found["cpu ms/sample"] = None  # type: ignore[assignment]  # spent elsewhere

@@ -9,10 +9,12 @@ medians. A case that reports memory runs in a process of its own (`alone`).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -149,6 +151,12 @@ def alone(script: str, case: Mapping[str, Any], threads: int | None = None) -> d
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def canopy_command() -> list[str]:
+    """What starts `canopy` here: the script beside this Python, or Python itself."""
+    script = shutil.which("canopy", path=str(Path(sys.executable).parent))
+    return [script] if script else [sys.executable, "-c", "from canopy.cli.main import main; main()"]
+
+
 def in_turn(
     cases: Mapping[str, Callable[[], dict[str, Any]]], rounds: int, *, said: bool = True
 ) -> dict[str, list[dict[str, Any]]]:
@@ -253,8 +261,9 @@ def make_image(
     return path
 
 
+@functools.cache
 def forest(side: int) -> Any:
-    """RGB uint8 (3, side, side) of the synthetic forest; no pixel is 0,0,0."""
+    """RGB uint8 (3, side, side) of the synthetic forest; no pixel is 0,0,0. Not to be written to."""
     import numpy as np
 
     from canopy.sources.synth import SceneSpec

@@ -28,6 +28,7 @@ STAGES = {
     "read": ["canopy.geo.window:_read_native"],
     "warp": ["canopy.geo.window:warp_window", "canopy.geo.window:copy_window"],
     "mosaic, scale": ["canopy.sources.mosaic:Mosaic.read"],
+    "fill, pack": ["canopy.inference.windows:_read"],
     "predict": ["canopy.inference.forward:Predictor.__call__"],
     "blend": [f"canopy.inference.blend:Canvas.{name}" for name in ("begin", "add", "finish")],
     "write": ["canopy.geo.cog:CogWriter.write"],

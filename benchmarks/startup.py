@@ -5,29 +5,19 @@ python benchmarks/startup.py
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import common
 
-# What is measured -> arguments of python; the last is the floor under the others.
+# The last is the floor under the others.
 COMMANDS = {
-    "canopy --help": ["-m", "canopy.cli.main", "--help"],
-    "canopy predict --help": ["-m", "canopy.cli.main", "predict", "--help"],
-    "python -c pass": ["-c", "pass"],
+    "canopy --help": [*common.canopy_command(), "--help"],
+    "canopy predict --help": [*common.canopy_command(), "predict", "--help"],
+    "python -c pass": [sys.executable, "-c", "pass"],
 }
-
-
-def command_of(name: str) -> list[str]:
-    """The installed script where there is one, as users call it."""
-    script = shutil.which("canopy", path=str(Path(sys.executable).parent))
-    if script and name.startswith("canopy"):
-        return [script, *name.split()[1:]]
-    return [sys.executable, *COMMANDS[name]]
 
 
 def seconds_of(command: list[str]) -> dict[str, float]:
@@ -42,11 +32,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--times", type=int, default=11)
     options = parser.parse_args(argv)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in COMMANDS}
-    for name in COMMANDS:
-        seconds_of(command_of(name))  # files into the disk cache
+    for command in COMMANDS.values():
+        seconds_of(command)  # files into the disk cache
     for _ in range(options.times):
-        for name in COMMANDS:
-            runs[name].append(seconds_of(command_of(name)))
+        for name, command in COMMANDS.items():
+            runs[name].append(seconds_of(command))
         time.sleep(0.05)
     rows = [
         {

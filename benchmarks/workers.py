@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ def map_region(image: Path, out: Path, workers: int, model: str) -> dict[str, An
         RuntimeError: not all tiles were finished.
     """
     command = [
-        sys.executable, "-m", "canopy.cli.main", "map", str(image), "--model", model, "--grid", "utm",
+        *common.canopy_command(), "map", str(image), "--model", model, "--grid", "utm",
         "--tile-px", str(TILE_PX), "--workers", str(workers), "--threads", "1", "--attempts", "1",
         "-o", str(out), "--json", "-q",
     ]  # fmt: skip

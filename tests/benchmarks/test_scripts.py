@@ -1,0 +1,100 @@
+"""Every benchmark at a size of nothing: it runs, and what it says hangs together. Never how fast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+def results(folder: Path, name: str):
+    return json.loads((folder / f"{name}.json").read_text())["results"]
+
+
+def test_throughput(script, tiny_model, tmp_path, monkeypatch):
+    throughput = script("throughput")
+    # In this process: a new one for every case would only import torch again.
+    monkeypatch.setattr(throughput.common, "alone", lambda _, case: throughput.run_case(case))
+    monkeypatch.setattr(throughput.common, "gemm_gflops", lambda: 50.0)
+    throughput.run([f"{tiny_model}:300"], ["torch", "loop"], 1, tmp_path / "out", tmp_path)
+    found = results(tmp_path / "out", "throughput")[0]
+    ours, loop = found["rows"]
+    assert found["crop_px"] == 64 and found["window_gflop"] > found["crop_gflop"] > 0
+    assert loop["x loop"] == 1 and ours["x loop"] == pytest.approx(loop["wall s"] / ours["wall s"])
+    # 300 px are two windows of 256 px along an axis.
+    assert loop["px seen"] == pytest.approx(4 * 256**2 / 300**2)
+    assert ours["/model"] >= 1 and ours["px seen"] > 1 and ours["% GEMM"] > 0
+    assert ours["diff m"] is None and 0 < loop["diff m"] < loop["max m"] < 100
+
+
+def test_stages(script, tmp_path):
+    from canopy.inference.blend import Canvas
+
+    stages, untouched = script("stages"), Canvas.add
+    image = stages.common.make_image(tmp_path / "a.tif", 300)
+    found = stages.run_case({"image": str(image), "to": str(tmp_path / "b.tif"), "model": "cheap"})
+    assert Canvas.add is untouched
+    assert all(found["stage_wall_s"][stage] > 0 for stage in stages.STAGES)
+    assert found["pixels"] == 300**2
+    rows = {row["stage"]: row for row in stages.rows_of(found)}
+    parts = sum(rows[stage]["cpu s"] for stage in stages.STAGES)
+    assert parts == pytest.approx(rows["the run"]["cpu s"], rel=0.5, abs=0.1)
+
+
+def test_time_in_another_stage_counts_there(script):
+    import time
+
+    watch = script("stages").Stopwatch()
+    inner = watch.timed("read", lambda: time.sleep(0.05))
+    watch.timed("warp", lambda: (inner(), inner()))()
+    assert watch.wall_s["read"] >= 0.1 > watch.wall_s["warp"] >= 0
+
+
+def test_memory(script, tmp_path):
+    memory = script("memory")
+    with pytest.raises(SystemExit):
+        memory.main(["--sizes", "300", "400", "--out", str(tmp_path)])
+    found = results(tmp_path, "memory")
+    assert set(found["sizes"]) == {"300", "400"} and abs(found["growth"]) < 0.2
+    peaks = {2000: 800, 5000: 900, 20_000: 909}
+    assert memory.growth_of({s: {"peak_mb": p} for s, p in peaks.items()}) == pytest.approx(0.01)
+
+
+def test_chips(script, tmp_path):
+    chips = script("chips")
+    rows = chips.measure(tmp_path, 512, 4, workers=False)
+    assert rows[0]["samples"] == 4 and len(rows) == 5
+    assert all(row["samples/s"] > 0 and row["samples"] >= 4 for row in rows)
+
+
+def test_lidar(script, tmp_path):
+    pytest.importorskip("laspy")
+    found = script("lidar").measure(20_000, 1, tmp_path)
+    assert found["points"] == 20_000 and found["Mpoints/s"] > 0 and 5 < found["mean height m"] < 20
+
+
+def test_gedi(script, tmp_path):
+    pytest.importorskip("h5py")
+    gedi = script("gedi")
+    gedi.make_granule(tmp_path / "a.h5", 50, "auto")
+    case = {"path": str(tmp_path / "a.h5"), "area": "all", "filter": "none", "rh": "95,98"}
+    assert gedi.measure(case)["kept"] == 8 * 50
+
+
+def test_workers(script, tiny_model, tmp_path):
+    workers = script("workers")
+    image = workers.common.make_image(tmp_path / "a.tif", 300)
+    found = workers.map_region(image, tmp_path / "run", 1, str(tiny_model))
+    assert found["tiles"] >= 1 and found["km2"] == pytest.approx(0.0225, rel=0.1)
+
+
+def test_one_benchmark_and_the_targets(script, tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        script("run").main(["--only", "startup", "--out", str(tmp_path)])
+    assert not end.value.code
+    assert {row["command"] for row in results(tmp_path, "startup")} >= {"canopy --help"}
+    rows = {row["by"]: row for row in results(tmp_path, "targets")}
+    assert rows["benchmarks/startup.py"]["met"] in ("yes", "no")
+    assert rows["benchmarks/memory.py"]["measured"] == "not measured"
+    assert "Targets" in capfd.readouterr().out
