@@ -1,0 +1,189 @@
+"""The ways in which `throughput.py` predicts a raster, and one run of each, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import rival
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a raster is predicted.
+
+    Attributes:
+        title: for the table.
+        options: of `canopy.predict`; None is the plain loop.
+        int8: whether numbers are 8-bit; such ways are compared with the loop that does so too.
+        package: what must be installed.
+    """
+
+    title: str
+    options: dict[str, str] | None = None
+    int8: bool = False
+    package: str = "torch"
+
+
+WAYS = {
+    "torch": Way("torch fp32", {"backend": "torch", "precision": "fp32"}),
+    "openvino": Way("OpenVINO fp32", {"backend": "openvino", "precision": "fp32"}, package="openvino"),
+    "onnx": Way("ONNX fp32", {"backend": "onnx", "precision": "fp32"}, package="onnxruntime"),
+    "openvino-bf16": Way("OpenVINO bf16", {"backend": "openvino", "precision": "bf16"}, package="openvino"),
+    "openvino-int8": Way(
+        "OpenVINO int8", {"backend": "openvino", "precision": "int8"}, int8=True, package="nncf"
+    ),
+    "loop": Way("loop fp32"),
+    "loop-int8": Way("loop dynamic int8", int8=True),
+}
+
+
+def usable(names: list[str]) -> tuple[list[str], list[str]]:
+    """Those ways that this installation has, and a note on each of the others."""
+    from canopy.inference.request import Options
+
+    kept, notes = [], []
+    for name in names:
+        way = WAYS[name]
+        if importlib.util.find_spec(way.package) is None:
+            notes.append(f"{way.title}: {way.package} is not installed")
+        elif way.options and way.options["backend"] != "torch" and "backend" not in Options.__annotations__:
+            notes.append(f"{way.title}: this version has no such backend")
+        else:
+            kept.append(name)
+    return kept, notes
+
+
+def known_options(options: dict[str, str]) -> dict[str, str]:
+    """Without those options that this version of canopy does not have."""
+    from canopy.inference.request import Options
+
+    return {key: value for key, value in options.items() if key in Options.__annotations__}
+
+
+def large_model(path: Path) -> Path:
+    """The published large layout with random weights, the same on every call."""
+    if not path.exists():
+        import torch
+
+        from canopy.models.checkpoint import save_checkpoint
+        from canopy.models.config import EncoderConfig, ModelConfig
+        from canopy.models.height import HeightModel
+
+        torch.manual_seed(0)
+        # A LayerScale of 1e-5, as at the start of training, would hide all that the blocks do.
+        save_checkpoint(
+            path, HeightModel(ModelConfig(encoder=EncoderConfig(layer_scale=0.1))), {"name": "random ViT-L"}
+        )
+    return path
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """What `case["do"]` asks for; see the functions below."""
+    does = {"gemm": _gemm, "flops": _flops, "ready": _ready, "predict": _predict, "loop": _loop}
+    return does[case["do"]](case)
+
+
+def _gemm(_: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    return {"gflops": common.gemm_gflops(), "threads": torch.get_num_threads()}
+
+
+def _flops(case: dict[str, Any]) -> dict[str, Any]:
+    """GFLOP of one forward pass (two per multiply-add) on the model's own crop and on the loop's window."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import canopy
+
+    model = canopy.load_model(case["model"])
+    found = {}
+    with torch.inference_mode():
+        for side in {model.config.crop_px, rival.WINDOW_PX}:
+            counter = FlopCounterMode(display=False)
+            with counter:
+                model(torch.full((1, 3, side, side), 0.4))
+            found[side] = counter.get_total_flops() / 1e9
+    return {
+        "crop_px": model.config.crop_px,
+        "crop_gflop": found[model.config.crop_px],
+        "window_gflop": found[rival.WINDOW_PX],
+        "parameters": model.parameter_count,
+    }
+
+
+def _ready(case: dict[str, Any]) -> dict[str, Any]:
+    """Seconds until a raster could be predicted: the model loaded, converted if that was not done, warm."""
+    before = common.Clock()
+    _loop_model(case) if "int8" in case else _job(case)
+    return {"ready_s": before.read()["wall_s"]}
+
+
+def _job(case: dict[str, Any]) -> Any:
+    """The job of `canopy predict`, which converts the model where needed and warms it up."""
+    import canopy
+    from canopy.inference.job import prepare
+    from canopy.inference.request import Request
+
+    model, options = canopy.load_model(case["model"]), dict(case["options"])
+    return prepare(
+        Request(images=(case["image"],), model=model, out=case["to"], overwrite=True, device="cpu", **options)
+    )
+
+
+def _loop_model(case: dict[str, Any]) -> Any:
+    """The loop's model, warm."""
+    import torch
+
+    import canopy
+
+    model = canopy.load_model(case["model"])
+    if case["int8"]:
+        model = rival.compressed(model)
+    with torch.inference_mode():
+        model(torch.full((1, 3, rival.WINDOW_PX, rival.WINDOW_PX), 0.4))
+    return model
+
+
+def _predict(case: dict[str, Any]) -> dict[str, Any]:
+    """One whole raster through canopy."""
+    before = common.Clock()
+    job = _job(case)
+    ready = before.read()["wall_s"]
+    clock = common.Clock()
+    summary = job.run().summary
+    return clock.read() | {
+        "ready_s": ready,
+        "model_s": round(summary.model_seconds, 3),
+        "crops": summary.crops_predicted,
+        "peak_mb": common.peak_mb(),
+    }
+
+
+def _loop(case: dict[str, Any]) -> dict[str, Any]:
+    """The same through the plain loop."""
+    import rasterio
+
+    before = common.Clock()
+    model = _loop_model(case)
+    with rasterio.open(case["image"]) as dataset:
+        crops = rival.windows(dataset.height, dataset.width)
+    ready = before.read()["wall_s"]
+    clock = common.Clock()
+    model_s = rival.predict_loop(model, Path(case["image"]), Path(case["to"]))
+    return clock.read() | {
+        "ready_s": ready,
+        "model_s": round(model_s, 3),
+        "crops": crops,
+        "peak_mb": common.peak_mb(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_case(json.loads(sys.argv[2]))))
