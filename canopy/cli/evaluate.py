@@ -9,6 +9,7 @@ import typer
 
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
 from canopy.cli.evaluate_options import (
+    Backend,
     Benchmark,
     BlockM,
     By,
@@ -24,6 +25,7 @@ from canopy.cli.evaluate_options import (
     Model,
     Nodata,
     Out,
+    Precision,
     RadiusM,
     Reference,
     ReferenceDate,
@@ -66,6 +68,8 @@ def evaluate(
     data_dir: DataDir = None,
     group: Group = None,
     device: Device = "auto",
+    backend: Backend = "auto",
+    precision: Precision = "auto",
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -96,8 +100,8 @@ def evaluate(
         from canopy.cli.evaluate_benchmark import evaluate_benchmark
 
         code = evaluate_benchmark(
-            benchmark, model or (), data_dir, out, groups=group or (), device=device, replicates=replicates,
-            overwrite=overwrite, json_=json_, quiet=quiet,
+            benchmark, model or (), data_dir, out, groups=group or (), device=device, backend=backend,
+            precision=precision, replicates=replicates, overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         raise typer.Exit(code)
     if model or data_dir or group:

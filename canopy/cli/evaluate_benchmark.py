@@ -12,6 +12,7 @@ from canopy.cli.common import print_json
 
 if TYPE_CHECKING:
     from canopy.evaluation.benchmark import BenchmarkResult, Judged, Predict
+    from canopy.inference.backends.choose import Choice
     from canopy.models.height import HeightModel
 
 
@@ -23,6 +24,8 @@ def evaluate_benchmark(
     *,
     groups: Sequence[str] = (),
     device: str = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
     replicates: int = 1000,
     overwrite: bool = False,
     json_: bool = False,
@@ -38,6 +41,7 @@ def evaluate_benchmark(
     from canopy.evaluation.benchmark_manifest import benchmark
     from canopy.evaluation.benchmark_scenes import scenes_of
     from canopy.evaluation.benchmark_table import append_rows, markdown, rows_of
+    from canopy.inference.backends.choose import settle
     from canopy.runtime import progress_bar
     from canopy.sources.weights import load_model
 
@@ -48,11 +52,12 @@ def evaluate_benchmark(
     folder.mkdir(parents=True, exist_ok=True)
     results: list[BenchmarkResult] = []
     rows: list[dict[str, str]] = []
-    for given, model in loaded:
-        judged = judged_model(given, model)
+    chosen = [settle(model, backend, precision, device) for _, model in loaded]
+    for (given, model), choice in zip(loaded, chosen, strict=True):
+        judged = judged_model(given, model, choice)
         with progress_bar(quiet or json_) as progress:
             done = run_benchmark(
-                manifest, scenes, judged, predictor(model, device, manifest.image_nodata), folder,
+                manifest, scenes, judged, predictor(model, choice, manifest.image_nodata), folder,
                 replicates=replicates, again=overwrite, progress=progress,
             )  # fmt: skip
         results.append(done)
@@ -73,17 +78,24 @@ def evaluate_benchmark(
     return 3 if failed else 0
 
 
-def judged_model(given: str, model: HeightModel) -> Judged:
-    """How tables and the audit name a model: as it was asked for; a file by its stem."""
+def judged_model(given: str, model: HeightModel, choice: Choice) -> Judged:
+    """How tables and the audit name a model: as it was asked for; a file by its stem.
+
+    In low precision it is another model: its maps and scores lie apart.
+    """
     from canopy.evaluation.benchmark import Judged
 
     card = str(model.card.get("name", "")) if model.card else ""
     stem = Path(given).stem if Path(given).suffix else given
     names = tuple(dict.fromkeys(name for name in (given, stem, card) if name))
-    return Judged(stem, model.sha256 or "unsaved", names)
+    sha256 = model.sha256 or "unsaved"
+    if choice.precision != "fp32":
+        sha256 = f"{choice.precision}-{choice.quantised_sha256 or sha256}"
+        stem = f"{stem}-{choice.precision}"
+    return Judged(stem, sha256, names)
 
 
-def predictor(model: HeightModel, device: str, nodata: float | None) -> Predict:
+def predictor(model: HeightModel, choice: Choice, nodata: float | None) -> Predict:
     """A function that maps one scene with the real inference."""
     from canopy.evaluation.benchmark_scenes import Scene
     from canopy.evaluation.products import open_product
@@ -99,7 +111,7 @@ def predictor(model: HeightModel, device: str, nodata: float | None) -> Predict:
                 area = AOI(reference.outline, to_crs("EPSG:4326"), True)
         request = Request(
             images=tuple(str(image) for image in scene.images), imagery=scene.imagery, area=area, model=model,
-            out=path, device=device, nodata=nodata, overwrite=True, workers=1,
+            out=path, nodata=nodata, overwrite=True, workers=1, **choice.names,  # type: ignore[arg-type]
         )  # fmt: skip
         prepare(request).run()
 

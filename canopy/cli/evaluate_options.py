@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from canopy.cli.predict_options import HELP_BACKEND, HELP_PRECISION
+
 _HELP_MAP = "Height GeoTIFF, folder of tiles, or a published v1 or v2 map."
 _HELP_REFERENCE = "Height raster (may be repeated), table of GEDI shots, or field plots."
 _HELP_BY = (
@@ -62,3 +64,5 @@ Group = Annotated[
     typer.Option("--group", help="Only this group of the benchmark; repeat.", rich_help_panel=_PANEL),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.", rich_help_panel=_PANEL)]
+Backend = Annotated[str, typer.Option("--backend", help=HELP_BACKEND, rich_help_panel=_PANEL)]
+Precision = Annotated[str, typer.Option("--precision", help=HELP_PRECISION, rich_help_panel=_PANEL)]

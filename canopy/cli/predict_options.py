@@ -22,6 +22,8 @@ _HELP_RADIOMETRY = (
 _HELP_IMAGERY = (
     "A named source (naip, demo, ...), a STAC API or catalog, an XYZ template, a directory or VRT."
 )
+HELP_BACKEND = "auto, torch, openvino or onnx. auto: openvino on a CPU where it is installed, else torch."
+HELP_PRECISION = "auto (fp32), fp32, bf16 where the hardware has it, or int8 (see canopy models quantize)."
 
 Images = Annotated[
     list[str] | None, typer.Argument(metavar="[IMAGE]...", help="RGB images; several are mosaicked.")
@@ -37,7 +39,8 @@ InputCrs = Annotated[
     str | None, typer.Option("--input-crs", help="CRS of images that carry none. Default: --crs.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-Precision = Annotated[str, typer.Option("--precision", help="auto (fp32), fp32 or bf16.")]
+Backend = Annotated[str, typer.Option("--backend", help=HELP_BACKEND)]
+Precision = Annotated[str, typer.Option("--precision", help=HELP_PRECISION)]
 BatchSize = Annotated[str, typer.Option("--batch-size", help="Crops per forward pass, or auto.")]
 Workers = Annotated[int, typer.Option("--workers", help="Threads that read imagery ahead.")]
 Datetime = Annotated[
@@ -94,5 +97,6 @@ class PredictionOptions:
     quality_band: QualityBand = False
     radiometry: Radiometry = "none"
     device: Device = "auto"
+    backend: Backend = "auto"
     precision: Precision = "auto"
     batch_size: BatchSize = "auto"

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from canopy.errors import ConfigError, InputError
+from canopy.errors import ConfigError
+from canopy.inference.backends.choose import settle
 from canopy.inference.backends.runner import Runner, TorchRunner
 from canopy.inference.extras import Extras
 from canopy.inference.stopwatch import StopWatch
 from canopy.inference.views import over_views
-from canopy.runtime import pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +45,9 @@ class Predictor:
         extras: Extras | None = None,
         runner: Runner | None = None,
     ) -> None:
-        import torch
-
         extras = extras or Extras()
         if runner is None:
-            device = device if isinstance(device, torch.device) else pick_device(device)
-            half = use_bf16(precision, device)
-            runner = TorchRunner(model, device, "bf16" if half else "fp32", extras.outputs)
+            runner = settle(model, "torch", precision, device).open(model, extras.outputs)
         self.runner, self.device, self._views = runner, runner.device, extras.views
         self.batch_size = resolve_batch(batch_size, self.device.type)
         self.notes: list[str] = []
@@ -117,32 +113,6 @@ class Predictor:
         log.warning(note)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run in bfloat16.
-
-    `auto` means fp32: in bf16 a height can move by centimetres with the size of the batch, and a map must not
-    depend on it. CPUs without bf16 units are 4x slower with it.
-
-    Raises:
-        InputError: an unknown precision, or bf16 on a device that cannot.
-    """
-    import torch
-
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ConfigError(
-            f"unknown precision {precision!r}", where="--precision", expected="auto, fp32 or bf16"
-        )
-    if precision != "bf16":
-        return False
-    if device.type != "cuda" or not torch.cuda.is_bf16_supported():
-        raise InputError(
-            f"bf16 is not supported on {device}",
-            where="--precision bf16",
-            remedy="use --precision auto or fp32",
-        )
-    return True
 
 
 def resolve_batch(batch_size: int | str, device_type: str) -> int:

@@ -16,6 +16,8 @@ from canopy.errors import AreaError, InputError
 from canopy.geo.aoi import AOI
 from canopy.geo.raster import raster_env
 from canopy.inference import output
+from canopy.inference.backends.choose import settle
+from canopy.inference.backends.runner import Runner
 from canopy.inference.engine import RunSummary, Sink, predict_grid
 from canopy.inference.estimate import Estimate, estimate, refuse_too_large, seconds_per_crop
 from canopy.inference.extras import QUALITY_BAND, Extras, extras_of
@@ -69,7 +71,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request. `notes` are warnings for the user; `cost` is what it will take."""
+    """A checked request. `notes` are warnings for the user; `cost` is what it will take.
+
+    `runner` is the model on its runtime; without one it is torch, as the request has it.
+    """
 
     request: Request
     source: ImagerySource
@@ -83,6 +88,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     radiometry: str = "none"
     extras: Extras = field(default_factory=Extras)
+    runner: Runner | None = None
 
     @property
     def bands(self) -> tuple[tuple[str, str], ...]:
@@ -105,6 +111,8 @@ class Job:
             "gsd_m": grid.gsd_m,
             "model": self.model_name,
             "model_sha256": self.model_sha256,
+            "backend": self.runner.backend if self.runner else "torch",
+            "precision": self.runner.precision if self.runner else self.request.precision,
             "imagery": output.imagery_text(self.source),
             "dates": output.dates_text(self.source.dates),
             "encoding": self.request.encoding,
@@ -122,9 +130,13 @@ class Job:
         return [
             f"{self.aoi.describe()}, {self.cost.tiles_text}, {self.cost.time_text}",
             f"imagery {output.bare_name(self.source.name)} ({output.dates_text(self.source.dates)}); "
-            f"model {self.model_name} ({self.model_sha256[:12]})",
+            f"model {self.model_name} ({self.model_sha256[:12]}){self._runtime_text}",
             f"map of {grid.width} x {grid.height} px, {grid.gsd_m:.3g} m, {crs}",
         ]
+
+    @property
+    def _runtime_text(self) -> str:
+        return f" in {self.runner.backend} {self.runner.precision}" if self.runner else ""
 
     def run(self, progress: Progress | None = None) -> Result:
         """Predict and write.
@@ -164,6 +176,8 @@ class Job:
         """Tags of the GeoTIFF; no wall-clock time and no folders."""
         tags = output.map_tags(self.source, self.model_name, self.model_sha256, self.target.output.gsd_m)
         tags |= output.extra_tags(self.extras, self.model.card)
+        if self.runner:
+            tags |= {"CANOPY_BACKEND": self.runner.backend, "CANOPY_PRECISION": self.runner.precision}
         return tags | ({"CANOPY_RADIOMETRY": self.radiometry} if self.radiometry != "none" else {})
 
     def predict_into(self, sink: Sink, progress: Progress | None) -> RunSummary:
@@ -173,6 +187,7 @@ class Job:
             "device": request.device,
             "precision": request.precision,
             "batch_size": request.batch_size,
+            "runner": self.runner,
             "workers": request.workers,
             "progress": progress,
         }
@@ -229,14 +244,17 @@ def prepare(request: Request) -> Job:
         native_crs=source.native_crs,
     )
     plan = plan_windows(target.predict, Lattice.of(model.config.crop_px, model.config.patch_px))
-    extras = extras_of(request, model)
-    pace = seconds_per_crop(model, request.device, request.precision, request.batch_size)
+    extras = extras_of(request, model, aoi)
+    choice = settle(model, request.backend, request.precision, request.device)
+    runner = choice.open(model, extras.outputs)
+    pace = seconds_per_crop(model, runner, request.batch_size)
     cost = estimate(plan, target, pace, len(extras.bands), request.encoding)
     refuse_too_large(cost, request.max_pixels, aoi.describe(), in_memory=files is None)
-    notes += scale_notes(source.native_gsd_m, model.config.gsd_m)
+    notes += [*choice.notes, *scale_notes(source.native_gsd_m, model.config.gsd_m)]
     model, radiometry, more = with_radiometry(model, source, aoi, request.radiometry)
     return Job(
-        request, source, aoi, model, model_name, target, plan, cost, files, notes + more, radiometry, extras
+        request, source, aoi, model, model_name, target, plan, cost, files, notes + more, radiometry, extras,
+        runner.with_radiometry(model.stretch) if model.stretch else runner,
     )  # fmt: skip
 
 

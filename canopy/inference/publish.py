@@ -36,6 +36,7 @@ def publish(job: Job, files: output.OutputFiles, sha256: str, summary: RunSummar
             "name": job.model_name,
             "sha256": job.model_sha256,
             "licence": str(job.model.card.get("licence", "")),
+            **({"backend": job.runner.backend, "precision": job.runner.precision} if job.runner else {}),
         },
         quicklook=files.quicklook,
         statistics={

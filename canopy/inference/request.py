@@ -21,6 +21,7 @@ class Options(TypedDict, total=False):
     crs: str | None
     input_crs: str | None
     device: str
+    backend: str
     precision: str
     batch_size: int | str
     workers: int
@@ -50,6 +51,7 @@ class Request:
         out: the GeoTIFF to write; None keeps the map in memory.
         crs: CRS of the map, or `image`; also the CRS of images that carry none, unless `input_crs` is given.
         input_crs: CRS of images that carry none.
+        backend, precision: see `canopy.inference.backends.choose`.
         interval: coverage of the bands height_lower and height_upper, e.g. 0.9; None writes none.
         quality_band: add the band `quality`, see `canopy.inference.quality`.
         radiometry: `none`, `match`, or percentiles; see `canopy.models.radiometry.parse_radiometry`.
@@ -64,6 +66,7 @@ class Request:
     crs: str | None = None
     input_crs: str | None = None
     device: str = "auto"
+    backend: str = "auto"
     precision: str = "auto"
     batch_size: int | str = "auto"
     workers: int = 2

@@ -69,7 +69,7 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
     """Load a model by embedded name ('default') or from a file, in eval mode on `device`.
 
     Returns:
-        A HeightModel with `.card` (dict) and `.sha256` set.
+        A HeightModel with `.card` (dict), `.sha256` and `.path` set.
 
     Raises:
         CheckpointError: no such file, not a canopy model, truncated, or weights that do not fit.
@@ -87,7 +87,7 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
     model = HeightModel(config)
     load_strict(model, _read_tensors(path), path)
     model.card = json.loads(header.get("card", "{}"))
-    model.sha256 = file_sha256(path)
+    model.sha256, model.path = file_sha256(path), path
     return model.to(device).eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class HeightModel(nn.Module):
     Attributes:
         config: what the model is and what it expects.
         card: facts about the weights (data, licence, metrics); filled by `load_model`.
-        sha256: hash of the checkpoint file, or None for a model built in memory.
+        sha256: hash of the checkpoint file, or None for a model built in memory; `path`: that file.
         stretch: moves the radiometry of the image before anything else; None leaves it (see
             `with_radiometry`).
     """
@@ -48,6 +49,7 @@ class HeightModel(nn.Module):
         self.config = config
         self.card: dict[str, Any] = {}
         self.sha256: str | None = None
+        self.path: Path | None = None
         self.stretch: Stretch | None = None
         self.encoder, self.decoder = _build(config)
         self.mean: Tensor

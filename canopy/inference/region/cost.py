@@ -64,9 +64,8 @@ def region_cost(prepared: Prepared, crop_seconds: float | None = None) -> Region
     """
     settings, config = prepared.settings, prepared.model.config
     if crop_seconds is None:
-        crop_seconds = seconds_per_crop(
-            prepared.model, settings.device, settings.precision, settings.batch_size
-        )
+        runner = prepared.choice.open(prepared.model)
+        crop_seconds = seconds_per_crop(prepared.model, runner, settings.batch_size)
     lattice = Lattice.of(config.crop_px, config.patch_px)
     tiling = prepared.tiling
     tiles = pixels = predicted = 0

@@ -13,6 +13,7 @@ from canopy.errors import AreaError, ConfigError
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid
+from canopy.inference.backends.choose import Choice, settle
 from canopy.inference.extras import Extras, extras_of
 from canopy.inference.mercator import MARGIN_PX, one_zone, predict_grid_for, quadkey_output, zone_of
 from canopy.inference.region.pins import Pins, absolute, area_pin, imagery_fingerprint, stamp
@@ -89,6 +90,7 @@ class Prepared:
     extras: Extras
     cells: int | None = None
     notes: list[str] = field(default_factory=list)
+    choice: Choice = field(default_factory=Choice)
 
     @property
     def bands(self) -> tuple[tuple[str, str], ...]:
@@ -111,6 +113,7 @@ def request_of(settings: RegionSettings, aoi: AOI | None) -> Request:
         crs=settings.crs,
         input_crs=settings.input_crs,
         device=settings.device,
+        backend=settings.backend,
         precision=settings.precision,
         batch_size=settings.batch_size,
         workers=settings.readers,
@@ -164,6 +167,8 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
     notes = [] if cells else coverage_notes(source, aoi)
     notes += scale_notes(source.native_gsd_m, model.config.gsd_m)
     extras = extras_of(request_of(settings, aoi), model)
+    choice = settle(model, settings.backend, settings.precision, settings.device)
+    notes += [*choice.notes, *_device_notes(settings, choice)]
     model, radiometry, more = with_radiometry(model, source, aoi, settings.radiometry)
     if radiometry != "none":  # measured once, here; the workers are told the numbers
         settings = settings.model_copy(update={"radiometry": radiometry.replace(" -> ", ",")})
@@ -171,8 +176,9 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
     side = side_px(settings.grid, lattices.output.pixel[0], settings.zoom, settings.tile_px)
     tiling = Tiling(settings.grid, lattices.output, side)
     threads = settings.threads or default_threads()
-    settings = settings.model_copy(update={"threads": threads})
+    settings = settings.model_copy(update={"threads": threads, **choice.names})
     pins = _pins(settings, aoi, source, model, model_name, lattices, tiling)
+    pins["map"]["int8"] = choice.quantised_sha256 or None
     pins["imagery"]["cells"] = cells
     if cells:
         notes.append(f"more images than one mosaic may have: opened for {cells} x {cells} tiles at a time")
@@ -189,7 +195,15 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
         extras,
         cells,
         notes + more,
+        choice,
     )
+
+
+def _device_notes(settings: RegionSettings, choice: Choice) -> list[str]:
+    """What workers elsewhere will not do by themselves."""
+    if settings.scheduler == "local" or choice.backend == "torch" or settings.device != "auto":
+        return []
+    return [f"the workers will use {choice.backend} on their processors; for GPUs give --device cuda"]
 
 
 def _open_imagery(
@@ -303,6 +317,7 @@ def _pins(
             "interval": settings.interval,
             "quality_band": settings.quality_band,
             "radiometry": settings.radiometry,
+            "backend": settings.backend,
             "precision": settings.precision,
             "threads": settings.threads,
         },
@@ -323,6 +338,7 @@ def settings_from(pins: Pins, now: RegionSettings) -> RegionSettings:
                 "radiometry", "precision", "threads",
             )
         },
+        "backend": made.get("backend", "torch"),  # all there was when runs were not pinned to one
         "bbox": None, "size_m": None, "bounds": None, "aoi": None,
     }  # fmt: skip
     return now.model_copy(update=pinned)

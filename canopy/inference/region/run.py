@@ -87,9 +87,14 @@ def prepare_run(settings: RegionSettings, *, resume: bool = False, overwrite: bo
             raise InputError("no run to go on with", where=folder, expected=f"a folder with {RUN_FILE}")
         prepared = open_region(settings_from(pins, settings), area_of(pins))
     else:
-        if pins is not None and not overwrite and settings.threads is None:
-            # Threads are a matter of the machine that began; another one must keep them.
-            settings = settings.model_copy(update={"threads": pins["map"]["threads"]})
+        if pins is not None and not overwrite:
+            # Threads and runtime are a matter of the machine that began; another one must keep them.
+            free = {
+                name
+                for name in ("threads", "backend", "precision")
+                if getattr(settings, name) in (None, "auto")
+            }
+            settings = settings.model_copy(update={k: v for k, v in pins["map"].items() if k in free})
         prepared = open_region(settings)
     if pins is not None and not overwrite:
         refuse_changes(pins, prepared.pins, folder)

@@ -49,6 +49,7 @@ class RegionSettings(Settings):
     interval: float | None = Field(default=None, gt=0, lt=1)
     quality_band: bool = False
     radiometry: str = "none"
+    backend: str = "auto"
     precision: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     layout: Layout = "tiles"

@@ -113,6 +113,7 @@ class TileWorker:
         )
         self.prepared: Prepared = open_region(settings, area_of(pins))
         refuse_changes(pins, self.prepared.pins, self.folder)
+        self.runner = self.prepared.choice.open(self.prepared.model, self.prepared.extras.outputs)
         self._sources: dict[tuple[int, int], ImagerySource | None] = {}
 
     def source_of(self, task: TileTask) -> ImagerySource | None:
@@ -156,7 +157,7 @@ class TileWorker:
             request, imagery, prepared.aoi, prepared.model, prepared.model_name, target,
             plan=None, cost=None,  # type: ignore[arg-type]  # both are for the words before a run
             files=output.OutputFiles(path, path.with_suffix(".json")), radiometry=prepared.radiometry,
-            extras=prepared.extras,
+            extras=prepared.extras, runner=self.runner,
         )  # fmt: skip
         tags = output.map_tags(source, prepared.model_name, job.model_sha256, prepared.lattices.gsd_m)  # type: ignore[arg-type]
         tags |= {key: value for key, value in job.tags().items() if key not in tags}
