@@ -207,18 +207,20 @@ def peak_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / divisor)
 
 
-def gemm_gflops(seconds: float = 1.5, side: int = 2048) -> float:
-    """fp32 matrix products per second, in GFLOP/s, with torch's threads: what this machine can do now."""
+def gemm(seconds: float = 1.5, side: int = 2048) -> dict[str, float]:
+    """fp32 matrix products with torch's threads, what this machine can do now: GFLOP per second of wall
+    (`gflops`) and per second of processor time (`gflop_per_cpu_s`)."""
     import torch
 
     a, b = torch.rand(side, side), torch.rand(side, side)
     into = torch.empty(side, side)
     torch.mm(a, b, out=into)
-    started, count = time.perf_counter(), 0
-    while (took := time.perf_counter() - started) < seconds:
+    clock, count = Clock(), 0
+    while (took := clock.read())["wall_s"] < seconds:
         torch.mm(a, b, out=into)
         count += 1
-    return 2 * side**3 * count / took / 1e9
+    gflop = 2 * side**3 * count / 1e9
+    return {"gflops": gflop / took["wall_s"], "gflop_per_cpu_s": gflop / max(took["cpu_s"], 0.01)}
 
 
 # ---- images -------------------------------------------------------------------------------------

@@ -29,11 +29,11 @@ from canopy.runtime import cache_dir
 MODELS = ("default:1024", "large:768")
 GSD_M = 0.5
 SCRIPT = str(Path(__file__).with_name("ways.py"))
-LEGEND = (
-    "x loop: times faster than the loop of the same numbers (wall; processor). /model: wall over time in the "
-    "model. px seen: by the network per pixel mapped.\nready: model loaded and warm; first: that with the "
-    "one-time conversion. diff, max: mean and greatest distance from the map of torch fp32."
-)
+LEGEND = """\
+x loop: times faster than the loop of the same numbers, by wall and by processor time. /model: wall over time
+in the model. px seen: by the network per pixel mapped. % GEMM: FLOP per second of the matrix products', in
+the model by wall; cpu: of the whole run by processor time. ready: model loaded and warm; first: that with the
+one-time conversion. diff, max: mean and greatest distance from the map of torch fp32."""
 
 
 def measure(model: str, side: int, ways: list[str], rounds: int, folder: Path) -> dict[str, Any]:
@@ -59,20 +59,20 @@ def measure(model: str, side: int, ways: list[str], rounds: int, folder: Path) -
     cases["gemm"] = partial(common.alone, SCRIPT, {"do": "gemm"})
     flops = common.alone(SCRIPT, {"do": "flops", "model": where})
     runs = common.in_turn(cases, rounds)
-    gemm = common.middle(runs.pop("gemm"), "gflops")
+    gemm = {key: common.middle(runs["gemm"], key) for key in runs["gemm"][0]}
     rows = [_row(name, runs[name], side, flops, gemm) for name in ways]
     for row in rows:
         row["first s"] = first[row["way"]]
         row["x loop"], row["x loop, cpu"] = (_ratio(runs, row["way"], key) for key in ("wall_s", "cpu_s"))
         row["diff m"], row["max m"] = _difference(folder, model, row["way"])
-    facts = {"model": model, "side_px": side, "gemm_gflops": gemm, **flops, "notes": notes}
+    facts = {"model": model, "side_px": side, "gemm": gemm, **flops, "notes": notes}
     return facts | {"rows": rows, "runs": runs}
 
 
 def _row(
-    name: str, runs: list[dict[str, Any]], side: int, flops: dict[str, Any], gemm: float
+    name: str, runs: list[dict[str, Any]], side: int, flops: dict[str, Any], gemm: dict[str, float]
 ) -> dict[str, Any]:
-    wall, model_s, crops = (common.middle(runs, key) for key in ("wall_s", "model_s", "crops"))
+    wall, cpu, model_s, crops = (common.middle(runs, k) for k in ("wall_s", "cpu_s", "model_s", "crops"))
     loop = WAYS[name].options is None
     crop_px = rival.WINDOW_PX if loop else flops["crop_px"]
     gflop = crops * flops["window_gflop" if loop else "crop_gflop"]
@@ -80,14 +80,15 @@ def _row(
         "way": name,
         "what": WAYS[name].title,
         "wall s": wall,
-        "cpu s": common.middle(runs, "cpu_s"),
+        "cpu s": cpu,
         "Mpx/s": side**2 / wall / 1e6,
         "km2/h": side**2 * GSD_M**2 / 1e6 / wall * 3600,
         "x loop": None,
         "x loop, cpu": None,
         "/model": wall / model_s,
         "px seen": crops * crop_px**2 / side**2,
-        "% GEMM": 100 * gflop / model_s / gemm,
+        "% GEMM": 100 * gflop / model_s / gemm["gflops"],
+        "% GEMM, cpu": 100 * gflop / cpu / gemm["gflop_per_cpu_s"],
         "peak MB": common.middle(runs, "peak_mb"),
         "ready s": common.middle(runs, "ready_s"),
     }
@@ -126,7 +127,7 @@ def run(models: list[str], ways: list[str], rounds: int, out: Path | None, folde
         title = (
             f"{model}: {found['parameters'] / 1e6:.0f} M parameters, {found['crop_px']} px crops of "
             f"{found['crop_gflop']:.0f} GFLOP; {side} x {side} px, median of {rounds}; "
-            f"GEMM {found['gemm_gflops']:.0f} GFLOP/s"
+            f"GEMM {found['gemm']['gflops']:.0f} GFLOP/s, {found['gemm']['gflop_per_cpu_s']:.0f} per cpu s"
         )
         shown = [{key: value for key, value in row.items() if key != "way"} for row in found["rows"]]
         common.show(title, shown, [*notes, *found["notes"], LEGEND])

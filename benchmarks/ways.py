@@ -92,7 +92,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 def _gemm(_: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    return {"gflops": common.gemm_gflops(), "threads": torch.get_num_threads()}
+    return common.gemm() | {"threads": torch.get_num_threads()}
 
 
 def _flops(case: dict[str, Any]) -> dict[str, Any]:

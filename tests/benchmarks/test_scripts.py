@@ -16,7 +16,6 @@ def test_throughput(script, tiny_model, tmp_path, monkeypatch):
     throughput, ways = script("throughput"), script("ways")
     # In this process: a new one for every case would only import torch again.
     monkeypatch.setattr(throughput.common, "alone", lambda _, case: ways.run_case(case))
-    monkeypatch.setattr(throughput.common, "gemm_gflops", lambda: 50.0)
     throughput.run([f"{tiny_model}:300"], ["torch", "loop"], 1, tmp_path / "out", tmp_path)
     found = results(tmp_path / "out", "throughput")[0]
     ours, loop = found["rows"]
