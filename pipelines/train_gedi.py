@@ -68,13 +68,13 @@ def _run(args: argparse.Namespace) -> dict[str, object]:
 def _samples(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     import numpy as np
 
-    from canopy.calibration.collect import load_chips
-    from canopy.calibration.gedi_samples import Samples, joined, places_of_pack, simulated
+    from canopy.calibration.collect import load_chips, places_of
+    from canopy.calibration.gedi_samples import Samples, joined, simulated
 
     if args.data is not None:
         chips, _ = load_chips(args.data, args.splits.split(","))
         return simulated(
-            chips, per_chip=args.per_chip, rh=args.rh, seed=args.seed, places=places_of_pack(args.data)
+            chips, per_chip=args.per_chip, rh=args.rh, seed=args.seed, places=places_of(args.data)
         )
     if not args.shots or len(args.shots) != len(args.imagery):
         raise ConfigError("nothing to train on", expected="DATA, or one --imagery for every --shots")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,16 @@ from canopy.calibration.collect import Scored
 from canopy.errors import DataError
 from canopy.models.intervals import IntervalTable
 
+Tables = IntervalTable | Mapping[str, IntervalTable]
+
 _LAGS_M = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 180)
 _LEAST_SIDE, _LEAST_KNOWN = 100, 0.7
 # Windows within squares of this side, or within one window if that is larger, count as one unit.
 _UNIT_M = 128
 
 
-def fit_areas(
-    scored: Sequence[Scored], table: IntervalTable, facts: dict[str, Any] | None = None
-) -> AreaModel:
-    """Fit correlation and factors on held-out tiles.
+def fit_areas(scored: Sequence[Scored], table: Tables, facts: dict[str, Any] | None = None) -> AreaModel:
+    """Fit correlation and factors on held-out tiles; `table` is one for all, or one by chip id.
 
     Raises:
         DataError: fewer than four tiles of 100 m or more.
@@ -46,7 +46,7 @@ def fit_areas(
 
 
 def area_coverage(
-    scored: Sequence[Scored], table: IntervalTable, model: AreaModel, level: float = 0.9
+    scored: Sequence[Scored], table: Tables, model: AreaModel, level: float = 0.9
 ) -> dict[str, dict[str, float]]:
     """Share of simulated square windows whose true mean lies inside, by side in metres, with mean widths."""
     rows: dict[str, dict[str, float]] = {}
@@ -83,7 +83,7 @@ class _Errors:
     width: np.ndarray
 
     @classmethod
-    def of(cls, chip: Scored, table: IntervalTable) -> _Errors:
+    def of(cls, chip: Scored, table: Tables) -> _Errors:
         lower, upper = _bands(chip, table)
         k = chip.known
         h = np.where(k, chip.height_m, 0)
@@ -93,8 +93,9 @@ class _Errors:
         )  # fmt: skip
 
 
-def _bands(chip: Scored, table: IntervalTable) -> tuple[np.ndarray, np.ndarray]:
+def _bands(chip: Scored, table: Tables) -> tuple[np.ndarray, np.ndarray]:
     k = chip.known
+    table = table if isinstance(table, IntervalTable) else table[chip.id]
     hint = table.hint_of(chip.hint_m, BAND_LEVEL)
     return table.bounds(np.where(k, chip.height_m, 0), np.where(k, hint, 0), BAND_LEVEL)
 

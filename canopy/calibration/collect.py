@@ -96,6 +96,32 @@ def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str
     return chips, identity
 
 
+def places_of(data: str | Path) -> dict[str, tuple[float, float]]:
+    """(lon, lat) of the middle of every chip of a data pack or chips folder, by id; none of a chips file."""
+    import csv
+
+    path = Path(data)
+    if (path / "manifest.csv").is_file():
+        with (path / "manifest.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        edges = ("xmin", "xmax", "ymin", "ymax")
+        boxes = {r["id"]: (r["crs"], [float(r[edge]) for edge in edges]) for r in rows}
+    elif path.is_dir():
+        from canopy.chips.index import read_index
+
+        index = [row for row in read_index(path) if row.crs]
+        boxes = {r.id: (r.crs, [r.west, r.east, r.south, r.north]) for r in index}
+    else:
+        return {}
+    from canopy.geo.crs import transformer
+
+    found = {}
+    for name, (crs, (west, east, south, north)) in boxes.items():
+        lon, lat = transformer(crs, "EPSG:4326").transform((west + east) / 2, (south + north) / 2)
+        found[name] = (float(lon), float(lat))
+    return found
+
+
 def score_chips(
     model: HeightModel, chips: Sequence[Chip], *, method: str = "spread", batch: int = 4,
     progress: Progress | None = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,7 +54,7 @@ def simulated(
     Args:
         chips: pairs of image (0.5 m) and heights (1 m).
         per_chip: most footprints of a chip, at random places whose disc is at least 90 % known.
-        places: latitude and longitude by chip id, where known.
+        places: longitude and latitude by chip id, where known.
 
     Raises:
         DataError: no chip has room for a footprint.
@@ -69,7 +68,7 @@ def simulated(
         h, w = chip.chm_m.shape
         if min(h, w) < CROP_PX // 2:
             continue
-        lat, lon = (places or {}).get(chip.row.id, (np.nan, np.nan))
+        lon, lat = (places or {}).get(chip.row.id, (np.nan, np.nan))
         for _ in range(per_chip):
             row, col = (int(rng.integers(half // 2, n - half // 2 + 1)) for n in (h, w))
             cells = chip.chm_m[row - 13 : row + 13, col - 13 : col + 13][disc]
@@ -149,21 +148,3 @@ def _around(crs: object, x: float, y: float, gsd_m: float) -> Grid:
     half = CROP_PX / 2 * gsd_m
     west, north = round((x - half) / gsd_m) * gsd_m, round((y + half) / gsd_m) * gsd_m
     return Grid.of(crs, Affine(gsd_m, 0, west, 0, -gsd_m, north), (CROP_PX, CROP_PX))
-
-
-def places_of_pack(pack: str | Path) -> dict[str, tuple[float, float]]:
-    """Latitude and longitude of a data pack's tiles, by id; empty where `pack` is none."""
-    import csv
-
-    manifest = Path(pack) / "manifest.csv"
-    if not manifest.is_file():
-        return {}
-    from canopy.geo.crs import transformer
-
-    found = {}
-    with manifest.open(newline="") as file:
-        for row in csv.DictReader(file):
-            x, y = (float(row[a]) + float(row[b]) for a, b in (("xmin", "xmax"), ("ymin", "ymax")))
-            lon, lat = transformer(row["crs"], "EPSG:4326").transform(x / 2, y / 2)
-            found[row["id"]] = (float(lat), float(lon))
-    return found

@@ -7,18 +7,31 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from canopy import __version__
 from canopy.calibration.area_fit import area_coverage, fit_areas
-from canopy.calibration.collect import BLOCK_M, Scored, cells_of, halves, load_chips, score_chips
+from canopy.calibration.areas import AreaModel
+from canopy.calibration.collect import (
+    BLOCK_M,
+    Scored,
+    cells_of,
+    halves,
+    load_chips,
+    places_of,
+    score_chips,
+)
 from canopy.calibration.gap import CARD_KEY as GAP_KEY
 from canopy.calibration.gap import gaps_to_dict
 from canopy.calibration.intervals import coverage, fit_intervals, pooled
-from canopy.errors import CheckpointError, DataError, InputError, OutputError
-from canopy.models.intervals import CARD_KEY, IntervalTable
+from canopy.calibration.places import areas_in_new_places, fit_new_place, score_unseen, verify_new_place
+from canopy.errors import CheckpointError, ConfigError, DataError, InputError, OutputError
+from canopy.models.intervals import CARD_KEY, METHODS, IntervalTable, table_of
 from canopy.models.registry import file_sha256, read_header, resolve_model
 from canopy.runtime import Progress, log
+
+if TYPE_CHECKING:
+    from canopy.chips.store import Chip
 
 _VERIFIED = (0.5, 0.8, 0.9, 0.95)
 _Way = tuple[IntervalTable, list[Scored], list[Scored]]
@@ -29,6 +42,8 @@ def calibrate_model(
     data: str | Path,
     out: str | Path,
     *,
+    method: str | None = None,
+    kept_from: Sequence[str | Path] = (),
     splits: Sequence[str] = ("val",),
     report_splits: Sequence[str] = ("test", "test_hard"),
     domain_split: str | None = "train",
@@ -45,6 +60,10 @@ def calibrate_model(
         model: an embedded name or a file.
         data: a data pack, a chips folder or a chips file.
         out: the file to write; may be the model itself with `overwrite`.
+        method: where the width of bands comes from, one of `METHODS`; by default the model's present one.
+        kept_from: models of the same training that were kept from some sites of the data: they tell how much
+            wider bands must be in new places (`canopy.calibration.places`). Without any, what the model's
+            card says of new places stays.
         domain_split: its images become the reference of the quality flag "out of domain"; None skips it.
 
     Returns:
@@ -57,29 +76,64 @@ def calibrate_model(
 
     source, target = resolve_model(model), _check_out(Path(out), overwrite)
     network = load_model(source)
+    before = network.card.get(CARD_KEY, {})
+    method = check_method(method or before.get("method", "spread"))
     chips, identity = load_chips(data, splits)
-    scored = list(score_chips(network, chips, progress=progress))
+    scored = list(score_chips(network, chips, method=method, progress=progress))
     log.info(f"{len(scored)} chips predicted")
-    ways = _both_ways(scored)
-    table, facts = _fit(scored, ways)
+    ways = _both_ways(scored, method)
+    table, facts = _fit(scored, ways, method)
     facts |= {
         "version": __version__, "data": identity, "splits": list(splits), "block_m": BLOCK_M,
         "chips": len(scored), "model_sha256": file_sha256(source), "tensors_sha256": tensors_sha256(source),
     }  # fmt: skip
     raw = table.to_dict()
     area = _areas(scored, table, ways, facts)
-    facts["elsewhere"] = _elsewhere(network, data, report_splits, table, area, progress)
-    raw |= {"facts": facts} | ({"area": area.to_dict()} if area is not None else {})
-    additions: dict[str, Any] = {CARD_KEY: raw, GAP_KEY: gaps_to_dict(scored)}
+    raw |= {"area": area.to_dict()} if area is not None else {}
+    raw |= _new_place(data, chips, kept_from, before, method, facts, progress)
+    facts["elsewhere"] = _elsewhere(network, data, report_splits, raw, progress)
+    additions: dict[str, Any] = {CARD_KEY: raw | {"facts": facts}, GAP_KEY: gaps_to_dict(scored)}
     if domain_split is not None:
         additions |= _domain(data, domain_split, splits)
     sha256 = rewrite_card(source, target, additions)
     return {"model": str(model), "output": str(target), "sha256": sha256, **facts}
 
 
-def _fit(scored: list[Scored], ways: list[_Way]) -> tuple[IntervalTable, dict[str, Any]]:
+def check_method(method: str) -> str:
+    """One of `METHODS`; ConfigError for anything else."""
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}", where="--method", expected=", ".join(METHODS))
+    return method
+
+
+def _new_place(
+    data: str | Path, chips: Sequence[Chip], kept_from: Sequence[str | Path], before: dict[str, Any],
+    method: str, facts: dict[str, Any], progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The card's part about new places, and where this calibration has been; empty where nothing is known."""
+    where = places_of(data)
+    seen = sorted(
+        {(round(x, 2), round(y, 2)) for c in chips if c.row.id in where for x, y in [where[c.row.id]]}
+    )
+    if kept_from:
+        places = score_unseen(kept_from, data, method, progress)
+        new = fit_new_place(places)
+        area, facts["areas_in_new_places"] = areas_in_new_places(places)
+        facts["new_places"] = verify_new_place(places)
+        raw = new.to_dict() | ({"area": area.to_dict()} if area is not None else {})
+    elif "new_place" in before and before.get("method", "spread") == method and seen:
+        raw = before["new_place"]
+        facts["new_places"] = before.get("facts", {}).get("new_places")
+    else:
+        return {}
+    if not seen:
+        log.warning("note: the data do not say where they lie: every map gets the bands of new places")
+    return {"new_place": raw, "places": seen}
+
+
+def _fit(scored: list[Scored], ways: list[_Way], method: str) -> tuple[IntervalTable, dict[str, Any]]:
     """The table of all chips, and what tables of the halves do on each other."""
-    table = fit_intervals(cells_of(scored))
+    table = fit_intervals(cells_of(scored), method=method)
     parts: dict[float, list[dict[str, Any]]] = {level: [] for level in _VERIFIED}
     for made, _, two in ways:
         cells = cells_of(two)
@@ -89,14 +143,14 @@ def _fit(scored: list[Scored], ways: list[_Way]) -> tuple[IntervalTable, dict[st
     return table, {"verified_on_unseen_halves": verified}
 
 
-def _both_ways(scored: list[Scored]) -> list[_Way]:
+def _both_ways(scored: list[Scored], method: str) -> list[_Way]:
     """Each half with its own table, and the other half to verify it on."""
     one, two = halves(scored)
     if min(len(one), len(two)) < 2:
         raise DataError(
             f"{len(scored)} held-out chips", expected="at least 4", remedy="give more with --data"
         )
-    return [(fit_intervals(cells_of(a)), a, b) for a, b in ((one, two), (two, one))]
+    return [(fit_intervals(cells_of(a), method=method), a, b) for a, b in ((one, two), (two, one))]
 
 
 def _areas(scored: list[Scored], table: IntervalTable, ways: list[_Way], facts: dict[str, Any]) -> Any:
@@ -122,20 +176,25 @@ def _pool_rows(parts: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _elsewhere(
-    network: Any, data: str | Path, splits: Sequence[str], table: IntervalTable, area: Any,
-    progress: Progress | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Coverage on splits that play no part in the calibration."""
+    network: Any, data: str | Path, splits: Sequence[str], raw: dict[str, Any], progress: Progress | None
+) -> dict[str, Any]:
+    """Coverage on splits that play no part in the calibration, with the bands of new places if there are."""
     found: dict[str, Any] = {}
+    seen = IntervalTable.from_dict(raw)
+    table = table_of({CARD_KEY: raw | {"places": ()}})
+    area = (raw["new_place"] if table.place == "new" else raw).get("area")
     for split in splits:
         try:
             chips, _ = load_chips(data, (split,))
         except DataError:
             continue
-        scored = list(score_chips(network, chips, progress=progress))
-        found[split] = coverage(table, cells_of(scored))
+        scored = list(score_chips(network, chips, method=table.method, progress=progress))
+        cells = cells_of(scored)
+        found[split] = coverage(table, cells)
+        if table.place == "new":
+            found[split]["as_seen"] = coverage(seen, cells)["overall"]
         if area is not None:
-            found[split]["areas"] = area_coverage(scored, table, area)
+            found[split]["areas"] = area_coverage(scored, table, AreaModel.from_dict(area))
     return found
 
 

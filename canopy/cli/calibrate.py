@@ -87,6 +87,23 @@ def interval(
         Path, typer.Option("--data", help="A data pack, a chips folder (canopy data chips) or a chips file.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="MODEL2", help="Model file to write.")],
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="spread|quantiles|flips",
+            help="Where widths come from. Default: the model's present one, or spread.",
+        ),
+    ] = None,
+    kept_from: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--kept-from",
+            metavar="MODEL",
+            help="A model of the same training that was kept from some sites (data.val_sites): it tells how "
+            "wide bands must be in new places. Several.",
+        ),
+    ] = None,
     splits: Annotated[str, typer.Option("--splits", help="Held-out splits to calibrate on.")] = "val",
     report: Annotated[
         str, typer.Option("--report", help="Splits to report coverage on and nothing else.")
@@ -101,9 +118,11 @@ def interval(
     Predicts the held-out chips, reads off how far the lidar lies from the predictions (split conformal, by
     predicted height and spread), verifies each half of the blocks with the calibration of the other, and
     writes the model with the result in its card. Tensors are not touched. The training images become the
-    reference of --quality-band's out-of-domain flag.
+    reference of --quality-band's out-of-domain flag. With lidar of your own place as --data, bands hold
+    there.
 
     Example: canopy calibrate interval default --data pack -o calibrated.safetensors
+    Example: canopy calibrate interval default --data my_chips --splits train,val -o mine.safetensors
     """
     from canopy.calibration.model_file import calibrate_model
     from canopy.runtime import progress_bar, setup_logging
@@ -111,8 +130,8 @@ def interval(
     setup_logging(quiet, verbose)
     with progress_bar(quiet or json_) as progress:
         facts = calibrate_model(
-            model, data, out, splits=_names(splits), report_splits=_names(report),
-            overwrite=overwrite, progress=progress,
+            model, data, out, method=method, kept_from=kept_from or (), splits=_names(splits),
+            report_splits=_names(report), overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if json_:
         print_json(facts)
@@ -133,6 +152,8 @@ def _print_coverage(facts: dict[str, Any]) -> None:
                 _print_row(f"  predicted {name} m", part)
     for size, row in facts.get("areas_on_unseen_halves", {}).items():
         _print_row(f"90 % of means over {size} m, unseen halves", row)
+    for site, row in (facts.get("new_places") or {}).get("places", {}).items():
+        _print_row(f"90 % bands in new places, {site}", row)
     for split, row in facts["elsewhere"].items():
         _print_row(f"90 % bands, {split}", row["overall"])
 

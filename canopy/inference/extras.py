@@ -14,6 +14,7 @@ import numpy as np
 from canopy.models.intervals import IntervalTable, table_of
 
 if TYPE_CHECKING:
+    from canopy.geo.aoi import AOI
     from canopy.inference.quality import QualityRules
     from canopy.inference.request import Request
     from canopy.models.height import HeightModel
@@ -84,21 +85,28 @@ class Extras:
         return np.stack(bands).astype(np.float32, copy=False)
 
 
-def extras_of(request: Request, model: HeightModel) -> Extras:
-    """What a request wants beside heights.
+def extras_of(request: Request, model: HeightModel, aoi: AOI | None = None) -> Extras:
+    """What a request wants beside heights; where the area lies may decide how wide its bands are.
 
     Raises:
         ConfigError: the model's file lacks the calibration that it takes; it names the remedy.
     """
     table = quality = None
     if request.interval is not None:
-        table = table_of(model.card)
+        area = aoi or request.area
+        table = table_of(model.card, () if area is None else _corners(area))
         table.check_level(request.interval)
     if request.quality_band:
         from canopy.inference.quality import rules_of
 
         quality = rules_of(model.card)
     return Extras(request.date_band, table, request.interval or 0.9, quality)
+
+
+def _corners(aoi: AOI) -> list[tuple[float, float]]:
+    """(lon, lat) of the corners of an area's bounding box."""
+    west, south, east, north = aoi.bounds_lonlat
+    return [(lon, lat) for lon in (west, east) for lat in (south, north)]
 
 
 def band_list(date: bool, interval: bool, quality: bool) -> tuple[Band, ...]:

@@ -117,7 +117,10 @@ def extra_tags(extras: Extras, card: Mapping[str, Any]) -> dict[str, str]:
     tags: dict[str, str] = {}
     if extras.interval is not None:
         tags["CANOPY_INTERVAL"] = f"{extras.level:g}"
-        area = card.get(CARD_KEY, {}).get("area")
+        calibration = card.get(CARD_KEY, {})
+        if "new_place" in calibration:
+            tags["CANOPY_INTERVAL_PLACE"] = extras.interval.place
+        area = (calibration["new_place"] if extras.interval.place == "new" else calibration).get("area")
         # Bands of another level would be read with the wrong widths.
         if area is not None and extras.level == AREA_LEVEL:
             tags["CANOPY_AREA_MODEL"] = json.dumps({k: v for k, v in area.items() if k != "facts"})

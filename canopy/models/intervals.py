@@ -6,7 +6,7 @@ Here is only what prediction needs; the calibration is fitted in `canopy.calibra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,30 @@ from canopy.errors import CheckpointError, ConfigError
 CARD_KEY = "intervals"
 VERSION = 1
 SOFT_M = 0.1  # spreads below this are told apart no further
+# In new places no band reaches less far than this.
+FLAT_M = 0.25
+# Calibration data this near make a place a seen one.
+NEAR_KM = 10.0
+LonLat = tuple[float, float]
 METHODS = ("spread", "quantiles", "flips")
 LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.98)
+
+
+@dataclass(frozen=True)
+class NewPlace:
+    """By how much bands are stretched about the height in places that calibration has not seen.
+
+    Attributes:
+        height_m: (m,) knots of predicted height, rising.
+        factor: (levels, m), at least 1, of the distances from the height; these count as at least `FLAT_M`.
+    """
+
+    height_m: np.ndarray
+    factor: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"height_m": self.height_m.tolist(), "factor": np.round(self.factor, 3).tolist()}
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,7 @@ class IntervalTable:
         below_m, above_m: (l, k, v) distances.
         facts: JSON-ready: what it was fitted on and how it did elsewhere.
         method: one of `METHODS`.
+        new_place: for bands of places that calibration has not seen; None for those it has.
     """
 
     levels: np.ndarray
@@ -47,6 +70,12 @@ class IntervalTable:
     above_m: np.ndarray
     facts: dict[str, Any]
     method: str = "spread"
+    new_place: NewPlace | None = None
+
+    @property
+    def place(self) -> str:
+        """`seen`, or `new` for bands of places that calibration has not seen."""
+        return "seen" if self.new_place is None else "new"
 
     def hints(self, level: float) -> tuple[str, ...]:
         """Names of the network's outputs that the bands need beside heights."""
@@ -85,7 +114,16 @@ class IntervalTable:
                 low -= wi * wj * below[place]
                 high += wi * wj * above[place]
         lower, upper = np.clip(low, 0.0, height_m), np.maximum(high, height_m)
+        if self.new_place is not None:
+            by_height = self._at_level(self.new_place.factor, level)
+            factor = np.interp(height_m, self.new_place.height_m, by_height)
+            lower = np.maximum(height_m - factor * np.maximum(height_m - lower, FLAT_M), 0.0)
+            upper = height_m + factor * np.maximum(upper - height_m, FLAT_M)
         return lower.astype(np.float32), upper.astype(np.float32)
+
+    def widened(self, new: NewPlace) -> IntervalTable:
+        """This table for places that calibration has not seen."""
+        return replace(self, new_place=new)
 
     def check_level(self, level: float) -> None:
         """Raises ConfigError for a level outside the stored ones."""
@@ -120,10 +158,9 @@ class IntervalTable:
         """Rebuild. Raises CheckpointError where it is not such a table."""
         try:
             names = ("levels", "height_m", "typical_m", "spread", "below_m", "above_m")
-            arrays = {name: np.asarray(raw[name], np.float64) for name in names}
+            given: dict[str, Any] = {name: np.asarray(raw[name], np.float64) for name in names}
             # Files of before there were several methods name none.
-            method = str(raw.get("method", "spread"))
-            table = cls(**arrays, facts=dict(raw.get("facts", {})), method=method)
+            table = cls(**given, facts=dict(raw.get("facts", {})), method=str(raw.get("method", "spread")))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the model's interval calibration cannot be used: {error}") from error
         shape = len(table.levels), len(table.height_m), len(table.spread)
@@ -135,18 +172,41 @@ class IntervalTable:
         return table
 
 
-def table_of(card: Mapping[str, Any]) -> IntervalTable:
-    """The calibration in a model's card.
+def table_of(card: Mapping[str, Any], corners: Sequence[LonLat] = ()) -> IntervalTable:
+    """The calibration in a model's card, for an area with these corners.
+
+    A card that knows how much wider bands must be in new places gives those of places it has seen only where
+    every corner lies within `NEAR_KM` of its calibration data.
 
     Raises:
-        ConfigError: there is none; it says how to make one.
+        ConfigError: there is none; it says how to make one. CheckpointError: it cannot be used.
     """
     if CARD_KEY not in card:
         raise ConfigError(
             "this model has no interval calibration", where="--interval",
             remedy="make one: canopy calibrate interval MODEL --data CHIPS -o MODEL2.safetensors",
         )  # fmt: skip
-    return IntervalTable.from_dict(card[CARD_KEY])
+    raw = card[CARD_KEY]
+    table = IntervalTable.from_dict(raw)
+    if "new_place" not in raw or (corners and all(_is_near(raw.get("places", ()), c) for c in corners)):
+        return table
+    try:
+        new = NewPlace(*(np.asarray(raw["new_place"][key], np.float64) for key in ("height_m", "factor")))
+        if new.factor.shape != (len(table.levels), len(new.height_m)):
+            raise ValueError("other sizes")
+        return table.widened(new)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the model's bands of new places cannot be used: {error}") from error
+
+
+def _is_near(places: Sequence[LonLat], lonlat: LonLat) -> bool:
+    """Whether one of the places lies within `NEAR_KM`, by haversines."""
+    if not len(places):
+        return False
+    lon, lat = np.radians(np.asarray(places, np.float64)).T
+    x, y = np.radians(lonlat)
+    half = np.sin((lat - y) / 2) ** 2 + np.cos(lat) * np.cos(y) * np.sin((lon - x) / 2) ** 2
+    return bool((2 * 6371.0 * np.arcsin(np.sqrt(half))).min() <= NEAR_KM)
 
 
 def hint_names(method: str, levels: Sequence[float] = LEVELS) -> tuple[str, ...]:

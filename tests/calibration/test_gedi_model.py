@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from canopy.calibration.gedi_samples import Samples, joined, places_of_pack, simulated
+from canopy.calibration.collect import places_of
+from canopy.calibration.gedi_samples import Samples, joined, simulated
 from canopy.calibration.gedi_train import score_gedi, split_regions, train_gedi
 from canopy.chips.store import Chip, ChipRow
 from canopy.errors import CheckpointError, ConfigError, DataError, InputError
@@ -95,7 +96,7 @@ def test_faults_of_training(samples: Samples) -> None:
 
 
 def test_places_of_the_pack_are_where_its_sites_are(shared: Path) -> None:
-    lat, lon = places_of_pack(shared / "data")["ky_magoffin_r00c01"]
+    lon, lat = places_of(shared / "data")["ky_magoffin_r00c01"]
     assert (lat, lon) == pytest.approx((37.66, -83.14), abs=0.03)
 
 
