@@ -20,6 +20,7 @@ import numpy as np
 from canopy.errors import CanopyError
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
+from canopy.inference.allocator import kept_memory
 from canopy.inference.backends.runner import Runner
 from canopy.inference.blend import Canvas
 from canopy.inference.extras import Extras
@@ -144,7 +145,8 @@ def predict_grid(
     plan = plan_windows(grid, lattice, window_px)
     summary = RunSummary(windows=len(plan), crops=plan.n_crops)
     progress.start(plan.n_crops, "predicting")
-    with _Stages(plan, predictor, extras, reader_count(workers, predictor.device), progress) as stages:
+    readers = reader_count(workers, predictor.device)
+    with kept_memory(), _Stages(plan, predictor, extras, readers, progress) as stages:
         for window, pixels in stages.read_ahead(source, aoi):
             for finished in stages.flow.feed(window, pixels):
                 stages.write(finished, sink, summary)

@@ -243,7 +243,7 @@ def prepare(request: Request) -> Job:
         native=source.native_grid,
         native_crs=source.native_crs,
     )
-    plan = plan_windows(target.predict, Lattice.of(model.config.crop_px, model.config.patch_px))
+    plan = plan_windows(target.predict, Lattice.of_model(model.config))
     extras = extras_of(request, model, aoi)
     choice = settle(model, request.backend, request.precision, request.device)
     runner = choice.open(model, extras.outputs)

@@ -65,10 +65,14 @@ class Lattice:
 
     @classmethod
     def of_model(cls, config: Any) -> Lattice:
-        """The lattice of a model's `config`: `crop_px` and `patch_px`, and `overlap_px` where it has one."""
-        overlap = getattr(config, "overlap_px", 0)
-        lattice = cls.of(config.crop_px, config.patch_px)
-        return cls(config.crop_px, config.crop_px - overlap, overlap // 16) if overlap else lattice
+        """The lattice that a model's `config` asks for by `overlap_px` and `margin_px`, else the default one.
+
+        A `config` needs no more than `crop_px` and `patch_px`.
+        """
+        overlap, margin = getattr(config, "overlap_px", 0), getattr(config, "margin_px", 0)
+        if not overlap:
+            return cls.of(config.crop_px, config.patch_px)
+        return cls(config.crop_px, config.crop_px - overlap, margin or overlap // 16)
 
     @property
     def served_px(self) -> int:

@@ -172,6 +172,10 @@ class ModelConfig:
         gsd_m: ground sample distance, in metres, the model was trained at.
         bands: names of the input bands, in order.
         crop_px: side of the square crops it predicts best.
+        overlap_px: pixels along a side that neighbouring crops of a map share; 0 stands for three eighths of
+            the crop.
+        margin_px: outermost pixels of a crop that never reach the map; 0 stands for a sixteenth of the
+            overlap.
         mean, std: normalisation of RGB in 0..1; applied inside the model.
         multiple_px: images are padded to multiples of this; 0 stands for the patch. The published models
             want 32, because their decoders stretch odd token grids.
@@ -183,6 +187,8 @@ class ModelConfig:
     gsd_m: float = 0.5
     bands: tuple[str, ...] = ("red", "green", "blue")
     crop_px: int = 256
+    overlap_px: int = 0
+    margin_px: int = 0
     mean: tuple[float, ...] = (0.420, 0.411, 0.296)
     std: tuple[float, ...] = (0.213, 0.156, 0.143)
     multiple_px: int = 0
@@ -198,6 +204,15 @@ class ModelConfig:
         if self.multiple_px < 0 or self.multiple_px % self.encoder.patch:
             raise ConfigError(
                 f"multiple_px {self.multiple_px}", expected=f"a multiple of the {self.encoder.patch} px patch"
+            )
+        if self.overlap_px < 0 or self.margin_px < 0 or 2 * self.overlap_px > self.crop_px:
+            raise ConfigError(
+                f"overlap_px {self.overlap_px}, margin_px {self.margin_px}", expected="at most half a crop"
+            )
+        if 2 * self.margin_px > self.overlap_px or self.overlap_px % self.encoder.patch:
+            raise ConfigError(
+                f"overlap_px {self.overlap_px} with margin_px {self.margin_px}",
+                expected=f"a multiple of the {self.encoder.patch} px patch that holds both margins",
             )
         if self.percentiles and len(self.percentiles) != 2 * len(self.bands):
             raise ConfigError(f"{len(self.percentiles)} percentiles", expected="two for each band, or none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from canopy.errors import ConfigError
 from canopy.geo.grid import Grid
 from canopy.inference.blend import Canvas, taper
 from canopy.inference.plan import Lattice, plan_windows
+from canopy.models.config import ModelConfig
 
 LATTICES = [Lattice(16, 8, 2), Lattice(16, 12, 1), Lattice(16, 16, 0), Lattice(32, 16, 4), Lattice(20, 10, 0)]
 
@@ -100,3 +103,21 @@ def test_default_lattice_keeps_the_patch_grid(crop: int, patch: int) -> None:
     lattice = Lattice.of(crop, patch)
     assert lattice.stride_px % patch == 0
     assert lattice.crop_px == crop
+
+
+def test_a_models_overlap_sets_the_lattice_and_old_models_keep_theirs() -> None:
+    old = ModelConfig(crop_px=256)
+    assert Lattice.of_model(old) == Lattice.of(256, 16) == Lattice(256, 160, 6)
+    # Files of before there was the field, and stand-ins for models, have none.
+    assert ModelConfig.from_dict({"crop_px": 256}) == old
+    assert Lattice.of_model(SimpleNamespace(crop_px=256, patch_px=16)) == Lattice.of(256, 16)
+    assert Lattice.of_model(ModelConfig(crop_px=512, overlap_px=64)) == Lattice(512, 448, 4)
+    assert Lattice.of_model(ModelConfig(crop_px=1024, overlap_px=128, margin_px=48)) == Lattice(1024, 896, 48)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "margin"), [(-16, 0), (528, 0), (60, 0), (64, 33), (0, 8), (64, -1)], ids=str
+)
+def test_an_overlap_that_cannot_be_is_refused(overlap: int, margin: int) -> None:
+    with pytest.raises(ConfigError, match="overlap_px"):
+        ModelConfig(crop_px=512, overlap_px=overlap, margin_px=margin)

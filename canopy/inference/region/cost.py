@@ -66,7 +66,7 @@ def region_cost(prepared: Prepared, crop_seconds: float | None = None) -> Region
     if crop_seconds is None:
         runner = prepared.choice.open(prepared.model)
         crop_seconds = seconds_per_crop(prepared.model, runner, settings.batch_size)
-    lattice = Lattice.of(config.crop_px, config.patch_px)
+    lattice = Lattice.of_model(config)
     tiling = prepared.tiling
     tiles = pixels = predicted = 0
     km2 = 0.0
