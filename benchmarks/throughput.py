@@ -4,11 +4,12 @@
     python benchmarks/throughput.py --models large:768 --rounds 3    # ViT-L alone, 768 x 768 px
     python benchmarks/throughput.py --models default:4096 --ways torch openvino loop
 
-`large` is the published 2024 large layout (ViT-L/16 and the full DPT head) with random weights. The loop is
-`rival.py`: 256 px windows every 192 px, PyTorch eager, the image in memory; "loop-int8" with dynamically
-quantised Linear layers. Wall time is from the opened image to the finished file, with the model loaded and
-warm; every run is a process of its own. Every round also measures the machine's fp32 matrix products (GEMM).
-On a machine that others use too, processor seconds (`cpu s`) say more than wall seconds.
+`large` is the published 2024 large layout (ViT-L/16 and the full DPT head) with random weights, on the
+published 256 px crops every 192 px; `large-512` the same on 512 px every 448 px. The loop is `rival.py`:
+256 px windows every 192 px, PyTorch eager, the image in memory; "loop-int8" with 8-bit Linear layers,
+quantised dynamically. Wall time is from the opened image to the finished file, with the model loaded and
+warm; each is a process of its own. Every round also measures the machine's fp32 matrix products (GEMM). On
+a machine that others use too, processor seconds (`cpu s`) say more than wall seconds.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-import rival
-from ways import WAYS, known_options, large_model, usable
+from ways import LARGE, WAYS, known_options, large_model, usable
 
 from canopy.runtime import cache_dir
 
@@ -30,16 +30,17 @@ MODELS = ("default:1024", "large:768")
 GSD_M = 0.5
 SCRIPT = str(Path(__file__).with_name("ways.py"))
 LEGEND = """\
-x loop: times faster than the loop of the same numbers, by wall and by processor time. /model: wall over time
-in the model. px seen: by the network per pixel mapped. % GEMM: FLOP per second of the matrix products', in
-the model by wall; cpu: of the whole run by processor time. ready: model loaded and warm; first: that with the
-one-time conversion. diff, max: mean and greatest distance from the map of torch fp32."""
+x loop: times faster than the loop of the same numbers, by wall and by processor time; inside: the latter
+without crops that hang over the raster's edges, as on a large one. /model: wall over time in the model.
+px seen: by the network per pixel mapped. % GEMM: FLOP per second of the matrix products', in the model by
+wall; cpu: of the whole run by processor time. ready: model loaded and warm; first: that with the one-time
+conversion. diff, max: mean and greatest distance from the map of torch fp32."""
 
 
 def measure(model: str, side: int, ways: list[str], rounds: int, folder: Path) -> dict[str, Any]:
     """All ways of one model on one raster, in turn; those that cannot run are left out, with a note."""
     image = common.make_image(folder / f"{side}.tif", side)
-    where = str(large_model(cache_dir() / "large.safetensors") if model == "large" else model)
+    where = str(large_model(model, cache_dir()) if model in LARGE else model)
 
     def case(name: str) -> dict[str, Any]:
         way, to = WAYS[name], str(folder / f"{model}-{name}.tif")
@@ -64,6 +65,7 @@ def measure(model: str, side: int, ways: list[str], rounds: int, folder: Path) -
     for row in rows:
         row["first s"] = first[row["way"]]
         row["x loop"], row["x loop, cpu"] = (_ratio(runs, row["way"], key) for key in ("wall_s", "cpu_s"))
+        row["x inside"] = _ratio(runs, row["way"], "cpu_s", edges=False)
         row["diff m"], row["max m"] = _difference(folder, model, row["way"])
     facts = {"model": model, "side_px": side, "gemm": gemm, **flops, "notes": notes}
     return facts | {"rows": rows, "runs": runs}
@@ -73,9 +75,8 @@ def _row(
     name: str, runs: list[dict[str, Any]], side: int, flops: dict[str, Any], gemm: dict[str, float]
 ) -> dict[str, Any]:
     wall, cpu, model_s, crops = (common.middle(runs, k) for k in ("wall_s", "cpu_s", "model_s", "crops"))
-    loop = WAYS[name].options is None
-    crop_px = rival.WINDOW_PX if loop else flops["crop_px"]
-    gflop = crops * flops["window_gflop" if loop else "crop_gflop"]
+    crop_px = runs[0]["crop_px"]
+    gflop = crops * flops["window_gflop" if WAYS[name].options is None else "crop_gflop"]
     return {
         "way": name,
         "what": WAYS[name].title,
@@ -85,6 +86,7 @@ def _row(
         "km2/h": side**2 * GSD_M**2 / 1e6 / wall * 3600,
         "x loop": None,
         "x loop, cpu": None,
+        "x inside": None,
         "/model": wall / model_s,
         "px seen": crops * crop_px**2 / side**2,
         "% GEMM": 100 * gflop / model_s / gemm["gflops"],
@@ -94,10 +96,17 @@ def _row(
     }
 
 
-def _ratio(runs: dict[str, list[dict[str, Any]]], name: str, key: str) -> float | None:
-    """How many times faster than the loop of the same kind of numbers."""
+def _ratio(runs: dict[str, list[dict[str, Any]]], name: str, key: str, *, edges: bool = True) -> float | None:
+    """How many times faster than the loop of the same kind of numbers, on this raster; or without the crops
+    that hang over its edges, as on a large raster: by the cost of a crop and the ground it moves on."""
     other = "loop-int8" if WAYS[name].int8 else "loop"
-    return common.middle(runs[other], key) / common.middle(runs[name], key) if other in runs else None
+    if other not in runs:
+        return None
+    ratio = common.middle(runs[other], key) / common.middle(runs[name], key)
+    if edges:
+        return ratio
+    ours, loop = runs[name][0], runs[other][0]
+    return ratio * (ours["crops"] * ours["stride_px"] ** 2) / (loop["crops"] * loop["stride_px"] ** 2)
 
 
 def _difference(folder: Path, model: str, name: str) -> tuple[float | None, float | None]:

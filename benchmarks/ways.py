@@ -66,8 +66,13 @@ def known_options(options: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in options.items() if key in Options.__annotations__}
 
 
-def large_model(path: Path) -> Path:
-    """The published large layout with random weights, the same on every call."""
+# The published 2024 large layout as its notebook uses it, and on the larger crops that its overlap pays for.
+LARGE = {"large": {"crop_px": 256, "overlap_px": 64}, "large-512": {"crop_px": 512, "overlap_px": 64}}
+
+
+def large_model(name: str, folder: Path) -> Path:
+    """The file of a model of `LARGE`, random weights, the same on every call."""
+    path = folder / f"{name}.safetensors"
     if not path.exists():
         import torch
 
@@ -77,9 +82,8 @@ def large_model(path: Path) -> Path:
 
         torch.manual_seed(0)
         # A LayerScale of 1e-5, as at the start of training, would hide all that the blocks do.
-        save_checkpoint(
-            path, HeightModel(ModelConfig(encoder=EncoderConfig(layer_scale=0.1))), {"name": "random ViT-L"}
-        )
+        config = ModelConfig(encoder=EncoderConfig(layer_scale=0.1), **LARGE[name])
+        save_checkpoint(path, HeightModel(config), {"name": f"random ViT-L, {name}"})
     return path
 
 
@@ -162,6 +166,8 @@ def _predict(case: dict[str, Any]) -> dict[str, Any]:
         "ready_s": ready,
         "model_s": round(summary.model_seconds, 3),
         "crops": summary.crops_predicted,
+        "crop_px": job.plan.lattice.crop_px,
+        "stride_px": job.plan.lattice.stride_px,
         "peak_mb": common.peak_mb(),
     }
 
@@ -181,6 +187,8 @@ def _loop(case: dict[str, Any]) -> dict[str, Any]:
         "ready_s": ready,
         "model_s": round(model_s, 3),
         "crops": crops,
+        "crop_px": rival.WINDOW_PX,
+        "stride_px": rival.STEP_PX,
         "peak_mb": common.peak_mb(),
     }
 
