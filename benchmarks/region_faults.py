@@ -2,12 +2,12 @@
 
     python benchmarks/region_faults.py                  # the machinery: pretending workers, 20 + 20 kills
     python benchmarks/region_faults.py --real           # `canopy map` with a small model, 20 + 20 kills
-    python benchmarks/region_faults.py --real --model default --rounds 3
+    python benchmarks/region_faults.py --real --victims driver --rounds 4 --kills 5
 
 Each round starts a run of 25 tiles on two workers, kills one of its processes when a random number of tiles
-is there (none included: workers are then still loading), lets the run finish (after a driver's death by
-starting it again), and compares with a run that nobody disturbed: no tile lost, none twice, every byte the
-same, nothing left over.
+is there (none included: workers are then still loading), goes on (after a driver's death by starting it
+again), perhaps kills again, and compares with a run that nobody disturbed: no tile lost, none twice, every
+byte the same, nothing left over.
 """
 
 from __future__ import annotations
@@ -80,21 +80,33 @@ def wait_for(run: subprocess.Popen[bytes], folder: Path, tiles: int, victim: str
     return count
 
 
-def one_round(words: list[str], folder: Path, victim: str, die: random.Random) -> dict[str, Any]:
-    """One disturbed run; says when the kill came, and whether it hit anything."""
-    run = subprocess.Popen(words, stderr=subprocess.DEVNULL)
-    tiles = wait_for(run, folder, die.randrange(SIDE * SIDE - 2), victim, die.uniform(0.0, 0.3))
-    if victim == "driver":
+def kill_drivers(words: list[str], folder: Path, when: list[int], die: random.Random) -> list[int]:
+    """One run whose driver is killed at each of some numbers of tiles; says how many there were then."""
+    hits = []
+    for tiles in when:
+        run = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+        there = wait_for(run, folder, tiles, "driver", die.uniform(0.0, 0.3))
         run.send_signal(signal.SIGKILL)
-        hit = run.wait() == -signal.SIGKILL
-        subprocess.run(words, check=True)  # at once: the first one's workers may still be ending
-        return {"tiles_then": tiles, "hit": hit}
-    workers = workers_of(run.pid)
-    if workers:
-        os.kill(die.choice(workers), signal.SIGKILL)
+        if run.wait() == -signal.SIGKILL:
+            hits.append(there)
+    # At once: the last one's workers may still be ending.
+    subprocess.run(words, check=True)
+    return hits
+
+
+def kill_workers(words: list[str], folder: Path, when: list[int], die: random.Random) -> list[int]:
+    """The same, with a random worker each time, in one run that has to live through it."""
+    hits = []
+    run = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    for tiles in when:
+        there = wait_for(run, folder, tiles, "worker", die.uniform(0.0, 0.3))
+        workers = workers_of(run.pid)
+        if workers:
+            os.kill(die.choice(workers), signal.SIGKILL)
+            hits.append(there)
     if run.wait() != 0:
         raise SystemExit(f"the run ended with {run.returncode} after a worker's death")
-    return {"tiles_then": tiles, "hit": bool(workers)}
+    return hits
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, int]:
@@ -115,7 +127,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=20, help="kills of a worker, and as many of a driver")
+    parser.add_argument("--rounds", type=int, default=20, help="runs for each kind of victim")
+    parser.add_argument("--kills", type=int, default=1, help="kills in each run")
+    parser.add_argument("--victims", nargs="+", choices=("worker", "driver"), default=["worker", "driver"])
     parser.add_argument("--real", action="store_true", help="canopy map instead of pretending workers")
     parser.add_argument("--model", help="with --real: a model instead of the small one")
     parser.add_argument("--seed", type=int, default=0)
@@ -139,14 +153,16 @@ def main() -> None:
 
         subprocess.run(words(top / "quiet"), check=True)
         expected = left_behind(top / "quiet")
-        for victim in ("worker", "driver"):
+        for victim in options.victims:
+            kill = kill_workers if victim == "worker" else kill_drivers
             total = totals[victim] = {"kills": 0}
             for number in range(options.rounds):
                 folder = top / f"{victim}-{number}"
-                happened = one_round(words(folder), folder, victim, die)
+                when = sorted(die.randrange(SIDE * SIDE - 2) for _ in range(options.kills))
+                hits = kill(words(folder), folder, when, die)
                 found = compare(left_behind(folder), expected)
-                print(f"{victim} {number + 1}: {happened} {found}", flush=True)
-                total["kills"] += happened["hit"]
+                print(f"{victim} {number + 1}: killed with {hits} tiles there, {found}", flush=True)
+                total["kills"] += len(hits)
                 for key, count in found.items():
                     total[key] = total.get(key, 0) + count
                 shutil.rmtree(folder)

@@ -148,7 +148,7 @@ class _Driver:
         if outcome.stop:
             self._finish(outcome, "pending", reason)
             raise OutputError(
-                reason or "cannot be written", remedy="make room, and run the same command again to go on"
+                reason or "cannot be written", remedy="with room there, run the same command again to go on"
             )
         if state in ("failed", "died"):
             count = self.failures[task.ordinal] = self.failures.get(task.ordinal, 0) + 1

@@ -9,8 +9,11 @@ Commits are gathered over half a second; what is lost with the last ones is only
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,7 +76,7 @@ class Ledger:
         self._committed = time.monotonic()
         with self._guard():
             if read_only:
-                self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=2)
+                self._db = _open_to_read(path)
             else:
                 self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
                 if file_system(path) in _NETWORK:
@@ -249,8 +252,39 @@ class Ledger:
             if "not a database" in text or "malformed" in text:
                 raise DataError("is no ledger of canopy map", where=self.path) from error
             if isinstance(error, sqlite3.OperationalError):
-                raise OutputError(f"the ledger cannot be used ({text})", where=self.path) from error
+                remedy = "make room, and run the same command again to go on" if "full" in text else None
+                raise OutputError(
+                    f"the ledger cannot be used ({text})", where=self.path, remedy=remedy
+                ) from error
             raise CanopyError(f"the ledger refused ({text})", where=self.path) from error
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    """Open a ledger that is not ours to write.
+
+    Even a reader of a write-ahead log needs a file beside it. Where the disk is full, or the folder may not
+    be written, a copy is read instead.
+    """
+
+    def connect(place: Path) -> sqlite3.Connection:
+        db = sqlite3.connect(f"file:{place}?mode=ro", uri=True, isolation_level=None, timeout=2)
+        db.execute("SELECT 1 FROM tiles LIMIT 1").fetchone()
+        return db
+
+    try:
+        return connect(path)
+    except sqlite3.OperationalError:
+        if not path.is_file():
+            raise
+    with tempfile.TemporaryDirectory(prefix="canopy-ledger-") as folder:
+        for end in ("", "-wal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(f"{path}{end}", f"{folder}/ledger{end}")
+        copy = connect(Path(folder, "ledger"))
+        memory = sqlite3.connect(":memory:", isolation_level=None)
+        copy.backup(memory)
+        copy.close()
+        return memory
 
 
 def file_system(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""A run without a model: the same ledger, engines and driver, with workers that only pretend.
+"""A run without a model, or without processes: the same ledger and driver, with workers that only pretend.
 
 For measuring what the machinery itself costs, and for killing it in the middle, on one machine or on a
 cluster, before days of GPU time depend on it (benchmarks/region_scale.py, benchmarks/region_faults.py).
@@ -11,10 +11,11 @@ import os
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from canopy.inference.region.task import How, Outcome, tile_path
+from canopy.inference.region.task import How, Outcome, TileWorker, tile_path
 from canopy.inference.region.tiling import TileTask
 
 
@@ -95,6 +96,33 @@ class PretendingEngine:
         facts = {"pixels": 4_194_304, "valid": 4_000_000, "mean_m": 12.3, "max_m": 41.0, "cover_2m": 0.7,
                  "dates": ["2023-07-01"], "scenes": ["scene"]}  # fmt: skip
         return Outcome(task, "done", "simulated", 30.0, sha256=digest, size=9_000_000, facts=facts)
+
+    def close(self, kill: bool = False) -> None:
+        pass
+
+
+class InlineEngine:
+    """A real worker in this process, one tile at a time: for tests, and for stepping through a tile.
+
+    Args:
+        how: what every worker is told.
+        answer: asked before each tile is made; an outcome of it stands for the tile's.
+    """
+
+    slots = 2
+
+    def __init__(self, how: How, answer: Callable[[TileTask], Outcome | None] | None = None) -> None:
+        self.worker, self._answer = TileWorker(how), answer
+        self._tasks: list[TileTask] = []
+        self.made: list[str] = []
+
+    def submit(self, task: TileTask) -> None:
+        self._tasks.append(task)
+
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        task = self._tasks.pop()
+        self.made.append(task.id)
+        return [(self._answer(task) if self._answer else None) or self.worker.attempt(task)]
 
     def close(self, kill: bool = False) -> None:
         pass

@@ -13,9 +13,10 @@ from affine import Affine
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
 from canopy.inference.region.ledger import Ledger
+from canopy.inference.region.rehearse import InlineEngine
 from canopy.inference.region.settings import RegionSettings
-from canopy.inference.region.task import TILES, How, Outcome, TileWorker
-from canopy.inference.region.tiling import TileTask, Tiling
+from canopy.inference.region.task import TILES
+from canopy.inference.region.tiling import Tiling
 
 UTM = "EPSG:32618"
 TRANSFORM = Affine(0.5, 0, 500_000, 0, -0.5, 4_882_000)
@@ -77,29 +78,9 @@ def settings(image: Path, small_model: Path, tmp_path: Path) -> Callable[..., Re
     return make
 
 
-class InlineEngine:
-    """Makes tiles in this process with a real `TileWorker`; `broken(task)` may answer in its place."""
-
-    def __init__(self, how: How, broken: Callable[[TileTask], Outcome | None] | None = None) -> None:
-        self.worker = TileWorker(how)
-        self.broken, self.tasks, self.made = broken, [], []
-
-    slots = 2
-
-    def submit(self, task: TileTask) -> None:
-        self.tasks.append(task)
-
-    def wait(self, timeout_s: float) -> list[Outcome]:
-        task = self.tasks.pop()
-        self.made.append(task.id)
-        return [(self.broken(task) if self.broken else None) or self.worker.attempt(task)]
-
-    def close(self, kill: bool = False) -> None:
-        pass
-
-
 @pytest.fixture(scope="session")
 def inline() -> type[InlineEngine]:
+    """An engine in this process."""
     return InlineEngine
 
 
