@@ -47,7 +47,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class Filler(threading.Thread):
-    """Another user of the disk: takes all that is free when a run there has so many tiles, and some ms later."""
+    """Another user of the disk: takes all that is free, some time after a run there has so many tiles."""
 
     def __init__(self, disk: Path, run: Path, tiles: int, wait_s: float) -> None:
         super().__init__(daemon=True)
