@@ -41,7 +41,7 @@ STEPS = [
         "--models default:4096 large:1536 --rounds 3",
     ),
     Step("pipeline"),
-    Step("seams"),
+    Step("seams", "default demo --lattices 512/448 --pairs 4", "default demo"),
     Step("gpu"),
     Step("memory", "--sizes 2000 5000 10000", ""),
     Step("workers", "--size 1536", "--size 8192"),

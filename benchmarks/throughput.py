@@ -30,8 +30,8 @@ MODELS = ("default:1024", "large:768")
 GSD_M = 0.5
 SCRIPT = str(Path(__file__).with_name("ways.py"))
 LEGEND = """\
-x loop: times faster than the loop of the same numbers, by wall and by processor time; inside: the latter
-without crops that hang over the raster's edges, as on a large one. /model: wall over time in the model.
+x loop: times faster than the loop of the same numbers; x inside: the same without crops that hang over the
+raster's edges, as on a large one; cpu: that by processor time. /model: wall over time in the model.
 px seen: by the network per pixel mapped. % GEMM: FLOP per second of the matrix products', in the model by
 wall; cpu: of the whole run by processor time. ready: model loaded and warm; first: that with the one-time
 conversion. diff, max: mean and greatest distance from the map of torch fp32."""
@@ -64,8 +64,8 @@ def measure(model: str, side: int, ways: list[str], rounds: int, folder: Path) -
     rows = [_row(name, runs[name], side, flops, gemm) for name in ways]
     for row in rows:
         row["first s"] = first[row["way"]]
-        row["x loop"], row["x loop, cpu"] = (_ratio(runs, row["way"], key) for key in ("wall_s", "cpu_s"))
-        row["x inside"] = _ratio(runs, row["way"], "cpu_s", edges=False)
+        row["x loop"] = _ratio(runs, row["way"], "wall_s")
+        row["x inside"], row["cpu"] = (_inside(runs, row["way"], key) for key in ("wall_s", "cpu_s"))
         row["diff m"], row["max m"] = _difference(folder, model, row["way"])
     facts = {"model": model, "side_px": side, "gemm": gemm, **flops, "notes": notes}
     return facts | {"rows": rows, "runs": runs}
@@ -85,8 +85,8 @@ def _row(
         "Mpx/s": side**2 / wall / 1e6,
         "km2/h": side**2 * GSD_M**2 / 1e6 / wall * 3600,
         "x loop": None,
-        "x loop, cpu": None,
         "x inside": None,
+        "cpu": None,
         "/model": wall / model_s,
         "px seen": crops * crop_px**2 / side**2,
         "% GEMM": 100 * gflop / model_s / gemm["gflops"],
@@ -96,16 +96,18 @@ def _row(
     }
 
 
-def _ratio(runs: dict[str, list[dict[str, Any]]], name: str, key: str, *, edges: bool = True) -> float | None:
-    """How many times faster than the loop of the same kind of numbers, on this raster; or without the crops
-    that hang over its edges, as on a large raster: by the cost of a crop and the ground it moves on."""
+def _ratio(runs: dict[str, list[dict[str, Any]]], name: str, key: str) -> float | None:
+    """How many times faster than the loop of the same kind of numbers, on this raster."""
     other = "loop-int8" if WAYS[name].int8 else "loop"
-    if other not in runs:
+    return common.middle(runs[other], key) / common.middle(runs[name], key) if other in runs else None
+
+
+def _inside(runs: dict[str, list[dict[str, Any]]], name: str, key: str) -> float | None:
+    """The same on a raster without edges: by the cost of a crop and the ground that it moves on."""
+    ratio = _ratio(runs, name, key)
+    if ratio is None:
         return None
-    ratio = common.middle(runs[other], key) / common.middle(runs[name], key)
-    if edges:
-        return ratio
-    ours, loop = runs[name][0], runs[other][0]
+    ours, loop = runs[name][0], runs["loop-int8" if WAYS[name].int8 else "loop"][0]
     return ratio * (ours["crops"] * ours["stride_px"] ** 2) / (loop["crops"] * loop["stride_px"] ** 2)
 
 

@@ -6,16 +6,16 @@ import pytest
 
 
 def row(way: str, ratio: float) -> dict:
-    return {"way": way, "what": way, "x loop": ratio, "x loop, cpu": ratio, "/model": 1.01}
+    return {"way": way, "what": way, "x loop": 0.9, "x inside": ratio, "cpu": 2.0, "/model": 1.01}
 
 
 @pytest.mark.parametrize(("ratio", "met"), [(1.39, "no"), (1.41, "yes")])
 def test_faster_than_the_loop(script, ratio, met):
     ways = [row("torch", 1.1), row("openvino", ratio), row("loop", 1.0)]
-    found = {"throughput": {"results": [{"model": "large", "rows": ways}]}}
+    found = {"throughput": {"results": [{"model": "large", "side_px": 640, "rows": ways}]}}
     judged = {one["target"]: one for one in script("targets").judge(found)}
     first = judged["whole raster on CPU, ViT-L fp32, against the eager loop"]
-    assert first["met"] == met and f"{ratio:.2f}x (openvino" in first["measured"]
+    assert first["met"] == met and f"{ratio:.2f}x: openvino" in first["measured"]
     # No int8 was run: it is neither met nor missed.
     assert judged["whole raster on CPU, ViT-L int8, against dynamic int8 in the loop"]["met"] == "-"
 
@@ -25,3 +25,14 @@ def test_memory(script, growth, met):
     found = {"memory": {"results": {"growth": growth, "sizes": {"5000": {}, "20000": {}}}}}
     judged = {one["by"]: one for one in script("targets").judge(found)}
     assert judged["benchmarks/memory.py"]["met"] == met
+
+
+def test_seams_count_at_little_waste_alone(script):
+    lattice = {"lattice": "256/160", "waste": 2.56, "step_p999_m": 0.01, "margin": 6}
+    wide = {"lattice": "512/448", "waste": 1.306, "step_p999_m": 0.12, "margin": 8}
+    found = {"seams": {"results": {"lattices": [lattice, wide]}}}
+    judged = {one["by"]: one for one in script("targets").judge(found)}
+    assert (
+        judged["benchmarks/seams.py"]["met"] == "no"
+        and "512/448" in judged["benchmarks/seams.py"]["measured"]
+    )
