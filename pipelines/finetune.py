@@ -13,5 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from canopy.cli.main import main
 
-    sys.argv = [sys.argv[0], "train", *sys.argv[1:]]
+    if sys.argv[1:2] != ["train"]:  # processes that Lightning starts are given it
+        sys.argv.insert(1, "train")
     main()

@@ -25,6 +25,8 @@ class AugmentConfig:
         gsd_chance: how often it is varied.
         hide_chance: how often part of the image is hidden, as by a nodata collar.
         black_chance: how often hidden pixels stay black instead of being filled.
+        turn: quarter turns and flips. Without them the sun stays where it was, which helps a model for one
+            camera and hour, and harms one for all.
     """
 
     colour: float = 1.0
@@ -33,6 +35,7 @@ class AugmentConfig:
     gsd_chance: float = 0.5
     hide_chance: float = 0.15
     black_chance: float = 0.15
+    turn: bool = True
 
 
 def dihedral(rng: Rng, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -123,6 +123,8 @@ def _finish(cut: _Cut, rng: np.random.Generator, options: AugmentConfig | None) 
     black = False
     if options is not None:
         turns, flip = int(rng.integers(4)), bool(rng.integers(2))
+        if not options.turn:
+            turns, flip = 0, False
         rgb, valid, height, weight = (turn(a, turns, flip) for a in (rgb, valid, height, weight))
         shots = shots.copy()
         shots[:, :2] = turn_points(shots[:, :2], height.shape[0], turns, flip)

@@ -7,6 +7,7 @@ is the number of batches consumed, and a resumed run sees exactly what it would 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -73,8 +74,11 @@ def _whole(seen: np.ndarray) -> np.ndarray:
     return seen[0::2, 0::2] & seen[1::2, 0::2] & seen[0::2, 1::2] & seen[1::2, 1::2]
 
 
-class _Batches(IterableDataset[T], Generic[T]):
+class _Batches(IterableDataset[T], Generic[T], ABC):
     """Endless, resumable batches; a subclass says what batch number j is.
+
+    Process r of n takes batch j * n + r as its j-th, so all together see what one would with a batch n times
+    as large.
 
     Use with `DataLoader(stream, batch_size=None, num_workers=n)`; after each batch the consumer calls
     `advance()`, so that `state_dict()` counts what was used and not what was made ahead.
@@ -85,6 +89,11 @@ class _Batches(IterableDataset[T], Generic[T]):
             raise DataError(f"batch of {batch}", expected="at least 1")
         self.shards, self.batch, self.seed = shards, batch, seed
         self.position = 0
+        self.rank, self.world = 0, 1
+
+    def split(self, rank: int, world: int) -> None:
+        """Serve process `rank` of `world`."""
+        self.rank, self.world = rank, world
 
     def __iter__(self) -> Iterator[T]:
         worker = get_worker_info()
@@ -94,8 +103,12 @@ class _Batches(IterableDataset[T], Generic[T]):
             number += worker.num_workers if worker else 1
 
     def make(self, number: int) -> T:
-        """Batch `number` of the stream."""
-        raise NotImplementedError
+        """Batch `number` of this process."""
+        return self.drawn(number * self.world + self.rank)
+
+    @abstractmethod
+    def drawn(self, number: int) -> T:
+        """Batch `number` of the stream that all processes share."""
 
     def advance(self, batches: int = 1) -> None:
         """Note that batches were used."""
@@ -108,6 +121,7 @@ class _Batches(IterableDataset[T], Generic[T]):
             "batch": self.batch,
             "seed": self.seed,
             "chips": self.shards.fingerprint,
+            "world": self.world,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -119,6 +133,11 @@ class _Batches(IterableDataset[T], Generic[T]):
                     f"the saved position has {name} {state.get(name)!r}, this run {ours[name]!r}",
                     remedy="go on with the same chips and settings, or start a new run",
                 )
+        if state.get("world", 1) != self.world:
+            raise DataError(
+                f"the saved position is of {state['world']} processes, this run has {self.world}",
+                remedy="go on with as many devices as before",
+            )
         self.position = int(state["position"])
 
 
@@ -152,7 +171,7 @@ class ChipBatches(_Batches[Sample]):
         self.chances = sampling_weights(shards.rows, bare=bare, tall=tall) if chances is None else chances
         self.crop_px, self.augment, self.with_shots = crop_px, augment, with_shots
 
-    def make(self, number: int) -> Sample:
+    def drawn(self, number: int) -> Sample:
         samples = [self._sample(number * self.batch + k) for k in range(self.batch)]
         return Sample(*(torch.stack(parts) for parts in zip(*samples, strict=True)))
 
@@ -198,7 +217,7 @@ class ViewBatches(_Batches[Views]):
         if self.rules.global_px % patch_px:
             raise DataError(f"views of {self.rules.global_px} px", expected=f"a multiple of {patch_px}")
 
-    def make(self, number: int) -> Views:
+    def drawn(self, number: int) -> Views:
         rng = np.random.default_rng((self.seed, number, 1))
         wide, near = [], []
         for _ in range(self.batch):

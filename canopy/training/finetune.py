@@ -22,6 +22,7 @@ from canopy.training import height_losses as losses
 from canopy.training.footprint_loss import footprint_loss
 from canopy.training.guard import NanGuard
 from canopy.training.optim import parameter_groups, set_rates
+from canopy.training.processes import distributed, longest, mean_of_processes
 from canopy.training.schedules import ema_decay, lr_factor
 from canopy.training.scoring import headline, score_chips
 from canopy.training.settings import FinetuneSettings, weight_at
@@ -51,7 +52,10 @@ class HeightModule(pl.LightningModule):
 
     Progress, and with it the learning rate, is the larger of steps done / steps allowed and minutes trained /
     minutes allowed; minutes are those of all parts of a resumed run. The random numbers of a step (stochastic
-    depth) are a function of seed and batch number alone, so that a resumed run draws the same.
+    depth) are a function of seed, batch number and process alone, so that a resumed run draws the same.
+
+    Of several processes each has its own part of every batch and of every validation; gradients, logged
+    values, scores and the clock are those of all, so that all hold the same weights and take the same steps.
 
     Args:
         model: to train.
@@ -102,30 +106,31 @@ class HeightModule(pl.LightningModule):
         )
         return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.99))
 
+    def setup(self, stage: str) -> None:
+        self.stream.split(self.global_rank, self.trainer.world_size)
+
     def on_train_start(self) -> None:
         self._tick = time.monotonic()
         self.trainer.should_stop = self.progress >= 1.0 or self.out_of_patience
 
     def training_step(self, batch: Sample, batch_idx: int) -> None:
         s, optimizer = self.settings, self.optimizers()
-        torch.manual_seed((s.seed * 1_000_003 + self.stream.position) % 2**63)
+        torch.manual_seed((s.seed * 1_000_003 + self.stream.position + (self.global_rank << 40)) % 2**63)
         rate = s.lr * lr_factor(self.progress, s.lr_schedule, s.warmup)
         set_rates(optimizer, rate)  # type: ignore[arg-type]
         terms, mae = self.terms(Sample(*batch))
         total = torch.stack(list(terms.values())).sum()
+        named = _of_all({"loss": total, "mae_m": mae, **terms})
         with torch.autocast(self.device.type, enabled=False):  # mixed precision is for the forward pass
             optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
             self.manual_backward(total)
             trained = [p for p in self.model.parameters() if p.requires_grad]
             norm = torch.nn.utils.clip_grad_norm_(trained, s.clip_norm)
-            stepped = self.guard.passes(
-                self.stream.position, loss=float(total.detach()), gradient=float(norm)
-            )
+            stepped = self.guard.passes(self.stream.position, loss=float(named["loss"]), gradient=float(norm))
             if stepped:
                 optimizer.step()  # type: ignore[union-attr]
                 self._average()
         self.stream.advance()
-        named = {"loss": total.detach(), "mae_m": mae, **{k: v.detach() for k, v in terms.items()}}
         self.log_dict(named | {"lr": rate, "grad_norm": norm, "progress": self.progress})
         self._after(stepped, named | {"lr": torch.tensor(rate), "grad_norm": norm})
 
@@ -183,8 +188,7 @@ class HeightModule(pl.LightningModule):
                 average.copy_(value)
 
     def _after(self, stepped: bool, named: dict[str, Tensor]) -> None:
-        now = time.monotonic()
-        self.trained_s += now - self._tick
+        self.trained_s += longest(time.monotonic() - self._tick, self.device)
         # The last step is validated too: its weights, after the lowest learning rates, tend to be the best.
         due = stepped and (self.global_step % self.settings.validate_every == 0 or self.progress >= 1.0)
         if due:
@@ -203,6 +207,7 @@ class HeightModule(pl.LightningModule):
             crop_px=self.settings.crop_px,
             overlap_px=0,
             bf16=self.settings.precision == "bf16-mixed",
+            together=True,
         )
         mae = headline(table)["mae_m"] if table else float("inf")
         better = mae < self.best.mae_m
@@ -229,3 +234,11 @@ class HeightModule(pl.LightningModule):
         self.stream.load_state_dict(state["stream"])
         self.guard.load_state_dict(state["guard"])
         self.best = Best(**state["best"])
+
+
+def _of_all(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars as means over all processes, without gradient."""
+    if not distributed():
+        return {name: value.detach() for name, value in values.items()}
+    means = mean_of_processes(torch.stack([value.detach().float() for value in values.values()]))
+    return dict(zip(values, means, strict=True))

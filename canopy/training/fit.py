@@ -21,8 +21,10 @@ from canopy.errors import ConfigError
 from canopy.models.checkpoint import load_model, save_checkpoint
 from canopy.models.height import HeightModel
 from canopy.runtime import NoProgress, Progress, log, pick_device
+from canopy.training.compiling import compile_parts
 from canopy.training.data import TrainingData, batches, open_data, some_heights
 from canopy.training.finetune import HeightModule, Scores
+from canopy.training.processes import first_process
 from canopy.training.run_folder import LAST, Table, check_run, locked, without_folders
 from canopy.training.run_settings import shown
 from canopy.training.scoring import headline, plain, score_chips
@@ -31,7 +33,7 @@ from canopy.training.start import describe_start, expect_heights, start_from
 
 MODEL = "model.safetensors"
 # What a resumed run may change: how long, on what machine, how it is watched.
-FREE = frozenset({"steps", "minutes", "threads", "workers", "device", "log_every", "patience"})
+FREE = frozenset({"steps", "minutes", "threads", "workers", "device", "log_every", "patience", "compile"})
 _THOUSAND = 1000  # the bar's steps
 
 
@@ -46,8 +48,9 @@ def finetune(
 ) -> Path:
     """Train as `settings` say and export the averaged weights to RUN_DIR/model.safetensors.
 
-    RUN_DIR gets config.yaml (all settings), train.csv, val.csv, TensorBoard events where that is installed,
-    last.ckpt, best-STEP.safetensors and model.safetensors.
+    With `devices` or `nodes` above 1 Lightning starts the other processes, which run this same function; the
+    first alone writes. RUN_DIR gets config.yaml (all settings), train.csv, val.csv, TensorBoard events where
+    that is installed, last.ckpt, best-STEP.safetensors and model.safetensors.
 
     Args:
         settings: the whole run.
@@ -69,10 +72,12 @@ def finetune(
             finetune(_brief(settings), Path(folder) / "run", command=command, progress=progress)
         return run_dir
     device = pick_device(settings.device)
-    data = open_data(settings.data)
+    run = _Run(settings, run_dir, open_data(settings.data), device, progress or NoProgress())
+    if not first_process():  # of several; the first holds the folder
+        return run.go(resume, command)
     with locked(run_dir):
         check_run(run_dir, settings, resume, FREE)
-        return _Run(settings, run_dir, data, device, progress or NoProgress()).go(resume, command)
+        return run.go(resume, command)
 
 
 def _brief(settings: FinetuneSettings) -> FinetuneSettings:
@@ -94,6 +99,7 @@ class _Run:
     ) -> None:
         self.settings, self.folder, self.data = settings, folder, data
         self.device, self.bar, self._shown = device, bar, 0
+        self.writes = first_process()
 
     def go(self, resume: bool, command: str) -> Path:
         settings, last = self.settings, self.folder / LAST
@@ -105,17 +111,22 @@ class _Run:
         model = model.to(memory_format=torch.channels_last)
         val = self.data.val.some(settings.data.val_chips)
         module = HeightModule(model, settings, stream, val, self._on_step, self._on_scores)
+        if settings.compile:
+            compile_parts(model)
         step = _step_of(last) if resume else None
-        self.train_log = Table(self.folder / "train.csv", step)
-        self.val_log = Table(self.folder / "val.csv", step)
-        self.bar.start(_THOUSAND, settings.name)
+        if self.writes:
+            self.train_log = Table(self.folder / "train.csv", step)
+            self.val_log = Table(self.folder / "val.csv", step)
+            self.bar.start(_THOUSAND, settings.name)
         trainer = self._trainer(step)
         with warnings.catch_warnings():
             # Batches are made whole by the stream; Lightning's advice about loaders does not apply.
             warnings.filterwarnings("ignore", module="pytorch_lightning")
             trainer.fit(module, self._loader(stream), ckpt_path=last if resume else None, weights_only=True)
         self._save(module)
-        return self._export(module, started, command)
+        if self.writes:
+            self._export(module, started, command)
+        return self.folder / MODEL
 
     def _fresh_weights(self, resume: bool) -> tuple[HeightModel, dict[str, object]]:
         """A model with random weights of the seed, or those of `init_from`, and what is known of these."""
@@ -129,10 +140,15 @@ class _Run:
 
     def _trainer(self, step: int | None) -> pl.Trainer:
         logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-        device = self.device
+        device, s = self.device, self.settings
+        several = s.processes > 1
         return pl.Trainer(
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
-            devices=[device.index] if device.index is not None else 1,
+            devices=[device.index] if device.index is not None else s.devices,
+            num_nodes=s.nodes,
+            strategy="ddp" if several or s.strategy == "ddp" else "auto",
+            sync_batchnorm=several and device.type == "cuda",
+            use_distributed_sampler=False,
             precision=self.settings.precision,
             max_steps=self.settings.steps,
             logger=_tensorboard(self.folder, step) if self.settings.tensorboard else False,
@@ -156,17 +172,21 @@ class _Run:
 
     def _on_step(self, module: HeightModule, named: dict[str, Tensor], validated: bool) -> None:
         s, step = self.settings, module.global_step
+        if validated:
+            self._save(module)
+        if not self.writes:
+            return
         if step % s.log_every == 0 or step == 1:
             row = {k: float(v) for k, v in named.items()}
             self.train_log.add({"step": step, "minutes": module.trained_s / 60, **row})
-        if validated:
-            self._save(module)
         now = int(_THOUSAND * module.progress)
         self.bar.advance(now - self._shown)
         self._shown = now
 
     def _on_scores(self, module: HeightModule, table: Scores, better: bool) -> None:
         step = module.global_step
+        if not self.writes:
+            return
         for site, row in plain(table).items():
             self.val_log.add({"step": step, "minutes": module.trained_s / 60, "site": site, **row})
         if better and self.settings.exports_best:
@@ -186,7 +206,9 @@ class _Run:
     def _save(self, module: HeightModule) -> None:
         """Write last.ckpt whole or not at all, then drop the files of bests that are none any more."""
         part = self.folder / f".{LAST}.part"
-        module.trainer.save_checkpoint(part)
+        module.trainer.save_checkpoint(part)  # all processes take part, the first writes
+        if not self.writes:
+            return
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, self.folder / LAST)
@@ -194,7 +216,7 @@ class _Run:
             if old != self._best_file(module.best.step):
                 old.unlink()
 
-    def _export(self, module: HeightModule, started: dict[str, object], command: str) -> Path:
+    def _export(self, module: HeightModule, started: dict[str, object], command: str) -> None:
         """Write the best or last averaged weights and their card."""
         settings, model = self.settings, module.ema
         best = self._best_file(module.best.step)
@@ -219,9 +241,7 @@ class _Run:
         if len(self.data.val):
             table = score_chips(model, self.data.val, crop_px=settings.crop_px, overlap_px=0)
             card["seen" if self.data.val_seen else "val"] = plain(table)
-        path = self.folder / MODEL
-        save_checkpoint(path, model, card)
-        return path
+        save_checkpoint(self.folder / MODEL, model, card)
 
 
 def _step_of(last: Path) -> int:

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from canopy.training.processes import mean_of_processes
+
 RADIUS_M = 12.5
 EPS_M = 0.1
 
@@ -35,6 +37,7 @@ def footprint_loss(
         penalty: metres of error that each metre of movement costs in the choice.
     """
     image, slot = torch.nonzero(shots[..., 3] > 0, as_tuple=True)
+    total = mean_of_processes(shots[..., 3].sum())  # of all processes, as in `height_losses.weighted_mean`
     if not len(image):
         return pred.sum() * 0.0
     chosen = shots[image, slot].to(pred.dtype)
@@ -49,8 +52,7 @@ def footprint_loss(
         best = cost.argmin(dim=1)
     at = places[torch.arange(len(best), device=best.device), best][:, None]
     error = pool_discs(pred, image, at, chosen[:, 4], top)[0][:, 0] - chosen[:, 2]
-    weight = chosen[:, 3]
-    return ((torch.sqrt(error**2 + EPS_M**2) - EPS_M) * weight).sum() / weight.sum()
+    return ((torch.sqrt(error**2 + EPS_M**2) - EPS_M) * chosen[:, 3]).sum() / total
 
 
 def offsets(reach_m: float, device: torch.device | str = "cpu") -> Tensor:

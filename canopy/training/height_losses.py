@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from canopy.training.processes import mean_of_processes
+
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """sum(values * weight) / sum(weight), 0 where nothing has weight."""
-    return (values * weight).sum() / weight.sum().clamp_min(1e-6)
+    """sum(values * weight) / sum(weight), 0 where nothing has weight.
+
+    With several processes the weights are those of all, so that the mean of their results (and of their
+    gradients) is what one process would have for the whole batch, however the known pixels are spread.
+    """
+    return (values * weight).sum() / mean_of_processes(weight.sum()).clamp_min(1e-6)
 
 
 def charbonnier(pred: Tensor, target: Tensor, weight: Tensor, eps: float = 0.1) -> Tensor:
@@ -29,7 +35,8 @@ def l1(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 def silog(pred: Tensor, target: Tensor, weight: Tensor, lam: float = 0.85, eps: float = 1.0) -> Tensor:
     """Scale-invariant log loss sqrt(E[g^2] - lam E[g]^2), g = log(pred + eps) - log(target + eps).
 
-    Eigen et al. 2014 (arXiv 1406.2283). `eps` in metres keeps bare ground from ruling the logarithm.
+    Eigen et al. 2014 (arXiv 1406.2283). `eps` in metres keeps bare ground from ruling the logarithm. Of
+    several processes each has the root of its own batch.
     """
     g = torch.log(pred.clamp_min(0) + eps) - torch.log(target + eps)
     mean, square = weighted_mean(g, weight), weighted_mean(g * g, weight)

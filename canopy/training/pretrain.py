@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,8 @@ from canopy.models.encoder import Encoder
 from canopy.runtime import log
 from canopy.training.pretrain_settings import PretrainSettings
 from canopy.training.probe import HeightProbe
+from canopy.training.processes import longest
+from canopy.training.sharding import average_rest, clip_norm, shard
 from canopy.training.ssl_data import ViewStream, loader
 from canopy.training.ssl_monitor import FiniteGuard, effective_rank, feature_std
 from canopy.training.ssl_optim import parameter_groups
@@ -25,7 +28,7 @@ from canopy.training.ssl_schedules import cosine, warmup_cosine_to
 Terms = dict[str, Tensor]
 
 
-class PretrainModule(pl.LightningModule):
+class PretrainModule(pl.LightningModule, ABC):
     """Base of `DinoModule` and `MaeModule`; a subclass gives `terms`, `weights`, and `useful_encoder`.
 
     Progress is the larger of steps done / steps allowed and minutes trained / minutes allowed; every schedule
@@ -55,23 +58,24 @@ class PretrainModule(pl.LightningModule):
         self.probed: dict[str, float] = {}
         self._tick = self._logged = time.monotonic()
         self._images = 0
+        self._spread = False
 
     # ---- what a pretext task gives ---------------------------------------------------------------
+    @abstractmethod
     def terms(self, views: Views) -> Terms:
         """Losses of a batch by name, unweighted, each a scalar with its gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self) -> dict[str, float]:
         """Weight of each term now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def useful_encoder(self) -> Encoder:
-        """The encoder as it would be exported now, in eval mode."""
-        raise NotImplementedError
+        """The encoder as it would be exported now, in eval mode. All processes must ask."""
 
+    @abstractmethod
     def trained(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimiser moves."""
-        raise NotImplementedError
 
     def before_step(self) -> None:
         """Called with gradients in place, before they are clipped."""
@@ -89,6 +93,12 @@ class PretrainModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.stream.split(self.global_rank, self.trainer.world_size)
+
+    def configure_model(self) -> None:
+        """Spread what is large over the processes, once they have met (strategy fsdp)."""
+        if self.settings.strategy == "fsdp" and not self._spread and self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"])
+            self._spread = True
 
     def train_dataloader(self) -> DataLoader[Views]:
         return loader(self.stream, self.settings.data.workers, pin=self.device.type == "cuda")
@@ -132,8 +142,16 @@ class PretrainModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.guard.skip:
             self.guard.undo(self)
-        else:
-            self.before_step()
+            return
+        if self._spread:
+            average_rest(p for _, p in self.trained())
+        self.before_step()
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if not self._spread:
+            self.clip_gradients(optimizer, *args, **kwargs)
+        elif self.settings.clip_norm:
+            clip_norm([p for _, p in self.trained()], self.settings.clip_norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -141,9 +159,8 @@ class PretrainModule(pl.LightningModule):
         if not self.guard.skip:
             self.after_step()
         self.stream.advance()
-        now = time.monotonic()
-        self.trained_s += now - self._tick
-        self._tick = now
+        self.trained_s += longest(time.monotonic() - self._tick, self.device)
+        self._tick = time.monotonic()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         s = self.settings
@@ -177,9 +194,12 @@ class PretrainModule(pl.LightningModule):
 
     def run_probe(self) -> None:
         """Score the frozen features on the probe's chips, and log it."""
-        if self.probe is None or not self.settings.probe.every or self.global_rank:
+        if self.probe is None or not self.settings.probe.every:
             return
-        scores = self.probe.score(self.useful_encoder(), self.normalised, self.settings.precision)
+        encoder = self.useful_encoder()  # all processes, for their shares
+        if self.global_rank:
+            return
+        scores = self.probe.score(encoder, self.normalised, self.settings.precision)
         self.probed = scores
         for each in self.loggers:
             each.log_metrics({f"probe/{k}": v for k, v in scores.items()}, step=self.global_step)

@@ -16,6 +16,7 @@ from canopy.training import ssl_losses as losses
 from canopy.training.pretrain import PretrainModule, Terms
 from canopy.training.pretrain_settings import DinoSettings, PretrainSettings
 from canopy.training.probe import HeightProbe
+from canopy.training.sharding import whole_state
 from canopy.training.ssl_data import ViewStream
 from canopy.training.ssl_heads import PrototypeHead
 from canopy.training.ssl_optim import follow
@@ -156,5 +157,5 @@ class DinoModule(PretrainModule):
 
     def useful_encoder(self) -> Encoder:
         encoder = Encoder(self.config.encoder, len(self.config.bands))
-        encoder.load_state_dict(self.teacher.encoder.state_dict())
+        encoder.load_state_dict(whole_state(self.teacher.encoder))
         return encoder.to(self.device).eval()

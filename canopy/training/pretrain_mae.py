@@ -13,6 +13,7 @@ from canopy.training import ssl_losses as losses
 from canopy.training.pretrain import PretrainModule, Terms
 from canopy.training.pretrain_settings import PretrainSettings
 from canopy.training.probe import HeightProbe
+from canopy.training.sharding import whole_state
 from canopy.training.ssl_data import ViewStream
 from canopy.training.ssl_heads import PixelDecoder
 
@@ -60,7 +61,7 @@ class MaeModule(PretrainModule):
     @torch.no_grad()
     def useful_encoder(self) -> Encoder:
         encoder = Encoder(self.config.encoder, len(self.config.bands)).to(self.device)
-        encoder.load_state_dict(self.encoder.state_dict())
+        encoder.load_state_dict(whole_state(self.encoder))
         if encoder.stem is not None:
             wide = [self.stream.make(i).wide[:, 0].to(self.device) for i in range(_NORM_BATCHES)]
             measure_norms(encoder.stem, [self.normalised(x) for x in wide])

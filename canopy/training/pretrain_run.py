@@ -16,10 +16,13 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 
 from canopy.chips.index import replacing
 from canopy.errors import ConfigError
+from canopy.models.encoder import Encoder
 from canopy.runtime import Progress, pick_device
+from canopy.training.compiling import compile_parts
 from canopy.training.pretrain import PretrainModule
 from canopy.training.pretrain_dinov2 import DinoModule
 from canopy.training.pretrain_mae import MaeModule
@@ -77,19 +80,20 @@ def pretrain(
     pl.seed_everything(settings.seed, verbose=False)
     kind = MaeModule if settings.objective == "mae" else DinoModule
     module = kind(settings, stream, probe_of)
-    module.to(memory_format=torch.channels_last)
+    if settings.strategy != "fsdp":  # which takes contiguous weights only
+        module.to(memory_format=torch.channels_last)
     if device == "cpu":
         _attend_plainly(module)
     if settings.compile:
-        _compile(module)
+        compile_parts(module)
     trainer = _trainer(settings, run_dir, device, [_Percent(progress)] if progress else [])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning")
         trainer.fit(module, ckpt_path=last if resume else None, weights_only=True)
     trainer.save_checkpoint(last)
-    card = _card(module, stream, command)
+    card, encoder = _card(module, stream, command), module.useful_encoder()
     if trainer.is_global_zero:
-        export(module, run_dir / ENCODER, card)
+        export(module, encoder, run_dir / ENCODER, card)
     return card
 
 
@@ -110,13 +114,6 @@ def _attend_plainly(module: PretrainModule) -> None:
     for part in module.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = False  # type: ignore[assignment]
-
-
-def _compile(module: PretrainModule) -> None:
-    """Compile every transformer block in place, which leaves the names of the weights alone."""
-    for name, part in module.named_modules():
-        if name.rsplit(".", 2)[-2:-1] == ["blocks"]:
-            part.compile()
 
 
 class _Percent(pl.Callback):
@@ -156,8 +153,8 @@ def _trainer(
         accelerator="gpu" if device == "cuda" else device,
         devices=settings.devices,
         num_nodes=settings.nodes,
-        strategy=settings.strategy,
-        sync_batchnorm=device == "cuda" and settings.devices * settings.nodes > 1,
+        strategy=_strategy(settings, device),
+        sync_batchnorm=device == "cuda" and settings.processes > 1,
         precision=settings.precision,
         max_steps=settings.steps,
         gradient_clip_val=settings.clip_norm or None,
@@ -168,6 +165,17 @@ def _trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+    )
+
+
+def _strategy(settings: PretrainSettings, device: str) -> str | Strategy:
+    if settings.strategy != "fsdp":
+        return settings.strategy
+    return ModelParallelStrategy(
+        data_parallel_size=settings.processes,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,  # one file of whole weights, which the first process writes
+        process_group_backend="gloo" if device == "cpu" else None,
     )
 
 
@@ -202,7 +210,7 @@ def _card(module: PretrainModule, stream: ViewStream, command: str) -> dict[str,
     }
 
 
-def export(module: PretrainModule, path: Path, card: dict[str, Any]) -> None:
+def export(module: PretrainModule, encoder: Encoder, path: Path, card: dict[str, Any]) -> None:
     """Write the useful encoder (the teacher's, with DINOv2) as `encoder.*`, named as in a HeightModel.
 
     The metadata: format, format_version, `encoder` (its config as JSON), `bands`, `mean`, `std`, and `card`.
@@ -211,9 +219,7 @@ def export(module: PretrainModule, path: Path, card: dict[str, Any]) -> None:
 
     config = module.config
     plain = config.to_dict()
-    state = {
-        f"encoder.{k}": v.detach().cpu().contiguous() for k, v in module.useful_encoder().state_dict().items()
-    }
+    state = {f"encoder.{k}": v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "card": json.dumps(card)}
     header |= {name: json.dumps(plain[name]) for name in ("encoder", "bands", "mean", "std")}
     with replacing(path) as part:

@@ -134,9 +134,8 @@ class PretrainSettings(RunSettings):
         layer_decay: factor on the learning rate from each layer to the one below; patch_lr: another one on
             all that lies before the first block.
         keep_every: also keep the checkpoint of every n-th step for good (0: only the last).
-        devices, nodes, strategy: as PyTorch Lightning has them. There is no FSDP: a ViT-L with its teacher,
-            heads and AdamW takes about 9 GB, so nothing needs to be sharded, and none could be tried here.
-        compile: torch.compile the transformer's blocks.
+        strategy: of several processes: ddp (each holds everything) or fsdp (weights, gradients, the
+            optimiser's moments and the teacher are spread over all, see `canopy.training.sharding`).
         model: the height model whose encoder is pretrained.
     """
 
@@ -155,10 +154,7 @@ class PretrainSettings(RunSettings):
     layer_decay: float = Field(default=0.9, gt=0, le=1)
     patch_lr: float = Field(default=0.2, gt=0, le=1)
     device: Literal["cpu", "cuda", "auto"] = "cpu"
-    devices: int = Field(default=1, ge=1)
-    nodes: int = Field(default=1, ge=1)
-    strategy: Literal["auto", "ddp"] = "auto"
-    compile: bool = False
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     checkpoint_every: int = Field(default=250, ge=1)
     keep_every: int = Field(default=0, ge=0)
     data: DataSettings = DataSettings()
@@ -170,8 +166,10 @@ class PretrainSettings(RunSettings):
 
     @model_validator(mode="after")
     def _views_divide_into_patches(self) -> PretrainSettings:
-        if self.devices * self.nodes > 1 and self.device == "auto":
+        if self.processes > 1 and self.device == "auto":
             raise ValueError("several devices need device=cuda or device=cpu to be said")
+        if self.strategy == "fsdp" and self.compile:
+            raise ValueError("fsdp and compile have not been tried together: choose one")
         if self.architecture.encoder.family == "cnn":
             raise ValueError("only transformers can be pretrained (model.encoder.family vit or rope)")
         patch = self.architecture.patch_px

@@ -30,6 +30,8 @@ class RunSettings(Settings):
 
     Attributes:
         threads: of torch, in each process.
+        devices, nodes: processes on each machine, and machines. Batches are per process.
+        compile: torch.compile what takes the time; costs minutes at the start.
         model: what differs from `ModelConfig`'s defaults.
     """
 
@@ -37,6 +39,9 @@ class RunSettings(Settings):
     seed: int = Field(default=0, ge=0)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     threads: int = Field(default=1, ge=1)
+    devices: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1)
+    compile: bool = False
     log_every: int = Field(default=25, ge=1)
     model: dict[str, Any] = Field(default_factory=dict)
 
@@ -45,6 +50,11 @@ class RunSettings(Settings):
     def _known_model(cls, value: dict[str, Any]) -> dict[str, Any]:
         ModelConfig.from_dict(value)  # raises on unknown keys
         return value
+
+    @property
+    def processes(self) -> int:
+        """On all machines together."""
+        return self.devices * self.nodes
 
     @property
     def architecture(self) -> ModelConfig:

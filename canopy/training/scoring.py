@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from canopy import metrics
-from canopy.chips.store import Chip
+from canopy.chips.store import Chip, ChipRow
 from canopy.models.fill import fill_invalid
 from canopy.models.height import HeightModel
+from canopy.training.processes import from_all, share_of
 
 Predictor = Callable[[Chip], np.ndarray]
 Table = dict[str, dict[str, float | None]]
@@ -27,15 +28,23 @@ def score_chips(
     crop_px: int | None = None,
     overlap_px: int = 64,
     bf16: bool = False,
+    together: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Table of site -> scores at 1 m; see `score`. `bf16` predicts with autocast, for scores on the way."""
     side = crop_px or model.config.crop_px
     with torch.autocast(model.mean.device.type, torch.bfloat16, enabled=bf16):
-        return score(chips, lambda chip: predict_chip(model, chip, side, overlap_px))
+        return score(chips, lambda chip: predict_chip(model, chip, side, overlap_px), together=together)
 
 
-def score(chips: Iterable[Chip], predictor: Predictor) -> dict[str, dict[str, float]]:
+def score(
+    chips: Iterable[Chip], predictor: Predictor, *, together: bool = False
+) -> dict[str, dict[str, float]]:
     """Score `predictor` (chip -> heights (h, w) at 1 m) on pixels with both image and height.
+
+    Args:
+        chips: a sequence, where `together`.
+        predictor: what is scored.
+        together: all processes call this, each predicts a part of the chips, and all get the whole table.
 
     Returns:
         One row per site in order of appearance, then 'all but plots', 'plots' (where there are any) and
@@ -45,13 +54,24 @@ def score(chips: Iterable[Chip], predictor: Predictor) -> dict[str, dict[str, fl
     """
     sites: dict[str, np.ndarray] = {}
     groups = {name: np.zeros(len(metrics.FIELDS)) for name in ("all but plots", "plots", "all")}
-    for chip in chips:
-        sums = chip_sums(predictor(chip), chip.chm_m, scored_pixels(chip))
-        sites[chip.row.site] = sites.get(chip.row.site, 0) + sums
-        groups["plots" if chip.row.kind == "neon" else "all but plots"] += sums
+    for _, row, sums in sorted(_every_chip(chips, predictor, together), key=lambda found: found[0]):
+        sites[row.site] = sites.get(row.site, 0) + sums
+        groups["plots" if row.kind == "neon" else "all but plots"] += sums
         groups["all"] += sums
     kept = {name: sums for name, sums in groups.items() if sums[metrics.COLUMN["n"]]}
     return {name: _row(sums) for name, sums in {**sites, **kept}.items()}
+
+
+def _every_chip(
+    chips: Iterable[Chip], predictor: Predictor, together: bool
+) -> list[tuple[int, ChipRow, np.ndarray]]:
+    """Number, row and sums of each chip. They are added in order, so that any split gives the same bits."""
+    mine: Iterable[tuple[int, Chip]] = enumerate(chips)
+    if together:
+        every = chips if isinstance(chips, Sequence) else list(chips)
+        mine = ((i, every[i]) for i in share_of(len(every)))
+    found = [(i, c.row, chip_sums(predictor(c), c.chm_m, scored_pixels(c))) for i, c in mine]
+    return from_all(found) if together else found
 
 
 def chip_sums(pred: np.ndarray, truth: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -52,6 +52,7 @@ class AugmentSettings(Settings):
     gsd_chance: float = 0.5
     hide_chance: float = 0.15
     black_chance: float = 0.15
+    turn: bool = True
 
 
 class Ramp(Settings):
@@ -136,6 +137,7 @@ class FinetuneSettings(RunSettings):
         default=0, ge=0
     )  # processes that make batches ahead; what they make does not depend on it
     device: str = "cpu"
+    strategy: Literal["auto", "ddp"] = "auto"  # of several devices: auto is ddp
     init_from: Path | None = None  # encoder.safetensors of a pretraining, a model file, or a last.ckpt
     init_part: Literal["auto", "all", "encoder"] = "auto"  # auto: whatever the file is made for
     freeze_encoder: bool = False
@@ -155,6 +157,8 @@ class FinetuneSettings(RunSettings):
     def _consistent(self) -> FinetuneSettings:
         if self.data.include_val and (self.export == "best" or self.patience):
             raise ValueError("val chips that are trained on can choose nothing: no export: best, no patience")
+        if self.processes > 1 and self.device not in ("cpu", "cuda"):
+            raise ValueError("several devices need device=cuda or device=cpu to be said")
         if self.init_part != "auto" and self.init_from is None:
             raise ValueError("init_part needs init_from")
         if self.layer_decay < 1 and self.architecture.encoder.family == "cnn":

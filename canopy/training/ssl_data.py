@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
@@ -11,16 +9,15 @@ from torch.utils.data import DataLoader
 from canopy.chips.shards import ChipShards, site_weights
 from canopy.chips.streams import ViewBatches, Views
 from canopy.chips.views import ViewRules
-from canopy.errors import DataError
 from canopy.training.pretrain_settings import PretrainSettings
 
 
 class ViewStream(ViewBatches):
-    """`ViewBatches` for one of several processes, with larger views at the end.
+    """`ViewBatches` with larger views at the end.
 
-    Process r of n makes batch j * n + r as its j-th, so all together see what one alone would. Batches from
-    number `late_from` on have the late rules. A run that is bounded by minutes does not know that number; it
-    calls `go_late()`, which also reaches worker processes, for the batches they have not made yet.
+    Batches from number `late_from` on have the late rules. A run that is bounded by minutes does not know
+    that number; it calls `go_late()`, which also reaches worker processes, for the batches they have not
+    made yet.
     """
 
     def __init__(
@@ -37,12 +34,7 @@ class ViewStream(ViewBatches):
     ) -> None:
         super().__init__(shards, batch, rules, patch_px=patch_px, seed=seed, chances=chances)
         self.phases, self.late_from = (rules, late_rules), late_from
-        self.rank, self.world = 0, 1
         self._late = torch.zeros(1, dtype=torch.bool).share_memory_()
-
-    def split(self, rank: int, world: int) -> None:
-        """Serve process `rank` of `world`."""
-        self.rank, self.world = rank, world
 
     def go_late(self) -> None:
         """Begin the final phase now."""
@@ -51,18 +43,7 @@ class ViewStream(ViewBatches):
     def make(self, number: int) -> Views:
         late = number >= self.late_from or bool(self._late[0])
         self.rules = self.phases[late]
-        return super().make(number * self.world + self.rank)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"world": self.world}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        if state["world"] != self.world:
-            raise DataError(
-                f"the saved position is of {state['world']} processes, this run has {self.world}",
-                remedy="go on with as many devices as before",
-            )
+        return super().make(number)
 
 
 def open_stream(settings: PretrainSettings) -> ViewStream:

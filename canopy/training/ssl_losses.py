@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from canopy.training.processes import distributed
+
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 
@@ -28,11 +30,6 @@ def _exact(function: F) -> F:
             return function(*args, **kwargs)
 
     return cast(F, wrapped)
-
-
-def distributed() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 # ---- the teacher's targets ---------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from canopy.errors import CanopyError
 from canopy.runtime import log
-from canopy.training.ssl_losses import distributed
+from canopy.training.processes import distributed
 
 _MOST_ROWS = 1024  # of a singular value decomposition, so that it takes milliseconds
 _TOLERATED = 2

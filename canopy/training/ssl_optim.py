@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from canopy.training.sharding import local
 from canopy.training.ssl_schedules import layer_factor
 
 _TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
@@ -30,17 +32,17 @@ def parameter_groups(
 
     Vectors (biases, norms, LayerScale) and learnt tokens are not decayed.
     """
-    groups: dict[tuple[float, int], list[Tensor]] = {}
+    groups: dict[tuple[float, int, bool], list[Tensor]] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         layer = layer_of(name, depth)
         factor = layer_factor(layer, depth + 2, layer_decay) * (patch_lr if layer == 0 else 1.0)
         decays = int(parameter.ndim > 1 and not name.endswith(_TOKENS))
-        groups.setdefault((factor, decays), []).append(parameter)
-    return [
-        {"params": p, "factor": f, "decays": d} for (f, d), p in sorted(groups.items(), key=lambda g: g[0])
-    ]
+        # An optimiser's fused steps take spread tensors or whole ones, not both at once.
+        groups.setdefault((factor, decays, isinstance(parameter, DTensor)), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda group: group[0])
+    return [{"params": p, "factor": f, "decays": d} for (f, d, _), p in ordered]
 
 
 @torch.no_grad()
@@ -51,4 +53,6 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """
     ours, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
     names = [name for name in ours if name in theirs]
-    torch._foreach_lerp_([ours[n].data for n in names], [theirs[n].data for n in names], 1.0 - momentum)
+    torch._foreach_lerp_(
+        [local(ours[n].data) for n in names], [local(theirs[n].data) for n in names], 1.0 - momentum
+    )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from canopy.chips.made import write_made
 from canopy.chips.shards import ChipShards, site_weights
 from canopy.chips.views import ViewRules
 from canopy.errors import CanopyError, DataError
@@ -211,7 +212,11 @@ def test_the_probe_prefers_features_that_see(views_dir):
 
 
 def test_no_labels_no_probe(views_dir, tmp_path):
-    assert open_probe(tmp_path, 16, 8) is None
+    shards = ChipShards(views_dir, splits=("train",))
+    write_made(tmp_path / "one_split", [shards[0].as_chip()], "made up")
+    assert open_probe(tmp_path / "one_split", 16, 8) is None
+    with pytest.raises(DataError, match="no such chips"):
+        open_probe(tmp_path / "none", 16, 8)
     with pytest.raises(DataError, match="train"):
         HeightProbe(Patches([], []), Patches([], []))
 

@@ -31,5 +31,5 @@ def test_pretrained_and_tuned_it_beats_the_constant_on_unseen_scenes(bench, tmp_
 
 
 def test_test_scenes_are_other_scenes(bench):
-    seeds = [set(s) for s in (bench.TRAIN_SEEDS, bench.VAL_SEEDS, bench.TEST_SEEDS)]
+    seeds = [set(numbers) for numbers, _ in bench.SPLITS.values()]
     assert not (seeds[0] & seeds[1] or seeds[0] & seeds[2] or seeds[1] & seeds[2])
