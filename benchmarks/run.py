@@ -40,7 +40,7 @@ STEPS = [
         "--models default:1024 large:640 --rounds 1",
         "--models default:4096 large:1536 --rounds 3",
     ),
-    Step("pipeline"),
+    Step("pipeline", "--size 1024", "--size 4096 --rounds 3"),
     Step("seams", "default demo --lattices 512/448 --pairs 4", "default demo"),
     Step("gpu"),
     Step("memory", "--sizes 2000 5000 10000", ""),

@@ -58,13 +58,13 @@ def _faster(ways: tuple[str, ...], least: float) -> Callable[[Any], tuple[float,
 
 
 def _overhead(results: Any) -> tuple[float, str, bool] | None:
-    """Wall over model time, the worst of canopy's ways with the default model."""
-    rows = [row for found in results if found["model"] == "default" for row in found["rows"]]
-    rows = [row for row in rows if not row["way"].startswith("loop")]
-    if not rows:
-        return None
-    row = next((row for row in rows if row["way"] == "openvino"), rows[0])
-    return row["/model"], f"{row['/model']:.3f} ({row['what']})", row["/model"] <= 1.05
+    """Wall time of a job over that of its forward passes, the worst of the kinds of source."""
+    row = max(results["rows"], key=lambda row: row["wall"])
+    return (
+        row["wall"],
+        f"{row['wall']:.3f} ({row['source']}; processor time {row['cpu']:.3f})",
+        row["wall"] <= 1.05,
+    )
 
 
 def _seams(results: Any) -> tuple[float, str, bool] | None:
@@ -74,7 +74,8 @@ def _seams(results: Any) -> tuple[float, str, bool] | None:
         return None
     row = min(rows, key=lambda row: row["step_p999_m"])
     step = row["step_p999_m"]
-    words = f"{step:.3f} m (99.9th percentile) at {row['waste']:.2f}x: {row['lattice']}, margin {row['margin']} px"
+    where = f"{row['lattice']}, margin {row['margin']} px"
+    words = f"{step:.3f} m (99.9th percentile) at {row['waste']:.2f}x: {where}"
     return step, words, step < 0.1
 
 
@@ -99,7 +100,7 @@ TARGETS = [
         "whole raster on CPU, ViT-L int8, against dynamic int8 in the loop", ">= 2.5x", "throughput",
         _faster(("openvino-int8",), 2.5),
     ),
-    Target("wall over model time, CPU, default model", "<= 1.05", "throughput", _overhead),
+    Target("wall over model time, CPU, default model", "<= 1.05", "pipeline", _overhead),
     Target("overlap waste <= 1.31x at seams below 0.1 m", "< 0.1 m", "seams", _seams),
     Target("growth of peak memory from 5,000 px on", "within 5 %", "memory", _memory),
     Target("`canopy --help`", "< 0.4 s", "startup", _help),
