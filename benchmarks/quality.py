@@ -3,12 +3,15 @@
 The reference comes from the pack's training images and the limit from its val images, as `canopy calibrate
 interval` makes them. Flagged is an image whose crops are beyond the limit on average. Towns are NAIP images
 of Californian cities: a tenth of them was looked at when the descriptor was designed, none sets a number.
-Deserts and water are generated.
+Real desert is NAIP of Palm Springs with at most six annotated trees. The pack shows no sea: real water is
+patches of three ponds in the towns, in one to three years, laid side by side in mirrored copies.
+Further deserts and waters are generated.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from pathlib import Path
 
@@ -20,7 +23,13 @@ from canopy.calibration.collect import load_chips
 from canopy.calibration.domain import crops_described, fit_domain
 from canopy.inference.quality import CARD_KEY, QualityRules, rules_of
 
-NAIP_GSD_M, MODEL_GSD_M = 0.6, 0.5
+MODEL_GSD_M = 0.5
+FEW_TREES = 6
+PATCH_PX = 40
+PONDS = (
+    "long_beach_2018_47", "long_beach_2020_47", "claremont_2016_8", "claremont_2018_8", "claremont_2020_8",
+    "palm_springs_2020_76",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -35,6 +44,13 @@ def main() -> None:
     }
     rules = rules_of({CARD_KEY: fit_domain(images.pop("train"), images["val"])})
     groups = {name: [_ratio(rules, image) for image in found] for name, found in images.items()}
+    scenes = list(csv.DictReader((args.pack / "ssl" / "manifest_ssl.csv").open(newline="")))
+    bare = [r for r in scenes if r["place"] == "palm_springs" and int(r["n_tree_points"]) <= FEW_TREES]
+    groups["desert, real"] = [_ratio(rules, _read(args.pack / r["rgb_path"])) for r in bare]
+    groups["water, real"] = [_ratio(rules, image) for image in real_water(args.pack)]
+    for name, place in (("farmland, KY", "Versailles"), ("rainforest, Peru", "near Iquitos")):
+        found = [args.pack / r["rgb_path"] for r in scenes if r["place"].startswith(place)]
+        groups[name] = [_ratio(rules, _read(path)) for path in found]
     towns = sorted((args.pack / "ssl" / "naip_ca").glob("*.tif"))[:: args.every]
     groups["towns"] = [_ratio(rules, _read(path)) for path in towns]
     groups["deserts"] = [_ratio(rules, desert(seed)) for seed in range(args.generated)]
@@ -43,7 +59,7 @@ def main() -> None:
     for name, found in groups.items():
         values = np.array([v for v in found if v is not None])
         rows[name] = {"images": len(values), "flagged": round(float((values > 1).mean()), 4)}
-        print(f"{name:10} {len(values):5} images, {100 * rows[name]['flagged']:.1f} % flagged out of domain")
+        print(f"{name:16} {len(values):5} images, {100 * rows[name]['flagged']:.1f} % flagged out of domain")
     if args.out:
         args.out.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -56,7 +72,26 @@ def _ratio(rules: QualityRules, image: np.ndarray) -> float | None:
 
 def _read(path: Path) -> np.ndarray:
     with rasterio.open(path) as file:
-        return ndimage.zoom(file.read(), (1, NAIP_GSD_M / MODEL_GSD_M, NAIP_GSD_M / MODEL_GSD_M), order=1)
+        factor = file.res[0] / MODEL_GSD_M
+        return file.read() if factor == 1 else ndimage.zoom(file.read(), (1, factor, factor), order=1)
+
+
+def real_water(pack: Path) -> list[np.ndarray]:
+    """Images of 512 px, uint8: patches of ponds in the towns' images, each mirrored to and fro."""
+    made = []
+    for pond in PONDS:
+        rgb = _read(pack / "ssl" / "naip_ca" / f"{pond}.tif")
+        places = [
+            (slice(top, top + PATCH_PX), slice(left, left + PATCH_PX))
+            for top in range(0, rgb.shape[1] - PATCH_PX + 1, PATCH_PX // 4)
+            for left in range(0, rgb.shape[2] - PATCH_PX + 1, PATCH_PX // 4)
+        ]
+        # Water is bluer than lawn and asphalt, and as smooth as anything in the image.
+        patches = [rgb[:, *place] / 255.0 for place in places]
+        score = [(p[2] - p[:2].max(axis=0)).mean() - 4 * p.mean(axis=0).std() for p in patches]
+        best = rgb[:, *places[int(np.argmax(score))]]
+        made.append(np.pad(best, ((0, 0), (0, 512 - PATCH_PX), (0, 512 - PATCH_PX)), mode="symmetric"))
+    return made
 
 
 def _field(rng: np.random.Generator, sigma_px: float, side: int = 512) -> np.ndarray:

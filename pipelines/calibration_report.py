@@ -43,12 +43,13 @@ def _report(model: str) -> str:
     card = describe(resolve_model(model))["card"]
     if CARD_KEY not in card:
         raise DataError("no calibration", where=model, remedy="run canopy calibrate interval")
-    facts = card[CARD_KEY]["facts"]
+    calibration = card[CARD_KEY]
+    facts = calibration["facts"]
     name = card.get("name", "unnamed")
     rows = [
-        f"Model {name}, tensors `{facts['tensors_sha256'][:12]}`; {facts['chips']} chips "
-        f"of {', '.join(facts['splits'])} of data `{facts['data'][:12]}`, each half verified with the "
-        "calibration of the other.",
+        f"Model {name}, method {calibration.get('method', 'spread')}; calibrated with tensors "
+        f"`{facts['tensors_sha256'][:12]}` on {facts['chips']} chips of {', '.join(facts['splits'])} of data "
+        f"`{facts['data'][:12]}`, each half verified with the calibration of the other.",
         "",
         "| bands | predicted height | coverage | mean width |",
         "|---:|---|---:|---:|",
@@ -57,15 +58,36 @@ def _report(model: str) -> str:
         rows.append(_row(table["level"], "all", table["overall"]))
         if table["level"] == 0.9:
             rows += [_row(0.9, f"{name} m", row) for name, row in table["by_height"].items()]
-    for split, table in facts["elsewhere"].items():
-        rows.append(_row(0.9, f"all, {split} rows", table["overall"]))
-    rows += ["", "| 90 % intervals of means over | unseen halves | mean width | "
-             + " | ".join(facts["elsewhere"]) + " |",
-             "|---:|---:|---:|" + "---:|" * len(facts["elsewhere"])]  # fmt: skip
+            true = table.get("by_truth", {}).items()
+            rows += [_row(0.9, f"(true height {name} m)", row) for name, row in true]
+    rows += _new_places(facts)
+    rows += ["", "| 90 % intervals of means over | unseen halves | mean width | new places: mean, worst "
+             "| width | " + " | ".join(facts["elsewhere"]) + " |",
+             "|---:|---:|---:|---:|---:|" + "---:|" * len(facts["elsewhere"])]  # fmt: skip
     for size, row in facts.get("areas_on_unseen_halves", {}).items():
+        new = facts.get("areas_in_new_places", {}).get(size)
+        worst = (
+            f"{_percent(new)}, {100 * new['worst']:.1f} % | {new['mean_width_m']:.1f} m" if new else "- | -"
+        )
         others = [_percent(t.get("areas", {}).get(size)) for t in facts["elsewhere"].values()]
-        rows.append(f"| {size} m | {_percent(row)} | {row['mean_width_m']:.1f} m | {' | '.join(others)} |")
+        width = f"{row['mean_width_m']:.1f} m"
+        rows.append(f"| {size} m | {_percent(row)} | {width} | {worst} | {' | '.join(others)} |")
     return "\n".join(rows) + "\n"
+
+
+def _new_places(facts: dict[str, Any]) -> list[str]:
+    """Places that models were kept from, and the test rows."""
+    rows = ["", "| 90 % bands in | as in seen places | coverage | mean width |", "|---|---:|---:|---:|"]
+    for site, row in (facts.get("new_places") or {}).get("places", {}).items():
+        rows.append(
+            f"| {site.split(' (')[0]}, by a model kept from it | {100 * row['as_seen']:.1f} % "
+            f"| {_percent(row)} | {row['mean_width_m']:.1f} m |"
+        )
+    for split, table in facts["elsewhere"].items():
+        all_, seen = table["overall"], table.get("as_seen")
+        coverage = (_percent(seen), _percent(all_)) if seen else (_percent(all_), "-")
+        rows.append(f"| {split} rows | {coverage[0]} | {coverage[1]} | {all_['mean_width_m']:.1f} m |")
+    return rows
 
 
 def _row(level: float, what: str, row: dict[str, Any]) -> str:

@@ -170,17 +170,20 @@ def coverage(table: IntervalTable, cells: Cells, level: float = 0.9) -> dict[str
     """How often the truth lies inside, and how wide the bands are, JSON-ready.
 
     Returns:
-        `overall` and `by_height` (classes of predicted height with at least 200 cells), each with n,
-        coverage, below (share of truths under the band), above, and mean_width_m.
+        `overall`, `by_height` and `by_truth` (classes of predicted and of true height with at least 200
+        cells), each with n, coverage, below (share of truths under the band), above, and mean_width_m. Bands
+        promise nothing about true heights, which nobody knows beforehand.
     """
     lower, upper = table.bounds(cells.height_m, table.hint_of(cells.hint_m, level), level)
     below, above = cells.truth_m < lower, cells.truth_m > upper
-    rows = {}
-    for low, high in itertools.pairwise(HEIGHT_CLASSES_M):
-        at = (cells.height_m >= low) & (cells.height_m < high)
-        if at.sum() >= _LEAST_CLASS:
-            rows[f"{low:g}-{high:g}"] = _row(below[at], above[at], (upper - lower)[at])
-    return {"level": level, "overall": _row(below, above, upper - lower), "by_height": rows}
+    found: dict[str, Any] = {"level": level, "overall": _row(below, above, upper - lower)}
+    for name, heights in (("by_height", cells.height_m), ("by_truth", cells.truth_m)):
+        found[name] = {}
+        for low, high in itertools.pairwise(HEIGHT_CLASSES_M):
+            at = (heights >= low) & (heights < high)
+            if at.sum() >= _LEAST_CLASS:
+                found[name][f"{low:g}-{high:g}"] = _row(below[at], above[at], (upper - lower)[at])
+    return found
 
 
 def _row(below: np.ndarray, above: np.ndarray, width: np.ndarray) -> dict[str, float]:
@@ -195,12 +198,14 @@ def _row(below: np.ndarray, above: np.ndarray, width: np.ndarray) -> dict[str, f
 
 def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Several `coverage` tables of disjoint cells as one."""
-    names = dict.fromkeys(name for part in parts for name in part["by_height"])
-    return {
+    made: dict[str, Any] = {
         "level": parts[0]["level"],
         "overall": _mean([part["overall"] for part in parts]),
-        "by_height": {n: _mean([p["by_height"][n] for p in parts if n in p["by_height"]]) for n in names},
     }
+    for by in ("by_height", "by_truth"):
+        names = dict.fromkeys(name for part in parts for name in part[by])
+        made[by] = {name: _mean([part[by][name] for part in parts if name in part[by]]) for name in names}
+    return made
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

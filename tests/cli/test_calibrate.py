@@ -13,7 +13,7 @@ import rasterio
 from safetensors.numpy import load_file
 
 from canopy.calibration.areas import area_model_of
-from canopy.calibration.model_file import calibrate_model
+from canopy.calibration.model_file import calibrate_model, rewrite_card
 from canopy.chips.store import Chip, ChipRow, write_store
 from canopy.models.registry import describe
 
@@ -30,7 +30,7 @@ def chips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rgb = np.maximum(tile.rgb, 1)
         chm = tile.chm.reshape(128, 2, 128, 2).max(axis=(1, 3)).astype(np.float32)
         if number < 8:
-            made.append(Chip(ChipRow(f"c{number}", "forest", "lidar", "val"), rgb, chm))
+            made.append(Chip(ChipRow(f"c{number}", f"forest {number % 4}", "lidar", "val"), rgb, chm))
             continue
         for turn in range(8):  # a domain needs more crops than there are tiles to wait for
             turned = np.ascontiguousarray(np.rot90(rgb, turn % 4, (1, 2))[:, :, :: 1 if turn < 4 else -1])
@@ -84,6 +84,55 @@ def test_calibrate_then_predict(
     assert plain.code == 0
     with rasterio.open(tmp_path / "plain.tif") as made:
         np.testing.assert_allclose(made.read(1), height, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["quantiles", "flips"])
+def test_other_methods_travel_with_the_model(
+    canopy, chips: Path, model_file: Path, make_image, tmp_path: Path, method: str
+) -> None:
+    ran = canopy("calibrate", "interval", model_file, "--data", chips, "-o", "m.safetensors", "--report", "",
+                 "--method", method)  # fmt: skip
+    assert ran.code == 0, ran.err
+    ran = canopy("predict", make_image(), "--model", "m.safetensors", "--interval", 0.9, "--quality-band",
+                 "-o", "m.tif")  # fmt: skip
+    assert ran.code == 0, ran.err
+    with rasterio.open(tmp_path / "m.tif") as made:
+        assert made.descriptions == ("canopy_height", "height_lower", "height_upper", "quality")
+        height, lower, upper, quality = made.read()
+    assert (lower <= height + 1e-4).all() and (upper >= height - 1e-4).all() and (quality >= 64).all()
+    ran = canopy("calibrate", "interval", model_file, "--data", chips, "-o", "x.safetensors", "--method", "x")
+    assert ran.code == 2 and "spread, quantiles, flips" in ran.error_line
+
+
+def test_models_kept_from_places_widen_bands_elsewhere(
+    canopy, chips: Path, model_file: Path, make_image, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept.safetensors"
+    rewrite_card(model_file, kept, {"data": {"train_ids": ["c3", "c7", "c8_0"]}})
+    ran = canopy("calibrate", "interval", model_file, "--data", chips, "--kept-from", kept, "-o",
+                 "m.safetensors", "--report", "", "--json")  # fmt: skip
+    assert ran.code == 0, ran.err
+    facts = json.loads(ran.out)
+    assert list(facts["new_places"]["places"]) == ["forest 0", "forest 1", "forest 2"]
+    assert "do not say where they lie" in ran.err  # a chips file knows no places
+    widths = []
+    for name, card in (("new", {}), ("seen", {"new_place": None})):
+        model = tmp_path / f"{name}.safetensors"
+        raw = describe(tmp_path / "m.safetensors")["card"]["intervals"]
+        raw = {k: v for k, v in raw.items() if card.get(k, v) is not None}
+        rewrite_card(tmp_path / "m.safetensors", model, {"intervals": raw})
+        assert (
+            canopy("predict", make_image(), "--model", model, "--interval", 0.9, "-o", f"{name}.tif").code
+            == 0
+        )
+        with rasterio.open(tmp_path / f"{name}.tif") as made:
+            _, lower, upper = made.read()
+            assert made.tags().get("CANOPY_INTERVAL_PLACE") == ("new" if name == "new" else None)
+        widths.append(float((upper - lower).mean()))
+    assert widths[0] > widths[1]
+    again = canopy("calibrate", "interval", model_file, "--data", chips, "--kept-from", model_file, "-o",
+                   "y.safetensors")  # fmt: skip
+    assert again.code == 2 and "does not say which chips" in again.error_line
 
 
 @pytest.mark.parametrize("options", [("--gsd", 1.0), ("--crs", "EPSG:4326"), ("--encoding", "uint8m")])
