@@ -9,7 +9,7 @@ difference D.
 
     dependence    mean and 99.9th percentile of |D| where both crops serve the pixel
     level         99th percentile of |mean of D| over 32 px of a seam: what the eye sees as squares
-    step          what the seam adds to the height difference of two neighbouring pixels: |change of weight x D|
+    step          what the seam adds to the difference of two neighbouring pixels: |change of weight x D|
     waste         pixels the network sees per pixel mapped
 
 The margin (outermost pixels of a crop that are dropped) and the ramp (over which crops are blended) share
@@ -141,8 +141,10 @@ def measure(
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("model", help="a name or a model file")
-    parser.add_argument("image", nargs="+", help="image files (a mosaic), or the name of a source")
+    parser.add_argument("model", nargs="?", default="default", help="a name or a model file")
+    parser.add_argument(
+        "image", nargs="*", default=["demo"], help="image files (a mosaic), or the name of a source"
+    )
     parser.add_argument("--lattices", nargs="+", default=LATTICES, metavar="CROP/STRIDE")
     parser.add_argument("--pairs", type=int, default=12, help="pairs of crops for each lattice")
     options = parser.parse_args(argv)

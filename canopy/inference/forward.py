@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("canopy")
 
-# Above 4 crops a CPU gains nothing; a large GPU is busy from about 32 on.
-AUTO_BATCH = {"cpu": 4, "cuda": 32, "mps": 8}
+# Crops per batch at most, and pixels: beyond them a device gains nothing and only takes more memory. They are
+# fixed, not measured: in bf16 a height can move by centimetres with the batch, and parts of a map that are
+# made on several cards must fit together.
+AUTO_BATCH = {"cpu": (4, 2**20), "cuda": (64, 2**22), "mps": (8, 2**20)}
 
 
 class Predictor:
@@ -49,7 +51,7 @@ class Predictor:
         if runner is None:
             runner = settle(model, "torch", precision, device).open(model, extras.outputs)
         self.runner, self.device, self._views = runner, runner.device, extras.views
-        self.batch_size = resolve_batch(batch_size, self.device.type)
+        self.batch_size = resolve_batch(batch_size, self.device.type, model.config.crop_px)
         self.notes: list[str] = []
         self._watch = StopWatch(self.device)
 
@@ -115,14 +117,15 @@ class Predictor:
             torch.cuda.empty_cache()
 
 
-def resolve_batch(batch_size: int | str, device_type: str) -> int:
-    """Crops per forward pass for `auto` or a positive number.
+def resolve_batch(batch_size: int | str, device_type: str, crop_px: int = 256) -> int:
+    """Crops per forward pass for `auto` (see `AUTO_BATCH`) or a positive number.
 
     Raises:
         InputError: anything else.
     """
     if batch_size == "auto":
-        return AUTO_BATCH.get(device_type, 4)
+        crops, pixels = AUTO_BATCH.get(device_type, AUTO_BATCH["cpu"])
+        return max(1, min(crops, pixels // crop_px**2))
     try:
         size = int(batch_size)
     except ValueError:

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from canopy.errors import ConfigError
-from canopy.geo.grid import Grid
+
+if TYPE_CHECKING:
+    from canopy.geo.grid import Grid
 
 # A window's imagery is held in memory several times (read ahead, in work, being written): about 1500 px
 # a side keeps that below ~50 MB each while a warp still serves dozens of crops.

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from canopy.errors import ImageryError
-from canopy.geo.aoi import AOI
-from canopy.geo.grid import Grid
 from canopy.inference.plan import Lattice, Plan, WorkWindow
-from canopy.models.fill import fill_invalid
 
 if TYPE_CHECKING:
+    from canopy.geo.aoi import AOI
+    from canopy.geo.grid import Grid
     from canopy.inference.transfer import Packed, Transfer
     from canopy.sources.imagery import Imagery
 
@@ -136,6 +135,8 @@ def _crops_with_work(window: WorkWindow, lattice: Lattice, wanted: np.ndarray) -
 def _filled(
     crops: tuple[Place, ...], lattice: Lattice, rgb: np.ndarray, valid: np.ndarray
 ) -> dict[Place, np.ndarray]:
+    from canopy.models.fill import fill_invalid  # scipy: only where there are holes
+
     filled = {}
     for place in crops:
         rows, cols = crop_slices(place, lattice)
