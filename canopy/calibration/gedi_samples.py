@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from canopy.sources.imagery import ImagerySource
 
 _RADIUS_M = 12.5
+# Columns of a shots table, in the order of `FACTS`.
+_COLUMNS = ("lat", "lon", "solar_elevation", "off_nadir", "slope")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def joined(
 
     Args:
         source: imagery, see `open_imagery`.
-        shots: table of `read_shots`; `solar_elevation` is used where there.
+        shots: table of `read_shots`; `solar_elevation`, `off_nadir`, `slope` (degrees) are used where there.
 
     Raises:
         DataError: no such relative height, or no shot has imagery.
@@ -106,18 +108,15 @@ def joined(
     if column not in shots:
         raise DataError(f"no column {column}", where="shots")
     lon, lat = (np.asarray(shots[name], np.float64) for name in ("lon", "lat"))
-    sun = (
-        np.asarray(shots["solar_elevation"], np.float64)
-        if "solar_elevation" in shots
-        else np.full(len(lon), np.nan)
-    )
     heights = np.asarray(shots[column], np.float64)
     rgb, kept = crops_at(source, lon, lat, gsd_m)
     kept &= np.isfinite(heights)
     if not kept.any():
         raise DataError("no shot has imagery round it", where=source.name)
     facts = np.full((len(lon), len(FACTS)), np.nan, np.float32)
-    facts[:, 0], facts[:, 1], facts[:, 2] = lat, lon, sun
+    for number, name in enumerate(_COLUMNS):
+        if name in shots:
+            facts[:, number] = np.asarray(shots[name], np.float32)
     return Samples(rgb[kept], facts[kept], heights[kept].astype(np.float32), np.full(kept.sum(), region))
 
 

@@ -114,6 +114,9 @@ def test_real_shots_join_imagery_and_a_map_is_matched_to_the_model(model: GediMo
     table = read_shots(shots)
     made = joined(open_imagery(str(tmp_path / "s" / "rgb.tif"), area=None), table, region="scene")
     assert 0 < len(made) <= len(table) and np.isfinite(made.facts[:, :3]).all()
+    assert np.isnan(made.facts[:, 3:]).all()
+    sloped = joined(open_imagery(str(tmp_path / "s" / "rgb.tif"), area=None), table.assign(slope=12.0))
+    assert (sloped.facts[:, 4] == 12.0).all() and np.isnan(sloped.facts[:, 3]).all()
     weights = tmp_path / "gedi.safetensors"
     save_gedi_model(weights, model, {})
     report = correct_map(

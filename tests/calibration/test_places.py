@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from canopy.calibration.collect import Scored, cells_of, places_of
+from canopy.calibration.collect import Scored, cells_of
 from canopy.calibration.intervals import coverage
 from canopy.calibration.places import (
     Unseen,
@@ -93,8 +93,3 @@ def test_faults(places: list[Unseen]) -> None:
     with pytest.raises(DataError, match="at least 3"):
         fit_new_place(places[:2])
     assert isinstance(places[0].table, IntervalTable)
-
-
-def test_where_the_chips_of_a_pack_lie(shared) -> None:
-    lon, lat = places_of(shared / "data")["ky_magoffin_r00c01"]
-    assert lon == pytest.approx(-83.14, abs=0.1) and lat == pytest.approx(37.66, abs=0.1)
