@@ -169,7 +169,8 @@ def whole_map(model: Any, device: Any, precision: str, mode: str, side: int) -> 
     for window in plan:  # made before the clock starts
         pixels(window)
     predictor(torch.rand(predictor.batch_size, 3, lattice.crop_px, lattice.crop_px, device=device))
-    warm, mapped, waiting = predictor.seconds, 0, []
+    warm, mapped = predictor.seconds, 0
+    waiting: list[Any] = []
     with ThreadPoolExecutor(1) as pool:
         flow = Flow(predictor, canvas, transfer, lattice, Extras(), pool, NoProgress())
         started = time.perf_counter()

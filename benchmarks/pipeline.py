@@ -4,9 +4,9 @@
     python benchmarks/pipeline.py --model FILE --size 5000 --backend torch --sources jpeg http
 
 Sources are a tiled JPEG GeoTIFF, a tiled deflate GeoTIFF, and the JPEG one from an HTTP server on this
-machine that answers late and slowly. Every case is a process of its own and runs, in turn: pure forward passes, the
-whole job (read, predict, blend, write, finish the COG), pure forward passes again. The ratio is of the job
-to the mean of the passes before and after it, at equal numbers of crops.
+machine that answers late and slowly. Every case is a process of its own and runs, in turn: pure forward
+passes, the whole job (read, predict, blend, write, finish the COG), pure forward passes again. The ratio is
+of the job to the mean of the passes before and after it, at equal numbers of crops.
 
 On a machine that others use too, only the ratio of processor times means something; on a quiet one the ratio
 of wall times is the one that counts.
