@@ -8,9 +8,11 @@ import typer
 
 from canopy.cli.common import Json, print_json
 from canopy.cli.convert import convert
+from canopy.cli.quantize import quantize
 
 app = typer.Typer(no_args_is_help=True)
 app.command("convert")(convert)
+app.command("quantize")(quantize)
 
 
 @app.command("list")

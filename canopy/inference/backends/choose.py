@@ -70,7 +70,7 @@ class Choice:
                 check_bf16(device)
             runner: Runner = TorchRunner(model, device, self.precision, outputs)
             return runner
-        scores, layers = self._scores(model), self._layers(model, outputs)
+        scores, layers = self.scores(model), self._layers(model, outputs)
         if self.backend == "openvino":
             from canopy.inference.backends.openvino_runner import OpenVinoRunner
 
@@ -81,7 +81,7 @@ class Choice:
             runner = OnnxRunner(scores.parts, layers.parts, outputs)
         return runner.with_radiometry(model.stretch)
 
-    def _scores(self, model: HeightModel) -> Converted:
+    def scores(self, model: HeightModel) -> Converted:
         """The converted network: int8 from its file, others from the cache or made now."""
         from canopy.inference.backends.parts import example, parts_of
         from canopy.inference.backends.store import cached, read_converted
@@ -238,7 +238,7 @@ def _converted(choice: Choice, model: HeightModel) -> Choice:
     choice = replace(choice, weights_sha256=weights_sha256(model))
     if choice.precision == "int8":
         return _with_int8(choice, model)
-    choice._scores(model)
+    choice.scores(model)
     return choice
 
 

@@ -84,7 +84,9 @@ def to_onnx(part: torch.nn.Module, example: torch.Tensor) -> dict[str, bytes]:
                 )  # fmt: skip
         except Exception as error:  # the exporter lets its passes' errors through
             line = " ".join(str(error).split())
-            raise ConversionError(f"the model cannot be exported to ONNX ({line[:160]})") from error
+            raise ConversionError(
+                f"the model cannot be exported to ONNX ({line[:160]})", remedy="use --backend torch"
+            ) from error
         if len(list(path.parent.iterdir())) > 1:
             raise ConversionError("the model is too large for one ONNX file", remedy="use --backend openvino")
         return {path.name: path.read_bytes()}

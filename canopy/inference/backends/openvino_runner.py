@@ -114,7 +114,9 @@ def convert(part: torch.nn.Module, example: torch.Tensor) -> Any:
             model = openvino.convert_model(traced, example_input=example, input=list(example.shape))
     except Exception as error:  # its front end has no base class of its own
         line = " ".join(str(error).split())
-        raise ConversionError(f"OpenVINO cannot convert the model ({line[:160]})") from error
+        raise ConversionError(
+            f"OpenVINO cannot convert the model ({line[:160]})", remedy="use --backend torch"
+        ) from error
     return model
 
 
