@@ -252,9 +252,11 @@ def prepare(request: Request) -> Job:
     refuse_too_large(cost, request.max_pixels, aoi.describe(), in_memory=files is None)
     notes += [*choice.notes, *scale_notes(source.native_gsd_m, model.config.gsd_m)]
     model, radiometry, more = with_radiometry(model, source, aoi, request.radiometry)
+    # Models need not be a `HeightModel`, and others know no stretch.
+    stretch = getattr(model, "stretch", None)
     return Job(
         request, source, aoi, model, model_name, target, plan, cost, files, notes + more, radiometry, extras,
-        runner.with_radiometry(model.stretch) if model.stretch else runner,
+        runner.with_radiometry(stretch) if stretch else runner,
     )  # fmt: skip
 
 
