@@ -54,13 +54,13 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], notes: Iterable[str] = (
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 220, highlight=False)
     table = Table(
         title=title, title_justify="left", caption="\n".join(notes), caption_justify="left", box=SIMPLE
     )
     for name in rows[0] if rows else ():
         numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left")
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(text(row.get(name)) for name in rows[0]))
     console.print(table)

@@ -66,7 +66,13 @@ def predict_loop(model: Any, image: Path, out: Path) -> float:
 
 
 def compressed(model: Any) -> Any:
-    """The published "compressed" way: Linear layers multiply dynamically quantised 8-bit integers."""
+    """The published "compressed" way: Linear layers multiply dynamically quantised 8-bit integers.
+
+    Raises:
+        ValueError: the model has none.
+    """
     import torch
 
+    if not any(isinstance(part, torch.nn.Linear) for part in model.modules()):
+        raise ValueError("no Linear layers to quantise")
     return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)

@@ -96,9 +96,14 @@ def _row(
     }
 
 
+def _loop_of(runs: dict[str, list[dict[str, Any]]], name: str) -> str:
+    """The loop of the same kind of numbers; that in fp32 for int8 where a model has no other."""
+    return "loop-int8" if WAYS[name].int8 and "loop-int8" in runs else "loop"
+
+
 def _ratio(runs: dict[str, list[dict[str, Any]]], name: str, key: str) -> float | None:
     """How many times faster than the loop of the same kind of numbers, on this raster."""
-    other = "loop-int8" if WAYS[name].int8 else "loop"
+    other = _loop_of(runs, name)
     return common.middle(runs[other], key) / common.middle(runs[name], key) if other in runs else None
 
 
@@ -107,7 +112,7 @@ def _inside(runs: dict[str, list[dict[str, Any]]], name: str, key: str) -> float
     ratio = _ratio(runs, name, key)
     if ratio is None:
         return None
-    ours, loop = runs[name][0], runs["loop-int8" if WAYS[name].int8 else "loop"][0]
+    ours, loop = runs[name][0], runs[_loop_of(runs, name)][0]
     return ratio * (ours["crops"] * ours["stride_px"] ** 2) / (loop["crops"] * loop["stride_px"] ** 2)
 
 
