@@ -21,11 +21,15 @@ import common
 
 @dataclass(frozen=True)
 class Step:
-    """A benchmark: its script and its arguments at either size; None leaves it out."""
+    """A benchmark: its script and its arguments at either size; None leaves it out.
+
+    `cuda`: only where there is such a device.
+    """
 
     script: str
     quick: str | None = ""
     full: str | None = ""
+    cuda: bool = False
 
     @property
     def path(self) -> Path:
@@ -42,7 +46,8 @@ STEPS = [
     ),
     Step("pipeline", "--size 1024", "--size 4096 --rounds 3"),
     Step("seams", "default demo --lattices 512/448 --pairs 4", "default demo"),
-    Step("gpu"),
+    Step("backends", None, ""),
+    Step("gpu", cuda=True),
     Step("memory", "--sizes 2000 5000 10000", ""),
     Step("workers", "--size 1536", "--size 8192"),
     Step("chips", "", "--size 8192 --samples 2000"),
@@ -66,6 +71,12 @@ def run_step(step: Step, arguments: str, out: Path) -> str:
     return "" if wrote else f"{step.script}: exit code {code}, no results"
 
 
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--size", choices=["quick", "full"], default="quick")
@@ -76,7 +87,10 @@ def main(argv: list[str] | None = None) -> None:
     failed = []
     for step in STEPS:
         arguments = step.quick if options.size == "quick" else step.full
-        if arguments is None or not step.path.exists() or (options.only and step.script not in options.only):
+        if arguments is None or (options.only and step.script not in options.only):
+            continue
+        if step.cuda and not has_cuda():
+            print(f"\n== {step.script}: no CUDA device", flush=True)
             continue
         failed.append(run_step(step, arguments, out))
     subprocess.run(
