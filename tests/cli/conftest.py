@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-import torch
 from rasterio.enums import ColorInterp
 
 
@@ -50,25 +49,9 @@ def canopy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.fixture(scope="session")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model small enough to run in milliseconds; random, but its heights vary with the image."""
-    from canopy.models.checkpoint import save_checkpoint
-    from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
-    from canopy.models.height import HeightModel
-
-    torch.manual_seed(3)
-    encoder = EncoderConfig(dim=32, depth=4, heads=2, taps=(0, 1, 2, 3), pos_grid=4, layer_scale=None)
-    decoder = DecoderConfig(
-        post_channels=(16, 16, 16, 16), fusion=16, hidden=16, bins=16, bin_min=0.0, bin_max=40.0, scale=1.0,
-        weights="softmax",
-    )  # fmt: skip
-    model = HeightModel(ModelConfig(gsd_m=0.5, crop_px=64, encoder=encoder, decoder=decoder)).eval()
-    with torch.no_grad():
-        # Initial weights give nearly one height everywhere; a stronger last layer makes maps that can differ.
-        list(model.decoder.parameters())[-2].mul_(300.0)
-    path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    save_checkpoint(path, model, {"name": "small-random", "licence": "Apache-2.0"})
-    return path
+def model_file(small_model: Path) -> Path:
+    """A model small enough to run in milliseconds."""
+    return small_model
 
 
 UTM = "EPSG:32618"

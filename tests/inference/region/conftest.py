@@ -23,29 +23,6 @@ TRANSFORM = Affine(0.5, 0, 500_000, 0, -0.5, 4_882_000)
 
 
 @pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of a random model whose heights vary with the image; crops of 64 px at 0.5 m."""
-    import torch
-
-    from canopy.models.checkpoint import save_checkpoint
-    from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
-    from canopy.models.height import HeightModel
-
-    torch.manual_seed(3)
-    encoder = EncoderConfig(dim=32, depth=4, heads=2, taps=(0, 1, 2, 3), pos_grid=4, layer_scale=None)
-    decoder = DecoderConfig(
-        post_channels=(16, 16, 16, 16), fusion=16, hidden=16, bins=16, bin_min=0.0, bin_max=40.0, scale=1.0,
-        weights="softmax",
-    )  # fmt: skip
-    model = HeightModel(ModelConfig(gsd_m=0.5, crop_px=64, encoder=encoder, decoder=decoder)).eval()
-    with torch.no_grad():
-        list(model.decoder.parameters())[-2].mul_(300.0)
-    path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    save_checkpoint(path, model, {"name": "small-random", "licence": "Apache-2.0"})
-    return path
-
-
-@pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A texture of 200 x 240 px with a hole without imagery, taken on 2021-06-15."""
     from scipy import ndimage
