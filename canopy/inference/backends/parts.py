@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from canopy.errors import CanopyError
+from canopy.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from canopy.models.height import HeightModel
@@ -146,8 +147,22 @@ def weights_sha256(model: HeightModel) -> str:
 
     Not the file's: a model may have been changed since it was loaded, and must not get another's conversion.
     """
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    # Only what differs from the defaults: a field that is added later changes nothing of older models.
+    told = _differences(model.config.to_dict(), ModelConfig().to_dict())
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _differences(told: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in told.items():
+        if isinstance(value, dict):
+            value = _differences(value, usual.get(key) or {})
+            if value:
+                found[key] = value
+        elif key not in usual or value != usual[key]:
+            found[key] = value
+    return found

@@ -158,6 +158,8 @@ def model_item(prepared: Prepared, pins: Pins) -> dict[str, Any]:
                 }
             ],
             "canopy:model_sha256": facts["sha256"],
+            "canopy:backend": prepared.choice.backend,
+            "canopy:precision": prepared.choice.precision,
             "canopy:gsd_m": config.gsd_m,
             "canopy:licence": facts["licence"],
         },
