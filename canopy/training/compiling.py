@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch._dynamo
 from torch import nn
 
 from canopy.models.encoder import ConvStem
@@ -16,6 +17,10 @@ def compile_parts(module: nn.Module) -> int:
     Returns:
         How many parts.
     """
+    # Blocks share their code but not their rate of stochastic depth, and views differ in size: torch's own
+    # limit of eight kinds would leave most of them uncompiled, without a word.
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.accumulated_recompile_limit = 4096
     parts: list[nn.Module] = [part for part in module.modules() if isinstance(part, ConvStem)]
     parts += [part for name, part in module.named_modules() if name.rsplit(".", 2)[-2:-1] == ["blocks"]]
     parts += [part.decoder for part in module.modules() if isinstance(part, HeightModel)]

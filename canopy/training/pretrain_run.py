@@ -72,6 +72,8 @@ def pretrain(
             where=run_dir,
             remedy="leave out --resume" if resume else "add --resume, or choose another folder",
         )
+    if resume:
+        _same_strategy(run_dir / CONFIG, settings)
     device = pick_device(settings.device).type
     stream, probe_of = open_stream(settings), _probe(settings)  # before anything is written
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,17 @@ def pretrain(
     if trainer.is_global_zero:
         export(module, encoder, run_dir / ENCODER, card)
     return card
+
+
+def _same_strategy(config: Path, settings: PretrainSettings) -> None:
+    """The optimiser's moments are kept otherwise where weights are spread."""
+    before = yaml.safe_load(config.read_text()).get("strategy", "auto") if config.is_file() else ""
+    if before and (before == "fsdp") != (settings.strategy == "fsdp"):
+        raise ConfigError(
+            f"the run was started with strategy {before}, not {settings.strategy}",
+            where=config,
+            remedy=f"go on with strategy={before}, or start a new run",
+        )
 
 
 def _shortened(settings: PretrainSettings) -> PretrainSettings:

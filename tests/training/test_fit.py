@@ -140,6 +140,39 @@ def test_workers_change_nothing(config, tmp_path):
     assert same(state(tmp_path / "a")["state_dict"], state(tmp_path / "b")["state_dict"])
 
 
+WITHOUT_GEO = """
+import sys
+blocked = ["rasterio", "geopandas", "pyproj", "odc", "shapely", "rioxarray", "xarray", "fiona"]
+sys.modules.update(dict.fromkeys(blocked))
+from pathlib import Path
+from canopy.chips.made import write_synth
+from canopy.config import load_settings
+from canopy.training.fit import finetune
+from canopy.training.pretrain_run import pretrain
+from canopy.training.pretrain_settings import PretrainSettings
+from canopy.training.settings import FinetuneSettings
+config, smoke, out = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+write_synth(out / "synth", 2, 64)
+chips = load_settings(FinetuneSettings, config).data.chips[0]
+first = [f"data.chips={out}/synth", "probe.every=0", "steps=1"]
+pretrain(load_settings(PretrainSettings, smoke, first), out / "p")
+second = [f"data.chips=[{chips},{out}/synth]", "steps=1"]
+finetune(load_settings(FinetuneSettings, config, second), out / "f")
+"""
+
+
+def test_pretraining_and_training_run_without_geo_libraries(config, repo, tmp_path):
+    smoke = repo / "configs" / "pretrain" / "smoke.yaml"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_GEO, str(config), str(smoke), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1500:]
+    card = load_model(tmp_path / "f" / "model.safetensors").card
+    assert card["data"]["train_ids"][-2:] == ["synth_1000", "synth_1001"]
+    assert card["settings"]["data"]["chips"] == ["chips", "synth"]
+
+
 def test_two_processes_do_not_share_a_folder(config, tmp_path):
     from canopy.training.run_folder import locked
 

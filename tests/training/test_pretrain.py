@@ -98,8 +98,12 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_same(uninterrupted, tmp_pat
 
 
 @pytest.mark.parametrize("uninterrupted", ["dinov2"], indirect=True)
-def test_killed_by_sigkill_and_resumed_is_bitwise_the_same(uninterrupted, tmp_path):
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_by_sigkill_and_resumed_is_bitwise_the_same(uninterrupted, tmp_path, workers):
+    # With workers, batches were made ahead that were never used, in processes that died with their parent.
     settings, whole = uninterrupted
+    data = settings.data.model_copy(update={"workers": workers})
+    settings = settings.model_copy(update={"data": data})
     died = subprocess.run(
         [sys.executable, "-c", KILLED, settings.model_dump_json(), str(tmp_path)],
         capture_output=True, text=True, timeout=600,
