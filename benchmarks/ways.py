@@ -44,26 +44,10 @@ WAYS = {
 
 
 def usable(names: list[str]) -> tuple[list[str], list[str]]:
-    """Those ways that this installation has, and a note on each of the others."""
-    from canopy.inference.request import Options
-
-    kept, notes = [], []
-    for name in names:
-        way = WAYS[name]
-        if importlib.util.find_spec(way.package) is None:
-            notes.append(f"{way.title}: {way.package} is not installed")
-        elif way.options and way.options["backend"] != "torch" and "backend" not in Options.__annotations__:
-            notes.append(f"{way.title}: this version has no such backend")
-        else:
-            kept.append(name)
-    return kept, notes
-
-
-def known_options(options: dict[str, str]) -> dict[str, str]:
-    """Without those options that this version of canopy does not have."""
-    from canopy.inference.request import Options
-
-    return {key: value for key, value in options.items() if key in Options.__annotations__}
+    """Those ways whose packages are installed, and a note on each of the others."""
+    kept = [name for name in names if importlib.util.find_spec(WAYS[name].package)]
+    missing = [WAYS[name] for name in names if name not in kept]
+    return kept, [f"{way.title}: {way.package} is not installed" for way in missing]
 
 
 INT8_CROPS = 8
