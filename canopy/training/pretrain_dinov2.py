@@ -16,7 +16,7 @@ from canopy.training import ssl_losses as losses
 from canopy.training.pretrain import PretrainModule, Terms
 from canopy.training.pretrain_settings import DinoSettings, PretrainSettings
 from canopy.training.probe import HeightProbe
-from canopy.training.sharding import whole_state
+from canopy.training.sharding import share_buffers, whole_state
 from canopy.training.ssl_data import ViewStream
 from canopy.training.ssl_heads import PrototypeHead
 from canopy.training.ssl_optim import follow
@@ -153,6 +153,7 @@ class DinoModule(PretrainModule):
         every = d.gram.renew_every
         if not self.anchor_ready or (every and self.global_step % every == 0):
             self.anchor.load_state_dict(self.teacher.encoder.state_dict())
+            share_buffers(self.anchor)  # it works with its running statistics, which must be the same for all
             self.anchor_ready.fill_(True)
 
     def useful_encoder(self) -> Encoder:

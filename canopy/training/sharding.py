@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from canopy.models.encoder import ConvStem
+from canopy.training.processes import distributed
 from canopy.training.ssl_heads import PrototypeHead
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ def whole(x: Tensor) -> Tensor:
 def whole_state(module: nn.Module) -> dict[str, Any]:
     """`module.state_dict()` of whole tensors. All processes must ask."""
     return {name: whole(value) for name, value in module.state_dict().items()}
+
+
+@torch.no_grad()
+def share_buffers(module: nn.Module) -> None:
+    """Give all processes the first one's buffers (running statistics), as a checkpoint would."""
+    if distributed():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 @torch.no_grad()

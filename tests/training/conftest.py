@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from canopy.chips.cutting import write_shard
 from canopy.chips.index import IndexRow, write_index
-from canopy.chips.store import NO_HEIGHT, Chip, ChipRow
+from canopy.chips.store import NO_HEIGHT, Chip, ChipRow, write_shard
 
 # Trains in a second.
 TINY = """
