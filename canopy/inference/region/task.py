@@ -115,6 +115,7 @@ class TileWorker:
         refuse_changes(pins, self.prepared.pins, self.folder)
         self.runner = self.prepared.choice.open(self.prepared.model, self.prepared.extras.outputs)
         self._sources: dict[tuple[int, int], ImagerySource | None] = {}
+        self._batch_size: int | str = settings.batch_size
 
     def source_of(self, task: TileTask) -> ImagerySource | None:
         """The imagery for a tile; None where its part of the area has none."""
@@ -152,7 +153,7 @@ class TileWorker:
         if imagery is None:
             return self._empty(task, started)
         source = SceneNames.of(imagery, target.output)
-        request = prepared.request
+        request = replace(prepared.request, batch_size=self._batch_size)
         job = Job(
             request, imagery, prepared.aoi, prepared.model, prepared.model_name, target,
             plan=None, cost=None,  # type: ignore[arg-type]  # both are for the words before a run
@@ -170,6 +171,8 @@ class TileWorker:
                 )
                 with writer:
                     summary = job.predict_into(writer, None)
+                    # What was too much for the device once is not tried again with every tile.
+                    self._batch_size = summary.batch_size or self._batch_size
                     if not summary.valid_pixels:
                         raise _Empty
         except _Empty:

@@ -306,3 +306,29 @@ def test_more_images_than_one_mosaic_may_have_are_opened_in_parts(
     result = run(settings(**area), inline)
     assert result.exit_code == 0 and len(asked) > 4
     assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
+
+
+def test_short_memory_halves_the_batch_once_for_all_tiles(
+    settings: Make, inline: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from canopy.inference.backends.runner import TorchRunner
+
+    expected = at_once(settings(backend="torch"), tmp_path / "once.tif")
+    real, refused = TorchRunner.forward, []
+
+    def forward(self: TorchRunner, crops: torch.Tensor) -> torch.Tensor:
+        if len(crops) > 1:
+            refused.append(len(crops))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, crops)
+
+    monkeypatch.setattr(TorchRunner, "forward", forward)
+    result = run(settings(batch_size=4, backend="torch"), inline)
+    assert result.exit_code == 0 and refused == [4, 2]
+    with Ledger(tmp_path / "run" / "ledger.sqlite", read_only=True) as ledger:
+        notes = [row.facts["notes"] for row in ledger.rows("done") if "notes" in row.facts]
+    assert len(notes) == 1 and "batch size reduced to 1" in notes[0][-1]
+    with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
+        np.testing.assert_allclose(mosaic.read(), expected, atol=1e-3)
