@@ -128,10 +128,12 @@ def copy_window(
     place: SourcePlace, grid: Grid, read: Decoder | Callable, bands: int, ratio: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of a shared (or n times coarser) lattice, padded by hand: rasterio shrinks silently."""
+    row, col = (round(v) for v in place.rowcol(*grid.xy(0, 0)))
+    if ratio == 1:
+        return _frame(place, read, bands, (row, col, *grid.shape), ratio)
     values = np.zeros((bands, *grid.shape), dtype=np.float32)
     valid = np.zeros(grid.shape, dtype=bool)
-    row, col = (round(v) for v in place.rowcol(*grid.xy(0, 0)))
-    step = max(1, 4096 // ratio) if ratio > 1 else max(grid.shape)
+    step = max(1, 4096 // ratio)
     for top in range(0, grid.height, step):
         for left in range(0, grid.width, step):
             h, w = min(step, grid.height - top), min(step, grid.width - left)
@@ -158,7 +160,7 @@ def _frame(
     if bottom > top and right > left:
         got, good = read(top, left, bottom - top, right - left)
         here = np.s_[top - r0 : bottom - r0, left - c0 : right - c0]
-        values[:, *here] = np.where(good, got, 0)
+        values[:, *here] = got if good.all() else np.where(good, got, 0)
         valid[here], inside[here] = good, True
     if ratio == 1:
         return values, valid

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from canopy.errors import CanopyError
+from canopy.errors import CanopyError, ConfigError
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
 from canopy.inference.allocator import kept_memory
@@ -164,7 +164,9 @@ def reader_count(workers: int | str, device: torch.device) -> int:
     """Threads that read imagery: `auto` takes two beside a CPU that predicts, up to eight for a GPU."""
     if workers == "auto":
         return 2 if device.type == "cpu" else min(8, os.cpu_count() or 2)
-    return max(1, int(workers))
+    if isinstance(workers, str):
+        raise ConfigError(f"{workers!r} readers", where="--workers", expected="auto or a number")
+    return max(1, workers)
 
 
 class _Stages:

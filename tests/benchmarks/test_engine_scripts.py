@@ -111,3 +111,12 @@ def test_gpu_on_a_cpu(script, tmp_path, monkeypatch):
     # A crop's place in a batch and the batch's size do not count in fp32.
     (same,) = found["same"]
     assert same["max to fp32, m"] < 1e-3 and same["by place, m"] < 1e-3 and same["by batch, m"] < 1e-3
+
+
+def test_allocation(script, tiny_model, tmp_path):
+    script("allocation").main([str(tiny_model), "--shapes", "1x64", "2x64", "--out", str(tmp_path)])
+    rows = results(tmp_path, "allocation")
+    assert [(row["batch"], row["memory"]) for row in rows] == [
+        (1, "usual"), (1, "kept"), (2, "usual"), (2, "kept")
+    ]  # fmt: skip
+    assert all(row["user s/Mpx"] + row["system s/Mpx"] > 0 for row in rows)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopy.errors import CanopyError, ConfigError, ImageryError, InputError
+from canopy.errors import CanopyError, ConfigError, ImageryError
 from canopy.geo.aoi import AOI
 from canopy.inference.engine import predict_grid
 from canopy.inference.plan import Lattice
@@ -246,8 +246,8 @@ def test_a_batch_of_one_that_does_not_fit_is_an_error(kit) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
-        ({"precision": "fp8"}, ConfigError, "auto, fp32 or bf16"),
-        ({"precision": "bf16"}, InputError, "bf16 is not supported on cpu"),
+        ({"precision": "fp8"}, ConfigError, "auto, fp32, bf16, int8"),
+        ({"workers": "many"}, ConfigError, "--workers"),
         ({"batch_size": 0}, ConfigError, "--batch-size"),
         ({"batch_size": "many"}, ConfigError, "--batch-size"),
     ],
