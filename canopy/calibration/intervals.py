@@ -47,25 +47,27 @@ def fit_intervals(
     """
     h, s, y = (np.asarray(v, np.float64) for v in (cells.height_m, cells.hint_m, cells.truth_m))
     knots = _choose_knots(h, cells.block)
-    hat_h = _dense_hats(knots, h)
+    near = _by_knot(knots, h)
     if method == "quantiles":
-        typical, spread, hat_v = np.zeros(len(knots)), np.zeros(1), np.ones((len(h), 1))
+        typical, spread, relative = np.zeros(len(knots)), np.zeros(1), np.zeros(len(h))
     else:
-        typical = np.array([_weighted_median(s, w) for w in hat_h.T])
+        typical = np.array([_weighted_median(s[at], w) for at, w in near])
         relative = np.log((s + SOFT_M) / (np.interp(h, knots, typical) + SOFT_M))
         spread = np.unique(np.round(np.quantile(relative, _SPREAD_QUANTILES), 4))
-        hat_v = _dense_hats(spread, relative)
     below, above = (np.zeros((len(LEVELS), len(knots), len(spread))) for _ in range(2))
-    for i, knot in enumerate(knots.tolist()):
+    for i, (at, by_height) in enumerate(near):
+        hat_v = _dense_hats(spread, relative[at])
         for j in range(len(spread)):
-            weight = hat_h[:, i] * hat_v[:, j]
-            if effective_blocks(weight, cells.block) < _LEAST_HINTED:
-                weight = hat_h[:, i]  # hardly any cell of this height has such a hint
-            at = weight > 1e-6
+            weight = by_height * hat_v[:, j]
+            if effective_blocks(weight, cells.block[at]) < _LEAST_HINTED:
+                weight = by_height  # hardly any cell of this height has such a hint
+            some = weight > 1e-6
+            chosen, weight = at[some], weight[some]
+            block = cells.block[chosen]
             if method == "quantiles":
-                ends = _beyond_quantiles(h[at], s[:, at], y[at], weight[at], cells.block[at])
+                ends = _beyond_quantiles(h[chosen], s[:, chosen], y[chosen], weight, block)
             else:
-                ends = _tails(y[at] - h[at], weight[at], cells.block[at], knot)
+                ends = _tails(y[chosen] - h[chosen], weight, block, float(knots[i]))
             below[:, i, j], above[:, i, j] = ends
     if method != "quantiles":
         # Wider levels contain narrower ones.
@@ -137,10 +139,13 @@ def effective_blocks(weight: np.ndarray, block: np.ndarray) -> float:
 
 def _choose_knots(height_m: np.ndarray, block: np.ndarray) -> np.ndarray:
     """The knots round which enough blocks have cells; dropping one widens its neighbours."""
-    knots = list(_KNOTS_M)
+    knots, blocks = list(_KNOTS_M), int(block.max(initial=0)) + 1
     while len(knots) > 1:
-        hats = _dense_hats(np.array(knots), height_m)
-        counts = [effective_blocks(w[w > 0], block[w > 0]) if (w > 0).any() else 0.0 for w in hats.T]
+        sums = np.zeros(len(knots) * blocks)
+        for i, w in hats(np.array(knots), height_m):
+            sums += np.bincount(i * blocks + block, w, len(sums))
+        table = sums.reshape(len(knots), blocks)
+        counts = table.sum(axis=1) ** 2 / np.maximum((table**2).sum(axis=1), 1e-30)
         worst = int(np.argmin(counts))
         if counts[worst] >= _LEAST_BLOCKS:
             return np.array(knots)
@@ -150,6 +155,18 @@ def _choose_knots(height_m: np.ndarray, block: np.ndarray) -> np.ndarray:
         expected=f"at least {_LEAST_BLOCKS:.0f} blocks of {BLOCK_M} m",
         remedy="give more chips with --data, or other --splits",
     )
+
+
+def _by_knot(knots: np.ndarray, x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For every knot the numbers of the values that its hat function reaches, and their weights."""
+    pairs = hats(knots, x)
+    number = np.concatenate([i for i, _ in pairs])
+    weight = np.concatenate([w for _, w in pairs])
+    order = np.argsort(number, kind="stable")
+    order = order[weight[order] > 0]
+    edges = np.searchsorted(number[order], np.arange(len(knots) + 1))
+    parts = [order[a:b] for a, b in itertools.pairwise(edges.tolist())]
+    return [(part % len(x), weight[part]) for part in parts]
 
 
 def _weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
