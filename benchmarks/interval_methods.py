@@ -29,9 +29,12 @@ def main() -> None:
     parser.add_argument("pack", type=Path)
     parser.add_argument("--model", default="default", help="one that has not seen the val chips")
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--every", type=int, default=1, help="take every n-th chip of a site")
     parser.add_argument("-o", "--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     model, (chips, _) = load_model(args.model), load_chips(args.pack, ("val",))
+    sites = {c.row.site: [d for d in chips if d.row.site == c.row.site] for c in chips}
+    chips = [chip for found in sites.values() for chip in found[:: args.every]]
     rows = {}
     print("method      coverage  width m  by height       by width third        tiles: sd, worst  s/chip")
     for method in args.methods.split(","):
