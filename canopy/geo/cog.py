@@ -234,7 +234,7 @@ class CogWriter:
 
         GDAL's COG driver would do it through a compressed file of its own, at the cost of all the rest.
         """
-        factors = []
+        factors: list[int] = []
         while max(self.grid.shape) > BLOCK * 2 ** len(factors):
             factors.append(2 ** (len(factors) + 1))
         if factors:
