@@ -136,6 +136,8 @@ def _show_status(folder: str, json: bool) -> None:
         f"{found['km2_finished']:,.2f} of {found['km2']:,.2f} km2, {found['seconds_per_tile']:g} s a tile, "
         f"{elapsed_text(found['worker_seconds'])} of work"
     )
+    if found["left_s"] is not None:
+        typer.echo(f"{found['km2_per_hour']:,.3g} km2/h, {elapsed_text(found['left_s'])} left")
     for who in found["at_work"]:
         typer.echo(f"at work: process {who['pid']} on {who['host']}, for {elapsed_text(who['for_s'])}")
     for failed in found["failures"]:

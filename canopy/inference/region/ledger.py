@@ -202,6 +202,17 @@ class Ledger:
             ).fetchone()
         return dict(zip(("km2", "km2_finished", "worker_seconds", "bytes"), row, strict=True))
 
+    def pace(self, over_s: float = 3600.0) -> tuple[float, float]:
+        """(km2, seconds): what was finished lately, and in how long a time until now."""
+        now = time.time()
+        with self._guard():
+            km2, since = self._db.execute(
+                "SELECT TOTAL(km2), MIN(updated - seconds) FROM tiles "
+                "WHERE state IN ('done', 'empty') AND seconds > 0 AND updated > ?",
+                (now - over_s,),
+            ).fetchone()
+        return km2, now - since if since is not None else 0.0
+
     # ---- writing ------------------------------------------------------------------------------
     def _update(self, what: str, values: tuple[Any, ...], ordinal: int) -> None:
         with self._guard():

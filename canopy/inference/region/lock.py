@@ -99,6 +99,23 @@ def read_holder(path: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
+def live_holder(path: Path) -> dict[str, object]:
+    """Who holds a lock, as `read_holder`; empty also when its process was killed and could not clear it."""
+    holder = read_holder(path)
+    if not holder:
+        return {}
+    try:
+        if holder.get("host") == socket.gethostname():
+            os.kill(int(str(holder["pid"])), 0)
+        elif time.time() - path.stat().st_mtime > STALE_S:
+            return {}
+    except PermissionError:  # it lives, and is another user's
+        return holder
+    except (OSError, KeyError, ValueError):
+        return {}
+    return holder
+
+
 def describe_holder(path: Path) -> str:
     """`process 123 on host x`, as far as the lock file says."""
     holder = read_holder(path)

@@ -10,7 +10,7 @@ from typing import Any
 from canopy.errors import InputError
 from canopy.inference.region import shards
 from canopy.inference.region.ledger import STATES, Ledger
-from canopy.inference.region.lock import read_holder
+from canopy.inference.region.lock import live_holder
 from canopy.inference.region.pins import RUN_FILE, read_pins, run_id
 
 _MOST_FAILURES = 20
@@ -27,7 +27,7 @@ def outputs_digest(ledger: Ledger) -> str:
 def _sum(paths: list[Path], run: str) -> tuple[dict[str, int], dict[str, float], list[dict[str, str]]]:
     """Counts, totals and first failures of some ledgers of a run."""
     counts = dict.fromkeys(STATES, 0)
-    totals = {"km2": 0.0, "km2_finished": 0.0, "worker_seconds": 0.0, "bytes": 0.0}
+    totals = dict.fromkeys(("km2", "km2_finished", "worker_seconds", "bytes", "km2_per_hour"), 0.0)
     failures: list[dict[str, str]] = []
     for path in paths:
         with Ledger(path, read_only=True) as ledger:
@@ -37,6 +37,8 @@ def _sum(paths: list[Path], run: str) -> tuple[dict[str, int], dict[str, float],
                 counts[state] += count
             for key, value in ledger.totals().items():
                 totals[key] += value
+            km2, in_s = ledger.pace()
+            totals["km2_per_hour"] += km2 / in_s * 3600 if in_s > 0 else 0.0
             for row in ledger.rows("failed"):
                 if len(failures) < _MOST_FAILURES:
                     failures.append({"tile": row.task.id, "reason": row.reason or ""})
@@ -57,7 +59,8 @@ def status(folder: Path) -> dict[str, Any]:
     sums = [_sum(paths, run_id(pins)) for paths in ([main] if main.is_file() else [], parts)]
     counts, totals, failures = max(sums, key=lambda one: one[0]["done"] + one[0]["empty"] + one[0]["failed"])
     finished = counts["done"] + counts["empty"]
-    holders = [read_holder(path) for path in sorted(folder.glob(".lock*"))]
+    holders = [holder for path in sorted(folder.glob(".lock*")) if (holder := live_holder(path))]
+    left_km2, pace = totals["km2"] - totals["km2_finished"], totals["km2_per_hour"]
     return {
         "folder": str(folder),
         "area": pins["area"]["text"],
@@ -70,7 +73,7 @@ def status(folder: Path) -> dict[str, Any]:
         "at_work": [
             {"host": h["host"], "pid": h["pid"], "for_s": round(time.time() - float(h["since"]))}  # type: ignore[arg-type]
             for h in holders
-            if h
         ],
+        "left_s": round(left_km2 / pace * 3600) if holders and pace > 0 else None,
         "failures": failures,
     }

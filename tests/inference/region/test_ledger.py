@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from canopy.errors import DataError, InputError
 from canopy.inference.region import shards
 from canopy.inference.region.ledger import Ledger, file_system
-from canopy.inference.region.lock import STALE_S, RunLock
+from canopy.inference.region.lock import STALE_S, RunLock, live_holder, read_holder
 from canopy.inference.region.pins import refuse_changes, run_id, write_pins
 from canopy.inference.region.tiling import TileTask
 
@@ -70,6 +72,36 @@ os.kill(os.getpid(), 9)
     assert 20 <= counts["done"] <= 30 and counts["done"] + counts["pending"] == 50
 
 
+def test_the_pace_is_that_of_late(ledger: Ledger) -> None:
+    assert ledger.pace() == (0.0, 0.0)
+    tasks = list(ledger.pending())
+    ledger.finish(tasks[0].ordinal, "done", host="h", seconds=60.0)
+    ledger.finish(tasks[1].ordinal, "failed", host="h", seconds=500.0)
+    km2, seconds = ledger.pace()
+    assert km2 == pytest.approx(tasks[0].km2) and 60 <= seconds < 120
+    time.sleep(0.01)
+    assert ledger.pace(over_s=0.005) == (0.0, 0.0)
+
+
+def test_a_ledger_in_a_folder_without_room_can_be_read(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sqlite3
+
+    finish(ledger, 1)
+    ledger.commit()  # in the log, not yet in the file
+    real = sqlite3.connect
+
+    def refuse(name: object, *args: object, **more: object) -> sqlite3.Connection:
+        if "mode=ro" in str(name) and str(ledger.path) in str(name):
+            raise sqlite3.OperationalError("disk I/O error")  # as where its index cannot be made
+        return real(name, *args, **more)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    with Ledger(ledger.path, read_only=True) as copy:
+        assert copy.counts() == ledger.counts() and copy.counts()["done"] == 1
+
+
 def test_what_is_no_ledger_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "ledger.sqlite").write_text("something else, long enough to be looked at" * 40)
     with pytest.raises(DataError, match="no ledger"):
@@ -90,19 +122,19 @@ def test_one_driver_at_a_time(tmp_path: Path) -> None:
         ):
             shards.refuse_crossing(tmp_path, None)
     with RunLock(tmp_path / ".lock"):
-        pass
+        assert live_holder(tmp_path / ".lock")["pid"] == os.getpid()
+    assert live_holder(tmp_path / ".lock") == {}
 
 
 def test_a_holder_on_another_machine_counts_until_it_is_stale(tmp_path: Path) -> None:
-    import os
-    import time
-
     path = tmp_path / ".lock"
     path.write_text('{"host": "elsewhere", "pid": 1, "since": 0}')
     with pytest.raises(InputError, match="process 1 on elsewhere"), RunLock(path):
         pass
     old = time.time() - 2 * STALE_S
+    assert live_holder(path)["host"] == "elsewhere"
     os.utime(path, (old, old))
+    assert live_holder(path) == {}
     with RunLock(path):
         pass
 
@@ -116,6 +148,7 @@ with RunLock(Path(sys.argv[1])):
     os.kill(os.getpid(), 9)
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path / ".lock")], check=False)
+    assert read_holder(tmp_path / ".lock") and live_holder(tmp_path / ".lock") == {}
     with RunLock(tmp_path / ".lock"):
         pass
 
