@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_it_is_made_judged_found_and_the_same_each_time(model_file, chips_file, 
 
 
 def test_beside_its_model_it_is_found_too_but_not_for_other_weights(
-    model_file, chips_file, cache, tmp_path, caplog
+    model_file, chips_file, cache, tmp_path, caplog, monkeypatch
 ) -> None:
     here = tmp_path / "moved.safetensors"
     here.write_bytes(model_file.read_bytes())
@@ -102,6 +103,7 @@ def test_beside_its_model_it_is_found_too_but_not_for_other_weights(
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["accuracy"]["split"] == "val"
+    monkeypatch.setattr(logging.getLogger("canopy"), "propagate", True)  # the command has taken the log over
     model = load_model(here)
     choice = settle(model, precision="int8")
     assert choice.quantised == tmp_path / "moved.int8.zip" and len(choice.quantised_sha256) == 64
