@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch._dynamo
+import torch._inductor.config
 from torch import nn
 
 from canopy.models.encoder import ConvStem
@@ -21,6 +22,8 @@ def compile_parts(module: nn.Module) -> int:
     # limit of eight kinds would leave most of them uncompiled, without a word.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 4096
+    # Stochastic depth is drawn as an uncompiled run draws it.
+    torch._inductor.config.fallback_random = True
     parts: list[nn.Module] = [part for part in module.modules() if isinstance(part, ConvStem)]
     parts += [part for name, part in module.named_modules() if name.rsplit(".", 2)[-2:-1] == ["blocks"]]
     parts += [part.decoder for part in module.modules() if isinstance(part, HeightModel)]
