@@ -45,7 +45,7 @@ STEPS = [
         "--models default:4096 large:1536 --rounds 3",
     ),
     Step("pipeline", "--size 1024", "--size 4096 --rounds 3"),
-    Step("seams", "default demo --lattices 512/448 --pairs 4", "default demo"),
+    Step("seams", "default demo --lattices 512/448 1024/896 --pairs 4", "default demo"),
     Step("backends", None, ""),
     Step("gpu", cuda=True),
     Step("memory", "--sizes 2000 5000 10000", ""),
