@@ -36,7 +36,9 @@ def main() -> None:
     sites = {c.row.site: [d for d in chips if d.row.site == c.row.site] for c in chips}
     chips = [chip for found in sites.values() for chip in found[:: args.every]]
     rows = {}
-    print("method      coverage  width m  by height       by width third        tiles: sd, worst  s/chip")
+    print(
+        "method      coverage  width m  at 90 %  by height       by width third      tiles: sd, worst  s/chip"
+    )
     for method in args.methods.split(","):
         started = time.perf_counter()
         scored = list(score_chips(model, chips, method=method))
@@ -50,10 +52,12 @@ def main() -> None:
 def compare(scored: Sequence[Scored], method: str) -> dict[str, Any]:
     """Numbers of one method, from both halves."""
     one, two = halves(scored)
-    tables, inside, width, tile, n = [], [], [], [], 0
+    inside, width, tile, n = [], [], [], 0
+    others: dict[float, list[dict[str, Any]]] = {0.8: [], LEVEL: [], 0.95: []}
     for known, unseen in ((one, two), (two, one)):
         table, cells = fit_intervals(cells_of(known), method=method), cells_of(unseen)
-        tables.append(coverage(table, cells, LEVEL))
+        for level, rows in others.items():
+            rows.append(coverage(table, cells, level))
         lower, upper = table.bounds(cells.height_m, table.hint_of(cells.hint_m, LEVEL), LEVEL)
         inside.append((cells.truth_m >= lower) & (cells.truth_m <= upper))
         width.append(upper - lower)
@@ -62,9 +66,12 @@ def compare(scored: Sequence[Scored], method: str) -> dict[str, Any]:
     held, wide, number = (np.concatenate(v) for v in (inside, width, tile))
     thirds = np.digitize(wide, np.quantile(wide, (1 / 3, 2 / 3)))
     by_tile = [held[number == t].mean() for t in range(n) if (number == t).sum() > 5000]
-    table = pooled(tables)
+    table = pooled(others[LEVEL])
+    levels = [pooled(rows)["overall"] for rows in others.values()]
+    equal = np.interp(LEVEL, [row["coverage"] for row in levels], [row["mean_width_m"] for row in levels])
     return {
         "overall": table["overall"],
+        "width_at_equal_coverage_m": round(float(equal), 2),
         "by_height": {k: row["coverage"] for k, row in table["by_height"].items()},
         "by_width_third": [round(float(held[thirds == t].mean()), 4) for t in range(3)],
         "tiles_sd": round(float(np.std(by_tile)), 4), "tiles_worst": round(float(min(by_tile)), 4),
@@ -74,7 +81,8 @@ def compare(scored: Sequence[Scored], method: str) -> dict[str, Any]:
 def _line(method: str, row: dict[str, Any]) -> str:
     heights, thirds = row["by_height"].values(), ", ".join(f"{100 * v:.1f}" for v in row["by_width_third"])
     return (
-        f"{method:10} {100 * row['overall']['coverage']:8.1f} % {row['overall']['mean_width_m']:8.2f}  "
+        f"{method:10} {100 * row['overall']['coverage']:8.1f} % {row['overall']['mean_width_m']:8.2f} "
+        f"{row['width_at_equal_coverage_m']:8.2f}  "
         f"{100 * min(heights):.1f} to {100 * max(heights):.1f} %  {thirds} %   "
         f"{100 * row['tiles_sd']:.1f}, {100 * row['tiles_worst']:.1f} %  {row['seconds_per_chip']:.1f}"
     )

@@ -25,7 +25,7 @@ from canopy.calibration.collect import BLOCK_M, Scored, cells_of, load_chips, sc
 from canopy.calibration.intervals import coverage, effective_blocks, fit_intervals
 from canopy.errors import DataError
 from canopy.models.intervals import FLAT_M, LEVELS, IntervalTable, NewPlace, hats
-from canopy.runtime import Progress
+from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
     from canopy.chips.store import Chip
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _KNOTS_M = (0.0, 1.0, 4.0, 9.0, 14.0, 19.0, 24.0, 30.0)
 _LEAST_BLOCKS = 8.0
 _LEAST_PLACES = 3
-MOST_CHIPS, _LEAST_TILES = 16, 12
+MOST_CHIPS, _LEAST_TILES = 12, 12
 _MOST_CELLS = 150_000
 _FACTORS = np.geomspace(1.0, 12.0, 250)
 
@@ -163,6 +163,7 @@ def score_unseen(
     for path in models:
         network = load_model(path)
         sites = kept_from(network.card, ids)
+        log.info(f"{Path(path).name} was kept from {'; '.join(sites)}")
         known = [c for c in chips if c.row.split == "val" and c.row.site not in sites]
         seen = list(score_chips(network, known, method=method, progress=progress))
         held = [c for site in sites for c in _some([c for c in chips if c.row.site == site])]
