@@ -293,7 +293,8 @@ def test_the_date_band_holds_days(predict, make_image, encoding: str) -> None:
     "words",
     [
         ("--encoding", "int4"), ("--gsd", "-1"), ("--gsd", "nan"), ("--device", "abacus"),
-        ("--precision", "fp8"), ("--precision", "bf16", "--device", "cpu"), ("--batch-size", "0"),
+        ("--precision", "fp8"), ("--precision", "bf16", "--backend", "onnx"), ("--precision", "int8"),
+        ("--backend", "abacus"), ("--backend", "openvino", "--device", "cuda"), ("--batch-size", "0"),
         ("--workers", "0"), ("--crs", "EPSG:1"), ("--size-m", "100"), ("--bands", "1,2"),
         ("--bands", "7,8,9"), ("--datetime", "someday"),
     ],
