@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # of neighbouring pixels look alike, and still many of them in a tile.
 BLOCK_M = 32
 _OVERLAP_SHARE = 3 / 8
+_LEAST_CROP_PX = 256
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,10 @@ def _predict(model: HeightModel, chip: Chip, method: str, batch: int) -> np.ndar
     def network(crops: np.ndarray) -> np.ndarray:
         return model.layers(torch.from_numpy(crops), outputs).float().numpy()
 
-    side = model.config.crop_px
     image, valid = chip.rgb.astype(np.float32) / 255.0, chip.image_valid
     _, H, W = image.shape
+    # A crop beyond the chip would show the network nothing but filling.
+    side = min(model.config.crop_px, max(_LEAST_CROP_PX, -(-max(H, W) // 64) * 64))
     total, weights = np.zeros((len(outputs), H, W)), np.zeros((H, W))
     ramp = np.minimum(np.arange(side) + 1.0, np.arange(side, 0, -1.0)) / max(1.0, side * _OVERLAP_SHARE)
     taper = np.minimum.outer(ramp, ramp).clip(max=1.0)
