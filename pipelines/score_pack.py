@@ -25,6 +25,8 @@ def main() -> int:
         "--unseen", metavar="SIBLING", help="model file: val scores and calibration of this one"
     )
     parser.add_argument("--crop-px", type=int, help="score, and publish, with this crop side")
+    parser.add_argument("--overlap-px", type=int, help="publish with this overlap of crops")
+    parser.add_argument("--margin-px", type=int, help="publish with this margin of crops")
     parser.add_argument("--publish", type=Path, help="write the model with these scores here")
     parser.add_argument("--card", type=Path, help="write the model card here")
     parser.add_argument("--json", type=Path, help="write all scores here")
@@ -47,8 +49,8 @@ def _run(args: argparse.Namespace) -> None:
     from canopy.training.report import height_table, markdown_table, model_card, score_with_baselines
 
     model = load_model(args.model)
-    if args.crop_px:
-        model.config = dataclasses.replace(model.config, crop_px=args.crop_px)
+    lattice = {name: getattr(args, name) for name in ("crop_px", "overlap_px", "margin_px")}
+    model.config = dataclasses.replace(model.config, **{k: v for k, v in lattice.items() if v is not None})
     splits = tuple(args.splits.split(","))
     scores = score_with_baselines(model, args.chips, splits)
     sibling = load_model(args.unseen) if args.unseen else None

@@ -16,10 +16,10 @@ FORMAT_VERSION = "1"
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 # Names people can type, and the embedded file each stands for.
 EMBEDDED = {
-    "default": "canopy-small-v2.safetensors",
-    "canopy-small": "canopy-small-v2.safetensors",
+    "default": "canopy-small-v3.safetensors",
+    "canopy-small": "canopy-small-v3.safetensors",
+    "canopy-small-v3": "canopy-small-v3.safetensors",
     "canopy-small-v2": "canopy-small-v2.safetensors",
-    "canopy-small-v1": "canopy-small-v1.safetensors",
 }
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 

@@ -329,13 +329,13 @@ def test_46_names_and_files_that_are_not_what_they_seem(predict, tmp_path) -> No
     predict(hidden, code=2)
 
 
-def test_missing_things_are_named(predict, canopy, make_image, tmp_path) -> None:
+def test_missing_things_are_named(predict, canopy, make_image, tmp_path, small_model) -> None:
     assert "nowhere.tif" in predict("nowhere.tif", code=2).error_line
     image = make_image(pixels=rgb(), photometric="RGB")
     assert canopy("predict", image, "--model", "nothing", "-o", "x.tif").code == 2
     assert canopy("predict", image, "--imagery", "demo", "-o", "x.tif").code == 2
     assert canopy("predict", "-o", "x.tif").code == 2
-    uncalibrated = canopy("predict", image, "--model", "canopy-small-v1", "--interval", "0.9")
+    uncalibrated = canopy("predict", image, "--model", small_model, "--interval", "0.9")
     assert uncalibrated.code == 2 and "--interval" in uncalibrated.err
     assert not Path("x.tif").exists()
 
