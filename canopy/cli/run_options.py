@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from pydantic import BaseModel
 
-from canopy.config import load_settings
 from canopy.runtime import setup_logging
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What differs from the defaults.")]
 Overrides = Annotated[
@@ -25,11 +26,13 @@ FastDevRun = Annotated[
         "--fast-dev-run", help="Two steps, all that follows them, in a temporary folder, as a check."
     ),
 ]
-S = TypeVar("S", bound=BaseModel)
+S = TypeVar("S", bound="BaseModel")
 
 
 def settings_of(schema: type[S], config: Path, overrides: list[str] | None, quiet: bool, verbose: bool) -> S:
     """Start logging and read the config; see `load_settings`."""
+    from canopy.config import load_settings
+
     setup_logging(quiet, verbose)
     return load_settings(schema, config, overrides or [])
 
