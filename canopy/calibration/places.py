@@ -79,15 +79,15 @@ def unseen_places(seen: Sequence[Scored], held: Sequence[Scored], *, method: str
     return [Unseen(site, table, [chip for chip in held if chip.site == site]) for site in sites]
 
 
-def fit_new_place(places: Sequence[Unseen]) -> NewPlace:
+def fit_new_place(places: Sequence[Unseen], *, least: int = _LEAST_PLACES) -> NewPlace:
     """The factors f(h) by level.
 
     Raises:
-        DataError: fewer than three places.
+        DataError: fewer than `least` places.
     """
-    if len(places) < _LEAST_PLACES:
+    if len(places) < least:
         raise DataError(
-            f"{len(places)} places kept from models", expected=f"at least {_LEAST_PLACES}",
+            f"{len(places)} places kept from models", expected=f"at least {least}",
             remedy="give more models with --kept-from",
         )  # fmt: skip
     factor = np.ones((len(LEVELS), len(_KNOTS_M)))
@@ -118,7 +118,7 @@ def verify_new_place(places: Sequence[Unseen], level: float = 0.9) -> dict[str, 
     for place in places:
         cells = cells_of(place.chips)
         others = [other for other in places if other.site != place.site]
-        made = coverage(place.table.widened(fit_new_place(others)), cells, level)["overall"]
+        made = coverage(place.table.widened(fit_new_place(others, least=1)), cells, level)["overall"]
         rows[place.site] = made | {"as_seen": coverage(place.table, cells, level)["overall"]["coverage"]}
     mean = float(np.mean([row["coverage"] for row in rows.values()]))
     return {"level": level, "places": rows, "coverage": round(mean, 4)}
@@ -131,7 +131,7 @@ def areas_in_new_places(places: Sequence[Unseen]) -> tuple[AreaModel | None, dic
     rows: dict[str, list[dict[str, float]]] = {}
     for place in places:
         others = [other for other in places if other.site != place.site]
-        new = fit_new_place(others)
+        new = fit_new_place(others, least=1)
         model = fit_areas([c for other in others for c in other.chips], tables_by_chip(others, new))
         for size, row in area_coverage(place.chips, place.table.widened(new), model).items():
             rows.setdefault(size, []).append(row)
