@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from canopy.errors import InputError, OutputError
+from canopy.errors import InputError
 from canopy.inference.region import shards
 from canopy.inference.region.drive import Interrupted, Stop, Tally, Watcher, drive, in_main_thread
 from canopy.inference.region.engines import Engine, LocalEngine, local_devices
+from canopy.inference.region.folder import LEDGER, check_files, clear, make_folder
 from canopy.inference.region.ledger import Ledger
 from canopy.inference.region.lock import RunLock
 from canopy.inference.region.pins import RUN_FILE, area_of, read_pins, refuse_changes, run_id, write_pins
 from canopy.inference.region.plan import Prepared, open_region, settings_from
 from canopy.inference.region.settings import RegionSettings
-from canopy.inference.region.task import TILES, How, remove_leftovers, tile_path
+from canopy.inference.region.task import TILES, How, remove_leftovers
 from canopy.runtime import log
 
-LEDGER = "ledger.sqlite"
 LOCK = ".lock"
 NO_IMAGERY = "no imagery there"
 
@@ -137,12 +137,12 @@ def start(
     settings = prepared.settings
     folder = settings.folder
     shard = settings.parse_shard()
-    _make_folder(folder)
+    make_folder(folder)
     with ExitStack() as stack:
         stack.enter_context(RunLock(folder / (shards.lock_name(shard) if shard else LOCK)))
         shards.refuse_crossing(folder, shard)
         if overwrite:
-            _clear(folder)
+            clear(folder)
         pins = write_pins(folder, prepared.pins)
         refuse_changes(pins, prepared.pins, folder)
         path = shards.ledger_path(folder, shard) if shard else folder / LEDGER
@@ -150,7 +150,7 @@ def start(
         _enter_tiles(ledger, prepared, pins, shard)
         shards.gather(ledger, folder, path)
         ledger.reopen(retry_failed)
-        _check_files(ledger, folder, verify)
+        check_files(ledger, folder, verify)
         mine = {t.id for t in ledger.pending()} if shard else None
         remove_leftovers(folder, mine)
         how = How(str(folder.resolve()), run_id(pins), settings.device, settings.batch_size, settings.readers)
@@ -250,27 +250,6 @@ def _finish_shards(result: RunResult, prepared: Prepared, shard: tuple[int, int]
 
 
 # ---- the folder -------------------------------------------------------------------------------
-def _make_folder(folder: Path) -> None:
-    try:
-        (folder / TILES).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot be made ({error.strerror})", where=folder) from error
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a run made, and nothing else."""
-    import shutil
-
-    for name in (RUN_FILE, LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", "catalog.json", "collection.json",
-                 "model.json", "mosaic", "mosaic.vrt", "index.gti.gpkg", "overview.tif",
-                 "status.json"):  # fmt: skip
-        (folder / name).unlink(missing_ok=True)
-    for name in (TILES, shards.FOLDER, "stac", "published"):
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / TILES).mkdir(exist_ok=True)
-
-
 def _enter_tiles(
     ledger: Ledger, prepared: Prepared, pins: dict[str, Any], shard: tuple[int, int] | None
 ) -> None:
@@ -304,29 +283,6 @@ def _mark_bare(ledger: Ledger, prepared: Prepared) -> None:
         window = prepared.tiling.window(task.row, task.col)
         if not shape.intersects(shapely.box(*window.bounds)):
             ledger.finish(task.ordinal, "empty", host="", seconds=0.0, reason=NO_IMAGERY)
-
-
-def _check_files(ledger: Ledger, folder: Path, verify: bool) -> None:
-    """Finished tiles whose file is gone or changed are pending again."""
-    import hashlib
-
-    lost = []
-    for row in ledger.rows("done"):
-        path = tile_path(folder, row.task.id)
-        try:
-            same = path.stat().st_size == row.bytes
-            if same and verify:
-                with path.open("rb") as file:
-                    same = hashlib.file_digest(file, "sha256").hexdigest() == row.sha256
-        except OSError:
-            same = False
-        if not same:
-            lost.append(row.task.ordinal)
-    for ordinal in lost:
-        ledger.lose(ordinal, "its file was missing or changed")
-    if lost:
-        log.warning(f"{len(lost)} finished tiles have lost their file and are made again")
-    ledger.commit()
 
 
 @contextmanager
