@@ -204,7 +204,12 @@ class _Carried:
     def layers(self, rgb: torch.Tensor, outputs: tuple[str, ...]) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(self._runner(rgb.numpy()))
+        from canopy.models.height import pad_to_multiple
+
+        # Chips may be smaller than a crop, and converted networks take crops alone.
+        rows, cols = rgb.shape[-2:]
+        crops = pad_to_multiple(rgb, self.config.crop_px).contiguous()
+        return torch.from_numpy(self._runner(crops.numpy())[..., :rows, :cols])
 
 
 def _check_nncf() -> None:
