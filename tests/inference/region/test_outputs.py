@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import rasterio
 from rio_cogeo import cog_validate
 
@@ -94,6 +93,7 @@ def test_stac_validator_takes_every_file(
     settings: Callable[..., RegionSettings], inline: type, image: Path, small_model: Path, tmp_path: Path
 ) -> None:
     from stac_validator import stac_validator as validator
+
     start(prepare_run(settings(encoding="uint8m", zoom=18, tile_px=256)), engine=inline)
     request = Request(images=(str(image),), model=str(small_model), out=tmp_path / "one.tif", quicklook=True)
     prepare(request).run()
