@@ -72,7 +72,7 @@ def test_it_is_made_judged_found_and_the_same_each_time(model_file, chips_file, 
     model = load_model(model_file)
     report = quantize(model, chips_file, crops=8)
     found = report["accuracy"]
-    assert found["chips"] == 4 and found["cells"] > 8000
+    assert found["chips"] == 4 and found["cells"] > 7000
     assert abs(found["loss_m"]) <= MOST_LOSS_M and 0 < found["mean_difference_m"] < 0.5
     assert report["calibration"]["crops"] == 8 and report["model_sha256"] == model.sha256
     assert read_card(Path(report["output"]))["accuracy"] == found
