@@ -65,7 +65,7 @@ def measure(model: str, side: int, ways: list[str], rounds: int, folder: Path) -
     cases["gemm"] = partial(common.alone, SCRIPT, {"do": "gemm"})
     flops = common.alone(SCRIPT, {"do": "flops", "model": where})
     runs = common.in_turn(cases, rounds)
-    gemm = {key: common.middle(runs["gemm"], key) for key in runs["gemm"][0]}
+    gemm = {key: common.middle(runs["gemm"], key) for key in ("gflops", "gflop_per_cpu_s")}
     rows = [_row(name, runs[name], side, flops, gemm) for name in ways]
     for row in rows:
         row["first s"] = first[row["way"]]

@@ -60,6 +60,7 @@ def test_images(script, tmp_path):
 def test_limits_of_the_machine_are_numbers(script):
     common = script("common")
     clock = common.Clock()
-    assert min(common.gemm(seconds=0.05, side=128).values()) > 0
+    found = common.gemm(seconds=0.05, side=128)
+    assert found["gflops"] > 0 and found["gflop_per_cpu_s"] > 0 and found["library"]
     assert common.peak_mb() > 50
     assert np.isfinite(list(clock.read().values())).all()
