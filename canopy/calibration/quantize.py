@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from canopy.chips.store import Chip
     from canopy.models.height import HeightModel
 
-CROPS = 64
+# Enough to settle the scales: 64 crops of 384 px, 16 of 768 px.
+CALIBRATION_PX = 64 * 384**2
+LEAST_CROPS = 8
 # The bin scores decide the heights and cost 1 % of the work: their layer stays as it is.
 LAST_LAYER = r".*decoder\.head\.conv3.*"
 OUTPUTS = ("height_m", "spread_m")
@@ -45,7 +47,7 @@ def quantize(
     data: str | Path,
     out: Path | None = None,
     *,
-    crops: int = CROPS,
+    crops: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def quantize(
         model: of `load_model`.
         data: a data pack, a chips folder or a chips file; `train` calibrates, `val` judges.
         out: the file to write; by default in the cache, where `--precision int8` looks for it.
-        crops: how many to calibrate on, spread evenly over the training chips.
+        crops: how many to calibrate on, spread evenly over the training chips; by default by their size.
 
     Returns:
         JSON-ready: the file, and the facts in its card.
@@ -70,7 +72,8 @@ def quantize(
         raise InputError("exists", where=path, remedy="add --overwrite, or choose another name")
     train, identity = load_chips(data, ("train",))
     judges, _ = load_chips(data, ("val",))
-    given = calibration_crops(train, model.config.crop_px, crops)
+    side = model.config.crop_px
+    given = calibration_crops(train, side, crops or max(LEAST_CROPS, CALIBRATION_PX // side**2))
     log.info(f"quantising {choice.name} on {len(given)} crops ...")
     parts = to_int8(choice, model, given)
     card: dict[str, Any] = {
@@ -97,7 +100,10 @@ def quantize(
 
 
 def calibration_crops(chips: Sequence[Chip], side: int, count: int) -> np.ndarray:
-    """Crops (n, 3, side, side) float32 from chips evenly spread, always the same ones; holes filled."""
+    """Crops (n, 3, side, side) float32 from chips evenly spread, always the same ones.
+
+    Holes are filled as in prediction, and so is what a chip lacks for a crop: its image is mirrored.
+    """
     from canopy.models.fill import fill_invalid
 
     picked = np.linspace(0, len(chips) - 1, min(count, len(chips))).round().astype(int)

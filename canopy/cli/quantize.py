@@ -20,7 +20,9 @@ def quantize(
         Path, typer.Option("--data", help="A data pack, a chips folder (canopy data chips) or a chips file.")
     ],
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="MODEL.int8.zip", help=_HELP_OUT)] = None,
-    crops: Annotated[int, typer.Option("--crops", min=8, help="Crops to calibrate on.")] = 64,
+    crops: Annotated[
+        int | None, typer.Option("--crops", min=8, help="Crops to calibrate on. Default: by their size.")
+    ] = None,
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
