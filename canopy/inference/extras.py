@@ -44,11 +44,6 @@ class Extras:
     raw: bool = False
 
     @property
-    def spread(self) -> bool:
-        """Whether the network's spread is needed."""
-        return "spread_m" in self.outputs
-
-    @property
     def outputs(self) -> tuple[str, ...]:
         """What the network is to give, by name (`HeightModel.layers`): heights first."""
         return ("height_m", *(self.interval.hints(self.level) if self.interval else ()))
