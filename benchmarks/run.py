@@ -49,7 +49,7 @@ STEPS = [
     Step("backends", None, ""),
     Step("gpu", cuda=True),
     Step("memory", "--sizes 2000 5000 10000", ""),
-    Step("workers", "--size 1536", "--size 8192"),
+    Step("workers", "--size 2048", "--size 8192"),
     Step("chips", "", "--size 8192 --samples 2000"),
     Step("lidar", "--points 3000000", "--points 20000000"),
     Step("gedi", "--shots 30000 --layouts auto rows", ""),

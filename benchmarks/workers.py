@@ -3,7 +3,7 @@
     python benchmarks/workers.py                            # 1 and 2 workers of one thread, the default model
     python benchmarks/workers.py --size 8192 --workers 1 2 4 8
 
-The region is one JPEG raster made on the fly, cut into tiles of 512 px. A run's time is counted from its
+The region is one JPEG raster made on the fly, cut into tiles of 1,024 px. A run's time is counted from its
 start, so the workers' own start (each loads the model) is in it; `worker s` is time spent on tiles.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import common
 
-TILE_PX = 512
+TILE_PX = 1024
 
 
 def map_region(image: Path, out: Path, workers: int, model: str) -> dict[str, Any]:
