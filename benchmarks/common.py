@@ -238,14 +238,16 @@ def _multipliers(side: int) -> dict[str, Callable[[], Any]]:
         "numpy": lambda: np.matmul(*numbers),
     }
     if _version("openvino") is not None:
-        import openvino
+        from canopy.inference.backends.openvino_core import core, load_openvino
+
+        openvino = load_openvino()
         from openvino import opset13
 
         given = opset13.parameter([side, side], np.float32)
         product = opset13.matmul(given, opset13.constant(numbers[1]), False, False)
         options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
         model = openvino.Model([product], [given])
-        request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+        request = core().compile_model(model, "CPU", options).create_infer_request()
         ways["openvino"] = lambda: request.infer([numbers[0]])
     return ways
 

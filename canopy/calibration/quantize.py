@@ -22,6 +22,7 @@ import numpy as np
 from canopy.calibration.collect import load_chips, score_chips
 from canopy.errors import InputError
 from canopy.inference.backends.choose import Choice, int8_places, settle
+from canopy.inference.backends.openvino_core import core, load_openvino
 from canopy.inference.backends.runner import Runner
 from canopy.inference.backends.store import Converted, write_converted
 from canopy.runtime import Progress, log
@@ -127,14 +128,14 @@ def to_int8(choice: Choice, model: HeightModel, crops: np.ndarray) -> dict[str, 
     """The int8 network as model.xml and model.bin; the same crops give the same network."""
     # NNCF asks for a CUDA compiler as it is imported.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    load_openvino()
     import nncf
-    import openvino
 
     from canopy.inference.backends.openvino_runner import files_of
 
     nncf.set_log_level(logging.ERROR)
     fp32 = choice.scores(model).parts
-    network = openvino.Core().read_model(model=fp32["model.xml"], weights=fp32["model.bin"])
+    network = core().read_model(model=fp32["model.xml"], weights=fp32["model.bin"])
     transformer = model.config.encoder.family != "cnn"
     # Its bars go to stdout, which is for results.
     bars = sys.stderr if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) else io.StringIO()
@@ -155,17 +156,16 @@ def _centred(quantised: Any, network: Any, crops: np.ndarray) -> Any:
 
     NNCF does so layer by layer; what is left at the last one would move all heights one way.
     """
-    import openvino
+    openvino = load_openvino()
     import torch
     from openvino import opset13
 
-    core = openvino.Core()
     told = {
         "INFERENCE_PRECISION_HINT": "f32",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    fp32, int8 = (core.compile_model(m, "CPU", told) for m in (network, quantised))
+    fp32, int8 = (core().compile_model(m, "CPU", told) for m in (network, quantised))
     shifts = [(fp32(c[None])[0] - int8(c[None])[0]).mean(axis=(0, 2, 3), dtype=np.float64) for c in crops]
     shift = np.mean(shifts, axis=0).astype(np.float32).reshape(1, -1, 1, 1)
     moved = opset13.add(quantised.get_results()[0].input_value(0), opset13.constant(shift))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from canopy.inference.backends.openvino_core import core, load_openvino
 from canopy.inference.backends.parts import ConversionError, tracing
 
 if TYPE_CHECKING:
@@ -41,14 +42,11 @@ class OpenVinoRunner:
             outputs: the layers.
             precision: fp32, bf16 or int8, of the first part.
         """
-        import openvino
-
         self.precision, self.outputs = precision, outputs
         self.device = torch.device("cpu")
         self.stretch: Stretch | None = None
-        core = openvino.Core()
-        self._scores = _compile(core, scores, _HINT[precision]).create_infer_request()
-        self._layers = _compile(core, layers, "f32").create_infer_request()
+        self._scores = _compile(scores, _HINT[precision]).create_infer_request()
+        self._layers = _compile(layers, "f32").create_infer_request()
         self._layers.set_input_tensor(self._scores.get_output_tensor())
         self._lock = threading.Lock()
 
@@ -76,7 +74,7 @@ def moved(rgb: np.ndarray, stretch: Stretch | None) -> np.ndarray:
     return np.ascontiguousarray(rgb, np.float32)
 
 
-def _compile(core: Any, files: Mapping[str, bytes], hint: str) -> Any:
+def _compile(files: Mapping[str, bytes], hint: str) -> Any:
     """One stream, and torch's number of threads: with another number the last bits may differ."""
     settings = {
         # Without these two, processors that have bf16 would use it for fp32 models.
@@ -87,8 +85,8 @@ def _compile(core: Any, files: Mapping[str, bytes], hint: str) -> Any:
         # Several workers would all be pinned to the same cores.
         "ENABLE_CPU_PINNING": False,
     }
-    model = core.read_model(model=files["model.xml"], weights=files["model.bin"])
-    return core.compile_model(model, "CPU", settings)
+    model = core().read_model(model=files["model.xml"], weights=files["model.bin"])
+    return core().compile_model(model, "CPU", settings)
 
 
 def to_openvino(part: torch.nn.Module, example: torch.Tensor) -> dict[str, bytes]:
@@ -106,8 +104,7 @@ def convert(part: torch.nn.Module, example: torch.Tensor) -> Any:
     Raises:
         ConversionError: OpenVINO cannot.
     """
-    import openvino
-
+    openvino = load_openvino()
     try:
         with tracing():
             traced = torch.jit.trace(part, example, check_trace=False)
@@ -122,8 +119,7 @@ def convert(part: torch.nn.Module, example: torch.Tensor) -> Any:
 
 def files_of(model: Any) -> dict[str, bytes]:
     """The bytes of an `openvino.Model`: model.xml and model.bin."""
-    import openvino
-
+    openvino = load_openvino()
     with tempfile.TemporaryDirectory(prefix="canopy-") as folder:
         path = Path(folder) / "model.xml"
         openvino.save_model(model, path, compress_to_fp16=False)
