@@ -30,8 +30,6 @@ from canopy.training.settings import DataSettings, FinetuneSettings
 
 OVERLAP_PX = 64
 
-OVERLAP_PX = 64
-
 
 class RunSettings(Settings):
     """One line of the matrix: a config and what differs from it, or a baseline.

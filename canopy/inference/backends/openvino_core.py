@@ -28,8 +28,8 @@ def core() -> Any:
     """This process's only `openvino.Core`.
 
     Each Core's CPU plugin gives the calling thread a signal stack of its own and unmaps it when it is
-    destroyed, whichever thread that happens in and whichever stack is in use by then. After two Cores that were
-    not destroyed in reverse order, the next signal (Ctrl-C, a child's end) is a segmentation fault.
+    destroyed, whichever thread that happens in and whichever stack is in use by then. After two Cores that
+    were not destroyed in reverse order, the next signal (Ctrl-C, a child's end) is a segmentation fault.
     """
     with _ONE_AT_A_TIME:
         return _made()
