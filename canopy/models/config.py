@@ -125,6 +125,8 @@ class DecoderConfig:
         unit_bias: biases in the residual units; unit_norm: batch norm in them.
         head: 'full' (upsample, then weigh bins at full scale) or 'half' (weigh bins at twice the finest
             map's scale, then interpolate metres), which costs about a quarter.
+        separable: the fusion blocks' and the head's 3x3 convolutions are a depthwise one and a 1x1 one
+            (Howard et al. 2017, arXiv 1704.04861).
         detail: add the encoder stem's maps into the decoder (the idea of ViTMatte's detail stream,
             arXiv 2305.15272), so that crown edges need not pass through 16-pixel tokens.
         bins, bin_min, bin_max: height bins, in units of `scale` metres.
@@ -141,6 +143,7 @@ class DecoderConfig:
     unit_bias: bool = False
     unit_norm: bool = False
     head: str = "full"
+    separable: bool = False
     detail: bool = False
     bins: int = 256
     bin_min: float = 0.001

@@ -49,15 +49,24 @@ class Reassemble(nn.Module):
         return self.resize(self.project(self.readout(tokens, class_token)))
 
 
+def conv3x3(config: DecoderConfig, inner: int, outer: int, bias: bool = True) -> nn.Module:
+    """A 3x3 convolution that keeps the size, in one piece or separable."""
+    if not config.separable:
+        return nn.Conv2d(inner, outer, 3, padding=1, bias=bias)
+    each = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False)
+    return nn.Sequential(each, nn.Conv2d(inner, outer, 1, bias=bias))
+
+
 class ResidualUnit(nn.Module):
     """Pre-activation residual unit of RefineNet: x + conv(relu(conv(relu(x))))."""
 
-    def __init__(self, channels: int, bias: bool, norm: bool) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
-        self.norm1 = nn.BatchNorm2d(channels) if norm else nn.Identity()
-        self.norm2 = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        width = config.fusion
+        self.conv1 = conv3x3(config, width, width, config.unit_bias)
+        self.conv2 = conv3x3(config, width, width, config.unit_bias)
+        self.norm1 = nn.BatchNorm2d(width) if config.unit_norm else nn.Identity()
+        self.norm2 = nn.BatchNorm2d(width) if config.unit_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         # relu must not work in place: the skip needs x as it was
@@ -72,8 +81,8 @@ class Fusion(nn.Module):
         super().__init__()
         width = config.fusion
         # The deepest level has nothing to add, so its first unit would never run.
-        self.unit1 = None if first else ResidualUnit(width, config.unit_bias, config.unit_norm)
-        self.unit2 = ResidualUnit(width, config.unit_bias, config.unit_norm)
+        self.unit1 = None if first else ResidualUnit(config)
+        self.unit2 = ResidualUnit(config)
         self.out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, finer: Tensor | None, size: tuple[int, int]) -> Tensor:
@@ -93,8 +102,8 @@ class Head(nn.Module):
         super().__init__()
         self.full = config.head == "full"
         middle = config.fusion // 2 if self.full else config.hidden
-        self.conv1 = nn.Conv2d(config.fusion, middle, 3, padding=1)
-        self.conv2 = nn.Conv2d(middle, config.hidden, 3, padding=1)
+        self.conv1 = conv3x3(config, config.fusion, middle)
+        self.conv2 = conv3x3(config, middle, config.hidden)
         self.conv3 = nn.Conv2d(config.hidden, config.bins, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -29,6 +29,10 @@ FAMILIES = {
         ),
         dict(head="half", detail=True, unit_norm=True, weights="softmax", bin_min=0.0),
     ),
+    "separable": (
+        dict(family="rope", rope_type="cat", rope_rotate_half=False, stem=(4, 8, 8)),
+        dict(head="half", detail=True, unit_norm=True, separable=True, weights="softmax", bin_min=0.0),
+    ),
     "patch 14": (dict(family="vit", patch=14, pos_resize="bicubic", pos_embed_prefix=False), dict()),
 }
 

@@ -11,7 +11,7 @@ from canopy.errors import ConfigError, InputError
 from canopy.models.config import EncoderConfig, ModelConfig
 from canopy.models.height import pad_to_multiple
 
-FAMILIES = ["v1-like", "v2-like", "ours", "patch 14"]
+FAMILIES = ["v1-like", "v2-like", "ours", "separable", "patch 14"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
