@@ -22,7 +22,10 @@ _HELP_RADIOMETRY = (
 _HELP_IMAGERY = (
     "A named source (naip, demo, ...), a STAC API or catalog, an XYZ template, a directory or VRT."
 )
-HELP_BACKEND = "auto, torch, openvino or onnx. auto: openvino on a CPU where it is installed, else torch."
+HELP_BACKEND = (
+    "auto, torch, torch-compiled (minutes to start; for long jobs), openvino or onnx. "
+    "auto: openvino on a CPU where it is installed, else torch."
+)
 HELP_PRECISION = "auto (fp32), fp32, bf16 where the hardware has it, or int8 (see canopy models quantize)."
 
 Images = Annotated[

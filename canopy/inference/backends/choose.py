@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from canopy.inference.backends.store import Converted
     from canopy.models.height import HeightModel
 
-BACKENDS = ("auto", "torch", "openvino", "onnx")
+COMPILED = "torch-compiled"
+BACKENDS = ("auto", "torch", COMPILED, "openvino", "onnx")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 _TITLES = {"openvino": "OpenVINO", "onnx": "ONNX Runtime"}
 _PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime"}
@@ -35,7 +36,7 @@ class Choice:
     """What was settled.
 
     Attributes:
-        backend: torch, openvino or onnx.
+        backend: torch, torch-compiled, openvino or onnx.
         precision: fp32, bf16 or int8.
         device: as asked; `cpu` for openvino and onnx.
         name: of the model, for people.
@@ -64,21 +65,28 @@ class Choice:
         Raises:
             InputError: the device is not here. CanopyError: a conversion that failed.
         """
-        if self.backend == "torch":
-            device = pick_device(self.device)
-            if self.precision == "bf16":
-                check_bf16(device)
-            runner: Runner = TorchRunner(model, device, self.precision, outputs)
-            return runner
+        if self.backend in ("torch", COMPILED):
+            return self._open_torch(model, outputs)
         scores, layers = self.scores(model), self._layers(model, outputs)
         if self.backend == "openvino":
             from canopy.inference.backends.openvino_runner import OpenVinoRunner
 
-            runner = OpenVinoRunner(scores.parts, layers.parts, outputs, self.precision)
+            runner: Runner = OpenVinoRunner(scores.parts, layers.parts, outputs, self.precision)
         else:
             from canopy.inference.backends.onnx_runner import OnnxRunner
 
             runner = OnnxRunner(scores.parts, layers.parts, outputs)
+        return runner.with_radiometry(model.stretch)
+
+    def _open_torch(self, model: HeightModel, outputs: tuple[str, ...]) -> Runner:
+        device = pick_device(self.device)
+        if self.precision == "bf16":
+            check_bf16(device)
+        if self.backend == "torch":
+            return TorchRunner(model, device, self.precision, outputs)
+        from canopy.inference.backends.static import StaticRunner
+
+        runner = StaticRunner(model, device, self.precision, outputs, mode="compile")
         return runner.with_radiometry(model.stretch)
 
     def scores(self, model: HeightModel) -> Converted:
@@ -153,7 +161,10 @@ def settle(
     kind = "fp32" if precision == "auto" else precision
     if chosen == "torch":
         return Choice("torch", kind, device)
-    _check_runtime(chosen, kind, device, model)
+    _check_model(chosen, model)
+    if chosen == COMPILED:
+        return Choice(COMPILED, kind, device, _name(model))
+    _check_runtime(chosen, kind, device)
     choice = Choice(chosen, kind, "cpu", _name(model))
     try:
         return _converted(choice, model)
@@ -206,10 +217,18 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _check_runtime(backend: str, precision: str, device: str, model: HeightModel) -> None:
-    """Raises where a backend that was chosen cannot run at all."""
+def _check_model(backend: str, model: HeightModel) -> None:
     from canopy.models.height import HeightModel
 
+    if not isinstance(model, HeightModel):
+        raise ConfigError(
+            f"a {type(model).__name__} cannot be converted", where=f"--backend {backend}",
+            expected="a HeightModel", remedy="use --backend torch",
+        )  # fmt: skip
+
+
+def _check_runtime(backend: str, precision: str, device: str) -> None:
+    """Raises where a backend that was chosen cannot run at all."""
     title = _TITLES[backend]
     if not _installed(_PACKAGES[backend]):
         raise InputError(
@@ -220,11 +239,6 @@ def _check_runtime(backend: str, precision: str, device: str, model: HeightModel
         raise ConfigError(
             f"{title} runs on the CPU here", where=f"--device {device}", remedy="use --backend torch"
         )
-    if not isinstance(model, HeightModel):
-        raise ConfigError(
-            f"a {type(model).__name__} cannot be converted", where=f"--backend {backend}",
-            expected="a HeightModel", remedy="use --backend torch",
-        )  # fmt: skip
     if precision == "bf16":
         import torch
 

@@ -21,7 +21,7 @@ class Runner(Protocol):
     """A model that is ready to run on one device in one precision.
 
     Attributes:
-        backend: `torch`, `openvino` or `onnx`.
+        backend: `torch`, `torch-compiled`, `openvino` or `onnx`.
         precision: `fp32`, `bf16` or `int8`.
         device: where it runs.
         outputs: layers of `HeightModel.layers` it gives, in order; the first is `height_m`.

@@ -48,6 +48,7 @@ class StaticRunner(TorchRunner):
         self.mode = mode if mode != "graph" or device.type == "cuda" else "eager"
         self._scores, self._layers = ScorePart(self.model).eval(), LayerPart(self.model, outputs).eval()
         if self.mode == "compile":
+            self.backend = "torch-compiled"
             self._compile()
         self._stretch: tuple[torch.Tensor, torch.Tensor] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -201,7 +201,7 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
 
 def _device_notes(settings: RegionSettings, choice: Choice) -> list[str]:
     """What workers elsewhere will not do by themselves."""
-    if settings.scheduler == "local" or choice.backend == "torch" or settings.device != "auto":
+    if settings.scheduler == "local" or choice.backend.startswith("torch") or settings.device != "auto":
         return []
     return [f"the workers will use {choice.backend} on their processors; for GPUs give --device cuda"]
 

@@ -36,6 +36,19 @@ def test_all_layers_are_those_of_torch(saved, family: str, backend: str) -> None
     assert np.array_equal(only[:, 0], found[:, 0])
 
 
+def test_compiled_torch_is_torch(saved) -> None:
+    """Whether there is a compiler or not: without one the network runs eagerly, and says so."""
+    stretch = Stretch(source=(0.1, 0.6, 0.1, 0.5, 0.1, 0.4), target=(0.05, 0.9, 0.1, 0.8, 0.1, 0.7))
+    crops = np.random.default_rng(4).random((3, 3, 64, 64), np.float32)
+    model = saved("vit").with_radiometry(stretch)
+    expected = settle(model, "torch", device="cpu").open(model, OUTPUTS)(crops)
+    choice = settle(model, "torch-compiled", device="cpu")
+    assert choice.names == {"backend": "torch-compiled", "precision": "fp32", "device": "cpu"}
+    runner = choice.open(model, OUTPUTS)
+    assert runner.backend == "torch-compiled"
+    np.testing.assert_allclose(runner(crops), expected, atol=MOST_M)
+
+
 @pytest.mark.parametrize("backend", ["openvino", "onnx"])
 def test_a_moved_radiometry_is_moved_alike(saved, backend: str) -> None:
     model = saved("cnn").with_radiometry(
