@@ -25,6 +25,7 @@ import numpy as np
 
 CASES = {
     "torch fp32": ("torch", "fp32"),
+    "torch compiled fp32": ("torch-compiled", "fp32"),
     "openvino fp32": ("openvino", "fp32"),
     "onnx fp32": ("onnx", "fp32"),
     "torch bf16": ("torch", "bf16"),

@@ -20,8 +20,9 @@ MAX_PIXELS = 4_000_000_000
 # Without a file the map is held in memory.
 MAX_PIXELS_IN_MEMORY = 400_000_000
 BYTES_PER_PIXEL = {"float32": 4, "uint16cm": 2, "uint8m": 1}
-# Reading, blending and writing beside the model (reference measurement: 0.25 CPU-s per Mpx).
-OVERHEAD_S_PER_PX = 0.25e-6
+# Reading, blending and writing beside the model: 0.1 s per Mpx mapped on the model's grid, 0.4 where imagery
+# is warped (benchmarks/stages.py); charged for pixels predicted and pixels mapped.
+OVERHEAD_S_PER_PX = 0.15e-6
 
 
 @dataclass(frozen=True)
