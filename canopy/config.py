@@ -7,14 +7,14 @@ A config holds only what differs from the defaults of its pydantic model. On the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from canopy.errors import ConfigError
+from canopy.errors import ConfigError, InputError
 
 
 class Settings(BaseModel):
@@ -23,7 +23,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+class Named(Settings):
+    """Settings that are known by the name of their file."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+
+
 S = TypeVar("S", bound=BaseModel)
+N = TypeVar("N", bound=Named)
 
 
 def load_settings(schema: type[S], path: str | Path, overrides: Iterable[str] = ()) -> S:
@@ -47,6 +54,34 @@ def load_settings(schema: type[S], path: str | Path, overrides: Iterable[str] = 
     for override in overrides:
         _apply(raw, override)
     return validate_settings(schema, raw, where=path)
+
+
+def load_named(schema: type[N], path: Path) -> N:
+    """Read a manifest, whose name must be its file's.
+
+    Raises:
+        ConfigError: as `load_settings`, or the name is another one.
+    """
+    manifest = load_settings(schema, path)
+    if manifest.name != path.stem:
+        raise ConfigError(
+            f"is named {manifest.name!r}", where=path, expected=f"{path.stem!r}, the file's name"
+        )
+    return manifest
+
+
+def check_known(name: str, known: Sequence[str], what: str, besides: str = "") -> None:
+    """Refuse a name that is not among those known.
+
+    Raises:
+        InputError: `no such {what}`; says the nearest name, and lists all of them after `besides`.
+    """
+    if name not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+        raise InputError(
+            f"no such {what}" + (f": did you mean {close[0]!r}?" if close else ""),
+            where=name, expected=f"{besides}one of " + ", ".join(known),
+        )  # fmt: skip
 
 
 def validate_settings(schema: type[S], raw: Mapping[str, Any], where: object) -> S:

@@ -6,7 +6,6 @@ scores others have published on it, and which models have seen the place in trai
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from canopy.config import Settings, load_settings
-from canopy.errors import ConfigError, InputError
+from canopy.config import Named, Settings, check_known, load_named
 from canopy.runtime import manifests_dir
 from canopy.sources.label_manifest import known_labels, label_source
 from canopy.sources.manifest import known_names
@@ -150,7 +148,7 @@ class Exclusion(Settings):
     why: str = Field(min_length=1)
 
 
-class BenchmarkManifest(Settings):
+class BenchmarkManifest(Named):
     """One benchmark.
 
     Attributes:
@@ -169,7 +167,6 @@ class BenchmarkManifest(Settings):
         licence: terms of the data. notes: what a user should know.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     title: str
     layout: Literal["pack", "folders"]
     reference: Reference
@@ -234,17 +231,5 @@ def benchmark(name: str) -> BenchmarkManifest:
         InputError: no such benchmark; names the nearest one and lists all.
         ConfigError: its file breaks the schema.
     """
-    known = known_benchmarks()
-    if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-        raise InputError(
-            "no such benchmark" + (f": did you mean {close[0]!r}?" if close else ""),
-            where=name, expected="one of " + ", ".join(known),
-        )  # fmt: skip
-    path = benchmarks_dir() / f"{name}.yaml"
-    manifest = load_settings(BenchmarkManifest, path)
-    if manifest.name != path.stem:
-        raise ConfigError(
-            f"is named {manifest.name!r}", where=path, expected=f"{path.stem!r}, the file's name"
-        )
-    return manifest
+    check_known(name, known_benchmarks(), "benchmark")
+    return load_named(BenchmarkManifest, benchmarks_dir() / f"{name}.yaml")

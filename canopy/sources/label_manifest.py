@@ -7,7 +7,6 @@ in `unverified`.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +14,8 @@ from pydantic import Field, field_validator, model_validator
 from shapely.geometry import MultiPolygon, Polygon
 from shapely.geometry.base import BaseGeometry
 
-from canopy.config import Settings, load_settings
-from canopy.errors import ConfigError, InputError
+from canopy.config import Named, Settings, check_known, load_named
+from canopy.errors import InputError
 from canopy.runtime import manifests_dir
 from canopy.sources.manifest import coverage_geometry
 
@@ -101,7 +100,7 @@ class Partner(Settings):
     what: str
 
 
-class LabelManifest(Settings):
+class LabelManifest(Named):
     """One source of labels.
 
     Attributes:
@@ -129,7 +128,6 @@ class LabelManifest(Settings):
         notes: what a user should know.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     title: str
     kind: Literal["airborne-lidar", "spaceborne-lidar"]
     protocol: Protocol
@@ -222,12 +220,7 @@ def load_label_manifest(path: Path) -> LabelManifest:
     Raises:
         ConfigError: unreadable, a field that is unknown, missing or wrong, or a name that is not the file's.
     """
-    manifest = load_settings(LabelManifest, path)
-    if manifest.name != path.stem:
-        raise ConfigError(
-            f"is named {manifest.name!r}", where=path, expected=f"{path.stem!r}, the file's name"
-        )
-    return manifest
+    return load_named(LabelManifest, path)
 
 
 def label_source(name: str) -> LabelManifest:
@@ -236,14 +229,7 @@ def label_source(name: str) -> LabelManifest:
     Raises:
         InputError: no such source; names the nearest one and lists all.
     """
-    known = known_labels()
-    if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-        raise InputError(
-            "no such label source" + (f": did you mean {close[0]!r}?" if close else ""),
-            where=name,
-            expected="one of " + ", ".join(known),
-        )
+    check_known(name, known_labels(), "label source")
     return load_label_manifest(labels_dir() / f"{name}.yaml")
 
 

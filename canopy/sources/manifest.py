@@ -5,7 +5,6 @@ A manifest says what exists and under which terms; it never holds pixels, keys o
 
 from __future__ import annotations
 
-import difflib
 import os
 import string
 from pathlib import Path
@@ -15,15 +14,15 @@ from pydantic import Field, field_validator, model_validator
 from shapely.geometry import MultiPolygon, Polygon, box, shape
 from shapely.geometry.base import BaseGeometry
 
-from canopy.config import Settings, load_settings
-from canopy.errors import ConfigError, DataError, InputError
+from canopy.config import Named, check_known, load_named
+from canopy.errors import DataError, InputError
 from canopy.geo.aoi import AOI
 from canopy.runtime import manifests_dir
 
 Kind = Literal["file", "dir", "stac", "xyz", "demo"]
 
 
-class ImageryManifest(Settings):
+class ImageryManifest(Named):
     """One named source.
 
     Attributes:
@@ -49,7 +48,6 @@ class ImageryManifest(Settings):
         placeholder_sha256: digests of tiles that mean "no imagery here".
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     title: str
     kind: Kind
     href: str = ""
@@ -152,12 +150,7 @@ def load_manifest(path: Path) -> ImageryManifest:
     Raises:
         ConfigError: unreadable, a field that is unknown, missing or wrong, or a name that is not the file's.
     """
-    manifest = load_settings(ImageryManifest, path)
-    if manifest.name != path.stem:
-        raise ConfigError(
-            f"is named {manifest.name!r}", where=path, expected=f"{path.stem!r}, the file's name"
-        )
-    return manifest
+    return load_named(ImageryManifest, path)
 
 
 def named_source(name: str) -> ImageryManifest:
@@ -166,14 +159,7 @@ def named_source(name: str) -> ImageryManifest:
     Raises:
         InputError: no such source; names the nearest one and lists all.
     """
-    known = known_names()
-    if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-        raise InputError(
-            "no such file, directory or named source" + (f": did you mean {close[0]!r}?" if close else ""),
-            where=name,
-            expected="a path, a URL, or one of " + ", ".join(known),
-        )
+    check_known(name, known_names(), "file, directory or named source", besides="a path, a URL, or ")
     return load_manifest(imagery_dir() / f"{name}.yaml")
 
 
