@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,11 +28,14 @@ from canopy.training.run_folder import LAST
 from canopy.training.scoring import Predictor, Table, plain, predict_chip, score
 from canopy.training.settings import DataSettings, FinetuneSettings
 
+if TYPE_CHECKING:
+    from canopy.models.height import HeightModel
+
 OVERLAP_PX = 64
 
 
 class RunSettings(Settings):
-    """One line of the matrix: a config and what differs from it, or a baseline.
+    """One line of the matrix: a config and what differs from it, a baseline, or a model to score as it is.
 
     `set` holds settings as the config does; "{name}" in a text stands for the variable of that name, and a
     line whose variable is not given is left out.
@@ -41,14 +44,15 @@ class RunSettings(Settings):
     name: str
     config: str = ""
     baseline: Literal["", "constant", "ridge"] = ""
+    model: str = ""  # an embedded name or a file
     set: dict[str, Any] = Field(default_factory=dict)
     shares: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> RunSettings:
-        if bool(self.config) == bool(self.baseline):
-            raise ValueError("needs either a config or a baseline")
+    def _one_of_them(self) -> RunSettings:
+        if sum(map(bool, (self.config, self.baseline, self.model))) != 1:
+            raise ValueError("needs either a config, a baseline or a model")
         return self
 
 
@@ -86,16 +90,20 @@ class Job:
 
 def jobs(matrix: MatrixSettings, variables: Mapping[str, str]) -> Iterator[Job]:
     """Every run of the matrix: seed by seed, within a seed share by share, within a share fold by fold, so
-    that what time allows is comparable at any moment. Baselines run for the first seed only."""
+    that what time allows is comparable at any moment. Baselines run for the first seed only; models that are
+    there already are scored once."""
     seeds = list(dict.fromkeys(s for line in matrix.runs for s in line.seeds or matrix.seeds))
     shares = list(dict.fromkeys(s for line in matrix.runs for s in line.shares or matrix.shares))
-    missing = {line.name: names for line in matrix.runs if (names := _unset(line.set, variables))}
+    missing = {r.name: names for r in matrix.runs if (names := _unset(r.set | {"": r.model}, variables))}
     for name, names in missing.items():
         log.warning("%s is left out: --var %s=... is not given", name, names[0])
     folds = matrix.folds or {"": ()}
     for seed, share, (fold, sites), line in product(seeds, shares, folds.items(), matrix.runs):
         wanted = share in (line.shares or matrix.shares) and seed in (line.seeds or matrix.seeds)
-        if wanted and line.name not in missing and not (line.baseline and seed != seeds[0]):
+        again = (line.baseline or line.model) and seed != seeds[0]
+        again = again or (line.model and share != (line.shares or matrix.shares)[0])
+        if wanted and line.name not in missing and not again:
+            line = line.model_copy(update={"model": _filled(line.model, variables)})
             both = _flat(matrix.set) | _flat(line.set)
             texts = {k: _filled(v, variables) for k, v in both.items()}
             texts |= {"data.val_sites": sites} if sites else {}
@@ -162,7 +170,12 @@ def _run(
 ) -> tuple[dict[str, Any], dict[str, Table]]:
     where.mkdir(parents=True, exist_ok=True)
     keep = [f"data.chips={json.dumps(str(chips))}", *job.overrides]
-    predictor, data, facts = _baseline(job, keep) if job.line.baseline else _trained(job, base, keep, where)
+    if job.line.baseline:
+        predictor, data, facts = _baseline(job, keep)
+    elif job.line.model:
+        predictor, data, facts = _given(job, keep)
+    else:
+        predictor, data, facts = _trained(job, base, keep, where)
     facts = {"run": job.id, "name": job.line.name, "share": job.share, "seed": job.seed, **facts}
     facts |= {"fold": job.fold} if job.fold else {}
     facts |= {"data": data.sha256[:12], "commit": commit(), "hardware": hardware()}
@@ -175,15 +188,29 @@ def _run(
 
 def _baseline(job: Job, overrides: list[str]) -> tuple[Predictor, TrainingData, dict[str, Any]]:
     started = time.monotonic()
+    data = _data(job, overrides)
+    fitted = fit_baselines(WholeChips(data.train))
+    predictor = fitted.constant if job.line.baseline == "constant" else fitted.regression
+    return predictor, data, {"minutes": round((time.monotonic() - started) / 60, 2)}
+
+
+def _given(job: Job, overrides: list[str]) -> tuple[Predictor, TrainingData, dict[str, Any]]:
+    model = load_model(job.line.model)
+    facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    return _predictor(model), _data(job, overrides), facts | {"started_from": model.card.get("name", "-")}
+
+
+def _data(job: Job, overrides: list[str]) -> TrainingData:
     settings: dict[str, Any] = {}
     for override in overrides:
         key, text = override.split("=", 1)
         if key.startswith("data."):
             settings[key.removeprefix("data.")] = json.loads(text)
-    data = open_data(validate_settings(DataSettings, settings, job.id))
-    fitted = fit_baselines(WholeChips(data.train))
-    predictor = fitted.constant if job.line.baseline == "constant" else fitted.regression
-    return predictor, data, {"minutes": round((time.monotonic() - started) / 60, 2)}
+    return open_data(validate_settings(DataSettings, settings, job.id))
+
+
+def _predictor(model: HeightModel) -> Predictor:
+    return lambda chip: predict_chip(model, chip, model.config.crop_px, OVERLAP_PX)
 
 
 def _trained(
@@ -194,10 +221,10 @@ def _trained(
     if not (where / MODEL).is_file():
         finetune(settings, where, resume=(where / LAST).is_file(), command=_command(job))
     model = load_model(where / MODEL, device=settings.device)
-    card, side = model.card, model.config.crop_px
+    card = model.card
     facts = {k: card[k] for k in ("steps", "minutes", "parameters", "exported")}
     facts["started_from"] = card.get("started_from", {}).get("file", "random weights")
-    return lambda chip: predict_chip(model, chip, side, OVERLAP_PX), data, facts
+    return _predictor(model), data, facts
 
 
 def _command(job: Job) -> str:
@@ -205,6 +232,8 @@ def _command(job: Job) -> str:
     if job.line.baseline:
         fold = f" without the places of {job.fold}" if job.fold else ""
         return f"baseline {job.line.baseline} at data.label_share={job.share:g}{fold}"
+    if job.line.model:
+        return f"model {Path(job.line.model).name} as it is"
     pairs = (override.split("=", 1) for override in job.overrides)
     texts = [f"{key}={value.split('/')[-1]}" for key, value in pairs]
     return shlex.join(["canopy", "train", Path(job.line.config).name, *(t.replace('"', "") for t in texts)])

@@ -72,6 +72,23 @@ def test_runs_are_scored_once_and_failures_do_not_stop_the_rest(
     run_matrix(load_matrix(matrix, ["seeds=[0]", "shares=[1.0]"]), tmp_path, shards, out, {})
 
 
+def test_a_model_that_is_there_is_scored_as_it_is(matrix, config, shards, tmp_path):
+    torch.set_num_threads(1)
+    made = tmp_path / "out" / "ours-100pct-s0" / "model.safetensors"
+    run_matrix(load_matrix(matrix, ["seeds=[0]", "shares=[1.0]"]), tmp_path, shards, tmp_path / "out", {})
+    lines = ["runs=[{name: there, model: '{made}'}, {name: left-out, model: '{other}'}]"]
+    wanted = load_matrix(matrix, lines)
+    assert run_matrix(wanted, tmp_path, shards, tmp_path / "again", {"made": str(made)}) == []
+    with (tmp_path / "again" / "results.csv").open(newline="") as file:
+        again = list(csv.DictReader(file))
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        ours = {row["run"]: row for row in csv.DictReader(file)}["ours-100pct-s0"]
+    # Once, whatever the seeds and shares; nothing of the folder's name gets into the table.
+    assert [row["run"] for row in again] == ["there-100pct-s0"]
+    assert again[0]["val mae_m"] == ours["val mae_m"] and again[0]["parameters"] == ours["parameters"]
+    assert again[0]["command"] == "model model.safetensors as it is"
+
+
 def test_folds_of_places_are_scored_on_what_they_left_out(config, shards, tmp_path):
     torch.set_num_threads(1)
     text = """
@@ -99,7 +116,7 @@ runs:
 
 
 def test_wrong_matrices(matrix):
-    with pytest.raises(ConfigError, match="either a config or a baseline"):
+    with pytest.raises(ConfigError, match="either a config, a baseline or a model"):
         load_matrix(matrix, ["runs=[{name: a}]"])
     with pytest.raises(ConfigError, match="two runs are called 'a'"):
         load_matrix(matrix, ["runs=[{name: a, baseline: ridge}, {name: a, baseline: constant}]"])
