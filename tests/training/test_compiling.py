@@ -22,6 +22,12 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """What other settings (of randomness, say) had compiled on this machine is not found again."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+
+
 def column(path, name: str) -> list[float]:
     with path.open(newline="") as file:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
@@ -41,7 +47,7 @@ def test_what_is_compiled_keeps_its_names_and_the_average_stays_plain(config):
 
 @pytest.mark.slow
 @needs_compiler
-def test_fine_tuning_compiled_is_the_same(config, tmp_path):
+def test_fine_tuning_compiled_is_the_same(config, tmp_path, own_cache):
     torch.set_num_threads(1)
     for name in ("false", "true"):
         torch._dynamo.reset()
@@ -54,7 +60,7 @@ def test_fine_tuning_compiled_is_the_same(config, tmp_path):
 
 @pytest.mark.slow
 @needs_compiler
-def test_pretraining_compiled_is_the_same(repo, views_dir, tmp_path):
+def test_pretraining_compiled_is_the_same(repo, views_dir, tmp_path, own_cache):
     changes = [f"data.chips={views_dir}", "steps=3", "log_every=1", "probe.every=0", "dino.gram.weight=0",
                "views.locals=0", "final.share=0"]  # fmt: skip
     for name in ("false", "true"):
