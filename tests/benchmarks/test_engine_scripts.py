@@ -120,3 +120,16 @@ def test_allocation(script, tiny_model, tmp_path):
         (1, "usual"), (1, "kept"), (2, "usual"), (2, "kept")
     ]  # fmt: skip
     assert all(row["user s/Mpx"] + row["system s/Mpx"] > 0 for row in rows)
+
+
+# ---- heads --------------------------------------------------------------------------------------
+def test_heads_share_an_encoder_and_differ_in_work(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("CANOPY_CACHE", str(tmp_path / "cache"))  # which the script moves
+    heads = script("heads")
+    heads.main(["--side", "64", "--rounds", "1", "--out", str(tmp_path)])
+    rows = {row["head"]: row for row in results(tmp_path, "heads")}
+    assert {"shipped", "slim-32", "dpt"} <= set(rows)
+    encoders = {round(row["GFLOP at 256 px"] - row["of that the head"], 6) for row in rows.values()}
+    assert len(encoders) == 1 and min(encoders) > 1
+    assert rows["slim-32"]["of that the head"] < rows["shipped"]["of that the head"] / 2
+    assert rows["dpt"]["of that the head"] > 5 * rows["shipped"]["of that the head"]
