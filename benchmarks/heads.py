@@ -78,12 +78,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--side", type=int, help="of the crop, px; default: the default model's")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="these heads alone")
     options = parser.parse_args(argv)
     from canopy.models.checkpoint import load_model
 
     base = load_model("default").config
     base = replace(base, crop_px=options.side or base.crop_px, overlap_px=0, margin_px=0)
-    configs = heads(base)
+    configs = {name: config for name, config in heads(base).items() if name in (options.only or [name])}
     backends = [b for b in ("torch", "openvino") if importlib.util.find_spec(b)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

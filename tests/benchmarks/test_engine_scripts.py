@@ -126,10 +126,10 @@ def test_allocation(script, tiny_model, tmp_path):
 def test_heads_share_an_encoder_and_differ_in_work(script, tmp_path, monkeypatch):
     monkeypatch.setenv("CANOPY_CACHE", str(tmp_path / "cache"))  # which the script moves
     heads = script("heads")
-    heads.main(["--side", "64", "--rounds", "1", "--out", str(tmp_path)])
+    arguments = ["--side", "64", "--rounds", "1", "--only", "shipped", "slim-32"]
+    heads.main([*arguments, "--out", str(tmp_path)])
     rows = {row["head"]: row for row in results(tmp_path, "heads")}
-    assert {"shipped", "slim-32", "dpt"} <= set(rows)
+    assert set(rows) == {"shipped", "slim-32"}
     encoders = {round(row["GFLOP at 256 px"] - row["of that the head"], 6) for row in rows.values()}
     assert len(encoders) == 1 and min(encoders) > 1
     assert rows["slim-32"]["of that the head"] < rows["shipped"]["of that the head"] / 2
-    assert rows["dpt"]["of that the head"] > 5 * rows["shipped"]["of that the head"]
