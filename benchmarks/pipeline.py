@@ -28,7 +28,8 @@ import common
 SOURCES = ("jpeg", "deflate", "http")
 PURE_CROPS = 16  # forward passes of this many crops stand for all
 LEGEND = """\
-wall, cpu: of the job over pure forward passes of as many crops, by wall and by processor time (aim: 1.05).
+wall, cpu: of the job over pure forward passes of as many crops, by wall and by processor time (aim: 1.05);
+in job: its wall over that of its own passes, which the readers slow down but a change of pace does not move.
 wall s, cpu s: of the job; its COG: from the last pixel to the renamed file, overlapped with nothing."""
 
 
@@ -176,6 +177,7 @@ def row_of(source: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "cpu s": cpu,
         "wall": wall / model_wall,
         "cpu": cpu / model_cpu,
+        "in job": wall / common.middle(runs, "model_in_run_s"),
         "beside, cpu s/Mpx": (cpu - model_cpu) / runs[0]["pixels"] * 1e6,
         "COG s": finish["wall_s"],
         "COG cpu s": finish["cpu_s"],

@@ -57,14 +57,14 @@ def _faster(ways: tuple[str, ...], least: float) -> Callable[[Any, Any], tuple[s
     return measure
 
 
-def _overhead(results: Any, _: Any) -> tuple[str, bool] | None:
+def _overhead(results: Any, _: Any) -> tuple[str, bool]:
     """Wall time of a job over that of its forward passes, the worst of the kinds of source."""
     row = max(results["rows"], key=lambda row: row["wall"])
-    return (
-        row["wall"],
-        f"{row['wall']:.3f} ({row['source']}; processor time {row['cpu']:.3f})",
-        row["wall"] <= 1.05,
+    words = (
+        f"{row['wall']:.3f} ({row['source']}, {row['Mpx']:.1f} Mpx; processor time {row['cpu']:.3f}; "
+        f"over the passes within the job {row['in job']:.3f})"
     )
+    return words, row["wall"] <= 1.05
 
 
 def _seams(results: Any, _: Any) -> tuple[str, bool] | None:

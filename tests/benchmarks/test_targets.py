@@ -45,3 +45,14 @@ def test_a_gpu_is_judged_on_a_gpu_alone(script, device, met):
     found = {"gpu": {"settings": {"name": device}, "results": [result]}}
     judged = {one["target"]: one for one in script("targets").judge(found)}
     assert judged["share of the GPU's measured matrix products"]["met"] == met
+
+
+@pytest.mark.parametrize(("wall", "met"), [(1.049, "yes"), (1.051, "no")])
+def test_the_worst_source_decides_over_the_pipeline(script, wall, met):
+    rows = [
+        {"source": source, "wall": ratio, "cpu": 1.02, "in job": 1.03, "Mpx": 4.2}
+        for source, ratio in (("jpeg", 1.01), ("http", wall), ("deflate", 0.99))
+    ]
+    found = {"pipeline": {"settings": {}, "results": {"rows": rows}}}
+    judged = {one["by"]: one for one in script("targets").judge(found)}["benchmarks/pipeline.py"]
+    assert judged["met"] == met and judged["measured"].startswith(f"{wall:.3f} (http")
