@@ -26,19 +26,21 @@ CROPS = 6
 
 
 def crop_cpu_s() -> float:
-    """Processor seconds of one crop of the default model on one thread."""
+    """Processor seconds of one crop of the default model on one thread, in the default backend."""
+    import numpy as np
     import torch
 
+    from canopy.inference.backends.choose import settle
     from canopy.sources.weights import load_model
 
     torch.set_num_threads(1)
     model = load_model("default")
-    rgb = torch.full((1, 3, model.config.crop_px, model.config.crop_px), 0.4)
-    with torch.inference_mode():
-        model(rgb)
-        started = time.process_time()
-        for _ in range(CROPS):
-            model(rgb)
+    runner = settle(model, device="cpu").open(model)
+    rgb = np.full((1, 3, model.config.crop_px, model.config.crop_px), 0.4, np.float32)
+    runner(rgb)
+    started = time.process_time()
+    for _ in range(CROPS):
+        runner(rgb)
     return (time.process_time() - started) / CROPS
 
 
@@ -63,7 +65,7 @@ def plan(name: str, km2: float, crop_s: float, measured: bool, out: Path) -> dic
         "km2_per_worker_hour": round(cost.km2_per_hour, 1), "worker_hours": round(cost.worker_hours),
     }  # fmt: skip
     if not (measured and for_gpu):  # a GPU's price says nothing of a core's hours
-        found |= {"price": settings.price, "money": round(cost.money or 0)}
+        found |= {"price": settings.price, "money": round(cost.money or 0, 1)}
     return found
 
 

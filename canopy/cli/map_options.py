@@ -96,7 +96,7 @@ class RegionOptions:
     out: Out = None
     grid: GridKind = "quadkey"
     zoom: Zoom = 10
-    tile_px: TilePx = 2048
+    tile_px: TilePx = 4096
     crs: MapCrs = None
     layout: Layout = "tiles"
     scheduler: Scheduler = "local"

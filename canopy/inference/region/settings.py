@@ -41,7 +41,7 @@ class RegionSettings(Settings):
 
     grid: Literal["quadkey", "utm"] = "quadkey"
     zoom: int = Field(default=10, ge=1, le=24)
-    tile_px: int = Field(default=2048, ge=16, le=32768)
+    tile_px: int = Field(default=4096, ge=16, le=32768)
     crs: str | None = None
     gsd: float | None = None
     encoding: Literal["float32", "uint16cm", "uint8m"] = "float32"
