@@ -22,7 +22,7 @@ def predict(
     area: AreaOptions,
     out: Out = None,
     crs: Crs = None,
-    workers: Workers = 2,
+    workers: Workers = "auto",
     quicklook: Quicklook = False,
     max_pixels: MaxPixels = None,
     dry_run: DryRun = False,

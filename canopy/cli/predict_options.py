@@ -45,7 +45,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N o
 Backend = Annotated[str, typer.Option("--backend", help=HELP_BACKEND)]
 Precision = Annotated[str, typer.Option("--precision", help=HELP_PRECISION)]
 BatchSize = Annotated[str, typer.Option("--batch-size", help="Crops per forward pass, or auto.")]
-Workers = Annotated[int, typer.Option("--workers", help="Threads that read imagery ahead.")]
+Workers = Annotated[str, typer.Option("--workers", help="Threads that read imagery ahead, or auto.")]
 Datetime = Annotated[
     str | None, typer.Option("--datetime", metavar="FROM/TO", help="Acquisitions to use, as STAC has it.")
 ]

@@ -145,7 +145,7 @@ def predict_grid(
     plan = plan_windows(grid, lattice, window_px)
     summary = RunSummary(windows=len(plan), crops=plan.n_crops)
     progress.start(plan.n_crops, "predicting")
-    readers = reader_count(workers, predictor.device)
+    readers = reader_count(workers, predictor.device.type)
     with kept_memory(), _Stages(plan, predictor, extras, readers, progress) as stages:
         for window, pixels in stages.read_ahead(source, aoi):
             for finished in stages.flow.feed(window, pixels):
@@ -160,13 +160,19 @@ def predict_grid(
     return summary
 
 
-def reader_count(workers: int | str, device: torch.device) -> int:
+def reader_count(workers: int | str, device_type: str = "cpu") -> int:
     """Threads that read imagery: `auto` takes two beside a CPU that predicts, up to eight for a GPU."""
     if workers == "auto":
-        return 2 if device.type == "cpu" else min(8, os.cpu_count() or 2)
-    if isinstance(workers, str):
-        raise ConfigError(f"{workers!r} readers", where="--workers", expected="auto or a number")
-    return max(1, workers)
+        return 2 if device_type == "cpu" else min(8, os.cpu_count() or 2)
+    try:
+        count = int(workers)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ConfigError(
+            f"{workers!r} is no number of readers", where="--workers", expected="auto or a number from 1"
+        )
+    return count
 
 
 class _Stages:

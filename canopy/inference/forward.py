@@ -84,7 +84,8 @@ class Predictor:
         import torch
 
         # A map must not depend on how many crops were left over: other batch sizes take other kernels.
-        whole = self.batch_size if self.device.type == "cuda" else min(2, self.batch_size)
+        one_shape = self.device.type == "cuda" or self.runner.backend == "torch-compiled"
+        whole = self.batch_size if one_shape else min(2, self.batch_size)
         short = 0 if self.runner.alone else max(0, whole - len(crops))
         if short:
             crops = torch.cat([crops, crops[-1:].expand(short, -1, -1, -1)])

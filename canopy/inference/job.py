@@ -18,7 +18,7 @@ from canopy.geo.raster import raster_env
 from canopy.inference import output
 from canopy.inference.backends.choose import settle
 from canopy.inference.backends.runner import Runner
-from canopy.inference.engine import RunSummary, Sink, predict_grid
+from canopy.inference.engine import RunSummary, Sink, predict_grid, reader_count
 from canopy.inference.estimate import Estimate, estimate, refuse_too_large, seconds_per_crop
 from canopy.inference.extras import QUALITY_BAND, Extras, extras_of
 from canopy.inference.plan import Lattice, Plan, plan_windows
@@ -262,8 +262,7 @@ def prepare(request: Request) -> Job:
 
 def _check_output(request: Request) -> output.OutputFiles | None:
     output.check_encoding(request.encoding, request.date_band)
-    if request.workers < 1:
-        raise InputError(f"{request.workers} workers", where="--workers", expected="at least 1")
+    reader_count(request.workers)  # what is no number is told now
     if request.out is None:
         return None
     files = output.OutputFiles.of(request.out, request.quicklook)

@@ -24,7 +24,7 @@ class Options(TypedDict, total=False):
     backend: str
     precision: str
     batch_size: int | str
-    workers: int
+    workers: int | str
     datetime: str | None
     bands: str | Sequence[int] | None
     nodata: float | None
@@ -69,7 +69,7 @@ class Request:
     backend: str = "auto"
     precision: str = "auto"
     batch_size: int | str = "auto"
-    workers: int = 2
+    workers: int | str = "auto"
     datetime: str | None = None
     bands: str | Sequence[int] | None = None
     nodata: float | None = None

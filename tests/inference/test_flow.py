@@ -155,9 +155,9 @@ def test_automatic_sizes() -> None:
     assert resolve_batch("auto", "cuda", 256) == 64
     assert resolve_batch("auto", "cuda", 1024) == 4
     assert resolve_batch(3, "cuda", 1024) == 3
-    assert reader_count("auto", CPU) == 2
-    assert reader_count(5, CPU) == 5
-    assert 1 <= reader_count("auto", torch.device("cuda")) <= 8
+    assert reader_count("auto", "cpu") == 2
+    assert reader_count(5, "cpu") == reader_count("5") == 5
+    assert 1 <= reader_count("auto", "cuda") <= 8
 
 
 def test_the_stopwatch_adds_up() -> None:
