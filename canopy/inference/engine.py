@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from canopy.errors import CanopyError, ConfigError
+from canopy.errors import CanopyError
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
 from canopy.inference.allocator import kept_memory
@@ -25,7 +25,7 @@ from canopy.inference.backends.runner import Runner
 from canopy.inference.blend import Canvas
 from canopy.inference.extras import Extras
 from canopy.inference.flow import Finished, Flow
-from canopy.inference.forward import Predictor
+from canopy.inference.forward import Predictor, counted
 from canopy.inference.plan import WINDOW_PX, Lattice, Plan, WorkWindow, plan_windows
 from canopy.inference.transfer import Transfer
 from canopy.inference.windows import Pixels, Source, read_ahead
@@ -164,15 +164,7 @@ def reader_count(workers: int | str, device_type: str = "cpu") -> int:
     """Threads that read imagery: `auto` takes two beside a CPU that predicts, up to eight for a GPU."""
     if workers == "auto":
         return 2 if device_type == "cpu" else min(8, os.cpu_count() or 2)
-    try:
-        count = int(workers)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise ConfigError(
-            f"{workers!r} is no number of readers", where="--workers", expected="auto or a number from 1"
-        )
-    return count
+    return counted(workers, "number of readers", "--workers")
 
 
 class _Stages:

@@ -127,15 +127,18 @@ def resolve_batch(batch_size: int | str, device_type: str, crop_px: int = 256) -
     if batch_size == "auto":
         crops, pixels = AUTO_BATCH.get(device_type, AUTO_BATCH["cpu"])
         return max(1, min(crops, pixels // crop_px**2))
+    return counted(batch_size, "batch size", "--batch-size")
+
+
+def counted(value: int | str, what: str, option: str) -> int:
+    """A positive whole number, also from text; ConfigError otherwise."""
     try:
-        size = int(batch_size)
+        number = int(value)
     except ValueError:
-        size = 0
-    if size < 1:
-        raise ConfigError(
-            f"{batch_size!r} is no batch size", where="--batch-size", expected="auto or a number from 1"
-        )
-    return size
+        number = 0
+    if number < 1:
+        raise ConfigError(f"{value!r} is no {what}", where=option, expected="auto or a number from 1")
+    return number
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
