@@ -1,6 +1,6 @@
 """All benchmarks one after another, then the targets: what `make bench` runs.
 
-    python benchmarks/run.py --out bench                   # about 12 minutes on two quiet cores
+    python benchmarks/run.py --out bench                   # about 20 minutes on two quiet cores
     python benchmarks/run.py --out bench --size full       # the sizes that docs/performance.md reports; hours
     python benchmarks/run.py --out bench --only startup stages
 
