@@ -1,6 +1,6 @@
 """The published sizes themselves, with random weights: exact heights, and conversion in little memory.
 
-Slow (minutes, 4 GB of memory, 6 GB of disk): `pytest -m slow tests/models/test_published_full.py -s`.
+Slow (minutes, 4 GB of memory, 5.2 GB of disk, given back at once): `pytest -m slow tests/models/test_published_full.py -s`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ V1 = {
     "v1-large": (1024, 24, (128, 256, 512, 1024), 16, (4, 11, 17, 23)),
 }
 MEMORY_TIMES_FILE = 2.2
+DISK_BYTES = 5_500_000_000
 # In a process of its own; VmHWM is the most memory it ever held, mapped pages of the input included.
 _CONVERT = """
 import json, sys
@@ -38,6 +40,14 @@ done = convert(sys.argv[1], sys.argv[2], backbone=sys.argv[3] if len(sys.argv) >
 line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
 print(json.dumps({"found": done.recognised.found, "peak": int(line.split()[1]) * 1024}))
 """
+
+
+@pytest.fixture(autouse=True)
+def room(tmp_path: Path) -> None:
+    """A full disk is this test's one failure, and not the next hundred tests'."""
+    free = shutil.disk_usage(tmp_path).free
+    if free < DISK_BYTES:
+        pytest.fail(f"{tmp_path}: {free / 1e9:.1f} GB free, {DISK_BYTES / 1e9:.1f} needed; set TMPDIR to a larger disk")
 
 
 def _convert(out: Path, *inputs: Path) -> dict[str, object]:
@@ -72,7 +82,8 @@ def test_v1(name: str, tmp_path: Path) -> None:
     gc.collect()
     assert _convert(tmp_path / "m.safetensors", tmp_path / "a.pth")["found"] == f"v1, plain: {name}"
     state = torch.load(tmp_path / "a.pth", mmap=True, weights_only=True)["state_dict"]
-    _compare(tmp_path / "m.safetensors", [originals.v1_forward(state, rgb, heads, taps) for rgb in _images()])
+    wanted = [originals.v1_forward(state, rgb, heads, taps) for rgb in _images()]
+    _compare(tmp_path / "m.safetensors", wanted)
 
 
 def test_v2(tmp_path: Path) -> None:
@@ -83,6 +94,8 @@ def test_v2(tmp_path: Path) -> None:
     torch.save(head, tmp_path / "h.pth")
     found = _convert(tmp_path / "m.safetensors", tmp_path / "h.pth", tmp_path / "b.pth")["found"]
     assert found == "v2, original backbone and head: v2-large"
+    for name in ("b.pth", "h.pth"):  # from here on in memory only: five copies would fill a small disk
+        (tmp_path / name).unlink()
     settings = transformers.CHMv2Config().backbone_config.to_dict()
     settings |= {"key_bias": False, "layer_norm_eps": 1e-5}
     with torch.device("meta"):
@@ -93,10 +106,11 @@ def test_v2(tmp_path: Path) -> None:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (originals.MEAN, originals.STD))
     with torch.inference_mode():
         wanted = [judge((rgb - mean) / std).predicted_depth[:, None] for rgb in _images()]
+    _compare(tmp_path / "m.safetensors", wanted)
+    (tmp_path / "m.safetensors").unlink()
     judge.save_pretrained(tmp_path / "hub")
     del judge, backbone, head
     gc.collect()
-    _compare(tmp_path / "m.safetensors", wanted)
     # The same weights as the hub edition, whose config says the same epsilon, are the same model.
     out = tmp_path / "hub.safetensors"
     done = _convert_hub(tmp_path / "hub", out)
