@@ -47,7 +47,9 @@ def room(tmp_path: Path) -> None:
     """A full disk is this test's one failure, and not the next hundred tests'."""
     free = shutil.disk_usage(tmp_path).free
     if free < DISK_BYTES:
-        pytest.fail(f"{tmp_path}: {free / 1e9:.1f} GB free, {DISK_BYTES / 1e9:.1f} needed; set TMPDIR to a larger disk")
+        pytest.fail(
+            f"{tmp_path}: {free / 1e9:.1f} GB free, {DISK_BYTES / 1e9:.1f} needed; set TMPDIR to a larger disk"
+        )
 
 
 def _convert(out: Path, *inputs: Path) -> dict[str, object]:
