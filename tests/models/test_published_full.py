@@ -1,6 +1,7 @@
 """The published sizes themselves, with random weights: exact heights, and conversion in little memory.
 
-Slow (minutes, 4 GB of memory, 5.2 GB of disk, given back at once): `pytest -m slow tests/models/test_published_full.py -s`.
+Slow (minutes, 4 GB of memory; 5.2 GB of disk, given back at once):
+`pytest -m slow tests/models/test_published_full.py -s`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def room(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     if free < DISK_BYTES:
         pytest.fail(
-            f"{tmp_path}: {free / 1e9:.1f} GB free, {DISK_BYTES / 1e9:.1f} needed; set TMPDIR to a larger disk"
+            f"{tmp_path}: {free / 1e9:.1f} GB free, {DISK_BYTES / 1e9:.1f} needed: set TMPDIR to another disk"
         )
 
 
