@@ -103,15 +103,19 @@ class StaticRunner(TorchRunner):
 
         compiled = torch.compile(self._scores, dynamic=False, mode="max-autotune-no-cudagraphs")
         plain = self._scores
+        broken = False  # here and not in self: copies with other radiometry share the attempt
 
         def scores(rgb: torch.Tensor) -> torch.Tensor:
+            nonlocal broken
+            if broken:
+                return plain(rgb)
             try:
                 return compiled(rgb)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a compiler may raise
                 log.warning("the network is not compiled (%s)", str(error).strip().split("\n")[0][:160])
-                self._scores = plain
+                broken = True
                 return plain(rgb)
 
         self._scores = scores  # type: ignore[assignment]

@@ -12,6 +12,7 @@ import torch
 
 import canopy
 from canopy.inference.backends.choose import settle
+from canopy.inference.backends.static import StaticRunner
 from canopy.models.radiometry import Stretch
 
 OUTPUTS = ("height_m", "spread_m", "q0.05", "q0.95")
@@ -47,6 +48,21 @@ def test_compiled_torch_is_torch(saved) -> None:
     runner = choice.open(model, OUTPUTS)
     assert runner.backend == "torch-compiled"
     np.testing.assert_allclose(runner(crops), expected, atol=MOST_M)
+
+
+def test_what_cannot_be_compiled_is_tried_once(saved, caplog, monkeypatch, tmp_path) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before is found
+    torch._dynamo.reset()
+    model = saved("vit")
+    crops = np.random.default_rng(4).random((2, 3, 64, 64), np.float32)
+    expected = settle(model, "torch", device="cpu").open(model)(crops)
+    runner = StaticRunner(model, torch.device("cpu"), mode="compile").with_radiometry(None)
+    for _ in range(3):
+        np.testing.assert_allclose(runner(crops), expected, atol=MOST_M)
+    assert caplog.text.count("is not compiled") == 1
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnx"])
