@@ -49,7 +49,7 @@ def with_radiometry(
     notes: list[str] = []
     measured = parsed.source
     if measured is None:
-        whole = source.area()
+        whole = source.area() if source.has_own_extent else None
         measured = scene_percentiles(source, whole or requested, model.config.gsd_m)
         if whole is None:
             numbers = ",".join(f"{v:g}" for v in (*measured, *target))

@@ -51,6 +51,7 @@ class DemoSource:
         self.native_grid: Grid | None = Grid.of(self.native_crs, corner, (side_px, side_px))
         self._lattice = self.native_grid
         self.scene_ids: tuple[str, ...] = (f"synthetic scene, seed {self.spec.seed}",)
+        self.has_own_extent = True
         self.notes: list[str] = ["demo: a synthetic scene, not a real place"]
 
     def area(self) -> AOI:

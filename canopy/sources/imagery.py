@@ -95,7 +95,12 @@ class ImagerySource(Protocol):
 
     @property
     def native_grid(self) -> Grid | None:
-        """The grid of a single north-up image in a projected CRS, else None."""
+        """The grid of a single north-up image, which may be in degrees, else None."""
+        ...
+
+    @property
+    def has_own_extent(self) -> bool:
+        """True where `area()` is that of the images, whatever was asked for; not for searches and tiles."""
         ...
 
     @property

@@ -62,6 +62,7 @@ class Mosaic:
         native_grid: Grid | None = None,
         notes: Sequence[str] = (),
         outline: AOI | None = None,
+        has_own_extent: bool = True,
     ) -> None:
         """Take the layers' common facts from the caller, who opened them.
 
@@ -69,6 +70,7 @@ class Mosaic:
             layers: topmost first.
             native_grid: the grid of the single north-up image, if that is what this is.
             outline: where the imagery is, if known more exactly than the union of the layers' outlines.
+            has_own_extent: False where the layers are what was found for one area.
         """
         if not layers:
             raise ImageryError("no images", where=name)
@@ -76,6 +78,7 @@ class Mosaic:
         self.name = name
         self.native_crs, self.native_gsd_m, self.native_grid = native_crs, native_gsd_m, native_grid
         self.notes = list(dict.fromkeys(notes))
+        self.has_own_extent = has_own_extent
         self._area = outline
 
     @property

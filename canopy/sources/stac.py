@@ -93,6 +93,7 @@ def open_stac(
         native_crs=first.place.crs,
         native_gsd_m=min(stated) if stated else gsd_m or first.gsd_m,
         notes=first.notes,
+        has_own_extent=False,
     )
 
 

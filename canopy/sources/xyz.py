@@ -122,6 +122,7 @@ class TileSource:
         self.native_crs: CRS = self.lattice.crs
         self.native_gsd_m = pixel * math.cos(math.radians(latitude))
         self.native_grid: Grid | None = None
+        self.has_own_extent = False  # that of a service may be a country
         self.dates: tuple[str, ...] = (service.day.isoformat(),) if service.day else ()
         self.scene_ids: tuple[str, ...] = (f"{service.name} zoom {self.zoom}",)
         self.notes: list[str] = (

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import canopy
 from canopy.errors import ConfigError, InputError
+from canopy.geo.aoi import AOI
 from canopy.inference.radiometry import scene_percentiles, with_radiometry
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
@@ -123,6 +124,18 @@ def test_a_model_without_percentiles_needs_them_said(scene: Path) -> None:
         with_radiometry(_model(()), source, whole, "match")
     _, text, notes = with_radiometry(_model(()), source, whole, ",".join(map(str, TARGET)))
     assert text.endswith("-> 0.1,0.7,0.15,0.65,0.05,0.55") and notes == []
+
+
+def test_a_search_has_no_extent_of_its_own(scene: Path) -> None:
+    """What was found for one area is measured over that area, and the note says how to keep the numbers."""
+    source = canopy.open_imagery(scene)
+    whole, east = source.area(), AOI.from_bounds((310_100, 4_169_880, 310_140, 4_169_990), "EPSG:32617")
+    assert whole is not None and source.has_own_extent
+    _, fixed, none = with_radiometry(_model(), source, east, "match")
+    source.has_own_extent = False  # as `open_stac` has it
+    _, measured, notes = with_radiometry(_model(), source, east, "match")
+    assert measured != fixed and not none and "--radiometry" in notes[0]
+    assert with_radiometry(_model(), source, whole, "match")[1] == fixed
 
 
 def test_a_flat_image_has_nothing_to_stretch(tmp_path: Path) -> None:
