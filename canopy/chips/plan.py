@@ -223,7 +223,7 @@ def image_grid(source: ImagerySource, gsd_m: float) -> Grid:
     Whole multiples of the image's pixels are kept whole, so that nothing is resampled without need.
     """
     native = source.native_grid
-    if native is None:
+    if native is None or not native.crs.projected:
         area = source.area()
         if area is None:
             raise DataError("an image without an outline", where=source.name)

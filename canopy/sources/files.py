@@ -40,7 +40,7 @@ def open_files(
         scenes.sort(key=lambda scene: (-(scene.day or date.min).toordinal(), scene.scene_id))
     notes = [note for scene in scenes for note in scene.facts.notes]
     first = scenes[0].facts
-    single = len(scenes) == 1 and first.place.is_north_up and not first.place.crs.geographic
+    single = len(scenes) == 1 and first.place.is_north_up
     return Mosaic(
         scenes,
         name=name,
