@@ -64,7 +64,7 @@ def predict(
         max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
         overwrite=overwrite,
     )
-    job = prepare(request)
+    job = prepare(request, dry_run=dry_run)
     _announce(job)
     if dry_run:
         _print_plan(job, json)

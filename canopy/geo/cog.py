@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -54,6 +54,11 @@ class CogWriter:
         compress: "deflate" or "zstd".
         overviews: "average", or "mode" for class codes, which have no mean.
 
+    Attributes:
+        companions: set before the end, it is called with the finished file in its hidden folder and its
+            sha256, and makes further files beside it, whose names it returns. They take their places
+            beside `path` with it; what it raises leaves `path` as it was.
+
     Raises InputError at once for an existing file, bad bands or encoding; OutputError for a folder
     that cannot be written, a disk without room, or a read-back that differs.
     """
@@ -73,6 +78,7 @@ class CogWriter:
         self.path, self.grid, self.bands = Path(path), grid, list(bands)
         self.encoding = encoding_named(encoding)
         self.sha256: str | None = None
+        self.companions: Callable[[Path, str], Sequence[str]] | None = None
         if not self.bands:
             raise InputError("no bands to write", where=path)
         if compress not in COMPRESSIONS:
@@ -195,7 +201,7 @@ class CogWriter:
         """Make the COG, verify it, move it into place. Does nothing when already closed."""
         if self._dataset is None or self._folder is None:
             return
-        result = self._folder / "cog.tif"
+        result = self._folder / self.path.name
         try:
             with raster_env():
                 self._dataset.close()
@@ -205,7 +211,9 @@ class CogWriter:
                 self._verify(result)
             self._scratch.unlink()
             self.sha256 = _hash_and_sync(result)
-            os.replace(result, self.path)
+            names = self.companions(result, self.sha256) if self.companions else ()
+            for name in (*names, result.name):
+                os.replace(self._folder / name, self.path.with_name(name))
             _sync_folder(self.path.parent)
         except CanopyError:
             raise
@@ -227,7 +235,7 @@ class CogWriter:
     @property
     def _scratch(self) -> Path:
         assert self._folder is not None  # only asked for between construction and close
-        return self._folder / "pixels.tif"
+        return self._folder / f"{self.path.name}.pixels"
 
     def _add_overviews(self) -> None:
         """Halve the scratch file until it fits one block.

@@ -13,6 +13,7 @@ from canopy.models.fill import EMPTY_VALUE
 
 if TYPE_CHECKING:
     from canopy.inference.backends.runner import Runner
+    from canopy.inference.extras import Extras
     from canopy.models.height import HeightModel
 
 # 4e9 px are 1000 km2 at 0.5 m and 16 GB of float32: a day of CPU work. More is a job for `canopy map`.
@@ -77,11 +78,14 @@ def estimate(plan: Plan, target: Target, crop_seconds: float, bands: int, encodi
     )
 
 
-def seconds_per_crop(model: HeightModel, runner: Runner, batch_size: int | str) -> float:
-    """Measured time of one crop: one forward pass to warm up, one to count, on an empty image."""
+def seconds_per_crop(
+    model: HeightModel, runner: Runner, batch_size: int | str, extras: Extras | None = None
+) -> float:
+    """Measured time of one crop, in as many views as the extras take: one pass to warm up, one to count, on
+    an empty image."""
     import torch
 
-    predictor = Predictor(model, batch_size=batch_size, runner=runner)
+    predictor = Predictor(model, batch_size=batch_size, extras=extras, runner=runner)
     side = model.config.crop_px
     # A single crop would be run twice.
     count = min(2, predictor.batch_size) if predictor.device.type == "cpu" else predictor.batch_size

@@ -169,7 +169,7 @@ class Job:
         )  # fmt: skip
         with writer:
             summary = self.predict_into(writer, progress)
-        publish(self, files, str(writer.sha256), summary)
+            writer.companions = lambda made, sha256: publish(self, made, sha256, summary)
         return Result(files, summary, self, sha256=writer.sha256)
 
     def tags(self) -> dict[str, str]:
@@ -217,13 +217,16 @@ class Job:
         return final
 
 
-def prepare(request: Request) -> Job:
+def prepare(request: Request, *, dry_run: bool = False) -> Job:
     """Open, check and plan a request; cheap, and nothing is written.
+
+    Args:
+        dry_run: the job will only be told about, so its output may exist already.
 
     Raises:
         InputError (and its kinds): whatever in the request cannot be done, in one line.
     """
-    files = _check_output(request)
+    files = _check_output(request, dry_run)
     parse_radiometry(request.radiometry)  # before a model is fetched for it
     model, model_name = load_named(request.model)
     source = open_source(request, model.config.gsd_m)
@@ -247,7 +250,7 @@ def prepare(request: Request) -> Job:
     extras = extras_of(request, model, aoi)
     choice = settle(model, request.backend, request.precision, request.device)
     runner = choice.open(model, extras.outputs)
-    pace = seconds_per_crop(model, runner, request.batch_size)
+    pace = seconds_per_crop(model, runner, request.batch_size, extras)
     cost = estimate(plan, target, pace, len(extras.bands), request.encoding)
     refuse_too_large(cost, request.max_pixels, aoi.describe(), in_memory=files is None)
     notes += [*choice.notes, *scale_notes(source.native_gsd_m, model.config.gsd_m)]
@@ -260,13 +263,14 @@ def prepare(request: Request) -> Job:
     )  # fmt: skip
 
 
-def _check_output(request: Request) -> output.OutputFiles | None:
+def _check_output(request: Request, dry_run: bool) -> output.OutputFiles | None:
     output.check_encoding(request.encoding, request.date_band)
     reader_count(request.workers)  # what is no number is told now
     if request.out is None:
         return None
     files = output.OutputFiles.of(request.out, request.quicklook)
-    files.check([*request.images, *([request.imagery] if request.imagery else [])], request.overwrite)
+    inputs = [*request.images, *([request.imagery] if request.imagery else [])]
+    files.check(inputs, request.overwrite or dry_run)
     return files
 
 

@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from canopy import __version__
-from canopy.errors import ConfigError, InputError
+from canopy.errors import ConfigError, ImageryError, InputError
 from canopy.geo.grid import Grid
 from canopy.inference.extras import Extras
 from canopy.models.intervals import CARD_KEY
-from canopy.sources.paths import is_url, redact
+from canopy.sources.paths import is_url, list_directory, redact
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -60,7 +60,7 @@ class OutputFiles:
         Raises:
             InputError: says which file and what to do.
         """
-        taken = {Path(name).resolve() for name in inputs if not is_url(name)}
+        taken = {path.resolve() for name in inputs if not is_url(name) for path in _files_of(Path(name))}
         for path in self.all:
             if path.resolve() in taken:
                 raise InputError("is one of the inputs", where=path, remedy="choose another name with -o")
@@ -73,6 +73,14 @@ class OutputFiles:
             raise InputError("no such directory", where=folder, remedy="create it first")
         if not os.access(folder, os.W_OK):
             raise InputError("the directory cannot be written", where=folder)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The file itself, or the images that are read where a directory is named."""
+    try:
+        return list_directory(path) if path.is_dir() else [path]
+    except ImageryError:  # told where the imagery is opened
+        return []
 
 
 def default_out(images: Sequence[str], imagery: str | None) -> str:

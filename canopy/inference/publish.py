@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from canopy.inference import output
@@ -12,8 +13,13 @@ if TYPE_CHECKING:
     from canopy.inference.job import Job
 
 
-def publish(job: Job, files: output.OutputFiles, sha256: str, summary: RunSummary) -> None:
-    """Write the quicklook, if one was asked for, and the STAC item of a finished map."""
+def publish(job: Job, made: Path, sha256: str, summary: RunSummary) -> list[str]:
+    """Write the quicklook, if one was asked for, and the STAC item beside a finished map; their names.
+
+    Args:
+        made: the map under its own name, though not yet in its place (see `CogWriter.companions`).
+    """
+    files = output.OutputFiles.of(made, job.request.quicklook)
     if files.quicklook is not None:
         from canopy.inference.quicklook import write_quicklook
 
@@ -46,3 +52,4 @@ def publish(job: Job, files: output.OutputFiles, sha256: str, summary: RunSummar
         },
     )
     write_json(files.item, map_item(facts))
+    return [path.name for path in files.all[1:]]

@@ -35,7 +35,10 @@ FILL_PX = 8
 
 
 class Scratch:
-    """A temporary GeoTIFF that takes predictions: bands layer x validity, ..., validity, acquisition day."""
+    """A temporary GeoTIFF that takes predictions.
+
+    Bands: layer x validity, ..., validity, whether the acquisition day is known, that day (else 0).
+    """
 
     def __init__(self, path: Path, grid: Grid, layers: int = 1) -> None:
         self.path, self.grid, self.layers = path, grid, layers
@@ -44,7 +47,7 @@ class Scratch:
     def __enter__(self) -> Scratch:
         try:
             self._dataset = rasterio.open(
-                self.path, "w", driver="GTiff", dtype="float32", count=self.layers + 2,
+                self.path, "w", driver="GTiff", dtype="float32", count=self.layers + 3,
                 crs=self.grid.crs.to_wkt(), transform=self.grid.transform,
                 height=self.grid.height, width=self.grid.width, tiled=True,
                 blockxsize=512, blockysize=512, compress="deflate", zlevel=1, bigtiff="if_safer",
@@ -65,7 +68,7 @@ class Scratch:
             raise RuntimeError("the scratch file is not open")
         window = Window(col_off, row_off, valid.shape[1], valid.shape[0])
         kept = np.where(valid, values, 0)
-        bands = [*kept[:-1], valid, kept[-1]]
+        bands = [*kept[:-1], valid, kept[-1] > 0, kept[-1]]
         try:
             self._dataset.write(np.stack(bands).astype(np.float32), window=window)
         except (rasterio.errors.RasterioError, OSError) as error:
@@ -168,10 +171,12 @@ class _Part:
 def _resample(part: _Part, tile: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Layers (n, h, w), share of each pixel that is valid (0..1), and days, (h, w), on `tile`."""
     count = part.layers
-    *weighted, share = part.read(tile, tuple(range(1, count + 2)))
-    days = part.read(tile, (count + 2,), "nearest")[0]
+    *weighted, share, known, summed = part.read(tile, tuple(range(1, count + 4)))
     layers = [np.divide(w, share, out=np.zeros_like(share), where=share > 0) for w in weighted]
-    return np.stack(layers), share, days.astype(np.int32)
+    days = part.read(tile, (count + 3,), "nearest")[0]
+    # The nearest pixel may have no image where others of a coarser pixel have: then their mean day.
+    mean = np.divide(summed, known, out=np.zeros_like(share), where=known > 0)
+    return np.stack(layers), share, np.where(days > 0, days, np.rint(mean)).astype(np.int32)
 
 
 def _filled(layers: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -132,6 +132,9 @@ def test_dry_run_stops_after_the_echo(predict, make_image, tmp_path) -> None:
     plan = json.loads(predict(image, "--dry-run", "--json").out)
     assert (plan["width"], plan["height"], plan["tiles"]) == (120, 100, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["image.tif"]
+    Path("chm.tif").write_text("mine")  # it would not be touched, so it is in nobody's way
+    predict(image, "--dry-run")
+    assert Path("chm.tif").read_text() == "mine"
 
 
 def test_quiet_says_only_the_result(predict, make_image) -> None:
@@ -152,6 +155,23 @@ def test_outputs_are_kept_unless_overwrite(predict, make_image) -> None:
     predict(image, "--overwrite", out="image.tif", code=2)
     predict(image, out="nowhere/chm.tif", code=2)
     predict(image, out="chm.png", code=2)
+    Path("tiles").mkdir()
+    Path("tiles/a.tif").write_bytes(image.read_bytes())
+    predict("tiles", "--overwrite", out="tiles/a.tif", code=2)
+    predict("tiles", out="tiles/chm.tif")
+
+
+def test_a_map_without_its_item_is_no_map(predict, make_image, tmp_path) -> None:
+    """What lies beside a map takes its place with it, or nothing does."""
+    image = make_image(photometric="RGB")
+    predict(image, "--quicklook")
+    before = Path("chm.tif").read_bytes()
+    Path("chm.json").unlink()
+    Path("chm.json").mkdir()
+    done = predict(image, "--quicklook", "--overwrite", "--gsd", "1", code=1)
+    assert "chm.tif" in done.error_line and "Traceback" not in done.err
+    assert Path("chm.tif").read_bytes() == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_the_default_name_follows_the_image(canopy, model_file, make_image) -> None:
@@ -228,6 +248,14 @@ def test_crs_image_keeps_the_grid_exactly(predict, make_image, heights) -> None:
     assert np.isfinite(heights("chm.tif")).mean() > 0.95
 
 
+def test_an_image_in_degrees_keeps_its_grid_if_asked_to(predict, make_image, heights) -> None:
+    placed = rasterio.Affine(6e-6, 0, -71.3, 0, -4.5e-6, 44.1)  # both sides half a metre there
+    predict(make_image(crs="EPSG:4326", transform=placed, photometric="RGB"), "--crs", "image")
+    with rasterio.open("chm.tif") as made:
+        assert made.crs.to_epsg() == 4326 and made.transform == placed and made.shape == (100, 120)
+    assert np.isfinite(heights("chm.tif")).mean() > 0.95
+
+
 def test_crs_image_in_degrees_is_predicted_in_metres(predict, make_image, heights) -> None:
     step = 0.5 / 111_320
     placed = rasterio.Affine(step, 0, -71.3, 0, -step, 44.1)
@@ -246,6 +274,21 @@ def test_a_coarser_map_is_the_average_of_the_fine_one(predict, make_image, heigh
     predict(image, "--gsd", "2", out="coarse.tif")
     fine = heights("fine.tif").reshape(25, 4, 30, 4).mean(axis=(1, 3))
     np.testing.assert_allclose(heights("coarse.tif"), fine, atol=1e-3)
+
+
+def test_a_coarse_pixel_with_a_height_has_a_day(predict, make_image, heights) -> None:
+    """Also where the fine pixel at its middle has no image."""
+    mask = np.ones((100, 120), bool)
+    mask[1::3, 1::3] = False  # the middle of every 3 x 3
+    placed = rasterio.Affine(0.5, 0, 500_001, 0, -0.5, 4_882_000.5)  # whole multiples of 1.5 m
+    image = make_image("a_20210715.tif", transform=placed, mask=mask, photometric="RGB")
+    predict(image, "--gsd", "1.5", "--date-band")
+    with rasterio.open("chm.tif") as made:
+        height, day = made.read()
+    assert np.isfinite(height).any()
+    assert (
+        day[np.isfinite(height)] == (np.datetime64("2021-07-15") - np.datetime64("1970-01-01")).astype(int)
+    ).all()
 
 
 def test_a_finer_map_interpolates_and_keeps_validity(predict, make_image, heights) -> None:
