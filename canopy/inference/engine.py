@@ -47,7 +47,10 @@ class Sink(Protocol):
 
 @dataclass
 class RunSummary:
-    """What a run did. Heights are in metres, over the valid pixels of the grid that was predicted."""
+    """What a run did. Heights are in metres, over the valid pixels of the grid that was predicted.
+
+    `black_share` is the share of these whose imagery is (0, 0, 0).
+    """
 
     windows: int = 0
     crops: int = 0
@@ -62,6 +65,8 @@ class RunSummary:
     model_seconds: float = 0.0
     first_day: int = 0
     last_day: int = 0
+    black_pixels: int = 0
+    black_share: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -155,6 +160,7 @@ def predict_grid(
         stages.wait_for_writes(0)
         summary.crops_predicted = stages.flow.crops_predicted
     summary.batch_size, summary.model_seconds = predictor.batch_size, predictor.seconds
+    summary.black_share = summary.black_pixels / max(summary.valid_pixels, 1)
     summary.notes += predictor.notes
     summary.seconds = time.perf_counter() - started
     return summary
@@ -232,6 +238,7 @@ def _finished(
             for span in (window.rows, window.cols)
         )
         valid, days = pixels.wanted[rows, cols], pixels.date[rows, cols]
+        summary.black_pixels += int((valid & ~pixels.rgb[:, rows, cols].any(axis=0)).sum())
     bad = valid & ~np.isfinite(layers).all(axis=0)
     if bad.any():
         row, col = (int(i) for i in np.argwhere(bad)[0])

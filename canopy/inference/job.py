@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from canopy.models.height import HeightModel
     from canopy.sources.imagery import ImagerySource
 
+# Holes that nobody declared are pure black far more often than shadows are.
+BLACK_SHARE = 0.005
+
 
 @dataclass(frozen=True)
 class Result:
@@ -148,6 +151,13 @@ class Job:
         with raster_env():
             result = self._to_files(progress) if self.files else self._to_memory(progress)
         result.summary.seconds = time.perf_counter() - started
+        if result.summary.black_share >= BLACK_SHARE:
+            note = (
+                f"{100 * result.summary.black_share:.1f} % of the pixels with heights are pure black "
+                "(0, 0, 0), which cameras hardly record; if there is no image there, give --nodata 0"
+            )
+            log.warning(f"note: {note}")
+            result.summary.notes.append(note)
         return result
 
     def _to_memory(self, progress: Progress | None) -> Result:
@@ -212,7 +222,15 @@ class Job:
                 path, target.output, sink, self.source,
                 aoi=self.aoi, extras=self.extras, whole=target.whole, progress=progress,
             )  # fmt: skip
-        for name in ("windows", "crops", "crops_predicted", "batch_size", "model_seconds", "notes"):
+        for name in (
+            "windows",
+            "crops",
+            "crops_predicted",
+            "batch_size",
+            "model_seconds",
+            "notes",
+            "black_share",
+        ):
             setattr(final, name, getattr(run, name))
         return final
 

@@ -65,7 +65,8 @@ def _within(scenes: list[Scene], options: ReadOptions, name: str) -> list[Scene]
             where=name,
             remedy="the images are of " + ", ".join(known)
             if known
-            else "the images do not say when they were taken",
+            else "the images do not say when they were taken: put the day into their names "
+            "(forest_20210715.tif) or into TIFFTAG_DATETIME",
         )
     return kept
 

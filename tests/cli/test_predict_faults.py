@@ -117,6 +117,7 @@ def test_09_black_collar_warns_and_takes_nodata(predict, make_image, heights) ->
     image = make_image(pixels=pixels, photometric="RGB")
     assert "--nodata" in predict(image).err
     assert np.isfinite(heights("chm.tif")).all()
+    assert "40.0 % of the pixels with heights are pure black" in predict(image, "--overwrite").err
     predict(image, "--nodata", "0", "--overwrite")
     np.testing.assert_array_equal(np.isnan(heights("chm.tif")), (pixels == 0).all(axis=0))
 
