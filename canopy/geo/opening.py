@@ -166,6 +166,14 @@ class SourcePlace:
         t = self.transform
         return t.a > 0 and t.e < 0 and abs(t.b) <= 1e-9 * t.a and abs(t.d) <= 1e-9 * -t.e
 
+    def north_up(self) -> SourcePlace:
+        """The same place with rows from north to south, if only their order is against it; else itself."""
+        t = self.transform
+        if t.a <= 0 or t.e <= 0 or t.b or t.d:
+            return self
+        turned = Affine(t.a, 0.0, t.c, 0.0, -t.e, t.f + t.e * self.height)
+        return replace(self, transform=turned)
+
     def xy(self, row: Any, col: Any) -> tuple[Any, Any]:
         """World x, y of pixel-space points (numbers or arrays); (0, 0) is a corner, (0.5, 0.5) a centre."""
         t = self.transform

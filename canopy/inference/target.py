@@ -97,9 +97,9 @@ def choose_target(
 def _on_image(aoi: AOI, model_gsd_m: float, gsd_m: float | None, native: Grid | None) -> Target:
     if native is None:
         raise ImageryError(
-            "the imagery has no single north-up grid to keep",
+            "the imagery has no single grid to keep",
             where="--crs image",
-            expected="one north-up image",
+            expected="one image that is not turned, or tiles of one lattice",
             remedy="give a CRS such as EPSG:32633, or leave --crs out",
         )
     if gsd_m is not None and not math.isclose(gsd_m, native.gsd_m, rel_tol=1e-3):

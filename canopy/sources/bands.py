@@ -25,6 +25,7 @@ _BY_DESCRIPTION = {
     "green": ("green", "g", "band_green", "green_band", "visible_green"),
     "blue": ("blue", "b", "band_blue", "blue_band", "visible_blue"),
 }
+_UNSEEN = ("nir", "ir", "infrared", "near_infrared", "nearinfrared", "nir_band", "band_nir", "red_edge")
 _UNDECLARED = (ColorInterp.undefined, ColorInterp.gray)
 _LIKELY_WHITES = (1.0, 255.0, 1023.0, 2047.0, 4095.0, 10000.0, 16383.0, 65535.0)
 
@@ -121,9 +122,19 @@ def _choose(
                 expected=f"numbers from 1 to {dataset.count}",
             )
         return wanted, alpha if alpha not in wanted else None, []
-    declared = _by_interpretation(colours) or _by_description(dataset.descriptions)
-    if declared:
-        return declared, alpha, []
+    declared = _by_interpretation(colours)
+    described = _by_description(dataset.descriptions)
+    if declared and _denied(dataset.descriptions, declared):
+        # GDAL calls the first three bands of any uint8 file red, green and blue if nobody says otherwise.
+        given = ",".join(map(str, described or declared))
+        raise ImageryError(
+            f"bands {', '.join(map(str, declared))} are red, green, blue by colour interpretation, "
+            f"but are described as {', '.join(_band_label(dataset, index) for index in declared)}",
+            where=where,
+            remedy=f"say which are meant with --bands R,G,B, such as --bands {given}",
+        )
+    if declared or described:
+        return declared or described, alpha, []  # type: ignore[return-value]
     usable = [index for index in range(1, dataset.count + 1) if index not in alphas]
     if len(usable) < 3:
         raise ImageryError(
@@ -152,8 +163,22 @@ def _by_interpretation(colours: Sequence[ColorInterp]) -> tuple[int, int, int] |
     return (found[0][0], found[1][0], found[2][0]) if all(len(f) == 1 for f in found) else None
 
 
+def _names(descriptions: Sequence[str | None]) -> list[str]:
+    return [re.sub(r"[^a-z]+", "_", (text or "").strip().lower()).strip("_") for text in descriptions]
+
+
+def _denied(descriptions: Sequence[str | None], declared: Sequence[int]) -> bool:
+    """Whether a band's description names another colour than the one that it is declared to be."""
+    names = _names(descriptions)
+    for colour, index in zip(COLOURS, declared, strict=True):
+        others = {name for other in COLOURS if other != colour for name in _BY_DESCRIPTION[other]}
+        if names[index - 1] in others | set(_UNSEEN):
+            return True
+    return False
+
+
 def _by_description(descriptions: Sequence[str | None]) -> tuple[int, int, int] | None:
-    names = [re.sub(r"[^a-z]+", "_", (text or "").strip().lower()).strip("_") for text in descriptions]
+    names = _names(descriptions)
     found = [[i for i, name in enumerate(names, 1) if name in _BY_DESCRIPTION[colour]] for colour in COLOURS]
     return (found[0][0], found[1][0], found[2][0]) if all(len(f) == 1 for f in found) else None
 
@@ -195,7 +220,8 @@ def _divisor(
         return float(scale)
     if kind == "uint8":
         return 255.0
-    largest = sample_maximum(dataset, indexes)
+    values = sample_values(dataset, indexes)
+    largest = float(values.max()) if values.size else None
     seen = "" if largest is None else f" with values up to {largest:g}"
     white = next((w for w in _LIKELY_WHITES if largest is not None and largest <= w), 10000.0)
     raise ImageryError(
@@ -206,8 +232,8 @@ def _divisor(
     )
 
 
-def sample_maximum(dataset: rasterio.DatasetReader, indexes: Sequence[int]) -> float | None:
-    """Largest finite, valid value in a bounded sample of the bands (for messages only), or None."""
+def sample_values(dataset: rasterio.DatasetReader, indexes: Sequence[int]) -> NDArray[np.float64]:
+    """Finite, valid values of a bounded sample of the bands, (n,); for messages only."""
     side = 1024
     if dataset.overviews(indexes[0]) or max(dataset.shape) <= 2 * side:
         step = max(1.0, max(dataset.shape) / side)
@@ -217,5 +243,4 @@ def sample_maximum(dataset: rasterio.DatasetReader, indexes: Sequence[int]) -> f
         row, col = (max(0, (extent - side) // 2) for extent in dataset.shape)
         window = Window(col, row, min(side, dataset.width), min(side, dataset.height))
         values = dataset.read(list(indexes), window=window, masked=True)
-    values = np.ma.masked_invalid(values)
-    return None if values.count() == 0 else float(values.max())
+    return np.ma.masked_invalid(values).compressed().astype(np.float64)

@@ -14,12 +14,13 @@ from rasterio.windows import Window
 from canopy.errors import ImageryError, InputError
 from canopy.geo.crs import to_crs
 from canopy.geo.opening import open_raster
-from canopy.sources.bands import BandPlan, parse_bands
+from canopy.sources.bands import BandPlan, parse_bands, sample_values
 from canopy.sources.dates import parse_range
 from canopy.sources.imagery import ReadOptions
 from canopy.sources.paths import RASTER_SUFFIXES, redact
 
 _COLLAR_PROBE_PX = 16
+_DARK = 50  # no photograph's brightest pixel is so much darker than white
 
 
 def check_vrt_sources(dataset: DatasetReader, label: str) -> None:
@@ -71,17 +72,35 @@ def check_georeference(dataset: DatasetReader, label: str) -> None:
     )
 
 
-def collar_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str] | None:
+def check_nodata(dataset: DatasetReader, plan: BandPlan, nodata: float | None, label: str) -> None:
+    """Refuse a `--nodata` that no pixel can have, which would take nothing out (ImageryError)."""
+    kind = np.dtype(dataset.dtypes[plan.indexes[0] - 1])
+    if nodata is None or kind.kind not in "iu":
+        return
+    least, most = np.iinfo(kind).min, np.iinfo(kind).max
+    if not (least <= nodata <= most and float(nodata).is_integer()):
+        raise ImageryError(
+            f"no pixel of {kind} can be {nodata:g}",
+            where=label,
+            expected=f"--nodata with a whole number from {least} to {most}",
+        )
+
+
+def collar_notes(
+    dataset: DatasetReader, plan: BandPlan, label: str, nodata: float | None = None
+) -> list[str] | None:
     """A warning when the image's rim is one constant colour that nothing declares as missing.
 
-    None when the rim cannot be read: the handle is then of no more use (see `Scene`).
+    None when the rim cannot be read: the handle is then of no more use (see `Scene`). `nodata` is what the
+    user declared in place of the file.
 
     Looks at eight small windows (corners and middles of the edges); black or white in two of them is a
     collar.
     """
-    declared = plan.alpha is not None or dataset.nodatavals[plan.indexes[0] - 1] is not None
-    if declared or plan.palette is not None or dataset.mask_flag_enums[0][0].name != "all_valid":
+    flags = dataset.mask_flag_enums[plan.indexes[0] - 1][0].name
+    if plan.alpha is not None or plan.palette is not None or flags not in ("all_valid", "nodata"):
         return []
+    missing = dataset.nodatavals[plan.indexes[0] - 1] if nodata is None else nodata
     px = min(_COLLAR_PROBE_PX, dataset.height, dataset.width)
     rows, cols = ([0, (extent - px) // 2, extent - px] for extent in dataset.shape)
     found: list[float] = []
@@ -93,7 +112,7 @@ def collar_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str
                 values = dataset.read(list(plan.indexes), window=Window(col, row, px, px))
             except rasterio.errors.RasterioError:
                 return None  # a damaged block is reported when it is read for its pixels
-            if values.min() == values.max() and values.flat[0] in (0, plan.divisor):
+            if values.min() == values.max() and values.flat[0] in {0, plan.divisor} - {missing}:
                 found.append(float(values.flat[0]))
     for value in sorted(set(found)):
         if found.count(value) >= 2:
@@ -102,6 +121,31 @@ def collar_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str
                 f"if there is no image there, give --nodata {value:g}"
             ]
     return []
+
+
+def radiometry_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str] | None:
+    """Warnings where pixels carry a scale of their own, and where `--scale` makes them all black or white.
+
+    None when they cannot be read, as in `collar_notes`.
+    """
+    notes = []
+    if any((dataset.scales[i - 1], dataset.offsets[i - 1]) != (1.0, 0.0) for i in plan.indexes):
+        notes.append(
+            f"{label}: its scale and offset tags are not applied; white is counted in stored values "
+            "(gdal_translate -unscale applies them)"
+        )
+    if dataset.dtypes[plan.indexes[0] - 1] == "uint8":
+        return notes
+    try:
+        values = sample_values(dataset, plan.indexes)
+    except rasterio.errors.RasterioError:
+        return None
+    white = f"--scale {plan.divisor:g}"
+    if values.size and float(values.max()) < plan.divisor / _DARK:
+        notes.append(f"{label}: all but black: no value above {float(values.max()):g} where {white} is white")
+    elif values.size and float(np.median(values)) >= plan.divisor:
+        notes.append(f"{label}: all but white: half of the values reach {white}")
+    return notes
 
 
 def check_options(options: ReadOptions) -> None:

@@ -7,9 +7,11 @@ from datetime import date
 
 import shapely
 
-from canopy.errors import AreaError, ImageryError
+from canopy.errors import AreaError, ImageryError, InputError
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import to_lonlat
+from canopy.geo.grid import Grid
+from canopy.geo.opening import SourcePlace
 from canopy.sources.checks import check_options
 from canopy.sources.dates import parse_range
 from canopy.sources.imagery import ReadOptions
@@ -40,16 +42,28 @@ def open_files(
         scenes.sort(key=lambda scene: (-(scene.day or date.min).toordinal(), scene.scene_id))
     notes = [note for scene in scenes for note in scene.facts.notes]
     first = scenes[0].facts
-    single = len(scenes) == 1 and first.place.is_north_up
     return Mosaic(
         scenes,
         name=name,
         native_crs=first.place.crs,
         native_gsd_m=min(scene.facts.gsd_m for scene in scenes),
-        native_grid=first.place.grid() if single else None,
+        native_grid=_common_grid([scene.facts.place for scene in scenes]),
         notes=_shorten(notes),
         outline=_outline(scenes),
     )
+
+
+def _common_grid(places: Sequence[SourcePlace]) -> Grid | None:
+    """The grid of one image, or that of tiles of one lattice, north up; None where there is no such grid."""
+    try:
+        grids = [place.north_up().grid() for place in places]
+        offsets = [grids[0].offset_of(grid) for grid in grids]
+    except InputError:
+        return None
+    top, left = (min(corner) for corner in zip(*offsets, strict=True))
+    bottom = max(row + grid.height for (row, _), grid in zip(offsets, grids, strict=True))
+    right = max(col + grid.width for (_, col), grid in zip(offsets, grids, strict=True))
+    return grids[0].window(top, left, bottom - top, right - left)
 
 
 def _within(scenes: list[Scene], options: ReadOptions, name: str) -> list[Scene]:

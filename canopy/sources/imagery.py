@@ -95,7 +95,7 @@ class ImagerySource(Protocol):
 
     @property
     def native_grid(self) -> Grid | None:
-        """The grid of a single north-up image, which may be in degrees, else None."""
+        """The grid of an image, or of tiles of one lattice, north up, maybe in degrees; None without one."""
         ...
 
     @property

@@ -68,7 +68,7 @@ class Mosaic:
 
         Args:
             layers: topmost first.
-            native_grid: the grid of the single north-up image, if that is what this is.
+            native_grid: the grid that the images share, if they do.
             outline: where the imagery is, if known more exactly than the union of the layers' outlines.
             has_own_extent: False where the layers are what was found for one area.
         """

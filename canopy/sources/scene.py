@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -31,7 +32,13 @@ from canopy.geo.opening import SourcePlace, open_raster
 from canopy.geo.paths import is_url, public_name
 from canopy.geo.window import read_window
 from canopy.sources.bands import BandPlan, plan_bands, plan_single
-from canopy.sources.checks import check_georeference, check_vrt_sources, collar_notes
+from canopy.sources.checks import (
+    check_georeference,
+    check_nodata,
+    check_vrt_sources,
+    collar_notes,
+    radiometry_notes,
+)
 from canopy.sources.dates import acquisition_date
 from canopy.sources.imagery import ReadOptions
 from canopy.sources.mosaic import Pixels
@@ -177,17 +184,20 @@ class Scene:
                 plan = plan_single(dataset, where=label, scale=options.scale)
             else:
                 plan = plan_bands(dataset, where=label, bands=options.bands, scale=options.scale)
+            check_nodata(dataset, plan, options.nodata, label)
         except ImageryError as error:
             return error
         except rasterio.errors.RasterioError as error:
             raise ImageryError(f"unreadable pixels ({error})", where=label) from error
         notes = list(plan.notes)
         day = acquisition_date(dataset.tags(), public_name(self.href))
-        if not is_url(self.href) and options.nodata is None:
-            found = collar_notes(dataset, plan, label)
-            notes += found or []
-            if found is None:
-                self._forget_handle()
+        if not is_url(self.href):
+            for check in (radiometry_notes, partial(collar_notes, nodata=options.nodata)):
+                found = check(dataset, plan, label)
+                notes += found or []
+                if found is None:
+                    self._forget_handle()
+                    break
         return SceneFacts(place, plan, day, tuple(notes))
 
     def _try(self, work: Callable[[DatasetReader], T]) -> T:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
+from affine import Affine
 from rasterio.enums import ColorInterp as C
 
 from canopy.errors import ImageryError, InputError
@@ -164,3 +166,71 @@ def test_parse_bands_takes_text_and_numbers():
 def test_a_scale_must_be_a_positive_number(make_tif, rgb, scale):
     with pytest.raises(InputError, match="--scale"):
         open_imagery(make_tif(rgb, photometric="RGB"), scale=scale)
+
+
+# ---- what a file says of itself against what it is --------------------------------------------
+@pytest.mark.parametrize(
+    ("order", "names", "bands"),
+    [
+        ((2, 1, 0), ("Blue", "Green", "Red"), "3,2,1"),
+        ((0, 0, 1, 2), ("nir", "red", "green", "blue"), "2,3,4"),
+        ((0, 0, 1), ("NIR", "Red", "Green"), None),
+    ],
+)
+def test_descriptions_against_colours_are_asked_about(make_tif, rgb, order, names, bands):
+    """GDAL calls the first bands of any uint8 file red, green, blue; heights of other colours are wrong."""
+    colours = (*RGB, C.alpha)[: len(order)]
+    path = make_tif(rgb[list(order)], descriptions=names, colors=colours, photometric="RGB")
+    with pytest.raises(ImageryError, match=f"--bands {bands}" if bands else "described as NIR"):
+        open_imagery(path)
+    if bands:
+        _, image = read_all(path, bands=bands)
+        np.testing.assert_allclose(image.rgb, rgb / 255, atol=1e-6)
+
+
+def test_a_nodata_that_no_pixel_can_have_is_refused(make_tif, rgb):
+    path = make_tif(rgb, photometric="RGB")
+    for value in (300, -9999, 0.5, float("nan")):
+        with pytest.raises(ImageryError, match="no pixel of uint8 can be"):
+            open_imagery(path, nodata=value)
+    open_imagery(path, nodata=255)
+
+
+def test_a_black_border_is_told_of_whatever_else_is_declared(make_tif, rgb):
+    values = rgb.copy()
+    values[:, :, :20] = 0
+    for options in ({}, {"nodata": 255}):
+        source = open_imagery(make_tif(values, photometric="RGB", **options))
+        assert any("constant border of 0" in note for note in source.notes)
+    assert open_imagery(make_tif(values, photometric="RGB"), nodata=0).notes == []
+    assert open_imagery(make_tif(values, photometric="RGB", nodata=0)).notes == []
+
+
+def test_a_scale_that_makes_all_black_or_white_is_told_of(make_tif, rgb):
+    path = make_tif(rgb.astype(np.uint16) * 16, photometric="RGB")
+    assert any("all but black" in note for note in open_imagery(path, scale=4_000_000).notes)
+    assert any("all but white" in note for note in open_imagery(path, scale=1).notes)
+    assert open_imagery(path, scale=4080).notes == []
+
+
+def test_scale_tags_that_are_not_applied_are_told_of(make_tif, rgb):
+    path = make_tif(rgb, photometric="RGB")
+    with rasterio.open(path, "r+") as file:
+        file.scales, file.offsets = (1e-4,) * 3, (-0.1,) * 3
+    assert any("not applied" in note for note in open_imagery(path).notes)
+
+
+def test_tiles_of_one_lattice_share_a_grid(make_tif, rgb):
+    """Also where one of them is stored from south to north; one half a pixel off has a grid of its own."""
+    with rasterio.open(make_tif(rgb, photometric="RGB")) as file:
+        place = file.transform
+    height, width = rgb.shape[1:]
+    turned = place * Affine.translation(0, height) * Affine.scale(1, -1)
+    first = make_tif(rgb[:, ::-1], "a.tif", photometric="RGB", transform=turned)
+    second = make_tif(rgb, "b.tif", photometric="RGB", transform=place * Affine.translation(width, 3))
+    grid = open_imagery([first, second]).native_grid
+    assert grid.shape == (height + 3, 2 * width) and grid.transform == place
+    _, image = read_all(first)
+    np.testing.assert_allclose(image.rgb, rgb / 255, atol=1e-6)
+    off = make_tif(rgb, "c.tif", photometric="RGB", transform=place * Affine.translation(width + 0.5, 0))
+    assert open_imagery([first, off]).native_grid is None

@@ -101,11 +101,11 @@ def test_no_georeference_and_control_points_only_are_refused(tif, rgb, tmp_path)
         open_imagery(path)
 
 
-def test_geographic_images_have_no_native_grid_and_a_gsd_in_metres(tif, rgb):
+def test_geographic_images_have_their_grid_and_a_gsd_in_metres(tif, rgb):
     step = 0.5 / 111_320
     path = tif(rgb, crs="EPSG:4326", transform=Affine(step, 0, -71.3, 0, -step, 44.083))
     source = open_imagery(path)
-    assert source.native_grid is None
+    assert source.native_grid.crs.geographic and source.native_grid.shape == rgb.shape[1:]
     assert 0.4 < source.native_gsd_m < 0.5
     assert source.read(source.area().grid(UTM, 0.5)).valid.mean() > 0.8
 
@@ -119,7 +119,8 @@ def test_south_up_and_rotated_images_come_out_north_up(tif, rgb):
         transform=Affine(0, 0.5, WEST, 0.5, 0, NORTH - 32),
     )
     expected = upright.read(upright.native_grid)
-    assert open_imagery(flipped).native_grid is None
+    assert open_imagery(flipped).native_grid == upright.native_grid
+    assert open_imagery(turned).native_grid is None
     np.testing.assert_allclose(open_imagery(flipped).read(expected.grid).rgb, expected.rgb, atol=1e-5)
     # Clockwise turn of the pixels, undone by the b, d terms: x grows with rows, y with columns.
     np.testing.assert_allclose(open_imagery(turned).read(expected.grid).rgb, expected.rgb, atol=1e-5)
@@ -143,7 +144,8 @@ def test_the_first_file_lies_on_top_and_the_next_fills(tif, rgb):
     first = tif(top, "a.tif", nodata=0, tags={"ACQUISITION_DATE": "2021-07-04"})
     second = tif(255 - rgb, "b_20190102.tif", transform=at(-20, 0))
     source = open_imagery([first, second])
-    assert source.native_grid is None and source.dates == ("2019-01-02", "2021-07-04")
+    assert source.native_grid == Grid.of(UTM, at(-20, 0), (64, 100))
+    assert source.dates == ("2019-01-02", "2021-07-04")
     image = source.read(Grid.of(UTM, at(-20, 0), (64, 100)))
     assert image.valid.all()
     np.testing.assert_allclose(image.rgb[:, :, 30:] * 255, rgb[:, :, 10:], atol=1e-4)
