@@ -194,7 +194,7 @@ def _run(
 
 def _baseline(job: Job, overrides: list[str]) -> tuple[Predictor, TrainingData, dict[str, Any]]:
     started = time.monotonic()
-    data = _data(job, overrides)
+    data = _data(job, overrides, None)
     fitted = fit_baselines(WholeChips(data.train))
     predictor = fitted.constant if job.line.baseline == "constant" else fitted.regression
     return predictor, data, {"minutes": round((time.monotonic() - started) / 60, 2)}
@@ -203,16 +203,17 @@ def _baseline(job: Job, overrides: list[str]) -> tuple[Predictor, TrainingData, 
 def _given(job: Job, overrides: list[str]) -> tuple[Predictor, TrainingData, dict[str, Any]]:
     model = load_model(job.line.model)
     facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    return _predictor(model), _data(job, overrides), facts | {"started_from": model.card.get("name", "-")}
+    data = _data(job, overrides, model.config.gsd_m)
+    return _predictor(model), data, facts | {"started_from": model.card.get("name", "-")}
 
 
-def _data(job: Job, overrides: list[str]) -> TrainingData:
+def _data(job: Job, overrides: list[str], gsd_m: float | None) -> TrainingData:
     settings: dict[str, Any] = {}
     for override in overrides:
         key, text = override.split("=", 1)
         if key.startswith("data."):
             settings[key.removeprefix("data.")] = json.loads(text)
-    return open_data(validate_settings(DataSettings, settings, job.id))
+    return open_data(validate_settings(DataSettings, settings, job.id), gsd_m)
 
 
 def _predictor(model: HeightModel) -> Predictor:
@@ -223,7 +224,7 @@ def _trained(
     job: Job, base: Path, overrides: list[str], where: Path
 ) -> tuple[Predictor, TrainingData, dict[str, Any]]:
     settings = load_settings(FinetuneSettings, base / job.line.config, overrides)
-    data = open_data(settings.data)
+    data = open_data(settings.data, settings.architecture.gsd_m)
     if not (where / MODEL).is_file():
         finetune(settings, where, resume=(where / LAST).is_file(), command=_command(job))
     model = load_model(where / MODEL, device=settings.device)

@@ -141,7 +141,7 @@ class HeightModule(pl.LightningModule):
         self._after(stepped, named | {"lr": torch.tensor(rate), "grad_norm": norm})
 
     def output(self, rgb: Tensor) -> Output:
-        """Predict rgb (B, 3, S, S) on the label grid (B, 1, S/2, S/2): labels are at 1 m, images at 0.5 m."""
+        """Predict rgb (B, 3, S, S) on the label grid (B, 1, S/2, S/2), whose pixels have twice the side."""
         height, _, scores = self.model.heights_and_scores(rgb.contiguous(memory_format=torch.channels_last))
         return Output(functional.avg_pool2d(height.float(), 2), scores.float())
 
@@ -150,7 +150,9 @@ class HeightModule(pl.LightningModule):
         s, (pred, scores) = self.settings.loss, self.output(batch.rgb)
         target, weight = batch.target, batch.weight
         if s.shift_reach_m and self.progress >= s.shift_after:
-            shifts = losses.best_shift(pred, target, weight, s.shift_reach_m, s.shift_penalty_m)
+            side_m = 2 * self.model.config.gsd_m  # of a label pixel
+            reach = round(s.shift_reach_m / side_m)
+            shifts = losses.best_shift(pred, target, weight, reach, s.shift_penalty_m * side_m)
             target, weight = losses.align_labels(target, weight, shifts)
         mae = losses.weighted_mean((pred - target).abs().detach(), weight)
         weight = weight * losses.height_factor(target, s.height_weight)

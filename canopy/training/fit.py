@@ -72,7 +72,8 @@ def finetune(
             finetune(_brief(settings), Path(folder) / "run", command=command, progress=progress)
         return run_dir
     device = pick_device(settings.device)
-    run = _Run(settings, run_dir, open_data(settings.data), device, progress or NoProgress())
+    data = open_data(settings.data, settings.architecture.gsd_m)
+    run = _Run(settings, run_dir, data, device, progress or NoProgress())
     with held(run_dir, settings, resume, FREE):
         return run.go(resume, command)
 

@@ -119,7 +119,8 @@ def _probe(settings: PretrainSettings) -> HeightProbe | None:
     if not settings.probe.every:
         return None
     labels = settings.probe.labels or settings.data.chips
-    return open_probe(labels, settings.architecture.patch_px, settings.probe.chips)
+    model = settings.architecture
+    return open_probe(labels, model.patch_px, settings.probe.chips, model.gsd_m)
 
 
 def _attend_plainly(module: PretrainModule) -> None:
