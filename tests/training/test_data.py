@@ -115,7 +115,7 @@ def test_chips_and_model_must_be_of_one_scale(shards, tmp_path):
         open_data(DataSettings(chips=shards), 1.0)
     assert len(open_data(DataSettings(chips=coarse), 1.0).train) == 1
     assert len(open_data(DataSettings(chips=coarse), None).train) == 1  # what has no scale of its own
-    with pytest.raises(DataError, match="coarse: chips of 1 m a pixel.*as the other chips"):
+    with pytest.raises(DataError, match=r"coarse: chips of 1 m a pixel.*as the other chips"):
         open_data(DataSettings(chips=[shards, coarse]), None)
     with pytest.raises(DataError, match="as the model"):
         open_probe(coarse, 16, 4, 0.5)
@@ -143,5 +143,5 @@ def test_chips_without_labels_are_not_trained_on(shards):
     data = open_data(DataSettings(chips=shards), 0.5)
     assert [r.id for r in data.train.rows] == ["c1", "c2", "c3"] and {c.row.id for c in data.val} == {"c5"}
     rewrite(shards, {f"c{i}": {"label_share": 0.0, "shots": 0} for i in range(6)})
-    with pytest.raises(DataError, match="no training chips.*labelled"):
+    with pytest.raises(DataError, match=r"no training chips.*labelled"):
         open_data(DataSettings(chips=shards), 0.5)
