@@ -68,18 +68,19 @@ def readers(folder: Path, workers: bool) -> dict[str, tuple[int, Callable[[], It
 
     from canopy.chips.augment import AugmentConfig
     from canopy.chips.shards import ChipShards
-    from canopy.chips.streams import ChipBatches, ChipDataset, ViewBatches
+    from canopy.chips.streams import ChipBatches, ViewBatches
     from canopy.chips.views import ViewRules
+    from canopy.training.data import WholeChips
 
     shards = ChipShards(folder)
-    whole = ChipDataset(shards)
+    whole = WholeChips(shards)
     plain = ChipBatches(shards, BATCH, CROP_PX, None)
     augmented = ChipBatches(shards, BATCH, CROP_PX, AugmentConfig())
     views = ViewBatches(shards, BATCH, ViewRules())
 
     def endless() -> Iterator[Any]:
         while True:
-            yield from (whole[i] for i in range(len(whole)))
+            yield from whole
 
     made: dict[str, tuple[int, Callable[[], Iterator[Any]]]] = {
         "whole chips (validation)": (1, endless),

@@ -9,18 +9,17 @@ errors) are written as compressed GeoTIFFs, then scored by height with intervals
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
+
+import common
 
 TILE = 500
 # The first size fills the caches; blocks and bootstrap add some tens of MB up to 1,600 blocks, and no more.
-ALLOWED_GROWTH = 1.15
+ALLOWED_GROWTH = 0.15
 
 
 def make_pair(folder: Path, side: int) -> None:
@@ -49,74 +48,49 @@ def make_pair(folder: Path, side: int) -> None:
             dataset.scales = (0.01,)
 
 
-class Watched:
-    """A progress that counts the windows and tells how far it is."""
-
-    def __init__(self) -> None:
-        self.total = self.done = 0
-
-    def start(self, total: int, what: str) -> None:
-        self.total, self.done = total, 0
-        print(f"  {what}: {total} windows", file=sys.stderr, flush=True)
-
-    def advance(self, steps: int = 1) -> None:
-        self.done += steps
-        if self.done % max(1, self.total // 10) == 0:
-            print(f"  {100 * self.done // self.total} %", file=sys.stderr, flush=True)
-
-
-def measure(folder: Path) -> dict[str, float]:
-    """Score in this process; peak resident memory in MB, seconds of processor and of wall."""
+def measure(folder: Path) -> dict[str, Any]:
+    """Score in this process."""
     import canopy
 
-    wall, used = time.perf_counter(), time.process_time()
-    watched = Watched()
-    result = canopy.evaluate(folder / "map.tif", folder / "reference.tif", by=("height",), progress=watched)
-    seconds = time.process_time() - used
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    assert watched.done == watched.total
-    return {
-        "pixels": result.overall.n,
-        "mae_m": float(result.overall["mae_m"].value or 0),
-        "peak_mb": round(peak_mb),
-        "cpu_s": round(seconds, 1),
-        "wall_s": round(time.perf_counter() - wall, 1),
-    }
+    clock = common.Clock()
+    result = canopy.evaluate(folder / "map.tif", folder / "reference.tif", by=("height",))
+    scored = {"pixels": result.overall.n, "mae_m": float(result.overall["mae_m"].value or 0)}
+    return scored | clock.read() | {"peak_mb": common.peak_mb()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[5_000, 20_000], help="raster sides, pixels")
     parser.add_argument(
         "--dir", help="where the rasters go (20,000 px need 1.5 GB); default: a temporary one"
     )
-    parser.add_argument("--out", type=Path, help="folder for evaluate.json")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.child:
-        print(json.dumps(measure(options.child)))
+        print(json.dumps(measure(Path(json.loads(options.child)["folder"]))))
         return
-    results = {}
+    results: dict[int, dict[str, Any]] = {}
     for side in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.dir) as folder:
             make_pair(Path(folder), side)
-            command = [sys.executable, __file__, "--child", folder]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = results[side] = json.loads(done.stdout)
-        print(
-            f"{side} x {side} px: peak {found['peak_mb']} MB, {found['cpu_s']} s of one processor, "
-            f"{side * side / 1e6 / max(found['cpu_s'], 1e-9):.1f} Mpx/s",
-            flush=True,
-        )
+            results[side] = common.alone(__file__, {"folder": folder})
+        print(f"  {side} px: {results[side]}", file=sys.stderr, flush=True)
     first, last = (results[side]["peak_mb"] for side in (options.sizes[0], options.sizes[-1]))
-    print(f"growth {100 * (last / first - 1):+.1f} % (allowed: {100 * (ALLOWED_GROWTH - 1):.0f} %)")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"sizes": results, "growth": last / first - 1}, indent=2)
-        (options.out / "evaluate.json").write_text(text + "\n", encoding="utf-8")
-    sys.exit(last > ALLOWED_GROWTH * first)
+    rows = [
+        {
+            "side px": side,
+            "Mpx": side**2 / 1e6,
+            "peak MB": found["peak_mb"],
+            "wall s": found["wall_s"],
+            "cpu s": found["cpu_s"],
+            "Mpx/cpu s": side**2 / 1e6 / max(found["cpu_s"], 1e-9),
+        }
+        for side, found in results.items()
+    ]
+    growth = last / first - 1
+    note = f"growth {100 * growth:+.1f} % (allowed: {100 * ALLOWED_GROWTH:.0f} %)"
+    common.show("canopy evaluate by raster size", rows, [note])
+    common.save(options.out, "evaluate", {"sizes": options.sizes}, {"sizes": results, "growth": growth})
+    sys.exit(growth > ALLOWED_GROWTH)
 
 
 if __name__ == "__main__":

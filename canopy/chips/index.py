@@ -75,6 +75,11 @@ class IndexRow:
     test_distance_m: float = float("nan")
     licence: str = ""
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether anything is measured: heights, or GEDI shots. Images alone are for pretraining."""
+        return self.label_share != 0 or self.shots > 0  # NaN: not counted, as by hand-made indexes
+
 
 _CONVERT: dict[str, Callable[[str], Any]] = {
     "str": str, "int": int, "float": lambda t: float(t or "nan"), "bool": lambda t: t == "true"

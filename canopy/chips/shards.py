@@ -4,6 +4,7 @@ no torch; the torch Datasets over it are in `canopy.chips.streams`."""
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from copy import copy
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from canopy.chips.index import IndexRow, cut_rows, read_index
+from canopy.chips.splits import SplitRules
 from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M, NO_HEIGHT, NO_SHOTS, Chip, ChipRow, read_store
 from canopy.chips.targets import pixel_weight
 from canopy.errors import DataError
 
 BARE, TALL, OTHER = "bare", "tall", "other"
 _BARE_P95_M, _TALL_P95_M = 2.0, 35.0
+_GSD_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +78,7 @@ class ChipShards:
         if not self.rows:
             names = ", ".join(map(str, wanted))
             raise DataError("no chips", where=names, expected=f"some of {', '.join(splits or ['any split'])}")
+        self._buffers: dict[Path, float] = {}
         self._handles: dict[Path, Any] = {}
         self._owner = os.getpid()
 
@@ -85,6 +89,33 @@ class ChipShards:
         other = copy(self)
         other.rows, other._handles = list(rows), {}
         return other
+
+    def require_gsd(self, gsd_m: float | None) -> None:
+        """See that all chips are of one scale: `gsd_m` metres a pixel, or, for None, whatever the first has.
+
+        3 % are allowed: `canopy data chips` keeps whole multiples of an image's own pixels, up to 2 % off.
+
+        Raises:
+            DataError: a chip of another scale.
+        """
+        wanted = self.rows[0].gsd_m if gsd_m is None else gsd_m
+        for row in self.rows:
+            if not abs(row.gsd_m / wanted - 1) <= _GSD_TOLERANCE:
+                raise DataError(
+                    f"chips of {row.gsd_m:g} m a pixel",
+                    where=self._folders[row.id],
+                    expected=f"{wanted:g} m, as {'the other chips' if gsd_m is None else 'the model'}",
+                    remedy=f"cut them with canopy data chips --gsd {wanted:g}"
+                    + ("" if gsd_m is None else ", or set the scale that the model is for (model.gsd_m)"),
+                )
+
+    def near_test(self, row: IndexRow) -> bool:
+        """Whether a chip lies within its folder's buffer (`canopy data chips --buffer-m`) of a test chip. A
+        chips file has no index, and does not know."""
+        folder = self._folders[row.id]
+        if folder not in self._buffers:
+            self._buffers[folder] = _buffer_m(folder)
+        return row.test_distance_m <= self._buffers[folder]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -121,6 +152,14 @@ class ChipShards:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handles": {}}
+
+
+def _buffer_m(folder: Path) -> float:
+    """Metres that were kept between train and test chips when `folder` was cut."""
+    try:
+        return float(json.loads((folder / "settings.json").read_text())["splits"]["buffer_m"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return SplitRules.buffer_m
 
 
 def _rows_of_file(path: Path, sources: list[str]) -> list[IndexRow]:

@@ -1,4 +1,4 @@
-"""torch Datasets over a chips folder: every chip once, endless training batches, pretraining views.
+"""torch Datasets over a chips folder: endless training batches, pretraining views.
 
 Batch j is a function of (chips, seed, j) alone, whatever the number of workers: worker k of n makes batches
 k, k + n, ... and torch's DataLoader (with `batch_size=None`) hands them out in turn. So the state of a stream
@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from canopy.chips.augment import AugmentConfig
 from canopy.chips.crops import Sample, make_crop
@@ -22,7 +22,6 @@ from canopy.chips.index import IndexRow
 from canopy.chips.shards import ChipShards, ShardChip, sampling_weights
 from canopy.chips.views import ViewRules, batch_masks, multi_crop
 from canopy.errors import DataError
-from canopy.models.fill import fill_invalid
 
 T = TypeVar("T")
 
@@ -36,42 +35,6 @@ class ChipSource(Protocol):
     def fingerprint(self) -> str: ...
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> ShardChip: ...
-
-
-class WholeChip(NamedTuple):
-    """A chip as it is: rgb (3, H, W) in 0..1, missing filled; target and weight (1, h, w), weight 0 where
-    unknown; shots (n, 4): row, col on the target, height in metres, weight."""
-
-    rgb: Tensor
-    target: Tensor
-    weight: Tensor
-    shots: Tensor
-
-
-class ChipDataset(Dataset[WholeChip]):
-    """Every chip once, whole and unchanged: for validation. Chips at a pair's edge differ in size, and the
-    number of shots differs, so batch them one by one or with a collate function of your own."""
-
-    def __init__(self, shards: ChipShards) -> None:
-        self.shards = shards
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, number: int) -> WholeChip:
-        chip = self.shards[number]
-        seen = chip.rgb.max(axis=0) > 0
-        rgb = fill_invalid(chip.rgb.astype(np.float32) / 255, seen)
-        known = np.where(np.isfinite(chip.chm_m), chip.chm_m, 0)
-        weight = chip.weight * _whole(seen)
-        return WholeChip(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (
-            rgb, known[None], weight[None].astype(np.float32), chip.shots
-        )))  # fmt: skip
-
-
-def _whole(seen: np.ndarray) -> np.ndarray:
-    """Label pixels all of whose four image pixels are there."""
-    return seen[0::2, 0::2] & seen[1::2, 0::2] & seen[0::2, 1::2] & seen[1::2, 1::2]
 
 
 class _Batches(IterableDataset[T], Generic[T], ABC):

@@ -42,12 +42,6 @@ class Target:
     weight: np.ndarray
     floor_m: float = 0.0
 
-    def bounds_m(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest height (h, w) that the label allows; equal at and above the floor."""
-        low = self.valid & (self.height_m < self.floor_m)
-        upper = np.where(low, np.float32(self.floor_m), self.height_m)
-        return np.where(low, np.float32(0), self.height_m), upper
-
 
 def sensor_floor(sensor: str | None) -> float:
     """Height in metres below which a NEON height model is set to 0; 0 where no sensor is given.
@@ -228,38 +222,3 @@ def _shot_table(path: str, rh: int) -> np.ndarray:
     columns = [table[name].to_numpy().astype(np.float64) for name in wanted]
     weight = table["weight"].to_numpy() if "weight" in table.column_names else np.ones(len(columns[0]))
     return np.stack([*columns, weight.astype(np.float64)])
-
-
-def disc_mean(height_m: np.ndarray, valid: np.ndarray, shots: np.ndarray, gsd_m: float) -> np.ndarray:
-    """Mean height (n,) over each shot's 25 m disc, NaN where nothing is known there.
-
-    For comparing shots with a map: a footprint is a statistic over a disc, never one pixel.
-    """
-    reach = FOOTPRINT_RADIUS_M / gsd_m
-    rows, cols = (np.arange(n) + 0.5 for n in height_m.shape)
-    out = np.full(len(shots), np.nan, np.float32)
-    for i, (row, col, *_) in enumerate(shots):
-        disc = valid & ((rows[:, None] - row) ** 2 + (cols[None, :] - col) ** 2 <= reach**2)
-        if disc.any():
-            out[i] = height_m[disc].mean()
-    return out
-
-
-def shots_target(shots: np.ndarray, shape: tuple[int, int], gsd_m: float, *, worth: float = 0.2) -> Target:
-    """Shots drawn as discs: a weak target for places without lidar.
-
-    Args:
-        shots: (n, 4) of `shots_on`; where discs overlap, the heavier shot counts.
-        shape, gsd_m: of the grid the shots' rows and columns refer to.
-        worth: weight of a perfect shot's pixel beside a lidar pixel's 1; its disc has hundreds of pixels
-            and one measurement, placed to 10 m.
-    """
-    height = np.zeros(shape, np.float32)
-    weight = np.zeros(shape, np.float32)
-    reach = FOOTPRINT_RADIUS_M / gsd_m
-    rows, cols = (np.arange(n) + 0.5 for n in shape)
-    for row, col, metres, heavy in shots:
-        disc = (rows[:, None] - row) ** 2 + (cols[None, :] - col) ** 2 <= reach**2
-        disc &= weight < heavy * worth
-        height[disc], weight[disc] = metres, heavy * worth
-    return Target(height, weight > 0, weight)

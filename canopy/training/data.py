@@ -74,22 +74,29 @@ class TrainingData:
         }
 
 
-def open_data(settings: DataSettings) -> TrainingData:
-    """The train and val chips of `settings.chips`.
+def open_data(settings: DataSettings, gsd_m: float | None) -> TrainingData:
+    """The train and val chips of `settings.chips` that have labels.
+
+    With `include_val` those val chips are trained on that keep the buffer to test chips, as train chips do.
+
+    Args:
+        gsd_m: ground metres per pixel of the model; None takes any, but one for all chips.
 
     Raises:
-        DataError: no such chips, or none to train on; `val_sites` that name no site, or several.
+        DataError: no such chips, chips of another scale, or none to train on; `val_sites` that name no site,
+            or several.
     """
     chips = ChipShards(settings.chips)
-    train, val = ([r for r in chips.rows if r.split == split] for split in ("train", "val"))
+    chips.require_gsd(gsd_m)
+    train, val = ([r for r in chips.rows if r.split == s and r.is_labelled] for s in ("train", "val"))
     if settings.val_sites:
         train, val = hold_out(train, val, settings.val_sites)
     train = label_subset(train, settings.label_share, settings.label_seed)
     if settings.include_val:
-        train = [*train, *val]
+        train = [*train, *(row for row in val if not chips.near_test(row))]
     if not train:
         places = ", ".join(map(str, settings.chips))
-        raise DataError("no training chips", where=places, expected="chips of the split 'train'")
+        raise DataError("no training chips", where=places, expected="labelled chips of the split 'train'")
     digest = hashlib.sha256("\n".join(r.id for r in [*train, *val]).encode()).hexdigest()
     # An empty val is no error: the training chips then stand behind an empty list of numbers.
     shown = WholeChips(chips.subset(val)) if val else WholeChips(chips.subset(train), [])

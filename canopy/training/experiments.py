@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 import subprocess
 import time
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
     from canopy.models.height import HeightModel
 
 OVERLAP_PX = 64
+_VARIABLE = re.compile(r"\{(\w[\w-]*)\}")  # in a text of a matrix, set by --var
 
 
-class RunSettings(Settings):
+class LineSettings(Settings):
     """One line of the matrix: a config and what differs from it, a baseline, or a model to score as it is.
 
     `set` holds settings as the config does; "{name}" in a text stands for the variable of that name, and a
@@ -50,7 +52,7 @@ class RunSettings(Settings):
     seeds: tuple[int, ...] = ()
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> RunSettings:
+    def _one_of_them(self) -> LineSettings:
         if sum(map(bool, (self.config, self.baseline, self.model))) != 1:
             raise ValueError("needs either a config, a baseline or a model")
         return self
@@ -68,14 +70,14 @@ class MatrixSettings(Settings):
     shares: tuple[float, ...] = (1.0,)
     seeds: tuple[int, ...] = (0,)
     folds: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    runs: tuple[RunSettings, ...]
+    runs: tuple[LineSettings, ...]
 
 
 @dataclass(frozen=True)
 class Job:
     """One run: a line of the matrix with a fold, a share of the labels and a seed."""
 
-    line: RunSettings
+    line: LineSettings
     fold: str
     share: float
     seed: int
@@ -94,7 +96,11 @@ def jobs(matrix: MatrixSettings, variables: Mapping[str, str]) -> Iterator[Job]:
     there already are scored once."""
     seeds = list(dict.fromkeys(s for line in matrix.runs for s in line.seeds or matrix.seeds))
     shares = list(dict.fromkeys(s for line in matrix.runs for s in line.shares or matrix.shares))
-    missing = {r.name: names for r in matrix.runs if (names := _unset(r.set | {"": r.model}, variables))}
+    missing = {
+        r.name: names
+        for r in matrix.runs
+        if (names := _unset(_flat(matrix.set) | r.set | {"": r.model}, variables))
+    }
     for name, names in missing.items():
         log.warning("%s is left out: --var %s=... is not given", name, names[0])
     folds = matrix.folds or {"": ()}
@@ -126,8 +132,8 @@ def _filled(value: Any, variables: Mapping[str, str]) -> Any:
 
 
 def _unset(values: Mapping[str, Any], variables: Mapping[str, str]) -> list[str]:
-    texts = [_filled(v, variables) for v in _flat(values).values()]
-    return [t[1 : t.index("}")] for t in texts if isinstance(t, str) and t.startswith("{") and "}" in t]
+    texts = [v for v in _flat(values).values() if isinstance(v, str)]
+    return [name for text in texts for name in _VARIABLE.findall(text) if name not in variables]
 
 
 def run_matrix(
@@ -188,7 +194,7 @@ def _run(
 
 def _baseline(job: Job, overrides: list[str]) -> tuple[Predictor, TrainingData, dict[str, Any]]:
     started = time.monotonic()
-    data = _data(job, overrides)
+    data = _data(job, overrides, None)
     fitted = fit_baselines(WholeChips(data.train))
     predictor = fitted.constant if job.line.baseline == "constant" else fitted.regression
     return predictor, data, {"minutes": round((time.monotonic() - started) / 60, 2)}
@@ -197,16 +203,17 @@ def _baseline(job: Job, overrides: list[str]) -> tuple[Predictor, TrainingData, 
 def _given(job: Job, overrides: list[str]) -> tuple[Predictor, TrainingData, dict[str, Any]]:
     model = load_model(job.line.model)
     facts: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    return _predictor(model), _data(job, overrides), facts | {"started_from": model.card.get("name", "-")}
+    data = _data(job, overrides, model.config.gsd_m)
+    return _predictor(model), data, facts | {"started_from": model.card.get("name", "-")}
 
 
-def _data(job: Job, overrides: list[str]) -> TrainingData:
+def _data(job: Job, overrides: list[str], gsd_m: float | None) -> TrainingData:
     settings: dict[str, Any] = {}
     for override in overrides:
         key, text = override.split("=", 1)
         if key.startswith("data."):
             settings[key.removeprefix("data.")] = json.loads(text)
-    return open_data(validate_settings(DataSettings, settings, job.id))
+    return open_data(validate_settings(DataSettings, settings, job.id), gsd_m)
 
 
 def _predictor(model: HeightModel) -> Predictor:
@@ -217,7 +224,7 @@ def _trained(
     job: Job, base: Path, overrides: list[str], where: Path
 ) -> tuple[Predictor, TrainingData, dict[str, Any]]:
     settings = load_settings(FinetuneSettings, base / job.line.config, overrides)
-    data = open_data(settings.data)
+    data = open_data(settings.data, settings.architecture.gsd_m)
     if not (where / MODEL).is_file():
         finetune(settings, where, resume=(where / LAST).is_file(), command=_command(job))
     model = load_model(where / MODEL, device=settings.device)

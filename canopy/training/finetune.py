@@ -21,13 +21,14 @@ from canopy.models.height import HeightModel
 from canopy.training import height_losses as losses
 from canopy.training.footprint_loss import footprint_loss
 from canopy.training.guard import NanGuard
-from canopy.training.optim import parameter_groups, set_rates
+from canopy.training.optim import layer_factor, parameter_groups, set_rates
 from canopy.training.processes import distributed, longest, mean_of_processes
-from canopy.training.schedules import ema_decay, lr_factor
+from canopy.training.run_folder import STATE, STATE_FORMAT, saved_state
+from canopy.training.schedules import ema_decay, learning_rate
 from canopy.training.scoring import headline, score_chips
 from canopy.training.settings import FinetuneSettings, weight_at
 
-STATE = "canopy"
+_LAST_RATE = 0.01  # the learning rate at the end, as a share of its peak
 Scores = dict[str, dict[str, float]]
 
 
@@ -101,10 +102,13 @@ class HeightModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         s = self.settings
-        groups = parameter_groups(
-            self.model, s.architecture.encoder.depth, s.weight_decay, s.layer_decay, s.encoder_lr_scale
-        )
-        return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.99))
+
+        def factor(name: str) -> float:
+            scale = s.encoder_lr_scale if name.startswith("encoder.") else 1.0
+            return scale * layer_factor(name, s.architecture.encoder.depth, s.layer_decay)
+
+        groups = parameter_groups(self.model.named_parameters(), factor)
+        return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)  # see set_rates
 
     def setup(self, stage: str) -> None:
         self.stream.split(self.global_rank, self.trainer.world_size)
@@ -116,8 +120,9 @@ class HeightModule(pl.LightningModule):
     def training_step(self, batch: Sample, batch_idx: int) -> None:
         s, optimizer = self.settings, self.optimizers()
         torch.manual_seed((s.seed * 1_000_003 + self.stream.position + (self.global_rank << 40)) % 2**63)
-        rate = s.lr * lr_factor(self.progress, s.lr_schedule, s.warmup)
-        set_rates(optimizer, rate)  # type: ignore[arg-type]
+        rate = learning_rate(self.progress, s.lr, _LAST_RATE * s.lr, s.warmup, s.lr_schedule)
+        set_rates(optimizer, rate, s.weight_decay)  # type: ignore[arg-type]
+        self.guard.before(self.model)
         terms, mae = self.terms(Sample(*batch))
         total = torch.stack(list(terms.values())).sum()
         named = _of_all({"loss": total, "mae_m": mae, **terms})
@@ -126,7 +131,8 @@ class HeightModule(pl.LightningModule):
             self.manual_backward(total)
             trained = [p for p in self.model.parameters() if p.requires_grad]
             norm = torch.nn.utils.clip_grad_norm_(trained, s.clip_norm)
-            stepped = self.guard.passes(self.stream.position, loss=float(named["loss"]), gradient=float(norm))
+            found = {"loss": float(named["loss"]), "gradient": float(norm)}
+            stepped = self.guard.passes(self.model, self.stream.position, **found)
             if stepped:
                 optimizer.step()  # type: ignore[union-attr]
                 self._average()
@@ -135,7 +141,7 @@ class HeightModule(pl.LightningModule):
         self._after(stepped, named | {"lr": torch.tensor(rate), "grad_norm": norm})
 
     def output(self, rgb: Tensor) -> Output:
-        """Predict rgb (B, 3, S, S) on the label grid (B, 1, S/2, S/2): labels are at 1 m, images at 0.5 m."""
+        """Predict rgb (B, 3, S, S) on the label grid (B, 1, S/2, S/2), whose pixels have twice the side."""
         height, _, scores = self.model.heights_and_scores(rgb.contiguous(memory_format=torch.channels_last))
         return Output(functional.avg_pool2d(height.float(), 2), scores.float())
 
@@ -144,7 +150,9 @@ class HeightModule(pl.LightningModule):
         s, (pred, scores) = self.settings.loss, self.output(batch.rgb)
         target, weight = batch.target, batch.weight
         if s.shift_reach_m and self.progress >= s.shift_after:
-            shifts = losses.best_shift(pred, target, weight, s.shift_reach_m, s.shift_penalty_m)
+            side_m = 2 * self.model.config.gsd_m  # of a label pixel
+            reach = round(s.shift_reach_m / side_m)
+            shifts = losses.best_shift(pred, target, weight, reach, s.shift_penalty_m * side_m)
             target, weight = losses.align_labels(target, weight, shifts)
         mae = losses.weighted_mean((pred - target).abs().detach(), weight)
         weight = weight * losses.height_factor(target, s.height_weight)
@@ -222,6 +230,7 @@ class HeightModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE] = {
+            "format": STATE_FORMAT,
             "trained_s": self.trained_s,
             "stream": self.stream.state_dict(),
             "guard": self.guard.state_dict(),
@@ -229,7 +238,7 @@ class HeightModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint[STATE]
+        state = saved_state(checkpoint)
         self.trained_s = float(state["trained_s"])
         self.stream.load_state_dict(state["stream"])
         self.guard.load_state_dict(state["guard"])

@@ -25,7 +25,7 @@ from canopy.training.compiling import compile_parts
 from canopy.training.data import TrainingData, batches, open_data, some_heights
 from canopy.training.finetune import HeightModule, Scores
 from canopy.training.processes import first_process
-from canopy.training.run_folder import LAST, Table, check_run, locked, without_folders
+from canopy.training.run_folder import LAST, Table, held, without_folders
 from canopy.training.run_settings import shown
 from canopy.training.scoring import headline, plain, score_chips
 from canopy.training.settings import FinetuneSettings
@@ -72,11 +72,9 @@ def finetune(
             finetune(_brief(settings), Path(folder) / "run", command=command, progress=progress)
         return run_dir
     device = pick_device(settings.device)
-    run = _Run(settings, run_dir, open_data(settings.data), device, progress or NoProgress())
-    if not first_process():  # of several; the first holds the folder
-        return run.go(resume, command)
-    with locked(run_dir):
-        check_run(run_dir, settings, resume, FREE)
+    data = open_data(settings.data, settings.architecture.gsd_m)
+    run = _Run(settings, run_dir, data, device, progress or NoProgress())
+    with held(run_dir, settings, resume, FREE):
         return run.go(resume, command)
 
 

@@ -6,11 +6,15 @@ where there are none.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from canopy.training.processes import mean_of_processes
+
+_LEAST_LABELS = 16  # pixels, to choose a shift by
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
@@ -137,18 +141,22 @@ def best_shift(pred: Tensor, target: Tensor, weight: Tensor, reach: int, penalty
 
     Image and lidar are 1-2 m apart, in a direction that differs from place to place. Compared are the mean
     absolute errors at all whole-pixel shifts up to `reach`, plus `penalty` metres per pixel of shift,
-    so that a flat crop stays where it is. No gradient passes through the choice.
+    so that a flat crop stays where it is. All shifts are judged on the same labels, those that no shift moves
+    out of the crop: otherwise a shift could win by losing the labels that fit badly. Where fewer than 16 of
+    them are known, the crop stays where it is. No gradient passes through the choice.
     """
-    pred = pred.detach()
-    steps = [(r, c) for r in range(-reach, reach + 1) for c in range(-reach, reach + 1)]
+    pred, inner, (H, W) = pred.detach(), torch.zeros_like(weight), weight.shape[-2:]
+    rows, cols = slice(reach, max(H - reach, 0)), slice(reach, max(W - reach, 0))
+    inner[..., rows, cols] = weight[..., rows, cols]
+    known = inner.sum((1, 2, 3)).clamp_min(1e-6)
+    # (0, 0) first: of equal costs the first is taken.
+    steps = sorted(product(range(-reach, reach + 1), repeat=2), key=lambda step: step[0] ** 2 + step[1] ** 2)
     costs = []
     for down, right in steps:
-        w = shifted(weight, down, right)
-        error = ((pred - shifted(target, down, right)).abs() * w).sum((1, 2, 3)) / w.sum((1, 2, 3)).clamp_min(
-            1
-        )
-        costs.append(error + penalty * (down * down + right * right) ** 0.5)
+        error = (pred - shifted(target, down, right)).abs() * shifted(inner, down, right)
+        costs.append(error.sum((1, 2, 3)) / known + penalty * (down * down + right * right) ** 0.5)
     choice = torch.stack(costs).argmin(0)
+    choice[(inner > 0).sum((1, 2, 3)) < _LEAST_LABELS] = 0
     return torch.tensor(steps, device=pred.device)[choice]
 
 

@@ -1,45 +1,75 @@
-"""AdamW's parameter groups: what is decayed, and how fast each layer of the encoder learns."""
+"""What moves weights: AdamW's groups (what is decayed, how fast a layer learns), and a teacher's average."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from canopy.training.ssl_optim import layer_of
+from canopy.training.sharding import local
+
+_TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
 
-def layer_scale(name: str, depth: int, layer_decay: float, encoder_scale: float) -> float:
-    """Factor on the learning rate of the parameter `name` of a HeightModel.
+def layer_of(name: str, depth: int) -> int:
+    """Layer of a parameter: 0 before the blocks, i + 1 in block i, depth + 1 in the final norm and heads."""
+    block = re.search(r"encoder\.vit\.blocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    before = re.search(r"encoder\.(stem\.|vit\.(patch_embed|cls_token|reg_token|pos_embed|norm_pre))", name)
+    return 0 if before or name == "mask_token" else depth + 1
 
-    Block i of `depth` gets layer_decay ** (depth - i), whatever lies before the blocks layer_decay **
-    (depth + 1), what comes after them nothing more (BEiT, Bao et al. 2021, arXiv 2106.08254); the whole
-    encoder gets `encoder_scale` besides.
+
+def layer_factor(name: str, depth: int, decay: float) -> float:
+    """Factor on the learning rate of a parameter: `decay` to the number of layers above its own.
+
+    Block i of `depth` gets decay ** (depth - i), whatever lies before the blocks decay ** (depth + 1), what
+    comes after them 1 (BEiT, Bao et al. 2021, arXiv 2106.08254).
     """
-    if not name.startswith("encoder."):
-        return 1.0
-    return encoder_scale * layer_decay ** (depth + 1 - layer_of(name, depth))
+    return decay ** (depth + 1 - layer_of(name, depth))
 
 
 def parameter_groups(
-    model: nn.Module, depth: int, weight_decay: float, layer_decay: float = 1.0, encoder_scale: float = 1.0
-) -> list[dict[str, object]]:
-    """Groups of trainable parameters by learning rate ('scale') and decay, in a fixed order.
+    named: Iterable[tuple[str, nn.Parameter]], factor: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """AdamW's groups of trainable parameters, in a fixed order, for `set_rates`: each has `factor` (on the
+    learning rate) and `decays` (1 or 0, on the weight decay).
 
-    Norms, biases and other vectors are not decayed, as is usual for transformers.
+    Vectors (biases, norms, LayerScale), learnt tokens and positions are not decayed, as is usual for
+    transformers.
+
+    Args:
+        named: names and parameters; those that need no gradient are left out.
+        factor: of a name.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    groups: dict[tuple[float, int, bool], list[Tensor]] = {}
+    for name, parameter in named:
         if parameter.requires_grad:
-            scale = layer_scale(name, depth, layer_decay, encoder_scale)
-            decay = weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((scale, decay), []).append(parameter)
-    return [
-        {"params": groups[key], "scale": key[0], "weight_decay": key[1]}
-        for key in sorted(groups, reverse=True)
-    ]
+            decays = int(parameter.ndim > 1 and not name.endswith(_TOKENS))
+            # An optimiser's fused steps take spread tensors or whole ones, not both at once.
+            groups.setdefault((factor(name), decays, isinstance(parameter, DTensor)), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda group: group[0])
+    return [{"params": p, "factor": f, "decays": d} for (f, d, _), p in ordered]
 
 
-def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group `rate` times its own scale."""
+def set_rates(optimizer: torch.optim.Optimizer, rate: float, weight_decay: float) -> None:
+    """Give every group of `parameter_groups` its share of the learning rate and of the weight decay."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
+        group["lr"], group["weight_decay"] = rate * group["factor"], weight_decay * group["decays"]
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move the teacher's parameters towards the student's: teacher = m * teacher + (1 - m) * student.
+
+    Running statistics stay each one's own: the student's stem sees blanked patches, the teacher's never does.
+    """
+    ours, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
+    names = [name for name in ours if name in theirs]
+    torch._foreach_lerp_(
+        [local(ours[n].data) for n in names], [local(theirs[n].data) for n in names], 1.0 - momentum
+    )

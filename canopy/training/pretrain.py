@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -16,14 +17,16 @@ from torch.utils.data import DataLoader
 from canopy.chips.streams import Views
 from canopy.models.encoder import Encoder
 from canopy.runtime import log
+from canopy.training.guard import NanGuard
+from canopy.training.optim import layer_factor, layer_of, parameter_groups, set_rates
 from canopy.training.pretrain_settings import PretrainSettings
 from canopy.training.probe import HeightProbe
 from canopy.training.processes import longest
+from canopy.training.run_folder import STATE, STATE_FORMAT, saved_state
+from canopy.training.schedules import learning_rate, ramp
 from canopy.training.sharding import average_rest, clip_norm, shard
 from canopy.training.ssl_data import ViewStream, loader
-from canopy.training.ssl_monitor import FiniteGuard, effective_rank, feature_std
-from canopy.training.ssl_optim import parameter_groups
-from canopy.training.ssl_schedules import cosine, warmup_cosine_to
+from canopy.training.ssl_monitor import effective_rank, feature_std
 
 Terms = dict[str, Tensor]
 
@@ -40,6 +43,7 @@ class PretrainModule(pl.LightningModule, ABC):
     Attributes:
         stream: where views come from; knows how many batches were used.
         probe: measures frozen features, or None.
+        probed, probed_at: scores of the last probe, and its step.
         looked_at: class features (n, dim) and patch features (n, dim) of the last step, for the monitor.
     """
 
@@ -52,12 +56,14 @@ class PretrainModule(pl.LightningModule, ABC):
         self.config = settings.architecture
         self.register_buffer("mean", torch.tensor(self.config.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.config.std).view(1, -1, 1, 1), persistent=False)
-        self.guard = FiniteGuard()
+        self.guard, self._taken = NanGuard(), True
         self.trained_s = 0.0
         self.looked_at: tuple[Tensor, Tensor] | None = None
         self.probed: dict[str, float] = {}
+        self.probed_at = -1
         self._tick = self._logged = time.monotonic()
         self._images = 0
+        self._losses: Terms = {}
         self._spread = False
 
     # ---- what a pretext task gives ---------------------------------------------------------------
@@ -104,9 +110,14 @@ class PretrainModule(pl.LightningModule, ABC):
         return loader(self.stream, self.settings.data.workers, pin=self.device.type == "cuda")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        s = self.settings
-        groups = parameter_groups(self.trained(), self.config.encoder.depth, s.layer_decay, s.patch_lr)
-        return torch.optim.AdamW(groups, lr=s.lr, betas=s.betas, weight_decay=0.0)
+        s, depth = self.settings, self.config.encoder.depth
+
+        def factor(name: str) -> float:
+            first = s.patch_lr if layer_of(name, depth) == 0 else 1.0
+            return first * layer_factor(name, depth, s.layer_decay)
+
+        groups = parameter_groups(self.trained(), factor)
+        return torch.optim.AdamW(groups, lr=s.lr, betas=s.betas, weight_decay=0.0)  # see set_rates
 
     def normalised(self, rgb: Tensor) -> Tensor:
         """RGB (..., 3, H, W) in 0..1 as the encoder wants it."""
@@ -114,15 +125,18 @@ class PretrainModule(pl.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         self._tick = self._logged = time.monotonic()
+        self.trainer.should_stop = self.progress >= 1.0  # a finished run takes no further step
         if self.global_step == 0:
             self.run_probe()
 
+    def on_train_end(self) -> None:
+        self.probe_at_last()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         s, progress = self.settings, self.progress
-        lr = warmup_cosine_to(progress, s.lr, s.lr_end, s.warmup)
-        decay = cosine(progress, s.weight_decay, s.weight_decay_end)
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"], group["weight_decay"] = lr * group["factor"], decay * group["decays"]
+        rate = learning_rate(progress, s.lr, s.lr_end, s.warmup)
+        decay = ramp(progress, s.weight_decay, s.weight_decay_end, shape="cosine")
+        set_rates(self.trainer.optimizers[0], rate, decay)
         if s.final.share and progress >= 1 - s.final.share:
             self.stream.go_late()
         entropy = np.random.SeedSequence((s.seed, self.global_step, self.global_rank))
@@ -131,32 +145,29 @@ class PretrainModule(pl.LightningModule, ABC):
     def training_step(self, batch: Views, batch_idx: int) -> Tensor:
         self.guard.before(self)
         terms = self.terms(Views(*batch))
-        self.guard.check(terms, self.global_step)
         weights = self.weights()
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-        if not self.guard.skip:
-            self.log_dict({f"loss/{k}": v.detach() for k, v in terms.items()} | {"loss": total.detach()})
+        self._losses = {f"loss/{k}": v.detach() for k, v in terms.items()} | {"loss": total.detach()}
         self._images += len(batch[0]) * self.trainer.world_size
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.guard.skip:
-            self.guard.undo(self)
-            return
+        """Clip here and not in Lightning, because the guard wants to know the norm."""
         if self._spread:
             average_rest(p for _, p in self.trained())
         self.before_step()
-
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        if not self._spread:
-            self.clip_gradients(optimizer, *args, **kwargs)
-        elif self.settings.clip_norm:
-            clip_norm([p for _, p in self.trained()], self.settings.clip_norm)
+        trained, most = [p for _, p in self.trained()], self.settings.clip_norm or math.inf
+        clip = clip_norm if self._spread else torch.nn.utils.clip_grad_norm_
+        found = {name: float(value) for name, value in self._losses.items()}
+        found["gradient"] = float(clip(trained, most))
+        self._taken = self.guard.passes(self, self.global_step, **found)
+        if self._taken:
+            self.log_dict(self._losses)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         # Here and not in on_train_batch_end: checkpoints are written before that hook, and must hold this.
-        if not self.guard.skip:
+        if self._taken:  # one left out has no gradients: the optimiser did nothing
             self.after_step()
         self.stream.advance()
         self.trained_s += longest(time.monotonic() - self._tick, self.device)
@@ -196,6 +207,7 @@ class PretrainModule(pl.LightningModule, ABC):
         """Score the frozen features on the probe's chips, and log it."""
         if self.probe is None or not self.settings.probe.every:
             return
+        self.probed_at = self.global_step
         encoder = self.useful_encoder()  # all processes, for their shares
         if self.global_rank:
             return
@@ -203,8 +215,14 @@ class PretrainModule(pl.LightningModule, ABC):
         self.probed = scores
         for each in self.loggers:
             each.log_metrics({f"probe/{k}": v for k, v in scores.items()}, step=self.global_step)
+            each.save()
         line = " ".join(f"{k} {v:.3g}" for k, v in scores.items())
         self._say(f"step {self.global_step} probe: {line}")
+
+    def probe_at_last(self) -> None:
+        """Score what will be exported, unless the last probe did."""
+        if self.probed_at != self.global_step:
+            self.run_probe()
 
     def _say(self, line: str) -> None:
         if self.global_rank == 0:
@@ -212,8 +230,18 @@ class PretrainModule(pl.LightningModule, ABC):
 
     # ---- checkpoints -------------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["trained_s"], checkpoint["stream"] = self.trained_s, self.stream.state_dict()
+        checkpoint[STATE] = {
+            "format": STATE_FORMAT,
+            "trained_s": self.trained_s,
+            "stream": self.stream.state_dict(),
+            "guard": self.guard.state_dict(),
+            "probed": self.probed,
+            "probed_at": self.probed_at,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.trained_s = checkpoint["trained_s"]
-        self.stream.load_state_dict(checkpoint["stream"])
+        state = saved_state(checkpoint)
+        self.trained_s = float(state["trained_s"])
+        self.stream.load_state_dict(state["stream"])
+        self.guard.load_state_dict(state["guard"])
+        self.probed, self.probed_at = dict(state["probed"]), int(state["probed_at"])

@@ -13,14 +13,14 @@ from canopy.chips.streams import Views
 from canopy.models.config import ModelConfig
 from canopy.models.encoder import Encoder, Tokens
 from canopy.training import ssl_losses as losses
+from canopy.training.optim import follow
 from canopy.training.pretrain import PretrainModule, Terms
 from canopy.training.pretrain_settings import DinoSettings, PretrainSettings
 from canopy.training.probe import HeightProbe
+from canopy.training.schedules import ramp
 from canopy.training.sharding import share_buffers, whole_state
 from canopy.training.ssl_data import ViewStream
 from canopy.training.ssl_heads import PrototypeHead
-from canopy.training.ssl_optim import follow
-from canopy.training.ssl_schedules import cosine, warmup_constant
 
 
 class Network(nn.Module):
@@ -125,8 +125,8 @@ class DinoModule(PretrainModule):
 
     def _targets(self, scores: Tensor, centre: Tensor) -> Tensor:
         d = self.settings.dino
-        temperature = warmup_constant(
-            self.progress, d.teacher_temperature_start, d.teacher_temperature, d.temperature_warmup
+        temperature = ramp(
+            self.progress, d.teacher_temperature_start, d.teacher_temperature, end=d.temperature_warmup
         )
         if d.centring == "sinkhorn":
             return losses.sinkhorn(scores, temperature)
@@ -147,7 +147,7 @@ class DinoModule(PretrainModule):
 
     def after_step(self) -> None:
         d = self.settings.dino
-        follow(self.teacher, self.student, cosine(self.progress, d.momentum, d.momentum_end))
+        follow(self.teacher, self.student, ramp(self.progress, d.momentum, d.momentum_end, shape="cosine"))
         if self.anchor is None or self.progress < d.gram.after:
             return
         every = d.gram.renew_every

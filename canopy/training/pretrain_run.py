@@ -13,13 +13,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 
 from canopy.chips.index import replacing
-from canopy.errors import ConfigError
 from canopy.models.encoder import Encoder
 from canopy.runtime import Progress, pick_device
 from canopy.training.compiling import compile_parts
@@ -28,10 +26,18 @@ from canopy.training.pretrain_dinov2 import DinoModule
 from canopy.training.pretrain_mae import MaeModule
 from canopy.training.pretrain_settings import PretrainSettings
 from canopy.training.probe import HeightProbe, open_probe
+from canopy.training.run_folder import LAST, held
 from canopy.training.run_settings import shown
 from canopy.training.ssl_data import ViewStream, open_stream
 
-LAST, ENCODER, CONFIG = "last.ckpt", "encoder.safetensors", "config.yaml"
+ENCODER = "encoder.safetensors"
+# What a resumed run may change: how long, on what machine, how it is watched.
+FREE = frozenset(
+    {
+        "steps", "minutes", "threads", "device", "log_every", "compile", "checkpoint_every", "keep_every",
+        "data.workers", "probe.every", "probe.labels", "probe.chips",
+    }
+)  # fmt: skip
 FORMAT, FORMAT_VERSION = "canopy-encoder", "1"
 
 
@@ -58,26 +64,35 @@ def pretrain(
         The export's card: steps, minutes, probe scores and where from.
 
     Raises:
-        ConfigError: RUN_DIR holds a run and `resume` is off, or there is nothing to resume.
-        DataError: no chips, or a checkpoint of other chips.
-        CanopyError: three losses in a row were not finite.
+        ConfigError: RUN_DIR holds a run and `resume` is off, there is nothing to resume, settings were
+            changed, or another process trains there.
+        DataError: no chips, chips of another scale, or a checkpoint of other chips.
+        TrainingError: losses or gradients were not finite too often.
     """
     if fast_dev_run:
         with TemporaryDirectory() as folder:
             return pretrain(_shortened(settings), Path(folder), command=command, progress=progress)
-    last = run_dir / LAST
-    if resume != last.exists():
-        raise ConfigError(
-            "holds no run to resume" if resume else "holds a run already",
-            where=run_dir,
-            remedy="leave out --resume" if resume else "add --resume, or choose another folder",
-        )
-    if resume:
-        _same_strategy(run_dir / CONFIG, settings)
     device = pick_device(settings.device).type
     stream, probe_of = open_stream(settings), _probe(settings)  # before anything is written
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / CONFIG).write_text(yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False))
+    with held(run_dir, settings, resume, FREE):
+        module, trainer = _trained(settings, run_dir, stream, probe_of, device, resume, progress)
+        module.probe_at_last()  # where no step was left to take
+        trainer.save_checkpoint(run_dir / LAST)
+        card, encoder = _card(module, stream, command), module.useful_encoder()
+        if trainer.is_global_zero:
+            export(module, encoder, run_dir / ENCODER, card)
+    return card
+
+
+def _trained(
+    settings: PretrainSettings,
+    run_dir: Path,
+    stream: ViewStream,
+    probe_of: HeightProbe | None,
+    device: str,
+    resume: bool,
+    progress: Progress | None,
+) -> tuple[PretrainModule, pl.Trainer]:
     torch.set_num_threads(settings.threads)
     pl.seed_everything(settings.seed, verbose=False)
     kind = MaeModule if settings.objective == "mae" else DinoModule
@@ -91,23 +106,8 @@ def pretrain(
     trainer = _trainer(settings, run_dir, device, [_Percent(progress)] if progress else [])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning")
-        trainer.fit(module, ckpt_path=last if resume else None, weights_only=True)
-    trainer.save_checkpoint(last)
-    card, encoder = _card(module, stream, command), module.useful_encoder()
-    if trainer.is_global_zero:
-        export(module, encoder, run_dir / ENCODER, card)
-    return card
-
-
-def _same_strategy(config: Path, settings: PretrainSettings) -> None:
-    """The optimiser's moments are kept otherwise where weights are spread."""
-    before = yaml.safe_load(config.read_text()).get("strategy", "auto") if config.is_file() else ""
-    if before and (before == "fsdp") != (settings.strategy == "fsdp"):
-        raise ConfigError(
-            f"the run was started with strategy {before}, not {settings.strategy}",
-            where=config,
-            remedy=f"go on with strategy={before}, or start a new run",
-        )
+        trainer.fit(module, ckpt_path=run_dir / LAST if resume else None, weights_only=True)
+    return module, trainer
 
 
 def _shortened(settings: PretrainSettings) -> PretrainSettings:
@@ -119,7 +119,8 @@ def _probe(settings: PretrainSettings) -> HeightProbe | None:
     if not settings.probe.every:
         return None
     labels = settings.probe.labels or settings.data.chips
-    return open_probe(labels, settings.architecture.patch_px, settings.probe.chips)
+    model = settings.architecture
+    return open_probe(labels, model.patch_px, settings.probe.chips, model.gsd_m)
 
 
 def _attend_plainly(module: PretrainModule) -> None:
@@ -170,7 +171,6 @@ def _trainer(
         sync_batchnorm=device == "cuda" and settings.processes > 1,
         precision=settings.precision,
         max_steps=settings.steps,
-        gradient_clip_val=settings.clip_norm or None,
         logger=_loggers(run_dir, settings.log_every),
         callbacks=callbacks,
         log_every_n_steps=settings.log_every,
@@ -219,7 +219,7 @@ def _card(module: PretrainModule, stream: ViewStream, command: str) -> dict[str,
         "minutes": round(module.trained_s / 60, 2),
         "images_seen": module.global_step * settings.images * stream.world,
         "data": {"chips": len(stream.shards), "sha256": stream.shards.fingerprint},
-        "probe": module.probed,
+        "probe": module.probed if module.probed_at == module.global_step else {},
     }
 
 

@@ -90,14 +90,19 @@ class HeightProbe:
         }
 
 
-def open_probe(places: Path | Sequence[Path], patch: int, chips: int) -> HeightProbe | None:
+def open_probe(places: Path | Sequence[Path], patch: int, chips: int, gsd_m: float) -> HeightProbe | None:
     """The probe over chips folders; None where they have no heights. Plots of 20 m are left out.
 
     Args:
         places: folders of `canopy data chips`; splits train and val are used.
         patch: pixels per token side; chips: how many of each split, spread evenly.
+        gsd_m: ground metres per pixel of the encoder.
+
+    Raises:
+        DataError: no such chips, or chips of another scale.
     """
     shards = ChipShards(places)
+    shards.require_gsd(gsd_m)
     parts = []
     for split in ("train", "val"):
         wanted = [

@@ -15,9 +15,28 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from canopy.errors import ConfigError, OutputError
+from canopy.training.processes import first_process
 
 _FOLDERS = re.compile(r"(?<![^\s='\"])/(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
 CONFIG, LAST, LOCK = "config.yaml", "last.ckpt", ".lock"
+STATE, STATE_FORMAT = "canopy", 2  # key of a run's own state in its checkpoint; raise it when that changes
+
+
+@contextmanager
+def held(folder: Path, settings: BaseModel, resume: bool, free: frozenset[str]) -> Iterator[None]:
+    """Hold `folder` for a run that may start or go on in it (`locked`, `check_run`). Of several processes of
+    one run the first holds it for all.
+
+    Raises:
+        ConfigError, OutputError: it may not, or cannot; then nothing is written.
+    """
+    if not first_process():
+        yield
+        return
+    _check_place(folder, resume)
+    with locked(folder):
+        check_run(folder, settings, resume, free)
+        yield
 
 
 @contextmanager
@@ -57,12 +76,7 @@ def check_run(folder: Path, settings: BaseModel, resume: bool, free: frozenset[s
     Raises:
         ConfigError: there is a run and `resume` is off, there is none and it is on, or settings changed.
     """
-    if resume != (folder / LAST).exists():
-        raise ConfigError(
-            "holds no run to resume" if resume else "holds a run already",
-            where=folder,
-            remedy="leave out --resume" if resume else "add --resume, or choose another folder",
-        )
+    _check_place(folder, resume)
     now = json.loads(settings.model_dump_json())
     if resume and (folder / CONFIG).is_file():
         before = _with_defaults(yaml.safe_load((folder / CONFIG).read_text()), type(settings))
@@ -74,6 +88,27 @@ def check_run(folder: Path, settings: BaseModel, resume: bool, free: frozenset[s
                 remedy="use the same config, or start a new run in another folder",
             )
     (folder / CONFIG).write_text(yaml.safe_dump(now, sort_keys=False))
+
+
+def _check_place(folder: Path, resume: bool) -> None:
+    if resume != (folder / LAST).exists():
+        raise ConfigError(
+            "holds no run to resume" if resume else "holds a run already",
+            where=folder,
+            remedy="leave out --resume" if resume else "add --resume, or choose another folder",
+        )
+
+
+def saved_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's own state in its checkpoint. ConfigError where another version of canopy wrote it."""
+    state = checkpoint.get(STATE, {})
+    if state.get("format") != STATE_FORMAT:
+        raise ConfigError(
+            "is of a run of another version of canopy",
+            where=LAST,
+            remedy="finish the run with that version, or start a new one",
+        )
+    return dict(state)
 
 
 def _with_defaults(raw: Any, schema: type[BaseModel]) -> Any:

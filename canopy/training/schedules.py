@@ -1,38 +1,20 @@
-"""Learning-rate, loss-weight and averaging schedules as pure functions of progress."""
+"""Schedules as pure functions of progress: the share of a run that is done, 0..1 (clamped)."""
 
 from __future__ import annotations
 
 import math
 
 SHAPES = ("linear", "cosine", "step")
-
-
-def warmup_cosine(progress: float, warmup: float = 0.03, floor: float = 0.01) -> float:
-    """Factor on the learning rate: linear from ~0 to 1 over `warmup`, then half a cosine down to `floor`.
-
-    Args:
-        progress: share of the run done, 0..1 (clamped).
-        warmup: share of the run spent warming up.
-        floor: final factor.
-    """
-    return lr_factor(progress, "cosine", warmup, floor)
-
-
-def lr_factor(progress: float, shape: str, warmup: float = 0.03, floor: float = 0.01) -> float:
-    """Factor on the learning rate: linear from ~0 to 1 over `warmup`, then 'cosine' or 'linear' down to
-    `floor`, or 'constant'. Arguments as in `warmup_cosine`."""
-    progress = min(max(progress, 0.0), 1.0)
-    if progress < warmup:
-        return max(progress / warmup, 1e-3)
-    if shape == "constant":
-        return 1.0
-    rest = (progress - warmup) / max(1.0 - warmup, 1e-9)
-    left = 0.5 * (1.0 + math.cos(math.pi * rest)) if shape == "cosine" else 1.0 - rest
-    return floor + (1.0 - floor) * left
+_LEAST_WARMUP = 1e-3  # of the peak: a first step at rate 0 would be thrown away
 
 
 def ramp(
-    progress: float, first: float, last: float, begin: float, end: float, shape: str = "linear"
+    progress: float,
+    first: float,
+    last: float,
+    begin: float = 0.0,
+    end: float = 1.0,
+    shape: str = "linear",
 ) -> float:
     """`first` until progress `begin`, `last` from `end` on; between them a line ('linear'), half a cosine
     ('cosine'), or `first` until `end` ('step')."""
@@ -44,6 +26,14 @@ def ramp(
     if shape == "cosine":
         share = 0.5 * (1.0 - math.cos(math.pi * share))
     return first + (last - first) * share
+
+
+def learning_rate(progress: float, peak: float, end: float, warmup: float, shape: str = "cosine") -> float:
+    """In a line from nearly 0 to `peak` over the share `warmup` (below 1), then to `end` by a 'cosine' or a
+    'linear' fall, or 'constant' at `peak`."""
+    if progress < warmup:
+        return peak * max(progress / warmup, _LEAST_WARMUP)
+    return peak if shape == "constant" else ramp(progress, peak, end, warmup, 1.0, shape)
 
 
 def ema_decay(step: int, final: float = 0.998) -> float:

@@ -19,8 +19,9 @@ class DataSettings(Settings):
     of that height category; `neon_share`, `synth_share`: chance of a plot or a synthetic chip, where there
     are any.
     `label_share`: share of the training chips that may be used; a smaller share is a subset of a larger
-    one, `label_seed` draws another. `include_val`: train on the val chips too; their scores are then called
-    "seen". `val_chips`: validate on at most so many, evenly spaced (the final scores count all).
+    one, `label_seed` draws another. `include_val`: train on the val chips too, but for those within the
+    folder's buffer of a test chip; their scores are then called "seen". `val_chips`: validate on at most so
+    many, evenly spaced (the final scores count all).
     `val_sites`: beginnings of sites' names; validation is then on all train and val chips of these sites, and
     training on the others: what a model knows of places it has not seen, without looking at a test chip.
     """
@@ -84,8 +85,8 @@ def weight_at(weight: Weight, progress: float) -> float:
 class LossSettings(Settings):
     """Weights of the loss terms (numbers, or `Ramp`s over the run), and how labels are used.
 
-    `shift_*`: labels may move by so many metres (= label pixels) to where the prediction fits them, at a
-    price per pixel, once the share `shift_after` of the run is over: a random model must not choose.
+    `shift_*`: labels may move by so many metres (to whole label pixels) to where the prediction fits them,
+    at a price per metre, once the share `shift_after` of the run is over: a random model must not choose.
     `height_weight`: pairs (height in metres, factor), joined by straight lines: what a label pixel of that
     height counts. Tall trees are rare, so that without it every error on them is cheap.
     `expect_heights`: a fresh head starts at the training heights' distribution (`start.expect_heights`).

@@ -47,9 +47,10 @@ class ViewStream(ViewBatches):
 
 
 def open_stream(settings: PretrainSettings) -> ViewStream:
-    """The stream of a run. Raises DataError where there are no chips."""
+    """The stream of a run. Raises DataError where there are no chips, or chips of another scale."""
     late_from = round(settings.steps * (1 - settings.final.share)) if settings.final.share else settings.steps
     shards = ChipShards(settings.data.chips, splits=settings.data.splits)
+    shards.require_gsd(settings.architecture.gsd_m)
     return ViewStream(
         shards,
         settings.images,

@@ -60,6 +60,15 @@ def test_memory(script, tmp_path):
     assert memory.growth_of({s: {"peak_mb": p} for s, p in peaks.items()}) == pytest.approx(0.01)
 
 
+def test_evaluate(script, tmp_path):
+    with pytest.raises(SystemExit):
+        script("evaluate").main(["--sizes", "600", "700", "--out", str(tmp_path)])
+    whole = json.loads((tmp_path / "evaluate.json").read_text())
+    assert set(whole) == {"benchmark", "machine", "settings", "results"}
+    found = whole["results"]["sizes"]["700"]
+    assert found["pixels"] == 700**2 and found["peak_mb"] > 50 and found["cpu_s"] > 0
+
+
 def test_chips(script, tmp_path):
     chips = script("chips")
     rows = chips.measure(tmp_path, 512, 4, workers=False)

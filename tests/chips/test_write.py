@@ -22,7 +22,7 @@ from canopy.chips.plan import CutRules, _year, edges, plan_shards, read_pairs
 from canopy.chips.shards import ChipShards, category, sampling_weights
 from canopy.chips.splits import SplitRules
 from canopy.chips.store import read_store
-from canopy.chips.streams import ChipBatches, ChipDataset, ViewBatches
+from canopy.chips.streams import ChipBatches, ViewBatches
 from canopy.chips.views import ViewRules
 from canopy.chips.write import write_chips
 from canopy.errors import DataError, InputError
@@ -280,8 +280,8 @@ def test_shots_count_only_where_lidar_knows_nothing(folder):
 
 def test_whole_chips_and_views(folder):
     shards = ChipShards(folder)
-    item = ChipDataset(shards)[0]
-    assert item.rgb.shape == (3, 128, 128) and item.target.shape == item.weight.shape == (1, 64, 64)
+    chip = shards[0]
+    assert chip.rgb.shape == (3, 128, 128) and chip.chm_m.shape == chip.weight.shape == (64, 64)
     views = ViewBatches(shards, 2, ViewRules(global_px=64, local_px=32, locals_=2), seed=1).make(7)
     assert views.wide.shape == (2, 2, 3, 64, 64) and views.near.shape == (2, 2, 3, 32, 32)
     assert views.masks.shape == (4, 4, 4) and views.masks.dtype == torch.bool

@@ -19,7 +19,9 @@ def chips(tmp_path):
     for i in range(4):
         tensors[f"c{i}/rgb"] = rng.integers(1, 255, (3, 48, 48)).astype(np.uint8)
         tensors[f"c{i}/chm"] = np.full((24, 24), 65535, np.uint16)
-        rows.append(IndexRow(f"c{i}", f"c{i}", "s", "lidar", "train", "all.safetensors", label_share=0.0))
+        rows.append(
+            IndexRow(f"c{i}", f"c{i}", "s", "lidar", "train", "all.safetensors", gsd_m=0.5, label_share=0.0)
+        )
     (tmp_path / "chips").mkdir()
     save_file(tensors, tmp_path / "chips" / "all.safetensors")
     write_index(tmp_path / "chips", rows)

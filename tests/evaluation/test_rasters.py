@@ -12,12 +12,12 @@ import rasterio
 from rasterio.warp import Resampling, calculate_default_transform, reproject
 
 import canopy
-from canopy import metrics
 from canopy.errors import ImageryError, InputError
 from canopy.evaluation import rasters
 from canopy.evaluation.result import Evaluation
 
 stand = runpy.run_path(str(Path(__file__).with_name("stand.py")))
+score_arrays = runpy.run_path(str(Path(__file__).parents[1] / "whole_arrays.py"))["score_arrays"]
 WEST, NORTH, UTM = stand["WEST"], stand["NORTH"], stand["UTM"]
 REFERENCE = stand["forest"](0)
 
@@ -44,7 +44,7 @@ def test_equals_the_arrays_on_one_grid(write: Callable[..., Path]) -> None:
     reference[100:140, 50:90] = np.nan
     map_m = predicted()
     result = canopy.evaluate(write("m.tif", map_m), write("r.tif", reference), replicates=0, shift=False)
-    expected = metrics.score_arrays(map_m, reference)
+    expected = score_arrays(map_m, reference)
     for name, value in plain(result).items():
         assert value == pytest.approx(expected[name], rel=1e-9, abs=1e-9), name
     assert set(expected) - set(plain(result)) == {"interval_coverage", "interval_width_m"}
@@ -99,7 +99,7 @@ def test_a_shift_is_found_and_undone(write: Callable[..., Path], east: float, no
     assert result.shift.east_m == pytest.approx(east, abs=0.15)
     assert result.shift.north_m == pytest.approx(north, abs=0.15)
     assert result.corrected is not None
-    straight = metrics.score_arrays(predicted(), REFERENCE)["mae_m"]
+    straight = score_arrays(predicted(), REFERENCE)["mae_m"]
     assert result.overall["mae_m"].value > straight + 0.3
     assert result.corrected["mae_m"].value < straight + 0.1
     shift_m = result.to_dict()["shift_m"]
@@ -144,7 +144,7 @@ def test_the_finer_side_is_pooled_onto_the_coarser(write: Callable[..., Path], s
     pooled = {"mean": cells.mean(-1), "max": cells.max(-1), "p95": np.percentile(cells, 95, axis=-1)}[stat]
     paths = write("fine.tif", fine, gsd=0.5), write("r.tif", REFERENCE[:130, :155])
     result = canopy.evaluate(*paths, stat=stat, replicates=0, shift=False)
-    expected = metrics.score_arrays(pooled, REFERENCE[:130, :155].astype(np.float64))
+    expected = score_arrays(pooled, REFERENCE[:130, :155].astype(np.float64))
     for name in ("n", "mae_m", "rmse_m", "r2", "block_r2", "edge_error", "cover_iou_5m"):
         assert result.overall[name].value == pytest.approx(expected[name], rel=1e-6), name
     # The other way round the grid is the same, and so is every difference but its sign.
@@ -160,7 +160,7 @@ def test_centimetres_in_integers_and_published_nodata(write: Callable[..., Path]
     with rasterio.open(path, "r+") as dataset:
         dataset.scales = (0.01,)
     result = canopy.evaluate(path, write("r.tif", REFERENCE), replicates=0, shift=False)
-    expected = metrics.score_arrays(np.where(map_cm == 65535, np.nan, map_cm * 0.01), REFERENCE)
+    expected = score_arrays(np.where(map_cm == 65535, np.nan, map_cm * 0.01), REFERENCE)
     assert result.overall["mae_m"].value == pytest.approx(expected["mae_m"], abs=1e-5)
     assert result.overall.n == expected["n"]
 
@@ -168,7 +168,7 @@ def test_centimetres_in_integers_and_published_nodata(write: Callable[..., Path]
 def test_floor_counts_low_heights_as_zero_on_both_sides(write: Callable[..., Path]) -> None:
     paths = write("m.tif", predicted()), write("r.tif", REFERENCE)
     low = [np.where(x < 2, 0, x) for x in (predicted(), REFERENCE)]
-    expected = metrics.score_arrays(np.where(np.isfinite(predicted()), low[0], np.nan), low[1])["mae_m"]
+    expected = score_arrays(np.where(np.isfinite(predicted()), low[0], np.nan), low[1])["mae_m"]
     for option in ({"floor_m": 2.0}, {"sensor": "Optech Gemini"}):
         got = canopy.evaluate(*paths, replicates=0, shift=False, **option)
         assert got.overall["mae_m"].value == pytest.approx(expected, rel=1e-6)

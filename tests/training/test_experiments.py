@@ -44,6 +44,17 @@ def test_order_and_overrides(matrix):
     assert [job.seed for job in jobs(load_matrix(matrix, ["seeds=[5]"]), {})] == [5, 5, 5, 5]
 
 
+def test_a_line_is_left_out_wherever_in_a_text_its_variable_stands(matrix):
+    line = "runs=[{name: a, config: tiny.yaml, set: {init_from: 'runs/{x}/e-{y}.safetensors'}}]"
+    found = load_matrix(matrix, [line, "seeds=[0]", "shares=[1.0]"])
+    assert list(jobs(found, {})) == list(jobs(found, {"x": "1"})) == []
+    (job,) = jobs(found, {"x": "1", "y": "{2}"})  # what a variable stands for is taken as it is
+    assert 'init_from="runs/1/e-{2}.safetensors"' in job.overrides
+    everywhere = load_matrix(matrix, ["set={init_from: 'runs/{x}'}", "seeds=[0]", "shares=[1.0]"])
+    names = [job.line.name for job in jobs(everywhere, {"encoder": "e"})]
+    assert names == ["begun"]  # which has its own value in its place
+
+
 def test_runs_are_scored_once_and_failures_do_not_stop_the_rest(
     matrix, config, shards, tmp_path, monkeypatch
 ):

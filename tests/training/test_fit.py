@@ -206,6 +206,22 @@ def test_bad_steps_are_left_out_and_the_third_stops_the_run(config, tmp_path, mo
         finetune(settings(config), tmp_path / "three")
 
 
+def test_an_overflow_in_the_stem_poisons_nothing(config, tmp_path, monkeypatch):
+    from canopy.training.finetune import HeightModule
+
+    real, calls = HeightModule.terms, []
+
+    def blinding(self, batch):
+        calls.append(1)
+        return real(self, batch._replace(rgb=batch.rgb * 1e30) if len(calls) == 3 else batch)
+
+    monkeypatch.setattr(HeightModule, "terms", blinding)
+    finetune(settings(config), tmp_path / "run")
+    saved = state(tmp_path / "run")
+    assert saved["canopy"]["guard"] == {"skipped": [2]} and saved["global_step"] == 6
+    assert all(bool(torch.isfinite(v).all()) for v in saved["state_dict"].values())
+
+
 def test_early_stop_keeps_the_best(config, tmp_path, monkeypatch):
     maes = iter([5.0, 4.0, 6.0, 6.0, 1.0])
 

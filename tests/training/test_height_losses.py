@@ -202,6 +202,24 @@ def test_a_planted_shift_is_found_and_undone(move):
     assert losses.charbonnier(pred, target, weight) < 1.0
 
 
+def test_a_shift_does_not_win_by_losing_labels():
+    """Labels that fit badly, at the edge: moved out of the crop they would cost nothing."""
+    pred, target, weight = (torch.zeros(1, 1, 20, 20) for _ in range(3))
+    target[..., :2, :], weight[..., :2, :] = 20.0, 1.0
+    assert losses.best_shift(pred, target, weight, reach=2, penalty=0.1).tolist() == [[0, 0]]
+    # Beside labels that stay inside and fit where they are.
+    target[..., 5:15, 5:15] = weight[..., 5:15, 5:15] = 1.0
+    pred[..., 5:15, 5:15] = 1.0
+    assert losses.best_shift(pred, target, weight, reach=2, penalty=0.1).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("side", [1, 3, 4, 7])
+def test_crops_with_hardly_a_label_stay_where_they_are(side):
+    pred, target = torch.rand(2, 1, side, side) * 30, torch.rand(2, 1, side, side) * 30
+    shifts = losses.best_shift(pred, target, torch.ones_like(pred), reach=2, penalty=0.0)
+    assert shifts.tolist() == [[0, 0]] * 2
+
+
 def test_flat_crops_stay_where_they_are():
     flat = torch.zeros(3, 1, 20, 20)
     shifts = losses.best_shift(flat, flat, torch.ones_like(flat), reach=2, penalty=0.1)

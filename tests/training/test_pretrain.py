@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import subprocess
@@ -15,16 +16,18 @@ from safetensors.torch import load_file
 
 from canopy.chips.streams import Views
 from canopy.config import load_settings, validate_settings
-from canopy.errors import CanopyError, ConfigError, DataError
+from canopy.errors import ConfigError, DataError
 from canopy.models.config import EncoderConfig, ModelConfig, from_plain
 from canopy.models.height import HeightModel
+from canopy.training.guard import TrainingError
+from canopy.training.optim import follow
 from canopy.training.pretrain import PretrainModule
 from canopy.training.pretrain_dinov2 import DinoModule
 from canopy.training.pretrain_mae import MaeModule, measure_norms, random_masks
 from canopy.training.pretrain_run import pretrain
 from canopy.training.pretrain_settings import PretrainSettings
+from canopy.training.run_folder import locked
 from canopy.training.ssl_data import open_stream
-from canopy.training.ssl_optim import follow
 
 STEPS = 12
 KILLED = """
@@ -57,7 +60,8 @@ def module_of(settings: PretrainSettings) -> tuple[PretrainModule, Views]:
 
 def assert_equal_runs(one: Path, other: Path) -> None:
     a, b = (torch.load(d / "last.ckpt", weights_only=True) for d in (one, other))
-    assert a["global_step"] == b["global_step"] == STEPS and a["stream"] == b["stream"]
+    assert a["global_step"] == b["global_step"] == STEPS
+    assert a["canopy"]["stream"] == b["canopy"]["stream"]
     assert a["state_dict"].keys() == b["state_dict"].keys()
     for name, value in a["state_dict"].items():
         assert torch.equal(value, b["state_dict"][name]), name
@@ -127,12 +131,54 @@ def test_resume_needs_a_run_and_a_run_needs_room(repo, views_dir, tmp_path):
     pretrain(settings, tmp_path)
     with pytest.raises(ConfigError, match="holds a run"):
         pretrain(settings, tmp_path)
-    other = smoke(repo, views_dir, "steps=2", "data.splits=[train, val]")
-    with pytest.raises(DataError, match="chips"):
-        pretrain(other, tmp_path, resume=True)
     with pytest.raises(DataError, match="no such chips"):
         pretrain(smoke(repo, tmp_path / "none"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    with locked(tmp_path), pytest.raises(ConfigError, match="another process trains here"):
+        pretrain(settings, tmp_path, resume=True)
+
+
+def test_a_run_goes_on_with_the_settings_it_was_started_with(repo, views_dir, tmp_path):
+    pretrain(smoke(repo, views_dir, "steps=1", "views.locals=0"), tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    changes = [
+        "lr=0.5",
+        "views.locals=1",
+        "dino.koleo_weight=0.3",
+        "dino.hidden=8",
+        "data.splits=[train, val]",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"data\.splits, dino\.hidden, dino\.koleo_weight, lr, views\.locals"
+    ):
+        pretrain(smoke(repo, views_dir, "steps=2", *changes), tmp_path, resume=True)
+    assert (tmp_path / "config.yaml").read_text() == before
+    watched = ["log_every=1", "probe.every=2", "data.workers=0", "checkpoint_every=1"]
+    settings = smoke(repo, views_dir, "steps=2", "views.locals=0", *watched)
+    assert pretrain(settings, tmp_path, resume=True)["steps"] == 2
+    (views := tmp_path / "fewer").mkdir()  # the same folder with other chips in it
+    for name in ("index.csv", "shards"):
+        (views / name).symlink_to(views_dir / name)
+    run = tmp_path / "other"
+    pretrain(smoke(repo, views, "steps=1"), run)
+    (views / "index.csv").unlink()
+    (views / "index.csv").write_text("".join((views_dir / "index.csv").open().readlines()[:-6]))
+    with pytest.raises(DataError, match="the saved position has chips"):
+        pretrain(smoke(repo, views, "steps=2"), run, resume=True)
+
+
+@pytest.mark.parametrize("bound", ["steps=3", "minutes=0.001"])
+def test_what_is_exported_is_what_was_probed_and_a_finished_run_takes_no_step(
+    repo, views_dir, tmp_path, bound
+):
+    settings = smoke(repo, views_dir, "probe.every=2", "views.locals=0", bound)
+    card = pretrain(settings, tmp_path)
+    steps, scores = card["steps"], card["probe"]
+    lines = list(csv.DictReader((tmp_path / "log" / "metrics.csv").open()))
+    probed = {int(line["step"]): float(line["probe/mae_m"]) for line in lines if line.get("probe/mae_m")}
+    assert max(probed) == steps and probed[steps] == pytest.approx(scores["mae_m"])
+    again = pretrain(settings, tmp_path, resume=True)
+    assert (again["steps"], again["probe"]) == (steps, scores)
 
 
 @pytest.mark.slow
@@ -152,7 +198,8 @@ def test_two_processes_train_together_and_resume(repo, views_dir, tmp_path):
         assert ran.returncode == 0, ran.stderr[-800:]
         assert json.loads(ran.stdout.strip())["steps"] == steps  # one process has the word
     state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
-    assert state["stream"]["world"] == 2 and state["stream"]["position"] == 4
+    stream = state["canopy"]["stream"]
+    assert stream["world"] == 2 and stream["position"] == 4
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------------
@@ -264,9 +311,9 @@ def test_norms_are_measured_on_whole_images():
     assert norm.momentum == 0.1 and not module.training
 
 
-# ---- losses that are not finite ------------------------------------------------------------------------
-@pytest.mark.parametrize("bad", [{4, 5}, {4, 5, 6}])
-def test_two_bad_losses_are_skipped_and_the_third_stops(repo, views_dir, tmp_path, monkeypatch, bad, caplog):
+# ---- what is not finite ----------------------------------------------------------------------------------
+def spoiling(monkeypatch, how: str, bad: set[int]) -> dict[int, dict[str, torch.Tensor]]:
+    """At the steps `bad` the loss, or only its gradient, is NaN. Returns the states before them and after."""
     whole, kept = DinoModule.terms, {}
 
     def poisoned(self, views):
@@ -274,20 +321,36 @@ def test_two_bad_losses_are_skipped_and_the_third_stops(repo, views_dir, tmp_pat
         if step in bad | {max(bad) + 1}:
             kept[step] = {k: v.clone() for k, v in self.state_dict().items()}
         terms = whole(self, views)
-        return terms | {"ibot": terms["ibot"] * float("nan")} if step in bad else terms
+        if step not in bad:
+            return terms
+        # The root of 0 is 0, and its slope is not a number.
+        wrong = float("nan") if how == "loss" else (self.mask_token.sum() * 0).sqrt()
+        return terms | {"ibot": terms["ibot"] + wrong}
 
     monkeypatch.setattr(DinoModule, "terms", poisoned)
-    settings = smoke(repo, views_dir)
+    return kept
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_two_bad_steps_are_left_out(repo, views_dir, tmp_path, monkeypatch, caplog, how):
+    kept = spoiling(monkeypatch, how, {4, 5})
     caplog.set_level("WARNING", logger="canopy")
     monkeypatch.setattr("canopy.runtime.log.propagate", True)
-    if len(bad) > 2:
-        with pytest.raises(CanopyError, match="ibot is nan, the third time in a row"):
-            pretrain(settings, tmp_path)
-        return
-    assert pretrain(settings, tmp_path)["steps"] == STEPS
-    assert "step 4: ibot is nan: skipped (1 of 2)" in caplog.text
-    for name, value in kept[4].items():  # two skipped steps leave no trace
+    assert pretrain(smoke(repo, views_dir), tmp_path)["steps"] == STEPS
+    assert "step 4 is left out" in caplog.text
+    assert ("ibot is nan" in caplog.text) == (how == "loss")
+    assert ("gradient is nan" in caplog.text) == (how == "gradient")
+    for name, value in kept[4].items():  # they leave no trace
         assert torch.equal(value, kept[6][name]), name
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert all(bool(torch.isfinite(v).all()) for v in saved["state_dict"].values())
+
+
+def test_the_third_bad_step_stops_the_run_also_after_a_resume(repo, views_dir, tmp_path, monkeypatch):
+    spoiling(monkeypatch, "loss", {2, 4, 7})
+    pretrain(smoke(repo, views_dir, "steps=6"), tmp_path)
+    with pytest.raises(TrainingError, match=r"ibot is nan.* at step 7, and so it was at \[2, 4\]"):
+        pretrain(smoke(repo, views_dir), tmp_path, resume=True)
 
 
 # ---- settings ------------------------------------------------------------------------------------------

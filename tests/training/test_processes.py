@@ -50,7 +50,7 @@ def test_one_process_is_all():
 
 
 def test_processes_share_a_batch(config):
-    data = open_data(settings(config).data)
+    data = open_data(settings(config).data, 0.5)
 
     def stream(batch, rank=0, world=1) -> ChipBatches:
         made = batches(settings(config, f"batch={batch}"), data)

@@ -75,7 +75,7 @@ def test_a_run_is_resumed_with_its_own_strategy(repo, views_dir, tmp_path):
     settings = load_settings(PretrainSettings, repo / "configs/pretrain/smoke.yaml", words)
     (tmp_path / "last.ckpt").touch()
     (tmp_path / "config.yaml").write_text("strategy: fsdp")
-    with pytest.raises(ConfigError, match="started with strategy fsdp, not auto"):
+    with pytest.raises(ConfigError, match=r"started with other settings: .*strategy"):
         pretrain(settings, tmp_path, resume=True)
 
 

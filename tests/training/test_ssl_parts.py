@@ -1,4 +1,4 @@
-"""The parts of pretraining: heads, monitor, parameter groups, probe, stream."""
+"""The parts of pretraining: heads, monitor, probe, stream."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch.nn import functional
 from canopy.chips.made import write_made
 from canopy.chips.shards import ChipShards, site_weights
 from canopy.chips.views import ViewRules
-from canopy.errors import CanopyError, DataError
+from canopy.errors import DataError
 from canopy.models.config import EncoderConfig
 from canopy.models.encoder import Encoder
 from canopy.training.probe import HeightProbe, Patches, open_probe, patch_means, ridge
 from canopy.training.ssl_data import ViewStream, loader
 from canopy.training.ssl_heads import PixelDecoder, PrototypeHead, sine_positions
-from canopy.training.ssl_monitor import FiniteGuard, effective_rank, feature_std
-from canopy.training.ssl_optim import layer_of, parameter_groups
+from canopy.training.ssl_monitor import effective_rank, feature_std
 
 SIZE: dict[str, Any] = {
     "dim": 16,
@@ -128,38 +127,6 @@ def test_effective_rank_is_the_entropy_of_singular_values():
     assert effective_rank(x) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-3)
 
 
-def test_the_guard_forgets_after_a_good_step():
-    guard, bad, good = FiniteGuard(), {"a": torch.tensor(math.inf)}, {"a": torch.tensor(1.0)}
-    for terms in (bad, bad, good, bad, bad):
-        guard.check(terms, 1)
-        assert guard.skip == (terms is bad)
-    with pytest.raises(CanopyError, match="step 9: a is inf, the third time"):
-        guard.check(bad, 9)
-
-
-# ---- parameter groups -----------------------------------------------------------------------------------
-def test_layers_are_read_from_names():
-    for name, layer in {
-        "student.encoder.stem.stages.0.0.weight": 0, "student.encoder.vit.patch_embed.proj.bias": 0,
-        "encoder.vit.cls_token": 0, "mask_token": 0, "encoder.vit.blocks.0.attn.qkv.weight": 1,
-        "student.encoder.vit.blocks.11.mlp.fc1.weight": 12, "encoder.vit.norm.weight": 13,
-        "student.class_head.prototypes": 13, "decoder.blocks.0.attn.qkv.weight": 13, "decoder.mask_token": 13,
-    }.items():  # fmt: skip
-        assert layer_of(name, 12) == layer, name
-
-
-def test_groups_hold_every_parameter_once_and_spare_vectors():
-    encoder = torch.nn.ModuleDict({"encoder": Encoder(CONFIGS["stem"])})
-    groups = parameter_groups(encoder.named_parameters(), 4, 0.5, 0.1)
-    seen = [id(p) for group in groups for p in group["params"]]
-    assert sorted(seen) == sorted(id(p) for p in encoder.parameters())
-    vit = encoder["encoder"].vit
-    where = {id(p): (g["factor"], g["decays"]) for g in groups for p in g["params"]}
-    assert where[id(vit.cls_token)] == (pytest.approx(0.5**5 * 0.1), 0)
-    assert where[id(vit.blocks[0].mlp.fc1.weight)] == (0.5**4, 1)
-    assert where[id(vit.blocks[3].mlp.fc1.bias)] == (0.5, 0) and where[id(vit.norm.weight)] == (1.0, 0)
-
-
 # ---- probe -----------------------------------------------------------------------------------------------
 def test_ridge_equals_the_normal_equations():
     rng = np.random.default_rng(0)
@@ -190,7 +157,7 @@ def test_patch_means_leave_out_what_is_unknown():
 
 
 def test_the_probe_prefers_features_that_see(views_dir):
-    probe = open_probe(views_dir, 16, 8)
+    probe = open_probe(views_dir, 16, 8, 0.5)
     assert probe is not None and len(probe.train.images) == 8 and len(probe.val.images) == 4
 
     class Seeing(torch.nn.Module):
@@ -214,9 +181,9 @@ def test_the_probe_prefers_features_that_see(views_dir):
 def test_no_labels_no_probe(views_dir, tmp_path):
     shards = ChipShards(views_dir, splits=("train",))
     write_made(tmp_path / "one_split", [shards[0].as_chip()], "made up")
-    assert open_probe(tmp_path / "one_split", 16, 8) is None
+    assert open_probe(tmp_path / "one_split", 16, 8, 0.5) is None
     with pytest.raises(DataError, match="no such chips"):
-        open_probe(tmp_path / "none", 16, 8)
+        open_probe(tmp_path / "none", 16, 8, 0.5)
     with pytest.raises(DataError, match="train"):
         HeightProbe(Patches([], []), Patches([], []))
 

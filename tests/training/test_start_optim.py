@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
-from canopy.training.guard import NanGuard, TrainingError
-from canopy.training.optim import layer_scale, parameter_groups, set_rates
+from canopy.training.optim import layer_factor, layer_of, parameter_groups, set_rates
 from canopy.training.start import expect_heights
 
 CONFIG = ModelConfig(
@@ -26,26 +27,46 @@ def model():
     return HeightModel(CONFIG)
 
 
+def test_layers_are_read_from_names():
+    for name, layer in {
+        "student.encoder.stem.stages.0.0.weight": 0, "student.encoder.vit.patch_embed.proj.bias": 0,
+        "encoder.vit.cls_token": 0, "mask_token": 0, "encoder.vit.blocks.0.attn.qkv.weight": 1,
+        "student.encoder.vit.blocks.11.mlp.fc1.weight": 12, "encoder.vit.norm.weight": 13,
+        "student.class_head.prototypes": 13, "decoder.blocks.0.attn.qkv.weight": 13, "decoder.mask_token": 13,
+        "decoder.head.conv1.weight": 13,
+    }.items():  # fmt: skip
+        assert layer_of(name, 12) == layer, name
+
+
 def test_later_layers_learn_faster():
     names = ["encoder.vit.cls_token", *(f"encoder.vit.blocks.{i}.attn.qkv.weight" for i in range(12))]
-    scales = [layer_scale(name, 12, 0.8, 0.5) for name in names]
-    assert scales == pytest.approx([0.5 * 0.8 ** (13 - i) for i in range(13)])
-    assert layer_scale("encoder.vit.norm.weight", 12, 0.8, 0.5) == 0.5
-    assert layer_scale("decoder.head.conv1.weight", 12, 0.8, 0.5) == 1.0
-    assert layer_scale("encoder.stem.stages.0.0.weight", 12, 1.0, 1.0) == 1.0
+    assert [layer_factor(name, 12, 0.8) for name in names] == pytest.approx(
+        [0.8 ** (13 - i) for i in range(13)]
+    )
+    assert layer_factor("encoder.vit.norm.weight", 12, 0.8) == 1.0
+    assert layer_factor("encoder.stem.stages.0.0.weight", 12, 1.0) == 1.0
 
 
-def test_every_trainable_parameter_is_in_one_group(model):
+@pytest.mark.parametrize("family", ["vit", "rope"])
+def test_every_trainable_parameter_is_in_one_group_and_tokens_are_spared(family):
+    encoder = dataclasses.replace(CONFIG.encoder, family=family, registers=2, pos_grid=4)
+    model = HeightModel(dataclasses.replace(CONFIG, encoder=encoder))
     model.decoder.project.requires_grad_(False)
-    groups = parameter_groups(model, 4, 0.05, layer_decay=0.8, encoder_scale=0.1)
+    groups = parameter_groups(model.named_parameters(), lambda name: layer_factor(name, 4, 0.5))
     inside = [id(p) for g in groups for p in g["params"]]
     assert sorted(inside) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    for group in groups:
-        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+    where = {id(p): (g["factor"], g["decays"]) for g in groups for p in g["params"]}
+    vit = model.encoder.vit
+    tokens = [vit.cls_token, vit.reg_token, *([vit.pos_embed] if family == "vit" else [])]
+    assert all(token.ndim > 1 and where[id(token)] == (0.5**5, 0) for token in tokens)
+    assert where[id(vit.blocks[0].mlp.fc1.weight)] == (0.5**4, 1)
+    assert where[id(vit.blocks[3].mlp.fc1.bias)] == (0.5, 0) and where[id(vit.norm.weight)] == (1.0, 0)
+    plain = {id(p) for p in model.parameters() if p.ndim < 2} | {id(token) for token in tokens}
+    assert all((key in plain) == (decays == 0) for key, (_, decays) in where.items())
     optimizer = torch.optim.AdamW(groups, lr=1.0)
-    set_rates(optimizer, 2e-3)
-    assert {g["lr"] for g in optimizer.param_groups} == {2e-3 * g["scale"] for g in groups}
-    assert max(g["lr"] for g in optimizer.param_groups) == 2e-3
+    set_rates(optimizer, 2e-3, 0.05)
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["weight_decay"]) == (2e-3 * group["factor"], 0.05 * group["decays"])
 
 
 @torch.no_grad()
@@ -57,19 +78,3 @@ def test_a_fresh_head_expects_the_training_heights(model):
     got = model.predict(image)
     assert got.height_m.mean().item() == pytest.approx(heights.mean().item(), abs=1.0)
     assert got.spread_m.mean().item() == pytest.approx(heights.std().item(), abs=1.5)
-
-
-def test_the_guard_forgets_what_is_long_ago():
-    guard = NanGuard(forgiven=2, memory=100)
-    nan = float("nan")
-    assert (
-        guard.passes(0, loss=1.0)
-        and not guard.passes(1, loss=nan)
-        and not guard.passes(2, gradient=float("inf"))
-    )
-    assert not guard.passes(150, loss=nan)
-    again = NanGuard(forgiven=2, memory=100)
-    again.load_state_dict(guard.state_dict())
-    assert again.skipped == [150] and not again.passes(151, loss=nan)
-    with pytest.raises(TrainingError, match=r"loss is nan at step 152, and so it was at \[150, 151\]"):
-        again.passes(152, loss=nan)
