@@ -119,9 +119,9 @@ class Shard:
 def read_pairs(manifest: str | Path, limit: int | None = None) -> list[Pair]:
     """Pairs of a CSV or Parquet manifest; paths in it are relative to it.
 
-    Columns: id, rgb_path, chm_path; optional site, kind, split, crs (for images that carry none), date_rgb or
-    year_rgb, date_chm or year_chm, sensor or floor_m, gedi_path, licence. Others are ignored. A row may leave
-    chm_path empty: an image without heights, for pretraining.
+    Columns: rgb_path, chm_path; optional id (else the image's file name), site, kind, split, crs (for images
+    that carry none), date_rgb or year_rgb, date_chm or year_chm, sensor or floor_m, gedi_path, licence.
+    Others are ignored. A row may leave chm_path empty: an image without heights, for pretraining.
 
     Raises:
         DataError: a missing file or column, an id used twice or unfit for a name, or bad values.
@@ -130,12 +130,16 @@ def read_pairs(manifest: str | Path, limit: int | None = None) -> list[Pair]:
     rows = list(_rows(path))[:limit]
     if not rows:
         raise DataError("has no rows", where=path)
-    missing = [c for c in ("id", "rgb_path", "chm_path") if c not in rows[0]]
+    missing = [c for c in ("rgb_path", "chm_path") if c not in rows[0]]
     if missing:
-        raise DataError(f"lacks the columns {', '.join(missing)}", where=path)
+        raise DataError(
+            f"lacks the columns {', '.join(missing)}",
+            where=path,
+            expected="rgb_path, chm_path; if known id, site, split, date_rgb, date_chm (docs/training.md)",
+        )
     pairs: dict[str, Pair] = {}
     for row in rows:
-        pair = _pair(row, path)
+        pair = _pair({**row, "id": row.get("id") or Path(row["rgb_path"]).stem}, path)
         if pair.id in pairs:
             raise DataError(f"id {pair.id!r} occurs twice", where=path)
         pairs[pair.id] = pair

@@ -42,6 +42,17 @@ def summarise(rows: Sequence[IndexRow]) -> dict[str, Any]:
     }
 
 
+def split_note(summary: dict[str, Any]) -> str | None:
+    """What somebody should know who is about to train on these chips: that nothing would be validated."""
+    splits = summary["by_split"]
+    if "train" not in splits or "val" in splits:
+        return None
+    return (
+        "no val chips: training on these will not be validated; give the manifest a column `split`, or "
+        "choose a larger --val or a smaller --block-m"
+    )
+
+
 def _site(site: str, rows: Sequence[IndexRow]) -> dict[str, Any]:
     here = [row for row in rows if row.site == site]
     kept = cut_rows(here)

@@ -11,7 +11,7 @@ import typer
 from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
 from canopy.cli.groups import takes_groups
 from canopy.errors import InputError
-from canopy.runtime import Progress, progress_bar, setup_logging
+from canopy.runtime import Progress, log, progress_bar, setup_logging
 
 if TYPE_CHECKING:
     from canopy.chips.plan import CutRules
@@ -93,7 +93,7 @@ def chips(
 ) -> None:
     """Cut pairs of image and canopy height into training chips.
 
-    The manifest has columns id, rgb_path, chm_path (paths count from its folder) and, if known, site, kind,
+    The manifest has columns rgb_path, chm_path (paths count from its folder) and, if known, id, site, kind,
     split, crs, date_rgb, date_chm (or year_...), sensor or floor_m, gedi_path, licence. Rows without chm_path
     become chips without heights, for canopy pretrain. Given splits are kept; the rest is split by
     blocks of ground. DIR gets shards/, index.csv and .parquet, summary.json and
@@ -131,13 +131,16 @@ def _pairs(
     overwrite: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], str]:
-    from canopy.chips.summary import table
+    from canopy.chips.summary import split_note, table
     from canopy.chips.write import write_chips
 
     summary = write_chips(
         manifest, out_dir, cut.rules(), split.rules(),
         limit=limit, workers=workers, overwrite=overwrite, progress=progress,
     )  # fmt: skip
+    note = split_note(summary)
+    if note:
+        log.warning(f"note: {note}")
     return summary, f"{table(summary)}\n{summary['cut_now']} of {summary['shards']} shards cut now"
 
 

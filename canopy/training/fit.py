@@ -108,6 +108,10 @@ class _Run:
         # Channels last is how convolutions run fastest, on CPUs and GPUs alike.
         model = model.to(memory_format=torch.channels_last)
         val = self.data.val.some(settings.data.val_chips)
+        if self.writes and not len(val):
+            log.warning(
+                "note: no val chips: nothing is scored, and the last weights are exported as they are"
+            )
         module = HeightModule(model, settings, stream, val, self._on_step, self._on_scores)
         if settings.compile:
             compile_parts(model)
@@ -224,7 +228,7 @@ class _Run:
         model = model.float().to(self.device).eval()
         card: dict[str, Any] = {
             "name": settings.name,
-            "licence": "Apache-2.0",
+            "licence": settings.licence,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "command": without_folders(command),
             "settings": _shareable(settings),

@@ -211,6 +211,7 @@ def _card(module: PretrainModule, stream: ViewStream, command: str) -> dict[str,
     )  # fmt: skip
     return {
         "name": settings.name,
+        "licence": settings.licence,
         "objective": settings.objective,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": command,

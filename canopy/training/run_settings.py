@@ -33,6 +33,7 @@ class RunSettings(Settings):
         devices, nodes: processes on each machine, and machines. Batches are per process.
         compile: torch.compile what takes the time; costs minutes at the start.
         model: what differs from `ModelConfig`'s defaults.
+        licence: of the weights, for the card; whose they are only you can say.
     """
 
     name: str = "canopy"
@@ -44,6 +45,7 @@ class RunSettings(Settings):
     compile: bool = False
     log_every: int = Field(default=25, ge=1)
     model: dict[str, Any] = Field(default_factory=dict)
+    licence: str = "not stated"
 
     @field_validator("model")
     @classmethod

@@ -27,12 +27,21 @@ def manifest(make_image, tmp_path):
 
 def test_it_cuts_says_what_it_cut_and_does_not_cut_twice(canopy, manifest, tmp_path):
     ran = canopy(*WORDS)
+    assert "no val chips" in ran.err  # one image is one block, and cannot be split
     assert ran.code == 0 and "1 chips, 0 rejected" in ran.out and "1 of 1 shards cut now" in ran.out
     assert {p.name for p in (tmp_path / "out").iterdir()} == FILES
     assert "0 of 1 shards cut now" in canopy(*WORDS).out
     told = json.loads(canopy(*WORDS, "--json").out)
     assert told["chips"] == 1 and told["cut_now"] == 0 and told["train_chips_within_buffer_of_test"] == 0
     assert canopy(*WORDS, "-q").out == ""
+
+
+def test_the_file_is_the_id_of_a_pair_without_one(canopy, manifest, tmp_path):
+    manifest.write_text("rgb_path,chm_path\nrgb.tif,chm.tif\n")
+    assert canopy(*WORDS).code == 0
+    assert ",rgb," in (tmp_path / "out" / "index.csv").read_text()
+    manifest.write_text("image,chm_path\nrgb.tif,chm.tif\n")
+    assert "rgb_path" in canopy(*WORDS, "--overwrite").error_line
 
 
 def test_other_settings_need_overwrite(canopy, manifest, tmp_path):

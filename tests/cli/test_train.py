@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from canopy.cli.main import app
 from canopy.errors import ConfigError
+from canopy.models.registry import describe
 
 spec = importlib.util.spec_from_file_location(
     "training_conftest", Path(__file__).parents[1] / "training" / "conftest.py"
@@ -39,6 +40,16 @@ def test_train_then_resume_with_json(config, tmp_path):
     more = call(config, "steps=4", "-o", tmp_path / "run", "--resume", "--json", "-q")
     facts = json.loads(more.stdout)
     assert facts["steps"] == 4 and facts["val"]["all"]["mae_m"] > 0 and more.stderr == ""
+
+
+def test_weights_that_nothing_judged_are_said_to_be(tmp_path):
+    folder = chips.write_shards(tmp_path / "chips", ["train"] * 3)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(chips.TINY + f"data: {{chips: {folder}}}\n")
+    done = call(path, "steps=1", "licence=CC-BY-4.0", "-o", tmp_path / "run")
+    assert done.exit_code == 0 and "no val chips" in done.stderr
+    card = describe(tmp_path / "run" / "model.safetensors")["card"]
+    assert card["licence"] == "CC-BY-4.0" and "val" not in card
 
 
 def test_a_card_names_no_folders():
