@@ -30,34 +30,18 @@ _MOST_PX = 30_000_000
 Read = Callable[[Grid], tuple[np.ndarray, np.ndarray]]
 
 
-def pool_map(
-    side: HeightSide, samples: SampleSet, stat: str, progress: Progress | None = None
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
-    """The map over every sample, float64 (n,), NaN where less than 90 % of it is valid; and its bounds.
+def pool_map(side: HeightSide, samples: SampleSet, stat: str, progress: Progress | None = None) -> np.ndarray:
+    """The map over every sample, float64 (n,), NaN where less than 90 % of it is valid.
 
     Discs take the pixels whose centres they hold (`pool_over_disc`); polygons every pixel by the share of it
-    that they cover. The bounds of an interval are means, whatever `stat`.
+    that they cover.
     """
-    grid = map_lattice(side)
-    progress = progress or NoProgress()
 
     def heights(window: Grid) -> tuple[np.ndarray, np.ndarray]:
         return side.read(window, "mean")
 
     pool = _pool_polygons if samples.polygons is not None else _pool_discs
-    values = pool(heights, grid, samples, stat, progress)
-    if not side.product.has_interval:
-        return values, None
-    ends = []
-    for end in (0, 1):
-
-        def bound(window: Grid, end: int = end) -> tuple[np.ndarray, np.ndarray]:
-            found = side.read_bounds(window)
-            assert found is not None  # has_interval
-            return np.nan_to_num(found[end]), np.isfinite(found[end])
-
-        ends.append(pool(bound, grid, samples, "mean", NoProgress()))
-    return values, (ends[0], ends[1])
+    return pool(heights, map_lattice(side), samples, stat, progress or NoProgress())
 
 
 def map_lattice(side: HeightSide) -> Grid:
