@@ -16,11 +16,11 @@ from canopy.evaluation.bootstrap import LEVEL, Bootstrap
 from canopy.evaluation.heights import HeightSide, file_sha256
 from canopy.evaluation.product_dates import years_apart
 from canopy.evaluation.rasters import RasterPair, RasterTally, Rules
-from canopy.evaluation.resample import check_stat
 from canopy.evaluation.result import BlockTable
 from canopy.evaluation.samples import SampleBlocks, SampleSet
 from canopy.evaluation.tally import Tally
 from canopy.geo.crs import transformer
+from canopy.geo.statistic import percent_of
 from canopy.metrics import COLUMN
 
 KINDS = ("chm", "gedi", "plots")
@@ -55,7 +55,7 @@ class Options:
         if self.kind is not None and self.kind not in KINDS:
             raise InputError(f"{self.kind!r}", where="--kind", expected=", ".join(KINDS))
         if self.stat is not None:
-            check_stat(self.stat)
+            percent_of(self.stat, "--stat")
         sensor_floor(self.sensor)
         if self.floor_m is not None and not 0 <= self.floor_m <= 10:
             raise InputError(f"{self.floor_m:g} m", where="--floor-m", expected="0 to 10")

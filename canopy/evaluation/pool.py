@@ -10,20 +10,19 @@ import shapely
 
 from canopy.errors import InputError
 from canopy.evaluation.heights import HeightSide
-from canopy.evaluation.resample import pool_values
+from canopy.evaluation.pairing import own_grid
 from canopy.evaluation.samples import SampleSet
-from canopy.geo.aoi import AOI
-from canopy.geo.crs import to_crs, transformer
-from canopy.geo.fill import fill_polygons
+from canopy.geo.coverage import coverage
+from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid
 from canopy.geo.raster import Raster
+from canopy.geo.statistic import percent_of, statistic_of
+from canopy.geo.tiles import tiles_over
 from canopy.runtime import NoProgress, Progress
 from canopy.sources.gedi_footprint import pool_over_disc
 
 MIN_VALID_SHARE = 0.9
 _WINDOW_PX = 1024
-# Up to here the share of every pixel that a polygon covers is computed exactly; beyond, by pixel centres.
-_EXACT_PX = 200_000
 _MOST_PX = 30_000_000
 
 # A grid -> heights (h, w) float64 and valid (h, w).
@@ -41,16 +40,7 @@ def pool_map(side: HeightSide, samples: SampleSet, stat: str, progress: Progress
         return side.read(window, "mean")
 
     pool = _pool_polygons if samples.polygons is not None else _pool_discs
-    return pool(heights, map_lattice(side), samples, stat, progress or NoProgress())
-
-
-def map_lattice(side: HeightSide) -> Grid:
-    """The map's own pixels; for a rotated file a UTM grid of its pixel size over its frame."""
-    product = side.product
-    if product.lattice is not None:
-        return product.lattice
-    area = AOI(product.outline, to_crs("EPSG:4326"), False)
-    return area.grid(area.output_crs(), product.gsd_m)
+    return pool(heights, own_grid(side.product), samples, stat, progress or NoProgress())
 
 
 # ---- discs ----------------------------------------------------------------------------------------
@@ -99,15 +89,13 @@ def _pool_polygons(read: Read, grid: Grid, samples: SampleSet, stat: str, progre
 
 
 def _pool_one(read: Read, grid: Grid, shape: shapely.Geometry, stat: str, number: int) -> float:
-    west, south, east, north = shape.bounds
-    (top, left), (bottom, right) = grid.rowcol(west, north), grid.rowcol(east, south)
-    row, col = math.floor(top), math.floor(left)
-    size = math.ceil(bottom) - row, math.ceil(right) - col
-    if size[0] * size[1] > _MOST_PX:
-        raise InputError(f"polygon {number + 1} holds {size[0] * size[1]} px", expected="plots, not regions")
-    window = grid.window(row, col, max(1, size[0]), max(1, size[1]))
+    window = grid.window_over(shape.bounds)
+    if window.height * window.width > _MOST_PX:
+        raise InputError(
+            f"polygon {number + 1} holds {window.height * window.width} px", expected="plots, not regions"
+        )
     values, valid = read(window)
-    share = coverage(shape, window)
+    share = _shares(shape, window)
     area = share.sum()
     if area <= 0 or share[valid].sum() < MIN_VALID_SHARE * area:
         return float("nan")
@@ -115,21 +103,15 @@ def _pool_one(read: Read, grid: Grid, shape: shapely.Geometry, stat: str, number
         return float((values * share)[valid].sum() / share[valid].sum())
     # Highest and percentiles take pixels of which at least half is inside; if there are none, all touched.
     chosen = valid & (share >= min(0.5, float(share.max())))
-    picked = values[chosen][None]
-    return float(pool_values(picked, np.ones(picked.shape, bool), stat)[0])
+    return float(statistic_of(values[chosen], np.ones(chosen.sum(), bool), percent_of(stat)))
 
 
-def coverage(shape: shapely.Geometry, grid: Grid) -> np.ndarray:
-    """Share (h, w) of every pixel that a polygon in the grid's CRS covers; exact up to 200,000 pixels."""
-    if grid.height * grid.width > _EXACT_PX:
-        return fill_polygons(shape, grid).astype(np.float64)
-    px, py = grid.pixel
-    x0, y0 = grid.xy(0, 0)
-    cols, rows = np.meshgrid(np.arange(grid.width), np.arange(grid.height))
-    west, north = x0 + cols * px, y0 - rows * py
-    boxes = shapely.box(west, north - py, west + px, north)
-    shapely.prepare(shape)
-    share = shapely.contains_properly(shape, boxes).astype(np.float64)
-    edge = (share == 0) & shapely.intersects(shape, boxes)
-    share[edge] = shapely.area(shapely.intersection(shape, boxes[edge])) / (px * py)
+def _shares(shape: shapely.Geometry, grid: Grid) -> np.ndarray:
+    """Share (h, w) of every pixel that a polygon covers, found in tiles: only those on its edge cost time."""
+    share = np.zeros(grid.shape)
+    for tile in tiles_over(grid, _WINDOW_PX):
+        part = coverage(shape, tile.core)
+        if part is not None:
+            row, col = grid.offset_of(tile.core)
+            share[row : row + tile.core.height, col : col + tile.core.width] = part
     return share
