@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from canopy.geo.raster import Raster, SourcePlace, open_raster, read_raster
 from canopy.geo.statistic import percent_of, statistic_of
 
 if TYPE_CHECKING:
-    import geopandas
     import pandas
 
 DIAMETER_M = 25.0
@@ -43,37 +42,6 @@ class _Rule:
     percent: float | None
     radius: float
     min_valid: float
-
-
-def footprint_disc(shots: pandas.DataFrame, crs: Any, diameter: float = DIAMETER_M) -> geopandas.GeoSeries:
-    """The discs of shots as polygons in `crs`, with the shots' index.
-
-    64 points at the radius, measured along the ellipsoid and then projected: a disc on the ground whatever
-    the CRS; its area is 0.16 % below the circle's. `shots` has columns lon and lat, degrees; `diameter` is
-    in metres.
-    """
-    import geopandas
-    import shapely
-
-    crs = to_crs(crs)
-    lon, lat = _places(shots)
-    turn = np.linspace(0.0, 360.0, _DISC_POINTS, endpoint=False)
-    geod = geod_of(to_crs("EPSG:4326"))
-    shape = len(lon), _DISC_POINTS
-    x, y, _ = geod.fwd(
-        np.repeat(lon, _DISC_POINTS),
-        np.repeat(lat, _DISC_POINTS),
-        np.tile(turn, len(lon)),
-        np.full(len(lon) * _DISC_POINTS, _radius(diameter)),
-    )
-    # A disc over the antimeridian stays in one piece, its longitudes running on past 180.
-    x = np.asarray(x).reshape(shape)
-    x = x + 360.0 * np.round((lon[:, None] - x) / 360.0)
-    y = np.asarray(y).reshape(shape)
-    if not crs.geographic or crs != to_crs("EPSG:4326"):
-        x, y = transformer("EPSG:4326", crs).transform(x, y)
-    discs = shapely.polygons(np.stack([x, y], axis=-1))
-    return geopandas.GeoSeries(discs, index=shots.index, crs=crs.to_wkt())
 
 
 def pool_over_disc(
