@@ -13,7 +13,7 @@ from canopy import __version__
 from canopy.chips.targets import sensor_floor
 from canopy.errors import InputError
 from canopy.evaluation.bootstrap import LEVEL, Bootstrap
-from canopy.evaluation.heights import HeightSide, file_sha256
+from canopy.evaluation.heights import HeightSide, known_sha256
 from canopy.evaluation.product_dates import years_apart
 from canopy.evaluation.rasters import RasterPair, RasterTally, Rules
 from canopy.evaluation.result import BlockTable
@@ -198,7 +198,7 @@ def sample_facts(
     return {
         "canopy_version": __version__,
         "map": side.facts(),
-        "reference": [{"name": samples.name, "sha256": file_sha256(reference), "column": samples.column}],
+        "reference": [{"name": samples.name, "sha256": known_sha256(reference), "column": samples.column}],
         "rule": f"{stat} of the map's pixels over {shape}, of which at least 90 % are valid",
         "stat": stat,
         "floor_m": [floor],

@@ -20,10 +20,11 @@ from shapely.geometry import MultiPolygon, Polygon
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
-from canopy.errors import ConfigError, InputError, OutputError
+from canopy.errors import ConfigError, InputError
 from canopy.evaluation.gather import pixel_areas_m2
 from canopy.evaluation.pairing import own_grid
 from canopy.evaluation.products import HeightProduct, open_product
+from canopy.files import replacing
 from canopy.geo.coverage import coverage
 from canopy.geo.crs import geod_of, to_crs, to_lonlat
 from canopy.geo.grid import Grid
@@ -222,14 +223,8 @@ def _join(frame: geopandas.GeoDataFrame, rows: list[dict[str, Any]]) -> geopanda
 
 def write_table(table: geopandas.GeoDataFrame, path: Path) -> None:
     """Write a table of zones as .csv or .parquet; OutputError where that is impossible."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as part:
         if path.suffix.lower() == ".csv":
-            table.drop(columns=table.geometry.name).to_csv(partial, index=False)
+            table.drop(columns=table.geometry.name).to_csv(part, index=False)
         else:
-            table.to_parquet(partial, index=False)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", where=path) from error
-    finally:
-        partial.unlink(missing_ok=True)
+            table.to_parquet(part, index=False)

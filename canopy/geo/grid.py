@@ -179,7 +179,7 @@ class Grid:
         return Grid.of(self.crs, Affine(px, 0.0, west, 0.0, -py, north), (height, width))
 
     def window_over(self, bounds: Sequence[float], slack_px: float = SNAP_TOL_PX) -> Grid:
-        """The smallest window of whole pixels, at least one, that holds (west, south, east, north) of its CRS.
+        """The smallest window, at least one pixel, whose pixels hold (west, south, east, north) of its CRS.
 
         It may lie outside. Bounds that reach less than `slack_px` into a pixel do not ask for it.
         """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from canopy.errors import OutputError
+from canopy.files import replacing
 from canopy.geo.grid import Grid
 from canopy.geo.scale_bar import draw_scale_bar
 
@@ -46,14 +46,8 @@ def write_quicklook(map_path: Path, png_path: Path, *, title: str, subtitle: str
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, extend="max")
     bar.set_label("canopy height (m)")
     draw_scale_bar(axes, heights.shape, grid.gsd_m * grid.width / heights.shape[1])
-    partial = png_path.with_name(f".{png_path.name}.part")
-    try:
-        figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
-        partial.replace(png_path)
-    except OSError as error:
-        raise OutputError(f"cannot write the quicklook ({error.strerror})", where=png_path) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(png_path, "cannot write the quicklook") as part:
+        figure.savefig(part, format="png", dpi=150, metadata={"Software": None})
 
 
 def _overview(path: Path) -> tuple[np.ndarray, Grid]:
