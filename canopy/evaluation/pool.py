@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import shapely
@@ -25,9 +24,6 @@ MIN_VALID_SHARE = 0.9
 _WINDOW_PX = 1024
 _MOST_PX = 30_000_000
 
-# A grid -> heights (h, w) float64 and valid (h, w).
-Read = Callable[[Grid], tuple[np.ndarray, np.ndarray]]
-
 
 def pool_map(side: HeightSide, samples: SampleSet, stat: str, progress: Progress | None = None) -> np.ndarray:
     """The map over every sample, float64 (n,), NaN where less than 90 % of it is valid.
@@ -35,16 +31,14 @@ def pool_map(side: HeightSide, samples: SampleSet, stat: str, progress: Progress
     Discs take the pixels whose centres they hold (`pool_over_disc`); polygons every pixel by the share of it
     that they cover.
     """
-
-    def heights(window: Grid) -> tuple[np.ndarray, np.ndarray]:
-        return side.read(window, "mean")
-
     pool = _pool_polygons if samples.polygons is not None else _pool_discs
-    return pool(heights, own_grid(side.product), samples, stat, progress or NoProgress())
+    return pool(side, own_grid(side.product), samples, stat, progress or NoProgress())
 
 
 # ---- discs ----------------------------------------------------------------------------------------
-def _pool_discs(read: Read, grid: Grid, samples: SampleSet, stat: str, progress: Progress) -> np.ndarray:
+def _pool_discs(
+    side: HeightSide, grid: Grid, samples: SampleSet, stat: str, progress: Progress
+) -> np.ndarray:
     import pandas
 
     out = np.full(len(samples), np.nan)
@@ -61,7 +55,7 @@ def _pool_discs(read: Read, grid: Grid, samples: SampleSet, stat: str, progress:
         at = index[which.ravel() == k]
         size = _WINDOW_PX + 2 * reach
         window = grid.window(i * _WINDOW_PX - reach, j * _WINDOW_PX - reach, size, size)
-        values, valid = read(window)
+        values, valid = side.read(window, "mean")
         if valid.any():
             shots = pandas.DataFrame({"lon": samples.lon[at], "lat": samples.lat[at]})
             raster = Raster(values[None].astype(np.float32), valid, window)
@@ -73,7 +67,9 @@ def _pool_discs(read: Read, grid: Grid, samples: SampleSet, stat: str, progress:
 
 
 # ---- polygons -------------------------------------------------------------------------------------
-def _pool_polygons(read: Read, grid: Grid, samples: SampleSet, stat: str, progress: Progress) -> np.ndarray:
+def _pool_polygons(
+    side: HeightSide, grid: Grid, samples: SampleSet, stat: str, progress: Progress
+) -> np.ndarray:
     assert samples.polygons is not None  # pool_map chose by it
     out = np.full(len(samples), np.nan)
     move = transformer("EPSG:4326", grid.crs).transform
@@ -83,18 +79,18 @@ def _pool_polygons(read: Read, grid: Grid, samples: SampleSet, stat: str, progre
     progress.start(len(shapes), "pooling")
     for k, shape in enumerate(shapes):
         if np.isfinite(shapely.get_coordinates(shape)).all() and shape.area > 0:
-            out[k] = _pool_one(read, grid, shape, stat, k)
+            out[k] = _pool_one(side, grid, shape, stat, k)
         progress.advance()
     return out
 
 
-def _pool_one(read: Read, grid: Grid, shape: shapely.Geometry, stat: str, number: int) -> float:
+def _pool_one(side: HeightSide, grid: Grid, shape: shapely.Geometry, stat: str, number: int) -> float:
     window = grid.window_over(shape.bounds)
     if window.height * window.width > _MOST_PX:
         raise InputError(
             f"polygon {number + 1} holds {window.height * window.width} px", expected="plots, not regions"
         )
-    values, valid = read(window)
+    values, valid = side.read(window, "mean")
     share = _shares(shape, window)
     area = share.sum()
     if area <= 0 or share[valid].sum() < MIN_VALID_SHARE * area:
