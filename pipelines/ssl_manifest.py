@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from canopy.chips.index import replacing
 from canopy.errors import CanopyError, DataError
+from canopy.files import replacing
 
 COLUMNS = ("id", "rgb_path", "chm_path", "site", "split", "crs", "year_rgb", "year_chm", "licence")
 _LEAST_SIDE_M = 100.0  # plots of 20 m hold no more than one view

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"errors", "metrics"},
+    {"errors", "files", "metrics"},
     {"geo", "models", "config", "runtime"},
     {"sources"},
     {"chips", "inference", "evaluation"},

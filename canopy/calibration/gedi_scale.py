@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,8 @@ from canopy import __version__
 from canopy.calibration.discs import Footprints, map_grid, read_footprints
 from canopy.calibration.gap import FootprintGap, gap_of
 from canopy.calibration.gedi_fit import GRID_M, METHODS, Correction, fit_correction, held_out, scores_on
-from canopy.errors import ConfigError, InputError, OutputError
+from canopy.errors import ConfigError, InputError
+from canopy.files import replacing
 from canopy.runtime import NoProgress, Progress, log
 
 if TYPE_CHECKING:
@@ -240,15 +240,9 @@ def _write_report(
 ) -> None:
     from canopy.calibration.pictures import draw_correction
 
-    part = files.diagnostics.with_name(f".{files.diagnostics.name}.part")
-    try:
+    with replacing(files.diagnostics, "cannot write the report") as part:
         part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, files.diagnostics)
-        draw_correction(files.picture, shots, correction, report)
-    except OSError as error:
-        raise OutputError(f"cannot write the report ({error.strerror})", where=files.diagnostics) from error
-    finally:
-        part.unlink(missing_ok=True)
+    draw_correction(files.picture, shots, correction, report)
 
 
 __all__ = ["GRID_M", "ScaleFiles", "correct_map"]

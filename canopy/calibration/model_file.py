@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,10 @@ from canopy.calibration.gap import CARD_KEY as GAP_KEY
 from canopy.calibration.gap import gaps_to_dict
 from canopy.calibration.intervals import coverage, fit_intervals, pooled
 from canopy.calibration.places import areas_in_new_places, fit_new_place, score_unseen, verify_new_place
-from canopy.errors import CheckpointError, ConfigError, DataError, InputError, OutputError
+from canopy.errors import CheckpointError, ConfigError, DataError, InputError
+from canopy.files import file_sha256, replacing
 from canopy.models.intervals import CARD_KEY, METHODS, IntervalTable, table_of
-from canopy.models.registry import file_sha256, read_header, resolve_model
+from canopy.models.registry import header_bytes, read_header, resolve_model
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
@@ -243,24 +243,15 @@ def rewrite_card(source: Path, target: Path, additions: dict[str, Any]) -> str:
     """
     header, table = read_header(source)
     card = json.loads(header.get("card", "{}")) | additions
-    text = {"__metadata__": header | {"card": json.dumps(card)}} | table
-    blob = json.dumps(text, separators=(",", ":")).encode()
-    blob += b" " * (-len(blob) % 8)  # the format wants the tensors aligned
     before = tensors_sha256(source)
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(target) as part:
         with source.open("rb") as old, part.open("wb") as new:
             size = int.from_bytes(old.read(8), "little")
             old.seek(8 + size)
-            new.write(len(blob).to_bytes(8, "little") + blob)
+            new.write(header_bytes({"__metadata__": header | {"card": json.dumps(card)}} | table))
             while block := old.read(1 << 20):
                 new.write(block)
         if tensors_sha256(part) != before:
             raise CheckpointError("tensors changed while the file was written", where=target)
         part.chmod(0o644)
-        os.replace(part, target)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror})", where=target) from error
-    finally:
-        part.unlink(missing_ok=True)
     return file_sha256(target)

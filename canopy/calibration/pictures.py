@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from canopy.files import replacing
+
 if TYPE_CHECKING:
     from canopy.calibration.discs import Footprints
     from canopy.calibration.gedi_fit import Correction
@@ -48,10 +50,6 @@ def _headline(report: dict[str, Any]) -> str:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure as PNG by way of a temporary name."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    """Write a figure as PNG, whole or not at all; OutputError where that is impossible."""
+    with replacing(path) as part:
         figure.savefig(part, format="png", dpi=130, metadata={"Software": None})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

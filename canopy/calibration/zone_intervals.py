@@ -78,11 +78,12 @@ def _one(
     path: Path, grid: Grid, bands: list[int], shape: BaseGeometry | None, model: AreaModel, level: float
 ) -> dict[str, float]:
     """The interval of one polygon in the map's CRS."""
-    from canopy.evaluation.zones import coverage
+    from canopy.evaluation.zones import window_of
+    from canopy.geo.coverage import coverage
     from canopy.geo.raster import read_raster
 
     nothing = dict.fromkeys(("mean_lower_m", "mean_upper_m", "mean_sd_m"), float("nan"))
-    window = _window(grid, shape)
+    window = None if shape is None or shape.is_empty else window_of(grid, shape, grid.bounds)
     if window is None or shape is None:
         return nothing
     step = max(1, -(-max(window.shape) // _SHAPE_PX))
@@ -107,16 +108,3 @@ def _one(
     rho = model.mean_correlation(inside, grid.gsd_m * step)
     made = model.interval(mean, low, high, rho, weight * grid.gsd_m**2, level)
     return {"mean_lower_m": made.lower_m, "mean_upper_m": made.upper_m, "mean_sd_m": made.sd_m}
-
-
-def _window(grid: Grid, shape: BaseGeometry | None) -> Grid | None:
-    """The part of the grid that a shape's box meets; None where there is none."""
-    if shape is None or shape.is_empty:
-        return None
-    west, south, east, north = shape.bounds
-    top, left = grid.rowcol(west, north)
-    bottom, right = grid.rowcol(east, south)
-    row, col = max(0, int(np.floor(top))), max(0, int(np.floor(left)))
-    height = min(grid.height, int(np.ceil(bottom))) - row
-    width = min(grid.width, int(np.ceil(right))) - col
-    return grid.window(row, col, height, width) if height > 0 and width > 0 else None

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from canopy.chips.cut import mark_missing
-from canopy.chips.index import IndexRow, as_texts, replacing, row_of
+from canopy.chips.index import IndexRow, as_texts, row_of
 from canopy.chips.plan import LABEL_FACTOR, Block, CutRules, PlannedChip, Shard
 from canopy.chips.register import Shift, measure_shift
 from canopy.chips.screen import NO_LABEL, ScreenRules, screen
 from canopy.chips.store import NO_SHOTS, Chip, ChipRow, write_shard
 from canopy.chips.targets import Target, chm_target, gap_weight, shots_on, unknown_target
 from canopy.errors import DataError, FetchError, ImageryError
+from canopy.files import file_sha256, replacing
 from canopy.geo.grid import Grid
-from canopy.sources.fetch import file_sha256
 from canopy.sources.imagery import Imagery, open_imagery
 
 SHARDS = "shards"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from canopy.errors import DataError, OutputError
+from canopy.errors import DataError
+from canopy.files import replacing
 
 INDEX_CSV, INDEX_PARQUET = "index.csv", "index.parquet"
 
@@ -133,30 +133,6 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return "" if value != value else repr(round(value, 9))
     return str(value)
-
-
-class replacing:  # noqa: N801  (reads as a statement)
-    """`with replacing(path) as part:` write to `part`; on success it is flushed and takes the name."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.part = path.with_name(f".{path.name}.{os.getpid()}.part")
-
-    def __enter__(self) -> Path:
-        return self.part
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        try:
-            if kind is None:
-                with self.part.open("rb+") as file:
-                    os.fsync(file.fileno())
-                os.replace(self.part, self.path)
-        except OSError as fault:
-            raise OutputError(f"cannot be written ({fault.strerror or fault})", where=self.path) from fault
-        finally:
-            self.part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"cannot be written ({error.strerror or error})", where=self.path) from error
 
 
 def cut_rows(rows: Iterable[IndexRow]) -> list[IndexRow]:

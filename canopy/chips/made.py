@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from canopy.chips.index import INDEX_CSV, IndexRow, replacing, write_index
+from canopy.chips.index import INDEX_CSV, IndexRow, write_index
 from canopy.chips.shards import row_of_chip
 from canopy.chips.store import Chip, ChipRow, write_store
-from canopy.errors import InputError, OutputError
+from canopy.errors import InputError
+from canopy.files import replacing, told_as_output
 from canopy.runtime import NoProgress, Progress
 
 SITE = "procedural forest"
@@ -94,10 +95,8 @@ def write_synth(
         return {"chips": count, "settings": settings, "cut_now": False}
     if not (same or overwrite) and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError("holds other files", where=folder, remedy="name another folder or --overwrite")
-    try:
+    with told_as_output(folder):
         (folder / "shards").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", where=folder) from error
     for old in [folder / INDEX_CSV, *folder.glob("shards/*")]:
         old.unlink(missing_ok=True)
     with replacing(known) as part:

@@ -16,10 +16,10 @@ from pathlib import Path
 from canopy.chips.splits import Place, SplitRules, assign, distance_to_test, drop_near_test
 from canopy.chips.targets import RULES, sensor_floor
 from canopy.errors import DataError, InputError
+from canopy.files import file_sha256
 from canopy.geo.crs import utm_crs
 from canopy.geo.grid import Grid
 from canopy.geo.paths import check_name
-from canopy.sources.fetch import file_sha256
 from canopy.sources.imagery import ImagerySource, open_imagery
 
 FORMAT = 1  # raise it when the same inputs would give other bytes

@@ -18,6 +18,7 @@ import numpy as np
 from scipy import fft, ndimage
 
 from canopy.errors import InputError
+from canopy.geo.peak import peak_of
 
 _FINEST_M, _COARSEST_M = 1.5, 16.0  # structures from a branch to a group of crowns
 _VEGETATION_M = 2.0
@@ -217,11 +218,11 @@ def _near(surface: np.ndarray, gsd_m: float, limit_m: float) -> np.ndarray:
 
 def _measure(scene: _Scene, sun: tuple[float, float], limit_m: float) -> Shift:
     near = _near(scene.fit(sun), scene.gsd_m, limit_m)
-    down, right, fit = _peak(near)
+    down, right, fit = peak_of(near)
     rows, cols = (np.arange(n) - n // 2 for n in near.shape)
     away = np.hypot(rows[:, None] - down, cols[None, :] - right) * scene.gsd_m > 5.0
     rest = float(near[away].max()) if away.any() else 0.0
-    found = [_peak(_near(part.fit(sun), part.gsd_m, limit_m)) for part in scene.quarters()]
+    found = [peak_of(_near(part.fit(sun), part.gsd_m, limit_m)) for part in scene.quarters()]
     same = [np.hypot(r - down, c - right) * scene.gsd_m <= 1.5 for r, c, _ in found]
     return Shift(
         down_m=down * scene.gsd_m,
@@ -232,22 +233,3 @@ def _measure(scene: _Scene, sun: tuple[float, float], limit_m: float) -> Shift:
         sun_azimuth_deg=sun[0],
         sun_elevation_deg=sun[1],
     )
-
-
-def _peak(surface: np.ndarray) -> tuple[float, float, float]:
-    """(rows, columns) of the highest point from the middle, by a parabola through its neighbours; height."""
-    row, col = (int(i) for i in np.unravel_index(surface.argmax(), surface.shape))
-    height = float(surface[row, col])
-    return (
-        row + _vertex(surface[:, col], row) - surface.shape[0] // 2,
-        col + _vertex(surface[row], col) - surface.shape[1] // 2,
-        height,
-    )
-
-
-def _vertex(line: np.ndarray, at: int) -> float:
-    if not 0 < at < len(line) - 1:
-        return 0.0
-    before, here, after = (float(v) for v in line[at - 1 : at + 2])
-    bend = before - 2 * here + after
-    return 0.0 if bend >= 0 else 0.5 * (before - after) / bend

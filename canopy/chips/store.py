@@ -9,15 +9,15 @@ is such a file.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from canopy.chips.index import replacing
 from canopy.errors import DataError
+from canopy.files import replacing
+from canopy.models.registry import header_bytes
 
 NO_HEIGHT = 65535
 IMAGE_GSD_M = 0.5
@@ -95,10 +95,8 @@ def write_shard(path: Path, chips: Sequence[tuple[Chip, np.ndarray]], source: st
     for name, array in ordered:
         start, end = end, end + array.nbytes
         header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with replacing(path) as part, part.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header_bytes(header))
         for _, array in ordered:
             file.write(array.tobytes())
 

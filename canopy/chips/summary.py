@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from canopy.chips.index import IndexRow, cut_rows, replacing
+from canopy.chips.index import IndexRow, cut_rows
+from canopy.files import replacing
 
 _EDGES_M = (0, 2, 5, 10, 15, 20, 25, 30, 35, 200)
 _SAMPLES = 24

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from canopy.chips.cutting import SHARDS, UNREADABLE, cut_shard, read_rows
-from canopy.chips.index import IndexRow, replacing, write_index
+from canopy.chips.index import IndexRow, write_index
 from canopy.chips.plan import FORMAT, CutRules, Shard, plan_shards, read_pairs
 from canopy.chips.splits import Place, SplitRules, count_near_test
 from canopy.chips.summary import draw_contact_sheet, summarise
 from canopy.errors import DataError, InputError, OutputError
+from canopy.files import replacing, told_as_output
 from canopy.runtime import NoProgress, Progress
 
 
@@ -59,14 +60,12 @@ def write_chips(
     settings = json.loads(json.dumps(settings))
     _check_folder(folder, settings, overwrite)
     shards = plan_shards(read_pairs(manifest, limit), rules, splits)
-    try:
+    with told_as_output(folder):
         (folder / SHARDS).mkdir(parents=True, exist_ok=True)
         with replacing(folder / "settings.json") as part:
             part.write_text(json.dumps(settings, indent=2) + "\n")
         for leftover in folder.glob("**/.*.part"):
             leftover.unlink(missing_ok=True)  # of a run that was killed
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", where=folder) from error
     progress.start(len(shards), "cutting shards")
     done = [_step(progress, now) for now in _cut_all(shards, folder, workers)]
     rows = _collect(shards, folder)

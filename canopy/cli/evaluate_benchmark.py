@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from canopy.cli.common import print_json
+from canopy.files import replacing
 
 if TYPE_CHECKING:
     from canopy.evaluation.benchmark import BenchmarkResult, Judged, Predict
@@ -62,7 +63,8 @@ def evaluate_benchmark(
             )  # fmt: skip
         results.append(done)
         rows = append_rows(folder / "results.csv", rows_of(done))
-        (folder / "results.md").write_text(markdown(manifest, rows), encoding="utf-8")
+        with replacing(folder / "results.md") as part:
+            part.write_text(markdown(manifest, rows), encoding="utf-8")
     failed = {f"{r.model.name}: {scene}": why for r in results for scene, why in r.failed.items()}
     if json_:
         print_json(_facts(results, rows, failed, folder))

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from canopy.metrics import HEIGHT_BINS_M, height_bin
+
 COVER_HEIGHTS_M = (2.0, 5.0, 10.0)
-HEIGHT_EDGES_M = (0.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0)
 WITHIN_M = (1.0, 2.0, 5.0)
 JOINT_TOP_M = 80
 # Percentiles of differences are read off a histogram of this step: exact to half of it.
@@ -34,7 +35,7 @@ class PairSums:
     within: np.ndarray = field(default_factory=lambda: np.zeros(len(WITHIN_M)))
     differences: np.ndarray = field(default_factory=lambda: np.zeros(round(2 * SPAN_M / STEP_M), np.int64))
     joint: np.ndarray = field(default_factory=lambda: np.zeros((JOINT_TOP_M, JOINT_TOP_M), np.int64))
-    by_height: np.ndarray = field(default_factory=lambda: np.zeros((len(HEIGHT_EDGES_M), 4)))
+    by_height: np.ndarray = field(default_factory=lambda: np.zeros((len(HEIGHT_BINS_M), 4)))
 
     def __post_init__(self) -> None:
         self.cover = np.zeros((len(self.thresholds), 2, 2))
@@ -56,9 +57,9 @@ class PairSums:
         for k, threshold in enumerate(self.thresholds):
             state = (a > threshold) * 2 + (b > threshold)
             self.cover[k] += np.bincount(state, weights=area, minlength=4).reshape(2, 2)
-        bins = np.clip(np.searchsorted(HEIGHT_EDGES_M, (a + b) / 2, side="right") - 1, 0, None)
+        bins = height_bin((a + b) / 2)
         for column, weights in enumerate((None, d, np.abs(d), d * d)):
-            self.by_height[:, column] += np.bincount(bins, weights, minlength=len(HEIGHT_EDGES_M))
+            self.by_height[:, column] += np.bincount(bins, weights, minlength=len(HEIGHT_BINS_M))
 
     # ---- results ------------------------------------------------------------------------------
     def overall(self) -> dict[str, float | int | None]:
@@ -110,10 +111,10 @@ class PairSums:
         """Differences by the mean height of both maps: neither side is taken for the truth."""
         rows = []
         for k, (count, d, absolute, square) in enumerate(self.by_height):
-            high = HEIGHT_EDGES_M[k + 1] if k + 1 < len(HEIGHT_EDGES_M) else None
+            high = HEIGHT_BINS_M[k + 1] if k + 1 < len(HEIGHT_BINS_M) else None
             rows.append(
                 {
-                    "low_m": HEIGHT_EDGES_M[k],
+                    "low_m": HEIGHT_BINS_M[k],
                     "high_m": high,
                     "n": int(count),
                     "mean_difference_m": d / count if count else None,

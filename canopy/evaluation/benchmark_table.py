@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from canopy.evaluation.benchmark import BenchmarkResult
 from canopy.evaluation.benchmark_manifest import METRICS, BenchmarkManifest
 from canopy.evaluation.page import number_text
 from canopy.evaluation.result import Scores
+from canopy.files import replacing
 
 KEY = ("benchmark", "group", "site", "model", "model_sha256", "canopy_version")
 FACTS = (*KEY, "scored", "scenes", "trained_here")
@@ -78,12 +78,10 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
     new = [{name: _text(row.get(name, "")) for name in COLUMNS} for row in rows]
     keys = {tuple(row[k] for k in KEY) for row in new}
     merged = [row for row in kept if tuple(row[k] for k in KEY) not in keys] + new
-    partial = path.with_name(f".{path.name}.part")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=COLUMNS)
         writer.writeheader()
         writer.writerows(merged)
-    os.replace(partial, path)
     return merged
 
 

@@ -26,7 +26,7 @@ from canopy.evaluation.rasters import RasterPair, tally_rasters
 from canopy.evaluation.result import Evaluation, Samples, Stratum
 from canopy.evaluation.samples import block_samples, load_gedi, load_plots, sample_strata
 from canopy.evaluation.strata import stratifiers
-from canopy.evaluation.tally import Tally
+from canopy.evaluation.tally import BOUNDED, Tally
 from canopy.geo.paths import is_url
 from canopy.runtime import Progress
 
@@ -34,6 +34,7 @@ _RASTERS = {".tif", ".tiff", ".vrt", ".jp2"}
 _TABLES = {".parquet", ".geoparquet", ".pq", ".csv", ".txt"}
 _MOST_SAMPLES = 20_000
 _NO_PIXELS = "footprints and plots have no neighbouring pixels"
+_NO_INTERVAL = "the map's bands are of single pixels: over a disc or a polygon their means are no interval"
 ABSENT_IN_SAMPLES = {name: _NO_PIXELS for name in ("block_r2", "edge_error", "edge_error_symmetric")}
 
 
@@ -149,17 +150,17 @@ def score_rasters(
     rules = options.rules
     ways = stratifiers(options.by, slope=options.slope, dem=options.dem)
     tally = tally_rasters(pairs, rules, ways, progress)
-    side = _side_text(tally.layout)
-    overall = tally.plain.scores(rules.bootstrap, side)
+    how = rules.bootstrap, _side_text(tally.layout), tally.absent
+    overall = tally.plain.scores(*how)
     corrected = None
     if tally.corrected is tally.plain:
         corrected = overall
     elif tally.corrected is not None:
-        corrected = tally.corrected.scores(rules.bootstrap, side)
+        corrected = tally.corrected.scores(*how)
     strata = [
         Stratum(way.by, name, scores)
         for way in ways
-        for name, scores in _ordered(tally.plain.stratum_scores(way.by, rules.bootstrap, side), way.names)
+        for name, scores in _ordered(tally.plain.stratum_scores(way.by, *how), way.names)
     ]
     facts = raster_facts(pairs, tally, rules, options)
     return Evaluation(
@@ -192,7 +193,7 @@ def _against_samples(
         samples = load_plots(reference, options.column, options.radius_m)
     stat = options.stat or (_gedi_stat(samples.column) if kind == "gedi" else "mean")
     strata = sample_strata(samples, options.by, slope=options.slope, dem=options.dem)
-    values, bounds = pool_map(side, samples, stat, progress)
+    values = pool_map(side, samples, stat, progress)
     seen = np.isfinite(values)
     if not seen.any():
         raise InputError(
@@ -204,20 +205,19 @@ def _against_samples(
     heights, values = (np.where(x < floor, 0, x) for x in (heights, values))
     blocks = block_samples(lon, lat, options.block_m)
     tally = Tally(blocks.count)
-    limits = None if bounds is None else (bounds[0][seen], bounds[1][seen])
     cut = {by: (codes[seen], names) for by, (codes, names) in strata.items()}
-    tally.add_samples(values, heights, blocks.number, cut, limits)
-    setting = options.rules.bootstrap
-    side_text = f"{blocks.side_m:.0f} m"
+    tally.add_samples(values, heights, blocks.number, cut)
+    absent = ABSENT_IN_SAMPLES | (dict.fromkeys(BOUNDED, _NO_INTERVAL) if side.product.has_interval else {})
+    how = options.rules.bootstrap, f"{blocks.side_m:.0f} m", absent
     scored = [
         Stratum(by, name, scores)
         for by, (_, names) in cut.items()
-        for name, scores in _ordered(tally.stratum_scores(by, setting, side_text, ABSENT_IN_SAMPLES), names)
+        for name, scores in _ordered(tally.stratum_scores(by, *how), names)
     ]
     facts = sample_facts(side, samples, reference, options, stat, floor, blocks, int(seen.sum()))
     keep = np.sort(np.random.default_rng(0).permutation(len(lon))[:_MOST_SAMPLES])
     return Evaluation(
-        kind, tally.scores(setting, side_text, ABSENT_IN_SAMPLES), None, None,
+        kind, tally.scores(*how), None, None,
         "footprints and plots are placed to metres: no shift is measured on them", tuple(scored),
         tally.joint_histogram(), sample_blocks(tally, blocks, samples.name), (),
         Samples(lon[keep], lat[keep], heights[keep], values[keep]), facts,

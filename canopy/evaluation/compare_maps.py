@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from canopy import __version__
-from canopy.errors import CanopyError, ConfigError, InputError, OutputError
+from canopy.errors import ConfigError, InputError, OutputError
 from canopy.evaluation import change as changes
 from canopy.evaluation.agreement import PairSums
 from canopy.evaluation.gather import BlockSums, preview_side
 from canopy.evaluation.pairing import PairWindow, common_grid, pair_windows
 from canopy.evaluation.product_dates import dates_text, years_apart
 from canopy.evaluation.products import HeightProduct, open_product
+from canopy.files import told_as_output
 from canopy.geo.aoi import AOI
 from canopy.geo.cog import CogWriter
 from canopy.geo.encoding import BandSpec
@@ -297,14 +298,11 @@ def staging(out: Path, overwrite: bool) -> Iterator[Path]:
         raise OutputError("the folder cannot be written to", where=parent)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=parent))
     try:
-        yield folder
-        out.mkdir(exist_ok=True)
-        for path in sorted(folder.iterdir()):
-            os.replace(path, out / path.name)
-    except CanopyError:
-        raise
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", where=out) from error
+        with told_as_output(out):
+            yield folder
+            out.mkdir(exist_ok=True)
+            for path in sorted(folder.iterdir()):
+                os.replace(path, out / path.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

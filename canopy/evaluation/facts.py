@@ -13,14 +13,14 @@ from canopy import __version__
 from canopy.chips.targets import sensor_floor
 from canopy.errors import InputError
 from canopy.evaluation.bootstrap import LEVEL, Bootstrap
-from canopy.evaluation.heights import HeightSide, file_sha256
+from canopy.evaluation.heights import HeightSide, known_sha256
 from canopy.evaluation.product_dates import years_apart
 from canopy.evaluation.rasters import RasterPair, RasterTally, Rules
-from canopy.evaluation.resample import check_stat
 from canopy.evaluation.result import BlockTable
 from canopy.evaluation.samples import SampleBlocks, SampleSet
 from canopy.evaluation.tally import Tally
 from canopy.geo.crs import transformer
+from canopy.geo.statistic import percent_of
 from canopy.metrics import COLUMN
 
 KINDS = ("chm", "gedi", "plots")
@@ -55,7 +55,7 @@ class Options:
         if self.kind is not None and self.kind not in KINDS:
             raise InputError(f"{self.kind!r}", where="--kind", expected=", ".join(KINDS))
         if self.stat is not None:
-            check_stat(self.stat)
+            percent_of(self.stat, "--stat")
         sensor_floor(self.sensor)
         if self.floor_m is not None and not 0 <= self.floor_m <= 10:
             raise InputError(f"{self.floor_m:g} m", where="--floor-m", expected="0 to 10")
@@ -198,7 +198,7 @@ def sample_facts(
     return {
         "canopy_version": __version__,
         "map": side.facts(),
-        "reference": [{"name": samples.name, "sha256": file_sha256(reference), "column": samples.column}],
+        "reference": [{"name": samples.name, "sha256": known_sha256(reference), "column": samples.column}],
         "rule": f"{stat} of the map's pixels over {shape}, of which at least 90 % are valid",
         "stat": stat,
         "floor_m": [floor],

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from canopy.geo.scale_bar import draw_scale_bar
+
 HEIGHTS = "viridis"
 DIFFERENCES = "PuOr_r"
 MISSING = "#c9c9c9"
@@ -70,7 +72,7 @@ def side_by_side(left: np.ndarray, right: np.ndarray, titles: tuple[str, str], m
     axes = figure.subplots(1, 2)
     for axis, image, title in zip(axes, (left, right), titles, strict=True):
         drawn = _image(axis, image, HEIGHTS, 0, top, title)
-        _scale_bar(axis, image.shape, metres_per_px)
+        draw_scale_bar(axis, image.shape, metres_per_px)
     figure.colorbar(drawn, ax=axes, shrink=0.85, pad=0.02, extend="max", label="canopy height (m)")
     return _png(figure)
 
@@ -82,7 +84,7 @@ def difference_map(image: np.ndarray, label: str, metres_per_px: float) -> bytes
     axis = figure.subplots()
     top = difference_top(image)
     drawn = _image(axis, image, DIFFERENCES, -top, top, "")
-    _scale_bar(axis, image.shape, metres_per_px)
+    draw_scale_bar(axis, image.shape, metres_per_px)
     figure.colorbar(drawn, ax=axis, shrink=0.85, pad=0.02, extend="both", label=label)
     return _png(figure)
 
@@ -101,7 +103,7 @@ def class_map(codes: np.ndarray, names: Mapping[int, str], metres_per_px: float)
     norm = BoundaryNorm([code - 0.5 for code in names] + [max(names) + 0.5], len(colours))
     axis.imshow(shown, cmap=palette, norm=norm, interpolation="nearest")
     _bare(axis)
-    _scale_bar(axis, codes.shape, metres_per_px)
+    draw_scale_bar(axis, codes.shape, metres_per_px)
     patches = [
         Patch(facecolor=c, edgecolor="#777", label=n) for c, n in zip(colours, names.values(), strict=True)
     ]
@@ -229,22 +231,3 @@ def _image(axis, image, colours, low, high, title):  # type: ignore[no-untyped-d
 def _bare(axis) -> None:  # type: ignore[no-untyped-def]
     axis.set_xticks([])
     axis.set_yticks([])
-
-
-def round_length(metres: float) -> float:
-    """The largest 1, 2 or 5 times a power of ten that is not above `metres`."""
-    power = 10.0 ** np.floor(np.log10(metres))
-    return float(max(step * power for step in (1, 2, 5) if step * power <= metres * (1 + 1e-9)))
-
-
-def _scale_bar(axis, shape: tuple[int, ...], metres_per_px: float) -> None:  # type: ignore[no-untyped-def]
-    """A bar of a round length, about a fifth of the picture, in its lower left corner."""
-    length_m = round_length(shape[1] * metres_per_px / 5)
-    label = f"{length_m / 1000:g} km" if length_m >= 1000 else f"{length_m:g} m"
-    x, y, width = 0.03, 0.035, length_m / (metres_per_px * shape[1])
-    for colour, thick in (("black", 5), ("white", 3)):
-        axis.plot(
-            [x, x + width], [y, y], transform=axis.transAxes, color=colour, lw=thick, solid_capstyle="butt"
-        )
-    box = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "pad": 1.5}
-    axis.text(x, y + 0.02, label, transform=axis.transAxes, color="white", fontsize=8, va="bottom", bbox=box)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from canopy.chips.targets import sensor_floor
 from canopy.errors import InputError
 from canopy.evaluation.products import HeightProduct, open_product
 from canopy.evaluation.resample import read_mean_bounds, read_stat
+from canopy.files import file_sha256
 from canopy.geo.grid import Grid
 from canopy.geo.paths import is_url
 from canopy.sources.dates import acquisition_date
@@ -79,7 +79,7 @@ class HeightSide:
             "name": product.name,
             "kind": product.kind,
             "files": len(product.tiles),
-            "sha256": file_sha256(product.tiles[0].path) if len(product.tiles) == 1 else None,
+            "sha256": known_sha256(product.tiles[0].path) if len(product.tiles) == 1 else None,
             "crs": str(product.crs),
             "gsd_m": round(product.gsd_m, 4),
             "dates": list(self.dates),
@@ -97,9 +97,8 @@ class HeightSide:
         self.close()
 
 
-def file_sha256(path: str | Path) -> str | None:
+def known_sha256(path: str | Path) -> str | None:
     """Of a local file up to 1 GiB; None for others."""
     if is_url(path) or not Path(path).is_file() or Path(path).stat().st_size > _HASH_BYTES:
         return None
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

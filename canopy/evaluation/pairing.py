@@ -18,7 +18,7 @@ from canopy.geo.tiles import tiles_over
 from canopy.runtime import NoProgress, Progress
 
 TILE_PX = 1024
-# A grid with fewer pixels than this in either direction tells nothing.
+# Pixel sizes that differ by less than this share count as one.
 SAME_GSD = 0.01
 
 
@@ -71,16 +71,18 @@ def common_grid(
     return _part_of(lattice, aoi)
 
 
+def own_grid(product: HeightProduct) -> Grid:
+    """A map's own pixels; for a rotated map, pixels of its size in its UTM zone."""
+    if product.lattice is not None:
+        return product.lattice
+    aoi = AOI(product.outline, to_crs("EPSG:4326"), False)
+    return aoi.grid(aoi.output_crs(), product.gsd_m)
+
+
 def _part_of(lattice: Grid, aoi: AOI) -> Grid:
     """The smallest window of a lattice whose pixel centres can lie in the area."""
-    west, south, east, north = aoi.to_crs(lattice.crs).geometry.bounds
-    top, left = lattice.rowcol(west, north)
-    bottom, right = lattice.rowcol(east, south)
     # A hair of tolerance: an area that is this lattice's own frame must not gain a row by rounding.
-    row, col = math.floor(top + 1e-3), math.floor(left + 1e-3)
-    return lattice.window(
-        row, col, max(1, math.ceil(bottom - 1e-3) - row), max(1, math.ceil(right - 1e-3) - col)
-    )
+    return lattice.window_over(aoi.to_crs(lattice.crs).geometry.bounds, slack_px=1e-3)
 
 
 def pair_windows(

@@ -3,74 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import shapely
 
 from canopy.errors import InputError
 from canopy.evaluation.heights import HeightSide
-from canopy.evaluation.resample import pool_values
+from canopy.evaluation.pairing import own_grid
 from canopy.evaluation.samples import SampleSet
-from canopy.geo.aoi import AOI
-from canopy.geo.crs import to_crs, transformer
-from canopy.geo.fill import fill_polygons
+from canopy.geo.coverage import coverage
+from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid
 from canopy.geo.raster import Raster
+from canopy.geo.statistic import percent_of, statistic_of
+from canopy.geo.tiles import tiles_over
 from canopy.runtime import NoProgress, Progress
 from canopy.sources.gedi_footprint import pool_over_disc
 
 MIN_VALID_SHARE = 0.9
 _WINDOW_PX = 1024
-# Up to here the share of every pixel that a polygon covers is computed exactly; beyond, by pixel centres.
-_EXACT_PX = 200_000
 _MOST_PX = 30_000_000
 
-# A grid -> heights (h, w) float64 and valid (h, w).
-Read = Callable[[Grid], tuple[np.ndarray, np.ndarray]]
 
-
-def pool_map(
-    side: HeightSide, samples: SampleSet, stat: str, progress: Progress | None = None
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
-    """The map over every sample, float64 (n,), NaN where less than 90 % of it is valid; and its bounds.
+def pool_map(side: HeightSide, samples: SampleSet, stat: str, progress: Progress | None = None) -> np.ndarray:
+    """The map over every sample, float64 (n,), NaN where less than 90 % of it is valid.
 
     Discs take the pixels whose centres they hold (`pool_over_disc`); polygons every pixel by the share of it
-    that they cover. The bounds of an interval are means, whatever `stat`.
+    that they cover.
     """
-    grid = map_lattice(side)
-    progress = progress or NoProgress()
-
-    def heights(window: Grid) -> tuple[np.ndarray, np.ndarray]:
-        return side.read(window, "mean")
-
     pool = _pool_polygons if samples.polygons is not None else _pool_discs
-    values = pool(heights, grid, samples, stat, progress)
-    if not side.product.has_interval:
-        return values, None
-    ends = []
-    for end in (0, 1):
-
-        def bound(window: Grid, end: int = end) -> tuple[np.ndarray, np.ndarray]:
-            found = side.read_bounds(window)
-            assert found is not None  # has_interval
-            return np.nan_to_num(found[end]), np.isfinite(found[end])
-
-        ends.append(pool(bound, grid, samples, "mean", NoProgress()))
-    return values, (ends[0], ends[1])
-
-
-def map_lattice(side: HeightSide) -> Grid:
-    """The map's own pixels; for a rotated file a UTM grid of its pixel size over its frame."""
-    product = side.product
-    if product.lattice is not None:
-        return product.lattice
-    area = AOI(product.outline, to_crs("EPSG:4326"), False)
-    return area.grid(area.output_crs(), product.gsd_m)
+    return pool(side, own_grid(side.product), samples, stat, progress or NoProgress())
 
 
 # ---- discs ----------------------------------------------------------------------------------------
-def _pool_discs(read: Read, grid: Grid, samples: SampleSet, stat: str, progress: Progress) -> np.ndarray:
+def _pool_discs(
+    side: HeightSide, grid: Grid, samples: SampleSet, stat: str, progress: Progress
+) -> np.ndarray:
     import pandas
 
     out = np.full(len(samples), np.nan)
@@ -87,7 +55,7 @@ def _pool_discs(read: Read, grid: Grid, samples: SampleSet, stat: str, progress:
         at = index[which.ravel() == k]
         size = _WINDOW_PX + 2 * reach
         window = grid.window(i * _WINDOW_PX - reach, j * _WINDOW_PX - reach, size, size)
-        values, valid = read(window)
+        values, valid = side.read(window, "mean")
         if valid.any():
             shots = pandas.DataFrame({"lon": samples.lon[at], "lat": samples.lat[at]})
             raster = Raster(values[None].astype(np.float32), valid, window)
@@ -99,7 +67,9 @@ def _pool_discs(read: Read, grid: Grid, samples: SampleSet, stat: str, progress:
 
 
 # ---- polygons -------------------------------------------------------------------------------------
-def _pool_polygons(read: Read, grid: Grid, samples: SampleSet, stat: str, progress: Progress) -> np.ndarray:
+def _pool_polygons(
+    side: HeightSide, grid: Grid, samples: SampleSet, stat: str, progress: Progress
+) -> np.ndarray:
     assert samples.polygons is not None  # pool_map chose by it
     out = np.full(len(samples), np.nan)
     move = transformer("EPSG:4326", grid.crs).transform
@@ -109,21 +79,19 @@ def _pool_polygons(read: Read, grid: Grid, samples: SampleSet, stat: str, progre
     progress.start(len(shapes), "pooling")
     for k, shape in enumerate(shapes):
         if np.isfinite(shapely.get_coordinates(shape)).all() and shape.area > 0:
-            out[k] = _pool_one(read, grid, shape, stat, k)
+            out[k] = _pool_one(side, grid, shape, stat, k)
         progress.advance()
     return out
 
 
-def _pool_one(read: Read, grid: Grid, shape: shapely.Geometry, stat: str, number: int) -> float:
-    west, south, east, north = shape.bounds
-    (top, left), (bottom, right) = grid.rowcol(west, north), grid.rowcol(east, south)
-    row, col = math.floor(top), math.floor(left)
-    size = math.ceil(bottom) - row, math.ceil(right) - col
-    if size[0] * size[1] > _MOST_PX:
-        raise InputError(f"polygon {number + 1} holds {size[0] * size[1]} px", expected="plots, not regions")
-    window = grid.window(row, col, max(1, size[0]), max(1, size[1]))
-    values, valid = read(window)
-    share = coverage(shape, window)
+def _pool_one(side: HeightSide, grid: Grid, shape: shapely.Geometry, stat: str, number: int) -> float:
+    window = grid.window_over(shape.bounds)
+    if window.height * window.width > _MOST_PX:
+        raise InputError(
+            f"polygon {number + 1} holds {window.height * window.width} px", expected="plots, not regions"
+        )
+    values, valid = side.read(window, "mean")
+    share = _shares(shape, window)
     area = share.sum()
     if area <= 0 or share[valid].sum() < MIN_VALID_SHARE * area:
         return float("nan")
@@ -131,21 +99,15 @@ def _pool_one(read: Read, grid: Grid, shape: shapely.Geometry, stat: str, number
         return float((values * share)[valid].sum() / share[valid].sum())
     # Highest and percentiles take pixels of which at least half is inside; if there are none, all touched.
     chosen = valid & (share >= min(0.5, float(share.max())))
-    picked = values[chosen][None]
-    return float(pool_values(picked, np.ones(picked.shape, bool), stat)[0])
+    return float(statistic_of(values[chosen], np.ones(chosen.sum(), bool), percent_of(stat)))
 
 
-def coverage(shape: shapely.Geometry, grid: Grid) -> np.ndarray:
-    """Share (h, w) of every pixel that a polygon in the grid's CRS covers; exact up to 200,000 pixels."""
-    if grid.height * grid.width > _EXACT_PX:
-        return fill_polygons(shape, grid).astype(np.float64)
-    px, py = grid.pixel
-    x0, y0 = grid.xy(0, 0)
-    cols, rows = np.meshgrid(np.arange(grid.width), np.arange(grid.height))
-    west, north = x0 + cols * px, y0 - rows * py
-    boxes = shapely.box(west, north - py, west + px, north)
-    shapely.prepare(shape)
-    share = shapely.contains_properly(shape, boxes).astype(np.float64)
-    edge = (share == 0) & shapely.intersects(shape, boxes)
-    share[edge] = shapely.area(shapely.intersection(shape, boxes[edge])) / (px * py)
+def _shares(shape: shapely.Geometry, grid: Grid) -> np.ndarray:
+    """Share (h, w) of every pixel that a polygon covers, found in tiles: only those on its edge cost time."""
+    share = np.zeros(grid.shape)
+    for tile in tiles_over(grid, _WINDOW_PX):
+        part = coverage(shape, tile.core)
+        if part is not None:
+            row, col = grid.offset_of(tile.core)
+            share[row : row + tile.core.height, col : col + tile.core.width] = part
     return share

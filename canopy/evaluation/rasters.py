@@ -14,12 +14,12 @@ from canopy.evaluation.blocks import BlockLayout
 from canopy.evaluation.bootstrap import Bootstrap
 from canopy.evaluation.gather import BlockSums, preview_side
 from canopy.evaluation.heights import HeightSide
-from canopy.evaluation.pairing import common_grid
+from canopy.evaluation.pairing import SAME_GSD, common_grid
 from canopy.evaluation.result import MapShift, Preview
 from canopy.evaluation.shift import LIMIT_M, ShiftMeter
 from canopy.evaluation.strata import Stratifier
 from canopy.evaluation.tables import pixel_metres
-from canopy.evaluation.tally import Tally, Window
+from canopy.evaluation.tally import BOUNDED, Tally, Window
 from canopy.geo.grid import Grid
 from canopy.metrics import BLOCK_PX
 from canopy.runtime import NoProgress, Progress
@@ -62,7 +62,7 @@ class Rules:
 
 @dataclass
 class RasterTally:
-    """What the windows gave: sums, sums with the shift undone, pictures."""
+    """What the windows gave: sums, sums with the shift undone, pictures; metrics that cannot be -> why."""
 
     layout: BlockLayout
     plain: Tally
@@ -70,6 +70,7 @@ class RasterTally:
     shift: MapShift | None
     shift_note: str | None
     previews: list[Preview]
+    absent: dict[str, str]
 
 
 def tally_rasters(
@@ -91,6 +92,7 @@ def tally_rasters(
     offset = _offset_px(shift, grids[0])
     plain = Tally(layout.count)
     corrected = Tally(layout.count) if offset is not None and any(offset) else None
+    unbounded = _unbounded(pairs, rules.stat)
     previews: list[Preview] = []
     side = _preview_px(len(pairs))
     windows = [list(_windows(grid, WINDOW_PX)) for grid in grids]
@@ -99,7 +101,7 @@ def tally_rasters(
         picture = BlockSums(grid, preview_side(grid, side), ("map", "reference"))
         for row, col, shape in windows[index]:
             place = layout.local(index, row, col, shape)
-            reader = _PairReader(pair, grid, rules, (row, col), shape)
+            reader = _PairReader(pair, grid, rules, (row, col), shape, bounds=unbounded is None)
             window = reader.window(place)
             codes = _codes(strata, grid.window(row, col, *shape), window, pair.site)
             plain.add_window(window, codes)
@@ -117,16 +119,36 @@ def tally_rasters(
         )
     if corrected is None and offset is not None:
         corrected = plain
-    return RasterTally(layout, plain, corrected, shift, note, previews)
+    absent = {} if unbounded is None else dict.fromkeys(BOUNDED, unbounded)
+    return RasterTally(layout, plain, corrected, shift, note, previews, absent)
+
+
+def _unbounded(pairs: Sequence[RasterPair], stat: str) -> str | None:
+    """Why the maps' interval bands cannot be judged; None where they can, or there are none.
+
+    A band is of one pixel's height: the mean of many bands is far too wide an interval of the mean height,
+    and none at all of a percentile. One such pair is enough: a coverage over some sites would pass for all's.
+    """
+    for pair in pairs:
+        ours, theirs = pair.map.product, pair.reference.product
+        if ours.has_interval and stat != "mean":
+            return f"the map's bands are intervals of a pixel's height, not of the {stat} of pixels"
+        if ours.has_interval and theirs.gsd_m > ours.gsd_m * (1 + SAME_GSD):
+            return (
+                f"the map's bands are intervals of single pixels of {ours.gsd_m:.3g} m: their means over the "
+                f"reference's pixels of {theirs.gsd_m:.3g} m are none"
+            )
+    return None
 
 
 class _PairReader:
     """Both sides of one window; the reference is read once for all displacements."""
 
     def __init__(
-        self, pair: RasterPair, grid: Grid, rules: Rules, corner: tuple[int, int], shape: tuple[int, int]
-    ) -> None:
-        self.pair, self.rules = pair, rules
+        self, pair: RasterPair, grid: Grid, rules: Rules, corner: tuple[int, int], shape: tuple[int, int],
+        *, bounds: bool,
+    ) -> None:  # fmt: skip
+        self.pair, self.rules, self.bounds = pair, rules, bounds
         row, col = corner
         self.core = grid.window(row, col, *shape)
         self.margin = self.core.pad(1)
@@ -145,7 +167,7 @@ class _PairReader:
     ) -> Window:
         """The window with the map taken from (right, down) pixels further."""
         heights, valid = self.pair.map.read(moved(self.margin, offset), self.rules.stat)
-        bounds = self.pair.map.read_bounds(moved(self.core, offset))
+        bounds = self.pair.map.read_bounds(moved(self.core, offset)) if self.bounds else None
         if self.floor:
             heights = np.where(heights < self.floor, 0, heights)
             if bounds is not None:

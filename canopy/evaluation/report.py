@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from canopy.evaluation import figures
 from canopy.evaluation.page import Page, number_text
 from canopy.evaluation.result import BlockTable, Evaluation, Preview, Score, Scores
+from canopy.files import replacing
 
 # Pages of a hundred sites stay readable: the largest references are drawn, the rest are in the tables.
 SHOWN_PREVIEWS = 4
@@ -53,9 +53,8 @@ def write_report(result: Evaluation, folder: str | Path) -> list[Path]:
 
 
 def _replace(path: Path, data: bytes) -> Path:
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    with replacing(path) as part:
+        part.write_bytes(data)
     return path
 
 

@@ -13,7 +13,6 @@ The reader of `canopy.geo` is made for images; a judge needs rules that can be s
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Protocol
 
@@ -21,9 +20,9 @@ import numpy as np
 from affine import Affine
 from scipy import sparse
 
-from canopy.errors import InputError
 from canopy.evaluation.products import HeightProduct, HeightWindow
 from canopy.geo.grid import Grid
+from canopy.geo.statistic import percent_of, statistic_of
 from canopy.geo.window import lattice_ratio
 
 MIN_VALID_SHARE = 0.5
@@ -35,14 +34,6 @@ class Read(Protocol):
     """Layers (bands, h, w) and valid (h, w) of a source on a grid."""
 
     def __call__(self, window: Grid, resampling: str | None = None) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-def check_stat(stat: str) -> str:
-    """The statistic's name, or InputError."""
-    match = re.fullmatch(r"p(\d{1,3}(?:\.\d+)?)", stat)
-    if stat in ("mean", "max") or (match and float(match[1]) <= 100):
-        return stat
-    raise InputError(f"statistic {stat!r}", where="--stat", expected="mean, max, or a percentile such as p95")
 
 
 def read_stat(product: HeightProduct, grid: Grid, stat: str) -> tuple[np.ndarray, np.ndarray]:
@@ -166,17 +157,5 @@ def _of_points(read: Read, grid: Grid, stat: str, n: int) -> tuple[np.ndarray, n
     known = cells(valid)
     count = known.sum(axis=-1)
     good = count >= max(1, MIN_VALID_SHARE * n * n)
-    layers = [pool_values(cells(band), known, stat) for band in values]
+    layers = [statistic_of(cells(band), known, percent_of(stat)) for band in values]
     return np.where(good, np.stack(layers), 0).astype(np.float64), good
-
-
-def pool_values(values: np.ndarray, known: np.ndarray, stat: str) -> np.ndarray:
-    """Highest, or percentile (linear between ranks), of the known values of the last axis; 0 without any."""
-    count = known.sum(axis=-1)
-    ordered = np.sort(np.where(known, values, np.inf), axis=-1)
-    rank = (1.0 if stat == "max" else float(stat[1:]) / 100) * np.maximum(count - 1, 0)
-    low = np.floor(rank).astype(np.int64)
-    high = np.minimum(low + 1, np.maximum(count - 1, 0))
-    below, above = (np.take_along_axis(ordered, at[..., None], -1)[..., 0] for at in (low, high))
-    below, above = (np.where(count > 0, x, 0).astype(np.float64) for x in (below, above))
-    return below + (rank - low) * (above - below)

@@ -39,7 +39,7 @@ class HeightBin:
 
     low_m: float
     high_m: float | None
-    scores: Mapping[str, Score]  # n, bias_m, mae_m, rmse_m; coverage, width_m where the map has bounds
+    scores: Mapping[str, Score]  # n, bias_m, mae_m, rmse_m; interval_* where bounds are judged
 
     @property
     def name(self) -> str:
@@ -54,7 +54,8 @@ class Scores:
     Attributes:
         metrics: name -> score, in the order to print them: n, mae_m, rmse_m, bias_m, r2, r, nmae, block_r2,
             edge_error, cover_{iou,precision,recall,f1}_{2,3,5}m, p{50,95,98}_error_m, ... ; and
-            interval_coverage, interval_width_m where the map carries bounds.
+            interval_coverage, interval_width_m where the map carries bounds (with a note where they cannot be
+            judged).
         by_height: the same pixels by reference height.
     """
 

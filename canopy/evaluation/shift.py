@@ -14,6 +14,7 @@ import numpy as np
 from scipy import fft, ndimage
 
 from canopy.evaluation.result import MapShift
+from canopy.geo.peak import peak_of
 
 LIMIT_M = 10.0
 LEAST_FIT = 0.2
@@ -49,7 +50,7 @@ class ShiftMeter:
         surface = _correlate(p, r, self.reach)
         self._surface += surface
         self._power += power
-        dx, dy = _peak(surface)
+        dy, dx, _ = peak_of(surface)
         self._peaks.append((dx * self.pixel_m[0], dy * self.pixel_m[1]))
         return True
 
@@ -58,13 +59,13 @@ class ShiftMeter:
         if not self._peaks:
             return None
         fit = self._surface / np.sqrt(self._power[0] * self._power[1])
-        dx, dy = _peak(fit)
+        dy, dx, best = peak_of(fit)
         east, north = dx * self.pixel_m[0], -dy * self.pixel_m[1]
         spread = None
         if len(self._peaks) > 1:
             away = np.hypot(*(np.array(self._peaks) - (east, -north)).T)
             spread = float(np.median(away))
-        best, at_zero = float(fit.max()), float(fit[self.reach[1], self.reach[0]])
+        at_zero = float(fit[self.reach[1], self.reach[0]])
         note = self._doubt(best, dx, dy, spread)
         return MapShift(
             round(east, 3) + 0.0, round(north, 3) + 0.0, round(best, 4), round(at_zero, 4),
@@ -121,20 +122,3 @@ def _correlate(p: np.ndarray, r: np.ndarray, reach: tuple[int, ...]) -> np.ndarr
     surface = fft.irfft2(product, shape)
     rows, cols = (np.arange(-k, k + 1) for k in reach[::-1])
     return surface[np.ix_(rows, cols)]
-
-
-def _peak(surface: np.ndarray) -> tuple[float, float]:
-    """(dx, dy) of the highest point from the middle, in pixels, refined by parabolas."""
-    row, col = (int(i) for i in np.unravel_index(surface.argmax(), surface.shape))
-    return (
-        col + _vertex(surface[row], col) - surface.shape[1] // 2,
-        row + _vertex(surface[:, col], row) - surface.shape[0] // 2,
-    )
-
-
-def _vertex(line: np.ndarray, at: int) -> float:
-    if not 0 < at < len(line) - 1:
-        return 0.0
-    before, here, after = (float(v) for v in line[at - 1 : at + 2])
-    bend = before - 2 * here + after
-    return 0.0 if bend >= 0 else 0.5 * (before - after) / bend

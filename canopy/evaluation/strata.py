@@ -114,12 +114,11 @@ class BySlope:
 
     def degrees(self, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
         """Slope in degrees and where it is known, both (h, w): central differences over about 20 m."""
-        if not self.elevation:
-            values, known = read_window(self._dataset, grid, [1])
-            return values[0], known
-        k = max(1, round(_SLOPE_REACH_M / grid.gsd_m))
+        k = max(1, round(_SLOPE_REACH_M / grid.gsd_m)) if self.elevation else 0
         values, known = read_window(self._dataset, grid.pad(k), [1])
         z = values[0].astype(np.float64) * self._dataset.scales[0] + self._dataset.offsets[0]
+        if not self.elevation:
+            return z, known
         mx, my = pixel_metres(grid)
         right = (z[k:-k, 2 * k :] - z[k:-k, : -2 * k]) / (2 * k * mx)
         down = (z[2 * k :, k:-k] - z[: -2 * k, k:-k]) / (2 * k * my)

@@ -104,11 +104,9 @@ class Tally:
         reference_m: np.ndarray,
         block: np.ndarray,
         strata: Mapping[str, tuple[np.ndarray, Sequence[str]]] | None = None,
-        bounds_m: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         """Add footprints or plots (n,); `block` is the number of each one's block, codes are (n,)."""
-        rows = metrics.pixel_sums(map_m, reference_m, block, self.blocks, bounds_m)
-        self.whole.rows += rows
+        self.whole.rows += metrics.pixel_sums(map_m, reference_m, block, self.blocks)
         self._count(self.whole, map_m, reference_m)
         numbers, local = np.unique(block, return_inverse=True)
         self._add_overall(map_m, reference_m, local, numbers)
@@ -117,10 +115,7 @@ class Tally:
                 here = codes == code
                 if here.any():
                     part = self._part(by, name)
-                    limits = None if bounds_m is None else (bounds_m[0][here], bounds_m[1][here])
-                    part.rows += metrics.pixel_sums(
-                        map_m[here], reference_m[here], block[here], self.blocks, limits
-                    )
+                    part.rows += metrics.pixel_sums(map_m[here], reference_m[here], block[here], self.blocks)
                     self._count(part, map_m[here], reference_m[here])
 
     def _part(self, by: str, name: str) -> _Part:
@@ -186,7 +181,7 @@ class Tally:
 
         Args:
             side: of the blocks, in words, for notes.
-            absent: metrics that this kind of reference cannot have -> why.
+            absent: metrics that cannot be had from this reference -> why.
         """
         return _scores_of(self.whole, setting, side, absent or {}, self._hist)
 
@@ -236,7 +231,7 @@ def _scores_of(
         if hist is not None:
             limits |= intervals(_drawn_percentiles(hist[:, used], setting), blocks)
     bounded = total[COLUMN["bounded"]] > 0
-    names = [name for name in values if bounded or name not in BOUNDED]
+    names = [name for name in values if bounded or name not in BOUNDED or name in absent]
     # Histograms per block are kept for the whole only.
     unknown = {} if hist is not None else {f"p{q}_error_m": _NO_STRATUM_PERCENTILES for q in PERCENTILES}
     made = {k: _score(k, values[k], limits.get(k), note or unknown.get(k), absent) for k in names}

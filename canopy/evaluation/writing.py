@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from canopy.errors import InputError, OutputError
+from canopy.errors import InputError
 from canopy.evaluation.result import Evaluation, Score, Scores
+from canopy.files import replacing, told_as_output
 
 METRICS = "metrics.json"
 
@@ -35,7 +36,7 @@ def write_results(result: Evaluation, out: str | Path) -> list[Path]:
     Raises OutputError when the disk refuses.
     """
     folder = Path(out)
-    try:
+    with told_as_output(folder):
         folder.mkdir(parents=True, exist_ok=True)
         written = [write_tables(result, folder), *_strata_tables(result, folder)]
         written.append(_write_csv(folder / "blocks.csv", *_block_rows(result)))
@@ -44,8 +45,6 @@ def write_results(result: Evaluation, out: str | Path) -> list[Path]:
             report = importlib.import_module("canopy.evaluation.report")
             report.write_report(result, folder)
         written.append(_write_text(folder / METRICS, json.dumps(result.to_dict(), indent=2, allow_nan=False)))
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", where=folder) from error
     return written
 
 
@@ -114,12 +113,10 @@ def _block_rows(result: Evaluation) -> tuple[Sequence[str], Iterator[list[Any]]]
 
 
 def _write_csv(path: Path, head: Sequence[str], rows: Any) -> Path:
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows([_plain(cell) for cell in row] for row in rows)
-    os.replace(temporary, path)
     return path
 
 
@@ -128,7 +125,6 @@ def _plain(cell: Any) -> Any:
 
 
 def _write_text(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
     return path

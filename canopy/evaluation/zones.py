@@ -1,9 +1,8 @@
 """`canopy stats`: heights inside polygons, each pixel weighted by the ground it shares with the polygon.
 
-A pixel's weight is the fraction of it that the polygon covers (exactextract: exact polygon-pixel
-intersection; Baston,
-https://github.com/isciences/exactextract) times its ground area on the ellipsoid, so that Web-Mercator and
-degree maps give the same numbers as metric ones. Memory depends on neither the polygon's nor the map's size.
+A pixel's weight is the fraction of it that the polygon covers times its ground area on the ellipsoid, so that
+Web-Mercator and degree maps give the same numbers as metric ones. Memory depends on neither the polygon's nor
+the map's size.
 """
 
 from __future__ import annotations
@@ -17,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 from odc.geo import CRS
-from shapely.geometry import MultiPolygon, Polygon, mapping
+from shapely.geometry import MultiPolygon, Polygon
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
-from canopy.errors import ConfigError, InputError, MissingDependencyError, OutputError
+from canopy.errors import ConfigError, InputError
 from canopy.evaluation.gather import pixel_areas_m2
+from canopy.evaluation.pairing import own_grid
 from canopy.evaluation.products import HeightProduct, open_product
-from canopy.geo.aoi import AOI
+from canopy.files import replacing
+from canopy.geo.coverage import coverage
 from canopy.geo.crs import geod_of, to_crs, to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import tiles_over
@@ -141,7 +142,7 @@ def zone_stats(
     progress.start(len(shapes), "polygons")
     rows = []
     with open_product(height_map, nodata=options.nodata) as product:
-        lattice = _lattice(product)
+        lattice = own_grid(product)
         for shape in shapes:
             rows.append(_one(product, lattice, shape, crs, options))
             progress.advance()
@@ -165,14 +166,6 @@ def check_out(out: str | Path, overwrite: bool) -> Path:
     return path
 
 
-def _lattice(product: HeightProduct) -> Grid:
-    """The map's own pixels; for a rotated map, pixels of its size in its UTM zone."""
-    if product.lattice is not None:
-        return product.lattice
-    aoi = AOI(product.outline, to_crs("EPSG:4326"), False)
-    return aoi.grid(aoi.output_crs(), product.gsd_m)
-
-
 def _one(
     product: HeightProduct, lattice: Grid, shape: BaseGeometry | None, crs: CRS, options: ZoneOptions
 ) -> dict[str, Any]:
@@ -182,7 +175,8 @@ def _one(
         return sums.row(0.0, options)
     lonlat = to_lonlat(shape, crs)
     there = to_lonlat(shape, crs, lattice.crs)
-    window = _window(lattice, there, product) if lonlat.intersects(product.outline) else None
+    frame = to_lonlat(product.outline, "EPSG:4326", lattice.crs).bounds
+    window = window_of(lattice, there, frame) if lonlat.intersects(product.outline) else None
     if window is not None:
         # Of the whole window, so that a pixel's area does not depend on the tile it is met in.
         row_areas = pixel_areas_m2(window)
@@ -198,53 +192,15 @@ def _one(
     return sums.row(geodesic_area_m2(lonlat), options)
 
 
-def _window(lattice: Grid, shape: BaseGeometry, product: HeightProduct) -> Grid | None:
-    """The window of the lattice that holds a shape's part on the map; None where nothing is left."""
-    frame = to_lonlat(product.outline, "EPSG:4326", lattice.crs).bounds
+def window_of(lattice: Grid, shape: BaseGeometry, frame: Sequence[float]) -> Grid | None:
+    """The window of a lattice that holds a shape's part within `frame` (west, south, east, north).
+
+    Both in the lattice's CRS; None where nothing is left.
+    """
     bounds = shape.bounds
     west, south = max(bounds[0], frame[0]), max(bounds[1], frame[1])
     east, north = min(bounds[2], frame[2]), min(bounds[3], frame[3])
-    if west >= east or south >= north:
-        return None
-    top, left = lattice.rowcol(west, north)
-    bottom, right = lattice.rowcol(east, south)
-    row, col = math.floor(top), math.floor(left)
-    return lattice.window(row, col, max(1, math.ceil(bottom) - row), max(1, math.ceil(right) - col))
-
-
-def coverage(shape: BaseGeometry, grid: Grid) -> np.ndarray | None:
-    """Fraction of each pixel (h, w) that a shape in the grid's CRS covers; None where it is nothing.
-
-    Raises MissingDependencyError without exactextract.
-    """
-    frame = shapely.box(*grid.bounds)
-    if not shape.intersects(frame):
-        return None
-    if shape.contains(frame):
-        return np.ones(grid.shape)
-    try:
-        from exactextract import exact_extract
-        from exactextract.raster import NumPyRasterSource
-    except ImportError as error:
-        raise MissingDependencyError(
-            "polygon statistics need the package exactextract", remedy="pip install exactextract"
-        ) from error
-    part = shape.intersection(frame)
-    if part.area == 0:
-        return None
-    source = NumPyRasterSource(np.zeros(grid.shape, np.uint8), *grid.bounds)
-    feature = {"type": "Feature", "properties": {}, "geometry": mapping(_areas(part))}
-    found = exact_extract(source, [feature], ["cell_id", "coverage"])[0]["properties"]
-    share = np.zeros(grid.height * grid.width)
-    share[found["cell_id"]] = found["coverage"]
-    return share.reshape(grid.shape)
-
-
-def _areas(shape: BaseGeometry) -> BaseGeometry:
-    """Without the points and lines that a cut along an edge can leave."""
-    if isinstance(shape, Polygon | MultiPolygon):
-        return shape
-    return shapely.union_all([p for p in shapely.get_parts(shape) if isinstance(p, Polygon | MultiPolygon)])
+    return lattice.window_over((west, south, east, north)) if west < east and south < north else None
 
 
 def geodesic_area_m2(lonlat: Polygon | MultiPolygon) -> float:
@@ -267,14 +223,8 @@ def _join(frame: geopandas.GeoDataFrame, rows: list[dict[str, Any]]) -> geopanda
 
 def write_table(table: geopandas.GeoDataFrame, path: Path) -> None:
     """Write a table of zones as .csv or .parquet; OutputError where that is impossible."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as part:
         if path.suffix.lower() == ".csv":
-            table.drop(columns=table.geometry.name).to_csv(partial, index=False)
+            table.drop(columns=table.geometry.name).to_csv(part, index=False)
         else:
-            table.to_parquet(partial, index=False)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", where=path) from error
-    finally:
-        partial.unlink(missing_ok=True)
+            table.to_parquet(part, index=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from canopy.errors import CanopyError, InputError, OutputError
+from canopy.files import file_sha256, flush
 from canopy.geo.checksum import BLOCK, BlockChecksums
 from canopy.geo.encoding import BandSpec, encoding_named
 from canopy.geo.grid import Grid
@@ -210,7 +210,8 @@ class CogWriter:
                 self._make_cog(result)
                 self._verify(result)
             self._scratch.unlink()
-            self.sha256 = _hash_and_sync(result)
+            flush(result)
+            self.sha256 = file_sha256(result)
             names = self.companions(result, self.sha256) if self.companions else ()
             for name in (*names, result.name):
                 os.replace(self._folder / name, self.path.with_name(name))
@@ -300,13 +301,6 @@ class CogWriter:
             self.close()
         else:
             self.abort()
-
-
-def _hash_and_sync(path: Path) -> str:
-    """SHA-256 of a file, after its bytes are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

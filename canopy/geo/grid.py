@@ -178,6 +178,17 @@ class Grid:
         px, py = self.pixel
         return Grid.of(self.crs, Affine(px, 0.0, west, 0.0, -py, north), (height, width))
 
+    def window_over(self, bounds: Sequence[float], slack_px: float = SNAP_TOL_PX) -> Grid:
+        """The smallest window, at least one pixel, whose pixels hold (west, south, east, north) of its CRS.
+
+        It may lie outside. Bounds that reach less than `slack_px` into a pixel do not ask for it.
+        """
+        west, south, east, north = bounds
+        (top, left), (bottom, right) = self.rowcol(west, north), self.rowcol(east, south)
+        r0, r1 = _snap_out(top, bottom, slack_px)
+        c0, c1 = _snap_out(left, right, slack_px)
+        return self.window(r0, c0, r1 - r0, c1 - c0)
+
     def pad(self, px: int) -> Grid:
         """This grid with `px` more pixels on every side (fewer if negative)."""
         return self.window(-px, -px, self.height + 2 * px, self.width + 2 * px)
@@ -205,10 +216,10 @@ class Grid:
         )
 
 
-def _snap_out(low: float, high: float) -> tuple[int, int]:
+def _snap_out(low: float, high: float, slack: float = SNAP_TOL_PX) -> tuple[int, int]:
     """Integer interval that holds [low, high], at least one wide."""
-    first = math.floor(low + SNAP_TOL_PX)
-    return first, max(math.ceil(high - SNAP_TOL_PX), first + 1)
+    first = math.floor(low + slack)
+    return first, max(math.ceil(high - slack), first + 1)
 
 
 def _split_phase(position: float) -> tuple[int, float]:

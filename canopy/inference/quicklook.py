@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from canopy.errors import OutputError
+from canopy.files import replacing
 from canopy.geo.grid import Grid
+from canopy.geo.scale_bar import draw_scale_bar
 
 LONG_SIDE_PX = 1400
 NODATA_COLOUR = "#c9c9c9"
@@ -44,15 +45,9 @@ def write_quicklook(map_path: Path, png_path: Path, *, title: str, subtitle: str
     axes.set_xlabel(subtitle, fontsize=8, loc="left", color="0.35")
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, extend="max")
     bar.set_label("canopy height (m)")
-    _draw_scale_bar(axes, heights.shape, grid.gsd_m * grid.width / heights.shape[1])
-    partial = png_path.with_name(f".{png_path.name}.part")
-    try:
-        figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
-        partial.replace(png_path)
-    except OSError as error:
-        raise OutputError(f"cannot write the quicklook ({error.strerror})", where=png_path) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    draw_scale_bar(axes, heights.shape, grid.gsd_m * grid.width / heights.shape[1])
+    with replacing(png_path, "cannot write the quicklook") as part:
+        figure.savefig(part, format="png", dpi=150, metadata={"Software": None})
 
 
 def _overview(path: Path) -> tuple[np.ndarray, Grid]:
@@ -74,25 +69,3 @@ def _scale_top(heights: np.ndarray) -> float:
     if known.size == 0:
         return 5.0
     return float(max(5.0, np.ceil(np.percentile(known, 99.5) / 5) * 5))
-
-
-def _draw_scale_bar(axes, shape: tuple[int, int], metres_per_px: float) -> None:  # type: ignore[no-untyped-def]
-    """A bar of a round length, about a fifth of the picture, in its lower left corner."""
-    length_m = round_length(shape[1] * metres_per_px / 5)
-    label = f"{length_m / 1000:g} km" if length_m >= 1000 else f"{length_m:g} m"
-    x, y = 0.03, 0.035
-    width = length_m / (metres_per_px * shape[1])
-    axes.plot([x, x + width], [y, y], transform=axes.transAxes, color="black", lw=5, solid_capstyle="butt")
-    axes.plot([x, x + width], [y, y], transform=axes.transAxes, color="white", lw=3, solid_capstyle="butt")
-    box = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "pad": 1.5}
-    axes.text(x, y + 0.02, label, transform=axes.transAxes, color="white", fontsize=8, va="bottom", bbox=box)
-
-
-def round_length(metres: float) -> float:
-    """The largest 1, 2 or 5 times a power of ten that is not above `metres`.
-
-    >>> round_length(437), round_length(0.13)
-    (200.0, 0.1)
-    """
-    power = 10.0 ** np.floor(np.log10(metres))
-    return float(max(step * power for step in (1, 2, 5) if step * power <= metres * (1 + 1e-9)))

@@ -11,13 +11,12 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from canopy import __version__
-from canopy.errors import OutputError
+from canopy.files import replacing
 from canopy.geo.grid import Grid
 
 STAC_VERSION = "1.1.0"
@@ -94,17 +93,11 @@ def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON under a temporary name and rename it; OutputError where that is impossible."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(
+    """Write JSON, whole or not at all; OutputError where that is impossible."""
+    with replacing(path) as part:
+        part.write_text(
             json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror})", where=path) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _assets(facts: MapFacts) -> dict[str, Any]:

@@ -7,7 +7,6 @@ safetensors holds no code, so opening a stranger's file runs nothing. Matrices m
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from canopy.errors import CheckpointError, ConfigError
+from canopy.files import file_sha256, replacing
 from canopy.models.config import ModelConfig
 from canopy.models.height import HeightModel
 from canopy.models.registry import (
@@ -22,12 +22,11 @@ from canopy.models.registry import (
     FORMAT,
     FORMAT_VERSION,
     WEIGHTS_DIR,
-    file_sha256,
     read_header,
     resolve_model,
 )
 
-__all__ = ["EMBEDDED", "WEIGHTS_DIR", "file_sha256", "load_model", "load_strict", "save_checkpoint"]
+__all__ = ["EMBEDDED", "WEIGHTS_DIR", "load_model", "load_strict", "save_checkpoint"]
 _SHOWN = 8  # lines of a key diff that help before they become noise
 _BUFFERS = ("mean", "std", "centres")
 
@@ -54,14 +53,10 @@ def save_checkpoint(path: str | Path, model: HeightModel, card: dict[str, Any], 
         "config": json.dumps(model.config.to_dict()),
         "card": json.dumps(card),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata=header)
-        temporary.chmod(0o644)  # safetensors writes 0600, which nobody else could read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as part:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part, metadata=header)
+        part.chmod(0o644)  # safetensors writes 0600, which nobody else could read
     return file_sha256(path)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from canopy.errors import CheckpointError, InputError
+from canopy.files import replacing
 
 CROP_PX = 128
 GSD_M = 0.5
@@ -96,15 +96,11 @@ def save_gedi_model(path: str | Path, model: GediModel, card: dict[str, Any]) ->
     from safetensors.torch import save_file
 
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     header = {"format": FORMAT, "config": json.dumps({"rh": model.rh, "width": model.width}),
               "card": json.dumps(card)}  # fmt: skip
-    try:
+    with replacing(path) as part:
         save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part, header)
         part.chmod(0o644)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_gedi_model(path: str | Path) -> GediModel:

@@ -17,6 +17,7 @@ import torch
 
 from canopy import __version__
 from canopy.errors import CheckpointError, InputError
+from canopy.files import file_sha256
 from canopy.models.bins import bin_centres
 from canopy.models.config import ModelConfig
 from canopy.models.foreign import ForeignFile, open_foreign
@@ -24,7 +25,7 @@ from canopy.models.height import HeightModel
 from canopy.models.published_hub import config_hub, open_directory, settings_beside
 from canopy.models.published_keys import Part, key_bias_in_use, parts, unused
 from canopy.models.published_sizes import config_v1, config_v2, read_given
-from canopy.models.registry import FORMAT, FORMAT_VERSION, file_sha256
+from canopy.models.registry import FORMAT, FORMAT_VERSION
 from canopy.models.streaming import Entry, write_streaming
 
 _LICENCES = {"v1": "Apache-2.0", "v2": "DINOv3 License"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from canopy.errors import CheckpointError, ConfigError
 from canopy.models.config import DecoderConfig, ModelConfig
-from canopy.models.foreign import ForeignFile, open_foreign, open_safetensors, open_shards
+from canopy.models.foreign import ForeignFile, open_safetensors, open_shards
 from canopy.models.published_sizes import MEAN, STD, config_v2
 
 _CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
@@ -50,11 +50,6 @@ def open_directory(folder: Path) -> tuple[ForeignFile, dict[str, Any]]:
             "holds no model.safetensors", where=folder, expected="a directory in the hub's layout"
         )
     return file, settings_beside(whole)
-
-
-def open_file(path: Path) -> tuple[ForeignFile, dict[str, Any]]:
-    """A single weight file and the settings that may lie beside it."""
-    return open_foreign(path), settings_beside(path)
 
 
 def settings_beside(weights: Path) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from canopy.errors import CheckpointError
+from canopy.files import file_sha256
 
 FORMAT = "canopy-height"
 FORMAT_VERSION = "1"
@@ -102,6 +103,18 @@ def _read_table(path: Path) -> dict[str, Any]:
     return table
 
 
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """How a safetensors file begins (huggingface.co/docs/safetensors): its header's length, and the header.
+
+    `header`: texts by name in `__metadata__`, and the table of tensors (dtype, shape, data_offsets); their
+    bytes follow in its order. Padded so that these start aligned to 8 bytes. Equal bytes for equal headers:
+    shards of chips are known by theirs.
+    """
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 def describe(path: Path) -> dict[str, Any]:
     """JSON-ready facts of a model file: its name, hash, size, what input it expects, and its card."""
     header, table = read_header(path)
@@ -120,12 +133,3 @@ def describe(path: Path) -> dict[str, Any]:
         "config": config,
         "card": card,
     }
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex sha256 of a file."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

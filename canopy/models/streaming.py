@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from canopy.errors import CheckpointError, OutputError
+from canopy.errors import CheckpointError
+from canopy.files import replacing
+from canopy.models.registry import header_bytes
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16"}
-_ALIGNMENT = 8  # the format's rule: readers map tensors where they lie
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,6 @@ class Entry:
 def write_streaming(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
     """Write `entries` and `metadata` as safetensors; `path` appears only once it is complete.
 
-    The format (huggingface.co/docs/safetensors): the header's length as a little-endian u64, the header as
-    JSON, the tensors' bytes in the header's order.
-
     Raises:
         CheckpointError: a tensor came with another shape than promised.
         OutputError: it cannot be written.
@@ -49,22 +44,12 @@ def write_streaming(path: Path, entries: Mapping[str, Entry], metadata: Mapping[
         end = offset + entry.nbytes
         header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as part:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
+        with part.open("wb") as file:
+            file.write(header_bytes(header))
             for name, entry in ordered:
                 file.write(_bytes(name, entry))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", where=path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _bytes(name: str, entry: Entry) -> memoryview:

@@ -15,7 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 
-from canopy.errors import DataError, FetchError, OutputError
+from canopy.errors import DataError, FetchError
+from canopy.files import file_sha256, flush, told_as_output
 from canopy.runtime import cache_dir
 from canopy.sources import http
 from canopy.sources.paths import host_of, redact
@@ -66,7 +67,7 @@ def download(
                 remedy="move it away or overwrite it",
             )
     part = target.with_name(target.name + ".part")
-    try:
+    with told_as_output(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with only_one(target):
             if target.is_file() and not overwrite:
@@ -76,12 +77,8 @@ def download(
                 _check_digest(part, sha256.lower(), url)
             if check is not None:
                 _discard_unless(check, part)
-            _flush(part)
+            flush(part)
             os.replace(part, target)
-    except FetchError:
-        raise
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", where=target) from error
     return target
 
 
@@ -123,15 +120,6 @@ def cached_path(url: str) -> Path:
     return cache_dir().joinpath("http", host_of(url).replace(":", "_"), *clean[:-1], name)
 
 
-def file_sha256(path: Path | str) -> str:
-    """sha256 of a file, lower-case hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _check_digest(part: Path, expected: str, url: str) -> None:
     got = file_sha256(part)
     if got == expected:
@@ -151,11 +139,6 @@ def _discard_unless(check: Callable[[Path], None], part: Path) -> None:
     except DataError:
         part.unlink()
         raise
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _fetch_into(url: str, part: Path, headers: Mapping[str, str], sign: http.Signer | None) -> None:

@@ -9,11 +9,10 @@ at the shot.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +21,9 @@ from canopy.geo.aoi import SCALE_SLACK
 from canopy.geo.crs import geod_of, to_crs, transformer
 from canopy.geo.grid import Grid
 from canopy.geo.raster import Raster, SourcePlace, open_raster, read_raster
+from canopy.geo.statistic import percent_of, statistic_of
 
 if TYPE_CHECKING:
-    import geopandas
     import pandas
 
 DIAMETER_M = 25.0
@@ -38,43 +37,11 @@ _EDGE_M = 1e-6
 
 @dataclass(frozen=True)
 class _Rule:
-    """How pixels of a disc become a number."""
+    """How pixels of a disc become a number; `percent`: see `statistic_of`."""
 
     percent: float | None
-    how: str
     radius: float
     min_valid: float
-
-
-def footprint_disc(shots: pandas.DataFrame, crs: Any, diameter: float = DIAMETER_M) -> geopandas.GeoSeries:
-    """The discs of shots as polygons in `crs`, with the shots' index.
-
-    64 points at the radius, measured along the ellipsoid and then projected: a disc on the ground whatever
-    the CRS; its area is 0.16 % below the circle's. `shots` has columns lon and lat, degrees; `diameter` is
-    in metres.
-    """
-    import geopandas
-    import shapely
-
-    crs = to_crs(crs)
-    lon, lat = _places(shots)
-    turn = np.linspace(0.0, 360.0, _DISC_POINTS, endpoint=False)
-    geod = geod_of(to_crs("EPSG:4326"))
-    shape = len(lon), _DISC_POINTS
-    x, y, _ = geod.fwd(
-        np.repeat(lon, _DISC_POINTS),
-        np.repeat(lat, _DISC_POINTS),
-        np.tile(turn, len(lon)),
-        np.full(len(lon) * _DISC_POINTS, _radius(diameter)),
-    )
-    # A disc over the antimeridian stays in one piece, its longitudes running on past 180.
-    x = np.asarray(x).reshape(shape)
-    x = x + 360.0 * np.round((lon[:, None] - x) / 360.0)
-    y = np.asarray(y).reshape(shape)
-    if not crs.geographic or crs != to_crs("EPSG:4326"):
-        x, y = transformer("EPSG:4326", crs).transform(x, y)
-    discs = shapely.polygons(np.stack([x, y], axis=-1))
-    return geopandas.GeoSeries(discs, index=shots.index, crs=crs.to_wkt())
 
 
 def pool_over_disc(
@@ -101,7 +68,7 @@ def pool_over_disc(
     Raises:
         InputError: an unknown `how`, an array without a grid or of another shape.
     """
-    rule = _Rule(_percent(how), how, _radius(diameter), min_valid)
+    rule = _Rule(percent_of(how), _radius(diameter), min_valid)
     if not 0 < min_valid <= 1:
         raise InputError(f"share of valid pixels {min_valid:g}", expected="above 0, at most 1")
     lon, lat = _places(shots)
@@ -163,16 +130,6 @@ def _pixel_places(grid: Grid, lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndar
 # --- pooling ------------------------------------------------------------------------------------------
 
 
-def _percent(how: str) -> float | None:
-    """NN of "pNN", None for mean and max. Raises InputError."""
-    if how in ("mean", "max"):
-        return None
-    match = re.fullmatch(r"p(\d{1,3}(?:\.\d+)?)", how)
-    if not match or float(match[1]) > 100:
-        raise InputError(f"statistic {how!r}", expected="mean, max, or a percentile such as p95")
-    return float(match[1])
-
-
 def _pool(
     values: np.ndarray,
     rows: np.ndarray,
@@ -209,23 +166,9 @@ def _pool(
 
 def _statistic(picked: np.ndarray, size: np.ndarray, rule: _Rule) -> np.ndarray:
     """Per row of (n, m), NaN for what does not count; NaN where fewer of `size` count than the rule asks."""
-    count = np.isfinite(picked).sum(axis=1)
-    enough = count >= np.maximum(rule.min_valid * size - 1e-9, 1)
-    if rule.percent is None and rule.how == "mean":
-        result = np.where(np.isfinite(picked), picked, 0).sum(axis=1, dtype=np.float64) / np.maximum(count, 1)
-    elif rule.percent is None:
-        result = np.where(np.isfinite(picked), picked, -np.inf).max(axis=1)
-    else:
-        ordered = np.sort(np.where(np.isfinite(picked), picked, np.inf), axis=1)
-        rank = rule.percent / 100 * np.maximum(count - 1, 0)
-        low = np.floor(rank).astype(np.int64)
-        at = np.arange(len(picked))
-        below, above = ordered[at, low], ordered[at, np.minimum(low + 1, np.maximum(count - 1, 0))]
-        # Rows without a pixel have infinities here, which `enough` turns away.
-        share = rank - low
-        with np.errstate(invalid="ignore"):
-            result = np.where(share > 0, below.astype(np.float64) * (1 - share) + share * above, below)
-    return np.where(enough, result, np.nan).astype(np.float32)
+    known = np.isfinite(picked)
+    enough = known.sum(axis=1) >= np.maximum(rule.min_valid * size - 1e-9, 1)
+    return np.where(enough, statistic_of(picked, known, rule.percent), np.nan).astype(np.float32)
 
 
 def _pool_file(path: Path, lon: np.ndarray, lat: np.ndarray, rule: _Rule, band: int) -> np.ndarray:

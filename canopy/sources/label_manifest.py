@@ -231,32 +231,3 @@ def label_source(name: str) -> LabelManifest:
     """
     check_known(name, known_labels(), "label source")
     return load_label_manifest(labels_dir() / f"{name}.yaml")
-
-
-def height_floor_m(
-    manifest: LabelManifest, *, site: str | None, year: int | None, sensor: str | None = None
-) -> tuple[float, bool]:
-    """Height below which the source's CHM holds 0, and whether that is certain.
-
-    Args:
-        manifest: the source.
-        site: NEON's code of the flight site.
-        year: of the flight.
-        sensor: how the file names its instrument (NEON: the tag TIFFTAG_IMAGEDESCRIPTION); it settles it.
-
-    Returns:
-        Metres, and False where several instruments are possible: then it is the highest of their floors, so
-        that no height that was cut away passes for a measured 0.
-    """
-    if not manifest.lidars:
-        return 0.0, True
-    for lidar in manifest.lidars.values():
-        if sensor and any(name in sensor.lower() for name in lidar.names):
-            return lidar.floor_m, True
-    then = [e for e in manifest.flown if year is None or e.years[0] <= year <= e.years[1]]
-    there = [e for e in then if e.site is not None and e.site == site and year is not None]
-    known = there or [e for e in then if e.site is None]
-    floors = {manifest.lidars[e.lidar].floor_m for e in known} or {
-        x.floor_m for x in manifest.lidars.values()
-    }
-    return max(floors), len(floors) == 1

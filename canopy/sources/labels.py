@@ -7,7 +7,6 @@ how many bytes, the source's checksum and the sha256 of what arrived. A rerun fe
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -17,9 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from canopy.errors import AreaError, DataError, OutputError
+from canopy.files import file_sha256, replacing, told_as_output
 from canopy.runtime import NoProgress, Progress, log
 from canopy.sources import http
-from canopy.sources.fetch import download, file_sha256, only_one
+from canopy.sources.fetch import download, only_one
 from canopy.sources.label_manifest import LabelManifest, Product, label_source
 from canopy.sources.remote_files import RemoteFile, Wish
 
@@ -249,16 +249,12 @@ class _Record:
             "checksum": file.checksum,
             "sha256": file_sha256(path),
         }
-        try:
-            with self.lock, only_one(self.path):
-                self._load()  # another process may be filling the same folder
-                self.entries[file.path] = entry
-                text = json.dumps({"files": dict(sorted(self.entries.items()))}, indent=1)
-                part = self.path.with_name(self.path.name + ".part")
+        with told_as_output(self.path), self.lock, only_one(self.path):
+            self._load()  # another process may be filling the same folder
+            self.entries[file.path] = entry
+            text = json.dumps({"files": dict(sorted(self.entries.items()))}, indent=1)
+            with replacing(self.path) as part:
                 part.write_text(text + "\n")
-                os.replace(part, self.path)
-        except OSError as error:
-            raise OutputError(f"cannot be written ({error.strerror})", where=self.path) from error
 
 
 def _is_inside(name: str) -> bool:
@@ -267,10 +263,8 @@ def _is_inside(name: str) -> bool:
 
 
 def _make(folder: Path) -> None:
-    try:
+    with told_as_output(folder, "cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot be made ({error.strerror})", where=folder) from error
 
 
 def _check_room(folder: Path, files: list[RemoteFile]) -> None:

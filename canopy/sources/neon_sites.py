@@ -186,8 +186,3 @@ def sites_near(area: AOI, reach_km: float = REACH_KM) -> list[str]:
         if distance <= reach_km:
             found[site.flight_site] = min(distance, found.get(site.flight_site, math.inf))
     return sorted(found, key=lambda code: (found[code], code))
-
-
-def sites_of(split: Split) -> list[str]:
-    """Codes of the sites of one split, sorted."""
-    return sorted(code for code, site in neon_sites().items() if site.split == split)

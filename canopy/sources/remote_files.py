@@ -10,11 +10,11 @@ from datetime import date
 from pathlib import Path
 
 from canopy.errors import DataError, InputError
+from canopy.files import file_sha256
 from canopy.geo.aoi import AOI
 from canopy.sources import http
 from canopy.sources.crc32c import file_crc32c
 from canopy.sources.dates import parse_range
-from canopy.sources.fetch import file_sha256
 from canopy.sources.paths import redact
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")

@@ -7,7 +7,6 @@ same trees whatever their extent: `canopy data synth --seed 0` gives the middle 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from odc.geo import CRS
 
 from canopy import __version__
 from canopy.errors import InputError, OutputError
+from canopy.files import file_sha256, flush
 from canopy.geo.cog import CogWriter
 from canopy.geo.crs import transformer, utm_crs
 from canopy.geo.encoding import BandSpec
@@ -305,11 +305,10 @@ def _facts(folder: Path, scene: Scene) -> dict[str, Any]:
     """scene.json but for what was planted."""
     grid = scene.grid
     lon, lat = transformer(grid.crs, "EPSG:4326").transform(*scene.origin_xy)
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
-        for name in FILES
-        if name != "scene.json"
-    }
+    files = {}
+    for path in (folder / name for name in FILES if name != "scene.json"):
+        flush(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return {
         "what": "a synthetic forest made by `canopy data synth`; no real place looks like this",
         "version": __version__,
@@ -325,12 +324,6 @@ def _facts(folder: Path, scene: Scene) -> dict[str, Any]:
         "points_pulse_spacing_m": PULSE_CELL_M,
         "files": files,
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _move(scratch: Path, folder: Path) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from canopy.errors import CheckpointError, DataError, FetchError
+from canopy.files import file_sha256, replacing
 from canopy.models import registry
 from canopy.models.catalogue import PublishedModel, WeightFile, published_models
 from canopy.runtime import cache_dir, log
@@ -127,7 +127,7 @@ def _conversion_path(digests: list[str]) -> Path:
 def _digest(path: Path) -> str:
     """sha256 of a file, or of the names and contents of a model directory."""
     if path.is_file():
-        return registry.file_sha256(path)
+        return file_sha256(path)
     names = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".safetensors") and p.is_file()]
     if not names:
         raise CheckpointError(
@@ -135,7 +135,7 @@ def _digest(path: Path) -> str:
             where=path,
             expected="a model file, or a directory of the hub's kind",
         )
-    joined = "".join(f"{p.name}:{registry.file_sha256(p)};" for p in names)
+    joined = "".join(f"{p.name}:{file_sha256(p)};" for p in names)
     return hashlib.sha256(joined.encode()).hexdigest()
 
 
@@ -157,7 +157,7 @@ def _published(name: str, entry: PublishedModel) -> Path:
         _write_pins(folder, pins | {entry.origin: _digest(snapshot)})
         return target
     paths = [_download(file, folder, pins, entry) for file in entry.files]
-    digests = [registry.file_sha256(path) for path in paths]
+    digests = [file_sha256(path) for path in paths]
     pins |= {file.url: digest for file, digest in zip(entry.files, digests, strict=True)}
     # Pinned before it is converted: a file that turns out to be no model is still the one that was served.
     _write_pins(folder, pins | {entry.origin: "+".join(digests)})
@@ -169,7 +169,7 @@ def _download(file: WeightFile, folder: Path, pins: dict[str, str], entry: Publi
 
     target = folder / Path(unquote(urlsplit(file.url).path)).name
     expected = file.sha256 or pins.get(file.url, "").split("+")[0] or None
-    if target.is_file() and expected is not None and registry.file_sha256(target) != expected:
+    if target.is_file() and expected is not None and file_sha256(target) != expected:
         target.unlink()  # a leftover of another table or of a broken disk
     try:
         download(file.url, target, sha256=expected)
@@ -252,7 +252,6 @@ def _read_pins(folder: Path) -> dict[str, str]:
 
 
 def _write_pins(folder: Path, pins: dict[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".pins.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(pins, indent=2))
-    os.replace(temporary, folder / "pins.json")
+    with replacing(folder / "pins.json") as part:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(pins, indent=2))

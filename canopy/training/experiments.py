@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from canopy.chips.index import replacing
 from canopy.config import Settings, load_settings, validate_settings
 from canopy.errors import CanopyError, ConfigError
+from canopy.files import replacing
 from canopy.models.checkpoint import load_model
 from canopy.runtime import log
 from canopy.training.baselines import fit_baselines

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from canopy.chips.index import replacing
+from canopy.files import replacing
 from canopy.training.scoring import Table, headline
 
 RESULTS = "results.csv"

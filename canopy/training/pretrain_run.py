@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 
-from canopy.chips.index import replacing
+from canopy.files import replacing
 from canopy.models.encoder import Encoder
 from canopy.runtime import Progress, pick_device
 from canopy.training.compiling import compile_parts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from canopy.errors import ConfigError, OutputError
+from canopy.files import replacing
 from canopy.training.processes import first_process
 
 _FOLDERS = re.compile(r"(?<![^\s='\"])/(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
@@ -149,12 +149,10 @@ class Table:
             reader = csv.DictReader(file)
             kept = [row for row in reader if row.get("step", "").isdigit() and int(row["step"]) <= resume_at]
             self.columns = list(reader.fieldnames or [])
-        part = path.with_name(f".{path.name}.part")
-        with part.open("w", newline="") as file:
+        with replacing(path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
-        os.replace(part, path)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; names that are no columns are left out."""

@@ -199,6 +199,26 @@ def test_interval_bands_are_judged(write: Callable[..., Path]) -> None:
     assert "interval_coverage" in result.overall.by_height[0].scores
 
 
+def test_bands_of_pixels_are_not_judged_by_other_things(write: Callable[..., Path]) -> None:
+    """Bands that are exact by construction fail as intervals of coarser pixels' means and of percentiles."""
+    map_m = np.nan_to_num(predicted())
+    names = ("canopy_height", "height_lower", "height_upper")
+    path = write("m.tif", map_m, map_m - 1, map_m + 1, names=names)
+    coarse = write("c.tif", REFERENCE[:260, :310].reshape(65, 4, 62, 5)[:, 0, :, 0], gsd=4.0)
+    fine = write("f.tif", REFERENCE.repeat(2, 0).repeat(2, 1), gsd=0.5)
+    for reference, stat, why in (
+        (coarse, "mean", "over the reference's pixels of 4 m"), (fine, "p95", "not of the p95"),
+        (coarse, "max", "not of the max"),
+    ):  # fmt: skip
+        result = canopy.evaluate(path, reference, stat=stat, by=("height",), replicates=0, shift=False)
+        for scores in (result.overall, result.strata[0].scores):
+            for name in ("interval_coverage", "interval_width_m"):
+                assert scores[name].value is None and why in str(scores[name].note)
+            assert "interval_coverage" not in scores.by_height[0].scores
+    judged = canopy.evaluate(path, fine, replicates=0, shift=False).overall["interval_coverage"].value
+    assert judged == pytest.approx((abs(map_m - REFERENCE) <= 1).mean(), abs=1e-3)
+
+
 def test_date_gap_is_stated(write: Callable[..., Path]) -> None:
     map_path = write("m.tif", predicted(), tags={"CANOPY_DATES": "2019-06-01"})
     dated = write("r.tif", REFERENCE, tags={"ACQUISITION_DATE": "2021-06-01"})
@@ -212,6 +232,18 @@ def test_date_gap_is_stated(write: Callable[..., Path]) -> None:
         map_path, write("g.tif", REFERENCE), reference_date="2018-06", replicates=0, shift=False
     )
     assert given.provenance["date_gap_years"] == pytest.approx(-1.0, abs=0.1)
+
+
+def test_slope_in_scaled_degrees(write: Callable[..., Path]) -> None:
+    degrees = np.full(REFERENCE.shape, 7.5)
+    degrees[:, 150:] = 25.0
+    raw = write("s.tif", ((degrees + 5) * 100).astype(np.uint16), nodata=None)
+    with rasterio.open(raw, "r+") as dataset:
+        dataset.scales, dataset.offsets = (0.01,), (-5.0,)
+    result = canopy.evaluate(
+        write("m.tif", predicted()), write("r.tif", REFERENCE), slope=raw, replicates=0, shift=False
+    )
+    assert [s.name for s in result.strata] == ["5-10 deg", "20-30 deg"]
 
 
 def test_strata_of_rasters_polygons_and_slope(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from canopy.errors import InputError
 from canopy.evaluation.heights import HeightSide
-from canopy.evaluation.resample import check_stat, read_stat
+from canopy.evaluation.resample import read_stat
 from canopy.geo.grid import Grid
+from canopy.geo.statistic import percent_of
 
 stand = runpy.run_path(str(Path(__file__).with_name("stand.py")))
 WEST, NORTH, UTM = stand["WEST"], stand["NORTH"], stand["UTM"]
@@ -94,5 +95,5 @@ def test_parts_do_not_show(write: Callable[..., Path], monkeypatch: pytest.Monke
 @pytest.mark.parametrize("bad", ["median", "p101", "p", "95", ""])
 def test_unknown_statistics(bad: str) -> None:
     with pytest.raises(InputError, match="statistic"):
-        check_stat(bad)
-    assert check_stat("p99.5") == "p99.5"
+        percent_of(bad, "--stat")
+    assert [percent_of(stat) for stat in ("p99.5", "max", "mean")] == [99.5, 100, None]

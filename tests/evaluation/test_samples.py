@@ -16,8 +16,8 @@ from shapely.geometry import Point, Polygon, box
 import canopy
 from canopy.errors import DataError, InputError
 from canopy.evaluation.compare import guess_kind
-from canopy.evaluation.pool import coverage
 from canopy.evaluation.samples import block_samples, column_codes
+from canopy.geo.coverage import coverage
 from canopy.geo.grid import Grid
 
 stand = runpy.run_path(str(Path(__file__).with_name("stand.py")))
@@ -84,6 +84,19 @@ def test_gedi_is_compared_over_its_disc(write: Callable[..., Path], tmp_path: Pa
     assert other.overall["bias_m"].value == pytest.approx(2, abs=0.4)
 
 
+def test_bands_of_pixels_are_not_judged_over_discs(write: Callable[..., Path], tmp_path: Path) -> None:
+    path, *_ = shots(tmp_path / "shots.csv", 60)
+    names = ("canopy_height", "height_lower", "height_upper")
+    banded = write("b.tif", MAP, MAP - 0.1, MAP + 0.1, names=names)
+    for options in ({}, {"stat": "mean"}):
+        result = canopy.evaluate(banded, path, by=("beam_type",), replicates=0, **options)
+        for scores in (result.overall, result.strata[0].scores):
+            assert scores["interval_coverage"].value is None
+            assert "single pixels" in scores["interval_coverage"].note
+    plain = canopy.evaluate(write("m.tif", MAP), path, replicates=0)
+    assert "interval_coverage" not in plain.overall.metrics
+
+
 def test_plots_as_points_and_polygons(write: Callable[..., Path], tmp_path: Path) -> None:
     x, y = places(40, seed=2)
     means = np.array([disc(a, b, 10).mean() for a, b in zip(x, y, strict=True)])
@@ -121,6 +134,17 @@ def test_polygons_cover_pixels_by_share() -> None:
     fine = Grid.of(UTM, (0.02, 0, WEST, 0, -0.02, NORTH), (1000, 1200))
     counted = coverage(triangle, fine).reshape(10, 100, 12, 100).mean(axis=(1, 3))
     np.testing.assert_allclose(share, counted, atol=0.02)
+
+
+def test_a_large_polygon_is_as_exact_as_a_small_one(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Its last column of pixels, the only one with trees, is covered by 0.4, its centres are not."""
+    heights = np.zeros((500, 520), np.float32)
+    heights[:, 450] = 100.0
+    plot = box(WEST + 1, NORTH - 499, WEST + 450.4, NORTH - 1)
+    polygons = geopandas.GeoDataFrame({"height": [100 * 0.4 / 449.4]}, geometry=[plot], crs=UTM)
+    polygons.to_file(tmp_path / "large.gpkg")
+    result = canopy.evaluate(write("m.tif", heights), tmp_path / "large.gpkg", replicates=0)
+    assert result.overall["mae_m"].value < 2e-3
 
 
 def test_samples_off_the_map_are_counted_and_said(write: Callable[..., Path], tmp_path: Path) -> None:

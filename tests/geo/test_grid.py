@@ -67,6 +67,23 @@ def test_windows_share_the_lattice(row, col, height, width, pixel):
     assert window.pad(3).window(3, 3, height, width).offset_of(window) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("reach", "expected"),
+    [
+        ((2.0, 3.0, 5.0, 7.0), (3, 2, 4, 3)),  # whole pixels gain none by rounding
+        ((2.1, 3.9, 4.9, 6.01), (3, 2, 4, 3)),
+        ((2.5, 3.5, 2.5, 3.5), (3, 2, 1, 1)),
+        ((-4.5, -2.0, 1.0, 1.0), (-2, -5, 3, 6)),
+    ],
+)
+def test_window_over_bounds_is_the_smallest_that_holds_them(reach, expected):
+    grid = utm_grid(pixel=0.3, west=500_000.1)
+    left, top, right, bottom = reach
+    (west, north), (east, south) = grid.xy(top, left), grid.xy(bottom, right)
+    window = grid.window_over((west, south, east, north))
+    assert (*grid.offset_of(window), *window.shape) == expected
+
+
 def test_row_index_grows_southward():
     grid = utm_grid(pixel=1.0, west=1000.0, north=2000.0)
     assert grid.origin_rc == (-2000, 1000)

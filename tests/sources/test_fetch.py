@@ -10,8 +10,9 @@ import httpx
 import pytest
 
 from canopy.errors import DataError, FetchError, OutputError
+from canopy.files import file_sha256
 from canopy.sources import http
-from canopy.sources.fetch import cached_path, download, file_sha256
+from canopy.sources.fetch import cached_path, download
 
 BODY = random.Random(0).randbytes(300_000)
 DIGEST = hashlib.sha256(BODY).hexdigest()

@@ -11,7 +11,7 @@ from canopy.errors import InputError
 from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid
 from canopy.geo.raster import Raster, write_cog
-from canopy.sources.gedi_footprint import footprint_disc, pool_over_disc
+from canopy.sources.gedi_footprint import pool_over_disc
 
 UTM = Grid.of("EPSG:32616", (2.0, 0, 700_000, 0, -2.0, 4_200_000), (120, 150))
 
@@ -109,19 +109,6 @@ def test_pixels_larger_than_the_disc_take_the_one_that_holds_the_shot():
         7.0,
         0.0,
     ]
-
-
-@pytest.mark.parametrize("crs", ["EPSG:32616", "EPSG:3857", "EPSG:4326", "EPSG:3089"])
-def test_discs_are_25_m_on_the_ground_in_any_crs(crs):
-    shots = shots_on(UTM, 4).set_index(pd_index := pandas.Index([9, 5, 7, 1]))
-    discs = footprint_disc(shots, crs)
-    assert (discs.index == pd_index).all() and discs.crs == crs
-    geod = pyproj.Geod(ellps="WGS84")
-    for disc, shot in zip(discs.to_crs("EPSG:4326"), shots.itertuples(), strict=True):
-        lon, lat = np.array(disc.exterior.coords).T
-        _, _, metres = geod.inv(np.full(lon.shape, shot.lon), np.full(lon.shape, shot.lat), lon, lat)
-        assert np.abs(metres - 12.5).max() < 1e-3
-        assert abs(geod.geometry_area_perimeter(disc)[0]) == pytest.approx(np.pi * 12.5**2, rel=2e-3)
 
 
 @pytest.mark.parametrize("how", ["median", "p101", "p", "p-5", ""])

@@ -13,9 +13,9 @@ from canopy.errors import ConfigError, InputError
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import utm_crs
 from canopy.runtime import bundled_dir
-from canopy.sources.label_manifest import height_floor_m, known_labels, label_source
+from canopy.sources.label_manifest import LabelManifest, known_labels, label_source
 from canopy.sources.manifest import known_names
-from canopy.sources.neon_sites import aop_crs, neon_site, neon_sites, read_sites, sites_near, sites_of
+from canopy.sources.neon_sites import aop_crs, neon_site, neon_sites, read_sites, sites_near
 
 SHIPPED = {
     "california-3dep", "france-lidar-hd", "gedi-l2a", "neon", "sao-paulo", "sustainable-landscapes-brazil",
@@ -63,9 +63,10 @@ def test_all_47_terrestrial_sites_are_there_once():
 
 
 def test_five_whole_sites_and_more_are_held_out_for_testing():
-    test = {neon_site(code).flight_site for code in sites_of("test")}
+    splits = Counter(site.split for site in neon_sites().values())
+    test = {site.flight_site for site in neon_sites().values() if site.split == "test"}
     assert {"WLOU", "GUAN", "HOPB", "REDB"} <= test and len(test) >= 5
-    assert len(sites_of("val")) >= 3 and len(sites_of("train")) >= 30
+    assert splits["val"] >= 3 and splits["train"] >= 30
 
 
 def test_no_train_site_is_near_a_test_site():
@@ -125,11 +126,21 @@ def test_sites_near_an_area_are_flight_sites_nearest_first():
     ],
 )
 def test_the_floor_of_a_chm_depends_on_the_lidar(site, year, sensor, expected):
-    assert height_floor_m(label_source("neon"), site=site, year=year, sensor=sensor) == expected
+    assert floor_of(label_source("neon"), site, year, sensor) == expected
 
 
-def test_sources_without_a_floor_have_none():
-    assert height_floor_m(label_source("france-lidar-hd"), site=None, year=2023) == (0.0, True)
+def floor_of(manifest: LabelManifest, site: str, year: int | None, sensor: str | None) -> tuple[float, bool]:
+    """What the manifest's rows tell of a flight's floor: the highest possible one, and whether it is certain.
+
+    A sensor's name settles it; rows of the site go before those of all sites.
+    """
+    for lidar in manifest.lidars.values():
+        if sensor and any(name in sensor.lower() for name in lidar.names):
+            return lidar.floor_m, True
+    then = [row for row in manifest.flown if year is None or row.years[0] <= year <= row.years[1]]
+    there = [row for row in then if row.site == site and year is not None]
+    floors = {manifest.lidars[row.lidar].floor_m for row in there or [r for r in then if r.site is None]}
+    return max(floors), len(floors) == 1
 
 
 # ---- wrong rows ------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from canopy.errors import CheckpointError, OutputError
+from canopy.files import replacing
 from canopy.runtime import cache_dir, log
 from canopy.sources.fetch import only_one
 
@@ -53,22 +54,14 @@ def write_converted(path: Path, converted: Converted) -> None:
     """
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in converted.parts.items()}
     card = {"format": FORMAT, **converted.card, "files": hashes}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(
+        path, "the converted model cannot be written",
+        "set CANOPY_CACHE to a folder that can be written, or use --backend torch",
+    ) as part:  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
             for name, data in {_CARD: json.dumps(card, indent=1).encode(), **converted.parts}.items():
                 file.writestr(zipfile.ZipInfo(name, _EPOCH), data)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(
-            f"the converted model cannot be written ({error.strerror or error})", where=path,
-            remedy="set CANOPY_CACHE to a folder that can be written, or use --backend torch",
-        ) from error  # fmt: skip
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_card(path: Path) -> dict[str, Any]:

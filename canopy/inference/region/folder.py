@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
 from canopy.errors import OutputError
+from canopy.files import file_sha256
 from canopy.inference.region import shards
 from canopy.inference.region.ledger import Ledger
 from canopy.inference.region.pins import RUN_FILE
@@ -44,8 +44,7 @@ def check_files(ledger: Ledger, folder: Path, verify: bool) -> None:
         try:
             same = path.stat().st_size == row.bytes
             if same and verify:
-                with path.open("rb") as file:
-                    same = hashlib.file_digest(file, "sha256").hexdigest() == row.sha256
+                same = file_sha256(path) == row.sha256
         except OSError:
             same = False
         if not same:

@@ -8,7 +8,6 @@ without imagery have no file and read as nodata.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -17,6 +16,7 @@ import numpy as np
 import rasterio
 
 from canopy.errors import OutputError
+from canopy.files import replacing
 from canopy.geo.grid import Grid
 from canopy.inference.extras import QUALITY_BAND
 from canopy.inference.region.ledger import Ledger
@@ -239,15 +239,6 @@ def _write_index(path: Path, tiling: Tiling, tasks: Iterator[TileTask], facts: d
 
 
 def _write_text(path: Path, lines: Iterator[str]) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line if line.endswith("\n") else f"{line}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror})", where=path) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line if line.endswith("\n") else f"{line}\n")

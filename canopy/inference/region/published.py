@@ -9,8 +9,9 @@ say in the file itself what is not mapped (nodata 255): bare ground and no data 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import rasterio
 from rasterio.windows import Window
 
 from canopy.errors import ConfigError, OutputError
+from canopy.files import replacing
 from canopy.geo.grid import Grid
 from canopy.geo.raster import BandSpec, CogWriter, raster_env
 from canopy.geo.tiles import HALF_WORLD_M, quadkey_grid, quadkeys
@@ -167,7 +169,7 @@ def _write_tile(folder: Path, quadkey: str, layout: PublishedLayout, mosaic: _Mo
     dates: set[str] = set()
     with raster_env():
         writer = CogWriter(path, grid, [BandSpec("canopy_height", "m")], encoding="uint8m", overwrite=True)
-        with writer, _Plain(_side_file(folder, quadkey, layout), grid) as side:
+        with writer, _plain(_side_file(folder, quadkey, layout), grid) as write_side:
             for top, left, window in _windows(grid, mosaic.tiling.area):
                 height_m, year, days = mosaic.read(window)
                 valid = np.isfinite(height_m)
@@ -175,7 +177,7 @@ def _write_tile(folder: Path, quadkey: str, layout: PublishedLayout, mosaic: _Mo
                     continue
                 dates.update(days)
                 writer.write(height_m[None], valid, top, left)
-                side.write(np.where(valid, 0, 255) if layout.name == "v1" else year, top, left)
+                write_side(np.where(valid, 0, 255) if layout.name == "v1" else year, top, left)
     return sorted(dates)
 
 
@@ -199,32 +201,22 @@ def _windows(grid: Grid, area: Grid) -> Iterator[tuple[int, int, Grid]]:
                 yield top, left, window
 
 
-class _Plain:
-    """A tiled uint8 GeoTIFF of 255 that takes windows; under a temporary name until it is whole."""
-
-    def __init__(self, path: Path, grid: Grid) -> None:
-        self.path, self._partial = path, path.with_name(f".{path.name}.part")
+@contextlib.contextmanager
+def _plain(path: Path, grid: Grid) -> Iterator[Callable[[np.ndarray, int, int], None]]:
+    """A tiled uint8 GeoTIFF of 255; gives what stores (h, w) values at (row, col)."""
+    with replacing(path) as part:
         try:
-            self._dataset = rasterio.open(
-                self._partial, "w", driver="GTiff", dtype="uint8", count=1, nodata=255, tiled=True,
+            dataset = rasterio.open(
+                part, "w", driver="GTiff", dtype="uint8", count=1, nodata=255, tiled=True,
                 height=grid.height, width=grid.width, crs=grid.crs.to_wkt(), transform=grid.transform,
                 blockxsize=512, blockysize=512, compress="deflate", sparse_ok=True, bigtiff="if_safer",
             )  # fmt: skip
         except rasterio.errors.RasterioError as error:
             raise OutputError(f"cannot be written ({error})", where=path) from error
 
-    def write(self, values: np.ndarray, row: int, col: int) -> None:
-        """Store (h, w) values at (row, col)."""
-        self._dataset.write(
-            values.astype(np.uint8), 1, window=Window(col, row, values.shape[1], values.shape[0])
-        )
+        def write(values: np.ndarray, row: int, col: int) -> None:
+            window = Window(col, row, values.shape[1], values.shape[0])
+            dataset.write(values.astype(np.uint8), 1, window=window)
 
-    def __enter__(self) -> _Plain:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._dataset.close()
-        if kind is None:
-            self._partial.replace(self.path)
-        else:
-            self._partial.unlink(missing_ok=True)
+        with dataset:
+            yield write

@@ -9,12 +9,12 @@ takes over what shards have left.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from canopy.errors import CanopyError, InputError
+from canopy.files import replacing
 from canopy.inference.region.ledger import Ledger
 from canopy.inference.region.lock import RunLock
 from canopy.runtime import log
@@ -40,9 +40,8 @@ def lock_name(shard: tuple[int, int]) -> str:
 def mark_complete(folder: Path, shard: tuple[int, int]) -> None:
     """Say that a shard has no open tile left; its ledger is closed by now."""
     path = folder / FOLDER / f"{_stem(shard)}.complete"
-    partial = path.with_suffix(f".part{os.getpid()}")
-    partial.write_text(json.dumps({"shard": shard}) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps({"shard": shard}) + "\n", encoding="utf-8")
 
 
 def all_complete(folder: Path, count: int) -> bool:
