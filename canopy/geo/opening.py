@@ -15,7 +15,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 
 from canopy.errors import ImageryError
-from canopy.geo.crs import to_crs
+from canopy.geo.crs import to_crs, x_period
 from canopy.geo.grid import Grid
 from canopy.geo.paths import gdal_name, is_url, public_name
 from canopy.geo.vrt import check_vrt
@@ -177,13 +177,14 @@ class SourcePlace:
         return t.d * x + t.e * y + t.f, t.a * x + t.b * y + t.c
 
     def in_turn_of(self, grid: Grid) -> SourcePlace:
-        """The same place, moved by whole turns of longitude to where `grid` counts them."""
-        if not (self.crs.geographic and grid.crs.geographic):
+        """The same place, moved by whole turns round the Earth to where `grid` counts them."""
+        period = x_period(self.crs)
+        if period is None or period != x_period(grid.crs):
             return self
         middle = self.xy(self.height / 2, self.width / 2)[0]
-        turns = round((sum(grid.bounds[0::2]) / 2 - middle) / 360.0)
+        turns = round((sum(grid.bounds[0::2]) / 2 - middle) / period)
         t = self.transform
-        return self if not turns else replace(self, transform=Affine(t.a, t.b, t.c + 360.0 * turns, *t[3:6]))
+        return self if not turns else replace(self, transform=Affine(t.a, t.b, t.c + period * turns, *t[3:6]))
 
     def grid(self) -> Grid:
         """As a Grid. Raises InputError when rotated, sheared or south-up."""

@@ -200,9 +200,10 @@ def source_positions(place: SourcePlace, grid: Grid, k: int = 1) -> tuple[np.nda
         nodes_r, nodes_c = place.rowcol(x, y)
         return _between(nodes_r, ri, rf, ci, cf), _between(nodes_c, ri, rf, ci, cf)
     # x jumps at the antimeridian: made continuous between nodes, then put where the source counts it.
-    finite = x[np.isfinite(x)]
-    x = _in_turn(x, finite[0] if finite.size else 0.0, period)
+    # Both by the source's own turn where they can be: the same sum, to the last bit, in every window.
     middle = place.xy(place.height / 2, place.width / 2)[0]
+    finite = x[np.isfinite(x)]
+    x = _in_turn(x, _in_turn(finite[0], middle, period) if finite.size else middle, period)
     dense_x = _in_turn(_between(x, ri, rf, ci, cf), middle, period)
     return place.rowcol(dense_x, _between(y, ri, rf, ci, cf))
 
