@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import rasterio
 from affine import Affine
 from odc.geo import CRS
@@ -15,7 +16,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 
 from canopy.errors import ImageryError
-from canopy.geo.crs import to_crs, x_period
+from canopy.geo.crs import ground_crs, x_period
 from canopy.geo.grid import Grid
 from canopy.geo.paths import gdal_name, is_url, public_name
 from canopy.geo.vrt import check_vrt
@@ -148,7 +149,7 @@ class SourcePlace:
 
     @classmethod
     def of(cls, dataset: DatasetReader, crs: Any | None = None) -> SourcePlace:
-        """The place of an open dataset; `crs` replaces a missing (or wrong) one. Raises ImageryError."""
+        """The place of an open dataset; `crs` replaces a missing (or wrong) one. Raises InputError."""
         given = crs if crs is not None else dataset.crs
         if not given:
             raise ImageryError(
@@ -158,7 +159,26 @@ class SourcePlace:
             )
         if dataset.transform.determinant == 0:
             raise ImageryError("a geotransform without area", where=public_name(dataset.name))
-        return cls(dataset.transform, to_crs(given), dataset.height, dataset.width)
+        place = cls(dataset.transform, ground_crs(given, public_name(dataset.name)), *dataset.shape)
+        place._check_degrees(public_name(dataset.name))
+        return place
+
+    def _check_degrees(self, name: str) -> None:
+        """Refuse degrees beyond the poles or far beyond a turn: metres in a file that is tagged EPSG:4326."""
+        if not self.crs.geographic:
+            return
+        turn = x_period(self.crs) or 360.0
+        x, y = self.xy(np.array([0, 0, self.height, self.height]), np.array([0, self.width, 0, self.width]))
+        # Grids of the whole Earth may reach over the pole by half a pixel, and count from any meridian.
+        pixel = abs(self.transform.d) + abs(self.transform.e)
+        if abs(y).max() > turn / 4 + pixel or abs(x).max() > 1.5 * turn:
+            raise ImageryError(
+                f"x {x.min():.10g} to {x.max():.10g}, y {y.min():.10g} to {y.max():.10g} in {self.crs}",
+                where=name,
+                expected="degrees in a CRS of degrees",
+                remedy="the file's CRS is wrong: set the one its coordinates are in, for example with "
+                "gdal_edit.py -a_srs EPSG:32610",
+            )
 
     @property
     def is_north_up(self) -> bool:

@@ -45,6 +45,10 @@ def _open(manifest: ImageryManifest, area: AOI | None, options: ReadOptions) -> 
     if manifest.kind == "demo":
         from canopy.sources.demo import DemoSource
 
+        options.refuse(
+            "bands", "scale", "crs", "nodata", "datetime",
+            source=manifest.name, because="the demo is a scene of its own, drawn in RGB for one day",
+        )  # fmt: skip
         return DemoSource()
     if manifest.kind == "xyz":
         return _open_tiles(manifest, area, options)

@@ -175,7 +175,7 @@ class Scene:
                 check_vrt_sources(dataset, label)
             check_georeference(dataset, label)
             # `--crs` speaks for images that carry none; it never moves one that knows its place.
-            place = SourcePlace.of(dataset, None if dataset.crs else options.crs)
+            place = SourcePlace.of(dataset, None if dataset.crs else options.crs or options.fallback_crs)
             if self._grey:
                 plan = plan_single(dataset, where=label, scale=options.scale)
             else:

@@ -103,10 +103,10 @@ class TileSource:
     def __init__(self, service: TileService, options: ReadOptions, *, area: AOI | None = None) -> None:
         """Choose the zoom for `area` (its latitude) and the ground sample distance of `options`."""
         _check_template(service.template)
-        if options.bands is not None or options.scale is not None or options.crs is not None:
-            raise InputError(
-                "web tiles are 8-bit RGB in Web Mercator", remedy="leave --bands, --scale and --crs out"
-            )
+        options.refuse(
+            "bands", "scale", "crs", "datetime",
+            source=service.name, because="web tiles are RGB in Web Mercator, with no choice of dates",
+        )  # fmt: skip
         self.service, self.name = service, service.name
         self._nodata = options.nodata
         where = area or service.outline

@@ -161,6 +161,22 @@ def test_longitudes_that_cross_180_or_count_to_360_are_read_in_every_window(tif,
         np.testing.assert_allclose(image.rgb * 255, rgb[:, 8:24, 40:60], atol=1.0)
 
 
+def test_metres_that_are_tagged_as_degrees_are_refused_by_name(tif, rgb):
+    with pytest.raises(
+        InputError, match=r"wrong\.tif: x 315000 to 315040, y 4883968 to 4884000 in EPSG:4326.*-a_srs"
+    ):
+        open_imagery(tif(rgb, "wrong.tif", crs="EPSG:4326"))
+    # A grid of the whole Earth may reach over the pole by half a pixel, and count longitude to 360.
+    world = tif(rgb, "world.tif", crs="EPSG:4326", transform=Affine(4.5, 0, 0, 0, -2.85, 91.2))
+    assert open_imagery(world).native_crs.epsg == 4326
+
+
+@pytest.mark.parametrize("crs", ["EPSG:5703", "EPSG:4978"])
+def test_a_crs_that_places_nothing_is_refused(tif, rgb, crs):
+    with pytest.raises(InputError, match="places nothing on a map"):
+        open_imagery(tif(rgb, crs=None), crs=crs)
+
+
 # ---- several files ---------------------------------------------------------------------------
 def test_the_first_file_lies_on_top_and_the_next_fills(tif, rgb):
     top = rgb.copy()

@@ -185,9 +185,23 @@ def test_incomplete_templates_are_refused(template):
         open_imagery(template)
 
 
-def test_options_that_make_no_sense_for_tiles_are_refused():
-    with pytest.raises(InputError, match="web tiles are 8-bit RGB"):
-        open_imagery("https://h.example/{z}/{x}/{y}.png", bands="3,2,1")
+@pytest.mark.parametrize("source", ["https://h.example/{z}/{x}/{y}.png", "swissimage", "demo"])
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"bands": "3,2,1"}, "--bands"), ({"scale": 3.0}, "--scale"), ({"crs": "EPSG:2056"}, "--input-crs"),
+        ({"datetime": "2021"}, "--datetime"), ({"datetime": "garbage"}, "--datetime"),
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense_for_tiles_and_the_demo_are_refused(source, option, named):
+    with pytest.raises(InputError, match=f"RGB.*leave {named} out|RGB.*Leave {named} out"):
+        open_imagery(source, area=AOI.from_bbox("46.9,7.4"), **option)
+
+
+@pytest.mark.parametrize("source", ["https://h.example/{z}/{x}/{y}.png", "swissimage", "demo"])
+def test_the_maps_crs_is_none_of_their_business(source):
+    area = AOI.from_bbox("46.9,7.4")
+    assert open_imagery(source, area=area, fallback_crs="EPSG:2056").native_crs.epsg != 2056
 
 
 def test_zoom_respects_the_ground_scale_of_mercator():
