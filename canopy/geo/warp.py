@@ -203,7 +203,7 @@ def source_positions(place: SourcePlace, grid: Grid, k: int = 1) -> tuple[np.nda
     # Both by the source's own turn where they can be: the same sum, to the last bit, in every window.
     middle = place.xy(place.height / 2, place.width / 2)[0]
     finite = x[np.isfinite(x)]
-    x = _in_turn(x, _in_turn(finite[0], middle, period) if finite.size else middle, period)
+    x = _in_turn(x, float(_in_turn(finite[:1], middle, period)[0]) if finite.size else middle, period)
     dense_x = _in_turn(_between(x, ri, rf, ci, cf), middle, period)
     return place.rowcol(dense_x, _between(y, ri, rf, ci, cf))
 

@@ -72,18 +72,6 @@ class ReadOptions:
     gsd_m: float | None = None
     fallback_crs: str | None = None
 
-    def refuse(self, *names: str, source: str, because: str) -> None:
-        """Refuse options that a source has no use for; in silence they would be believed to have worked.
-
-        Raises:
-            InputError: one of `names` was given.
-        """
-        given = [
-            f"--{'input-crs' if name == 'crs' else name}" for name in names if getattr(self, name) is not None
-        ]
-        if given:
-            raise InputError(because, where=source, remedy=f"leave {' and '.join(given)} out")
-
 
 SWAP_HINT = "swapping latitude and longitude would find imagery: --bbox takes LAT,LON, --bounds takes W,S,E,N"
 

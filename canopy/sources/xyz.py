@@ -26,7 +26,7 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 from rasterio.io import MemoryFile
 
-from canopy.errors import FetchError, InputError
+from canopy.errors import FetchError, InputError, refuse_options
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
 from canopy.sources import http
@@ -103,9 +103,12 @@ class TileSource:
     def __init__(self, service: TileService, options: ReadOptions, *, area: AOI | None = None) -> None:
         """Choose the zoom for `area` (its latitude) and the ground sample distance of `options`."""
         _check_template(service.template)
-        options.refuse(
-            "bands", "scale", "crs", "datetime",
-            source=service.name, because="web tiles are RGB in Web Mercator, with no choice of dates",
+        refuse_options(
+            {
+                "--bands": options.bands, "--scale": options.scale, "--input-crs": options.crs,
+                "--datetime": options.datetime,
+            },
+            where=service.name, because="web tiles are RGB in Web Mercator, with no choice of dates",
         )  # fmt: skip
         self.service, self.name = service, service.name
         self._nodata = options.nodata
