@@ -56,7 +56,7 @@ class ReadOptions:
 
     Attributes:
         bands: 1-based band numbers of red, green and blue.
-        nodata: a pixel whose red, green and blue all have this value is missing.
+        nodata: a pixel whose red, green and blue all have this value is missing (any, if it is below 0).
         crs: CRS of images that carry none.
         fallback_crs: the same, guessed from what the user said about the map: for files only, after `crs`.
         scale: pixel value that means white.
@@ -148,7 +148,7 @@ def open_imagery(
             manifests, or several files or URLs, earlier ones on top.
         area: what will be read; required by searchable sources (STAC APIs), a help to others.
         bands: band numbers of red, green and blue, counted from 1.
-        nodata: a pixel whose red, green and blue all have this value is missing.
+        nodata: a pixel whose red, green and blue all have this value is missing (any, if it is below 0).
         crs: CRS of images that carry none.
         scale: pixel value that means white; required for images that are not uint8.
         datetime: an acquisition instant or interval such as `2021-06/2021-09`.

@@ -144,7 +144,9 @@ class Scene:
 
         def pixels(dataset: DatasetReader) -> tuple[np.ndarray, np.ndarray]:
             decode = _expander(plan.palette) if plan.palette is not None else None
-            return read_window(dataset, grid, plan.indexes, nodata=nodata, crs=facts.place.crs, decode=decode)
+            return read_window(
+                dataset, grid, plan.indexes, nodata=nodata, crs=facts.place.crs, decode=decode, colours=True
+            )
 
         values, valid = self._try(pixels)
         # In place: these pixels are nobody else's, and fresh memory costs more than the arithmetic.
