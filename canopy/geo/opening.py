@@ -1,8 +1,7 @@
-"""Opening rasters that somebody else made: few formats, plain names, sane sizes, one handle per thread."""
+"""Opening rasters that somebody else made: few formats, plain names, sane sizes."""
 
 from __future__ import annotations
 
-import threading
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import rasterio
+import rasterio.env
 from affine import Affine
 from odc.geo import CRS
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
@@ -17,6 +17,7 @@ from rasterio.io import DatasetReader
 
 from canopy.errors import ImageryError
 from canopy.geo.crs import ground_crs, x_period
+from canopy.geo.gdal_http import http_options
 from canopy.geo.grid import Grid
 from canopy.geo.paths import gdal_name, is_url, public_name
 from canopy.geo.vrt import check_vrt
@@ -44,15 +45,14 @@ def raster_env(name: str | Path = "") -> rasterio.Env:
         "GDAL_VRT_ENABLE_PYTHON": "NO",
         "GDAL_VRT_ENABLE_RAWRASTERBAND": "NO",
     }
-    if is_url(str(name).removeprefix("/vsicurl/")):
-        options |= {
-            "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-            "GDAL_HTTP_CONNECTTIMEOUT": "20",
-            "GDAL_HTTP_TIMEOUT": "120",
-            "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
-            "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
-        }
+    # Whoever reads remote files with a patience of their own has set it around this.
+    if is_url(str(name).removeprefix("/vsicurl/")) and not _speaks_http():
+        options |= http_options()
     return rasterio.Env(**options)
+
+
+def _speaks_http() -> bool:
+    return rasterio.env.hasenv() and "GDAL_HTTP_TIMEOUT" in rasterio.env.getenv()
 
 
 def open_raster(path: str | Path, *, georeferenced: bool = True) -> DatasetReader:
@@ -209,50 +209,3 @@ class SourcePlace:
     def grid(self) -> Grid:
         """As a Grid. Raises InputError when rotated, sheared or south-up."""
         return Grid.of(self.crs, self.transform, (self.height, self.width))
-
-
-class DatasetPool:
-    """One raster, one handle per thread: GDAL datasets must not be shared between threads.
-
-    Handles open on first use and are all closed by `close()` (or the `with` block). Pickles as its
-    name, so a worker process opens its own.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = path
-        self._reset()
-
-    def _reset(self) -> None:
-        self._local = threading.local()
-        self._lock = threading.Lock()
-        self._open: list[DatasetReader] = []
-
-    def get(self) -> DatasetReader:
-        """This thread's handle. Raises ImageryError."""
-        dataset = getattr(self._local, "dataset", None)
-        if dataset is None or dataset.closed:
-            dataset = open_raster(self.path)
-            self._local.dataset = dataset
-            with self._lock:
-                self._open.append(dataset)
-        return dataset
-
-    def close(self) -> None:
-        """Close the handles of all threads; none may be reading. A later `get` opens anew."""
-        with self._lock:
-            handles, self._open = self._open, []
-        for dataset in handles:
-            dataset.close()
-
-    def __enter__(self) -> DatasetPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path = state["path"]
-        self._reset()

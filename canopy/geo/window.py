@@ -64,7 +64,7 @@ def read_window(
 
     Raises ImageryError naming the file and the window when a block is truncated or damaged; an error
     is never turned into nodata. Damage that GDAL passes over in silence (JPEG data) also closes `ds`.
-    Use one dataset handle per thread (`DatasetPool`).
+    Use one dataset handle per thread.
     """
     place = SourcePlace.of(ds, crs).in_turn_of(grid)
 
