@@ -296,7 +296,7 @@ class CogWriter:
 
 def _hash_and_sync(path: Path) -> str:
     """SHA-256 of a file, after its bytes are on the disk."""
-    with path.open("rb") as file:
+    with path.open("rb+") as file:  # Windows flushes only what may be written
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -328,7 +328,7 @@ def _facts(folder: Path, scene: Scene) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with path.open("rb+") as file:  # Windows flushes only what may be written
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -59,7 +59,7 @@ def write_converted(path: Path, converted: Converted) -> None:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
             for name, data in {_CARD: json.dumps(card, indent=1).encode(), **converted.parts}.items():
                 file.writestr(zipfile.ZipInfo(name, _EPOCH), data)
-        with partial.open("rb") as written:
+        with partial.open("rb+") as written:  # Windows flushes only what may be written
             os.fsync(written.fileno())
         os.replace(partial, path)
     except OSError as error:
