@@ -21,6 +21,8 @@ from canopy.errors import AreaError, InputError
 
 # Straight edges are cut into this many pieces before they are bent by a projection.
 EDGE_PIECES = 64
+# Of latitude, on the mean sphere.
+METRES_PER_DEGREE = 111_195.0
 
 
 @lru_cache(maxsize=256)

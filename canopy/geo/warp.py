@@ -25,7 +25,7 @@ import numpy as np
 from odc.geo import CRS
 
 from canopy.errors import InputError
-from canopy.geo.crs import metres_per_unit, transformer, x_period
+from canopy.geo.crs import METRES_PER_DEGREE, metres_per_unit, transformer, x_period
 from canopy.geo.grid import Grid
 from canopy.geo.opening import SourcePlace
 
@@ -35,7 +35,6 @@ AVERAGE_ABOVE = 1.5
 # A neighbour with less weight than this neither adds to a value nor makes it invalid (float noise).
 WEIGHT_TOL = 1e-3
 STRIP_SAMPLES = 1 << 15
-METRES_PER_DEGREE = 111_320.0
 
 # (row0, col0, height, width) of the source -> values (b, h, w) any dtype, valid (h, w)
 Reader = Callable[[int, int, int, int], tuple[np.ndarray, np.ndarray]]

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 
 from canopy.errors import AreaError, ConfigError, ImageryError
 from canopy.geo.aoi import AOI
-from canopy.geo.crs import ground_crs, metres_per_unit
+from canopy.geo.crs import METRES_PER_DEGREE, ground_crs, metres_per_unit
 from canopy.geo.grid import Grid
 
 if TYPE_CHECKING:
     from odc.geo import CRS
 
-# Of latitude, on the mean sphere.
-METRES_PER_DEGREE = 111_195.0
 # Within 5 % a model does not notice the scale of an image: its own grid can be used as it is.
 SAME_SCALE = 0.05
 # Coarser images hold less detail than the model expects; finer ones only cost reading.

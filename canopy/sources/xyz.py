@@ -29,12 +29,12 @@ from rasterio.io import MemoryFile
 from canopy.errors import FetchError, InputError, refuse_options
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
+from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
 from canopy.sources import http
 from canopy.sources.imagery import Imagery, ReadOptions, contains
 from canopy.sources.native import read_lattice
 from canopy.sources.paths import host_of, is_url, redact
 
-HALF_WORLD_M = math.pi * 6378137.0
 DEFAULT_GSD_M = 0.5
 ZOOM_SLACK = (
     1.2  # a zoom up to 20 % coarser than wanted is close enough; the next one has four times the tiles
@@ -86,15 +86,6 @@ def choose_zoom(
     widest = 2 * HALF_WORLD_M / tile_px * math.cos(math.radians(latitude))
     zoom = math.ceil(math.log2(widest / (gsd_m * ZOOM_SLACK)) - 1e-9)
     return min(max(zoom, min_zoom), max_zoom)
-
-
-def quadkey(zoom: int, x: int, y: int) -> str:
-    """Bing-style key of a tile.
-
-    >>> quadkey(3, 3, 5)
-    '213'
-    """
-    return "".join(str(((x >> bit) & 1) + 2 * ((y >> bit) & 1)) for bit in reversed(range(zoom)))
 
 
 class TileSource:
@@ -220,7 +211,7 @@ def _check_template(template: str) -> None:
 
 def tile_url(template: str, zoom: int, x: int, y: int) -> str:
     """URL of one tile; y counts from the north, as XYZ does."""
-    values = {"{z}": zoom, "{x}": x, "{y}": y, "{-y}": 2**zoom - 1 - y, "{q}": quadkey(zoom, x, y)}
+    values = {"{z}": zoom, "{x}": x, "{y}": y, "{-y}": 2**zoom - 1 - y, "{q}": quadkey_at(y, x, zoom)}
     for field, value in values.items():
         template = template.replace(field, str(value))
     return template

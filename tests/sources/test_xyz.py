@@ -13,15 +13,14 @@ from rasterio.io import MemoryFile
 from canopy.errors import FetchError, InputError
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
+from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
 from canopy.sources import http
 from canopy.sources.imagery import ReadOptions, open_imagery
 from canopy.sources.xyz import (
-    HALF_WORLD_M,
     TileService,
     TileSource,
     choose_zoom,
     decode_tile,
-    quadkey,
     tile_url,
 )
 
@@ -74,7 +73,7 @@ def tiles(server):
             body = picture(tile_at(x, y))
             server.put(f"/xyz/{ZOOM}/{x}/{y}.png", body, "image/png")
             server.put(f"/tms/{ZOOM}/{x}/{2**ZOOM - 1 - y}.png", body, "image/png")
-            server.put(f"/qk/{quadkey(ZOOM, x, y)}.png", body, "image/png")
+            server.put(f"/qk/{quadkey_at(y, x, ZOOM)}.png", body, "image/png")
     return server
 
 
@@ -214,7 +213,7 @@ def test_zoom_respects_the_ground_scale_of_mercator():
 
 
 def test_tile_urls_and_quadkeys():
-    assert quadkey(3, 3, 5) == "213"
+    assert quadkey_at(5, 3, 3) == "213"
     assert tile_url("t/{z}/{x}/{y}", 3, 3, 5) == "t/3/3/5"
     assert tile_url("t/{z}/{x}/{-y}", 3, 3, 5) == "t/3/3/2"
     assert tile_url("t/{q}", 3, 3, 5) == "t/213"
