@@ -7,6 +7,8 @@ Each class is also the matching built-in kind, so that library users can catch `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class CanopyError(Exception):
     """Root of the tree. `exit_code` is what the command line returns for it."""
@@ -84,3 +86,19 @@ class MissingDependencyError(InputError, ImportError):
 
 class OutputError(CanopyError, OSError):
     """An output that could not be written completely; no partial file is left."""
+
+
+def refuse_options(given: Mapping[str, object], *, where: object, because: str) -> None:
+    """Refuse options that have no use here; ignored in silence they would be believed to have worked.
+
+    Args:
+        given: options as the user writes them, with their values; None and () were not given.
+        where: the source, or the option, that has no use for them.
+        because: why, in a few words.
+
+    Raises:
+        InputError: one of them was given.
+    """
+    useless = [name for name, value in given.items() if value is not None and value != ()]
+    if useless:
+        raise InputError(because, where=where, remedy=f"leave {', '.join(useless)} out")

@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("--var", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--list", action="store_true", help="say what would be run")
     args = parser.parse_intermixed_args()
+    from canopy.config import named_values
     from canopy.errors import CanopyError
     from canopy.runtime import setup_logging
     from canopy.training.experiments import jobs, load_matrix, run_matrix
@@ -32,7 +33,7 @@ def main() -> int:
     setup_logging()
     try:
         matrix = load_matrix(args.matrix, args.overrides)
-        variables = dict(v.split("=", 1) for v in args.var if "=" in v)
+        variables = named_values(args.var, "--var")
         if args.list:
             print("\n".join(f"{job.id} {' '.join(job.overrides)}" for job in jobs(matrix, variables)))
             return 0

@@ -31,7 +31,7 @@ def main() -> int:
         parser.add_argument(flag, action="store_true", help=f"as {flag} of canopy map")
     parser.add_argument("-q", "--quiet", action="store_true")
     parser.add_argument("-v", "--verbose", action="store_true")
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_intermixed_args())
     config, overrides = options.pop("config"), options.pop("override")
     setup_logging(quiet=options["quiet"], verbose=options.pop("verbose"))
     try:

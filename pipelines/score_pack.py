@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from canopy.config import named_values
 from canopy.errors import CanopyError
 
 
@@ -48,6 +49,7 @@ def _run(args: argparse.Namespace) -> None:
     from canopy.models.registry import describe
     from canopy.training.report import height_table, markdown_table, model_card, score_with_baselines
 
+    notes = named_values(args.note, "--note")
     model = load_model(args.model)
     lattice = {name: getattr(args, name) for name in ("crop_px", "overlap_px", "margin_px")}
     model.config = dataclasses.replace(model.config, **{k: v for k, v in lattice.items() if v is not None})
@@ -61,7 +63,6 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         args.json.write_text(json.dumps(scores, indent=1))
     if args.publish:
-        notes = dict(note.split("=", 1) for note in args.note)
         card = {**model.card, **notes, "scores": {**model.card.get("scores", {}), **scores}}
         if sibling:
             card |= {key: sibling.card[key] for key in (INTERVALS, GAP, QUALITY) if key in sibling.card}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from canopy.errors import DataError
-from canopy.geo.crs import transformer
+from canopy.geo.crs import METRES_PER_DEGREE, transformer
 from canopy.geo.grid import Grid
 from canopy.geo.raster import SourcePlace, open_raster
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 CANDIDATES = 32
 _GOLDEN_RAD = np.pi * (3 - 5**0.5)
-_METRES_PER_DEGREE = 111_320.0
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,6 @@ def _displaced(lon: np.ndarray, lat: np.ndarray, moves: np.ndarray) -> pandas.Da
     """Table of n x d places: every shot at every displacement."""
     import pandas
 
-    north = moves[None, :, 1] / _METRES_PER_DEGREE
-    east = moves[None, :, 0] / (_METRES_PER_DEGREE * np.cos(np.deg2rad(lat))[:, None])
+    north = moves[None, :, 1] / METRES_PER_DEGREE
+    east = moves[None, :, 0] / (METRES_PER_DEGREE * np.cos(np.deg2rad(lat))[:, None])
     return pandas.DataFrame({"lon": (lon[:, None] + east).ravel(), "lat": (lat[:, None] + north).ravel()})

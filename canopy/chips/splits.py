@@ -87,9 +87,11 @@ def assign(places: Sequence[Place], rules: SplitRules) -> list[Place]:
 
 
 def _split_of_block(lon: float, lat: float, rules: SplitRules) -> str:
-    row = int(np.floor(lat * 111_195 / rules.block_m))
+    from canopy.geo.crs import METRES_PER_DEGREE
+
+    row = int(np.floor(lat * METRES_PER_DEGREE / rules.block_m))
     # One scale per row of blocks, so that blocks stay square and their edges meet.
-    scale = 111_195 * np.cos(np.radians(row * rules.block_m / 111_195))
+    scale = METRES_PER_DEGREE * np.cos(np.radians(row * rules.block_m / METRES_PER_DEGREE))
     col = int(np.floor(lon * max(scale, 1.0) / rules.block_m))
     digest = hashlib.sha256(f"{rules.seed}/{rules.block_m:g}/{row}/{col}".encode()).digest()
     draw = int.from_bytes(digest[:8], "big") / 2**64
@@ -150,13 +152,13 @@ def _centres(places: Sequence[Place]) -> list[tuple[float, float]]:
 
 def _on_sphere(places: Sequence[Place]) -> tuple[np.ndarray, np.ndarray]:
     """Centres (n, 3) in metres from the Earth's centre, and half diagonals (n,) in metres."""
-    from canopy.geo.crs import metres_per_unit, to_crs
+    from canopy.geo.crs import METRES_PER_DEGREE, metres_per_unit, to_crs
 
     lon, lat = np.radians(np.array(_centres(places))).T
     points = 6_371_000 * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
     radius = []
     for place in places:
-        unit = 111_320.0 if to_crs(place.crs).geographic else metres_per_unit(place.crs)
+        unit = METRES_PER_DEGREE if to_crs(place.crs).geographic else metres_per_unit(place.crs)
         w, s, e, n = place.bounds
         radius.append(unit * np.hypot(e - w, n - s) / 2)
     return points, np.array(radius)

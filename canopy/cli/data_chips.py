@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json, refuse_given
 from canopy.cli.groups import takes_groups
 from canopy.errors import InputError
 from canopy.runtime import Progress, log, progress_bar, setup_logging
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from canopy.chips.plan import CutRules
     from canopy.chips.splits import SplitRules
 
+_OF_PAIRS = (
+    "gsd", "label_rule", "register", "max_shift_m", "rh", "buffer_m", "block_m", "val", "test", "hold_out",
+    "limit", "workers",
+)  # fmt: skip
 _FIRST_SEED = 1000  # far from 0, the demo's
 
 
@@ -73,6 +77,7 @@ class SplitOptions:
 @takes_groups
 def chips(
     *,
+    context: typer.Context,
     out_dir: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for the chips.")],
     manifest: Annotated[
         Path | None,
@@ -109,6 +114,9 @@ def chips(
     setup_logging(quiet, verbose)
     with progress_bar(quiet or json_) as progress:
         if manifest is None:
+            refuse_given(
+                context, *_OF_PAIRS, where="--synth", because="synthetic chips are drawn, not cut or split"
+            )
             summary, told = _synth(out_dir, synth or 0, cut, split, overwrite, progress)
         else:
             summary, told = _pairs(manifest, out_dir, cut, split, limit, workers, overwrite, progress)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from canopy.cli.area import AreaOptions
-from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json, refuse_given
 from canopy.cli.groups import takes_groups
 
 _POLICY = "zero: 0 m of canopy; mask: nodata; keep: as canopy."
@@ -17,9 +17,14 @@ _HELP_CRS = "CRS of the CHM, in metres; also of files that carry none. Default: 
 _HELP_GROUND = "auto, class (LAS class 2) or csf (cloth simulation)."
 _HELP_UNITS = "Unit of elevations: auto (as the file says, else that of x and y), m, ft or us-ft."
 
+_OF_POINTS = (
+    "ground", "buildings", "water", "bridges", "wires", "pit_width_m", "fill_px", "workers",
+)  # fmt: skip
+
 
 @takes_groups
 def chm(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="CHM.tif", help="GeoTIFF to write.")],
     place: AreaOptions,
     files: Annotated[
@@ -82,6 +87,10 @@ def chm(
         raise InputError("one raster of two", where="--dsm, --dtm", expected="both of them")
     if dsm is not None and files:
         raise InputError("point clouds and rasters together", where="--dsm", expected="one or the other")
+    if dsm is not None:
+        refuse_given(
+            context, *_OF_POINTS, where="--dsm", because="two rasters have no points, classes or returns"
+        )
     area = place.choose()
     with progress_bar(quiet or json_) as progress:
         if dsm is not None and dtm is not None:

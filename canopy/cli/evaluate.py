@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json, refuse_given
 from canopy.cli.evaluate_options import (
     Backend,
     Benchmark,
@@ -41,8 +41,15 @@ from canopy.cli.evaluate_options import (
 if TYPE_CHECKING:
     from canopy.evaluation.result import Evaluation, Score
 
+_OF_MAPS = (
+    "kind", "by", "stat", "floor_m", "sensor", "column", "radius_m", "slope", "dem", "shift", "block_m",
+    "seed", "nodata", "reference_nodata", "map_date", "reference_date",
+)  # fmt: skip
+_OF_BENCHMARKS = ("model", "data_dir", "group", "device", "backend", "precision")
+
 
 def evaluate(
+    context: typer.Context,
     map_: Map = None,
     reference: Reference = None,
     kind: Kind = None,
@@ -96,6 +103,7 @@ def evaluate(
 
     setup_logging(quiet, verbose)
     if benchmark is not None:
+        refuse_given(context, *_OF_MAPS, where="--benchmark", because="a benchmark has rules of its own")
         _refuse_map(map_, reference)
         from canopy.cli.evaluate_benchmark import evaluate_benchmark
 
@@ -104,8 +112,7 @@ def evaluate(
             precision=precision, replicates=replicates, overwrite=overwrite, json_=json_, quiet=quiet,
         )  # fmt: skip
         raise typer.Exit(code)
-    if model or data_dir or group:
-        raise InputError("--model, --data-dir and --group go with a benchmark", remedy="add --benchmark NAME")
+    refuse_given(context, *_OF_BENCHMARKS, where="evaluate", because="only --benchmark NAME runs a model")
     if map_ is None or not reference:
         missing = "MAP.tif" if map_ is None else "--reference"
         raise InputError("nothing to score" if map_ is None else "no reference", remedy=f"give {missing}")

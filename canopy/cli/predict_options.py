@@ -52,7 +52,9 @@ Datetime = Annotated[
 Bands = Annotated[
     str | None, typer.Option("--bands", metavar="R,G,B", help="Band numbers of red, green, blue, from 1.")
 ]
-Nodata = Annotated[float | None, typer.Option("--nodata", help="Image value that means missing.")]
+Nodata = Annotated[
+    float | None, typer.Option("--nodata", help="Image value that means missing where all bands have it.")
+]
 Scale = Annotated[
     float | None, typer.Option("--scale", help="Image value that means white; needed unless uint8.")
 ]

@@ -16,6 +16,7 @@ import numpy as np
 from canopy.errors import InputError
 from canopy.evaluation.blocks import cells_of
 from canopy.evaluation.tables import missing_column, pixel_metres, read_table, sample_raster
+from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.geo.grid import Grid
 from canopy.geo.paths import public_name
 from canopy.geo.raster import SourcePlace, open_raster, read_window
@@ -126,7 +127,7 @@ class BySlope:
         return np.degrees(np.arctan(np.hypot(right, down))), around
 
     def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        north = _SLOPE_REACH_M / 111_320
+        north = _SLOPE_REACH_M / METRES_PER_DEGREE
         east = north / np.cos(np.radians(lat))
         if not self.elevation:
             slope = sample_raster(self._dataset, lon, lat)

@@ -23,6 +23,7 @@ from canopy.errors import AreaError
 from canopy.geo.crs import (
     centre_lonlat,
     geod_of,
+    ground_crs,
     lonlat_bounds,
     metres_per_unit,
     output_crs,
@@ -92,7 +93,7 @@ class AOI:
         numbers = _numbers(bounds, "--bounds", "W,S,E,N")
         if len(numbers) != 4:
             raise AreaError(f"{len(numbers)} numbers", where="--bounds", expected="W,S,E,N")
-        crs = to_crs(crs)
+        crs = ground_crs(crs, "--bounds-crs")
         west, south, east, north = numbers
         if crs.geographic:
             if max(abs(south), abs(north)) > 90:

@@ -21,6 +21,8 @@ from canopy.errors import AreaError, InputError
 
 # Straight edges are cut into this many pieces before they are bent by a projection.
 EDGE_PIECES = 64
+# Of latitude, on the mean sphere.
+METRES_PER_DEGREE = 111_195.0
 
 
 @lru_cache(maxsize=256)
@@ -53,6 +55,18 @@ def to_crs(value: Any) -> CRS:
     # An EPSG code is the shorter and the more equal name: files spell the same CRS in many ways.
     epsg = crs.epsg
     return _parse(f"EPSG:{epsg}") if epsg is not None and _parse(f"EPSG:{epsg}") == crs else crs
+
+
+def ground_crs(value: Any, where: object) -> CRS:
+    """`to_crs` for pixels: vertical, geocentric and local ones, which place none, raise InputError."""
+    crs = to_crs(value)
+    if not (crs.proj.is_projected or crs.proj.is_geographic):
+        raise InputError(
+            f"{crs.proj.name} is a {crs.proj.type_name}, which places nothing on a map",
+            where=where,
+            expected="a projected or geographic CRS such as EPSG:32610",
+        )
+    return crs
 
 
 def transformer(source: Any, target: Any) -> pyproj.Transformer:
@@ -158,6 +172,8 @@ def lonlat_bounds(area_lonlat: BaseGeometry) -> tuple[float, float, float, float
 
     Of the gaps between the parts' longitudes, the widest one is taken to be outside.
     """
+    if area_lonlat.is_empty:
+        raise AreaError("the area is empty, or nowhere on the Earth")
     parts = shapely.get_parts(area_lonlat)
     _, south, _, north = area_lonlat.bounds
     spans = sorted((p.bounds[0], p.bounds[2]) for p in parts)

@@ -31,7 +31,6 @@ class Encoding:
     nodata: float
     step_m: float
     top: int
-    predictor: int
 
     def scale_of(self, band: BandSpec) -> float:
         """Worth of one stored step of a band."""
@@ -68,9 +67,9 @@ class Encoding:
 ENCODINGS = {
     e.name: e
     for e in (
-        Encoding("float32", "float32", float("nan"), 1.0, 0, predictor=3),
-        Encoding("uint16cm", "uint16", 65535, 0.01, 65534, predictor=2),
-        Encoding("uint8m", "uint8", 255, 1.0, 254, predictor=2),
+        Encoding("float32", "float32", float("nan"), 1.0, 0),
+        Encoding("uint16cm", "uint16", 65535, 0.01, 65534),
+        Encoding("uint8m", "uint8", 255, 1.0, 254),
     )
 }
 

@@ -1,21 +1,23 @@
-"""Opening rasters that somebody else made: few formats, plain names, sane sizes, one handle per thread."""
+"""Opening rasters that somebody else made: few formats, plain names, sane sizes."""
 
 from __future__ import annotations
 
-import threading
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import rasterio
+import rasterio.env
 from affine import Affine
 from odc.geo import CRS
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 
 from canopy.errors import ImageryError
-from canopy.geo.crs import to_crs
+from canopy.geo.crs import ground_crs, x_period
+from canopy.geo.gdal_http import http_options
 from canopy.geo.grid import Grid
 from canopy.geo.paths import gdal_name, is_url, public_name
 from canopy.geo.vrt import check_vrt
@@ -43,15 +45,14 @@ def raster_env(name: str | Path = "") -> rasterio.Env:
         "GDAL_VRT_ENABLE_PYTHON": "NO",
         "GDAL_VRT_ENABLE_RAWRASTERBAND": "NO",
     }
-    if is_url(str(name).removeprefix("/vsicurl/")):
-        options |= {
-            "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-            "GDAL_HTTP_CONNECTTIMEOUT": "20",
-            "GDAL_HTTP_TIMEOUT": "120",
-            "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
-            "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
-        }
+    # Whoever reads remote files with a patience of their own has set it around this.
+    if is_url(str(name).removeprefix("/vsicurl/")) and not _speaks_http():
+        options |= http_options()
     return rasterio.Env(**options)
+
+
+def _speaks_http() -> bool:
+    return rasterio.env.hasenv() and "GDAL_HTTP_TIMEOUT" in rasterio.env.getenv()
 
 
 def open_raster(path: str | Path, *, georeferenced: bool = True) -> DatasetReader:
@@ -148,7 +149,7 @@ class SourcePlace:
 
     @classmethod
     def of(cls, dataset: DatasetReader, crs: Any | None = None) -> SourcePlace:
-        """The place of an open dataset; `crs` replaces a missing (or wrong) one. Raises ImageryError."""
+        """The place of an open dataset; `crs` replaces a missing (or wrong) one. Raises InputError."""
         given = crs if crs is not None else dataset.crs
         if not given:
             raise ImageryError(
@@ -158,7 +159,26 @@ class SourcePlace:
             )
         if dataset.transform.determinant == 0:
             raise ImageryError("a geotransform without area", where=public_name(dataset.name))
-        return cls(dataset.transform, to_crs(given), dataset.height, dataset.width)
+        place = cls(dataset.transform, ground_crs(given, public_name(dataset.name)), *dataset.shape)
+        place._check_degrees(public_name(dataset.name))
+        return place
+
+    def _check_degrees(self, name: str) -> None:
+        """Refuse degrees beyond the poles or far beyond a turn: metres in a file that is tagged EPSG:4326."""
+        if not self.crs.geographic:
+            return
+        turn = x_period(self.crs) or 360.0
+        x, y = self.xy(np.array([0, 0, self.height, self.height]), np.array([0, self.width, 0, self.width]))
+        # Grids of the whole Earth may reach over the pole by half a pixel, and count from any meridian.
+        pixel = abs(self.transform.d) + abs(self.transform.e)
+        if abs(y).max() > turn / 4 + pixel or abs(x).max() > 1.5 * turn:
+            raise ImageryError(
+                f"x {x.min():.10g} to {x.max():.10g}, y {y.min():.10g} to {y.max():.10g} in {self.crs}",
+                where=name,
+                expected="degrees in a CRS of degrees",
+                remedy="the file's CRS is wrong: set the one its coordinates are in, for example with "
+                "gdal_edit.py -a_srs EPSG:32610",
+            )
 
     @property
     def is_north_up(self) -> bool:
@@ -185,61 +205,15 @@ class SourcePlace:
         return t.d * x + t.e * y + t.f, t.a * x + t.b * y + t.c
 
     def in_turn_of(self, grid: Grid) -> SourcePlace:
-        """The same place, moved by whole turns of longitude to where `grid` counts them."""
-        if not (self.crs.geographic and grid.crs.geographic):
+        """The same place, moved by whole turns round the Earth to where `grid` counts them."""
+        period = x_period(self.crs)
+        if period is None or period != x_period(grid.crs):
             return self
         middle = self.xy(self.height / 2, self.width / 2)[0]
-        turns = round((sum(grid.bounds[0::2]) / 2 - middle) / 360.0)
+        turns = round((sum(grid.bounds[0::2]) / 2 - middle) / period)
         t = self.transform
-        return self if not turns else replace(self, transform=Affine(t.a, t.b, t.c + 360.0 * turns, *t[3:6]))
+        return self if not turns else replace(self, transform=Affine(t.a, t.b, t.c + period * turns, *t[3:6]))
 
     def grid(self) -> Grid:
         """As a Grid. Raises InputError when rotated, sheared or south-up."""
         return Grid.of(self.crs, self.transform, (self.height, self.width))
-
-
-class DatasetPool:
-    """One raster, one handle per thread: GDAL datasets must not be shared between threads.
-
-    Handles open on first use and are all closed by `close()` (or the `with` block). Pickles as its
-    name, so a worker process opens its own.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = path
-        self._reset()
-
-    def _reset(self) -> None:
-        self._local = threading.local()
-        self._lock = threading.Lock()
-        self._open: list[DatasetReader] = []
-
-    def get(self) -> DatasetReader:
-        """This thread's handle. Raises ImageryError."""
-        dataset = getattr(self._local, "dataset", None)
-        if dataset is None or dataset.closed:
-            dataset = open_raster(self.path)
-            self._local.dataset = dataset
-            with self._lock:
-                self._open.append(dataset)
-        return dataset
-
-    def close(self) -> None:
-        """Close the handles of all threads; none may be reading. A later `get` opens anew."""
-        with self._lock:
-            handles, self._open = self._open, []
-        for dataset in handles:
-            dataset.close()
-
-    def __enter__(self) -> DatasetPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path = state["path"]
-        self._reset()

@@ -14,7 +14,7 @@ from canopy.errors import InputError
 from canopy.geo.cog import CogWriter
 from canopy.geo.encoding import ENCODINGS, BandSpec
 from canopy.geo.grid import Grid
-from canopy.geo.opening import DatasetPool, SourcePlace, open_raster, raster_env
+from canopy.geo.opening import SourcePlace, open_raster, raster_env
 from canopy.geo.window import read_window
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ __all__ = [
     "ENCODINGS",
     "BandSpec",
     "CogWriter",
-    "DatasetPool",
     "Raster",
     "SourcePlace",
     "open_raster",

@@ -65,7 +65,16 @@ def quadkey_of(lon: float, lat: float, zoom: int) -> str:
     x = x if 0.0 <= x <= 1.0 else x % 1.0  # 180 E is the east edge of the last column
     y = 0.5 - math.log((1 + sine) / (1 - sine)) / (4 * math.pi)
     col, row = (min(count - 1, max(0, int(v * count))) for v in (x, y))
-    return _encode(col, row, zoom)
+    return quadkey_at(row, col, zoom)
+
+
+def quadkey_at(row: int, col: int, zoom: int) -> str:
+    """Quadkey of a tile by its place on a zoom level, from the north-west corner; undoes `quadkey_rc`.
+
+    >>> quadkey_at(5, 3, 3)
+    '213'
+    """
+    return "".join(str((row >> z & 1) * 2 + (col >> z & 1)) for z in reversed(range(zoom)))
 
 
 def quadkey_rc(quadkey: str) -> tuple[int, int]:
@@ -97,7 +106,7 @@ def quadkeys(aoi: AOI, zoom: int) -> list[str]:
         for row in range(r0, r1 + 1):
             for col in range(c0, c1 + 1):
                 if _lonlat_box(row, col, zoom).intersection(part).area > 0:
-                    found.add(_encode(col, row, zoom))
+                    found.add(quadkey_at(row, col, zoom))
     return sorted(found)
 
 
@@ -108,10 +117,6 @@ def quadkey_grid(quadkey: str, px: int) -> Grid:
     west, _, east, north = quadkey_bounds(quadkey)
     size = (east - west) / px
     return Grid.of(WEB_MERCATOR, Affine(size, 0, west, 0, -size, north), (px, px))
-
-
-def _encode(col: int, row: int, zoom: int) -> str:
-    return "".join(str((row >> z & 1) * 2 + (col >> z & 1)) for z in reversed(range(zoom)))
 
 
 def _lonlat_box(row: int, col: int, zoom: int):  # type: ignore[no-untyped-def]  # -> shapely Polygon

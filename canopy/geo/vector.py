@@ -10,7 +10,7 @@ from shapely.geometry import MultiPolygon, Polygon
 from shapely.geometry.base import BaseGeometry
 
 from canopy.errors import AreaError
-from canopy.geo.crs import to_crs
+from canopy.geo.crs import to_crs, to_lonlat
 from canopy.geo.paths import check_name
 
 PARQUET = {".parquet", ".geoparquet", ".pq"}
@@ -22,7 +22,7 @@ def read_polygons(path: str | Path) -> tuple[Polygon | MultiPolygon, CRS]:
 
     Holes and several parts are kept; self-crossing rings are repaired; points and lines are left out.
     Raises AreaError for a missing, unreadable or empty file, no polygons, no CRS, or coordinates in
-    degrees that only make sense with latitude and longitude swapped.
+    degrees that only make sense with latitude and longitude swapped. Longitudes come out in -180..180.
     """
     where = check_name(path, AreaError)
     if not Path(where).is_file():
@@ -37,8 +37,7 @@ def read_polygons(path: str | Path) -> tuple[Polygon | MultiPolygon, CRS]:
         kinds = sorted({g.geom_type for g in shapes})
         raise AreaError(f"only {', '.join(kinds)} in the file", where=path, expected="polygons with an area")
     area = shapely.force_2d(shapely.union_all(parts))
-    _check_degrees(area, crs, where)
-    return area, crs
+    return _in_degrees(area, crs, where), crs
 
 
 def read_zones(path: str | Path):  # type: ignore[no-untyped-def]  # -> tuple[GeoDataFrame, CRS, list]
@@ -56,12 +55,10 @@ def read_zones(path: str | Path):  # type: ignore[no-untyped-def]  # -> tuple[Ge
     areas = []
     for shape in frame.geometry:
         parts = [] if shape is None or shape.is_empty else _polygons(shape)
-        areas.append(shapely.force_2d(shapely.union_all(parts)) if parts else None)
-    known = [area for area in areas if area is not None]
-    if not known:
+        area = shapely.force_2d(shapely.union_all(parts)) if parts else None
+        areas.append(None if area is None else _in_degrees(area, crs, where))
+    if all(area is None for area in areas):
         raise AreaError("no polygons in the file", where=path, expected="polygons with an area")
-    for area in known:
-        _check_degrees(area, crs, where)
     return frame, crs, areas
 
 
@@ -101,17 +98,22 @@ def _polygons(shape: BaseGeometry) -> list[BaseGeometry]:
     return [q for p in getattr(shape, "geoms", ()) for q in _polygons(p)]
 
 
-def _check_degrees(area: BaseGeometry, crs: CRS, path: str) -> None:
+def _in_degrees(area: BaseGeometry, crs: CRS, path: str) -> BaseGeometry:
+    """The area; in degrees with longitudes in -180..180 and cut there (some data count from 0 to 360)."""
     west, south, east, north = area.bounds
-    if not crs.geographic or max(abs(south), abs(north)) <= 90:
-        if crs.geographic and max(abs(west), abs(east)) > 360:
-            raise AreaError(f"longitude {max(west, east, key=abs):g} is beyond 360 degrees", where=path)
-        return
-    wrong = south if abs(south) > 90 else north
-    swapped = max(abs(west), abs(east)) <= 90
-    raise AreaError(
-        f"latitude {wrong:g} is beyond 90 degrees",
-        where=path,
-        expected="longitude first, then latitude",
-        remedy="the two look swapped: exchange them in the file" if swapped else "name the file's CRS in it",
-    )
+    if not crs.geographic:
+        return area
+    if max(abs(south), abs(north)) > 90:
+        wrong = south if abs(south) > 90 else north
+        swapped = max(abs(west), abs(east)) <= 90
+        raise AreaError(
+            f"latitude {wrong:g} is beyond 90 degrees",
+            where=path,
+            expected="longitude first, then latitude",
+            remedy="the two look swapped: exchange them in the file"
+            if swapped
+            else "name the file's CRS in it",
+        )
+    if max(abs(west), abs(east)) > 360:
+        raise AreaError(f"longitude {max(west, east, key=abs):g} is beyond 360 degrees", where=path)
+    return to_lonlat(area, crs, crs) if max(abs(west), abs(east)) > 180 else area

@@ -25,7 +25,7 @@ import numpy as np
 from odc.geo import CRS
 
 from canopy.errors import InputError
-from canopy.geo.crs import metres_per_unit, transformer, x_period
+from canopy.geo.crs import METRES_PER_DEGREE, metres_per_unit, transformer, x_period
 from canopy.geo.grid import Grid
 from canopy.geo.opening import SourcePlace
 
@@ -35,7 +35,6 @@ AVERAGE_ABOVE = 1.5
 # A neighbour with less weight than this neither adds to a value nor makes it invalid (float noise).
 WEIGHT_TOL = 1e-3
 STRIP_SAMPLES = 1 << 15
-METRES_PER_DEGREE = 111_320.0
 
 # (row0, col0, height, width) of the source -> values (b, h, w) any dtype, valid (h, w)
 Reader = Callable[[int, int, int, int], tuple[np.ndarray, np.ndarray]]
@@ -200,9 +199,10 @@ def source_positions(place: SourcePlace, grid: Grid, k: int = 1) -> tuple[np.nda
         nodes_r, nodes_c = place.rowcol(x, y)
         return _between(nodes_r, ri, rf, ci, cf), _between(nodes_c, ri, rf, ci, cf)
     # x jumps at the antimeridian: made continuous between nodes, then put where the source counts it.
-    finite = x[np.isfinite(x)]
-    x = _in_turn(x, finite[0] if finite.size else 0.0, period)
+    # Both by the source's own turn where they can be: the same sum, to the last bit, in every window.
     middle = place.xy(place.height / 2, place.width / 2)[0]
+    finite = x[np.isfinite(x)]
+    x = _in_turn(x, float(_in_turn(finite[:1], middle, period)[0]) if finite.size else middle, period)
     dense_x = _in_turn(_between(x, ri, rf, ci, cf), middle, period)
     return place.rowcol(dense_x, _between(y, ri, rf, ci, cf))
 

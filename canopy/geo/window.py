@@ -38,6 +38,7 @@ def read_window(
     nodata: float | None = None,
     crs: Any | None = None,
     decode: Decoder | None = None,
+    colours: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bands `indexes` (1-based) of a dataset on `grid`: float32 (b, h, w) in the file's own units,
     unscaled, and valid (h, w), True = usable.
@@ -54,20 +55,21 @@ def read_window(
         nodata: replaces the file's own nodata value.
         crs: replaces the file's own CRS.
         decode: applied to source pixels before any resampling; see `Decoder`. Its bands are returned.
+        colours: the bands are one colour. Then a nodata value that a colour can have (0 or more) means a
+            missing pixel only where ALL bands have it: a black collar, not a dark pixel.
 
     Validity is the intersection of the file's masks (internal, or a .msk file that carries GDAL's own
-    mark; Meta's inverted .tif.msk does not and is ignored), alpha above 0, nodata, and finiteness. An
-    integer image is nodata where ALL read bands are (a black collar, not a dark pixel), a float one
-    where ANY is.
+    mark; Meta's inverted .tif.msk does not and is ignored), alpha above 0, nodata in ANY band (but see
+    `colours`), and finiteness; for every type of pixel.
 
     Raises ImageryError naming the file and the window when a block is truncated or damaged; an error
     is never turned into nodata. Damage that GDAL passes over in silence (JPEG data) also closes `ds`.
-    Use one dataset handle per thread (`DatasetPool`).
+    Use one dataset handle per thread.
     """
     place = SourcePlace.of(ds, crs).in_turn_of(grid)
 
     def read(row: int, col: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        values, valid = _read_native(ds, indexes, Window(col, row, width, height), nodata)
+        values, valid = _read_native(ds, indexes, Window(col, row, width, height), nodata, colours)
         return decode(values, valid) if decode else (values, valid)
 
     bands = len(indexes) if decode is None else _decoded_bands(ds, indexes, decode)
@@ -174,7 +176,7 @@ def _frame(
 
 # ---- source pixels ----------------------------------------------------------------------------
 def _read_native(
-    ds: DatasetReader, indexes: Sequence[int], window: Window, nodata: float | None
+    ds: DatasetReader, indexes: Sequence[int], window: Window, nodata: float | None, colours: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Values (b, h, w) in the file's dtype and valid (h, w) of a window inside the dataset."""
     shape = (int(window.height), int(window.width))
@@ -193,7 +195,7 @@ def _read_native(
         )
     if values.dtype.kind == "c":
         raise ImageryError("complex numbers", where=public_name(ds.name), expected="real bands")
-    return values, valid & _is_data(ds, indexes, values, nodata)
+    return values, valid & _is_data(ds, indexes, values, nodata, colours)
 
 
 def _damaged(
@@ -225,22 +227,17 @@ def _mask_of(ds: DatasetReader, indexes: Sequence[int], window: Window) -> np.nd
 
 
 def _is_data(
-    ds: DatasetReader, indexes: Sequence[int], values: np.ndarray, nodata: float | None
+    ds: DatasetReader, indexes: Sequence[int], values: np.ndarray, nodata: float | None, colours: bool
 ) -> np.ndarray:
     """Finite and not nodata; see `read_window` for the any/all rule."""
     is_float = values.dtype.kind == "f"
     valid = np.isfinite(values).all(axis=0) if is_float else np.ones(values.shape[1:], dtype=bool)
-    missing = [
-        band == _as_dtype(mark, values.dtype)
-        for band, mark in zip(
-            values, (ds.nodatavals[i - 1] if nodata is None else nodata for i in indexes), strict=True
-        )
-        if mark is not None and mark == mark
-    ]
-    if missing:
-        together = np.logical_or if is_float else np.logical_and
-        # Integer bands without a mark cannot veto: a collar is where the marked ones agree.
-        valid &= ~together.reduce(missing)
+    marks = [ds.nodatavals[i - 1] if nodata is None else nodata for i in indexes]
+    marked = [(band, m) for band, m in zip(values, marks, strict=True) if m is not None and m == m]
+    if marked:
+        # Bands without a mark cannot veto: a collar is where the marked ones agree.
+        together = np.logical_and if colours and min(m for _, m in marked) >= 0 else np.logical_or
+        valid &= ~together.reduce([band == _as_dtype(m, values.dtype) for band, m in marked])
     return valid
 
 

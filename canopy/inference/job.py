@@ -299,17 +299,17 @@ def open_source(request: Request, gsd_m: float) -> ImagerySource:
     if request.images and request.imagery:
         raise InputError("images and --imagery", expected="one of them", remedy="leave one of them out")
     what = request.imagery or request.images or _best_for(request.area)
-    # One CRS was named: for images that carry none it cannot have been meant for the map alone.
-    fallback_crs = None if request.crs in ("image", "quadkey") else request.crs
     return open_imagery(
         what[0] if isinstance(what, tuple) and len(what) == 1 else what,
         area=request.area,
         bands=request.bands,
         nodata=request.nodata,
-        crs=request.input_crs or fallback_crs,
+        crs=request.input_crs,
         scale=request.scale,
         datetime=request.datetime,
         gsd_m=gsd_m,
+        # One CRS was named: for images that carry none it cannot have been meant for the map alone.
+        fallback_crs=None if request.crs in ("image", "quadkey") else request.crs,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from canopy import __version__
 from canopy.files import replacing
+from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.geo.grid import Grid
 
 STAC_VERSION = "1.1.0"
@@ -32,8 +33,6 @@ STORED = {
     "uint16cm": ("uint16", 65535, 0.01),
     "uint8m": ("uint8", 255, 1.0),
 }
-
-METRES_PER_DEGREE = 111_320.0  # of latitude
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 
 from canopy.errors import AreaError, ConfigError, ImageryError
 from canopy.geo.aoi import AOI
-from canopy.geo.crs import metres_per_unit, to_crs
+from canopy.geo.crs import METRES_PER_DEGREE, ground_crs, metres_per_unit
 from canopy.geo.grid import Grid
 
 if TYPE_CHECKING:
     from odc.geo import CRS
 
-# Of latitude, on the mean sphere.
-METRES_PER_DEGREE = 111_195.0
 # Within 5 % a model does not notice the scale of an image: its own grid can be used as it is.
 SAME_SCALE = 0.05
 # Coarser images hold less detail than the model expects; finer ones only cost reading.
@@ -73,6 +71,7 @@ def choose_target(
 
     Raises:
         ConfigError: an impossible `gsd_m`.
+        InputError: a `crs` that places nothing on a map.
         ImageryError: `crs="image"` without a single image grid.
         AreaError: the area and the image do not meet.
     """
@@ -85,7 +84,7 @@ def choose_target(
 
         return quadkey_target(aoi, model_gsd_m, gsd_m, native_crs)
     default = aoi.output_crs(native_crs)
-    chosen = default if crs is None else to_crs(crs)
+    chosen = default if crs is None else ground_crs(crs, "--crs")
     if not chosen.projected:
         return _resampled(aoi, _degree_grid(aoi, chosen, gsd_m or model_gsd_m), model_gsd_m)
     if gsd_m is None or math.isclose(gsd_m, model_gsd_m, rel_tol=1e-6):

@@ -12,7 +12,7 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from canopy.errors import ImageryError, InputError
-from canopy.geo.crs import to_crs
+from canopy.geo.crs import ground_crs
 from canopy.geo.opening import open_raster
 from canopy.sources.bands import BandPlan, parse_bands, sample_values
 from canopy.sources.dates import parse_range
@@ -157,8 +157,9 @@ def check_options(options: ReadOptions) -> None:
     parse_bands(options.bands)
     if options.scale is not None and not (np.isfinite(options.scale) and options.scale > 0):
         raise InputError(f"--scale {options.scale}", expected="a positive number: the value of white")
-    if options.crs is not None:
-        to_crs(options.crs)
+    for crs in (options.crs, options.fallback_crs):
+        if crs is not None:
+            ground_crs(crs, "--input-crs" if crs is options.crs else "--crs")
     try:
         parse_range(options.datetime)
     except ValueError as error:

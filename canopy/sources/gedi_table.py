@@ -141,7 +141,7 @@ class ShotWriter:
                 return
             self._writer.close()
             self._verify(self._temporary)
-            with self._temporary.open("rb") as file:
+            with self._temporary.open("rb+") as file:  # Windows flushes only what may be written
                 os.fsync(file.fileno())
             # The temporary file was made private; the result gets the permissions of any new file.
             mask = os.umask(0)

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 
 from canopy.errors import FetchError
+from canopy.geo.gdal_http import HTTP_TIMEOUT_S, http_options
 from canopy.runtime import log
 from canopy.sources.paths import host_of, redact
 
@@ -47,7 +48,7 @@ class RetryPolicy:
     attempts: int = 6
     first_wait_s: float = 0.5
     longest_wait_s: float = 120.0
-    timeout_s: float = 30.0
+    timeout_s: float = HTTP_TIMEOUT_S
 
     def wait_s(self, attempt: int, retry_after_s: float | None = None) -> float:
         """Seconds to wait after failure number `attempt` (0 = the first)."""
@@ -121,25 +122,9 @@ def _keep_tokens_home(request: httpx.Request) -> None:
             request.headers.pop(name, None)
 
 
-def gdal_options() -> dict[str, Any]:
-    """GDAL configuration for HTTP: few and large requests, no directory listings, no stale errors."""
-    return {
-        "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-        "GDAL_HTTP_CONNECTTIMEOUT": "15",
-        "GDAL_HTTP_TIMEOUT": str(round(4 * _policy.timeout_s)),
-        "GDAL_HTTP_LOW_SPEED_TIME": str(round(_policy.timeout_s)),
-        "GDAL_HTTP_LOW_SPEED_LIMIT": "1",
-        # The application retries: only it sees Retry-After and cut bodies.
-        "GDAL_HTTP_MAX_RETRY": "0",
-        "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
-        "GDAL_HTTP_USERAGENT": "canopy-height",
-        "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
-        "CPL_VSIL_CURL_USE_HEAD": "NO",
-        # GDAL remembers a failed request and would answer a retry from memory without asking the host again.
-        "CPL_VSIL_CURL_NON_CACHED": "/vsicurl/",
-        "VSI_CACHE": "TRUE",
-        "VSI_CACHE_SIZE": str(8 * 2**20),
-    }
+def gdal_options() -> dict[str, str]:
+    """GDAL configuration for HTTP with the patience of the policy in force."""
+    return http_options(_policy.timeout_s)
 
 
 def local_proxy_options(url: str) -> dict[str, Any]:

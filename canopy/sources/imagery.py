@@ -56,8 +56,9 @@ class ReadOptions:
 
     Attributes:
         bands: 1-based band numbers of red, green and blue.
-        nodata: a pixel whose red, green and blue all have this value is missing.
+        nodata: a pixel whose red, green and blue all have this value is missing (any, if it is below 0).
         crs: CRS of images that carry none.
+        fallback_crs: the same, guessed from what the user said about the map: for files only, after `crs`.
         scale: pixel value that means white.
         datetime: STAC-style instant or interval that limits acquisitions.
         gsd_m: ground sample distance that the caller will read at; web tiles choose their zoom by it.
@@ -69,6 +70,7 @@ class ReadOptions:
     scale: float | None = None
     datetime: str | None = None
     gsd_m: float | None = None
+    fallback_crs: str | None = None
 
 
 SWAP_HINT = "swapping latitude and longitude would find imagery: --bbox takes LAT,LON, --bounds takes W,S,E,N"
@@ -141,6 +143,7 @@ def open_imagery(
     scale: float | None = None,
     datetime: str | None = None,
     gsd_m: float | None = None,
+    fallback_crs: str | None = None,
 ) -> ImagerySource:
     """Open images of any kind.
 
@@ -150,18 +153,19 @@ def open_imagery(
             manifests, or several files or URLs, earlier ones on top.
         area: what will be read; required by searchable sources (STAC APIs), a help to others.
         bands: band numbers of red, green and blue, counted from 1.
-        nodata: a pixel whose red, green and blue all have this value is missing.
+        nodata: a pixel whose red, green and blue all have this value is missing (any, if it is below 0).
         crs: CRS of images that carry none.
         scale: pixel value that means white; required for images that are not uint8.
         datetime: an acquisition instant or interval such as `2021-06/2021-09`.
         gsd_m: ground metres per pixel that will be read; web tiles choose their zoom by it (default 0.5).
+        fallback_crs: as `crs`, which goes before it; where images carry a CRS or need none it is passed by.
 
     Raises:
         InputError: a name that is not accepted, or an option that does not fit.
         ImageryError: an image that cannot be read as RGB; FetchError for remote hosts.
         AreaError: no imagery in `area`.
     """
-    options = ReadOptions(bands, nodata, crs, scale, datetime, gsd_m)
+    options = ReadOptions(bands, nodata, crs, scale, datetime, gsd_m, fallback_crs)
     many = not isinstance(source, (str, Path))
     items = [str(item) for item in source] if many else [str(source)]  # type: ignore[union-attr]
     if not items or not all(item.strip() for item in items):

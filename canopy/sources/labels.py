@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from canopy.errors import AreaError, DataError, OutputError
+from canopy.errors import AreaError, DataError, OutputError, refuse_options
 from canopy.files import file_sha256, replacing, told_as_output
 from canopy.runtime import NoProgress, Progress, log
 from canopy.sources import http
@@ -92,6 +92,8 @@ def plan_get(name: str, wish: Wish, *, product: str | None = None) -> Plan:
         FetchError: the host; MissingDependencyError: an optional library.
     """
     manifest = label_source(name)
+    if manifest.protocol != "neon":
+        refuse_options({"--site": wish.sites}, where=name, because="sites are NEON's")
     chosen, details = manifest.product(product)
     coverage = manifest.geometry
     if wish.area is not None and coverage is not None and not coverage.intersects(wish.area.lonlat):

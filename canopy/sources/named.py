@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from canopy.errors import ImageryError
+from canopy.errors import ImageryError, refuse_options
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import to_crs
 from canopy.sources.imagery import ImagerySource, ReadOptions
@@ -45,6 +45,13 @@ def _open(manifest: ImageryManifest, area: AOI | None, options: ReadOptions) -> 
     if manifest.kind == "demo":
         from canopy.sources.demo import DemoSource
 
+        refuse_options(
+            {
+                "--bands": options.bands, "--scale": options.scale, "--input-crs": options.crs,
+                "--nodata": options.nodata, "--datetime": options.datetime,
+            },
+            where=manifest.name, because="the demo is a scene of its own, drawn in RGB for one day",
+        )  # fmt: skip
         return DemoSource()
     if manifest.kind == "xyz":
         return _open_tiles(manifest, area, options)

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from canopy.config import Settings, validate_settings
 from canopy.errors import ConfigError, InputError
 from canopy.geo.aoi import AOI
+from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.runtime import manifests_dir
 
 Split = Literal["train", "val", "test", "none"]
@@ -182,7 +183,7 @@ def sites_near(area: AOI, reach_km: float = REACH_KM) -> list[str]:
         past = (site.lon - west) % 360.0  # degrees east of the west edge
         beside = 0.0 if past <= width else min(past - width, 360.0 - past)
         above = max(south - site.lat, 0.0, site.lat - north)
-        distance = 111.2 * math.hypot(above, beside * math.cos(math.radians(site.lat)))
+        distance = METRES_PER_DEGREE / 1000 * math.hypot(above, beside * math.cos(math.radians(site.lat)))
         if distance <= reach_km:
             found[site.flight_site] = min(distance, found.get(site.flight_site, math.inf))
     return sorted(found, key=lambda code: (found[code], code))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from urllib.parse import quote, urlencode
 from xml.etree import ElementTree
 
-from canopy.errors import DataError, FetchError, InputError
+from canopy.errors import DataError, FetchError, InputError, refuse_options
 from canopy.sources import http
 from canopy.sources.label_manifest import LabelManifest, Product
 from canopy.sources.naming import base_name
@@ -21,8 +21,8 @@ def plan_s3(manifest: LabelManifest, product: Product, wish: Wish) -> tuple[list
     """Objects of a bucket whose names fit, and notes for the user.
 
     Raises:
-        InputError: no --match, where names cannot be found by area; DataError: nothing fits;
-        FetchError: the host.
+        InputError: no --match, where names cannot be found by area, or --datetime, which they do not tell;
+        DataError: nothing fits; FetchError: the host.
     """
     if wish.match is None:
         raise InputError(
@@ -30,6 +30,9 @@ def plan_s3(manifest: LabelManifest, product: Product, wish: Wish) -> tuple[list
             expected="--match NAME",
             remedy="see `canopy data describe " + manifest.name + "`",
         )
+    refuse_options(
+        {"--datetime": wish.datetime}, where=manifest.name, because="names say no date that we can read"
+    )
     found = []
     for key, size, etag in _objects(manifest.href.rstrip("/")):
         name = base_name(key)

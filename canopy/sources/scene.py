@@ -26,7 +26,7 @@ from rasterio.io import DatasetReader
 from shapely.geometry import MultiPolygon, Polygon
 
 from canopy.errors import AreaError, FetchError, ImageryError
-from canopy.geo.crs import project, to_lonlat
+from canopy.geo.crs import project, to_lonlat, x_period
 from canopy.geo.grid import Grid
 from canopy.geo.opening import SourcePlace, open_raster
 from canopy.geo.paths import is_url, public_name
@@ -151,7 +151,9 @@ class Scene:
 
         def pixels(dataset: DatasetReader) -> tuple[np.ndarray, np.ndarray]:
             decode = _expander(plan.palette) if plan.palette is not None else None
-            return read_window(dataset, grid, plan.indexes, nodata=nodata, crs=facts.place.crs, decode=decode)
+            return read_window(
+                dataset, grid, plan.indexes, nodata=nodata, crs=facts.place.crs, decode=decode, colours=True
+            )
 
         values, valid = self._try(pixels)
         # In place: these pixels are nobody else's, and fresh memory costs more than the arithmetic.
@@ -162,14 +164,17 @@ class Scene:
         return values, valid
 
     def _touches(self, grid: Grid) -> bool:
-        if self._facts is None:
-            # A catalog's footprint is rounded: 1e-4 degrees (11 m) of grace.
-            return bool(self.outline().buffer(1e-4).intersects(grid.outline()))
+        facts = self._facts
         try:
-            edge = project(shapely.box(*grid.bounds), grid.crs, self._facts.place.crs)
+            if facts is None or x_period(facts.place.crs):
+                # Where x jumps at the antimeridian, or is counted to 360, only outlines that are cut there
+                # can be compared. A catalog's is rounded: 1e-4 degrees (11 m) of grace.
+                outline = facts.outline() if facts else self.outline()
+                return bool(outline.buffer(1e-4).intersects(grid.outline()))
+            edge = project(shapely.box(*grid.bounds), grid.crs, facts.place.crs)
         except AreaError:
             return True  # the reader decides, pixel by pixel
-        return bool(edge.intersects(self._facts.frame()))
+        return bool(edge.intersects(facts.frame()))
 
     def _study(self, dataset: DatasetReader) -> SceneFacts | ImageryError:
         """Facts, or the reason why this image will never do (returned, so that no retry is spent on it)."""
@@ -179,7 +184,7 @@ class Scene:
                 check_vrt_sources(dataset, label)
             check_georeference(dataset, label)
             # `--crs` speaks for images that carry none; it never moves one that knows its place.
-            place = SourcePlace.of(dataset, None if dataset.crs else options.crs)
+            place = SourcePlace.of(dataset, None if dataset.crs else options.crs or options.fallback_crs)
             if self._grey:
                 plan = plan_single(dataset, where=label, scale=options.scale)
             else:

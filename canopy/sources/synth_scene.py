@@ -30,14 +30,13 @@ from canopy.geo.crs import transformer, utm_crs
 from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
 from canopy.runtime import NoProgress, Progress
-from canopy.sources.demo import DAY, LATITUDE, LONGITUDE, SIDE_M, SPOT_XY
+from canopy.sources.demo import DAY, LATITUDE, LONGITUDE, SPOT_XY
 from canopy.sources.synth import SceneSpec, SynthTile, trees_in
 from canopy.sources.synth_gedi import require_h5py, tracks, write_gedi
 from canopy.sources.synth_points import PULSE_CELL_M, blocks, require_laspy, write_points
 from canopy.sources.synth_render import render
 from canopy.sources.synth_rgb import RgbWriter
 
-DEMO_SIZE_M = SIDE_M
 FILES = ("rgb.tif", "chm.tif", "points.laz", "gedi.h5", "scene.json")
 GSD_RANGE_M = (0.1, 5.0)
 MAX_SIDE_M = 10_000.0
@@ -65,11 +64,6 @@ def place(spec: SceneSpec, size_m: float) -> Scene:
     col, row = round(SPOT_XY[0] / gsd) - side // 2, round(SPOT_XY[1] / gsd) + side // 2
     corner = Affine(gsd, 0, origin[0] + col * gsd, 0, -gsd, origin[1] + row * gsd)
     return Scene(spec, Grid.of(crs, corner, (side, side)), origin)
-
-
-def demo_scene() -> Scene:
-    """The scene that the source `demo` shows: seed 0, 0.5 m pixels, a square of `DEMO_SIZE_M`."""
-    return place(SceneSpec(), DEMO_SIZE_M)
 
 
 def render_grid(spec: SceneSpec, grid: Grid, origin: tuple[float, float]) -> SynthTile:

@@ -26,15 +26,15 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 from rasterio.io import MemoryFile
 
-from canopy.errors import FetchError, InputError
+from canopy.errors import FetchError, InputError, refuse_options
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
+from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
 from canopy.sources import http
 from canopy.sources.imagery import Imagery, ReadOptions, contains
 from canopy.sources.native import read_lattice
 from canopy.sources.paths import host_of, is_url, redact
 
-HALF_WORLD_M = math.pi * 6378137.0
 DEFAULT_GSD_M = 0.5
 ZOOM_SLACK = (
     1.2  # a zoom up to 20 % coarser than wanted is close enough; the next one has four times the tiles
@@ -88,25 +88,19 @@ def choose_zoom(
     return min(max(zoom, min_zoom), max_zoom)
 
 
-def quadkey(zoom: int, x: int, y: int) -> str:
-    """Bing-style key of a tile.
-
-    >>> quadkey(3, 3, 5)
-    '213'
-    """
-    return "".join(str(((x >> bit) & 1) + 2 * ((y >> bit) & 1)) for bit in reversed(range(zoom)))
-
-
 class TileSource:
     """An `ImagerySource` over web tiles."""
 
     def __init__(self, service: TileService, options: ReadOptions, *, area: AOI | None = None) -> None:
         """Choose the zoom for `area` (its latitude) and the ground sample distance of `options`."""
         _check_template(service.template)
-        if options.bands is not None or options.scale is not None or options.crs is not None:
-            raise InputError(
-                "web tiles are 8-bit RGB in Web Mercator", remedy="leave --bands, --scale and --crs out"
-            )
+        refuse_options(
+            {
+                "--bands": options.bands, "--scale": options.scale, "--input-crs": options.crs,
+                "--datetime": options.datetime,
+            },
+            where=service.name, because="web tiles are RGB in Web Mercator, with no choice of dates",
+        )  # fmt: skip
         self.service, self.name = service, service.name
         self._nodata = options.nodata
         where = area or service.outline
@@ -218,7 +212,7 @@ def _check_template(template: str) -> None:
 
 def tile_url(template: str, zoom: int, x: int, y: int) -> str:
     """URL of one tile; y counts from the north, as XYZ does."""
-    values = {"{z}": zoom, "{x}": x, "{y}": y, "{-y}": 2**zoom - 1 - y, "{q}": quadkey(zoom, x, y)}
+    values = {"{z}": zoom, "{x}": x, "{y}": y, "{-y}": 2**zoom - 1 - y, "{q}": quadkey_at(y, x, zoom)}
     for field, value in values.items():
         template = template.replace(field, str(value))
     return template

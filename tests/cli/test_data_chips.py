@@ -82,3 +82,11 @@ def test_a_damaged_label_exits_3(canopy, manifest, tmp_path):
 def test_help_has_an_example(canopy):
     ran = canopy("data", "chips", "--help")
     assert ran.code == 0 and "Example: canopy data chips" in ran.out
+
+
+def test_synthetic_chips_refuse_what_is_for_pairs(canopy, tmp_path):
+    words = ("data", "chips", "--synth", "1", "-o", "out")
+    ran = canopy(*words, "--gsd", "1", "--no-register", "--val", "0.1", "--workers", "2")
+    assert ran.code == 2 and "Leave --gsd, --no-register, --val, --workers out" in ran.error_line
+    assert not (tmp_path / "out").exists()
+    assert canopy(*words, "--size-px", "64", "--seed", "1").code == 0

@@ -82,6 +82,7 @@ def test_bad_pairs_of_rasters_exit_2(canopy, tmp_path):
         (("--dsm", bare, "--dtm", low), "--crs"),
         (("--dsm", high, "--dtm", tmp_path / "none.tif"), "no such file"),
         ((tmp_path / "c.laz", "--dsm", high, "--dtm", low), "one or the other"),
+        (("--dsm", high, "--dtm", low, "--fill-px", "3", "--water", "keep"), "Leave --water, --fill-px out"),
     ):
         ran = canopy("data", "chm", *words, "-o", "o.tif")
         assert ran.code == 2 and said in ran.error_line, ran.err

@@ -65,6 +65,12 @@ def test_json_and_refusals(canopy, pack, model_file):
         (("--benchmark", "pack", "--data-dir", pack, "--group", "nope"), "--group"),
         (("map.tif", "--benchmark", "pack"), "one or the other"),
         (("map.tif", "--reference", "x.tif", "--model", "default"), "--benchmark NAME"),
+        (("map.tif", "--reference", "x.tif", "--device", "cpu"), "Leave --device out"),
+        (
+            ("--benchmark", "pack", "--by", "slope", "--no-shift"),
+            "rules of its own. Leave --by, --no-shift out",
+        ),
+        (("--benchmark", "pack", "--seed", "0"), "Leave --seed out"),
     ):
         refused = canopy("evaluate", *words)
         assert refused.code == 2 and says in refused.error_line, refused.err

@@ -158,6 +158,13 @@ def test_13_no_crs(predict, make_image, heights) -> None:
     np.testing.assert_array_equal(first, heights("chm.tif"))
 
 
+@pytest.mark.parametrize("imagery", ["swissimage", "https://tiles.example/{z}/{x}/{y}.png"])
+def test_13_the_maps_crs_goes_with_web_tiles(predict, imagery) -> None:
+    place = ("--imagery", imagery, "--bbox", "46.9,7.4", "--size-m", "100")
+    assert "EPSG:2056" in predict(*place, "--crs", "EPSG:2056", "--dry-run").err
+    assert "--input-crs" in predict(*place, "--input-crs", "EPSG:2056", "--dry-run", code=2).error_line
+
+
 def test_14_degrees_become_metres(predict, make_image) -> None:
     step = 0.5 / 111_320
     image = make_image(

@@ -9,6 +9,7 @@ import geopandas
 import numpy as np
 import pytest
 import rasterio.features
+import shapely
 from affine import Affine
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from canopy.errors import AreaError
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import output_crs
 from canopy.geo.grid import Grid
+from canopy.geo.vector import read_zones
 
 
 # ---- texts ------------------------------------------------------------------------------------
@@ -137,6 +139,18 @@ def test_vector_formats(tmp_path, suffix):
     assert not aoi.is_box and aoi.crs.epsg == 4326
     assert aoi.geometry.area == pytest.approx(sum(g.area for g in frame.geometry), rel=1e-6)
     assert not aoi.geometry.contains(Point(-121.97, 45.025))  # the hole is kept
+
+
+def test_a_file_that_counts_longitude_to_360_is_the_same_area(tmp_path):
+    path = tmp_path / "turned.gpkg"
+    geopandas.GeoDataFrame(geometry=[box(179, -17, 182, -16), box(288.7, 44, 288.8, 45)], crs=4326).to_file(
+        path
+    )
+    expected = MultiPolygon([box(179, -17, 180, -16), box(-180, -17, -178, -16), box(-71.3, 44, -71.2, 45)])
+    area = AOI.from_file(path)
+    assert area.lonlat.symmetric_difference(expected).area < 1e-9
+    _, _, zones = read_zones(path)
+    assert shapely.union_all(zones).symmetric_difference(expected).area < 1e-9
 
 
 def test_a_projected_file_keeps_its_crs(tmp_path):

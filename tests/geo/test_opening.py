@@ -1,20 +1,21 @@
-"""Names, drivers, VRTs, absurd sizes, handles per thread."""
+"""Names, drivers, VRTs, absurd sizes, how GDAL speaks HTTP."""
 
 from __future__ import annotations
 
-import pickle
 import struct
 import threading
 
 import numpy as np
 import pytest
 import rasterio
+import rasterio.env
 import rasterio.shutil
 from affine import Affine
 
 from canopy.errors import ImageryError
-from canopy.geo.opening import DatasetPool, SourcePlace, open_raster
+from canopy.geo.opening import SourcePlace, open_raster, raster_env
 from canopy.geo.paths import public_name
+from canopy.sources.http import RetryPolicy, gdal_options, use_policy
 
 NORTH_UP = Affine(1, 0, 500_000, 0, -1, 4_000_000)
 IMAGE = np.full((1, 20, 20), 5, dtype="uint8")
@@ -153,28 +154,18 @@ def test_places_of_every_orientation(make_tif):
         assert not SourcePlace.of(ds).is_north_up
 
 
-def test_one_handle_per_thread(make_tif):
-    pool = DatasetPool(make_tif(IMAGE, NORTH_UP))
-    seen = []
+def test_the_patience_that_was_set_around_a_read_stays_in_force():
+    def inside(name):
+        with raster_env(name):
+            return rasterio.env.getenv()
 
-    def work():
-        first = pool.get()
-        seen.append(first)
-        assert pool.get() is first
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({id(ds) for ds in seen}) == 3
-    again = pickle.loads(pickle.dumps(pool))
-    pool.close()
-    assert all(ds.closed for ds in seen)
-    with again:
-        assert again.get().read().max() == 5
-    assert not pool.get().closed
-    pool.close()
+    url = "http://127.0.0.1/a.tif"
+    assert "GDAL_HTTP_TIMEOUT" not in inside("a.tif")
+    assert inside(url)["GDAL_HTTP_TIMEOUT"] == "120"
+    with use_policy(RetryPolicy(timeout_s=5.0)), rasterio.Env(**gdal_options()):
+        found = inside(f"/vsicurl/{url}")
+    assert found["GDAL_HTTP_TIMEOUT"] == "20" and found["GDAL_HTTP_LOW_SPEED_TIME"] == "5"
+    assert found["GDAL_HTTP_CONNECTTIMEOUT"] == "15" and found["GDAL_VRT_ENABLE_PYTHON"] == "NO"
 
 
 def test_messages_do_not_show_signatures():

@@ -240,17 +240,23 @@ def test_nan_and_infinity_are_invalid(make_tif):
     assert (~valid).sum() == 2 and not valid[1, 1] and not valid[2, 2]
 
 
-def test_a_dark_pixel_is_not_a_collar_but_a_height_mark_in_one_band_counts(make_tif):
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+def test_a_dark_pixel_is_not_a_collar_but_a_measurement_needs_all_its_bands(make_tif, dtype):
     grid = Grid.of(32610, NORTH_UP, (8, 8))
-    image = np.full((3, 8, 8), 9, dtype="uint8")
+    image = np.full((3, 8, 8), 9, dtype=dtype)
     image[:, 0, 0], image[2, 1, 1] = 0, 0
     with open_raster(make_tif(image, NORTH_UP, nodata=0)) as ds:
-        valid = read_window(ds, grid, [1, 2, 3])[1]
-    assert not valid[0, 0] and valid[1, 1]
-    heights = np.full((2, 8, 8), 9, dtype="float32")
-    heights[1, 3, 3] = -9999
-    with open_raster(make_tif(heights, NORTH_UP, nodata=-9999)) as ds:
-        valid = read_window(ds, grid, [1, 2])[1]
+        colours = read_window(ds, grid, [1, 2, 3], colours=True)[1]
+        heights = read_window(ds, grid, [1, 2, 3])[1]
+    assert (~colours).sum() == 1 and not colours[0, 0]
+    assert (~heights).sum() == 2 and not heights[0, 0] and not heights[1, 1]
+
+
+def test_a_mark_that_is_no_colour_counts_in_one_band(make_tif):
+    image = np.full((3, 8, 8), 9, dtype="float32")
+    image[1, 3, 3] = -9999
+    with open_raster(make_tif(image, NORTH_UP, nodata=-9999)) as ds:
+        valid = read_window(ds, Grid.of(32610, NORTH_UP, (8, 8)), [1, 2, 3], colours=True)[1]
     assert (~valid).sum() == 1 and not valid[3, 3]
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 from shapely.geometry import box
 
-from canopy.errors import AreaError, ConfigError, ImageryError
+from canopy.errors import AreaError, ConfigError, ImageryError, InputError
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid
@@ -52,6 +52,12 @@ def test_degrees_are_never_predicted_on() -> None:
     assert target.output.crs.epsg == 4326
     assert target.predict.crs == UTM
     assert target.output.pixel[1] == pytest.approx(0.5 / 111_195)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:5703", "EPSG:4978", 'LOCAL_CS["field",UNIT["metre",1]]'])
+def test_a_crs_that_places_nothing_is_refused(crs: str) -> None:
+    with pytest.raises(InputError, match=r"--crs.*places nothing on a map; expected a projected"):
+        choose_target(AREA, 0.5, crs=crs)
 
 
 def test_image_grid_is_kept_to_the_pixel() -> None:

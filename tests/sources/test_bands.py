@@ -140,6 +140,16 @@ def test_a_collar_without_a_tag_is_warned_about_and_nodata_masks_it(make_tif, rg
     assert not image.valid[:20].any() and image.valid[20:].all() and source.notes == []
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+def test_nodata_is_where_all_three_have_it_in_every_type(make_tif, rgb, kind):
+    values = (rgb / (255 if kind == "float32" else 1)).astype(kind)
+    values[2, :4], values[:, 8:12] = 0, 0
+    scale = {"uint8": None, "uint16": 255.0, "float32": 1.0}[kind]
+    source = open_imagery(make_tif(values, photometric="RGB"), nodata=0, scale=scale)
+    valid = source.read(source.native_grid).valid
+    assert valid[:8].all() and not valid[8:12].any() and valid[12:].all()
+
+
 def test_nodata_and_alpha_that_disagree_are_intersected_and_said(make_tif, rgb):
     rgb[:, 0] = 0
     alpha = np.full((1, 64, 80), 255, np.uint8)

@@ -137,6 +137,47 @@ def test_coarse_windows_agree_with_gdals_average(tif, rgb):
     np.testing.assert_allclose(source.read(grid).rgb * 255, expected, atol=0.01)
 
 
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3857"])
+@pytest.mark.parametrize("lon", [179.9999, 288.7, -71.3])
+def test_longitudes_that_cross_180_or_count_to_360_are_read_in_every_window(tif, rgb, crs, lon):
+    """In whatever turn image and grid count: one window or two, the image's own pixels come out."""
+    step = 4e-6
+    unit = 1.0 if crs == "EPSG:4326" else np.pi * 6378137.0 / 180
+    top = unit * 0.001  # next to the equator degrees and mercator metres have one shape
+    place = Affine(step * unit, 0, lon * unit, 0, -step * unit, top)
+    source = open_imagery(tif(rgb, crs=crs, transform=place))
+    grid = source.area().grid("EPSG:32701" if lon > 179 and lon < 181 else "EPSG:32719", 0.5)
+    whole = source.read(grid)
+    assert whole.valid.mean() > 0.9
+    for left in (0, grid.width // 2):
+        part = source.read(grid.window(0, left, grid.height, grid.width // 2))
+        here = np.s_[..., left : left + grid.width // 2]
+        np.testing.assert_array_equal(part.valid, whole.valid[here])
+        np.testing.assert_array_equal(part.rgb, whole.rgb[here])
+    same = Grid.of(crs, place @ Affine.translation(40, 8), (16, 20))
+    turned = Grid.of(crs, Affine.translation(-360 * unit, 0) @ same.transform, same.shape)
+    for window in (same, turned):
+        image = source.read(window)
+        assert image.valid.all()
+        np.testing.assert_allclose(image.rgb * 255, rgb[:, 8:24, 40:60], atol=1.0)
+
+
+def test_metres_that_are_tagged_as_degrees_are_refused_by_name(tif, rgb):
+    with pytest.raises(
+        InputError, match=r"wrong\.tif: x 315000 to 315040, y 4883968 to 4884000 in EPSG:4326.*-a_srs"
+    ):
+        open_imagery(tif(rgb, "wrong.tif", crs="EPSG:4326"))
+    # A grid of the whole Earth may reach over the pole by half a pixel, and count longitude to 360.
+    world = tif(rgb, "world.tif", crs="EPSG:4326", transform=Affine(4.5, 0, 0, 0, -2.85, 91.2))
+    assert open_imagery(world).native_crs.epsg == 4326
+
+
+@pytest.mark.parametrize("crs", ["EPSG:5703", "EPSG:4978"])
+def test_a_crs_that_places_nothing_is_refused(tif, rgb, crs):
+    with pytest.raises(InputError, match="places nothing on a map"):
+        open_imagery(tif(rgb, crs=None), crs=crs)
+
+
 # ---- several files ---------------------------------------------------------------------------
 def test_the_first_file_lies_on_top_and_the_next_fills(tif, rgb):
     top = rgb.copy()

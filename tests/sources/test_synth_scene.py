@@ -18,13 +18,13 @@ from rio_cogeo import cog_validate
 from canopy.errors import CanopyError, InputError
 from canopy.geo.grid import Grid
 from canopy.runtime import NoProgress
-from canopy.sources.demo import DAY, DemoSource
+from canopy.sources.demo import DAY, SIDE_M, DemoSource
 from canopy.sources.imagery import open_imagery
 from canopy.sources.synth import ROOF, TREE, WATER, SceneSpec
 from canopy.sources.synth_gedi import BEAMS, COVERAGE, write_gedi
 from canopy.sources.synth_points import CLASSES, write_points
 from canopy.sources.synth_render import render, truth
-from canopy.sources.synth_scene import FILES, demo_scene, place, render_grid, write_scene
+from canopy.sources.synth_scene import FILES, place, render_grid, write_scene
 
 SIZE_M = 100.0
 
@@ -60,7 +60,7 @@ def village(tmp_path_factory) -> tuple[laspy.LasData, np.ndarray, np.ndarray, ob
 
 
 def test_the_demo_scene_is_what_the_demo_source_shows():
-    scene, source = demo_scene(), DemoSource()
+    scene, source = place(SceneSpec(), SIDE_M), DemoSource()
     assert scene.grid == source.native_grid and scene.origin_xy == source.origin_xy
     assert scene.grid.crs.epsg == 32619
     window = scene.grid.window(700, 900, 40, 50)

@@ -13,15 +13,14 @@ from rasterio.io import MemoryFile
 from canopy.errors import FetchError, InputError
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
+from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
 from canopy.sources import http
 from canopy.sources.imagery import ReadOptions, open_imagery
 from canopy.sources.xyz import (
-    HALF_WORLD_M,
     TileService,
     TileSource,
     choose_zoom,
     decode_tile,
-    quadkey,
     tile_url,
 )
 
@@ -74,7 +73,7 @@ def tiles(server):
             body = picture(tile_at(x, y))
             server.put(f"/xyz/{ZOOM}/{x}/{y}.png", body, "image/png")
             server.put(f"/tms/{ZOOM}/{x}/{2**ZOOM - 1 - y}.png", body, "image/png")
-            server.put(f"/qk/{quadkey(ZOOM, x, y)}.png", body, "image/png")
+            server.put(f"/qk/{quadkey_at(y, x, ZOOM)}.png", body, "image/png")
     return server
 
 
@@ -185,9 +184,23 @@ def test_incomplete_templates_are_refused(template):
         open_imagery(template)
 
 
-def test_options_that_make_no_sense_for_tiles_are_refused():
-    with pytest.raises(InputError, match="web tiles are 8-bit RGB"):
-        open_imagery("https://h.example/{z}/{x}/{y}.png", bands="3,2,1")
+@pytest.mark.parametrize("source", ["https://h.example/{z}/{x}/{y}.png", "swissimage", "demo"])
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"bands": "3,2,1"}, "--bands"), ({"scale": 3.0}, "--scale"), ({"crs": "EPSG:2056"}, "--input-crs"),
+        ({"datetime": "2021"}, "--datetime"), ({"datetime": "garbage"}, "--datetime"),
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense_for_tiles_and_the_demo_are_refused(source, option, named):
+    with pytest.raises(InputError, match=f"RGB.*leave {named} out|RGB.*Leave {named} out"):
+        open_imagery(source, area=AOI.from_bbox("46.9,7.4"), **option)
+
+
+@pytest.mark.parametrize("source", ["https://h.example/{z}/{x}/{y}.png", "swissimage", "demo"])
+def test_the_maps_crs_is_none_of_their_business(source):
+    area = AOI.from_bbox("46.9,7.4")
+    assert open_imagery(source, area=area, fallback_crs="EPSG:2056").native_crs.epsg != 2056
 
 
 def test_zoom_respects_the_ground_scale_of_mercator():
@@ -200,7 +213,7 @@ def test_zoom_respects_the_ground_scale_of_mercator():
 
 
 def test_tile_urls_and_quadkeys():
-    assert quadkey(3, 3, 5) == "213"
+    assert quadkey_at(5, 3, 3) == "213"
     assert tile_url("t/{z}/{x}/{y}", 3, 3, 5) == "t/3/3/5"
     assert tile_url("t/{z}/{x}/{-y}", 3, 3, 5) == "t/3/3/2"
     assert tile_url("t/{q}", 3, 3, 5) == "t/213"

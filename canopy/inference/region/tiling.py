@@ -16,7 +16,7 @@ import shapely
 from canopy.errors import ConfigError
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
-from canopy.geo.tiles import HALF_WORLD_M
+from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
 
 KINDS = ("quadkey", "utm")
 # A UTM tile of zoom 10 is a square of this side, about what a quadkey of zoom 10 is at the equator.
@@ -92,8 +92,7 @@ class Tiling:
             return f"{self.area.crs.epsg or 'grid'}_r{row}_c{col}"
         zoom = self.quadkey_zoom
         half = 1 << zoom >> 1
-        y, x = row + half, col + half
-        return "".join(str((y >> z & 1) * 2 + (x >> z & 1)) for z in reversed(range(zoom)))
+        return quadkey_at(row + half, col + half, zoom)
 
     def tiles(self, aoi: AOI) -> Iterator[TileTask]:
         """The tiles that share ground with the area, from north-west to south-east."""
