@@ -211,7 +211,8 @@ class Job:
         with ExitStack() as stack:
             # Beside the output: the system's temporary folder is often small, or memory.
             beside = self.files.tif.absolute().parent if self.files else None
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".canopy-", dir=beside))
+            prefix = f".{self.files.tif.name}.canopy-" if self.files else ".canopy-"
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=beside))
             path = Path(folder) / "predicted.tif"
             with Scratch(path, target.predict, self.extras.layers) as scratch:
                 run = predict_grid(

@@ -257,7 +257,7 @@ def remove_leftovers(folder: Path, ids: set[str] | None = None) -> int:
     with os.scandir(folder / TILES) as entries:
         for entry in entries:
             name = entry.name
-            if not (name.startswith(".") and (name.endswith(".partial") or name.startswith(".canopy-"))):
+            if not (name.startswith(".") and (name.endswith(".partial") or ".canopy-" in name)):
                 continue
             tile = name[1:].split(".tif.")[0]
             if ids is None or tile in ids:

@@ -130,6 +130,16 @@ def test_killed_workers_are_replaced_and_their_tiles_made(ledger: Ledger) -> Non
     check_whole(ledger)
 
 
+def test_a_shard_drops_what_its_own_tiles_left_and_no_more(tmp_path: Path) -> None:
+    tiles = tmp_path / "tiles"
+    for name in (".a.tif.xyz.partial", ".a.tif.canopy-xyz", ".b.tif.xyz.partial", ".b.tif.canopy-xyz"):
+        (tiles / name).mkdir(parents=True)
+    (tiles / "a.tif").touch()
+    assert remove_leftovers(tmp_path, {"a"}) == 2
+    assert sorted(p.name for p in tiles.iterdir()) == [".b.tif.canopy-xyz", ".b.tif.xyz.partial", "a.tif"]
+    assert remove_leftovers(tmp_path) == 2
+
+
 def test_poison_kills_its_worker_and_not_the_run(ledger: Ledger) -> None:
     poison = [row.task.id for row in ledger.rows()][1]
     engine = LocalEngine(how(ledger), ["cpu"], Rehearsal(poison=frozenset([poison])))

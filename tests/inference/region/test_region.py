@@ -15,7 +15,7 @@ import rasterio
 from affine import Affine
 from shapely.geometry import Point
 
-from canopy.errors import InputError, OutputError
+from canopy.errors import ConfigError, DataError, InputError, OutputError
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.raster import read_raster
@@ -134,6 +134,23 @@ def test_shards_make_the_same_run(settings: Make, inline: type, tmp_path: Path) 
     assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
     assert status(tmp_path / "run")["tiles"] == whole.counts
     assert (tmp_path / "run" / "mosaic").read_bytes() == (tmp_path / "whole" / "mosaic").read_bytes()
+
+
+def test_a_shard_never_clears_the_folder_of_all(settings: Make, inline: type, tmp_path: Path) -> None:
+    run(settings(shard="1/2"), inline)
+    before = hashes(tmp_path / "run")
+    with pytest.raises(ConfigError, match="--overwrite with --shard"):
+        run(settings(shard="2/2"), inline, overwrite=True)
+    with pytest.raises(ConfigError, match="--overwrite with --shard"):
+        start(prepare_run(settings(shard="2/2")), overwrite=True, engine=inline)
+    assert before and hashes(tmp_path / "run") == before
+
+
+def test_the_last_shard_says_why_there_are_no_outputs(settings: Make, inline: type, tmp_path: Path) -> None:
+    run(settings(shard="1/2"), inline)
+    (tmp_path / "run" / "ledger.sqlite").write_text("something else, long enough to be looked at" * 40)
+    with pytest.raises(DataError, match="no ledger"):
+        run(settings(shard="2/2"), inline)
 
 
 def test_failures_are_journaled_and_leave_a_hole_not_a_wrong_pixel(
