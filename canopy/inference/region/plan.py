@@ -152,7 +152,7 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
     names = known_names()
     settings = settings.model_copy(
         update={
-            "images": tuple(absolute(name) for name in settings.images),
+            "images": tuple(absolute(name, names) for name in settings.images),
             "imagery": absolute(settings.imagery, names) if settings.imagery else None,
             "model": absolute(settings.model, list(EMBEDDED)),
         }
@@ -299,7 +299,7 @@ def _pins(
             "nodata": settings.nodata,
             "scale": settings.scale,
             "input_crs": settings.input_crs,
-            "sha256": imagery_fingerprint(names, source.scene_ids),
+            "sha256": imagery_fingerprint(names, source),
         },
         "model": {"file": settings.model, "name": model_name, "sha256": model.sha256 or "unsaved"},
         "map": {
