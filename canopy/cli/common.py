@@ -16,6 +16,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
 
 
+def was_typed(context: typer.Context, name: str) -> bool:
+    """Whether the user gave a parameter of the command, be it its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def print_json(result: Mapping[str, Any]) -> None:
     """Print the one machine-readable object of `--json` on stdout."""
     typer.echo(json.dumps(result, indent=2, allow_nan=False, default=str))

@@ -325,7 +325,10 @@ def _pins(
 
 
 def settings_from(pins: Pins, now: RegionSettings) -> RegionSettings:
-    """The pinned settings of a run, with how it is run (workers, device, ...) from `now`."""
+    """The pinned settings of a run, with how it is run (workers, device, ...) from `now`.
+
+    What `now` says of pinned things stays too, for `refuse_changes` to judge; None and `auto` say nothing.
+    """
     imagery, made = pins["imagery"], pins["map"]
     pinned = {
         "images": tuple(imagery["images"]),
@@ -339,6 +342,8 @@ def settings_from(pins: Pins, now: RegionSettings) -> RegionSettings:
             )
         },
         "backend": made.get("backend", "torch"),  # all there was when runs were not pinned to one
-        "bbox": None, "size_m": None, "bounds": None, "aoi": None,
     }  # fmt: skip
-    return now.model_copy(update=pinned)
+    said = {name for name in now.model_fields_set if getattr(now, name) not in (None, (), "auto")}
+    if said & {"images", "imagery"}:
+        said |= {"images", "imagery"}  # one stands instead of the other
+    return now.model_copy(update={name: value for name, value in pinned.items() if name not in said})

@@ -67,7 +67,7 @@ def prepare_run(settings: RegionSettings, *, resume: bool = False, overwrite: bo
     """Open what the settings ask for, or what the run in their folder is pinned to.
 
     Args:
-        resume: take area, imagery, model and map from the run, which has to exist.
+        resume: take area, imagery, model and map from the run, which has to exist, where they are not set.
         overwrite: what is there will be replaced, and may differ.
 
     Raises:
@@ -85,7 +85,8 @@ def prepare_run(settings: RegionSettings, *, resume: bool = False, overwrite: bo
     if resume:
         if pins is None:
             raise InputError("no run to go on with", where=folder, expected=f"a folder with {RUN_FILE}")
-        prepared = open_region(settings_from(pins, settings), area_of(pins))
+        settings = settings_from(pins, settings)
+        prepared = open_region(settings, settings.area() or area_of(pins))
     else:
         if pins is not None and not overwrite:
             # Threads and runtime are a matter of the machine that began; another one must keep them.

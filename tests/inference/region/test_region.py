@@ -22,6 +22,7 @@ from canopy.geo.raster import read_raster
 from canopy.inference.job import prepare
 from canopy.inference.region.ledger import Ledger
 from canopy.inference.region.mosaic import write_mosaic
+from canopy.inference.region.pins import absolute, imagery_fingerprint
 from canopy.inference.region.plan import request_of
 from canopy.inference.region.published import PublishedLayout, write_published
 from canopy.inference.region.run import RunResult, prepare_run, start
@@ -30,6 +31,7 @@ from canopy.inference.region.state import status
 from canopy.inference.region.task import Outcome, tile_path
 from canopy.inference.region.tiling import TileTask
 from canopy.inference.request import Request
+from canopy.sources.imagery import open_imagery
 
 Make = Callable[..., RegionSettings]
 
@@ -125,6 +127,49 @@ def test_a_changed_run_is_refused(settings: Make, inline: type, image: Path, tmp
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="no run"):
         prepare_run(settings(out=str(tmp_path / "mine")))
+
+
+def test_going_on_refuses_what_differs_and_takes_the_rest(
+    settings: Make, inline: type, tmp_path: Path
+) -> None:
+    run(settings(encoding="uint16cm"), inline)
+    out = str(tmp_path / "run")
+    pinned = prepare_run(RegionSettings(out=out), resume=True)
+    assert pinned.settings.encoding == "uint16cm" and pinned.settings.zoom == 19
+    prepare_run(settings(encoding="uint16cm", backend="auto"), resume=True)  # all of it said again
+    for wish, message in [
+        ({"encoding": "float32"}, r"map\.encoding was .uint16cm. and is .float32."),  # the default, but said
+        ({"interval": 0.9, "model": "default"}, r"model\.sha256"),
+        ({"imagery": "demo"}, r"imagery\.sha256|no image"),
+        ({"bounds": "500000,4881950,500060,4882000", "bounds_crs": "EPSG:32618"}, r"area\.text"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            prepare_run(RegionSettings(out=out, **wish), resume=True)
+
+
+def test_only_the_images_are_the_imagery(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(image, folder / "a.tif")
+
+    def pin(name: str) -> str:
+        return imagery_fingerprint([absolute(name, ["demo"])], open_imagery(name))
+
+    before = pin(str(folder))
+    (folder / "map").mkdir()
+    (folder / "map" / "run.json").write_text("{}")
+    (folder / "a.tif.aux.xml").write_text("<PAMDataset/>")
+    assert pin(str(folder)) == before
+    with rasterio.open(folder / "a.tif", "r+") as dataset:
+        dataset.write(np.full((3, 10, 10), 50, np.uint8), window=((0, 10), (0, 10)))
+    assert pin(str(folder)) != before
+    monkeypatch.chdir(tmp_path)
+    named = pin("demo")
+    (tmp_path / "demo").mkdir()  # as `make demo` leaves one
+    (tmp_path / "demo" / "texture.tif").write_bytes(image.read_bytes())
+    assert pin("demo") == named
 
 
 def test_shards_make_the_same_run(settings: Make, inline: type, tmp_path: Path) -> None:
