@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from canopy.errors import CanopyError, InputError, OutputError
-from canopy.inference.region.drive import Stop, drive
+from canopy.inference.region.drive import Stop, Tally, drive
 from canopy.inference.region.engines import LocalEngine
 from canopy.inference.region.ledger import Ledger
 from canopy.inference.region.rehearse import PretendingEngine, Rehearsal, rehearsed_bytes
@@ -94,6 +95,17 @@ def test_stopping_lets_the_tiles_in_work_end(ledger: Ledger) -> None:
 
     tally = drive(ledger, Engine(slots=3), stop=stop)
     assert tally.interrupted and tally.done == 3 and ledger.counts()["running"] == 0
+
+
+def test_the_pace_leaves_out_the_loading_of_the_model(ledger: Ledger) -> None:
+    class Engine(PretendingEngine):
+        def wait(self, timeout_s: float) -> list[Outcome]:
+            return [replace(outcome, seconds=3600.0) for outcome in super().wait(timeout_s)]
+
+    tally = drive(ledger, Engine())
+    tally.started -= 7 * 3600  # as if the model had been loaded for hours
+    assert tally.km2 * 0.99 < tally.km2_per_hour <= tally.km2  # every tile was begun an hour ago
+    assert Tally().km2_per_hour == 0.0
 
 
 # ---- real processes, without a model ------------------------------------------------------------
