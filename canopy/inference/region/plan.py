@@ -139,14 +139,18 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
     Raises:
         InputError (and its kinds): whatever cannot be done as asked.
     """
+    from canopy.inference.forward import resolve_batch
     from canopy.inference.job import coverage_notes, load_named
     from canopy.inference.output import check_encoding
     from canopy.inference.radiometry import with_radiometry
     from canopy.models.radiometry import parse_radiometry
     from canopy.models.registry import EMBEDDED
+    from canopy.runtime import check_device
     from canopy.sources.manifest import known_names
 
     check_encoding(settings.encoding, settings.date_band)
+    check_device(settings.device)  # that of a worker, which need not be here
+    resolve_batch(settings.batch_size, "cpu")  # what is no number is told now, not for every tile
     parse_radiometry(settings.radiometry)
     aoi = aoi or settings.area()
     names = known_names()
