@@ -11,7 +11,7 @@ from shapely.geometry import Point, Polygon, box
 
 from canopy.errors import AreaError, ConfigError
 from canopy.geo.aoi import AOI
-from canopy.geo.crs import to_crs
+from canopy.geo.crs import metres_per_unit, to_crs
 from canopy.geo.grid import Grid
 from canopy.inference.backends.choose import Choice, settle
 from canopy.inference.extras import Extras, extras_of
@@ -177,7 +177,8 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
     if radiometry != "none":  # measured once, here; the workers are told the numbers
         settings = settings.model_copy(update={"radiometry": radiometry.replace(" -> ", ",")})
     lattices = choose_lattices(settings, aoi, model.config.gsd_m, source)
-    side = side_px(settings.grid, lattices.output.pixel[0], settings.zoom, settings.tile_px)
+    pixel_m = lattices.output.pixel[0] * metres_per_unit(lattices.output.crs)
+    side = side_px(settings.grid, pixel_m, settings.zoom, settings.tile_px)
     tiling = Tiling(settings.grid, lattices.output, side)
     threads = settings.threads or default_threads()
     settings = settings.model_copy(update={"threads": threads, **choice.names})

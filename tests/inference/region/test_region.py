@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from canopy.errors import ConfigError, DataError, InputError, OutputError
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.raster import read_raster
+from canopy.inference.extras import Extras
 from canopy.inference.job import prepare
+from canopy.inference.region.cost import region_cost
 from canopy.inference.region.ledger import Ledger
 from canopy.inference.region.mosaic import write_mosaic
 from canopy.inference.region.pins import absolute, imagery_fingerprint
@@ -31,6 +34,7 @@ from canopy.inference.region.state import status
 from canopy.inference.region.task import Outcome, tile_path
 from canopy.inference.region.tiling import TileTask
 from canopy.inference.request import Request
+from canopy.models.intervals import IntervalTable
 from canopy.sources.imagery import open_imagery
 
 Make = Callable[..., RegionSettings]
@@ -196,6 +200,40 @@ def test_the_last_shard_says_why_there_are_no_outputs(settings: Make, inline: ty
     (tmp_path / "run" / "ledger.sqlite").write_text("something else, long enough to be looked at" * 40)
     with pytest.raises(DataError, match="no ledger"):
         run(settings(shard="2/2"), inline)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"batch_size": "many"}, "'many' is no batch size"),
+        ({"batch_size": 0}, "0 is no batch size"),
+        ({"device": "meta"}, "unknown device 'meta'"),
+        ({"device": "xpu", "backend": "torch"}, "unknown device 'xpu'"),
+    ],
+)
+def test_a_bad_engine_option_is_told_before_any_tile(settings: Make, more: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare_run(settings(**more))
+
+
+def test_tiles_in_feet_are_as_large_as_those_in_metres(settings: Make) -> None:
+    metres = prepare_run(settings(zoom=14, tile_px=32768)).tiling
+    feet = prepare_run(settings(zoom=14, tile_px=32768, crs="EPSG:2263")).tiling
+    assert feet.tile_px == pytest.approx(metres.tile_px, abs=1)
+
+
+@pytest.mark.parametrize(("method", "views"), [("spread", 1), ("flips", 8)])
+def test_the_cost_is_that_of_every_view_of_a_crop(settings: Make, method: str, views: int) -> None:
+    prepared = prepare_run(settings(backend="torch"))
+    knots = np.array([0.0, 10.0])
+    table = IntervalTable(
+        np.array([0.9]), knots, knots, knots, np.zeros((1, 2, 2)), np.zeros((1, 2, 2)), {}, method
+    )
+    passes = []
+    first = next(prepared.model.children())
+    first.register_forward_hook(lambda *_: passes.append(1))
+    cost = region_cost(replace(prepared, extras=Extras(interval=table)))
+    assert len(passes) == 2 * views and cost.hours > 0
 
 
 def test_failures_are_journaled_and_leave_a_hole_not_a_wrong_pixel(
