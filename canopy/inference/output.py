@@ -14,6 +14,7 @@ import numpy as np
 
 from canopy import __version__
 from canopy.errors import ConfigError, ImageryError, InputError
+from canopy.geo.encoding import ENCODINGS
 from canopy.geo.grid import Grid
 from canopy.inference.extras import Extras
 from canopy.models.intervals import CARD_KEY
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from canopy.sources.imagery import ImagerySource
 
-ENCODINGS = ("float32", "uint16cm", "uint8m")
 # The level whose bands the area model of `canopy.calibration.areas` is fitted to.
 AREA_LEVEL = 0.9
 BANDS = (("canopy_height", "m"), ("acquisition_date", "d"))

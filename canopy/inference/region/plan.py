@@ -327,28 +327,3 @@ def _pins(
             "threads": settings.threads,
         },
     }
-
-
-def settings_from(pins: Pins, now: RegionSettings) -> RegionSettings:
-    """The pinned settings of a run, with how it is run (workers, device, ...) from `now`.
-
-    What `now` says of pinned things stays too, for `refuse_changes` to judge; None and `auto` say nothing.
-    """
-    imagery, made = pins["imagery"], pins["map"]
-    pinned = {
-        "images": tuple(imagery["images"]),
-        **{key: imagery[key] for key in ("imagery", "datetime", "bands", "nodata", "scale", "input_crs")},
-        "model": pins["model"]["file"],
-        **{
-            key: made[key]
-            for key in (
-                "grid", "zoom", "tile_px", "crs", "gsd", "encoding", "date_band", "interval", "quality_band",
-                "radiometry", "precision", "threads",
-            )
-        },
-        "backend": made.get("backend", "torch"),  # all there was when runs were not pinned to one
-    }  # fmt: skip
-    said = {name for name in now.model_fields_set if getattr(now, name) not in (None, (), "auto")}
-    if said & {"images", "imagery"}:
-        said |= {"images", "imagery"}  # one stands instead of the other
-    return now.model_copy(update={name: value for name, value in pinned.items() if name not in said})

@@ -18,8 +18,8 @@ from canopy.inference.region.folder import LEDGER, check_files, clear, make_fold
 from canopy.inference.region.ledger import Ledger
 from canopy.inference.region.lock import HeldError, RunLock
 from canopy.inference.region.pins import RUN_FILE, area_of, read_pins, refuse_changes, run_id, write_pins
-from canopy.inference.region.plan import Prepared, open_region, settings_from
-from canopy.inference.region.settings import RegionSettings
+from canopy.inference.region.plan import Prepared, open_region
+from canopy.inference.region.settings import RegionSettings, settings_from
 from canopy.inference.region.task import TILES, How, remove_leftovers
 from canopy.runtime import log
 

@@ -23,8 +23,8 @@ from canopy.geo.grid import Grid
 from canopy.inference import output
 from canopy.inference.extras import QUALITY_BAND
 from canopy.inference.region.pins import area_of, read_pins, refuse_changes, run_id
-from canopy.inference.region.plan import Prepared, open_region, settings_from
-from canopy.inference.region.settings import RegionSettings
+from canopy.inference.region.plan import Prepared, open_region
+from canopy.inference.region.settings import RegionSettings, settings_from
 from canopy.inference.region.tiling import TileTask
 
 if TYPE_CHECKING:
