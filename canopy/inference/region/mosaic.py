@@ -19,7 +19,7 @@ from odc.geo.crs import CRS
 
 from canopy.errors import OutputError
 from canopy.geo.grid import Grid
-from canopy.inference.extras import QUALITY_BAND
+from canopy.inference.extras import band_specs
 from canopy.inference.region.ledger import Ledger
 from canopy.inference.region.plan import Prepared
 from canopy.inference.region.task import TILES
@@ -86,7 +86,7 @@ def write_overview(
     from rasterio.enums import Resampling
     from rasterio.windows import Window
 
-    from canopy.geo.raster import BandSpec, CogWriter, raster_env
+    from canopy.geo.raster import CogWriter, raster_env
 
     factor = overview_factor(area)
     height, width = -(-area.height // factor), -(-area.width // factor)
@@ -95,8 +95,7 @@ def write_overview(
     px, py = area.pixel
     west, north = area.xy(0, 0)
     grid = Grid.of(area.crs, (px * factor, 0, west, 0, -py * factor, north), (height, width))
-    specs = [BandSpec(*band, 1.0 if band == QUALITY_BAND else None) for band in bands]
-    writer = CogWriter(path, grid, specs, encoding=encoding, overwrite=True)
+    writer = CogWriter(path, grid, band_specs(bands), encoding=encoding, overwrite=True)
     with raster_env(), rasterio.open(mosaic) as dataset, writer:
         scales = np.array(dataset.scales, np.float32)[:, None, None]
         for row in range(0, height, _STRIP):
