@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("CANOPY_CACHE") or platformdirs.user_cache_dir("canopy"))
 
 
+def check_device(name: str) -> None:
+    """Refuse what is no device's name, whether or not the device is here. Raises InputError."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+        raise InputError(
+            f"unknown device {name!r}", where="--device", expected="auto, cpu, cuda, cuda:N or mps"
+        )
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The torch device for `auto|cpu|cuda|cuda:N|mps`.
 
@@ -76,14 +85,10 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     import torch
 
+    check_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(
-            f"unknown device {name!r}", where="--device", expected="auto, cpu, cuda, cuda:N or mps"
-        ) from error
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device here", where=f"--device {name}", remedy="use --device auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -18,6 +18,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
 
 
+def was_typed(context: typer.Context, name: str) -> bool:
+    """Whether the user gave a parameter of the command, be it its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def refuse_given(context: typer.Context, *names: str, where: str, because: str) -> None:
     """Refuse those parameters of a command that were typed and have no part in what it will do.
 
@@ -30,8 +36,7 @@ def refuse_given(context: typer.Context, *names: str, where: str, because: str) 
     typed = {
         _as_typed(parameter, context.params[name]): True
         for parameter in context.command.params
-        if (name := parameter.name) in names
-        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        if (name := parameter.name) in names and was_typed(context, name)
     }
     refuse_options(typed, where=where, because=because)
 

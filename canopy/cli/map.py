@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from canopy.cli.area import AreaOptions
-from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json, was_typed
 from canopy.cli.groups import takes_groups
 from canopy.cli.map_options import DryRun, RegionOptions, Resume, RetryFailed, Status, Verify
 from canopy.cli.predict_options import PredictionOptions
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 @takes_groups
 def map_(
+    context: typer.Context,
     prediction: PredictionOptions,
     area: AreaOptions,
     region: RegionOptions,
@@ -64,6 +65,8 @@ def map_(
         raise ConfigError("no folder was given", where="-o", expected="-o DIR")
     given = asdict(prediction) | asdict(area) | asdict(region)
     given["images"] = tuple(prediction.images or ())
+    # Only what was typed: --resume takes the rest from the run. Both have the same defaults.
+    given = {name: value for name, value in given.items() if was_typed(context, name)}
     settings = validate_settings(RegionSettings, given, where="canopy map")
     run_map(
         settings, resume=resume, retry_failed=retry_failed, verify=verify, dry_run=dry_run,

@@ -20,7 +20,7 @@ LINE_EVERY_S = 60.0
 class RegionProgress:
     """Shows tiles finished, pace, failures and time left.
 
-    The pace counts from the first finished tile: before it, workers only load the model.
+    The pace counts from where the first tile was begun: before it, workers only load the model.
     """
 
     def __init__(self, ledger: Ledger, show: Callable[[int, int, str], None], every_s: float) -> None:
@@ -46,8 +46,8 @@ class RegionProgress:
         if tally.failed:
             parts.append(f"{tally.failed} failed")
         parts.append(f"{in_work} in work")
-        if tally.km2 > 0:
-            left_s = (self._km2_left - tally.km2) / tally.km2 * tally.seconds
+        if tally.km2_per_hour > 0:
+            left_s = (self._km2_left - tally.km2) / tally.km2_per_hour * 3600
             parts.append(f"{elapsed_text(max(0.0, left_s))} left")
         return ", ".join(parts)
 

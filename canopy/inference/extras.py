@@ -6,11 +6,13 @@ only then turned into bands. So these bands depend on tiles, batches and threads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from canopy.geo.encoding import BandSpec
 from canopy.models.intervals import IntervalTable, table_of
 
 if TYPE_CHECKING:
@@ -102,6 +104,11 @@ def _corners(aoi: AOI) -> list[tuple[float, float]]:
     """(lon, lat) of the corners of an area's bounding box."""
     west, south, east, north = aoi.bounds_lonlat
     return [(lon, lat) for lon in (west, east) for lat in (south, north)]
+
+
+def band_specs(bands: Sequence[Band]) -> list[BandSpec]:
+    """How a map's bands are written: flags stay whole numbers in every encoding."""
+    return [BandSpec(*band, 1.0 if band == QUALITY_BAND else None) for band in bands]
 
 
 def band_list(date: bool, interval: bool, quality: bool) -> tuple[Band, ...]:

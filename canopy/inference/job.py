@@ -5,10 +5,8 @@ Nothing is written before `run`, and nothing that can be known beforehand fails 
 
 from __future__ import annotations
 
-import tempfile
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +15,14 @@ from canopy.geo.aoi import AOI
 from canopy.geo.raster import raster_env
 from canopy.inference import output
 from canopy.inference.backends.choose import settle
-from canopy.inference.backends.runner import Runner
-from canopy.inference.engine import RunSummary, Sink, predict_grid, reader_count
+from canopy.inference.engine import RunSummary, reader_count
 from canopy.inference.estimate import Estimate, estimate, refuse_too_large, seconds_per_crop
-from canopy.inference.extras import QUALITY_BAND, Extras, extras_of
+from canopy.inference.extras import band_specs, extras_of
 from canopy.inference.plan import Lattice, Plan, plan_windows
 from canopy.inference.radiometry import with_radiometry
 from canopy.inference.request import Request
-from canopy.inference.target import Target, choose_target, scale_notes
+from canopy.inference.target import choose_target, scale_notes
+from canopy.inference.work import Work
 from canopy.models.radiometry import parse_radiometry
 from canopy.runtime import Progress, log
 
@@ -72,35 +70,14 @@ class Result:
         }
 
 
-@dataclass(frozen=True)
-class Job:
-    """A checked request. `notes` are warnings for the user; `cost` is what it will take.
+@dataclass(frozen=True, kw_only=True)
+class Job(Work):
+    """A checked request. `notes` are warnings for the user; `cost` is what it will take."""
 
-    `runner` is the model on its runtime; without one it is torch, as the request has it.
-    """
-
-    request: Request
-    source: ImagerySource
-    aoi: AOI
-    model: HeightModel
-    model_name: str
-    target: Target
     plan: Plan
     cost: Estimate
     files: output.OutputFiles | None
     notes: list[str] = field(default_factory=list)
-    radiometry: str = "none"
-    extras: Extras = field(default_factory=Extras)
-    runner: Runner | None = None
-
-    @property
-    def bands(self) -> tuple[tuple[str, str], ...]:
-        """Names and units of the map's bands, in order."""
-        return self.extras.bands
-
-    @property
-    def model_sha256(self) -> str:
-        return self.model.sha256 or "unsaved"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready facts that are known before the run."""
@@ -166,73 +143,20 @@ class Job:
         return Result(None, summary, self, data=sink.to_xarray(self.tags()))
 
     def _to_files(self, progress: Progress | None) -> Result:
-        from canopy.geo.raster import BandSpec, CogWriter
+        from canopy.geo.raster import CogWriter
         from canopy.inference.publish import publish
 
         files, request = self.files, self.request
         if files is None:
             raise RuntimeError("no output was asked for")
-        bands = [BandSpec(*band, 1.0 if band == QUALITY_BAND else None) for band in self.bands]
         writer = CogWriter(
-            files.tif, self.target.output, bands,
+            files.tif, self.target.output, band_specs(self.bands),
             encoding=request.encoding, tags=self.tags(), overwrite=request.overwrite,
         )  # fmt: skip
         with writer:
-            summary = self.predict_into(writer, progress)
+            summary = self.predict_into(writer, progress, files.tif)
             writer.companions = lambda made, sha256: publish(self, made, sha256, summary)
         return Result(files, summary, self, sha256=writer.sha256)
-
-    def tags(self) -> dict[str, str]:
-        """Tags of the GeoTIFF; no wall-clock time and no folders."""
-        tags = output.map_tags(self.source, self.model_name, self.model_sha256, self.target.output.gsd_m)
-        tags |= output.extra_tags(self.extras, self.model.card)
-        if self.runner:
-            tags |= {"CANOPY_BACKEND": self.runner.backend, "CANOPY_PRECISION": self.runner.precision}
-        return tags | ({"CANOPY_RADIOMETRY": self.radiometry} if self.radiometry != "none" else {})
-
-    def predict_into(self, sink: Sink, progress: Progress | None) -> RunSummary:
-        """Predict into `sink`, by way of a scratch file where the output has another grid."""
-        request, target = self.request, self.target
-        options: dict[str, Any] = {
-            "device": request.device,
-            "precision": request.precision,
-            "batch_size": request.batch_size,
-            "runner": self.runner,
-            "workers": request.workers,
-            "progress": progress,
-        }
-        if not target.is_resampled:
-            return predict_grid(
-                self.model, self.source, target.predict, sink,
-                aoi=self.aoi, extras=self.extras, **options,
-            )  # fmt: skip
-        from canopy.inference.regrid import Scratch, regrid
-
-        with ExitStack() as stack:
-            # Beside the output: the system's temporary folder is often small, or memory.
-            beside = self.files.tif.absolute().parent if self.files else None
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".canopy-", dir=beside))
-            path = Path(folder) / "predicted.tif"
-            with Scratch(path, target.predict, self.extras.layers) as scratch:
-                run = predict_grid(
-                    self.model, self.source, target.predict, scratch,
-                    aoi=target.reach(self.aoi), extras=replace(self.extras, raw=True), **options,
-                )  # fmt: skip
-            final = regrid(
-                path, target.output, sink, self.source,
-                aoi=self.aoi, extras=self.extras, whole=target.whole, progress=progress,
-            )  # fmt: skip
-        for name in (
-            "windows",
-            "crops",
-            "crops_predicted",
-            "batch_size",
-            "model_seconds",
-            "notes",
-            "black_share",
-        ):
-            setattr(final, name, getattr(run, name))
-        return final
 
 
 def prepare(request: Request, *, dry_run: bool = False) -> Job:
@@ -276,8 +200,9 @@ def prepare(request: Request, *, dry_run: bool = False) -> Job:
     # Models need not be a `HeightModel`, and others know no stretch.
     stretch = getattr(model, "stretch", None)
     return Job(
-        request, source, aoi, model, model_name, target, plan, cost, files, notes + more, radiometry, extras,
+        request, source, aoi, model, model_name, target, radiometry, extras,
         runner.with_radiometry(stretch) if stretch else runner,
+        plan=plan, cost=cost, files=files, notes=notes + more,
     )  # fmt: skip
 
 

@@ -35,8 +35,12 @@ def pixel_at(level: int) -> float:
     return 2 * HALF_WORLD_M / (1 << level)
 
 
-def quadkey_output(aoi: AOI, gsd_m: float) -> Grid:
+def quadkey_output(
+    aoi: AOI, gsd_m: float, option: str = "--grid quadkey", instead: str = "use --grid utm"
+) -> Grid:
     """The grid of an area's map: the nearest pixel that quadkeys divide into, on their lattice.
+
+    `option` is what asks for it in the caller's command, and `instead` what does not, for messages.
 
     Raises:
         AreaError: beyond Web Mercator's latitudes, or across the antimeridian.
@@ -48,13 +52,11 @@ def quadkey_output(aoi: AOI, gsd_m: float) -> Grid:
     if west > east:
         raise AreaError(
             "the area crosses the antimeridian, where Web Mercator is torn",
-            where="--grid quadkey",
-            remedy="map both sides on their own, or use --grid utm",
+            where=option,
+            remedy=f"map both sides on their own, or {instead}",
         )
     if max(abs(south), abs(north)) > 85.05:
-        raise AreaError(
-            "the area reaches beyond 85.05 degrees", where="--grid quadkey", remedy="use --grid utm"
-        )
+        raise AreaError("the area reaches beyond 85.05 degrees", where=option, remedy=instead)
     pixel = pixel_at(pixel_level(gsd_m, aoi.centroid_lonlat[1]))
     return Grid.from_bounds(aoi.to_crs(WEB_MERCATOR).geometry.bounds, to_crs(WEB_MERCATOR), pixel)
 
@@ -89,12 +91,13 @@ def quadkey_target(
     Raises:
         AreaError: an area that one UTM zone cannot serve; `canopy map` takes a zone for each tile.
     """
-    output = quadkey_output(aoi, gsd_m or model_gsd_m)
+    option = f"--crs {QUADKEY}"
+    output = quadkey_output(aoi, gsd_m or model_gsd_m, option, "leave --crs out for the area's UTM zone")
     crs = one_zone(aoi, native_crs)
     if crs is None:
         raise AreaError(
             "the area is too wide to be predicted in one UTM zone",
-            where=f"--crs {QUADKEY}",
+            where=option,
             remedy="use canopy map, which takes a zone for each tile",
         )
     return Target(predict_grid_for(output, crs, model_gsd_m), output)

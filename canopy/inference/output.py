@@ -7,13 +7,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from canopy import __version__
 from canopy.errors import ConfigError, ImageryError, InputError
+from canopy.geo.encoding import ENCODINGS
 from canopy.geo.grid import Grid
 from canopy.inference.extras import Extras
 from canopy.models.intervals import CARD_KEY
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from canopy.sources.imagery import ImagerySource
 
-ENCODINGS = ("float32", "uint16cm", "uint8m")
 # The level whose bands the area model of `canopy.calibration.areas` is fitted to.
 AREA_LEVEL = 0.9
 BANDS = (("canopy_height", "m"), ("acquisition_date", "d"))
@@ -108,7 +108,18 @@ def check_encoding(encoding: str, date_band: bool) -> None:
         )
 
 
-def map_tags(source: ImagerySource, model_name: str, model_sha256: str, gsd_m: float) -> dict[str, str]:
+class Scenes(Protocol):
+    """What tags say of imagery: all of a source, or what a part of a map was made from."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def scene_ids(self) -> Sequence[str]: ...
+    @property
+    def dates(self) -> Sequence[str]: ...
+
+
+def map_tags(source: Scenes, model_name: str, model_sha256: str, gsd_m: float) -> dict[str, str]:
     """Tags of the GeoTIFF. No wall-clock time, no folders: the same input gives the same bytes anywhere."""
     return {
         "CANOPY_VERSION": __version__,
@@ -139,7 +150,7 @@ def extra_tags(extras: Extras, card: Mapping[str, Any]) -> dict[str, str]:
     return tags
 
 
-def imagery_text(source: ImagerySource) -> str:
+def imagery_text(source: Scenes) -> str:
     """What the pixels came from, in one line without folders or signatures."""
     names = [bare_name(name) for name in (source.scene_ids or (source.name,))]
     more = f" and {len(names) - _TAG_NAMES} more" if len(names) > _TAG_NAMES else ""

@@ -18,6 +18,7 @@ from typing import Any
 from canopy import __version__
 from canopy.files import replacing
 from canopy.geo.crs import METRES_PER_DEGREE
+from canopy.geo.encoding import encoding_named
 from canopy.geo.grid import Grid
 
 STAC_VERSION = "1.1.0"
@@ -27,12 +28,6 @@ FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 PROCESSING = "https://stac-extensions.github.io/processing/v1.1.0/schema.json"
 COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
 MAP_ASSET = {"type": COG_TYPE, "title": "Canopy height, metres", "roles": ["data"]}
-# dtype, nodata, scale of each encoding, as STAC's raster extension names them.
-STORED = {
-    "float32": ("float32", "nan", 1.0),
-    "uint16cm": ("uint16", 65535, 0.01),
-    "uint8m": ("uint8", 255, 1.0),
-}
 
 
 @dataclass(frozen=True)
@@ -123,8 +118,9 @@ def _assets(facts: MapFacts) -> dict[str, Any]:
 
 def band_facts(bands: tuple[tuple[str, str], ...], encoding: str) -> list[dict[str, Any]]:
     """What STAC itself says of bands (names and units) that are stored in an encoding."""
-    dtype, nodata, _ = STORED[encoding]
-    return [{"name": name, "data_type": dtype, "nodata": nodata, "unit": unit} for name, unit in bands]
+    stored = encoding_named(encoding)
+    facts = {"data_type": stored.dtype, "nodata": "nan" if math.isnan(stored.nodata) else stored.nodata}
+    return [{"name": name, **facts, "unit": unit} for name, unit in bands]
 
 
 def _bands(facts: MapFacts) -> list[dict[str, Any]]:
@@ -138,7 +134,7 @@ def _bands(facts: MapFacts) -> list[dict[str, Any]]:
 def _raster_bands(facts: MapFacts) -> list[dict[str, Any]]:
     """The same, and what the raster extension adds."""
     # Days and flags are stored as they are; only heights are scaled.
-    scale = STORED[facts.encoding][2]
+    scale = encoding_named(facts.encoding).step_m
     more = {"offset": 0, "sampling": "area", "spatial_resolution": round(facts.grid.gsd_m, 6)}
     return [{**band, "scale": scale if band["unit"] == "m" else 1.0, **more} for band in _bands(facts)]
 

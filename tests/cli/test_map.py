@@ -42,6 +42,8 @@ def test_a_run_its_status_and_its_going_on(
     assert shown.code == 0 and "4 of 4 tiles finished" in shown.out
     again = canopy("map", "-o", "run", "--resume", "--json")
     assert again.code == 0 and json.loads(again.out)["this_start"]["done"] == 0
+    other = canopy("map", "-o", "run", "--resume", "--zoom", 10)  # typed, though it is the default
+    assert other.code == 2 and "map.zoom was 20 and is 10" in other.error_line
     changed = canopy(*words, "--gsd", 1)
     assert changed.code == 2 and "map.gsd was null and is 1.0" in changed.error_line
 

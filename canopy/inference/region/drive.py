@@ -25,7 +25,12 @@ WAIT_S = 0.25
 
 @dataclass
 class Tally:
-    """What this start of a run has done so far."""
+    """What this start of a run has done so far.
+
+    Attributes:
+        started: when it began, seconds of the monotonic clock.
+        began: when a worker began the first tile, its model loaded; None until one is finished.
+    """
 
     done: int = 0
     empty: int = 0
@@ -34,6 +39,7 @@ class Tally:
     km2: float = 0.0
     worker_seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
+    began: float | None = None
     interrupted: bool = False
     slow: list[str] = field(default_factory=list)
 
@@ -47,7 +53,9 @@ class Tally:
 
     @property
     def km2_per_hour(self) -> float:
-        return self.km2 / self.seconds * 3600 if self.seconds > 0 else 0.0
+        """Of ground, since the first tile was begun: before it, workers only load the model."""
+        seconds = time.monotonic() - self.began if self.began is not None else 0.0
+        return self.km2 / seconds * 3600 if seconds > 0 else 0.0
 
 
 class Watcher(Protocol):
@@ -163,6 +171,8 @@ class _Driver:
                 reason = f"{reason} (after {count} tries)"
             state = "failed"
             log.warning(f"tile {task.id} failed: {reason}")
+        if self.tally.began is None:
+            self.tally.began = time.monotonic() - outcome.seconds
         self.failures.pop(task.ordinal, None)
         self._finish(outcome, state, reason)
         setattr(self.tally, state, getattr(self.tally, state) + 1)

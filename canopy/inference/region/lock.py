@@ -22,10 +22,14 @@ RENEW_S = 15.0
 STALE_S = 120.0
 
 
+class HeldError(InputError):
+    """Another process is at work in a run's folder."""
+
+
 class RunLock:
     """Hold `path` while a run is driven; a context manager.
 
-    Raises InputError, on entering, when another process holds it; the message says which.
+    Raises HeldError, on entering, when another process holds it; the message says which.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,8 +43,8 @@ class RunLock:
         except OSError as error:
             raise OutputError(f"cannot be written ({error.strerror})", where=self.path) from error
         try:
-            if not _take(handle) or self._held_elsewhere():
-                raise InputError(
+            if _is_taken(handle, self.path):
+                raise HeldError(
                     f"another run is at work here ({describe_holder(self.path)})",
                     where=self.path.parent,
                     remedy="wait for it, or stop it first; --status shows how far it is",
@@ -64,30 +68,49 @@ class RunLock:
             os.close(self._handle)
             self._handle = None
 
-    def _held_elsewhere(self) -> bool:
-        """Whether a process on another machine was at work a moment ago."""
-        holder = read_holder(self.path)
-        if not holder or holder.get("host") == socket.gethostname():
-            return False
-        return time.time() - self.path.stat().st_mtime < STALE_S
-
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_S):
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
 
-def _take(handle: int) -> bool:
-    """Whether the kernel's lock could be had, or does not exist here."""
+def _is_taken(handle: int, path: Path, look: bool = False) -> bool:
+    """Whether another process holds a lock, whose kernel's part is taken here if not.
+
+    With `look` that part is shared with all who only look.
+    """
+    asked = False
     try:
         import fcntl
+
+        fcntl.flock(handle, (fcntl.LOCK_SH if look else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        asked = True
     except ImportError:  # not on this system: the file's words have to do
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        pass
     except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
-    return True
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
+            return True
+    holder = read_holder(path)
+    # For processes of this machine the kernel has just answered, if it could be asked.
+    foreign = not asked or holder.get("host") != socket.gethostname()
+    return bool(holder) and foreign and _is_fresh(path)
+
+
+def _is_fresh(path: Path) -> bool:
+    """Whether the holder that a lock names was heard of a moment ago."""
+    return time.time() - path.stat().st_mtime < STALE_S
+
+
+def is_held(path: Path) -> bool:
+    """Whether another process holds a lock; takes nothing."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return _is_taken(handle, path, look=True)
+    finally:
+        os.close(handle)
 
 
 def read_holder(path: Path) -> dict[str, object]:
@@ -105,9 +128,10 @@ def live_holder(path: Path) -> dict[str, object]:
     if not holder:
         return {}
     try:
-        if holder.get("host") == socket.gethostname():
+        # Elsewhere than on POSIX, signal 0 is no question: Windows has it for Ctrl-C.
+        if os.name == "posix" and holder.get("host") == socket.gethostname():
             os.kill(int(str(holder["pid"])), 0)
-        elif time.time() - path.stat().st_mtime > STALE_S:
+        elif not _is_fresh(path):
             return {}
     except PermissionError:  # it lives, and is another user's
         return holder

@@ -14,11 +14,12 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 import rasterio
+from odc.geo.crs import CRS
 
 from canopy.errors import OutputError
 from canopy.files import replacing
 from canopy.geo.grid import Grid
-from canopy.inference.extras import QUALITY_BAND
+from canopy.inference.extras import band_specs
 from canopy.inference.region.ledger import Ledger
 from canopy.inference.region.plan import Prepared
 from canopy.inference.region.task import TILES
@@ -85,7 +86,7 @@ def write_overview(
     from rasterio.enums import Resampling
     from rasterio.windows import Window
 
-    from canopy.geo.raster import BandSpec, CogWriter, raster_env
+    from canopy.geo.raster import CogWriter, raster_env
 
     factor = overview_factor(area)
     height, width = -(-area.height // factor), -(-area.width // factor)
@@ -94,8 +95,7 @@ def write_overview(
     px, py = area.pixel
     west, north = area.xy(0, 0)
     grid = Grid.of(area.crs, (px * factor, 0, west, 0, -py * factor, north), (height, width))
-    specs = [BandSpec(*band, 1.0 if band == QUALITY_BAND else None) for band in bands]
-    writer = CogWriter(path, grid, specs, encoding=encoding, overwrite=True)
+    writer = CogWriter(path, grid, band_specs(bands), encoding=encoding, overwrite=True)
     with raster_env(), rasterio.open(mosaic) as dataset, writer:
         scales = np.array(dataset.scales, np.float32)[:, None, None]
         for row in range(0, height, _STRIP):
@@ -158,7 +158,7 @@ def _vrt(
     """Lines of a VRT of the region's grid; `sources` gives those of a band, by its number."""
     area = tiling.area
     yield f'<VRTDataset rasterXSize="{area.width}" rasterYSize="{area.height}">'
-    yield f'  <SRS dataAxisToSRSAxisMapping="1,2">{escape(area.crs.to_wkt())}</SRS>'
+    yield f'  <SRS dataAxisToSRSAxisMapping="{axis_mapping(area.crs)}">{escape(area.crs.to_wkt())}</SRS>'
     west, north = area.xy(0, 0)
     px, py = area.pixel
     yield f"  <GeoTransform>{west!r}, {px!r}, 0.0, {north!r}, 0.0, {-py!r}</GeoTransform>"
@@ -178,6 +178,20 @@ def _vrt(
             )
         yield "  </VRTRasterBand>"
     yield "</VRTDataset>"
+
+
+def axis_mapping(crs: CRS) -> str:
+    """Which axes of a CRS a raster's x and y are, in GDAL's words: `2,1` where northings come first.
+
+    GDAL's own rule (OGRSpatialReference, traditional GIS order). Readers that heed it, as GDAL's tools and
+    QGIS do, would place a mosaic in EPSG:2193 on another continent without it.
+    """
+    axes = crs.proj.axis_info[:2]
+    directions, names = [axis.direction for axis in axes], [axis.name.lower() for axis in axes]
+    # Around a pole both axes point the same way, and only their names tell them apart.
+    polar = directions in (["north"] * 2, ["south"] * 2)
+    swapped = names[0].startswith("northing") if polar else directions == ["north", "east"]
+    return "2,1" if swapped else "1,2"
 
 
 def _over_index(

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import shapely
 
@@ -20,6 +20,9 @@ from canopy.errors import DataError, InputError, OutputError
 from canopy.geo.aoi import AOI
 from canopy.geo.crs import to_crs
 from canopy.sources.paths import is_template, is_url
+
+if TYPE_CHECKING:
+    from canopy.sources.imagery import ImagerySource
 
 RUN_FILE = "run.json"
 FORMAT = 1
@@ -46,19 +49,30 @@ def area_of(pins: Pins) -> AOI:
     return AOI(shapely.from_wkb(area["wkb"]), to_crs(area["crs"]), area["is_box"])
 
 
-def imagery_fingerprint(names: Sequence[str], scene_ids: Sequence[str]) -> str:
-    """Hash of what the imagery is: scenes by name, local files by size and by their first and last MiB."""
+def imagery_fingerprint(names: Sequence[str], source: ImagerySource) -> str:
+    """Hash of what the imagery is: scenes by name, local files by size and by their first and last MiB.
+
+    Of a folder only the opened images count: maps, or the notes of a viewer, may lie there too. `names` are
+    as `absolute` leaves them; what is no absolute path is a name.
+    """
     digest = hashlib.sha256()
-    for name in dict.fromkeys([*names, *scene_ids]):
+    for name in dict.fromkeys([*names, *source.scene_ids, *_assets(source)]):
         path = Path(name)
-        if is_url(name) or is_template(name) or not path.exists():
+        if path.is_absolute() and path.is_file():
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            digest.update(_ends(path))
+        elif not (path.is_absolute() and path.is_dir()):
             digest.update(f"{name}\0".encode())
-            continue
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        for file in files:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            digest.update(_ends(file))
     return digest.hexdigest()
+
+
+def _assets(source: ImagerySource) -> Iterator[str]:
+    """The local files of scenes that have another name: those of a STAC catalog on disk."""
+    for layer in getattr(source, "layers", ()):
+        for scene in getattr(layer, "scenes", (layer,)):
+            href = str(getattr(scene, "href", ""))
+            if Path(href).is_absolute():
+                yield href
 
 
 def _ends(path: Path) -> bytes:

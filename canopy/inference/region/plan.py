@@ -11,7 +11,7 @@ from shapely.geometry import Point, Polygon, box
 
 from canopy.errors import AreaError, ConfigError
 from canopy.geo.aoi import AOI
-from canopy.geo.crs import to_crs
+from canopy.geo.crs import metres_per_unit, to_crs
 from canopy.geo.grid import Grid
 from canopy.inference.backends.choose import Choice, settle
 from canopy.inference.extras import Extras, extras_of
@@ -139,20 +139,24 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
     Raises:
         InputError (and its kinds): whatever cannot be done as asked.
     """
+    from canopy.inference.forward import resolve_batch
     from canopy.inference.job import coverage_notes, load_named
     from canopy.inference.output import check_encoding
     from canopy.inference.radiometry import with_radiometry
     from canopy.models.radiometry import parse_radiometry
     from canopy.models.registry import EMBEDDED
+    from canopy.runtime import check_device
     from canopy.sources.manifest import known_names
 
     check_encoding(settings.encoding, settings.date_band)
+    check_device(settings.device)  # that of a worker, which need not be here
+    resolve_batch(settings.batch_size, "cpu")  # what is no number is told now, not for every tile
     parse_radiometry(settings.radiometry)
     aoi = aoi or settings.area()
     names = known_names()
     settings = settings.model_copy(
         update={
-            "images": tuple(absolute(name) for name in settings.images),
+            "images": tuple(absolute(name, names) for name in settings.images),
             "imagery": absolute(settings.imagery, names) if settings.imagery else None,
             "model": absolute(settings.model, list(EMBEDDED)),
         }
@@ -173,7 +177,8 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
     if radiometry != "none":  # measured once, here; the workers are told the numbers
         settings = settings.model_copy(update={"radiometry": radiometry.replace(" -> ", ",")})
     lattices = choose_lattices(settings, aoi, model.config.gsd_m, source)
-    side = side_px(settings.grid, lattices.output.pixel[0], settings.zoom, settings.tile_px)
+    pixel_m = lattices.output.pixel[0] * metres_per_unit(lattices.output.crs)
+    side = side_px(settings.grid, pixel_m, settings.zoom, settings.tile_px)
     tiling = Tiling(settings.grid, lattices.output, side)
     threads = settings.threads or default_threads()
     settings = settings.model_copy(update={"threads": threads, **choice.names})
@@ -299,7 +304,7 @@ def _pins(
             "nodata": settings.nodata,
             "scale": settings.scale,
             "input_crs": settings.input_crs,
-            "sha256": imagery_fingerprint(names, source.scene_ids),
+            "sha256": imagery_fingerprint(names, source),
         },
         "model": {"file": settings.model, "name": model_name, "sha256": model.sha256 or "unsaved"},
         "map": {
@@ -322,23 +327,3 @@ def _pins(
             "threads": settings.threads,
         },
     }
-
-
-def settings_from(pins: Pins, now: RegionSettings) -> RegionSettings:
-    """The pinned settings of a run, with how it is run (workers, device, ...) from `now`."""
-    imagery, made = pins["imagery"], pins["map"]
-    pinned = {
-        "images": tuple(imagery["images"]),
-        **{key: imagery[key] for key in ("imagery", "datetime", "bands", "nodata", "scale", "input_crs")},
-        "model": pins["model"]["file"],
-        **{
-            key: made[key]
-            for key in (
-                "grid", "zoom", "tile_px", "crs", "gsd", "encoding", "date_band", "interval", "quality_band",
-                "radiometry", "precision", "threads",
-            )
-        },
-        "backend": made.get("backend", "torch"),  # all there was when runs were not pinned to one
-        "bbox": None, "size_m": None, "bounds": None, "aoi": None,
-    }  # fmt: skip
-    return now.model_copy(update=pinned)

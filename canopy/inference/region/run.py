@@ -10,20 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from canopy.errors import InputError
+from canopy.errors import ConfigError, InputError
 from canopy.inference.region import shards
 from canopy.inference.region.drive import Interrupted, Stop, Tally, Watcher, drive, in_main_thread
 from canopy.inference.region.engines import Engine, LocalEngine, local_devices
 from canopy.inference.region.folder import LEDGER, check_files, clear, make_folder
 from canopy.inference.region.ledger import Ledger
-from canopy.inference.region.lock import RunLock
+from canopy.inference.region.lock import HeldError, RunLock
 from canopy.inference.region.pins import RUN_FILE, area_of, read_pins, refuse_changes, run_id, write_pins
-from canopy.inference.region.plan import Prepared, open_region, settings_from
-from canopy.inference.region.settings import RegionSettings
+from canopy.inference.region.plan import Prepared, open_region
+from canopy.inference.region.settings import RegionSettings, settings_from
 from canopy.inference.region.task import TILES, How, remove_leftovers
 from canopy.runtime import log
 
-LOCK = ".lock"
 NO_IMAGERY = "no imagery there"
 
 
@@ -68,12 +67,13 @@ def prepare_run(settings: RegionSettings, *, resume: bool = False, overwrite: bo
     """Open what the settings ask for, or what the run in their folder is pinned to.
 
     Args:
-        resume: take area, imagery, model and map from the run, which has to exist.
+        resume: take area, imagery, model and map from the run, which has to exist, where they are not set.
         overwrite: what is there will be replaced, and may differ.
 
     Raises:
         InputError: bad input; a folder that is no run's; a run with other settings (says which).
     """
+    _refuse_clearing(settings, overwrite)
     folder = settings.folder
     pins = read_pins(folder)
     if folder.exists() and not folder.is_dir():
@@ -85,7 +85,8 @@ def prepare_run(settings: RegionSettings, *, resume: bool = False, overwrite: bo
     if resume:
         if pins is None:
             raise InputError("no run to go on with", where=folder, expected=f"a folder with {RUN_FILE}")
-        prepared = open_region(settings_from(pins, settings), area_of(pins))
+        settings = settings_from(pins, settings)
+        prepared = open_region(settings, settings.area() or area_of(pins))
     else:
         if pins is not None and not overwrite:
             # Threads and runtime are a matter of the machine that began; another one must keep them.
@@ -105,9 +106,18 @@ def prepare_run(settings: RegionSettings, *, resume: bool = False, overwrite: bo
     return prepared
 
 
+def _refuse_clearing(settings: RegionSettings, overwrite: bool) -> None:
+    """A shard that cleared the folder would remove what the others have done and are doing."""
+    if overwrite and settings.shard is not None:
+        raise ConfigError(
+            "--overwrite with --shard", where=settings.folder, expected="one of them",
+            remedy="remove the folder or choose another -o before the shards start",
+        )  # fmt: skip
+
+
 def _is_ours(name: str) -> bool:
     """Names that a start leaves which died before it had pinned anything."""
-    return name in (TILES, shards.FOLDER) or name.startswith((LOCK, f".{RUN_FILE}", LEDGER))
+    return name in (TILES, shards.FOLDER) or name.startswith((shards.LOCK, f".{RUN_FILE}", LEDGER))
 
 
 def start(
@@ -123,23 +133,24 @@ def start(
 
     Args:
         prepared: of `prepare_run`.
-        overwrite: begin anew.
+        overwrite: begin anew; a shard cannot.
         retry_failed: failed tiles get another chance.
         verify: hash every finished tile again first, instead of trusting names and sizes.
         watch: makes who shows progress.
         engine: makes where tiles are made; by default what the settings say.
 
     Raises:
-        InputError: another process is at work there.
+        HeldError: another process is at work there.
         Interrupted: stopped from outside; everything is ready to go on.
         CanopyError: the run cannot go on (full disk, workers unfit).
     """
     settings = prepared.settings
+    _refuse_clearing(settings, overwrite)
     folder = settings.folder
     shard = settings.parse_shard()
     make_folder(folder)
     with ExitStack() as stack:
-        stack.enter_context(RunLock(folder / (shards.lock_name(shard) if shard else LOCK)))
+        stack.enter_context(RunLock(folder / shards.lock_name(shard)))
         shards.refuse_crossing(folder, shard)
         if overwrite:
             clear(folder)
@@ -237,12 +248,12 @@ def _finish_shards(result: RunResult, prepared: Prepared, shard: tuple[int, int]
     if not shards.all_complete(folder, shard[1]):
         return result
     try:
-        with RunLock(folder / LOCK), Ledger(folder / LEDGER) as ledger:
+        with RunLock(folder / shards.LOCK), Ledger(folder / LEDGER) as ledger:
             pins = read_pins(folder) or prepared.pins
             _enter_tiles(ledger, prepared, pins, None)
             shards.gather(ledger, folder, folder / LEDGER)
             outputs = finish(ledger, prepared, pins)
-    except InputError:  # another shard ended in the same moment, and does it
+    except HeldError:  # another shard ended in the same moment, and does it
         return result
     return RunResult(
         folder, result.counts, result.totals, result.tally, outputs, result.failures, result.notes

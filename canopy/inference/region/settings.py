@@ -12,6 +12,7 @@ from canopy.config import Settings
 from canopy.errors import ConfigError
 from canopy.geo.aoi import AOI
 from canopy.geo.choose import choose_area
+from canopy.inference.region.pins import Pins
 
 Layout = Literal["tiles", "published", "published-v1", "published-v2"]
 
@@ -44,7 +45,7 @@ class RegionSettings(Settings):
     tile_px: int = Field(default=4096, ge=16, le=32768)
     crs: str | None = None
     gsd: float | None = None
-    encoding: Literal["float32", "uint16cm", "uint8m"] = "float32"
+    encoding: str = "float32"
     date_band: bool = False
     interval: float | None = Field(default=None, gt=0, lt=1)
     quality_band: bool = False
@@ -91,3 +92,28 @@ class RegionSettings(Settings):
                 f"cannot read {self.shard!r}", where="--shard", expected="I/N with I from 1 to N, e.g. 3/16"
             )
         return int(found[1]), int(found[2])
+
+
+def settings_from(pins: Pins, now: RegionSettings) -> RegionSettings:
+    """The pinned settings of a run, with how it is run (workers, device, ...) from `now`.
+
+    What `now` says of pinned things stays too, for `refuse_changes` to judge; None and `auto` say nothing.
+    """
+    imagery, made = pins["imagery"], pins["map"]
+    pinned = {
+        "images": tuple(imagery["images"]),
+        **{key: imagery[key] for key in ("imagery", "datetime", "bands", "nodata", "scale", "input_crs")},
+        "model": pins["model"]["file"],
+        **{
+            key: made[key]
+            for key in (
+                "grid", "zoom", "tile_px", "crs", "gsd", "encoding", "date_band", "interval", "quality_band",
+                "radiometry", "precision", "threads",
+            )
+        },
+        "backend": made.get("backend", "torch"),  # all there was when runs were not pinned to one
+    }  # fmt: skip
+    said = {name for name in now.model_fields_set if getattr(now, name) not in (None, (), "auto")}
+    if said & {"images", "imagery"}:
+        said |= {"images", "imagery"}  # one stands instead of the other
+    return now.model_copy(update={name: value for name, value in pinned.items() if name not in said})

@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from canopy.errors import CanopyError, InputError
+from canopy.errors import CanopyError
 from canopy.files import replacing
 from canopy.inference.region.ledger import Ledger
-from canopy.inference.region.lock import RunLock
+from canopy.inference.region.lock import HeldError, describe_holder, is_held
 from canopy.runtime import log
 
 FOLDER = "shards"
+LOCK = ".lock"
 
 
 def _stem(shard: tuple[int, int]) -> str:
@@ -32,9 +33,9 @@ def ledger_path(folder: Path, shard: tuple[int, int]) -> Path:
     return folder / FOLDER / f"{_stem(shard)}.sqlite"
 
 
-def lock_name(shard: tuple[int, int]) -> str:
-    """The lock of one shard, in the run's folder."""
-    return f".lock-{_stem(shard)}"
+def lock_name(shard: tuple[int, int] | None) -> str:
+    """The lock of one shard, or of a whole run, in the run's folder."""
+    return f"{LOCK}-{_stem(shard)}" if shard else LOCK
 
 
 def mark_complete(folder: Path, shard: tuple[int, int]) -> None:
@@ -50,19 +51,28 @@ def all_complete(folder: Path, count: int) -> bool:
 
 
 def refuse_crossing(folder: Path, shard: tuple[int, int] | None) -> None:
-    """A whole run beside living shards would do their work again. Raises InputError."""
+    """Only the other shards of the same N may be at work beside a shard, and nobody beside a whole run.
+
+    Others would make the same tiles, and drop what is half-made as left over. Everybody takes its own lock
+    first and looks at the others' then, so that of two that begin at once one sees the other.
+
+    Raises:
+        HeldError: who is at work.
+    """
+    if shard is None:
+        paths = sorted(folder.glob(f"{LOCK}-*-of-*"))
+    else:
+        beside = f"-of-{shard[1]:05d}"
+        paths = [path for path in sorted(folder.glob(f"{LOCK}*")) if not path.name.endswith(beside)]
+    for path in paths:
+        if is_held(path):
+            who = "another run" if path.name == LOCK else "a shard of this run"
+            raise HeldError(
+                f"{who} is at work here ({describe_holder(path)}, {path.name})",
+                where=folder, remedy="wait for it, or stop it first; --status shows how far it is",
+            )  # fmt: skip
     if shard is not None:
         (folder / FOLDER / f"{_stem(shard)}.complete").unlink(missing_ok=True)
-        return
-    for path in sorted(folder.glob(".lock-*-of-*")):
-        try:
-            with RunLock(path):
-                pass
-        except InputError as error:
-            raise InputError(
-                f"a shard of this run is at work ({path.name.removeprefix('.lock-')})",
-                where=folder, remedy="wait for it, or stop it first",
-            ) from error  # fmt: skip
 
 
 def ledgers(folder: Path) -> Iterator[Path]:

@@ -21,11 +21,12 @@ from canopy.errors import AreaError, CanopyError, FetchError, InputError, Output
 from canopy.geo.aoi import AOI
 from canopy.geo.grid import Grid
 from canopy.inference import output
-from canopy.inference.extras import QUALITY_BAND
+from canopy.inference.extras import band_specs
 from canopy.inference.region.pins import area_of, read_pins, refuse_changes, run_id
-from canopy.inference.region.plan import Prepared, open_region, settings_from
-from canopy.inference.region.settings import RegionSettings
+from canopy.inference.region.plan import Prepared, open_region
+from canopy.inference.region.settings import RegionSettings, settings_from
 from canopy.inference.region.tiling import TileTask
+from canopy.inference.work import Work
 
 if TYPE_CHECKING:
     from canopy.sources.imagery import ImagerySource
@@ -142,8 +143,7 @@ class TileWorker:
         Raises:
             CanopyError: nothing is left at the tile's place then but what was there before.
         """
-        from canopy.geo.raster import BandSpec, CogWriter, raster_env
-        from canopy.inference.job import Job
+        from canopy.geo.raster import CogWriter, raster_env
 
         started = time.perf_counter()
         prepared = self.prepared
@@ -154,23 +154,18 @@ class TileWorker:
             return self._empty(task, started)
         source = SceneNames.of(imagery, target.output)
         request = replace(prepared.request, batch_size=self._batch_size)
-        job = Job(
+        work = Work(
             request, imagery, prepared.aoi, prepared.model, prepared.model_name, target,
-            plan=None, cost=None,  # type: ignore[arg-type]  # both are for the words before a run
-            files=output.OutputFiles(path, path.with_suffix(".json")), radiometry=prepared.radiometry,
-            extras=prepared.extras, runner=self.runner,
+            prepared.radiometry, prepared.extras, self.runner,
         )  # fmt: skip
-        tags = output.map_tags(source, prepared.model_name, job.model_sha256, prepared.lattices.gsd_m)  # type: ignore[arg-type]
-        tags |= {key: value for key, value in job.tags().items() if key not in tags}
-        tags["CANOPY_GSD_M"] = f"{target.output.gsd_m:.6g}"
-        bands = [BandSpec(*band, 1.0 if band == QUALITY_BAND else None) for band in prepared.bands]
         try:
             with raster_env():
                 writer = CogWriter(
-                    path, target.output, bands, encoding=request.encoding, tags=tags, overwrite=True
-                )
+                    path, target.output, band_specs(work.bands),
+                    encoding=request.encoding, tags=work.tags(source), overwrite=True,
+                )  # fmt: skip
                 with writer:
-                    summary = job.predict_into(writer, None)
+                    summary = work.predict_into(writer, None, path)
                     # What was too much for the device once is not tried again with every tile.
                     self._batch_size = summary.batch_size or self._batch_size
                     if not summary.valid_pixels:
@@ -257,7 +252,7 @@ def remove_leftovers(folder: Path, ids: set[str] | None = None) -> int:
     with os.scandir(folder / TILES) as entries:
         for entry in entries:
             name = entry.name
-            if not (name.startswith(".") and (name.endswith(".partial") or name.startswith(".canopy-"))):
+            if not (name.startswith(".") and (name.endswith(".partial") or ".canopy-" in name)):
                 continue
             tile = name[1:].split(".tif.")[0]
             if ids is None or tile in ids:

@@ -135,12 +135,12 @@ class Tiling:
         return middle.gsd_m**2 / 1e6
 
 
-def side_px(kind: str, pixel: float, zoom: int, most_px: int) -> int:
+def side_px(kind: str, pixel_m: float, zoom: int, most_px: int) -> int:
     """Side of a work tile: that of `zoom`, halved until it is at most `most_px`.
 
     Args:
         kind: `quadkey` or `utm`.
-        pixel: the map's pixel, CRS units (for quadkeys the world divided by a power of two).
+        pixel_m: the map's pixel, metres of its CRS (for quadkeys the world divided by a power of two).
         zoom: zoom of the tiles that were asked for; each step halves the side.
         most_px: what one task may take on; a power of two.
 
@@ -148,9 +148,9 @@ def side_px(kind: str, pixel: float, zoom: int, most_px: int) -> int:
         ConfigError: tiles without pixels.
     """
     if kind == "quadkey":
-        side = 2 * HALF_WORLD_M / pixel / (1 << zoom)
+        side = 2 * HALF_WORLD_M / pixel_m / (1 << zoom)
     else:
-        side = UTM_ZOOM_10_M / pixel / 2.0 ** (zoom - 10)
+        side = UTM_ZOOM_10_M / pixel_m / 2.0 ** (zoom - 10)
     side = float(round(side)) if kind == "quadkey" else side
     while side > most_px:
         side /= 2

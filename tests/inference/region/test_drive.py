@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from canopy.errors import CanopyError, InputError, OutputError
-from canopy.inference.region.drive import Stop, drive
+from canopy.inference.region.drive import Stop, Tally, drive
 from canopy.inference.region.engines import LocalEngine
 from canopy.inference.region.ledger import Ledger
 from canopy.inference.region.rehearse import PretendingEngine, Rehearsal, rehearsed_bytes
@@ -96,6 +97,17 @@ def test_stopping_lets_the_tiles_in_work_end(ledger: Ledger) -> None:
     assert tally.interrupted and tally.done == 3 and ledger.counts()["running"] == 0
 
 
+def test_the_pace_leaves_out_the_loading_of_the_model(ledger: Ledger) -> None:
+    class Engine(PretendingEngine):
+        def wait(self, timeout_s: float) -> list[Outcome]:
+            return [replace(outcome, seconds=3600.0) for outcome in super().wait(timeout_s)]
+
+    tally = drive(ledger, Engine())
+    tally.started -= 7 * 3600  # as if the model had been loaded for hours
+    assert tally.km2 * 0.99 < tally.km2_per_hour <= tally.km2  # every tile was begun an hour ago
+    assert Tally().km2_per_hour == 0.0
+
+
 # ---- real processes, without a model ------------------------------------------------------------
 def how(ledger: Ledger) -> How:
     return How(str(ledger.path.parent), "rehearsal")
@@ -128,6 +140,16 @@ def test_killed_workers_are_replaced_and_their_tiles_made(ledger: Ledger) -> Non
         engine.close()
     assert len(kills) == 2 and tally.failed == 0
     check_whole(ledger)
+
+
+def test_a_shard_drops_what_its_own_tiles_left_and_no_more(tmp_path: Path) -> None:
+    tiles = tmp_path / "tiles"
+    for name in (".a.tif.xyz.partial", ".a.tif.canopy-xyz", ".b.tif.xyz.partial", ".b.tif.canopy-xyz"):
+        (tiles / name).mkdir(parents=True)
+    (tiles / "a.tif").touch()
+    assert remove_leftovers(tmp_path, {"a"}) == 2
+    assert sorted(p.name for p in tiles.iterdir()) == [".b.tif.canopy-xyz", ".b.tif.xyz.partial", "a.tif"]
+    assert remove_leftovers(tmp_path) == 2
 
 
 def test_poison_kills_its_worker_and_not_the_run(ledger: Ledger) -> None:

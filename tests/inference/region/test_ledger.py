@@ -13,7 +13,7 @@ import pytest
 from canopy.errors import DataError, InputError
 from canopy.inference.region import shards
 from canopy.inference.region.ledger import Ledger, file_system
-from canopy.inference.region.lock import STALE_S, RunLock, live_holder, read_holder
+from canopy.inference.region.lock import STALE_S, HeldError, RunLock, live_holder, read_holder
 from canopy.inference.region.pins import refuse_changes, run_id, write_pins
 from canopy.inference.region.tiling import TileTask
 
@@ -117,13 +117,39 @@ def test_one_driver_at_a_time(tmp_path: Path) -> None:
         ):
             pass
         with (
-            pytest.raises(InputError, match="a shard of this run"),
-            RunLock(tmp_path / ".lock-00001-of-00002"),
+            pytest.raises(HeldError, match="a shard of this run"),
+            RunLock(tmp_path / shards.lock_name((1, 2))),
         ):
             shards.refuse_crossing(tmp_path, None)
     with RunLock(tmp_path / ".lock"):
         assert live_holder(tmp_path / ".lock")["pid"] == os.getpid()
     assert live_holder(tmp_path / ".lock") == {}
+
+
+def test_a_shard_starts_beside_shards_of_the_same_count_only(tmp_path: Path) -> None:
+    done = tmp_path / "shards" / "00001-of-00002.complete"
+    done.parent.mkdir()
+    shards.mark_complete(tmp_path, (1, 2))
+    with (
+        pytest.raises(HeldError, match=f"another run is at work here .process {os.getpid()} on"),
+        RunLock(tmp_path / ".lock"),
+    ):
+        shards.refuse_crossing(tmp_path, (1, 2))
+    with (
+        pytest.raises(HeldError, match=r"a shard of this run .*-00001-of-00003"),
+        RunLock(tmp_path / shards.lock_name((1, 3))),
+    ):
+        shards.refuse_crossing(tmp_path, (1, 2))
+    assert done.exists()  # who was refused has changed nothing
+    with RunLock(tmp_path / shards.lock_name((2, 2))):
+        shards.refuse_crossing(tmp_path, (1, 2))
+    assert not done.exists()
+
+
+def test_a_run_on_another_machine_is_seen_by_a_shard(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text('{"host": "elsewhere", "pid": 1, "since": 0}')
+    with pytest.raises(HeldError, match="process 1 on elsewhere"):
+        shards.refuse_crossing(tmp_path, (1, 2))
 
 
 def test_a_holder_on_another_machine_counts_until_it_is_stale(tmp_path: Path) -> None:

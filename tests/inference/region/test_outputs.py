@@ -8,11 +8,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pytest
 import rasterio
+import rasterio.shutil
+from affine import Affine
+from rasterio.transform import from_origin
 from rio_cogeo import cog_validate
 
+from canopy.geo.crs import to_crs
 from canopy.geo.raster import read_raster
 from canopy.inference.job import prepare
+from canopy.inference.region.mosaic import axis_mapping
 from canopy.inference.region.run import prepare_run, start
 from canopy.inference.region.settings import RegionSettings
 from canopy.inference.request import Request
@@ -49,6 +56,47 @@ def test_outputs_are_valid_and_say_where_they_come_from(
     with rasterio.open(folder / "mosaic") as mosaic:
         assert mosaic.scales == (0.01, 1.0) and mosaic.nodata == 65535
     assert read_raster(folder / "mosaic.vrt").valid.any()  # canopy's own reader takes it
+
+
+# Northing first, easting first, both axes to the north or to the south in either order, westing first, feet.
+@pytest.mark.parametrize(
+    "code", [2193, 2180, 31467, 4326, 3035, 32619, 3857, 3031, 3413, 32661, 5041, 32761, 2053, 2065, 2263]
+)
+def test_axes_are_told_as_gdal_tells_them(code: int, tmp_path: Path) -> None:
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", width=4, height=4, count=1, dtype="uint8",
+        crs=f"EPSG:{code}", transform=from_origin(1, 4, 1, 1),
+    ) as dataset:  # fmt: skip
+        dataset.write(np.ones((1, 4, 4), np.uint8))
+    rasterio.shutil.copy(tmp_path / "a.tif", tmp_path / "a.vrt", driver="VRT")
+    expected = f'<SRS dataAxisToSRSAxisMapping="{axis_mapping(to_crs(code))}">'
+    assert expected in (tmp_path / "a.vrt").read_text()
+
+
+def test_gdal_places_a_mosaic_of_northings_where_its_tiles_are(
+    settings: Callable[..., RegionSettings], inline: type, image: Path, tmp_path: Path
+) -> None:
+    new_zealand = tmp_path / "nz.tif"
+    with rasterio.open(image) as dataset:
+        profile = dataset.profile | {"crs": "EPSG:2193", "transform": Affine(0.5, 0, 1.5e6, 0, -0.5, 5.4e6)}
+        with rasterio.open(new_zealand, "w", **profile) as copy:
+            copy.write(dataset.read())
+    wish = settings(images=(str(new_zealand),), crs="EPSG:2193", tile_px=256)
+    result = start(prepare_run(wish), engine=inline)
+    assert result.counts["done"] >= 1
+
+    def placed(path: Path) -> tuple[float, ...]:
+        """Bounds in EPSG:3857 of what GDAL itself, which heeds the mapping, warps there."""
+        out = tmp_path / "placed.tif"
+        rasterio.shutil.copy(path, out, driver="COG", TILING_SCHEME="GoogleMapsCompatible", OVERWRITE="YES")
+        with rasterio.open(out) as dataset:
+            return tuple(dataset.bounds)
+
+    with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
+        rasterio.shutil.copy(mosaic, tmp_path / "plain.tif", driver="GTiff", dtype="float32")
+    found = placed(tmp_path / "run" / "mosaic.vrt")
+    assert found == pytest.approx(placed(tmp_path / "plain.tif"))
+    assert found[0] / 111_319.49 == pytest.approx(171.8, abs=0.01)  # degrees east, not west of America
 
 
 def check_stac(folder: Path) -> None:

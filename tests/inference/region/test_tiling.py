@@ -15,6 +15,7 @@ from canopy.geo.grid import Grid
 from canopy.geo.tiles import quadkey_bounds, quadkey_of
 from canopy.inference.mercator import one_zone, pixel_at, pixel_level, quadkey_output
 from canopy.inference.region.tiling import Tiling, side_px
+from canopy.inference.target import choose_target
 
 
 @settings(max_examples=30, deadline=None)
@@ -91,3 +92,13 @@ def test_areas_that_one_utm_zone_cannot_serve() -> None:
         quadkey_output(AOI.from_bounds((179.9, 10, -179.9, 10.1)), 1.0)
     with pytest.raises(AreaError, match=r"85\.05"):
         quadkey_output(AOI.from_bounds((10, 85.5, 11, 86)), 1.0)
+
+
+@pytest.mark.parametrize("bounds", [(179.9, 10, -179.9, 10.1), (10, 85.5, 11, 86)])
+def test_each_command_names_its_own_options(bounds: tuple[float, float, float, float]) -> None:
+    aoi = AOI.from_bounds(bounds)
+    with pytest.raises(AreaError, match=r"^--grid quadkey: .*se --grid utm"):
+        quadkey_output(aoi, 1.0)
+    with pytest.raises(AreaError, match=r"^--crs quadkey: .*eave --crs out") as told:
+        choose_target(aoi, 1.0, crs="quadkey")
+    assert "--grid" not in str(told.value)
