@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from canopy.calibration.discs import read_footprints
+from canopy.calibration.discs import Footprints, read_footprints
 from canopy.calibration.gedi_fit import fit_correction, held_out
 from canopy.calibration.gedi_scale import correct_map
 from canopy.calibration.monotone import KNOTS_M, curve
@@ -96,6 +96,18 @@ def test_changes_nothing_where_nothing_is_wrong(tmp_path: Path, truth: np.ndarra
         out = tmp_path / f"{seed}.tif"
         correct_map(chm, shots, out)
         assert np.abs(read_raster(out, bands=[1]).values[0] - truth).max() <= 0.1
+
+
+@pytest.mark.parametrize("low", [40.0, 50.0])
+def test_tall_forest_that_is_right_stays(low: float) -> None:
+    """Beyond the last knot the curve runs on by itself; the slopes below must not answer for it."""
+    rng = np.random.default_rng(0)
+    heights = rng.uniform(low, 80, 400)
+    places = rng.uniform(0, 2000, (400, 2))
+    made = fit_correction(Footprints(heights + rng.normal(0, 2, 400), heights[:, None], places, 98))
+    at = np.linspace(0, 110, 56)
+    assert np.abs(made.heights(at, 1.0) - at).max() <= 0.1
+    assert made.facts["noise_m"] == pytest.approx(2.0, abs=0.3) and made.facts["outlier_share"] < 0.05
 
 
 def test_bare_ground_order_and_nodata_stay(tmp_path: Path, truth: np.ndarray) -> None:
