@@ -21,7 +21,7 @@ import numpy as np
 
 from canopy.calibration.area_fit import area_coverage, fit_areas
 from canopy.calibration.areas import AreaModel
-from canopy.calibration.collect import BLOCK_M, Scored, cells_of, load_chips, score_chips
+from canopy.calibration.collect import BLOCK_M, Scored, cells_of, check_gsd, load_chips, score_chips
 from canopy.calibration.intervals import coverage, effective_blocks, fit_intervals
 from canopy.errors import DataError
 from canopy.models.intervals import FLAT_M, LEVELS, IntervalTable, NewPlace, hats
@@ -162,6 +162,7 @@ def score_unseen(
     found: list[Unseen] = []
     for path in models:
         network = load_model(path)
+        check_gsd(network, path)
         sites = kept_from(network.card, ids)
         log.info(f"{Path(path).name} was kept from {'; '.join(sites)}")
         known = [c for c in chips if c.row.split == "val" and c.row.site not in sites]
@@ -177,19 +178,24 @@ def _some(chips: Sequence[Chip]) -> Sequence[Chip]:
     return large[:: -(-len(large) // MOST_CHIPS)] if large else []
 
 
+def trained_on(card: Mapping[str, Any], ids: Sequence[str]) -> list[str] | None:
+    """Which chips, or pairs of chips, a model's card says it was trained on; None where it does not say."""
+    trained = [str(name) for name in card.get("data", {}).get("train_ids", ())]
+    if not trained:
+        return None
+    return [i for i in ids if any(name == i or name.startswith(f"{i}-") for name in trained)]
+
+
 def kept_from(card: Mapping[str, Any], sites: Mapping[str, Sequence[str]]) -> list[str]:
     """Which sites (name -> chip ids) a model's card says it was not trained on.
 
     Raises:
         DataError: the card names no training chips, or chips of every site.
     """
-    trained = [str(name) for name in card.get("data", {}).get("train_ids", ())]
-    if not trained:
+    trained = {site: trained_on(card, ids) for site, ids in sites.items()}
+    if None in trained.values():
         raise DataError("the model does not say which chips it was trained on", where="--kept-from")
-    found = [
-        site for site, ids in sites.items()
-        if not any(name == i or name.startswith(f"{i}-") for i in ids for name in trained)
-    ]  # fmt: skip
+    found = [site for site, ids in trained.items() if not ids]
     if not found:
         raise DataError(
             "the model was trained on every place of the data", where="--kept-from",
