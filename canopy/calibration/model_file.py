@@ -138,7 +138,7 @@ def _places(data: str | Path, chips: Sequence[Chip]) -> list[tuple[float, float]
 
 def _seen_in_training(network: HeightModel, chips: Sequence[Chip]) -> int | None:
     """How many of the chips the model was trained on, with a warning; None where its card does not say."""
-    seen = trained_on(network.card, [chip.row.id for chip in chips])
+    seen = trained_on(network.card, [chip.row for chip in chips])
     if seen:
         log.warning(
             f"warning: the model was trained on {len(seen)} of these {len(chips)} chips, so its bands will "

@@ -28,7 +28,7 @@ from canopy.models.intervals import FLAT_M, LEVELS, IntervalTable, NewPlace, hat
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
-    from canopy.chips.store import Chip
+    from canopy.chips.store import Chip, ChipRow
 
 _KNOTS_M = (0.0, 1.0, 4.0, 9.0, 14.0, 19.0, 24.0, 30.0)
 _LEAST_BLOCKS = 8.0
@@ -178,12 +178,28 @@ def _some(chips: Sequence[Chip]) -> Sequence[Chip]:
     return large[:: -(-len(large) // MOST_CHIPS)] if large else []
 
 
-def trained_on(card: Mapping[str, Any], ids: Sequence[str]) -> list[str] | None:
-    """Which chips, or pairs of chips, a model's card says it was trained on; None where it does not say."""
-    trained = [str(name) for name in card.get("data", {}).get("train_ids", ())]
-    if not trained:
+def trained_on(card: Mapping[str, Any], rows: Sequence[ChipRow]) -> list[ChipRow] | None:
+    """Which chips a model's card says it was trained on; None where it does not say."""
+    data = card.get("data", {})
+    if not data.get("train_ids"):
         return None
-    return [i for i in ids if any(name == i or name.startswith(f"{i}-") for name in trained)]
+    seen = named_in(data["train_ids"], [row.id for row in rows])
+    if not data.get("val_seen"):
+        # Of a pair that was divided between training and validation, the card names the pair in both.
+        seen -= named_in(data.get("val_ids", ()), [row.id for row in rows if row.split != "train"])
+    return [row for row in rows if row.id in seen]
+
+
+def named_in(names: Sequence[str], ids: Sequence[str]) -> set[str]:
+    """Which of the chips, or pairs that chips are cut from, are among others, or cut from or into them.
+
+    A chip's name is that of its pair, `-` and the place and settings it was cut at.
+    """
+    whole = set(names)
+    return {
+        i for i in ids
+        if i in whole or any(n.startswith(f"{i}-") or i.startswith(f"{n}-") for n in whole)
+    }  # fmt: skip
 
 
 def kept_from(card: Mapping[str, Any], sites: Mapping[str, Sequence[str]]) -> list[str]:
@@ -192,10 +208,10 @@ def kept_from(card: Mapping[str, Any], sites: Mapping[str, Sequence[str]]) -> li
     Raises:
         DataError: the card names no training chips, or chips of every site.
     """
-    trained = {site: trained_on(card, ids) for site, ids in sites.items()}
-    if None in trained.values():
+    trained = card.get("data", {}).get("train_ids", ())
+    if not trained:
         raise DataError("the model does not say which chips it was trained on", where="--kept-from")
-    found = [site for site, ids in trained.items() if not ids]
+    found = [site for site, ids in sites.items() if not named_in(trained, ids)]
     if not found:
         raise DataError(
             "the model was trained on every place of the data", where="--kept-from",
