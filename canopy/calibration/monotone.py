@@ -22,15 +22,16 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import lsq_linear
 
 from canopy.calibration.discs import Footprints
+from canopy.models.intervals import dense_hats
 
 KNOTS_M = np.array([0.0, 2, 5, 8, 11, 14, 17, 20, 24, 28, 33, 40, 50])
 OUTLIER_RANGE_M = 70.0
 SLOPES = (0.2, 4.0)
+TREND_LIMIT = 0.5  # of c, up and down
 _BIN_M = 0.05  # sums over shots are kept per 5 cm of map height
 _TALLEST_M = 150.0  # no tree is taller
 _PRIOR_SLOPE, _PRIOR_STEP = 0.5, 0.3
 _LEAST_NOISE_M = 0.3
-_TREND_LIMIT = 0.5
 _STEPS = 60
 
 
@@ -44,19 +45,19 @@ class Trend:
 
     def weights(self, xy_m: np.ndarray) -> np.ndarray:
         """(n, nodes) bilinear weights of places (n, 2); constant beyond the outermost nodes."""
-        rows, cols = self.values.shape
-        at = (xy_m - np.array(self.origin_m)) / self.spacing_m
-        hats = [
-            np.clip(1 - np.abs(np.clip(at[:, axis], 0, count - 1)[:, None] - np.arange(count)), 0, None)
-            for axis, count in ((1, rows), (0, cols))
-        ]
-        return (hats[0][:, :, None] * hats[1][:, None, :]).reshape(len(xy_m), rows * cols)
+        rows, cols = self.along(1, xy_m[:, 1]), self.along(0, xy_m[:, 0])
+        return (rows[:, :, None] * cols[:, None, :]).reshape(len(xy_m), self.values.size)
+
+    def along(self, axis: int, at_m: np.ndarray) -> np.ndarray:
+        """(n, nodes) weights along one axis of places (n,): 0 is x and columns, 1 is y and rows."""
+        nodes = np.arange(float(self.values.shape[1 - axis]))
+        return dense_hats(nodes, (at_m - self.origin_m[axis]) / self.spacing_m)
 
     def at(self, xy_m: np.ndarray) -> np.ndarray:
         """(n,) relative change at places."""
         if not self.values.any():
             return np.zeros(len(xy_m))
-        return np.clip(self.weights(xy_m) @ self.values.ravel(), -_TREND_LIMIT, _TREND_LIMIT)
+        return np.clip(self.weights(xy_m) @ self.values.ravel(), -TREND_LIMIT, TREND_LIMIT)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from canopy.calibration.areas import AreaModel
 from canopy.calibration.collect import BLOCK_M, Scored, cells_of, check_gsd, load_chips, score_chips
 from canopy.calibration.intervals import coverage, effective_blocks, fit_intervals
 from canopy.errors import DataError
-from canopy.models.intervals import FLAT_M, LEVELS, IntervalTable, NewPlace, hats
+from canopy.models.intervals import FLAT_M, LEVELS, IntervalTable, NewPlace, dense_hats
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
@@ -58,9 +58,7 @@ class Unseen:
         h, y, hint, block = (
             v[..., ::step] for v in (cells.height_m, cells.truth_m, cells.hint_m, cells.block)
         )
-        weights = np.zeros((len(_KNOTS_M), len(h)))
-        for i, w in hats(np.array(_KNOTS_M), h):
-            np.add.at(weights, (i, np.arange(len(h))), w)
+        weights = dense_hats(np.array(_KNOTS_M), h).T
         enough = [effective_blocks(weight, block) >= _LEAST_BLOCKS for weight in weights]
         found: list[list[np.ndarray | None]] = []
         for level in LEVELS:
