@@ -17,7 +17,7 @@ from typing import Any
 import common
 import numpy as np
 
-from canopy.calibration.collect import Scored, load_chips, score_chips
+from canopy.calibration.collect import Scored, load_chips, predict_chips
 from canopy.calibration.gap import TAG, gaps_to_dict
 from canopy.calibration.gedi_scale import correct_map
 from canopy.geo.crs import transformer
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     chips, _ = load_chips(options.pack, options.splits.split(","))
     chips = [c for c in chips if c.row.kind != "neon"]
-    scored = list(score_chips(load_model(options.model), chips))
+    scored = list(predict_chips(load_model(options.model), chips))
     with (options.pack / "manifest.csv").open(newline="") as file:
         places = {row["id"]: row for row in csv.DictReader(file)}
     found = {}
@@ -121,7 +121,7 @@ def _simulate(truth: np.ndarray, grid: Grid, path: Path) -> int:
 
 def _row(site: str, result: dict[str, Any]) -> dict[str, Any]:
     names = {"map": "before", "+ gap": "usual", "scalar": "scalar", "spline": "spline"}
-    row = {"site": site, "shots": result["held_out_shots"]}
+    row = {"site": site.split(" (")[0], "shots": result["held_out_shots"]}
     row |= {f"MAE {shown}": result[name]["mae_good_m"] for shown, name in names.items()}
     for name in ("before", "scalar", "spline"):
         row |= {f"lidar {k} {name}": result[name][f"pixel_{k.lower()}_m"] for k in ("MAE", "bias")}

@@ -15,7 +15,7 @@ from typing import Any
 import common
 import numpy as np
 
-from canopy.calibration.collect import Scored, cells_of, halves, load_chips, score_chips
+from canopy.calibration.collect import Scored, cells_of, halves, load_chips, predict_chips
 from canopy.calibration.intervals import coverage, fit_intervals, pooled
 from canopy.models.checkpoint import load_model
 from canopy.models.intervals import METHODS
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, dict[str, Any]] = {}
     for method in options.methods.split(","):
         started = time.perf_counter()
-        scored = list(score_chips(model, chips, method=method))
+        scored = list(predict_chips(model, chips, method=method))
         seconds = (time.perf_counter() - started) / len(chips)
         found[method] = compare(scored, method) | {"seconds_per_chip": round(seconds, 2)}
     common.show(f"{100 * LEVEL:.0f} % bands on {len(chips)} chips", [_row(*item) for item in found.items()])

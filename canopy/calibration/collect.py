@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from canopy.chips.predict import predict_whole, scored_pixels
 from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M
 from canopy.errors import ConfigError, DataError
 from canopy.models.intervals import hint_names, views_of
@@ -162,7 +163,7 @@ def _lonlat(name: str, box: Sequence[Any], where: Path) -> tuple[float, float]:
     return float(lon), float(lat)
 
 
-def score_chips(
+def predict_chips(
     model: HeightModel, chips: Sequence[Chip], *, method: str = "spread", batch: int = 4,
     progress: Progress | None = None,
 ) -> Iterator[Scored]:  # fmt: skip
@@ -175,9 +176,7 @@ def score_chips(
     for chip in chips:
         with torch.inference_mode():
             layers = _predict(model, chip, method, batch)
-        valid = chip.image_valid
-        seen = valid[0::2, 0::2] & valid[1::2, 0::2] & valid[0::2, 1::2] & valid[1::2, 1::2]
-        gone = ~(seen & np.isfinite(chip.chm_m))
+        gone = ~scored_pixels(chip)
         layers[:, gone] = np.nan
         truth = np.where(gone, np.nan, chip.chm_m).astype(np.float32)
         hint = layers[1] if len(layers) == 2 else layers[1:]
@@ -186,43 +185,26 @@ def score_chips(
 
 
 def _predict(model: HeightModel, chip: Chip, method: str, batch: int) -> np.ndarray:
-    """Height and hints (l, h, w) at 1 m of a chip, from overlapping crops, cross-faded linearly."""
+    """Height and hints (l, h, w) at 1 m of a chip, from crops that overlap by three eighths or more."""
     import torch
 
     from canopy.inference.views import over_views
-    from canopy.models.fill import fill_invalid
 
     outputs = ("height_m", *hint_names(method))
 
-    def network(crops: np.ndarray) -> np.ndarray:
+    def once(crops: np.ndarray) -> np.ndarray:
         return model.layers(torch.from_numpy(crops), outputs).float().numpy()
 
-    image, valid = chip.rgb.astype(np.float32) / 255.0, chip.image_valid
-    _, H, W = image.shape
+    def network(crops: np.ndarray) -> np.ndarray:
+        return over_views(once, crops, views_of(method))
+
     # A crop beyond the chip would show the network nothing but filling.
-    side = min(model.config.crop_px, max(_LEAST_CROP_PX, -(-max(H, W) // 64) * 64))
-    total, weights = np.zeros((len(outputs), H, W)), np.zeros((H, W))
-    ramp = np.minimum(np.arange(side) + 1.0, np.arange(side, 0, -1.0)) / max(1.0, side * _OVERLAP_SHARE)
-    taper = np.minimum.outer(ramp, ramp).clip(max=1.0)
-    corners = [(r, c) for r in _starts(H, side) for c in _starts(W, side)]
-    for first in range(0, len(corners), batch):
-        part = corners[first : first + batch]
-        crops = []
-        for r, c in part:
-            rgb, ok = np.zeros((3, side, side), np.float32), np.zeros((side, side), bool)
-            piece = image[:, r : r + side, c : c + side]
-            rgb[:, : piece.shape[1], : piece.shape[2]] = piece
-            ok[: piece.shape[1], : piece.shape[2]] = valid[r : r + side, c : c + side]
-            crops.append(fill_invalid(rgb, ok))
-        for (r, c), maps in zip(part, over_views(network, np.stack(crops), views_of(method)), strict=True):
-            h, w = min(side, H - r), min(side, W - c)
-            total[:, r : r + h, c : c + w] += (maps * taper)[:, :h, :w]
-            weights[r : r + h, c : c + w] += taper[:h, :w]
-    return (total / weights).reshape(-1, H // 2, 2, W // 2, 2).mean(axis=(2, 4)).astype(np.float32)
+    side = min(model.config.crop_px, max(_LEAST_CROP_PX, -(-max(chip.rgb.shape[1:]) // 64) * 64))
+    return predict_whole(network, chip, side, lambda n: _starts(n, side), side * _OVERLAP_SHARE, batch)
 
 
 def _starts(length: int, side: int) -> list[int]:
-    """First pixels of the crops along an axis: neighbours overlap by at least three eighths."""
+    """First pixels of the crops along an axis, evenly spread."""
     if length <= side:
         return [0]
     count = int(np.ceil((length - side) / (side * (1 - _OVERLAP_SHARE)))) + 1

@@ -20,7 +20,7 @@ from canopy.calibration.collect import (
     halves,
     load_chips,
     places_of,
-    score_chips,
+    predict_chips,
 )
 from canopy.calibration.gap import CARD_KEY as GAP_KEY
 from canopy.calibration.gap import gaps_to_dict
@@ -91,7 +91,7 @@ def calibrate_model(
     _check_change(before, method, kept_from)
     chips, identity = load_chips(data, splits)
     places, seen = _places(data, chips), _seen_in_training(network, chips)
-    scored = list(score_chips(network, chips, method=method, progress=progress))
+    scored = list(predict_chips(network, chips, method=method, progress=progress))
     log.info(f"{len(scored)} chips predicted")
     ways = _both_ways(scored, method)
     table, facts = _fit(scored, ways, method)
@@ -226,7 +226,7 @@ def _elsewhere(
             chips, _ = load_chips(data, (split,))
         except DataError:
             continue
-        scored = list(score_chips(network, chips, method=table.method, progress=progress))
+        scored = list(predict_chips(network, chips, method=table.method, progress=progress))
         cells = cells_of(scored)
         found[split] = coverage(table, cells)
         if table.place == "new":

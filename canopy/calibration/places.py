@@ -21,7 +21,7 @@ import numpy as np
 
 from canopy.calibration.area_fit import area_coverage, fit_areas
 from canopy.calibration.areas import AreaModel
-from canopy.calibration.collect import BLOCK_M, Scored, cells_of, check_gsd, load_chips, score_chips
+from canopy.calibration.collect import BLOCK_M, Scored, cells_of, check_gsd, load_chips, predict_chips
 from canopy.calibration.intervals import coverage, effective_blocks, fit_intervals
 from canopy.errors import DataError
 from canopy.models.intervals import FLAT_M, LEVELS, IntervalTable, NewPlace, dense_hats
@@ -164,9 +164,9 @@ def score_unseen(
         sites = kept_from(network.card, ids)
         log.info(f"{Path(path).name} was kept from {'; '.join(sites)}")
         known = [c for c in chips if c.row.split == "val" and c.row.site not in sites]
-        seen = list(score_chips(network, known, method=method, progress=progress))
+        seen = list(predict_chips(network, known, method=method, progress=progress))
         held = [c for site in sites for c in _some([c for c in chips if c.row.site == site])]
-        found += unseen_places(seen, list(score_chips(network, held, method=method)), method=method)
+        found += unseen_places(seen, list(predict_chips(network, held, method=method)), method=method)
     return found
 
 
