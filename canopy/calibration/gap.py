@@ -46,6 +46,8 @@ class FootprintGap:
 
 def fit_gap(scored: Sequence[Scored], percent: int) -> FootprintGap | None:
     """Median gap by map height on held-out tiles; None where there are too few discs."""
+    if not scored:
+        return None
     mapped, seen = (np.concatenate(v) for v in zip(*(_discs(chip, percent) for chip in scored), strict=True))
     if len(mapped) < 10 * _LEAST_DISCS:
         return None
