@@ -1,22 +1,23 @@
-"""GEDI correction on real imagery: `python benchmarks/gedi_correction.py PACK -o DIR [--model NAME]`.
+"""GEDI correction on real imagery: `python benchmarks/gedi_correction.py PACK --out DIR [--model NAME]`.
 
 No real GEDI shot lies on imagery of the data pack. So shots are SIMULATED on its lidar heights: RH98 is the
 98th percentile of the 1 m cells in a 25 m disc, with 1 m noise, reported 10 m (per axis) away, one in ten a
 gross outlier. The model's maps of tiles it was not trained on are corrected by them; scores are on shots that
-the fit has not seen, and on lidar pixels.
+the fit has not seen, and on lidar pixels. The maps lie in DIR, too.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 
-from canopy.calibration.collect import Scored, load_chips, score_chips
+from canopy.calibration.collect import Scored, load_chips, predict_chips
 from canopy.calibration.gap import TAG, gaps_to_dict
 from canopy.calibration.gedi_scale import correct_map
 from canopy.geo.crs import transformer
@@ -28,26 +29,28 @@ from canopy.sources.gedi_footprint import pool_over_disc
 JITTER_M, NOISE_M, OUTLIERS, PER_HA = 10.0, 1.0, 0.1, 1.5
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("pack", type=Path)
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--model", default="default", help="one that has not seen the val chips")
     parser.add_argument("--splits", default="val,test,test_hard")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    chips, _ = load_chips(args.pack, args.splits.split(","))
+    options = parser.parse_args(argv)
+    chips, _ = load_chips(options.pack, options.splits.split(","))
     chips = [c for c in chips if c.row.kind != "neon"]
-    scored = list(score_chips(load_model(args.model), chips))
-    with (args.pack / "manifest.csv").open(newline="") as file:
+    scored = list(predict_chips(load_model(options.model), chips))
+    with (options.pack / "manifest.csv").open(newline="") as file:
         places = {row["id"]: row for row in csv.DictReader(file)}
-    rows = {}
-    for site in dict.fromkeys(s.site for s in scored):
-        # The gap is that of other sites: the site itself stands for new ground.
-        gap = gaps_to_dict([s for s in scored if s.site != site and s.split == "val"])
-        rows[site] = _site([s for s in scored if s.site == site], places, gap, args.out)
-        _print(site, rows[site])
-    (args.out / "gedi_correction.json").write_text(json.dumps(rows, indent=2) + "\n")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        out = options.out or Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        for site in dict.fromkeys(s.site for s in scored):
+            # The gap is that of other sites: the site itself stands for new ground.
+            gap = gaps_to_dict([s for s in scored if s.site != site and s.split == "val"])
+            found[site] = _site([s for s in scored if s.site == site], places, gap, out)
+    notes = ["Metres. Simulated shots, each held out once, outliers left out; lidar: pixels."]
+    common.show("GEDI correction", [_row(site, result) for site, result in found.items()], notes)
+    common.save(options.out, "gedi_correction", {"model": options.model, "splits": options.splits}, found)
 
 
 def _site(
@@ -116,14 +119,13 @@ def _simulate(truth: np.ndarray, grid: Grid, path: Path) -> int:
     return len(rh)
 
 
-def _print(site: str, row: dict[str, Any]) -> None:
-    print(f"{site}: {row['tiles']} tiles, {row['held_out_shots']} simulated shots, each held out once")
-    for name in ("before", "usual", "scalar", "spline"):
-        r = row[name]
-        pixels = (
-            f"; pixels: MAE {r['pixel_mae_m']} m, bias {r['pixel_bias_m']} m" if "pixel_mae_m" in r else ""
-        )
-        print(f"  {name:7} shots: MAE {r['mae_good_m']} m, bias {r['bias_good_m']} m{pixels}")
+def _row(site: str, result: dict[str, Any]) -> dict[str, Any]:
+    names = {"map": "before", "+ gap": "usual", "scalar": "scalar", "spline": "spline"}
+    row = {"site": site.split(" (")[0], "shots": result["held_out_shots"]}
+    row |= {f"MAE {shown}": result[name]["mae_good_m"] for shown, name in names.items()}
+    for name in ("before", "scalar", "spline"):
+        row |= {f"lidar {k} {name}": result[name][f"pixel_{k.lower()}_m"] for k in ("MAE", "bias")}
+    return row
 
 
 if __name__ == "__main__":

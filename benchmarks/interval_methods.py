@@ -1,4 +1,4 @@
-"""Which hint makes the best bands: `python benchmarks/interval_methods.py PACK [--model MODEL] [-o JSON]`.
+"""Which hint makes the best bands: `python benchmarks/interval_methods.py PACK [--model MODEL]`.
 
 Spread of the bin weights, their quantiles (conformalised), and the spread over flips and turns, on the
 val chips, each half verified with the calibration of the other. What counts: mean width at equal coverage,
@@ -7,16 +7,15 @@ and how evenly coverage falls on heights, on wide and narrow bands, and on tiles
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 
-from canopy.calibration.collect import Scored, cells_of, halves, load_chips, score_chips
+from canopy.calibration.collect import Scored, cells_of, halves, load_chips, predict_chips
 from canopy.calibration.intervals import coverage, fit_intervals, pooled
 from canopy.models.checkpoint import load_model
 from canopy.models.intervals import METHODS
@@ -24,29 +23,24 @@ from canopy.models.intervals import METHODS
 LEVEL = 0.9
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("pack", type=Path)
     parser.add_argument("--model", default="default", help="one that has not seen the val chips")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--every", type=int, default=1, help="take every n-th chip of a site")
-    parser.add_argument("-o", "--out", type=Path, help="JSON to write")
-    args = parser.parse_args()
-    model, (chips, _) = load_model(args.model), load_chips(args.pack, ("val",))
+    options = parser.parse_args(argv)
+    model, (chips, _) = load_model(options.model), load_chips(options.pack, ("val",))
     sites = {c.row.site: [d for d in chips if d.row.site == c.row.site] for c in chips}
-    chips = [chip for found in sites.values() for chip in found[:: args.every]]
-    rows = {}
-    print(
-        "method      coverage  width m  at 90 %  by height       by width third      tiles: sd, worst  s/chip"
-    )
-    for method in args.methods.split(","):
+    chips = [chip for found in sites.values() for chip in found[:: options.every]]
+    found: dict[str, dict[str, Any]] = {}
+    for method in options.methods.split(","):
         started = time.perf_counter()
-        scored = list(score_chips(model, chips, method=method))
+        scored = list(predict_chips(model, chips, method=method))
         seconds = (time.perf_counter() - started) / len(chips)
-        rows[method] = compare(scored, method) | {"seconds_per_chip": round(seconds, 2)}
-        print(_line(method, rows[method]))
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=2) + "\n")
+        found[method] = compare(scored, method) | {"seconds_per_chip": round(seconds, 2)}
+    common.show(f"{100 * LEVEL:.0f} % bands on {len(chips)} chips", [_row(*item) for item in found.items()])
+    common.save(options.out, "interval_methods", {"model": options.model, "every": options.every}, found)
 
 
 def compare(scored: Sequence[Scored], method: str) -> dict[str, Any]:
@@ -78,14 +72,17 @@ def compare(scored: Sequence[Scored], method: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _line(method: str, row: dict[str, Any]) -> str:
-    heights, thirds = row["by_height"].values(), ", ".join(f"{100 * v:.1f}" for v in row["by_width_third"])
-    return (
-        f"{method:10} {100 * row['overall']['coverage']:8.1f} % {row['overall']['mean_width_m']:8.2f} "
-        f"{row['width_at_equal_coverage_m']:8.2f}  "
-        f"{100 * min(heights):.1f} to {100 * max(heights):.1f} %  {thirds} %   "
-        f"{100 * row['tiles_sd']:.1f}, {100 * row['tiles_worst']:.1f} %  {row['seconds_per_chip']:.1f}"
-    )
+def _row(method: str, result: dict[str, Any]) -> dict[str, Any]:
+    heights = result["by_height"].values()
+    return {
+        "method": method, "coverage %": round(100 * result["overall"]["coverage"], 1),
+        "width m": result["overall"]["mean_width_m"],
+        f"width m at {100 * LEVEL:.0f} %": result["width_at_equal_coverage_m"],
+        "by height %": f"{100 * min(heights):.1f} to {100 * max(heights):.1f}",
+        "by width third %": ", ".join(f"{100 * v:.1f}" for v in result["by_width_third"]),
+        "tiles: sd, worst %": f"{100 * result['tiles_sd']:.1f}, {100 * result['tiles_worst']:.1f}",
+        "s/chip": result["seconds_per_chip"],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ Further deserts and waters are generated.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 from pathlib import Path
 
+import common
 import numpy as np
 import rasterio
 from scipy import ndimage
@@ -32,36 +31,35 @@ PONDS = (
 )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("pack", type=Path)
     parser.add_argument("--every", type=int, default=6, help="take every n-th town image")
     parser.add_argument("--generated", type=int, default=40, help="deserts and lakes to generate, each")
-    parser.add_argument("--out", type=Path, help="JSON to write")
-    args = parser.parse_args()
+    options = parser.parse_args(argv)
     images = {
-        s: [c.rgb for c in load_chips(args.pack, (s,))[0]] for s in ("train", "val", "test", "test_hard")
+        s: [c.rgb for c in load_chips(options.pack, (s,))[0]] for s in ("train", "val", "test", "test_hard")
     }
     rules = rules_of({CARD_KEY: fit_domain(images.pop("train"), images["val"])})
     groups = {name: [_ratio(rules, image) for image in found] for name, found in images.items()}
-    scenes = list(csv.DictReader((args.pack / "ssl" / "manifest_ssl.csv").open(newline="")))
+    scenes = list(csv.DictReader((options.pack / "ssl" / "manifest_ssl.csv").open(newline="")))
     bare = [r for r in scenes if r["place"] == "palm_springs" and int(r["n_tree_points"]) <= FEW_TREES]
-    groups["desert, real"] = [_ratio(rules, _read(args.pack / r["rgb_path"])) for r in bare]
-    groups["water, real"] = [_ratio(rules, image) for image in real_water(args.pack)]
+    groups["desert, real"] = [_ratio(rules, _read(options.pack / r["rgb_path"])) for r in bare]
+    groups["water, real"] = [_ratio(rules, image) for image in real_water(options.pack)]
     for name, place in (("farmland, KY", "Versailles"), ("rainforest, Peru", "near Iquitos")):
-        found = [args.pack / r["rgb_path"] for r in scenes if r["place"].startswith(place)]
+        found = [options.pack / r["rgb_path"] for r in scenes if r["place"].startswith(place)]
         groups[name] = [_ratio(rules, _read(path)) for path in found]
-    towns = sorted((args.pack / "ssl" / "naip_ca").glob("*.tif"))[:: args.every]
+    towns = sorted((options.pack / "ssl" / "naip_ca").glob("*.tif"))[:: options.every]
     groups["towns"] = [_ratio(rules, _read(path)) for path in towns]
-    groups["deserts"] = [_ratio(rules, desert(seed)) for seed in range(args.generated)]
-    groups["water"] = [_ratio(rules, water(seed)) for seed in range(args.generated)]
-    rows = {}
+    groups["deserts"] = [_ratio(rules, desert(seed)) for seed in range(options.generated)]
+    groups["water"] = [_ratio(rules, water(seed)) for seed in range(options.generated)]
+    rows = []
     for name, found in groups.items():
         values = np.array([v for v in found if v is not None])
-        rows[name] = {"images": len(values), "flagged": round(float((values > 1).mean()), 4)}
-        print(f"{name:16} {len(values):5} images, {100 * rows[name]['flagged']:.1f} % flagged out of domain")
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=2) + "\n")
+        flagged = round(100 * float((values > 1).mean()), 2) if len(values) else None
+        rows.append({"images": name, "number": len(values), "flagged %": flagged})
+    common.show("Flagged out of domain", rows)
+    common.save(options.out, "quality", {"every": options.every, "generated": options.generated}, rows)
 
 
 def _ratio(rules: QualityRules, image: np.ndarray) -> float | None:

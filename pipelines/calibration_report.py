@@ -46,10 +46,11 @@ def _report(model: str) -> str:
     calibration = card[CARD_KEY]
     facts = calibration["facts"]
     name = card.get("name", "unnamed")
+    seen = f" ({n} of them seen in training)" if (n := facts.get("seen_in_training")) else ""
     rows = [
         f"Model {name}, method {calibration.get('method', 'spread')}; calibrated with tensors "
         f"`{facts['tensors_sha256'][:12]}` on {facts['chips']} chips of {', '.join(facts['splits'])} of data "
-        f"`{facts['data'][:12]}`, each half verified with the calibration of the other.",
+        f"`{facts['data'][:12]}`{seen}, each half verified with the calibration of the other.",
         "",
         "| bands | predicted height | coverage | mean width |",
         "|---:|---|---:|---:|",

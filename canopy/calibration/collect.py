@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canopy.errors import DataError
+from canopy.chips.predict import predict_whole, scored_pixels
+from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M
+from canopy.errors import ConfigError, DataError
 from canopy.models.intervals import hint_names, views_of
 from canopy.runtime import NoProgress, Progress
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 BLOCK_M = 32
 _OVERLAP_SHARE = 3 / 8
 _LEAST_CROP_PX = 256
+_PLACE = ("crs", "xmin", "ymin", "xmax", "ymax")
+_GSD_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str
         data: a data pack (folder with manifest.csv), a chips folder (`canopy data chips`), or a chips file.
 
     Raises:
-        DataError: it is none of these, or has nothing of the splits.
+        DataError: it is none of these, has nothing of the splits, or its images are not of 0.5 m or its
+            heights not of 1 m, by which distances and blocks are counted.
     """
     path = Path(data)
     if path.is_file():
@@ -89,6 +94,13 @@ def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str
         from canopy.chips.shards import ChipShards
 
         shards = ChipShards(path, splits=splits)
+        for row in shards.rows:
+            if not (_same(row.gsd_m, IMAGE_GSD_M) and _same(row.label_gsd_m, LABEL_GSD_M)):
+                raise DataError(
+                    f"chip {row.id} has pixels of {row.gsd_m:g} m and heights of {row.label_gsd_m:g} m",
+                    where=path, expected=f"{IMAGE_GSD_M:g} and {LABEL_GSD_M:g} m",
+                    remedy=f"cut chips with canopy data chips --gsd {IMAGE_GSD_M:g}",
+                )  # fmt: skip
         chips, identity = [shards[i].as_chip() for i in range(len(shards))], shards.fingerprint
     else:
         raise DataError("no such data", where=path, expected="a data pack, a chips folder or a chips file")
@@ -97,33 +109,61 @@ def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str
     return chips, identity
 
 
+def check_gsd(model: HeightModel, where: object) -> None:
+    """Raises ConfigError for a model that expects other pixels than calibration chips have."""
+    if not _same(model.config.gsd_m, IMAGE_GSD_M):
+        raise ConfigError(
+            f"the model expects pixels of {model.config.gsd_m:g} m", where=where,
+            expected=f"{IMAGE_GSD_M:g} m, as calibration chips have",
+        )  # fmt: skip
+
+
+def _same(gsd_m: float, wanted_m: float) -> bool:
+    """Whether pixels are so near the wanted size that nothing comes of it."""
+    return abs(gsd_m / wanted_m - 1) <= _GSD_SHARE
+
+
 def places_of(data: str | Path) -> dict[str, tuple[float, float]]:
-    """(lon, lat) of the middle of every chip of a data pack or chips folder, by id; none of a chips file."""
+    """(lon, lat) of the middle of every chip of a data pack or chips folder, by id.
+
+    Empty for a chips file, and for a pack whose manifest lacks crs, xmin, ymin, xmax or ymax.
+
+    Raises:
+        DataError: a place that cannot be read.
+    """
     import csv
 
     path = Path(data)
     if (path / "manifest.csv").is_file():
         with (path / "manifest.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        edges = ("xmin", "xmax", "ymin", "ymax")
-        boxes = {r["id"]: (r["crs"], [float(r[edge]) for edge in edges]) for r in rows}
+        if not rows or not rows[0].keys() >= {"id", *_PLACE}:
+            return {}
+        boxes = {row["id"]: [row[name] for name in _PLACE] for row in rows if row["crs"]}
     elif path.is_dir():
         from canopy.chips.index import read_index
 
-        index = [row for row in read_index(path) if row.crs]
-        boxes = {r.id: (r.crs, [r.west, r.east, r.south, r.north]) for r in index}
+        boxes = {r.id: [r.crs, r.west, r.south, r.east, r.north] for r in read_index(path) if r.crs}
     else:
         return {}
+    return {name: _lonlat(name, box, path) for name, box in boxes.items()}
+
+
+def _lonlat(name: str, box: Sequence[Any], where: Path) -> tuple[float, float]:
+    """The middle of a box (crs, west, south, east, north). Raises DataError."""
     from canopy.geo.crs import transformer
 
-    found = {}
-    for name, (crs, (west, east, south, north)) in boxes.items():
+    try:
+        crs, (west, south, east, north) = box[0], map(float, box[1:])
         lon, lat = transformer(crs, "EPSG:4326").transform((west + east) / 2, (south + north) / 2)
-        found[name] = (float(lon), float(lat))
-    return found
+    except (TypeError, ValueError) as error:  # an unreadable CRS is a ValueError too
+        raise DataError(f"chip {name} has no usable place ({error})", where=where) from error
+    if not np.isfinite([lon, lat]).all():
+        raise DataError(f"chip {name} lies nowhere in {crs}", where=where)
+    return float(lon), float(lat)
 
 
-def score_chips(
+def predict_chips(
     model: HeightModel, chips: Sequence[Chip], *, method: str = "spread", batch: int = 4,
     progress: Progress | None = None,
 ) -> Iterator[Scored]:  # fmt: skip
@@ -136,9 +176,7 @@ def score_chips(
     for chip in chips:
         with torch.inference_mode():
             layers = _predict(model, chip, method, batch)
-        valid = chip.image_valid
-        seen = valid[0::2, 0::2] & valid[1::2, 0::2] & valid[0::2, 1::2] & valid[1::2, 1::2]
-        gone = ~(seen & np.isfinite(chip.chm_m))
+        gone = ~scored_pixels(chip)
         layers[:, gone] = np.nan
         truth = np.where(gone, np.nan, chip.chm_m).astype(np.float32)
         hint = layers[1] if len(layers) == 2 else layers[1:]
@@ -147,43 +185,26 @@ def score_chips(
 
 
 def _predict(model: HeightModel, chip: Chip, method: str, batch: int) -> np.ndarray:
-    """Height and hints (l, h, w) at 1 m of a chip, from overlapping crops, cross-faded linearly."""
+    """Height and hints (l, h, w) at 1 m of a chip, from crops that overlap by three eighths or more."""
     import torch
 
     from canopy.inference.views import over_views
-    from canopy.models.fill import fill_invalid
 
     outputs = ("height_m", *hint_names(method))
 
-    def network(crops: np.ndarray) -> np.ndarray:
+    def once(crops: np.ndarray) -> np.ndarray:
         return model.layers(torch.from_numpy(crops), outputs).float().numpy()
 
-    image, valid = chip.rgb.astype(np.float32) / 255.0, chip.image_valid
-    _, H, W = image.shape
+    def network(crops: np.ndarray) -> np.ndarray:
+        return over_views(once, crops, views_of(method))
+
     # A crop beyond the chip would show the network nothing but filling.
-    side = min(model.config.crop_px, max(_LEAST_CROP_PX, -(-max(H, W) // 64) * 64))
-    total, weights = np.zeros((len(outputs), H, W)), np.zeros((H, W))
-    ramp = np.minimum(np.arange(side) + 1.0, np.arange(side, 0, -1.0)) / max(1.0, side * _OVERLAP_SHARE)
-    taper = np.minimum.outer(ramp, ramp).clip(max=1.0)
-    corners = [(r, c) for r in _starts(H, side) for c in _starts(W, side)]
-    for first in range(0, len(corners), batch):
-        part = corners[first : first + batch]
-        crops = []
-        for r, c in part:
-            rgb, ok = np.zeros((3, side, side), np.float32), np.zeros((side, side), bool)
-            piece = image[:, r : r + side, c : c + side]
-            rgb[:, : piece.shape[1], : piece.shape[2]] = piece
-            ok[: piece.shape[1], : piece.shape[2]] = valid[r : r + side, c : c + side]
-            crops.append(fill_invalid(rgb, ok))
-        for (r, c), maps in zip(part, over_views(network, np.stack(crops), views_of(method)), strict=True):
-            h, w = min(side, H - r), min(side, W - c)
-            total[:, r : r + h, c : c + w] += (maps * taper)[:, :h, :w]
-            weights[r : r + h, c : c + w] += taper[:h, :w]
-    return (total / weights).reshape(-1, H // 2, 2, W // 2, 2).mean(axis=(2, 4)).astype(np.float32)
+    side = min(model.config.crop_px, max(_LEAST_CROP_PX, -(-max(chip.rgb.shape[1:]) // 64) * 64))
+    return predict_whole(network, chip, side, lambda n: _starts(n, side), side * _OVERLAP_SHARE, batch)
 
 
 def _starts(length: int, side: int) -> list[int]:
-    """First pixels of the crops along an axis: neighbours overlap by at least three eighths."""
+    """First pixels of the crops along an axis, evenly spread."""
     if length <= side:
         return [0]
     count = int(np.ceil((length - side) / (side * (1 - _OVERLAP_SHARE)))) + 1

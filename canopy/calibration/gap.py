@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from canopy.calibration.collect import Scored
+from canopy.calibration.intervals import weighted_median
 from canopy.errors import DataError
-from canopy.models.intervals import hats
+from canopy.models.intervals import dense_hats
 
 TAG = "CANOPY_FOOTPRINT_GAP"
 CARD_KEY = "footprint_gap"
@@ -45,19 +46,16 @@ class FootprintGap:
 
 def fit_gap(scored: Sequence[Scored], percent: int) -> FootprintGap | None:
     """Median gap by map height on held-out tiles; None where there are too few discs."""
+    if not scored:
+        return None
     mapped, seen = (np.concatenate(v) for v in zip(*(_discs(chip, percent) for chip in scored), strict=True))
     if len(mapped) < 10 * _LEAST_DISCS:
         return None
-    weight = np.zeros((len(mapped), len(_KNOTS_M)))
-    for i, w in hats(_KNOTS_M, mapped):
-        weight[np.arange(len(mapped)), i] += w
     kept, gaps = [0.0], [0.0]
-    for knot, column in zip(_KNOTS_M[1:].tolist(), weight[:, 1:].T, strict=True):
-        if column.sum() >= _LEAST_DISCS:
-            order = np.argsort(seen - mapped)
-            mass = np.cumsum(column[order])
+    for knot, weight in zip(_KNOTS_M[1:].tolist(), dense_hats(_KNOTS_M, mapped)[:, 1:].T, strict=True):
+        if weight.sum() >= _LEAST_DISCS:
             kept.append(knot)
-            gaps.append(float((seen - mapped)[order][np.searchsorted(mass, mass[-1] / 2)]))
+            gaps.append(weighted_median(seen - mapped, weight))
     if len(kept) < 3:
         return None
     at = np.array(kept)

@@ -9,13 +9,14 @@ stay almost whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from canopy.calibration.discs import Footprints
-from canopy.calibration.monotone import Fit, Trend, fit_monotone, nodes_for
+from canopy.calibration.monotone import Trend, fit_monotone, nodes_for
 from canopy.errors import ConfigError, DataError
 
 METHODS = ("spline", "scalar")
@@ -86,7 +87,7 @@ def fit_correction(shots: Footprints, method: str = "spline", *, spacing_m: floa
             expected=f"at least {LEAST_SHOTS}",
             remedy="use shots of a larger area or a looser filter",
         )
-    return _scalar(shots) if method == "scalar" else _spline(shots, spacing_m, _REPLICATES)
+    return _scalar(shots) if method == "scalar" else _spline(shots, spacing_m)
 
 
 def _scalar(shots: Footprints) -> Correction:
@@ -94,32 +95,32 @@ def _scalar(shots: Footprints) -> Correction:
 
     It uses the reported places and every shot, as the published one does. It cannot lift zeros.
     """
-    known = np.isfinite(shots.reported_m)
-    observed = np.percentile(shots.height_m[known], _PERCENTILES)
-    mapped = np.percentile(shots.reported_m[known], _PERCENTILES)
-    factor = float(observed @ mapped / max(mapped @ mapped, 1e-9)) if mapped.any() else 1.0
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(_REPLICATES):
-        at = rng.choice(np.flatnonzero(known), known.sum())
-        a, b = (np.percentile(v[at], _PERCENTILES) for v in (shots.height_m, shots.reported_m))
-        draws.append(a @ b / max(b @ b, 1e-9))
+    known = shots.take(np.isfinite(shots.reported_m))
+    factor = _factor(known)
+    draws = [_factor(known.take(np.repeat(np.arange(len(known)), times))) for times in _resamples(known)]
     error = float(np.std(draws, ddof=1))
-    none = nodes_for(shots.xy_m, np.inf)
+    none = Trend((0.0, 0.0), 1.0, np.zeros((1, 1)))
     facts = {"factor": round(factor, 4), "factor_se": round(error, 4), "shots": len(shots)}
     return Correction("scalar", GRID_M * factor, GRID_M * error, none, np.zeros((1, 1)), facts)
 
 
-def _spline(shots: Footprints, spacing_m: float, replicates: int) -> Correction:
+def _factor(shots: Footprints) -> float:
+    """Least squares through 0 of the shots' percentiles on the map's; 1 where the map has nothing."""
+    observed, mapped = (np.percentile(v, _PERCENTILES) for v in (shots.height_m, shots.reported_m))
+    return float(observed @ mapped / max(mapped @ mapped, 1e-9)) if mapped.any() else 1.0
+
+
+def _spline(shots: Footprints, spacing_m: float) -> Correction:
     trend = nodes_for(shots.xy_m, spacing_m)
     fit = fit_monotone(shots, trend)
-    draws = _bootstrap(shots, fit, replicates)
-    spread = fit.sd_m(GRID_M)
-    trend_se = np.zeros(trend.values.shape)
-    if draws:
-        levels = np.stack([d.level(GRID_M) for d in draws])
-        spread = np.maximum(spread, levels.std(axis=0, ddof=1))
-        trend_se = np.stack([d.trend.values for d in draws]).std(axis=0, ddof=1)
+    # Refits of the same shots, begun at their fit.
+    draws = [
+        fit_monotone(shots, trend, weights=times.astype(np.float64), start=fit, steps=_REPLICATE_STEPS)
+        for times in _resamples(shots)
+    ]
+    levels = np.stack([draw.level(GRID_M) for draw in draws])
+    spread = np.maximum(fit.sd_m(GRID_M), levels.std(axis=0, ddof=1))
+    trend_se = np.stack([draw.trend.values for draw in draws]).std(axis=0, ddof=1)
     change = _garrote(fit.level(GRID_M) - GRID_M, spread)
     if shots.gap is not None:
         # The curve is one of what discs should show; pixels change by the same share as their discs.
@@ -151,17 +152,13 @@ def _garrote(change: np.ndarray, error: np.ndarray, z0: float = _GARROTE_Z) -> n
     return change * np.maximum(0.0, 1.0 - (z0 / np.maximum(z, 1e-9)) ** 2)
 
 
-def _bootstrap(shots: Footprints, fit: Fit, replicates: int) -> list[Fit]:
-    """Refits on blocks of ground drawn with replacement."""
+def _resamples(shots: Footprints) -> Iterator[np.ndarray]:
+    """`_REPLICATES` times (n,) how often each shot counts when blocks are drawn with replacement."""
     rng = np.random.default_rng(0)
     block = blocks_of(shots.xy_m)
     count = int(block.max()) + 1
-    draws = []
-    for _ in range(replicates):
-        times = np.bincount(rng.integers(0, count, count), minlength=count)[block].astype(np.float64)
-        if times.any():
-            draws.append(fit_monotone(shots, fit.trend, weights=times, start=fit, steps=_REPLICATE_STEPS))
-    return draws
+    for _ in range(_REPLICATES):
+        yield np.bincount(rng.integers(0, count, count), minlength=count)[block]
 
 
 def blocks_of(xy_m: np.ndarray) -> np.ndarray:
@@ -190,11 +187,11 @@ def held_out(shots: Footprints, *, spacing_m: float = 5_000.0) -> dict[str, Any]
         test, train = fold == number, fold != number
         if not test.any() or train.sum() < LEAST_SHOTS:
             continue
-        inner, outer = shots.take(train), shots.take(test & np.isfinite(shots.reported_m))
-        spline = _spline(inner, spacing_m, 0)
-        for name, error in _errors(outer, {"scalar": _scalar(inner), "spline": spline}).items():
+        outer = shots.take(test & np.isfinite(shots.reported_m))
+        made = {name: fit_correction(shots.take(train), name, spacing_m=spacing_m) for name in METHODS}
+        for name, error in _errors(outer, made).items():
             errors.setdefault(name, []).append(error)
-        good.append(_plausible(outer, spline))
+        good.append(_plausible(outer, made["spline"]))
     if not good:
         return {"n": 0}
     return _table({name: np.concatenate(parts) for name, parts in errors.items()}, np.concatenate(good))

@@ -13,6 +13,7 @@ from canopy import __version__
 from canopy.calibration.discs import Footprints, map_grid, read_footprints
 from canopy.calibration.gap import FootprintGap, gap_of
 from canopy.calibration.gedi_fit import GRID_M, METHODS, Correction, fit_correction, held_out, scores_on
+from canopy.calibration.monotone import TREND_LIMIT
 from canopy.errors import ConfigError, InputError
 from canopy.files import replacing
 from canopy.runtime import NoProgress, Progress, log
@@ -225,14 +226,10 @@ def _trend_on(
     trend = correction.trend
     if not trend.values.any() and not correction.trend_se.any():
         return 1.0, 0.0
-    y = (row + 0.5 + np.arange(shape[0])) * grid.gsd_m
-    x = (col + 0.5 + np.arange(shape[1])) * grid.gsd_m
-    hats = []
-    for at, axis, count in ((y, 1, trend.values.shape[0]), (x, 0, trend.values.shape[1])):
-        place = np.clip((at - trend.origin_m[axis]) / trend.spacing_m, 0, count - 1)
-        hats.append(np.clip(1 - np.abs(place[:, None] - np.arange(count)), 0, None))
-    change = np.clip(hats[0] @ trend.values @ hats[1].T, -0.5, 0.5)
-    return 1 + change, hats[0] @ correction.trend_se @ hats[1].T
+    rows = trend.along(1, (row + 0.5 + np.arange(shape[0])) * grid.gsd_m)
+    cols = trend.along(0, (col + 0.5 + np.arange(shape[1])) * grid.gsd_m)
+    change = np.clip(rows @ trend.values @ cols.T, -TREND_LIMIT, TREND_LIMIT)
+    return 1 + change, rows @ correction.trend_se @ cols.T
 
 
 def _write_report(

@@ -20,7 +20,7 @@ import numpy as np
 
 from canopy.calibration.collect import BLOCK_M, Cells
 from canopy.errors import DataError
-from canopy.models.intervals import LEVELS, SOFT_M, IntervalTable, hats
+from canopy.models.intervals import LEVELS, SOFT_M, IntervalTable, dense_hats, hats
 
 HEIGHT_CLASSES_M = (0.0, 0.5, 2.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0)
 _KNOTS_M = (0.0, 0.25, 0.5, 1, 2, 4, 7, 10, 13, 16, 18, 20, 22, 24, 26, 28, 30, 33, 36, 40)
@@ -51,12 +51,12 @@ def fit_intervals(
     if method == "quantiles":
         typical, spread, relative = np.zeros(len(knots)), np.zeros(1), np.zeros(len(h))
     else:
-        typical = np.array([_weighted_median(s[at], w) for at, w in near])
+        typical = np.array([weighted_median(s[at], w) for at, w in near])
         relative = np.log((s + SOFT_M) / (np.interp(h, knots, typical) + SOFT_M))
         spread = np.unique(np.round(np.quantile(relative, _SPREAD_QUANTILES), 4))
     below, above = (np.zeros((len(LEVELS), len(knots), len(spread))) for _ in range(2))
     for i, (at, by_height) in enumerate(near):
-        hat_v = _dense_hats(spread, relative[at])
+        hat_v = dense_hats(spread, relative[at])
         for j in range(len(spread)):
             weight = by_height * hat_v[:, j]
             if effective_blocks(weight, cells.block[at]) < _LEAST_HINTED:
@@ -169,18 +169,11 @@ def _by_knot(knots: np.ndarray, x: np.ndarray) -> list[tuple[np.ndarray, np.ndar
     return [(part % len(x), weight[part]) for part in parts]
 
 
-def _weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
+def weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
+    """The smallest of values (n,) with half the weight (n,) at or below it."""
     order = np.argsort(values)
     mass = np.cumsum(weight[order])
     return float(values[order][np.searchsorted(mass, mass[-1] / 2)])
-
-
-def _dense_hats(knots: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """(n, k) linear hat functions, constant beyond the outermost knots; rows sum to 1."""
-    out = np.zeros((len(x), len(knots)))
-    for i, w in hats(knots, x):
-        out[np.arange(len(x)), i] += w
-    return out
 
 
 def coverage(table: IntervalTable, cells: Cells, level: float = 0.9) -> dict[str, Any]:

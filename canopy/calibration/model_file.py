@@ -15,15 +15,22 @@ from canopy.calibration.collect import (
     BLOCK_M,
     Scored,
     cells_of,
+    check_gsd,
     halves,
     load_chips,
     places_of,
-    score_chips,
+    predict_chips,
 )
 from canopy.calibration.gap import CARD_KEY as GAP_KEY
 from canopy.calibration.gap import gaps_to_dict
 from canopy.calibration.intervals import coverage, fit_intervals, pooled
-from canopy.calibration.places import areas_in_new_places, fit_new_place, score_unseen, verify_new_place
+from canopy.calibration.places import (
+    areas_in_new_places,
+    fit_new_place,
+    score_unseen,
+    trained_on,
+    verify_new_place,
+)
 from canopy.errors import CheckpointError, ConfigError, DataError, InputError
 from canopy.files import file_sha256, replacing
 from canopy.models.intervals import CARD_KEY, METHODS, IntervalTable, table_of
@@ -32,6 +39,7 @@ from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
     from canopy.chips.store import Chip
+    from canopy.models.height import HeightModel
 
 _VERIFIED = (0.5, 0.8, 0.9, 0.95)
 _Way = tuple[IntervalTable, list[Scored], list[Scored]]
@@ -63,11 +71,12 @@ def calibrate_model(
         method: where the width of bands comes from, one of `METHODS`; by default the model's present one.
         kept_from: models of the same training that were kept from some sites of the data: they tell how much
             wider bands must be in new places (`canopy.calibration.places`). Without any, what the model's
-            card says of new places stays.
+            card says of new places stays, which another method cannot use.
         domain_split: its images become the reference of the quality flag "out of domain"; None skips it.
 
     Returns:
-        The report, JSON-ready; it is also in the card under "intervals" -> "facts".
+        The report, JSON-ready; it is also in the card under "intervals" -> "facts". `seen_in_training` is the
+        number of chips that the model was trained on, None where its card does not say.
 
     Raises:
         InputError: bad names, data or model; nothing was written.
@@ -76,21 +85,25 @@ def calibrate_model(
 
     source, target = resolve_model(model), _check_out(Path(out), overwrite)
     network = load_model(source)
+    check_gsd(network, source)
     before = network.card.get(CARD_KEY, {})
     method = check_method(method or before.get("method", "spread"))
+    _check_change(before, method, kept_from)
     chips, identity = load_chips(data, splits)
-    scored = list(score_chips(network, chips, method=method, progress=progress))
+    places, seen = _places(data, chips), _seen_in_training(network, chips)
+    scored = list(predict_chips(network, chips, method=method, progress=progress))
     log.info(f"{len(scored)} chips predicted")
     ways = _both_ways(scored, method)
     table, facts = _fit(scored, ways, method)
     facts |= {
         "version": __version__, "data": identity, "splits": list(splits), "block_m": BLOCK_M,
-        "chips": len(scored), "model_sha256": file_sha256(source), "tensors_sha256": tensors_sha256(source),
+        "chips": len(scored), "seen_in_training": seen,
+        "model_sha256": file_sha256(source), "tensors_sha256": tensors_sha256(source),
     }  # fmt: skip
     raw = table.to_dict()
     area = _areas(scored, table, ways, facts)
     raw |= {"area": area.to_dict()} if area is not None else {}
-    raw |= _new_place(data, chips, kept_from, before, method, facts, progress)
+    raw |= _new_place(data, places, kept_from, before, method, facts, progress)
     facts["elsewhere"] = _elsewhere(network, data, report_splits, raw, progress)
     additions: dict[str, Any] = {CARD_KEY: raw | {"facts": facts}, GAP_KEY: gaps_to_dict(scored)}
     if domain_split is not None:
@@ -106,29 +119,54 @@ def check_method(method: str) -> str:
     return method
 
 
+def _check_change(before: dict[str, Any], method: str, kept_from: Sequence[str | Path]) -> None:
+    """Refuse a method that would lose the bands of new places: seen ones are too narrow there."""
+    present = before.get("method", "spread")
+    if "new_place" in before and method != present and not kept_from:
+        raise ConfigError(
+            f"the model's bands of new places are those of {present}", where=f"--method {method}",
+            remedy=f"keep --method {present}, or give models that were kept from places with --kept-from",
+        )  # fmt: skip
+
+
+def _places(data: str | Path, chips: Sequence[Chip]) -> list[tuple[float, float]]:
+    """Where the chips lie: (lon, lat) to about a kilometre, each once."""
+    where = places_of(data)
+    found = (where[chip.row.id] for chip in chips if chip.row.id in where)
+    return sorted({(round(lon, 2), round(lat, 2)) for lon, lat in found})
+
+
+def _seen_in_training(network: HeightModel, chips: Sequence[Chip]) -> int | None:
+    """How many of the chips the model was trained on, with a warning; None where its card does not say."""
+    seen = trained_on(network.card, [chip.row for chip in chips])
+    if seen:
+        log.warning(
+            f"warning: the model was trained on {len(seen)} of these {len(chips)} chips, so its bands will "
+            "be too narrow elsewhere: calibrate on chips that it has not seen (--data, --splits), or take "
+            "the calibration of a sibling that has not seen them (docs/uncertainty.md)"
+        )
+    return None if seen is None else len(seen)
+
+
 def _new_place(
-    data: str | Path, chips: Sequence[Chip], kept_from: Sequence[str | Path], before: dict[str, Any],
-    method: str, facts: dict[str, Any], progress: Progress | None,
+    data: str | Path, places: list[tuple[float, float]], kept_from: Sequence[str | Path],
+    before: dict[str, Any], method: str, facts: dict[str, Any], progress: Progress | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The card's part about new places, and where this calibration has been; empty where nothing is known."""
-    where = places_of(data)
-    seen = sorted(
-        {(round(x, 2), round(y, 2)) for c in chips if c.row.id in where for x, y in [where[c.row.id]]}
-    )
     if kept_from:
-        places = score_unseen(kept_from, data, method, progress)
-        new = fit_new_place(places)
-        area, facts["areas_in_new_places"] = areas_in_new_places(places)
-        facts["new_places"] = verify_new_place(places)
+        unseen = score_unseen(kept_from, data, method, progress)
+        new = fit_new_place(unseen)
+        area, facts["areas_in_new_places"] = areas_in_new_places(unseen)
+        facts["new_places"] = verify_new_place(unseen)
         raw = new.to_dict() | ({"area": area.to_dict()} if area is not None else {})
-    elif "new_place" in before and before.get("method", "spread") == method and seen:
-        raw = before["new_place"]
-        facts["new_places"] = before.get("facts", {}).get("new_places")
+    elif "new_place" in before:
+        raw, told = before["new_place"], before.get("facts", {})
+        facts |= {key: told[key] for key in ("new_places", "areas_in_new_places") if key in told}
     else:
         return {}
-    if not seen:
+    if not places:
         log.warning("note: the data do not say where they lie: every map gets the bands of new places")
-    return {"new_place": raw, "places": seen}
+    return {"new_place": raw, "places": places}
 
 
 def _fit(scored: list[Scored], ways: list[_Way], method: str) -> tuple[IntervalTable, dict[str, Any]]:
@@ -188,7 +226,7 @@ def _elsewhere(
             chips, _ = load_chips(data, (split,))
         except DataError:
             continue
-        scored = list(score_chips(network, chips, method=table.method, progress=progress))
+        scored = list(predict_chips(network, chips, method=table.method, progress=progress))
         cells = cells_of(scored)
         found[split] = coverage(table, cells)
         if table.place == "new":

@@ -22,14 +22,16 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import lsq_linear
 
 from canopy.calibration.discs import Footprints
+from canopy.models.intervals import dense_hats
 
 KNOTS_M = np.array([0.0, 2, 5, 8, 11, 14, 17, 20, 24, 28, 33, 40, 50])
 OUTLIER_RANGE_M = 70.0
 SLOPES = (0.2, 4.0)
+TREND_LIMIT = 0.5  # of c, up and down
 _BIN_M = 0.05  # sums over shots are kept per 5 cm of map height
+_TALLEST_M = 150.0  # no tree is taller
 _PRIOR_SLOPE, _PRIOR_STEP = 0.5, 0.3
 _LEAST_NOISE_M = 0.3
-_TREND_LIMIT = 0.5
 _STEPS = 60
 
 
@@ -43,19 +45,19 @@ class Trend:
 
     def weights(self, xy_m: np.ndarray) -> np.ndarray:
         """(n, nodes) bilinear weights of places (n, 2); constant beyond the outermost nodes."""
-        rows, cols = self.values.shape
-        at = (xy_m - np.array(self.origin_m)) / self.spacing_m
-        hats = [
-            np.clip(1 - np.abs(np.clip(at[:, axis], 0, count - 1)[:, None] - np.arange(count)), 0, None)
-            for axis, count in ((1, rows), (0, cols))
-        ]
-        return (hats[0][:, :, None] * hats[1][:, None, :]).reshape(len(xy_m), rows * cols)
+        rows, cols = self.along(1, xy_m[:, 1]), self.along(0, xy_m[:, 0])
+        return (rows[:, :, None] * cols[:, None, :]).reshape(len(xy_m), self.values.size)
+
+    def along(self, axis: int, at_m: np.ndarray) -> np.ndarray:
+        """(n, nodes) weights along one axis of places (n,): 0 is x and columns, 1 is y and rows."""
+        nodes = np.arange(float(self.values.shape[1 - axis]))
+        return dense_hats(nodes, (at_m - self.origin_m[axis]) / self.spacing_m)
 
     def at(self, xy_m: np.ndarray) -> np.ndarray:
         """(n,) relative change at places."""
         if not self.values.any():
             return np.zeros(len(xy_m))
-        return np.clip(self.weights(xy_m) @ self.values.ravel(), -_TREND_LIMIT, _TREND_LIMIT)
+        return np.clip(self.weights(xy_m) @ self.values.ravel(), -TREND_LIMIT, TREND_LIMIT)
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,17 @@ class Fit:
 def curve(slopes: np.ndarray, map_m: np.ndarray) -> np.ndarray:
     """f(m) of given slopes."""
     at_knots = np.concatenate([[0.0], np.cumsum(slopes * np.diff(KNOTS_M))])
-    return np.interp(map_m, KNOTS_M, at_knots) + np.maximum(map_m - KNOTS_M[-1], 0)
+    return np.interp(map_m, KNOTS_M, at_knots) + _tail(map_m)
 
 
 def ramps(map_m: np.ndarray) -> np.ndarray:
     """Heights (n,) -> linear I-splines (n, knots - 1)."""
     return np.clip(map_m[:, None] - KNOTS_M[:-1], 0, np.diff(KNOTS_M))
+
+
+def _tail(map_m: np.ndarray) -> np.ndarray:
+    """What f has beyond the last knot, where no shot decides its slope: that is 1."""
+    return np.maximum(map_m - KNOTS_M[-1], 0)
 
 
 def nodes_for(xy_m: np.ndarray, spacing_m: float) -> Trend:
@@ -133,7 +140,7 @@ def fit_monotone(
     m, y = shots.expect(shots.map_m), shots.height_m[:, None]
     seen = np.isfinite(m)
     heights = np.where(seen, m, 0.0)
-    bins = np.minimum((heights / _BIN_M).astype(np.int64), int(2 * KNOTS_M[-1] / _BIN_M))
+    bins = np.minimum((heights / _BIN_M).astype(np.int64), int(_TALLEST_M / _BIN_M))
     counts = np.ones(len(shots)) if weights is None else weights
     places = trend.weights(shots.xy_m)
     fit = start or identity(trend, len(shots))
@@ -184,6 +191,7 @@ def _slopes(
     square = np.bincount(bins.ravel(), w * f * f, size)
     cross = np.bincount(bins.ravel(), w * f * np.broadcast_to(y, bins.shape).ravel(), size)
     centre = (np.arange(size) + 0.5) * _BIN_M
+    cross -= square * _tail(centre)  # the slopes answer for the ramps alone
     design = ramps(centre)
     count = design.shape[1]
     step = np.diff(np.eye(count), axis=0)

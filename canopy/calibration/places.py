@@ -21,14 +21,14 @@ import numpy as np
 
 from canopy.calibration.area_fit import area_coverage, fit_areas
 from canopy.calibration.areas import AreaModel
-from canopy.calibration.collect import BLOCK_M, Scored, cells_of, load_chips, score_chips
+from canopy.calibration.collect import BLOCK_M, Scored, cells_of, check_gsd, load_chips, predict_chips
 from canopy.calibration.intervals import coverage, effective_blocks, fit_intervals
 from canopy.errors import DataError
-from canopy.models.intervals import FLAT_M, LEVELS, IntervalTable, NewPlace, hats
+from canopy.models.intervals import FLAT_M, LEVELS, IntervalTable, NewPlace, dense_hats
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
-    from canopy.chips.store import Chip
+    from canopy.chips.store import Chip, ChipRow
 
 _KNOTS_M = (0.0, 1.0, 4.0, 9.0, 14.0, 19.0, 24.0, 30.0)
 _LEAST_BLOCKS = 8.0
@@ -58,9 +58,7 @@ class Unseen:
         h, y, hint, block = (
             v[..., ::step] for v in (cells.height_m, cells.truth_m, cells.hint_m, cells.block)
         )
-        weights = np.zeros((len(_KNOTS_M), len(h)))
-        for i, w in hats(np.array(_KNOTS_M), h):
-            np.add.at(weights, (i, np.arange(len(h))), w)
+        weights = dense_hats(np.array(_KNOTS_M), h).T
         enough = [effective_blocks(weight, block) >= _LEAST_BLOCKS for weight in weights]
         found: list[list[np.ndarray | None]] = []
         for level in LEVELS:
@@ -162,12 +160,13 @@ def score_unseen(
     found: list[Unseen] = []
     for path in models:
         network = load_model(path)
+        check_gsd(network, path)
         sites = kept_from(network.card, ids)
         log.info(f"{Path(path).name} was kept from {'; '.join(sites)}")
         known = [c for c in chips if c.row.split == "val" and c.row.site not in sites]
-        seen = list(score_chips(network, known, method=method, progress=progress))
+        seen = list(predict_chips(network, known, method=method, progress=progress))
         held = [c for site in sites for c in _some([c for c in chips if c.row.site == site])]
-        found += unseen_places(seen, list(score_chips(network, held, method=method)), method=method)
+        found += unseen_places(seen, list(predict_chips(network, held, method=method)), method=method)
     return found
 
 
@@ -177,19 +176,40 @@ def _some(chips: Sequence[Chip]) -> Sequence[Chip]:
     return large[:: -(-len(large) // MOST_CHIPS)] if large else []
 
 
+def trained_on(card: Mapping[str, Any], rows: Sequence[ChipRow]) -> list[ChipRow] | None:
+    """Which chips a model's card says it was trained on; None where it does not say."""
+    data = card.get("data", {})
+    if not data.get("train_ids"):
+        return None
+    seen = named_in(data["train_ids"], [row.id for row in rows])
+    if not data.get("val_seen"):
+        # Of a pair that was divided between training and validation, the card names the pair in both.
+        seen -= named_in(data.get("val_ids", ()), [row.id for row in rows if row.split != "train"])
+    return [row for row in rows if row.id in seen]
+
+
+def named_in(names: Sequence[str], ids: Sequence[str]) -> set[str]:
+    """Which of the chips, or pairs that chips are cut from, are among others, or cut from or into them.
+
+    A chip's name is that of its pair, `-` and the place and settings it was cut at.
+    """
+    whole = set(names)
+    return {
+        i for i in ids
+        if i in whole or any(n.startswith(f"{i}-") or i.startswith(f"{n}-") for n in whole)
+    }  # fmt: skip
+
+
 def kept_from(card: Mapping[str, Any], sites: Mapping[str, Sequence[str]]) -> list[str]:
     """Which sites (name -> chip ids) a model's card says it was not trained on.
 
     Raises:
         DataError: the card names no training chips, or chips of every site.
     """
-    trained = [str(name) for name in card.get("data", {}).get("train_ids", ())]
+    trained = card.get("data", {}).get("train_ids", ())
     if not trained:
         raise DataError("the model does not say which chips it was trained on", where="--kept-from")
-    found = [
-        site for site, ids in sites.items()
-        if not any(name == i or name.startswith(f"{i}-") for i in ids for name in trained)
-    ]  # fmt: skip
+    found = [site for site, ids in sites.items() if not named_in(trained, ids)]
     if not found:
         raise DataError(
             "the model was trained on every place of the data", where="--kept-from",

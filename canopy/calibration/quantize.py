@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canopy.calibration.collect import load_chips, score_chips
+from canopy.calibration.collect import load_chips, predict_chips
+from canopy.chips.predict import crop_of
 from canopy.errors import InputError
 from canopy.inference.backends.choose import Choice, int8_places, settle
 from canopy.inference.backends.openvino_core import core, load_openvino
@@ -105,8 +106,6 @@ def calibration_crops(chips: Sequence[Chip], side: int, count: int) -> np.ndarra
 
     Holes are filled as in prediction, and so is what a chip lacks for a crop: its image is mirrored.
     """
-    from canopy.models.fill import fill_invalid
-
     picked = np.linspace(0, len(chips) - 1, min(count, len(chips))).round().astype(int)
     made = []
     for number, index in enumerate(picked):
@@ -115,12 +114,8 @@ def calibration_crops(chips: Sequence[Chip], side: int, count: int) -> np.ndarra
         # Corner after corner, so that all parts of chips come in.
         top = (number % 2) * max(0, height - side)
         left = (number // 2 % 2) * max(0, width - side)
-        rgb, valid = np.zeros((3, side, side), np.float32), np.zeros((side, side), bool)
-        piece = chip.rgb[:, top : top + side, left : left + side].astype(np.float32) / 255.0
-        rgb[:, : piece.shape[1], : piece.shape[2]] = piece
-        valid[: piece.shape[1], : piece.shape[2]] = chip.image_valid[top : top + side, left : left + side]
-        if valid.any():
-            made.append(fill_invalid(rgb, valid))
+        if chip.image_valid[top : top + side, left : left + side].any():
+            made.append(crop_of(chip, top, left, side))
     return np.stack(made)
 
 
@@ -178,7 +173,7 @@ def judge(
     """fp32 and int8 against the chips' lidar, at 1 m: MAE and bias of each, and how far they are apart."""
     int8 = replace(choice, precision="int8", quantised=path)
     runs = [_Carried(c.open(model, OUTPUTS), model) for c in (choice, int8)]
-    scored = [list(score_chips(run, chips, progress=progress)) for run in runs]  # type: ignore[arg-type]
+    scored = [list(predict_chips(run, chips, progress=progress)) for run in runs]  # type: ignore[arg-type]
     known = [chip.known for chip in scored[0]]
     truth = np.concatenate([c.truth_m[k] for c, k in zip(scored[0], known, strict=True)])
     fp, q = (np.concatenate([c.height_m[k] for c, k in zip(s, known, strict=True)]) for s in scored)
@@ -199,7 +194,7 @@ def judge(
 
 
 class _Carried:
-    """A runner where `score_chips` expects a model."""
+    """A runner where `predict_chips` expects a model."""
 
     def __init__(self, runner: Runner, model: HeightModel) -> None:
         self._runner, self.config = runner, model.config

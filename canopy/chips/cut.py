@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from canopy.chips.store import NO_HEIGHT, Chip, ChipRow
+from canopy.chips.store import LABEL_GSD_M, NO_HEIGHT, Chip, ChipRow
 from canopy.errors import DataError
 
 _COLUMNS = ("id", "kind", "site", "rgb_path", "chm_path", "rgb_res_m", "chm_res_m", "split")
@@ -28,7 +28,8 @@ def cut_pack(pack: str | Path, splits: tuple[str, ...] | None = None) -> tuple[l
         The chips, and a sha256 over the manifest and all files it names.
 
     Raises:
-        DataError: missing manifest, columns or files, or pairs whose sizes do not match.
+        DataError: missing manifest, columns or files, heights of other than 1 m, or pairs whose sizes do not
+            match.
     """
     pack = Path(pack)
     manifest = pack / "manifest.csv"
@@ -53,6 +54,11 @@ def _read_pair(pack: Path, row: dict[str, str]) -> Chip:
     import rasterio
     from rasterio.enums import Resampling
 
+    if _number(row["chm_res_m"]) != LABEL_GSD_M:
+        raise DataError(
+            f"chm_res_m is {row['chm_res_m'] or 'missing'}", where=row["id"], expected=f"{LABEL_GSD_M:g}",
+            remedy="cut chips with canopy data chips --manifest",
+        )  # fmt: skip
     with rasterio.open(pack / row["chm_path"]) as file:
         cm = file.read(1)
     height, width = cm.shape
@@ -70,6 +76,13 @@ def _read_pair(pack: Path, row: dict[str, str]) -> Chip:
     kind = "neon" if row["kind"] == "neon" else "lidar"
     chm = np.where(cm == NO_HEIGHT, np.nan, cm / 100.0).astype(np.float32)
     return Chip(ChipRow(row["id"], row["site"], kind, row["split"]), mark_missing(rgb), chm)
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return float("nan")
 
 
 def mark_missing(rgb: np.ndarray) -> np.ndarray:

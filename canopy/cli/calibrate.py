@@ -119,7 +119,7 @@ def interval(
     predicted height and spread), verifies each half of the blocks with the calibration of the other, and
     writes the model with the result in its card. Tensors are not touched. The training images become the
     reference of --quality-band's out-of-domain flag. With lidar of your own place as --data, bands hold
-    there.
+    there. Chips that the model was trained on make them too narrow: it says how many there are.
 
     Example: canopy calibrate interval default --data pack -o calibrated.safetensors
     Example: canopy calibrate interval default --data my_chips --splits train,val -o mine.safetensors
@@ -144,7 +144,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _print_coverage(facts: dict[str, Any]) -> None:
-    typer.echo(f"{facts['output']}: calibrated on {facts['chips']} chips")
+    seen = facts["seen_in_training"]
+    told = f", {seen} of them seen in training" if seen else ""
+    typer.echo(f"{facts['output']}: calibrated on {facts['chips']} chips{told}")
     for row in facts["verified_on_unseen_halves"]:
         _print_row(f"{100 * row['level']:.0f} % bands, unseen halves", row["overall"])
         if row["level"] == 0.9:

@@ -228,3 +228,11 @@ def hats(knots: np.ndarray, x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]
     left = np.clip(np.searchsorted(knots, x, side="right") - 1, 0, len(knots) - 2)
     share = np.clip((x - knots[left]) / (knots[left + 1] - knots[left]), 0.0, 1.0)
     return [(left, 1 - share), (left + 1, share)]
+
+
+def dense_hats(knots: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """`hats` of all knots: (n, k) for x (n,); rows sum to 1."""
+    out = np.zeros((len(x), len(knots)))
+    for i, w in hats(knots, x):
+        out[np.arange(len(x)), i] += w
+    return out

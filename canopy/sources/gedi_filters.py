@@ -1,4 +1,4 @@
-"""Which GEDI shots are good enough, by named filters, and how much a shot counts.
+"""Which GEDI shots are good enough, by named filters, and how much a shot counts in training.
 
 strict: quality_flag = 1, degrade_flag = 0, sensitivity above 0.95 (0.98 within the tropics, where the canopy
     is denser), landsat_water_persistence below 10 %, urban_proportion below 50 %. For training and scores.
@@ -85,7 +85,7 @@ def apply_filter(
 
 
 def shot_weights(beam_type: str | None, sensitivity: np.ndarray) -> np.ndarray:
-    """How much each shot counts, float32 (n,) in 0..1, for weighted losses and scores.
+    """How much each shot counts in the footprint loss, float32 (n,) in 0..1; GEDI scores count all alike.
 
     The beam's share (full power 1, coverage 0.5) times a ramp in sensitivity, the canopy cover through which
     the pulse still reaches the ground: 0 at 0, 0.25 at 0.5 (the loose filter's limit), 1 from 0.95 up. A

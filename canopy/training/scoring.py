@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from canopy import metrics
+from canopy.chips.predict import predict_whole, scored_pixels
 from canopy.chips.store import Chip, ChipRow
-from canopy.models.fill import fill_invalid
 from canopy.models.height import HeightModel
 from canopy.training.processes import from_all, share_of
 
@@ -93,12 +93,6 @@ def headline(table: Mapping[str, dict[str, T]]) -> dict[str, T]:
     return table.get("all but plots") or table["all"]
 
 
-def scored_pixels(chip: Chip) -> np.ndarray:
-    """Bool (h, w): height known and all of its image pixels present."""
-    v = chip.image_valid
-    return np.isfinite(chip.chm_m) & v[0::2, 0::2] & v[1::2, 0::2] & v[0::2, 1::2] & v[1::2, 1::2]
-
-
 def _row(sums: np.ndarray) -> dict[str, float]:
     every = metrics.scores(sums)
     row = {name: float(every[name]) for name in ROW}
@@ -123,41 +117,14 @@ def predict_chip(model: HeightModel, chip: Chip, crop_px: int, overlap_px: int, 
 
     Each crop sees invalid pixels filled from itself alone, as the real inference does.
     """
-    H, W = chip.rgb.shape[1:]
-    image, valid = chip.rgb.astype(np.float32) / 255.0, chip.image_valid
-    total, weights = np.zeros((H, W), np.float64), np.zeros((H, W), np.float64)
-    window = _taper(crop_px, overlap_px)
-    corners = [(r, c) for r in _starts(H, crop_px, overlap_px) for c in _starts(W, crop_px, overlap_px)]
-    for first in range(0, len(corners), batch):
-        part = corners[first : first + batch]
-        crops = np.stack([_crop(image, valid, r, c, crop_px) for r, c in part])
+
+    def network(crops: np.ndarray) -> np.ndarray:
         inputs = torch.from_numpy(crops).to(model.mean.device).contiguous(memory_format=torch.channels_last)
-        heights = model(inputs)[:, 0].float().cpu().numpy()
-        for (r, c), height in zip(part, heights, strict=True):
-            h, w = min(crop_px, H - r), min(crop_px, W - c)
-            total[r : r + h, c : c + w] += (height * window)[:h, :w]
-            weights[r : r + h, c : c + w] += window[:h, :w]
-    full = total / weights
-    return full.reshape(H // 2, 2, W // 2, 2).mean(axis=(1, 3)).astype(np.float32)
+        return model(inputs).float().cpu().numpy()
 
+    def starts(length: int) -> list[int]:
+        if length <= crop_px:
+            return [0]
+        return [*range(0, length - crop_px, crop_px - overlap_px), length - crop_px]
 
-def _starts(length: int, crop_px: int, overlap_px: int) -> list[int]:
-    if length <= crop_px:
-        return [0]
-    step = crop_px - overlap_px
-    return [*range(0, length - crop_px, step), length - crop_px]
-
-
-def _taper(crop_px: int, overlap_px: int) -> np.ndarray:
-    ramp = np.minimum(np.arange(crop_px) + 1.0, np.arange(crop_px, 0, -1.0))
-    ramp = np.minimum(ramp / max(overlap_px, 1), 1.0)
-    return np.minimum.outer(ramp, ramp)
-
-
-def _crop(image: np.ndarray, valid: np.ndarray, row: int, col: int, side: int) -> np.ndarray:
-    """Crop (3, side, side), padded where the image ends, invalid pixels filled."""
-    rgb, ok = np.zeros((3, side, side), np.float32), np.zeros((side, side), bool)
-    part = image[:, row : row + side, col : col + side]
-    rgb[:, : part.shape[1], : part.shape[2]] = part
-    ok[: part.shape[1], : part.shape[2]] = valid[row : row + side, col : col + side]
-    return fill_invalid(rgb, ok)
+    return predict_whole(network, chip, crop_px, starts, overlap_px, batch)[0]

@@ -50,6 +50,15 @@ def test_time_in_another_stage_counts_there(script):
     assert watch.wall_s["read"] >= 0.1 > watch.wall_s["warp"] >= 0
 
 
+def test_accuracy_on_the_pack(script, small_model, shared, tmp_path):
+    pack, model = str(shared / "data"), ["--model", str(small_model), "--out", str(tmp_path)]
+    script("interval_methods").main([pack, *model, "--every", "4", "--methods", "spread"])
+    assert 0 < results(tmp_path, "interval_methods")["spread"]["overall"]["coverage"] <= 1
+    script("gedi_correction").main([pack, *model, "--splits", "test_hard"])
+    (found,) = results(tmp_path, "gedi_correction").values()
+    assert found["held_out_shots"] >= 20 and found["before"]["pixel_mae_m"] > 0
+
+
 def test_memory(script, tmp_path):
     memory = script("memory")
     with pytest.raises(SystemExit):

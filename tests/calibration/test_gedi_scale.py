@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from canopy.calibration.discs import read_footprints
+from canopy.calibration.discs import Footprints, read_footprints
 from canopy.calibration.gedi_fit import fit_correction, held_out
 from canopy.calibration.gedi_scale import correct_map
 from canopy.calibration.monotone import KNOTS_M, curve
@@ -96,6 +96,18 @@ def test_changes_nothing_where_nothing_is_wrong(tmp_path: Path, truth: np.ndarra
         out = tmp_path / f"{seed}.tif"
         correct_map(chm, shots, out)
         assert np.abs(read_raster(out, bands=[1]).values[0] - truth).max() <= 0.1
+
+
+@pytest.mark.parametrize("low", [40.0, 50.0])
+def test_tall_forest_that_is_right_stays(low: float) -> None:
+    """Beyond the last knot the curve runs on by itself; the slopes below must not answer for it."""
+    rng = np.random.default_rng(0)
+    heights = rng.uniform(low, 80, 400)
+    places = rng.uniform(0, 2000, (400, 2))
+    made = fit_correction(Footprints(heights + rng.normal(0, 2, 400), heights[:, None], places, 98))
+    at = np.linspace(0, 110, 56)
+    assert np.abs(made.heights(at, 1.0) - at).max() <= 0.1
+    assert made.facts["noise_m"] == pytest.approx(2.0, abs=0.3) and made.facts["outlier_share"] < 0.05
 
 
 def test_bare_ground_order_and_nodata_stay(tmp_path: Path, truth: np.ndarray) -> None:
@@ -217,3 +229,31 @@ def test_a_smooth_but_unbiased_map_is_not_lifted(tmp_path: Path, truth: np.ndarr
     assert (np.diff(made.expected(np.linspace(0, 60, 200))) >= -1e-9).all()
     with pytest.raises(DataError, match="footprint gap"):
         gap_of({TAG: "[1"}, 98)
+
+
+def test_held_out_scores_the_estimator_that_is_written() -> None:
+    """Nothing is wrong, so nothing is changed: neither by the correction nor in what is told of it."""
+    rng = np.random.default_rng(3)
+    heights, places = rng.uniform(5, 30, 100), rng.uniform(0, 2000, (100, 2))
+    shots = Footprints(heights + rng.normal(0, 2, 100), heights[:, None], places, 98)
+    made = fit_correction(shots, spacing_m=500)
+    assert made.trend.values.shape == (5, 5) and not made.trend.values.any()
+    scores = held_out(shots, spacing_m=500)
+    assert scores["spline"] == scores["usual"] == scores["before"]
+
+
+def test_the_scalars_error_knows_that_neighbours_are_wrong_together() -> None:
+    """Clusters of ten shots share an error of 15 %: forty shots' worth, not four hundred."""
+    centre = np.stack(np.meshgrid(np.arange(8) * 1000.0, np.arange(5) * 1000.0), -1).reshape(-1, 2)
+    cluster = np.repeat(np.arange(40), 10)
+    factors, errors = [], []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        mapped = rng.uniform(5, 30, 400)
+        seen = mapped * rng.normal(1, 0.15, 40)[cluster] + rng.normal(0, 1, 400)
+        places = centre[cluster] + rng.uniform(0, 50, (400, 2))
+        made = fit_correction(Footprints(seen, mapped[:, None], places, 98), "scalar")
+        assert np.isfinite(made.trend.origin_m).all()
+        factors.append(made.facts["factor"])
+        errors.append(made.facts["factor_se"])
+    assert np.mean(errors) == pytest.approx(np.std(factors, ddof=1), rel=0.3)

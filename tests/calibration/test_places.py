@@ -15,9 +15,11 @@ from canopy.calibration.places import (
     areas_in_new_places,
     fit_new_place,
     kept_from,
+    trained_on,
     unseen_places,
     verify_new_place,
 )
+from canopy.chips.store import ChipRow
 from canopy.errors import CheckpointError, DataError
 from canopy.models.intervals import CARD_KEY, IntervalTable, table_of
 
@@ -87,6 +89,28 @@ def test_cards_tell_which_places_a_model_was_kept_from() -> None:
         kept_from({"data": {"train_ids": ["or_1", "ky_1", "ky_11"]}}, sites)
     with pytest.raises(DataError, match="does not say"):
         kept_from({}, sites)
+
+
+def test_cards_tell_which_chips_a_model_was_trained_on() -> None:
+    """Cards name pairs, or in older files chips; packs give pairs, folders and files give chips."""
+    rows = [
+        ChipRow(name, "s", "lidar", split)
+        for name, split in (
+            ("ky_1", "val"),
+            ("ky_2-0-0-abc", "train"),
+            ("ky_2-0-512-abd", "val"),
+            ("ky_3", "val"),
+        )
+    ]
+    divided = {
+        "data": {"train_ids": ["ky_1-0-0-abf", "ky_2"], "val_ids": ["ky_2", "ky_3"], "val_seen": False}
+    }
+    found = trained_on(divided, rows)
+    assert found is not None and [row.id for row in found] == ["ky_1", "ky_2-0-0-abc"]
+    every = {"data": {"train_ids": ["ky_1", "ky_2", "ky_3"], "val_ids": ["ky_2", "ky_3"], "val_seen": True}}
+    assert trained_on(every, rows) == rows
+    assert trained_on({"data": {"train_ids": ["ky_11", "ky"]}}, rows) == [] and trained_on({}, rows) is None
+    assert kept_from({"data": {"train_ids": ["ky_2"]}}, {"A": ["ky_2-0-0-abc"], "B": ["ky_3"]}) == ["B"]
 
 
 def test_faults(places: list[Unseen]) -> None:

@@ -50,6 +50,15 @@ def test_pairs_lie_on_one_grid(pack, shared):
     assert cut_pack(pack)[1] == digest
 
 
+def test_heights_of_other_pixels_are_refused(pack):
+    manifest = pack / "manifest.csv"
+    text = manifest.read_text()
+    for size in ("2.0", "one", ""):
+        manifest.write_text(text.replace(",0.5,1.0,", f",0.5,{size},"))
+        with pytest.raises(DataError, match=r"chm_res_m is .*expected 1"):
+            cut_pack(pack)
+
+
 def test_missing_manifest_and_columns(tmp_path):
     with pytest.raises(DataError, match=r"no manifest.csv"):
         cut_pack(tmp_path)

@@ -52,6 +52,7 @@ def test_calibrate_interval_reports_what_it_verified(canopy, chips: Path, model_
     assert ran.code == 0, ran.err
     facts = json.loads(ran.out)
     assert facts["chips"] == 8 and facts["splits"] == ["val"]
+    assert facts["seen_in_training"] is None and "trained on" not in ran.err
     levels = {row["level"]: row["overall"]["coverage"] for row in facts["verified_on_unseen_halves"]}
     assert levels[0.5] < levels[0.9] and levels[0.9] > 0.8
     assert "64" in facts["areas_on_unseen_halves"]
@@ -133,6 +134,29 @@ def test_models_kept_from_places_widen_bands_elsewhere(
     again = canopy("calibrate", "interval", model_file, "--data", chips, "--kept-from", model_file, "-o",
                    "y.safetensors")  # fmt: skip
     assert again.code == 2 and "does not say which chips" in again.error_line
+
+
+def test_calibrating_again_says_what_was_seen_and_keeps_bands_of_new_places(
+    canopy, chips: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    """A model that was trained on two of the chips, calibrated on data that do not say where they lie."""
+    model = tmp_path / "model.safetensors"
+    new_place = {"height_m": [0.0, 30.0], "factor": [[2.0, 3.0]] * 6}
+    told = {"new_places": {"level": 0.9}, "areas_in_new_places": {"8": {}}}
+    before = describe(calibrated)["card"]["intervals"] | {"new_place": new_place, "places": [[-83.1, 37.7]]}
+    before["facts"] |= told
+    rewrite_card(calibrated, model, {"data": {"train_ids": ["c0", "c1-0-0-abc", "c10"]}, "intervals": before})
+    ran = canopy("calibrate", "interval", model, "--data", chips, "-o", "m.safetensors", "--report", "")
+    assert ran.code == 0, ran.err
+    assert "trained on 2 of these 8 chips" in ran.err and "sibling" in ran.err
+    assert "8 chips, 2 of them seen in training" in ran.out and "do not say where they lie" in ran.err
+    after = describe(tmp_path / "m.safetensors")["card"]["intervals"]
+    assert after["new_place"] == new_place and after["places"] == []
+    assert after["facts"]["seen_in_training"] == 2 and told.items() <= after["facts"].items()
+    ran = canopy(
+        "calibrate", "interval", model, "--data", chips, "-o", "x.safetensors", "--method", "quantiles"
+    )
+    assert ran.code == 2 and "--kept-from" in ran.error_line and not (tmp_path / "x.safetensors").exists()
 
 
 @pytest.mark.parametrize("options", [("--gsd", 1.0), ("--crs", "EPSG:4326"), ("--encoding", "uint8m")])
