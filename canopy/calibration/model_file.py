@@ -72,7 +72,8 @@ def calibrate_model(
         kept_from: models of the same training that were kept from some sites of the data: they tell how much
             wider bands must be in new places (`canopy.calibration.places`). Without any, what the model's
             card says of new places stays, which another method cannot use.
-        domain_split: its images become the reference of the quality flag "out of domain"; None skips it.
+        domain_split: its images become the reference of the quality flag "out of domain", if the model was
+            trained on them or has no reference yet; None skips it.
 
     Returns:
         The report, JSON-ready; it is also in the card under "intervals" -> "facts". `seen_in_training` is the
@@ -107,7 +108,7 @@ def calibrate_model(
     facts["elsewhere"] = _elsewhere(network, data, report_splits, raw, progress)
     additions: dict[str, Any] = {CARD_KEY: raw | {"facts": facts}, GAP_KEY: gaps_to_dict(scored)}
     if domain_split is not None:
-        additions |= _domain(data, domain_split, splits)
+        additions |= _domain(network, data, domain_split, splits)
     sha256 = rewrite_card(source, target, additions)
     return {"model": str(model), "output": str(target), "sha256": sha256, **facts}
 
@@ -236,18 +237,24 @@ def _elsewhere(
     return found
 
 
-def _domain(data: str | Path, split: str, held_out: Sequence[str]) -> dict[str, Any]:
-    """The reference of the flag "out of domain"; empty where the data have no such split."""
+def _domain(network: HeightModel, data: str | Path, split: str, held_out: Sequence[str]) -> dict[str, Any]:
+    """The reference of the flag "out of domain".
+
+    Empty, so that the card's own stays, where the model was not trained on these images (lidar of another
+    place says nothing of its domain), or where they are too few.
+    """
     from canopy.calibration.domain import fit_domain
     from canopy.inference.quality import CARD_KEY as QUALITY_KEY
 
     try:
         inside, _ = load_chips(data, (split,))
+        if QUALITY_KEY in network.card and not trained_on(network.card, [chip.row for chip in inside]):
+            return {}
         unseen, _ = load_chips(data, held_out)
+        return {QUALITY_KEY: fit_domain([c.rgb for c in inside], [c.rgb for c in unseen])}
     except DataError as error:
-        log.warning(f"note: no quality reference: {error}")
+        log.warning(f"note: the quality flag's domain stays as it was: {error}")
         return {}
-    return {QUALITY_KEY: fit_domain([c.rgb for c in inside], [c.rgb for c in unseen])}
 
 
 def _check_out(out: Path, overwrite: bool) -> Path:

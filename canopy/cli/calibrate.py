@@ -76,8 +76,15 @@ def _gedi_text(report: dict[str, Any]) -> str:
     scores, method = report["held_out"], report["method"]
     if not scores.get("n"):
         return f"corrected by {report['shots']} shots; too few to hold some out"
-    before, after = (scores[k]["mae_good_m"] for k in ("before", method))
-    return f"{method} fitted; {scores['n']} held-out shots: MAE {before} m before, {after} m after"
+
+    def change(key: str) -> str:
+        return " m before, ".join(f"{scores[k][key]:.2f}" for k in ("before", method)) + " m after"
+
+    text = f"{method} fitted; {scores['n']} held-out shots: MAE {change('mae_m')}"
+    outliers = scores["n"] - scores["n_good"]
+    if outliers and scores["n_good"]:
+        text += f" (without {outliers} that no disc nearby explains: {change('mae_good_m')})"
+    return text
 
 
 @app.command("interval")

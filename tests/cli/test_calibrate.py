@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 
 from canopy.calibration.areas import area_model_of
 from canopy.calibration.model_file import calibrate_model, rewrite_card
-from canopy.chips.store import Chip, ChipRow, write_store
+from canopy.chips.store import Chip, ChipRow, read_store, write_store
 from canopy.models.registry import describe
 
 
@@ -157,6 +158,22 @@ def test_calibrating_again_says_what_was_seen_and_keeps_bands_of_new_places(
         "calibrate", "interval", model, "--data", chips, "-o", "x.safetensors", "--method", "quantiles"
     )
     assert ran.code == 2 and "--kept-from" in ran.error_line and not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_place_of_ones_own_changes_bands_and_not_the_domain(
+    canopy, chips: Path, model_file: Path, calibrated: Path
+) -> None:
+    """Few images of another place, which the model was not trained on, say nothing of its domain."""
+    few = read_store(chips).of_split("val")
+    few.append(replace(few[0], row=replace(few[0].row, id="t", split="train")))
+    write_store(Path("mine.safetensors"), few, "1" * 64)
+    words = ("--data", "mine.safetensors", "-o", "m.safetensors", "--overwrite")
+    ran = canopy("calibrate", "interval", model_file, *words)
+    assert ran.code == 0 and "domain stays" in ran.err
+    assert "quality" not in describe(Path("m.safetensors"))["card"]
+    assert canopy("calibrate", "interval", calibrated, *words).code == 0
+    made, before = (describe(path)["card"] for path in (Path("m.safetensors"), calibrated))
+    assert made["quality"] == before["quality"] and made["intervals"] != before["intervals"]
 
 
 @pytest.mark.parametrize("options", [("--gsd", 1.0), ("--crs", "EPSG:4326"), ("--encoding", "uint8m")])
