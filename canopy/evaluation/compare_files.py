@@ -57,13 +57,15 @@ def write_json(path: Path, plain: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of one kind with a header; None is empty, numbers in full."""
+    """Rows of one kind with a header; None is empty, numbers have nine digits."""
     with path.open("w", newline="", encoding="utf-8") as file:
         if not rows:
             return
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(
+            {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
 
 
 def block_rows(found: Comparison) -> list[dict[str, Any]]:

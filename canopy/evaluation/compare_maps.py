@@ -145,6 +145,10 @@ def choose_mode(a: HeightProduct, b: HeightProduct, asked: str) -> tuple[str, st
     return "products", "not known to be two dates of one product; --as dates compares them as such"
 
 
+# Of the canopy of A: beyond this share "no significant change" says more of the errors than of the trees.
+_BLIND_SHARE = 0.1
+
+
 class _Run:
     """One walk over the common grid."""
 
@@ -162,6 +166,7 @@ class _Run:
         thresholds = sorted({2.0, 5.0, 10.0, float(options.cover_m)})
         self.sums = PairSums(thresholds)
         self.notes = [*a.notes, *b.notes]
+        self.canopy_m2 = self.blind_m2 = 0.0
         if self.dates:
             self.z = changes.z_of(options.confidence)
             self.errors = (
@@ -213,6 +218,11 @@ class _Run:
     def _changed(self, window: PairWindow) -> tuple[np.ndarray, np.ndarray]:
         change, lower, upper = changes.difference_interval(window.a, window.b, self.errors, self.z)
         codes = changes.classify(window.a.height_m, window.b.height_m, lower, upper, self.options.cover_m)
+        canopy = window.valid & (window.a.height_m > self.options.cover_m)
+        self.canopy_m2 += float(window.area_m2[canopy].sum())
+        # Were it to fall to the ground, its change would be minus its height: would the interval hold 0?
+        blind = canopy & (window.a.height_m <= upper - change)
+        self.blind_m2 += float(window.area_m2[blind].sum())
         return np.stack([change, lower, upper]), codes
 
     def _count(self, window: PairWindow, codes: np.ndarray) -> None:
@@ -248,12 +258,20 @@ class _Run:
         found = Comparison(self.mode, facts, self.sums, self.blocks, self.preview, notes=list(self.notes))
         found.classes_ha = {legend[code]: m2 / 1e4 for code, m2 in self.classes_m2.items()}
         if self.dates:
+            blind = self.blind_m2 / self.canopy_m2 if self.canopy_m2 else 0.0
             found.rule = {
                 "confidence": self.options.confidence,
                 "error_a": self.errors[0].source,
                 "error_b": self.errors[1].source,
                 "expected_false_share": 1 - self.options.confidence,
+                "undetectable_canopy_share": blind,
             }
+            if blind > _BLIND_SHARE:
+                found.notes.append(
+                    f"in {blind:.0%} of A's canopy not even the loss of all of it would be significant: the "
+                    "maps' errors are too wide for single pixels. Errors that both share (one model, one "
+                    "place) cancel: if you know what is left, give --sigma-a and --sigma-b"
+                )
             found.notes += [
                 f"the error of {side} is {error.source}"
                 for side, error in zip("AB", self.errors, strict=True)

@@ -290,6 +290,8 @@ def _paths_of(name: str | Path | Sequence[str | Path]) -> list[str]:
     if not isinstance(name, str | Path):
         return [str(one) for one in name]
     path = Path(name)
+    if path.name == "mosaic" and (path.parent / "tiles").is_dir():
+        path = path.parent  # of `canopy map`: an index that GDAL reads, of tiles that are read here
     if is_url(str(name)) or not (path.is_dir() or path.suffix.lower() == ".txt"):
         return [str(name)]
     if path.is_dir():

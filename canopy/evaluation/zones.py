@@ -146,6 +146,14 @@ def zone_stats(
         for shape in shapes:
             rows.append(_one(product, lattice, shape, crs, options))
             progress.advance()
+        if not any(
+            shape is not None and to_lonlat(shape, crs).intersects(product.outline) for shape in shapes
+        ):
+            west, south, east, north = product.outline.bounds
+            raise InputError(
+                "no polygon meets the map", where=zones,
+                expected=f"polygons within {west:.4f}, {south:.4f}, {east:.4f}, {north:.4f} (W, S, E, N)",
+            )  # fmt: skip
     table = _join(frame, rows)
     if target is not None:
         write_table(table, target)
@@ -225,6 +233,6 @@ def write_table(table: geopandas.GeoDataFrame, path: Path) -> None:
     """Write a table of zones as .csv or .parquet; OutputError where that is impossible."""
     with replacing(path) as part:
         if path.suffix.lower() == ".csv":
-            table.drop(columns=table.geometry.name).to_csv(part, index=False)
+            table.drop(columns=table.geometry.name).to_csv(part, index=False, float_format="%.9g")
         else:
             table.to_parquet(part, index=False)

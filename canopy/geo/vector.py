@@ -68,13 +68,34 @@ def _read(path: Path):  # type: ignore[no-untyped-def]  # -> geopandas.GeoDataFr
     try:
         if path.suffix.lower() in PARQUET:
             return geopandas.read_parquet(path)
-        return geopandas.read_file(path)
+        return geopandas.read_file(path, layer=_layer(path))
+    except AreaError:
+        raise
     except Exception as error:  # each driver has its own kind of exception
         raise AreaError(
             f"not a readable vector file ({type(error).__name__})",
             where=path,
             expected="GeoJSON, GeoPackage, Shapefile, KML or GeoParquet",
         ) from error
+
+
+def _layer(path: Path) -> str | None:
+    """The only layer that can hold polygons; None where there is but one of any kind."""
+    import geopandas
+
+    layers = geopandas.list_layers(path)
+    if len(layers) < 2:
+        return None
+    kinds = layers["geometry_type"].fillna("None")
+    named = layers["name"][kinds.str.contains("Polygon|Unknown|Collection")].tolist()
+    if len(named) == 1:
+        return str(named[0])
+    raise AreaError(
+        f"holds {len(layers)} layers ({', '.join(map(str, layers['name']))})",
+        where=path,
+        expected="one layer of polygons",
+        remedy=f"save the one that is meant alone: ogr2ogr one.gpkg {path.name} LAYER",
+    )
 
 
 def _crs_of(frame, path: Path) -> CRS:  # type: ignore[no-untyped-def]

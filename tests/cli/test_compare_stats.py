@@ -29,7 +29,15 @@ def test_compare_dates(canopy, maps):
     done = canopy("compare", "a.tif", "b.tif", "--as", "dates", "--sigma-a", 2, "--sigma-b", 2, "-o", "out")
     assert done.code == 0, done.err
     assert "canopy lost 0.1 ha" in done.out and "report.html" in done.out
-    assert (maps / "out" / "change.tif").is_file()
+    assert (maps / "out" / "change.tif").is_file() and "significant:" not in done.out
+    wide = canopy("compare", "a.tif", "b.tif", "--as", "dates", "--sigma-a", 9, "--sigma-b", 9, "-o", "wide")
+    assert "in 100% of A's canopy not even the loss of all of it would be significant" in wide.out + wide.err
+    assert (
+        json.loads((maps / "wide" / "compare.json").read_text())["change"]["rule"][
+            "undetectable_canopy_share"
+        ]
+        == 1
+    )
 
 
 def test_compare_json_is_one_object(canopy, maps):
@@ -60,8 +68,15 @@ def test_stats(canopy, maps):
     assert done.code == 0 and "1 without valid pixels" in done.out
     header = (maps / "s.csv").read_text().splitlines()[0]
     assert "p10_m,p90_m,cover_3m,cover_3m_ha" in header
+    assert (
+        max(map(len, (maps / "s.csv").read_text().splitlines()[1].split(","))) <= 16
+    )  # no 0.30000000000000004
     assert canopy("stats", "b.tif", "--zones", "z.gpkg", "-o", "s.csv").code == 2
     facts = json.loads(canopy("stats", "b.tif", "--zones", "z.gpkg", "-o", "s.parquet", "--json").out)
     assert facts["zones"] == 2 and facts["without_pixels"] == 1
+    elsewhere = maps / "elsewhere.gpkg"
+    geopandas.GeoDataFrame(geometry=shapes[1:], crs="EPSG:32618").to_file(elsewhere)
+    gone = canopy("stats", "b.tif", "--zones", elsewhere, "-o", "t.csv")
+    assert gone.code == 2 and "no polygon meets the map" in gone.error_line and not (maps / "t.csv").exists()
     bad = canopy("stats", "b.tif", "--zones", "z.gpkg", "-o", "t.csv", "--percentiles", "ten")
     assert bad.code == 2 and "--percentiles" in bad.error_line

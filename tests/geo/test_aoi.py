@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import geopandas
 import numpy as np
@@ -313,3 +314,16 @@ def test_the_output_crs_prefers_the_image_then_the_area():
 def test_a_point_alone_is_a_square_kilometre():
     aoi = AOI.from_bbox("-23.55,-46.63")
     assert aoi.is_box and aoi.geometry.equals(AOI.from_bbox("-23.55,-46.63", size_m=1000).geometry)
+
+
+def test_of_several_layers_the_one_with_polygons_is_read(tmp_path):
+    path = tmp_path / "all.gpkg"
+    square, point = shapely.box(7, 48, 7.1, 48.1), shapely.Point(7, 48)
+    for layer, shape in (("trees", point), ("stand", square)):
+        geopandas.GeoDataFrame(geometry=[shape], crs="EPSG:4326").to_file(path, layer=layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a library's warning is no message of ours
+        assert AOI.from_file(path).geometry.equals(square)
+    geopandas.GeoDataFrame(geometry=[square], crs="EPSG:4326").to_file(path, layer="other")
+    with pytest.raises(AreaError, match=r"3 layers.*stand.*ogr2ogr"):
+        AOI.from_file(path)
