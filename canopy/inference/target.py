@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SAME_SCALE = 0.05
 # Coarser images hold less detail than the model expects; finer ones only cost reading.
 COARSEST = 1.5
+HOPELESS = 6  # at 3 m a crown is a pixel or two
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,14 @@ def _resampled(aoi: AOI, output: Grid, model_gsd_m: float) -> Target:
 
 def scale_notes(native_gsd_m: float, model_gsd_m: float) -> list[str]:
     """A warning where the imagery is coarser than what the model has learned on."""
-    if native_gsd_m > COARSEST * model_gsd_m:
-        return [
-            f"the imagery has {native_gsd_m:.2g} m pixels and the model expects {model_gsd_m:.2g} m: "
-            "it is enlarged, and heights will be less certain and less sharp than the model's card says"
-        ]
-    return []
+    if native_gsd_m <= COARSEST * model_gsd_m:
+        return []
+    what = (
+        "nothing of a tree is left to see, and heights will mean nothing"
+        if native_gsd_m > HOPELESS * model_gsd_m
+        else "heights will be less certain and less sharp than the model's card says"
+    )
+    return [
+        f"the imagery has {native_gsd_m:.2g} m pixels and the model expects {model_gsd_m:.2g} m: "
+        f"it is enlarged, and {what}"
+    ]

@@ -124,7 +124,7 @@ def collar_notes(
 
 
 def radiometry_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str] | None:
-    """Warnings where pixels carry a scale of their own, and where `--scale` makes them all black or white.
+    """Warnings where pixels carry a scale of their own or no colour, and where all are black or white.
 
     None when they cannot be read, as in `collar_notes`.
     """
@@ -134,9 +134,11 @@ def radiometry_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list
             f"{label}: its scale and offset tags are not applied; white is counted in stored values "
             "(gdal_translate -unscale applies them)"
         )
-    if dataset.dtypes[plan.indexes[0] - 1] == "uint8":
-        return notes
     try:
+        if len(plan.indexes) == 3 and _is_grey(dataset, plan):
+            notes.append(f"{label}: its red, green and blue are equal: heights of grey images are wrong")
+        if dataset.dtypes[plan.indexes[0] - 1] == "uint8":
+            return notes
         values = sample_values(dataset, plan.indexes)
     except rasterio.errors.RasterioError:
         return None
@@ -146,6 +148,14 @@ def radiometry_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list
     elif values.size and float(np.median(values)) >= plan.divisor:
         notes.append(f"{label}: all but white: half of the values reach {white}")
     return notes
+
+
+def _is_grey(dataset: DatasetReader, plan: BandPlan) -> bool:
+    """Whether the middle of an image has structure and no colour."""
+    px = min(4 * _COLLAR_PROBE_PX, dataset.height, dataset.width)
+    row, col = ((extent - px) // 2 for extent in dataset.shape)
+    red, *others = dataset.read(list(plan.indexes), window=Window(col, row, px, px))
+    return bool(red.min() < red.max() and all(np.array_equal(red, other) for other in others))
 
 
 def check_options(options: ReadOptions) -> None:

@@ -26,7 +26,7 @@ from rasterio.io import DatasetReader
 from shapely.geometry import MultiPolygon, Polygon
 
 from canopy.errors import AreaError, FetchError, ImageryError
-from canopy.geo.crs import project, to_lonlat, x_period
+from canopy.geo.crs import project, to_crs, to_lonlat, x_period
 from canopy.geo.grid import Grid
 from canopy.geo.opening import SourcePlace, open_raster
 from canopy.geo.paths import is_url, public_name
@@ -195,6 +195,8 @@ class Scene:
         except rasterio.errors.RasterioError as error:
             raise ImageryError(f"unreadable pixels ({error})", where=label) from error
         notes = list(plan.notes)
+        if dataset.crs and options.crs and place.crs != to_crs(options.crs):
+            notes.append(f"{label}: carries its own CRS; --input-crs {options.crs} is for images without one")
         day = acquisition_date(dataset.tags(), public_name(self.href))
         if not is_url(self.href):
             for check in (radiometry_notes, partial(collar_notes, nodata=options.nodata)):

@@ -94,3 +94,4 @@ def test_what_cannot_be_is_refused() -> None:
 def test_coarse_imagery_is_warned_of() -> None:
     assert scale_notes(0.6, 0.5) == []
     assert "less certain" in scale_notes(1.0, 0.5)[0]
+    assert "mean nothing" in scale_notes(10.0, 0.5)[0]

@@ -230,6 +230,18 @@ def test_scale_tags_that_are_not_applied_are_told_of(make_tif, rgb):
     assert any("not applied" in note for note in open_imagery(path).notes)
 
 
+def test_a_grey_image_in_three_bands_is_told_of(make_tif, rgb):
+    grey = np.repeat(rgb[:1], 3, axis=0)
+    assert any("grey" in note for note in open_imagery(make_tif(grey, photometric="RGB")).notes)
+
+
+def test_a_crs_for_images_without_one_is_told_where_there_is_one(make_tif, rgb):
+    path = make_tif(rgb, photometric="RGB")
+    own = f"EPSG:{open_imagery(path).native_crs.epsg}"
+    assert any("--input-crs" in note for note in open_imagery(path, crs="EPSG:32610").notes)
+    assert open_imagery(path, crs=own).notes == []
+
+
 def test_tiles_of_one_lattice_share_a_grid(make_tif, rgb):
     """Also where one of them is stored from south to north; one half a pixel off has a grid of its own."""
     with rasterio.open(make_tif(rgb, photometric="RGB")) as file:
