@@ -23,6 +23,8 @@ from canopy.cli.stats import stats
 from canopy.cli.train import train
 from canopy.errors import CanopyError
 
+_INTERRUPTED = 130  # 128 and SIGINT, as shells have it
+
 app = typer.Typer(
     name="canopy",
     help="RGB imagery in, georeferenced canopy height maps out.",
@@ -62,12 +64,16 @@ app.add_typer(data.app, name="data", help="Data: synthetic scenes, lidar, GEDI a
 
 
 def main() -> None:
-    """Run the command line; exit 0 done, 2 bad input, 3 some tiles failed, 1 anything unexpected."""
+    """Run the command line; exit 0 done, 2 bad input, 3 some tiles failed, 130 Ctrl-C, 1 anything else."""
     try:
         app()
     except CanopyError as error:
         typer.echo(f"canopy: {error}", err=True)
         sys.exit(error.exit_code)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # Ctrl-C, which typer ends without a word
+            typer.echo("canopy: interrupted; no half-written file is left", err=True)
+        raise
     except Exception as error:
         if {"-v", "--verbose"} & set(sys.argv):
             traceback.print_exc()

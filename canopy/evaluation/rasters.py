@@ -123,20 +123,26 @@ def tally_rasters(
     return RasterTally(layout, plain, corrected, shift, note, previews, absent)
 
 
+# What `canopy calibrate interval` calibrates bands on: the pixels of lidar, means of 2 x 2 of a map of 0.5 m.
+BAND_CELL_M = 1.0
+
+
 def _unbounded(pairs: Sequence[RasterPair], stat: str) -> str | None:
     """Why the maps' interval bands cannot be judged; None where they can, or there are none.
 
-    A band is of one pixel's height: the mean of many bands is far too wide an interval of the mean height,
-    and none at all of a percentile. One such pair is enough: a coverage over some sites would pass for all's.
+    A band is of the mean height of a cell of `BAND_CELL_M`, or of a pixel that is larger: the mean of many
+    bands is far too wide an interval of the mean height, and none at all of a percentile. One such pair is
+    enough: a coverage over some sites would pass for all's.
     """
     for pair in pairs:
         ours, theirs = pair.map.product, pair.reference.product
         if ours.has_interval and stat != "mean":
             return f"the map's bands are intervals of a pixel's height, not of the {stat} of pixels"
-        if ours.has_interval and theirs.gsd_m > ours.gsd_m * (1 + SAME_GSD):
+        cell_m = max(ours.gsd_m, BAND_CELL_M)
+        if ours.has_interval and theirs.gsd_m > cell_m * (1 + SAME_GSD):
             return (
-                f"the map's bands are intervals of single pixels of {ours.gsd_m:.3g} m: their means over the "
-                f"reference's pixels of {theirs.gsd_m:.3g} m are none"
+                f"the map's bands are intervals of cells of {cell_m:.3g} m: their means over the reference's "
+                f"pixels of {theirs.gsd_m:.3g} m are none"
             )
     return None
 

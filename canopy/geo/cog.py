@@ -101,9 +101,11 @@ class CogWriter:
                 tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
             )
             self._open_scratch()
-        except (OSError, RasterioError) as error:
+        except BaseException as error:  # Ctrl-C too: nobody else knows of the folder yet
             self.abort()
-            raise self._failure("cannot be written", error) from error
+            if isinstance(error, (OSError, RasterioError)):
+                raise self._failure("cannot be written", error) from error
+            raise
 
     # ---- before -------------------------------------------------------------------------------
     def _check_path(self, overwrite: bool) -> None:

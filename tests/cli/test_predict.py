@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -366,6 +369,30 @@ def test_python_api(make_image, model_file, heights, tmp_path) -> None:
     dated = canopy.predict([image], model=model, date_band=True, bbox=(44.0909, -74.9996), size_m=10)
     assert dated.dims == ("band", "y", "x")
     assert list(dated.band.values) == ["canopy_height", "acquisition_date"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
+def test_ctrl_c_is_one_line_and_leaves_nothing(repo, model_file, tmp_path) -> None:
+    words = ["predict", "--imagery", "demo", "--bbox", "44.083,-71.296", "--size-m", "1500", "-o", "chm.tif"]
+    program = [
+        sys.executable,
+        "-c",
+        "from canopy.cli.main import main; main()",
+        *words,
+        "--model",
+        str(model_file),
+    ]
+    running = subprocess.Popen(
+        program, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(repo)}
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".chm.tif.*")) and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    told = running.communicate(timeout=60)[1].splitlines()
+    assert running.returncode == 130 and told[-1] == "canopy: interrupted; no half-written file is left"
+    assert "Traceback" not in "".join(told) and list(tmp_path.iterdir()) == []
 
 
 def test_help_imports_neither_torch_nor_xarray(repo: Path) -> None:

@@ -207,7 +207,7 @@ def test_bands_of_pixels_are_not_judged_by_other_things(write: Callable[..., Pat
     coarse = write("c.tif", REFERENCE[:260, :310].reshape(65, 4, 62, 5)[:, 0, :, 0], gsd=4.0)
     fine = write("f.tif", REFERENCE.repeat(2, 0).repeat(2, 1), gsd=0.5)
     for reference, stat, why in (
-        (coarse, "mean", "over the reference's pixels of 4 m"), (fine, "p95", "not of the p95"),
+        (coarse, "mean", "pixels of 4 m are none"), (fine, "p95", "not of the p95"),
         (coarse, "max", "not of the max"),
     ):  # fmt: skip
         result = canopy.evaluate(path, reference, stat=stat, by=("height",), replicates=0, shift=False)
@@ -217,6 +217,11 @@ def test_bands_of_pixels_are_not_judged_by_other_things(write: Callable[..., Pat
             assert "interval_coverage" not in scores.by_height[0].scores
     judged = canopy.evaluate(path, fine, replicates=0, shift=False).overall["interval_coverage"].value
     assert judged == pytest.approx((abs(map_m - REFERENCE) <= 1).mean(), abs=1e-3)
+    # A map of 0.5 m against lidar of 1 m is what bands are calibrated on.
+    layers = (band.repeat(2, 0).repeat(2, 1) for band in (map_m, map_m - 1, map_m + 1))
+    half = write("h.tif", *layers, names=names, gsd=0.5)
+    result = canopy.evaluate(half, write("r.tif", REFERENCE), replicates=0, shift=False)
+    assert result.overall["interval_coverage"].value == pytest.approx(judged, abs=1e-3)
 
 
 def test_date_gap_is_stated(write: Callable[..., Path]) -> None:
