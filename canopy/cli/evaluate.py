@@ -107,11 +107,10 @@ def evaluate(
         _refuse_map(map_, reference)
         from canopy.cli.evaluate_benchmark import evaluate_benchmark
 
-        code = evaluate_benchmark(
+        raise typer.Exit(evaluate_benchmark(
             benchmark, model or (), data_dir, out, groups=group or (), device=device, backend=backend,
             precision=precision, replicates=replicates, overwrite=overwrite, json_=json_, quiet=quiet,
-        )  # fmt: skip
-        raise typer.Exit(code)
+        ))  # fmt: skip
     refuse_given(context, *_OF_BENCHMARKS, where="evaluate", because="only --benchmark NAME runs a model")
     if map_ is None or not reference:
         missing = "MAP.tif" if map_ is None else "--reference"

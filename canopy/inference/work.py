@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from canopy.models.height import HeightModel
     from canopy.sources.imagery import ImagerySource
 
+# What a resampled map's summary takes from the run that predicted; the rest counts the map's own pixels.
+_OF_THE_NETWORK = (
+    "windows", "crops", "crops_predicted", "batch_size", "model_seconds", "black_share", "notes"
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Work:
@@ -90,14 +95,4 @@ class Work:
                 path, target.output, sink, self.source,
                 aoi=self.aoi, extras=self.extras, whole=target.whole, progress=progress,
             )  # fmt: skip
-        for name in (
-            "windows",
-            "crops",
-            "crops_predicted",
-            "batch_size",
-            "model_seconds",
-            "notes",
-            "black_share",
-        ):
-            setattr(final, name, getattr(run, name))
-        return final
+        return replace(final, **{name: getattr(run, name) for name in _OF_THE_NETWORK})
