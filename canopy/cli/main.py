@@ -72,7 +72,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:  # Ctrl-C, which typer ends without a word
-            typer.echo("canopy: interrupted; no half-written file is left", err=True)
+            typer.echo("canopy: interrupted; whatever has its final name is whole", err=True)
         raise
     except Exception as error:
         if {"-v", "--verbose"} & set(sys.argv):
