@@ -37,7 +37,7 @@ from canopy.inference.region.engines import LocalEngine
 from canopy.inference.region.ledger import Ledger
 from canopy.inference.region.lock import RunLock
 from canopy.inference.region.rehearse import Rehearsal
-from canopy.inference.region.task import How
+from canopy.inference.region.task import How, remove_leftovers
 from canopy.inference.region.tiling import Tiling
 
 if __name__ == "__main__":
@@ -53,6 +53,7 @@ if __name__ == "__main__":
             drive(ledger, engine, attempts=10, retry_wait_s=0.1)
         finally:
             engine.close()
+        remove_leftovers(folder)  # as `canopy map` does at its end
         (folder / "mosaic").write_text("".join(f"tiles/{row.task.id}.tif<" for row in ledger.rows("done")))
 """
 

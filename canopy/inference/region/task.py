@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import errno
 import os
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -252,10 +253,13 @@ def remove_leftovers(folder: Path, ids: set[str] | None = None) -> int:
     with os.scandir(folder / TILES) as entries:
         for entry in entries:
             name = entry.name
-            if not (name.startswith(".") and (name.endswith(".partial") or ".canopy-" in name)):
+            if not (name.startswith(".") and (name.endswith((".partial", ".part")) or ".canopy-" in name)):
                 continue
-            tile = name[1:].split(".tif.")[0]
+            tile = re.split(r"\.(?:tif|json)\.", name[1:])[0]
             if ids is None or tile in ids:
-                shutil.rmtree(entry.path, ignore_errors=True)
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    Path(entry.path).unlink(missing_ok=True)
                 count += 1
     return count

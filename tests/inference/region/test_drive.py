@@ -146,9 +146,11 @@ def test_a_shard_drops_what_its_own_tiles_left_and_no_more(tmp_path: Path) -> No
     tiles = tmp_path / "tiles"
     for name in (".a.tif.xyz.partial", ".a.tif.canopy-xyz", ".b.tif.xyz.partial", ".b.tif.canopy-xyz"):
         (tiles / name).mkdir(parents=True)
-    (tiles / "a.tif").touch()
-    assert remove_leftovers(tmp_path, {"a"}) == 2
-    assert sorted(p.name for p in tiles.iterdir()) == [".b.tif.canopy-xyz", ".b.tif.xyz.partial", "a.tif"]
+    for name in ("a.tif", "a.json", ".a.json.0f.part", ".a.tif.7.partial"):  # half an item, a pretended tile
+        (tiles / name).touch()
+    assert remove_leftovers(tmp_path, {"a"}) == 4
+    left = [".b.tif.canopy-xyz", ".b.tif.xyz.partial", "a.json", "a.tif"]
+    assert sorted(p.name for p in tiles.iterdir()) == left
     assert remove_leftovers(tmp_path) == 2
 
 
