@@ -4,7 +4,7 @@
     python benchmarks/allocation.py MODEL --shapes 4x256 4x512 1x1024
 
 Processor seconds per Mpx of forward passes, in the program (user) and in the kernel (system), with glibc's
-usual behaviour and under `canopy.inference.allocator.kept_memory`.
+usual behaviour and under `canopy.inference.engine.kept_memory`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", default=["4x256", "4x512", "1x1024"], metavar="BATCHxSIDE")
     options = parser.parse_args(argv)
     import canopy
-    from canopy.inference.allocator import kept_memory
+    from canopy.inference.engine import kept_memory
 
     model, rows = canopy.load_model(options.model), []
     for shape in options.shapes:

@@ -49,7 +49,7 @@ def crops_of(data: Path | None, side: int, count: int) -> np.ndarray:
 
 def model_of(name: str, folder: Path) -> Any:
     """A loaded model; `unet` has random weights."""
-    from canopy.sources.weights import load_model
+    from canopy.models.registry import load_model
 
     if name != "unet":
         return load_model(name)
@@ -70,7 +70,7 @@ def model_of(name: str, folder: Path) -> Any:
 def open_case(model: Any, backend: str, precision: str, crops: np.ndarray, folder: Path) -> tuple[Any, Any]:
     """(runner, what opening it took); raises CanopyError where this machine cannot."""
     from canopy.errors import ConfigError
-    from canopy.inference.backends.choose import settle
+    from canopy.inference.backends import settle
 
     clock = common.Clock()
     facts: dict[str, Any] = {}
@@ -102,8 +102,7 @@ def _first(runner: Any, crops: np.ndarray) -> Any:
 def quantised(model: Any, crops: np.ndarray, folder: Path) -> Any:
     """An int8 network that nobody has judged, in a file of its own."""
     from canopy.calibration.quantize import to_int8
-    from canopy.inference.backends.choose import settle
-    from canopy.inference.backends.store import Converted, write_converted
+    from canopy.inference.backends import Converted, settle, write_converted
 
     fp32 = settle(model, "openvino", "fp32", "cpu")
     path = folder / f"{fp32.name}.int8.zip"

@@ -30,8 +30,8 @@ def make_pair(folder: Path, side: int) -> Path:
     """rgb.tif of 0.5 m, chm.tif of 1 m and the manifest that names them; one tile is repeated."""
     import rasterio
 
-    from canopy.sources.synth import SceneSpec
-    from canopy.sources.synth_render import render
+    from canopy.synth.forest import SceneSpec
+    from canopy.synth.render import render
 
     tile = render(SceneSpec(gsd_m=0.5), 300.0, 300.0, common.TILE_PX, common.TILE_PX)
     times = -(-side // common.TILE_PX)
@@ -67,9 +67,8 @@ def readers(folder: Path, workers: bool) -> dict[str, tuple[int, Callable[[], It
     from torch.utils.data import DataLoader
 
     from canopy.chips.augment import AugmentConfig
-    from canopy.chips.shards import ChipShards
-    from canopy.chips.streams import ChipBatches, ViewBatches
-    from canopy.chips.views import ViewRules
+    from canopy.chips.data import ChipBatches, ViewBatches, ViewRules
+    from canopy.chips.store import ChipShards
     from canopy.training.data import WholeChips
 
     shards = ChipShards(folder)

@@ -238,7 +238,7 @@ def _multipliers(side: int) -> dict[str, Callable[[], Any]]:
         "numpy": lambda: np.matmul(*numbers),
     }
     if _version("openvino") is not None:
-        from canopy.inference.backends.openvino_core import core, load_openvino
+        from canopy.inference.backends import core, load_openvino
 
         openvino = load_openvino()
         from openvino import opset13
@@ -297,8 +297,8 @@ def forest(side: int) -> Any:
     """RGB uint8 (3, side, side) of the synthetic forest; no pixel is 0,0,0. Not to be written to."""
     import numpy as np
 
-    from canopy.sources.synth import SceneSpec
-    from canopy.sources.synth_render import render
+    from canopy.synth.forest import SceneSpec
+    from canopy.synth.render import render
 
     return np.maximum(render(SceneSpec(gsd_m=0.5), 300.0, 300.0, side, side).rgb, 1)
 

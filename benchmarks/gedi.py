@@ -66,8 +66,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     import geopandas  # noqa: F401  (counted as import, not as work)
     import pyarrow.parquet  # noqa: F401
 
-    from canopy.geo.aoi import AOI
-    from canopy.sources.gedi import extract_shots
+    from canopy.geo.area import AOI
+    from canopy.labels.gedi import extract_shots
 
     share, path = AREAS[case["area"]], Path(case["path"])
     area = None if share is None else AOI.from_bounds((-90, 35, -90 + 40 * share, 35 + 20 * share))

@@ -18,13 +18,13 @@ import common
 import numpy as np
 
 from canopy.calibration.collect import Scored, load_chips, predict_chips
-from canopy.calibration.gap import TAG, gaps_to_dict
-from canopy.calibration.gedi_scale import correct_map
+from canopy.calibration.gedi import correct_map
+from canopy.calibration.intervals import TAG, gaps_to_dict
 from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid
 from canopy.geo.raster import Raster, read_raster, write_cog
+from canopy.labels.footprint import pool_over_disc
 from canopy.models.checkpoint import load_model
-from canopy.sources.gedi_footprint import pool_over_disc
 
 JITTER_M, NOISE_M, OUTLIERS, PER_HA = 10.0, 1.0, 0.1, 1.5
 

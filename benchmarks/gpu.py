@@ -106,7 +106,7 @@ def passes(
     """A row for every batch size that fits."""
     import torch
 
-    from canopy.inference.backends.static import StaticRunner
+    from canopy.inference.backends import StaticRunner
 
     side, rows = model.config.crop_px, []
     for batch in batches:
@@ -137,14 +137,11 @@ def whole_map(model: Any, device: Any, precision: str, mode: str, side: int) -> 
     """A map of `side` px square through the engine's flow; windows lie ready in memory."""
     import torch
 
-    from canopy.inference.backends.static import StaticRunner
-    from canopy.inference.blend import Canvas
-    from canopy.inference.extras import Extras
-    from canopy.inference.flow import Flow
-    from canopy.inference.forward import Predictor
-    from canopy.inference.plan import Lattice, plan_windows
-    from canopy.inference.transfer import Transfer
-    from canopy.inference.windows import Pixels
+    from canopy.inference.backends import StaticRunner
+    from canopy.inference.engine import Flow, Pixels, Transfer
+    from canopy.inference.lattice import Canvas, Lattice, plan_windows
+    from canopy.inference.layers import Extras
+    from canopy.inference.predictor import Predictor
     from canopy.runtime import NoProgress
 
     lattice = Lattice.of_model(model.config)
@@ -198,8 +195,7 @@ def sameness(model: Any, device: Any, precision: str, batch: int) -> dict[str, A
     """Greatest differences in metres: to fp32 on the CPU, between places of a batch, between batch sizes."""
     import torch
 
-    from canopy.inference.backends.runner import TorchRunner
-    from canopy.inference.backends.static import StaticRunner
+    from canopy.inference.backends import StaticRunner, TorchRunner
 
     side = model.config.crop_px
     torch.manual_seed(1)

@@ -18,7 +18,7 @@ import numpy as np
 from canopy.calibration.collect import Scored, cells_of, halves, load_chips, predict_chips
 from canopy.calibration.intervals import coverage, fit_intervals, pooled
 from canopy.models.checkpoint import load_model
-from canopy.models.intervals import METHODS
+from canopy.models.heads import METHODS
 
 LEVEL = 0.9
 

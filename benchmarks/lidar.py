@@ -51,8 +51,7 @@ def make_cloud(path: Path, points: int) -> None:
 
 def measure(points: int, workers: int, folder: Path) -> dict[str, Any]:
     """Seconds and memory of one CHM from a fresh cloud of `points` points."""
-    from canopy.sources.lidar import chm_from_points
-    from canopy.sources.lidar_target import ChmOptions
+    from canopy.labels.chm import ChmOptions, chm_from_points
 
     cloud = folder / "cloud.laz"
     make_cloud(cloud, points)

@@ -94,9 +94,9 @@ class _Answer(BaseHTTPRequestHandler):
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Pure passes, the job, pure passes."""
     import canopy
-    from canopy.inference.allocator import kept_memory
-    from canopy.inference.job import prepare
-    from canopy.inference.request import Request
+    from canopy.inference.engine import kept_memory
+    from canopy.inference.options import Request
+    from canopy.inference.predict import prepare
 
     model = common.cheap_model() if case["model"] == "cheap" else canopy.load_model(case["model"])
     job = prepare(
@@ -128,7 +128,7 @@ def pure(job: Any) -> dict[str, float]:
     """Seconds of one crop in full batches, by wall and by processor."""
     import torch
 
-    from canopy.inference.forward import Predictor
+    from canopy.inference.predictor import Predictor
 
     request, side = job.request, job.model.config.crop_px
     predictor = Predictor(

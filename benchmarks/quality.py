@@ -19,8 +19,8 @@ import rasterio
 from scipy import ndimage
 
 from canopy.calibration.collect import load_chips
-from canopy.calibration.domain import crops_described, fit_domain
-from canopy.inference.quality import CARD_KEY, QualityRules, rules_of
+from canopy.calibration.intervals import crops_described, fit_domain
+from canopy.inference.layers import CARD_KEY, QualityRules, rules_of
 
 MODEL_GSD_M = 0.5
 FEW_TREES = 6

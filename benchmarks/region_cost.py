@@ -30,8 +30,8 @@ def crop_cpu_s() -> float:
     import numpy as np
     import torch
 
-    from canopy.inference.backends.choose import settle
-    from canopy.sources.weights import load_model
+    from canopy.inference.backends import settle
+    from canopy.models.registry import load_model
 
     torch.set_num_threads(1)
     model = load_model("default")
@@ -47,9 +47,8 @@ def crop_cpu_s() -> float:
 def plan(name: str, km2: float, crop_s: float, measured: bool, out: Path) -> dict[str, Any]:
     """Tiles, crops, bytes, hours and money of one config."""
     from canopy.config import load_settings
-    from canopy.inference.region.cost import region_cost
-    from canopy.inference.region.run import prepare_run
-    from canopy.inference.region.settings import RegionSettings
+    from canopy.region.plan import RegionSettings
+    from canopy.region.run import prepare_run, region_cost
 
     given = {
         "imagery": "demo", "bbox": PLACE, "size_m": 1000 * math.sqrt(km2), "out": str(out / name),

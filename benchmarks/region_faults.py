@@ -30,15 +30,15 @@ SIDE = 5
 REHEARSAL = """
 import sys
 from pathlib import Path
-from canopy.geo.aoi import AOI
+from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
-from canopy.inference.region.drive import drive
-from canopy.inference.region.engines import LocalEngine
-from canopy.inference.region.ledger import Ledger
-from canopy.inference.region.lock import RunLock
-from canopy.inference.region.rehearse import Rehearsal
-from canopy.inference.region.task import How, remove_leftovers
-from canopy.inference.region.tiling import Tiling
+from canopy.region.run import drive
+from canopy.region.run import LocalEngine
+from canopy.region.ledger import Ledger
+from canopy.region.ledger import RunLock
+from canopy.region.rehearse import Rehearsal
+from canopy.region.task import How, remove_leftovers
+from canopy.region.tiles import Tiling
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

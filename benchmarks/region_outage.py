@@ -94,7 +94,7 @@ def from_server(top: Path, image: Path, model: Path, die: random.Random, lasting
         **same_where_valid(folder / "mosaic", top / "file" / "mosaic"),
     }  # fmt: skip
     if lasting:
-        from canopy.inference.region.ledger import Ledger
+        from canopy.region.ledger import Ledger
 
         with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
             reasons = [row.reason or "" for row in ledger.rows("failed")]

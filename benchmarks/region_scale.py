@@ -33,13 +33,13 @@ def peak_mb() -> float:
 
 def million(tiles: int, folder: Path) -> dict[str, float]:
     """Enter, drive and reopen `tiles` tiles."""
-    from canopy.geo.aoi import AOI
+    from canopy.geo.area import AOI
     from canopy.geo.grid import Grid
-    from canopy.inference.mercator import pixel_at
-    from canopy.inference.region.drive import drive
-    from canopy.inference.region.ledger import Ledger
-    from canopy.inference.region.rehearse import PretendingEngine
-    from canopy.inference.region.tiling import Tiling
+    from canopy.inference.target import pixel_at
+    from canopy.region.ledger import Ledger
+    from canopy.region.rehearse import PretendingEngine
+    from canopy.region.run import drive
+    from canopy.region.tiles import Tiling
 
     side = math.ceil(math.sqrt(tiles))
     pixel = pixel_at(26)
@@ -93,7 +93,7 @@ class TemplateEngine:
         self.tasks.append(task)
 
     def wait(self, timeout_s: float) -> list[Any]:
-        from canopy.inference.region.task import Outcome, tile_path
+        from canopy.region.task import Outcome, tile_path
 
         outcomes = []
         for task in self.tasks:
@@ -130,8 +130,8 @@ def finished(tiles: int, folder: Path) -> dict[str, float]:
     import numpy as np
     import rasterio
 
-    from canopy.inference.region.run import prepare_run, start
-    from canopy.inference.region.settings import RegionSettings
+    from canopy.region.plan import RegionSettings
+    from canopy.region.run import prepare_run, start
 
     side = round(math.ceil(math.sqrt(tiles)) * TILE_M / 0.6)  # pixels of the image
     image = folder / "image.tif"

@@ -85,7 +85,7 @@ def left_behind(folder: Path) -> dict[str, Any]:
     `strays` are files of the tiles' folder that are neither a tile nor its item; `twice` counts tiles that
     the mosaic names more than once.
     """
-    from canopy.inference.region.ledger import Ledger
+    from canopy.region.ledger import Ledger
 
     with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
         rows = {row.task.id: (row.state, row.sha256) for row in ledger.rows()}

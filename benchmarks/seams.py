@@ -3,7 +3,7 @@
     python benchmarks/seams.py MODEL IMAGE... --out bench_out
     python benchmarks/seams.py default a.tif b.tif --lattices 512/448 384/320 --pairs 16
 
-A map is made of crops that overlap (`canopy/inference/plan.py`). For each lattice, pairs of neighbouring
+A map is made of crops that overlap (`canopy/inference/lattice.py`). For each lattice, pairs of neighbouring
 crops are cut from valid imagery at random places and predicted; the same pixels seen from both give the
 difference D.
 
@@ -77,8 +77,7 @@ def differences(
 
 def judge(found: np.ndarray, margin_px: int) -> dict[str, float]:
     """The numbers of this file's head for D (pairs, along, across) and a margin."""
-    from canopy.inference.blend import taper
-    from canopy.inference.plan import Lattice
+    from canopy.inference.lattice import Lattice, taper
 
     along, overlap = found.shape[1:]
     ramp = overlap - 2 * margin_px
@@ -148,8 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lattices", nargs="+", default=LATTICES, metavar="CROP/STRIDE")
     parser.add_argument("--pairs", type=int, default=12, help="pairs of crops for each lattice")
     options = parser.parse_args(argv)
+    from canopy.imagery.open import open_imagery
     from canopy.models.checkpoint import load_model
-    from canopy.sources.imagery import open_imagery
 
     model = load_model(options.model)
     source = open_imagery(options.image[0] if len(options.image) == 1 else options.image)

@@ -13,7 +13,7 @@ from lightly.loss.dino_loss import DINOLoss
 from lightly.loss.ibot_loss import IBOTPatchLoss
 from lightly.loss.koleo_loss import KoLeoLoss
 
-from canopy.training import ssl_losses as ours
+from canopy.training import losses as ours
 
 TEMPERATURE = 0.07
 

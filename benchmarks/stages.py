@@ -25,12 +25,12 @@ import common
 
 # Stage -> the functions it consists of, as `module:name` or `module:Class.name`.
 STAGES = {
-    "read": ["canopy.geo.window:_read_native"],
-    "warp": ["canopy.geo.window:warp_window", "canopy.geo.window:copy_window"],
-    "mosaic, scale": ["canopy.sources.mosaic:Mosaic.read"],
-    "fill, pack": ["canopy.inference.windows:_read"],
-    "predict": ["canopy.inference.forward:Predictor.__call__"],
-    "blend": [f"canopy.inference.blend:Canvas.{name}" for name in ("begin", "add", "finish")],
+    "read": ["canopy.geo.reading:_read_native"],
+    "warp": ["canopy.geo.reading:warp_window", "canopy.geo.reading:copy_window"],
+    "mosaic, scale": ["canopy.imagery.files:Mosaic.read"],
+    "fill, pack": ["canopy.inference.engine:_read"],
+    "predict": ["canopy.inference.predictor:Predictor.__call__"],
+    "blend": [f"canopy.inference.lattice:Canvas.{name}" for name in ("begin", "add", "finish")],
     "write": ["canopy.geo.cog:CogWriter.write"],
     "finish the COG": ["canopy.geo.cog:CogWriter.close"],
 }
@@ -96,8 +96,8 @@ def watching() -> Iterator[Stopwatch]:
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each stage for one image."""
     import canopy
-    from canopy.inference.job import prepare
-    from canopy.inference.request import Request
+    from canopy.inference.options import Request
+    from canopy.inference.predict import prepare
 
     model = common.cheap_model() if case["model"] == "cheap" else canopy.load_model(case["model"])
     job = prepare(Request(images=(case["image"],), model=model, out=case["to"], overwrite=True, device="cpu"))

@@ -41,10 +41,10 @@ MODEL = {
 
 def write_chips(folder: Path, windows: int) -> None:
     """Chips of `windows` places in every training scene and of one in every other, heights as cell means."""
-    from canopy.chips.made import write_made
     from canopy.chips.store import Chip, ChipRow
-    from canopy.sources.synth import SceneSpec
-    from canopy.sources.synth_render import render
+    from canopy.chips.write import write_made
+    from canopy.synth.forest import SceneSpec
+    from canopy.synth.render import render
 
     def chips() -> Iterator[Chip]:
         half = SIDE_PX // 2
@@ -61,8 +61,8 @@ def write_chips(folder: Path, windows: int) -> None:
 def pretrain_encoder(chips: Path, run: Path, steps: int, objective: str) -> Path:
     """Pretrain the model's encoder on the chips' images; returns its file."""
     from canopy.config import validate_settings
-    from canopy.training.pretrain_run import pretrain
-    from canopy.training.pretrain_settings import PretrainSettings
+    from canopy.training.fit import pretrain
+    from canopy.training.settings import PretrainSettings
 
     raw = {
         "name": "synthetic", "objective": objective, "steps": steps, "batch": 8, "lr": 1e-3, "warmup": 0.1,

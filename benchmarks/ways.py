@@ -149,8 +149,8 @@ def _job_in_int8(case: dict[str, Any]) -> None:
 def _job(case: dict[str, Any]) -> Any:
     """The job of `canopy predict`, which converts the model where needed and warms it up."""
     import canopy
-    from canopy.inference.job import prepare
-    from canopy.inference.request import Request
+    from canopy.inference.options import Request
+    from canopy.inference.predict import prepare
 
     model, options = canopy.load_model(case["model"]), dict(case["options"])
     return prepare(

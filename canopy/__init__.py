@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "AOI": "canopy.geo.aoi",
+    "AOI": "canopy.geo.area",
     "Grid": "canopy.geo.grid",
     "Raster": "canopy.geo.raster",
     "HeightModel": "canopy.models.height",
-    "load_model": "canopy.sources.weights",
-    "open_imagery": "canopy.sources.imagery",
+    "load_model": "canopy.models.registry",
+    "open_imagery": "canopy.imagery.open",
     "predict": "canopy.inference.predict",
-    "evaluate": "canopy.evaluation.compare",
+    "evaluate": "canopy.evaluation.evaluate",
     "CanopyError": "canopy.errors",
     "InputError": "canopy.errors",
 }
@@ -39,14 +39,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from canopy.errors import CanopyError, InputError
-    from canopy.evaluation.compare import evaluate
-    from canopy.geo.aoi import AOI
+    from canopy.evaluation.evaluate import evaluate
+    from canopy.geo.area import AOI
     from canopy.geo.grid import Grid
     from canopy.geo.raster import Raster
+    from canopy.imagery.open import open_imagery
     from canopy.inference.predict import predict
     from canopy.models.height import HeightModel
-    from canopy.sources.imagery import open_imagery
-    from canopy.sources.weights import load_model
+    from canopy.models.registry import load_model
 
 
 def __getattr__(name: str) -> Any:

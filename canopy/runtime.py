@@ -17,6 +17,7 @@ from canopy.errors import CanopyError, ConfigError, InputError
 if TYPE_CHECKING:
     import torch
 
+
 log = logging.getLogger("canopy")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from canopy.geo.raster import read_raster
-from canopy.sources.demo import DemoSource
+from canopy.imagery.named import DemoSource
 
 
 def main() -> None:

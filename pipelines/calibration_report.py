@@ -37,8 +37,8 @@ def main() -> int:
 
 
 def _report(model: str) -> str:
-    from canopy.models.intervals import CARD_KEY
-    from canopy.models.registry import describe, resolve_model
+    from canopy.models.checkpoint import describe, resolve_model
+    from canopy.models.heads import CARD_KEY
 
     card = describe(resolve_model(model))["card"]
     if CARD_KEY not in card:

@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
-    from canopy.cli.evaluate_benchmark import evaluate_benchmark
+    from canopy.cli.evaluate import evaluate_benchmark
     from canopy.runtime import setup_logging
 
     setup_logging()

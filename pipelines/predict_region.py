@@ -17,7 +17,7 @@ import typer
 from canopy.cli.map import run_map
 from canopy.config import load_settings
 from canopy.errors import CanopyError
-from canopy.inference.region.settings import RegionSettings
+from canopy.region.plan import RegionSettings
 from canopy.runtime import setup_logging
 
 

@@ -42,12 +42,11 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from canopy.calibration.gap import CARD_KEY as GAP
-    from canopy.inference.quality import CARD_KEY as QUALITY
-    from canopy.models.checkpoint import load_model, save_checkpoint
-    from canopy.models.intervals import CARD_KEY as INTERVALS
-    from canopy.models.registry import describe
-    from canopy.training.report import height_table, markdown_table, model_card, score_with_baselines
+    from canopy.calibration.intervals import CARD_KEY as GAP
+    from canopy.inference.layers import CARD_KEY as QUALITY
+    from canopy.models.checkpoint import describe, load_model, save_checkpoint
+    from canopy.models.heads import CARD_KEY as INTERVALS
+    from canopy.training.fit import height_table, markdown_table, model_card, score_with_baselines
 
     notes = named_values(args.note, "--note")
     model = load_model(args.model)

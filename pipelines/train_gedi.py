@@ -39,7 +39,7 @@ def main() -> int:
 def _run(args: argparse.Namespace) -> dict[str, object]:
     import numpy as np
 
-    from canopy.calibration.gedi_train import score_gedi, split_regions, train_gedi
+    from canopy.calibration.gedi_area import score_gedi, split_regions, train_gedi
     from canopy.models.gedi import save_gedi_model
     from canopy.runtime import progress_bar, setup_logging
 
@@ -69,7 +69,7 @@ def _samples(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     import numpy as np
 
     from canopy.calibration.collect import load_chips, places_of
-    from canopy.calibration.gedi_samples import Samples, joined, simulated
+    from canopy.calibration.gedi_area import Samples, joined, simulated
 
     if args.data is not None:
         chips, _ = load_chips(args.data, args.splits.split(","))
@@ -78,8 +78,8 @@ def _samples(args: argparse.Namespace):  # type: ignore[no-untyped-def]
         )
     if not args.shots or len(args.shots) != len(args.imagery):
         raise ConfigError("nothing to train on", expected="DATA, or one --imagery for every --shots")
-    from canopy.sources.gedi_shots import read_shots
-    from canopy.sources.imagery import open_imagery
+    from canopy.imagery.open import open_imagery
+    from canopy.labels.gedi import read_shots
 
     parts = [
         joined(open_imagery(where, area=None), read_shots(table), rh=args.rh, region=table.stem)

@@ -1,6 +1,6 @@
 """A real HTTP server on this machine that serves bytes with range support and misbehaves on command.
 
-Loaded by the `server` fixture of tests/sources/conftest.py.
+Loaded by the `server` fixture of tests/conftest.py.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from canopy.errors import DataError, OutputError
-from canopy.files import file_sha256, replacing, told_as_output
+from canopy.errors import DataError, InputError, OutputError
+from canopy.files import check_output, file_sha256, replacing, told_as_output
 
 
 def test_the_name_holds_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -83,3 +83,48 @@ def test_hash_of_a_file(tmp_path: Path) -> None:
     data = bytes(range(256)) * 9000
     (tmp_path / "a").write_bytes(data)
     assert file_sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+class TestCheckOutput:
+    """Every command hands its outputs and all its inputs to `files.check_output`."""
+
+    def test_never_over_an_input_whatever_its_kind(self, tmp_path: Path) -> None:
+        folder = tmp_path / "tiles"
+        folder.mkdir()
+        for name in ("aoi.json", "zones.dbf", "zones.shp", "tiles/a.tif"):
+            (tmp_path / name).write_bytes(b"x")
+        cases = [
+            ("aoi.json", [tmp_path / "aoi.json"]),
+            ("aoi.json", [None, ["other.tif", str(tmp_path / "tiles" / ".." / "aoi.json")]]),
+            ("zones.dbf", [tmp_path / "zones.shp"]),
+            ("tiles/a.tif", [folder]),
+        ]
+        for out, inputs in cases:
+            with pytest.raises(InputError, match="is one of the inputs"):
+                check_output(tmp_path / out, inputs, overwrite=True)
+        link = tmp_path / "link.tif"
+        link.symlink_to(folder / "a.tif")
+        with pytest.raises(InputError, match="is one of the inputs"):
+            check_output(link, [folder / "a.tif"], overwrite=True)
+        with pytest.raises(InputError, match="holds one of the inputs"):
+            check_output(folder, [folder / "a.tif"], overwrite=True, folder=True)
+
+    def test_what_exists_is_kept_unless_told_otherwise(self, tmp_path: Path) -> None:
+        old = tmp_path / "old.tif"
+        old.write_bytes(b"x")
+        with pytest.raises(InputError, match=r"exists already.*--overwrite"):
+            check_output([tmp_path / "new.tif", old], overwrite=False)
+        assert check_output([tmp_path / "new.tif", old], ["https://host/old.tif"], overwrite=True)[1] == old
+        with pytest.raises(InputError, match="not empty"):
+            check_output(tmp_path, overwrite=False, folder=True)
+        assert check_output(tmp_path / "fresh", overwrite=False, folder=True) == [tmp_path / "fresh"]
+
+    def test_names_that_cannot_be_written(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="240 bytes"):
+            check_output(tmp_path / ("a" * 250 + ".tif"), overwrite=True)
+        with pytest.raises(InputError, match="no such directory"):
+            check_output(tmp_path / "none" / "a.tif", overwrite=True)
+        with pytest.raises(InputError, match="is a directory"):
+            check_output(tmp_path, overwrite=True)
+        with pytest.raises(InputError, match=r"ending in \.tif or \.tiff"):
+            check_output(tmp_path / "a.png", overwrite=True, suffixes=(".tif", ".tiff"))

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canopy.chips.predict import predict_whole, scored_pixels
-from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M
+from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M, predict_whole, scored_pixels
 from canopy.errors import ConfigError, DataError
-from canopy.models.intervals import hint_names, views_of
+from canopy.models.heads import hint_names, views_of
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
     from canopy.chips.store import Chip
     from canopy.models.height import HeightModel
+
 
 # Side of the blocks that are taken as exchangeable, in metres: several times the distance over which errors
 # of neighbouring pixels look alike, and still many of them in a tile.
@@ -87,11 +87,11 @@ def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str
         store = read_store(path)
         chips, identity = store.of_split(*splits), store.data_sha256
     elif (path / "manifest.csv").is_file():
-        from canopy.chips.cut import cut_pack
+        from canopy.chips.write import cut_pack
 
         chips, identity = cut_pack(path, tuple(splits))
     elif path.is_dir():
-        from canopy.chips.shards import ChipShards
+        from canopy.chips.store import ChipShards
 
         shards = ChipShards(path, splits=splits)
         for row in shards.rows:
@@ -141,7 +141,7 @@ def places_of(data: str | Path) -> dict[str, tuple[float, float]]:
             return {}
         boxes = {row["id"]: [row[name] for name in _PLACE] for row in rows if row["crs"]}
     elif path.is_dir():
-        from canopy.chips.index import read_index
+        from canopy.chips.store import read_index
 
         boxes = {r.id: [r.crs, r.west, r.south, r.east, r.north] for r in read_index(path) if r.crs}
     else:
@@ -188,7 +188,7 @@ def _predict(model: HeightModel, chip: Chip, method: str, batch: int) -> np.ndar
     """Height and hints (l, h, w) at 1 m of a chip, from crops that overlap by three eighths or more."""
     import torch
 
-    from canopy.inference.views import over_views
+    from canopy.inference.predictor import over_views
 
     outputs = ("height_m", *hint_names(method))
 

@@ -22,7 +22,8 @@ from canopy.geo.raster import SourcePlace, open_raster
 if TYPE_CHECKING:
     import pandas
 
-    from canopy.calibration.gap import FootprintGap
+    from canopy.calibration.intervals import FootprintGap
+
 
 CANDIDATES = 32
 _GOLDEN_RAD = np.pi * (3 - 5**0.5)
@@ -83,7 +84,7 @@ def read_footprints(
 
     Args:
         path: a height GeoTIFF in metres.
-        shots: table of `canopy.sources.gedi_shots.read_shots`.
+        shots: table of `canopy.labels.gedi.read_shots`.
         rh: the relative height that the map's percentile is compared with.
         sigma_m: standard deviation of the position error, metres per axis.
         least: fewest discs of a shot that must be wholly on the map.
@@ -92,8 +93,8 @@ def read_footprints(
     Raises:
         DataError: no such relative height, or no shot on the map.
     """
-    from canopy.sources.gedi_footprint import pool_over_disc
-    from canopy.sources.gedi_table import rh_column
+    from canopy.labels.footprint import pool_over_disc
+    from canopy.labels.gedi import rh_column
 
     column = rh_column(rh)
     if column not in shots:

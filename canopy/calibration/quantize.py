@@ -20,12 +20,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from canopy.calibration.collect import load_chips, predict_chips
-from canopy.chips.predict import crop_of
+from canopy.chips.store import crop_of
 from canopy.errors import InputError
-from canopy.inference.backends.choose import Choice, int8_places, settle
-from canopy.inference.backends.openvino_core import core, load_openvino
-from canopy.inference.backends.runner import Runner
-from canopy.inference.backends.store import Converted, write_converted
+from canopy.inference.backends import (
+    Choice,
+    Converted,
+    Runner,
+    core,
+    int8_places,
+    load_openvino,
+    settle,
+    write_converted,
+)
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
 
     from canopy.chips.store import Chip
     from canopy.models.height import HeightModel
+
 
 # Enough to settle the scales: 64 crops of 384 px, 16 of 768 px.
 CALIBRATION_PX = 64 * 384**2
@@ -126,7 +133,7 @@ def to_int8(choice: Choice, model: HeightModel, crops: np.ndarray) -> dict[str, 
     load_openvino()
     import nncf
 
-    from canopy.inference.backends.openvino_runner import files_of
+    from canopy.inference.backends import files_of
 
     nncf.set_log_level(logging.ERROR)
     fp32 = choice.scores(model).parts

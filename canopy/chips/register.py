@@ -1,4 +1,6 @@
-"""How far an image and a lidar canopy height model lie apart, measured on the trees themselves.
+"""The highest point of a correlation surface, finer than its pixels.
+
+How far an image and a lidar canopy height model lie apart, measured on the trees themselves.
 
 An image does not look like a height map: a crown is bright on one side, dark on the other, and throws a
 shadow that no height map has. Correlating the two directly is wrong by a metre or more, towards the sun.
@@ -18,7 +20,28 @@ import numpy as np
 from scipy import fft, ndimage
 
 from canopy.errors import InputError
-from canopy.geo.peak import peak_of
+
+
+def peak_of(surface: np.ndarray) -> tuple[float, float, float]:
+    """(down, right) in pixels from the middle of (h, w) to its highest point, and the height there.
+
+    The place is refined by the parabola through the point's neighbours, in each direction.
+    """
+    row, col = (int(i) for i in np.unravel_index(surface.argmax(), surface.shape))
+    return (
+        row + _vertex(surface[:, col], row) - surface.shape[0] // 2,
+        col + _vertex(surface[row], col) - surface.shape[1] // 2,
+        float(surface[row, col]),
+    )
+
+
+def _vertex(line: np.ndarray, at: int) -> float:
+    if not 0 < at < len(line) - 1:
+        return 0.0
+    before, here, after = (float(v) for v in line[at - 1 : at + 2])
+    bend = before - 2 * here + after
+    return 0.0 if bend >= 0 else 0.5 * (before - after) / bend
+
 
 _FINEST_M, _COARSEST_M = 1.5, 16.0  # structures from a branch to a group of crowns
 _VEGETATION_M = 2.0

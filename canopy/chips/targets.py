@@ -17,6 +17,7 @@ from canopy.errors import DataError, InputError
 if TYPE_CHECKING:
     from canopy.geo.grid import Grid
 
+
 RULES = ("mean", "max")
 UNKNOWN_GAP_WEIGHT = 0.7  # as if about a year and three quarters lay between image and lidar
 _GAP_SCALE_YEARS = 5.0
@@ -154,7 +155,7 @@ def _read(dataset: Any, grid: Grid, rule: str) -> tuple[np.ndarray, np.ndarray]:
 
     from canopy.geo.grid import Grid
     from canopy.geo.raster import SourcePlace
-    from canopy.geo.window import read_window
+    from canopy.geo.reading import read_window
 
     place = SourcePlace.of(dataset)
     ratio = grid.gsd_m / place.grid().gsd_m if place.is_north_up else 1.0

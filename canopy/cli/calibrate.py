@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -57,7 +57,7 @@ def gedi(
 
     Example: canopy calibrate gedi chm.tif --shots shots.parquet -o chm_gedi.tif
     """
-    from canopy.calibration.gedi_scale import correct_map
+    from canopy.calibration.gedi import correct_map
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
@@ -131,7 +131,7 @@ def interval(
     Example: canopy calibrate interval default --data pack -o calibrated.safetensors
     Example: canopy calibrate interval default --data my_chips --splits train,val -o mine.safetensors
     """
-    from canopy.calibration.model_file import calibrate_model
+    from canopy.calibration.intervals import calibrate_model
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)

@@ -14,13 +14,11 @@ import typer
 
 from canopy import __version__
 from canopy.cli import calibrate, data, models
-from canopy.cli.compare import compare
+from canopy.cli.compare import compare, stats
 from canopy.cli.evaluate import evaluate
 from canopy.cli.map import map_
 from canopy.cli.predict import predict
-from canopy.cli.pretrain import pretrain
-from canopy.cli.stats import stats
-from canopy.cli.train import train
+from canopy.cli.train import pretrain, train
 from canopy.errors import CanopyError
 
 _INTERRUPTED = 130  # 128 and SIGINT, as shells have it

@@ -1,23 +1,42 @@
-"""`canopy map`: parse, call, print."""
+"""`canopy map`: parse, call, print.
+
+Progress of a regional run: a bar on a terminal, a line a minute elsewhere.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
 
-from canopy.cli.area import AreaOptions
-from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json, was_typed
-from canopy.cli.groups import takes_groups
-from canopy.cli.map_options import DryRun, RegionOptions, Resume, RetryFailed, Status, Verify
-from canopy.cli.predict_options import PredictionOptions
+from canopy.cli.options import (
+    AreaOptions,
+    Json,
+    Overwrite,
+    PredictionOptions,
+    Quiet,
+    RegionOptions,
+    Resume,
+    RetryFailed,
+    Status,
+    Verbose,
+    Verify,
+    print_json,
+    takes_groups,
+    was_typed,
+)
+from canopy.cli.options import MapDryRun as DryRun
+from canopy.runtime import log
 
 if TYPE_CHECKING:
-    from canopy.inference.region.cost import RegionCost
-    from canopy.inference.region.plan import Prepared
-    from canopy.inference.region.run import RunResult
-    from canopy.inference.region.settings import RegionSettings
+    from canopy.region.ledger import Ledger
+    from canopy.region.plan import Prepared, RegionSettings
+    from canopy.region.run import RegionCost, RunResult, Tally, Watcher
 
 
 @takes_groups
@@ -54,7 +73,7 @@ def map_(
     """
     from canopy.config import validate_settings
     from canopy.errors import ConfigError
-    from canopy.inference.region.settings import RegionSettings
+    from canopy.region.plan import RegionSettings
     from canopy.runtime import setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
@@ -88,11 +107,9 @@ def run_map(
     """Make (or go on with, or only plan) a regional run, say what happens, and exit with its code.
 
     Raises:
-        CanopyError: see `canopy.inference.region.run`.
+        CanopyError: see `canopy.region.run`.
     """
-    from canopy.cli.map_progress import watching
-    from canopy.inference.region.cost import region_cost
-    from canopy.inference.region.run import elapsed_text, prepare_run, start
+    from canopy.region.run import elapsed_text, prepare_run, region_cost, start
     from canopy.runtime import log
 
     settings.parse_shard()
@@ -121,8 +138,7 @@ def run_map(
 def _show_status(folder: str, json: bool) -> None:
     from pathlib import Path
 
-    from canopy.inference.region.run import elapsed_text
-    from canopy.inference.region.state import status
+    from canopy.region.run import elapsed_text, status
 
     found = status(Path(folder).expanduser())
     if json:
@@ -176,3 +192,67 @@ def _print_result(result: RunResult) -> None:
         typer.echo(f"... and {len(result.failures) - 10} more; see canopy map --status {result.folder}")
     for name, path in result.outputs.items():
         typer.echo(f"{path}: {name}")
+
+
+LINE_EVERY_S = 60.0
+
+
+class RegionProgress:
+    """Shows tiles finished, pace, failures and time left.
+
+    The pace counts from where the first tile was begun: before it, workers only load the model.
+    """
+
+    def __init__(self, ledger: Ledger, show: Callable[[int, int, str], None], every_s: float) -> None:
+        counts, totals = ledger.counts(), ledger.totals()
+        self._total = sum(counts.values())
+        self._before = counts["done"] + counts["empty"] + counts["failed"]
+        self._km2_left = totals["km2"] - totals["km2_finished"]
+        self._show, self._every_s = show, every_s
+        self._shown = time.monotonic()
+
+    def update(self, tally: Tally, in_work: int) -> None:
+        """Show how a run stands, if it is time to."""
+        if time.monotonic() - self._shown < self._every_s:
+            return
+        self._shown = time.monotonic()
+        self._show(self._before + tally.finished, self._total, self.text(tally, in_work))
+
+    def text(self, tally: Tally, in_work: int) -> str:
+        """`12.3 km2/h, 2 failed, 4 in work, 3.4 h left`."""
+        from canopy.region.run import elapsed_text
+
+        parts = [f"{tally.km2_per_hour:,.3g} km2/h"]
+        if tally.failed:
+            parts.append(f"{tally.failed} failed")
+        parts.append(f"{in_work} in work")
+        if tally.km2_per_hour > 0:
+            left_s = (self._km2_left - tally.km2) / tally.km2_per_hour * 3600
+            parts.append(f"{elapsed_text(max(0.0, left_s))} left")
+        return ", ".join(parts)
+
+
+@contextmanager
+def watching(quiet: bool) -> Iterator[Callable[[Ledger], Watcher]]:
+    """What makes the watcher of a run, once its ledger is open."""
+    if quiet or not sys.stderr.isatty():
+
+        def line(done: int, total: int, text: str) -> None:
+            log.info(f"{done:,} of {total:,} tiles, {text}")
+
+        yield lambda ledger: RegionProgress(ledger, line, LINE_EVERY_S)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("tiles"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting workers", total=None)
+
+        def show(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text)
+
+        yield lambda ledger: RegionProgress(ledger, show, 0.5)

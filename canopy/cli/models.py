@@ -1,14 +1,133 @@
-"""`canopy models`: what models there are, and what is in a file."""
+"""`canopy models convert`: a published checkpoint becomes a canopy model file.
+
+`canopy models quantize`: parse, call, print.
+
+`canopy models`: what models there are, and what is in a file.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from canopy.cli.common import Json, print_json
-from canopy.cli.convert import convert
-from canopy.cli.quantize import quantize
+from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json
+
+if TYPE_CHECKING:
+    from canopy.models.published import Converted
+
+
+def convert(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="A file, a hub directory, or hf://owner/name[@revision]."),
+    ],
+    out: Annotated[str, typer.Option("-o", "--out", metavar="MODEL.safetensors", help="File to write.")],
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", metavar="FILE", help="The other file of an original v2 model.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", metavar="FILE.json", help="num_heads, taps, ... of a size never published."),
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store matrices as fp16: half the size.")] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Convert a published v1 or v2 checkpoint, recognised by its content; every tensor is accounted for.
+
+    Examples:
+
+      canopy models convert SSLhuge_satellite.pth -o v1-huge.safetensors
+
+      canopy models convert chmv2_dpt_head.pth --backbone dinov3_vitl16_sat493m.pth -o v2.safetensors
+
+      canopy models convert hf://facebook/dinov3-vitl16-chmv2-dpt-head -o v2.safetensors
+    """
+    from pathlib import Path
+
+    from canopy.errors import InputError
+    from canopy.models.published import convert as convert_file
+    from canopy.runtime import setup_logging
+
+    setup_logging(quiet=quiet, verbose=verbose)
+    if Path(out).expanduser().exists() and not overwrite:
+        raise InputError(
+            "exists already", where=out, remedy="add --overwrite, or choose another name with -o"
+        )
+    source = None
+    if checkpoint.startswith("hf://"):
+        from canopy.models.registry import fetch_hub
+
+        source, checkpoint = checkpoint, str(fetch_hub(checkpoint))
+    done = convert_file(
+        checkpoint, out, backbone=backbone, config=config, source=source, half=half, overwrite=overwrite
+    )
+    if json:
+        print_json(done.to_dict())
+    elif not quiet:
+        _print(done)
+
+
+def _print(done: Converted) -> None:
+    config = done.recognised.config
+    typer.echo(f"found {done.recognised.found}")
+    typer.echo(f"licence {done.card['licence']}; {done.card['source']}")
+    typer.echo(
+        f"{config.gsd_m} m pixels, crops of {config.crop_px} px; images are padded to multiples of "
+        f"{config.pad_px} px, because its decoder stretches odd token grids"
+    )
+    for reason, count in done.card["dropped"].items():
+        typer.echo(f"left out {count} tensors: {reason}")
+    typer.echo(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, sha256 {done.sha256}")
+
+
+_HELP_OUT = (
+    "File to write. Default: the cache, where --precision int8 finds it; beside MODEL it is found too."
+)
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name or .safetensors file.")],
+    data: Annotated[
+        Path, typer.Option("--data", help="A data pack, a chips folder (canopy data chips) or a chips file.")
+    ],
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="MODEL.int8.zip", help=_HELP_OUT)] = None,
+    crops: Annotated[
+        int | None, typer.Option("--crops", min=8, help="Crops to calibrate on. Default: by their size.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make the int8 network of a model, for --precision int8.
+
+    It is calibrated on crops of the training chips; the val chips' lidar says what it costs. Needs the
+    extra `export`.
+
+    Example: canopy models quantize default --data chips
+    """
+    from canopy.calibration.quantize import quantize as make
+    from canopy.models.registry import load_model
+    from canopy.runtime import progress_bar, setup_logging
+
+    setup_logging(quiet, verbose)
+    with progress_bar(quiet or json_) as progress:
+        report = make(load_model(model), data, out, crops=crops, overwrite=overwrite, progress=progress)
+    if json_:
+        print_json(report)
+    elif not quiet:
+        found = report["accuracy"]
+        typer.echo(
+            f"{report['output']}: MAE {found['int8']['mae_m']:.3f} m against lidar, fp32 "
+            f"{found['fp32']['mae_m']:.3f} m; {found['mean_difference_m']:.3f} m apart on average "
+            f"({found['chips']} val chips)"
+        )
+
 
 app = typer.Typer(no_args_is_help=True)
 app.command("convert")(convert)
@@ -21,9 +140,9 @@ def list_models(json_: Json = False) -> None:
 
     Example: canopy models list
     """
-    from canopy.models.catalogue import facts as published_facts
-    from canopy.models.catalogue import published_models
-    from canopy.models.registry import EMBEDDED, WEIGHTS_DIR, describe
+    from canopy.models.checkpoint import EMBEDDED, WEIGHTS_DIR, describe
+    from canopy.models.registry import facts as published_facts
+    from canopy.models.registry import published_models
 
     shipped = {name: WEIGHTS_DIR / file for name, file in EMBEDDED.items()}
     rows = {name: describe(path) for name, path in shipped.items() if path.is_file()}
@@ -52,9 +171,9 @@ def info(
 
     Example: canopy models info default
     """
-    from canopy.models.catalogue import facts as published_facts
-    from canopy.models.catalogue import published_models
-    from canopy.models.registry import EMBEDDED, describe, resolve_model
+    from canopy.models.checkpoint import EMBEDDED, describe, resolve_model
+    from canopy.models.registry import facts as published_facts
+    from canopy.models.registry import published_models
 
     table = {} if name_or_file in EMBEDDED else published_models()
     if name_or_file in table:

@@ -7,13 +7,25 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from canopy.cli.area import AreaOptions
-from canopy.cli.common import Json, Overwrite, Quiet, Verbose, print_json
-from canopy.cli.groups import takes_groups
-from canopy.cli.predict_options import Crs, DryRun, MaxPixels, Out, PredictionOptions, Quicklook, Workers
+from canopy.cli.options import (
+    AreaOptions,
+    Crs,
+    DryRun,
+    Json,
+    MaxPixels,
+    Out,
+    Overwrite,
+    PredictionOptions,
+    Quicklook,
+    Quiet,
+    Verbose,
+    Workers,
+    print_json,
+    takes_groups,
+)
 
 if TYPE_CHECKING:
-    from canopy.inference.job import Job, Result
+    from canopy.inference.predict import Job, Result
 
 
 @takes_groups
@@ -47,9 +59,9 @@ def predict(
       canopy predict a.tif b.tif --aoi stand.gpkg --crs image --gsd 1 --dry-run
     """
     from canopy.inference.estimate import MAX_PIXELS
-    from canopy.inference.job import prepare
+    from canopy.inference.options import Request
     from canopy.inference.output import default_out
-    from canopy.inference.request import Request
+    from canopy.inference.predict import prepare
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)

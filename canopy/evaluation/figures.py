@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from canopy.geo.scale_bar import draw_scale_bar
+from canopy.inference.output import draw_scale_bar
 
 HEIGHTS = "viridis"
 DIFFERENCES = "PuOr_r"

@@ -1,4 +1,7 @@
-"""`canopy stats`: heights inside polygons, each pixel weighted by the ground it shares with the polygon.
+"""Which share of each pixel polygons cover: exact polygon-pixel intersection (exactextract; Baston,
+https://github.com/isciences/exactextract).
+
+`canopy stats`: heights inside polygons, each pixel weighted by the ground it shares with the polygon.
 
 A pixel's weight is the fraction of it that the polygon covers times its ground area on the ellipsoid, so that
 Web-Mercator and degree maps give the same numbers as metric ones. Memory depends on neither the polygon's nor
@@ -16,24 +19,50 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 from odc.geo import CRS
-from shapely.geometry import MultiPolygon, Polygon
+from shapely.geometry import MultiPolygon, Polygon, mapping
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
 from canopy.errors import ConfigError, InputError
-from canopy.evaluation.gather import pixel_areas_m2
-from canopy.evaluation.pairing import own_grid
-from canopy.evaluation.products import HeightProduct, open_product
+from canopy.evaluation.maps import HeightProduct, open_product, own_grid, pixel_areas_m2
 from canopy.files import replacing
-from canopy.geo.coverage import coverage
+from canopy.geo.area import read_zones
 from canopy.geo.crs import geod_of, to_crs, to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import tiles_over
-from canopy.geo.vector import read_zones
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
     import geopandas
+
+
+def coverage(shape: BaseGeometry, grid: Grid) -> np.ndarray | None:
+    """Fraction of each pixel (h, w) that a shape in the grid's CRS covers; None where it is nothing."""
+    from exactextract import exact_extract
+    from exactextract.raster import NumPyRasterSource
+
+    frame = shapely.box(*grid.bounds)
+    if not shape.intersects(frame):
+        return None
+    if shape.contains(frame):
+        return np.ones(grid.shape)
+    part = shape.intersection(frame)
+    if part.area == 0:
+        return None
+    source = NumPyRasterSource(np.zeros(grid.shape, np.uint8), *grid.bounds)
+    feature = {"type": "Feature", "properties": {}, "geometry": mapping(_areas(part))}
+    found = exact_extract(source, [feature], ["cell_id", "coverage"])[0]["properties"]
+    share = np.zeros(grid.height * grid.width)
+    share[found["cell_id"]] = found["coverage"]
+    return share.reshape(grid.shape)
+
+
+def _areas(shape: BaseGeometry) -> BaseGeometry:
+    """Without the points and lines that a cut along an edge can leave."""
+    if isinstance(shape, Polygon | MultiPolygon):
+        return shape
+    return shapely.union_all([p for p in shapely.get_parts(shape) if isinstance(p, Polygon | MultiPolygon)])
+
 
 TILE_PX = 1024
 # Percentiles are read off a histogram: exact to half a centimetre.

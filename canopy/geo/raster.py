@@ -14,11 +14,11 @@ from canopy.errors import InputError
 from canopy.geo.cog import CogWriter
 from canopy.geo.encoding import ENCODINGS, BandSpec
 from canopy.geo.grid import Grid
-from canopy.geo.opening import SourcePlace, open_raster, raster_env
-from canopy.geo.window import read_window
+from canopy.geo.reading import SourcePlace, open_raster, raster_env, read_window
 
 if TYPE_CHECKING:
     import xarray
+
 
 __all__ = [
     "ENCODINGS",

@@ -10,7 +10,7 @@ from affine import Affine
 from shapely.geometry import box
 
 from canopy.errors import InputError
-from canopy.geo.aoi import AOI
+from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
 
 WEB_MERCATOR = "EPSG:3857"

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from canopy.errors import AreaError
-from canopy.inference.forward import Predictor
-from canopy.inference.plan import Plan
+from canopy.inference.lattice import Plan
+from canopy.inference.predictor import Predictor
 from canopy.inference.target import Target
-from canopy.models.fill import EMPTY_VALUE
+from canopy.models.height import EMPTY_VALUE
 
 if TYPE_CHECKING:
-    from canopy.inference.backends.runner import Runner
-    from canopy.inference.extras import Extras
+    from canopy.inference.backends import Runner
+    from canopy.inference.layers import Extras
     from canopy.models.height import HeightModel
+
 
 # 4e9 px are 1000 km2 at 0.5 m and 16 GB of float32: a day of CPU work. More is a job for `canopy map`.
 MAX_PIXELS = 4_000_000_000

@@ -1,8 +1,22 @@
-"""Where a map goes: names settled before any work, facts that travel with it, memory or files."""
+"""Where a map goes: names settled before any work, facts that travel with it, memory or files.
+
+The STAC Item beside a map: where, when, from what, by which model, and the hash of the file.
+
+Plain JSON after STAC 1.1.0 with the extensions projection v2, raster v1.1, file v2.1 and processing v1.1
+(https://stac-extensions.github.io). Bands are said twice: as `bands`, which STAC has had since 1.1, and as
+the raster extension's `raster:bands`, which most readers know. The TIFF holds no wall-clock time; `created`
+here is the only one.
+
+A scale bar for pictures of maps.
+
+A picture of a height map: for a glance, and for mailing it to someone without a GIS.
+"""
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +28,21 @@ import numpy as np
 
 from canopy import __version__
 from canopy.errors import ConfigError, ImageryError, InputError
-from canopy.geo.encoding import ENCODINGS
+from canopy.files import is_url, list_directory, redact, replacing
+from canopy.geo.crs import METRES_PER_DEGREE
+from canopy.geo.encoding import ENCODINGS, encoding_named
 from canopy.geo.grid import Grid
-from canopy.inference.extras import Extras
-from canopy.models.intervals import CARD_KEY
-from canopy.sources.paths import is_url, list_directory, redact
+from canopy.inference.layers import Extras
+from canopy.models.heads import CARD_KEY
 
 if TYPE_CHECKING:
     import xarray as xr
+    from matplotlib.axes import Axes
 
-    from canopy.sources.imagery import ImagerySource
+    from canopy.imagery.base import ImagerySource
 
-# The level whose bands the area model of `canopy.calibration.areas` is fitted to.
+
+# The level whose bands the area model of `canopy.calibration.area` is fitted to.
 AREA_LEVEL = 0.9
 BANDS = (("canopy_height", "m"), ("acquisition_date", "d"))
 # Names in a tag beyond this number only make it unreadable; the STAC item has them all.
@@ -213,3 +230,252 @@ class ArraySink:
         )  # fmt: skip
         array = array.rio.write_crs(self.grid.crs.to_wkt()).rio.write_transform(transform)
         return array.rio.write_nodata(np.nan)
+
+
+STAC_VERSION = "1.1.0"
+PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
+RASTER = "https://stac-extensions.github.io/raster/v1.1.0/schema.json"
+FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
+PROCESSING = "https://stac-extensions.github.io/processing/v1.1.0/schema.json"
+COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
+MAP_ASSET = {"type": COG_TYPE, "title": "Canopy height, metres", "roles": ["data"]}
+
+
+@dataclass(frozen=True)
+class MapFacts:
+    """What the item says about a map.
+
+    Attributes:
+        path: the GeoTIFF.
+        sha256: hex digest of its bytes.
+        grid: its grid.
+        encoding: float32, uint16cm or uint8m.
+        bands: names and units, in order.
+        dates: acquisition dates of the imagery, ISO; empty where unknown.
+        imagery: links (name, href) to what it was derived from.
+        model: name, sha256 and licence of the model.
+        quicklook: the PNG, if there is one.
+        statistics: mean, maximum and valid percent of band 1.
+    """
+
+    path: Path
+    sha256: str
+    grid: Grid
+    encoding: str
+    bands: tuple[tuple[str, str], ...]
+    dates: tuple[str, ...]
+    imagery: tuple[tuple[str, str], ...]
+    model: dict[str, str]
+    quicklook: Path | None = None
+    statistics: dict[str, float] | None = None
+
+
+def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[str, Any]:
+    """The item as JSON-ready values."""
+    now = _utc(created or datetime.datetime.now(datetime.UTC))
+    outline = facts.grid.outline("EPSG:4326")
+    return {
+        "type": "Feature",
+        "stac_version": STAC_VERSION,
+        "stac_extensions": [PROJECTION, RASTER, FILE, PROCESSING],
+        "id": facts.path.stem,
+        # Half a pixel of slack keeps a handful of the hundreds of points that follow a curved edge.
+        "geometry": _plain(outline.simplify(facts.grid.gsd_m / 2 / METRES_PER_DEGREE).__geo_interface__),
+        "bbox": _bbox(outline),
+        "properties": {
+            **_when(facts.dates, now),
+            "created": now,
+            "title": "Canopy height",
+            "gsd": round(facts.grid.gsd_m, 6),
+            **_projection(facts.grid),
+            "processing:software": {"canopy": __version__},
+            "processing:lineage": f"canopy height predicted from RGB by the model {facts.model['name']}",
+            "canopy:model": facts.model,
+        },
+        "links": [{"rel": "derived_from", "href": href, "title": name} for name, href in facts.imagery],
+        "assets": _assets(facts),
+    }
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all; OutputError where that is impossible."""
+    with replacing(path) as part:
+        part.write_text(
+            json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+
+def _assets(facts: MapFacts) -> dict[str, Any]:
+    assets: dict[str, Any] = {
+        "canopy_height": {
+            "href": f"./{facts.path.name}",
+            **MAP_ASSET,
+            # A multihash: 0x12 says sha2-256, 0x20 that 32 bytes follow.
+            "file:checksum": f"1220{facts.sha256}",
+            "file:size": facts.path.stat().st_size,
+            "bands": _bands(facts),
+            "raster:bands": _raster_bands(facts),
+        }
+    }
+    if facts.quicklook is not None:
+        assets["quicklook"] = {
+            "href": f"./{facts.quicklook.name}",
+            "type": "image/png",
+            "title": "Quicklook",
+            "roles": ["overview"],
+        }
+    return assets
+
+
+def band_facts(bands: tuple[tuple[str, str], ...], encoding: str) -> list[dict[str, Any]]:
+    """What STAC itself says of bands (names and units) that are stored in an encoding."""
+    stored = encoding_named(encoding)
+    facts = {"data_type": stored.dtype, "nodata": "nan" if math.isnan(stored.nodata) else stored.nodata}
+    return [{"name": name, **facts, "unit": unit} for name, unit in bands]
+
+
+def _bands(facts: MapFacts) -> list[dict[str, Any]]:
+    """The map's bands, with the statistics of the first."""
+    bands = band_facts(facts.bands, facts.encoding)
+    if facts.statistics and all(math.isfinite(value) for value in facts.statistics.values()):
+        bands[0]["statistics"] = facts.statistics
+    return bands
+
+
+def _raster_bands(facts: MapFacts) -> list[dict[str, Any]]:
+    """The same, and what the raster extension adds."""
+    # Days and flags are stored as they are; only heights are scaled.
+    scale = encoding_named(facts.encoding).step_m
+    more = {"offset": 0, "sampling": "area", "spatial_resolution": round(facts.grid.gsd_m, 6)}
+    return [{**band, "scale": scale if band["unit"] == "m" else 1.0, **more} for band in _bands(facts)]
+
+
+def _projection(grid: Grid) -> dict[str, Any]:
+    west, south, east, north = grid.bounds
+    epsg = grid.crs.epsg
+    code: dict[str, Any] = {"proj:code": f"EPSG:{epsg}"}
+    if epsg is None:
+        code = {"proj:code": None, "proj:wkt2": grid.crs.to_wkt()}
+    return {
+        **code,
+        "proj:shape": [grid.height, grid.width],
+        "proj:transform": [*grid.transform][:6],
+        "proj:bbox": [west, south, east, north],
+    }
+
+
+def _when(dates: tuple[str, ...], now: str) -> dict[str, Any]:
+    """Acquisition time. Unknown dates become the widest true statement: some time before now."""
+    days = sorted(date[:10] for date in dates if date)
+    if not days:
+        return {"datetime": None, "start_datetime": "1900-01-01T00:00:00Z", "end_datetime": now}
+    if days[0] == days[-1]:
+        return {"datetime": f"{days[0]}T00:00:00Z"}
+    return {
+        "datetime": None,
+        "start_datetime": f"{days[0]}T00:00:00Z",
+        "end_datetime": f"{days[-1]}T23:59:59Z",
+    }
+
+
+def _utc(moment: datetime.datetime) -> str:
+    return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _bbox(outline: Any) -> list[float]:
+    """West, south, east, north; west > east where the outline crosses the antimeridian (RFC 7946, 5.2)."""
+    west, south, east, north = outline.bounds
+    parts = getattr(outline, "geoms", [outline])
+    if west <= -180 + 1e-9 and east >= 180 - 1e-9 and len(parts) > 1:
+        west = min(part.bounds[0] for part in parts if part.bounds[0] > 0)
+        east = max(part.bounds[2] for part in parts if part.bounds[2] < 0)
+    return [float(value) for value in (west, south, east, north)]
+
+
+def _plain(geometry: Any) -> Any:
+    """Tuples to lists, as JSON has them."""
+    return json.loads(json.dumps(geometry))
+
+
+def draw_scale_bar(axes: Axes, shape: tuple[int, ...], metres_per_px: float) -> None:
+    """A bar of a round length, about a fifth of a picture (h, w), in its lower left corner."""
+    length_m = round_length(shape[1] * metres_per_px / 5)
+    label = f"{length_m / 1000:g} km" if length_m >= 1000 else f"{length_m:g} m"
+    x, y, width = 0.03, 0.035, length_m / (metres_per_px * shape[1])
+    for colour, thick in (("black", 5), ("white", 3)):
+        axes.plot(
+            [x, x + width], [y, y], transform=axes.transAxes, color=colour, lw=thick, solid_capstyle="butt"
+        )
+    box = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "pad": 1.5}
+    axes.text(x, y + 0.02, label, transform=axes.transAxes, color="white", fontsize=8, va="bottom", bbox=box)
+
+
+def round_length(metres: float) -> float:
+    """The largest 1, 2 or 5 times a power of ten that is not above `metres`.
+
+    >>> round_length(437), round_length(0.13)
+    (200.0, 0.1)
+    """
+    power = 10.0 ** np.floor(np.log10(metres))
+    return float(max(step * power for step in (1, 2, 5) if step * power <= metres * (1 + 1e-9)))
+
+
+LONG_SIDE_PX = 1400
+NODATA_COLOUR = "#c9c9c9"
+# Dark ground to bright crowns, even in perceived lightness, readable for the colour-blind and in grey.
+COLOURS = "viridis"
+
+
+def write_quicklook(map_path: Path, png_path: Path, *, title: str, subtitle: str = "") -> None:
+    """Draw band 1 of a height map with a colour bar in metres and a scale bar.
+
+    Large maps are read through their overviews, so memory does not grow with the map. Missing is grey.
+
+    Raises:
+        OutputError: the picture cannot be written; no partial file is left.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heights, grid = _overview(map_path)
+    top = _scale_top(heights)
+    ratio = heights.shape[0] / heights.shape[1]
+    width = 8.0
+    figure = Figure(
+        figsize=(width + 1.1, float(np.clip(width * ratio, 2.0, 16.0)) + 0.9), layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colours = colormaps[COLOURS].with_extremes(bad=NODATA_COLOUR)
+    image = axes.imshow(heights, cmap=colours, vmin=0, vmax=top, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=12, loc="left")
+    axes.set_xlabel(subtitle, fontsize=8, loc="left", color="0.35")
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, extend="max")
+    bar.set_label("canopy height (m)")
+    draw_scale_bar(axes, heights.shape, grid.gsd_m * grid.width / heights.shape[1])
+    with replacing(png_path, "cannot write the quicklook") as part:
+        figure.savefig(part, format="png", dpi=150, metadata={"Software": None})
+
+
+def _overview(path: Path) -> tuple[np.ndarray, Grid]:
+    """Band 1 in metres with NaN where missing, at most `LONG_SIDE_PX` a side, and the map's full grid."""
+    import rasterio
+    from rasterio.enums import Resampling
+
+    with rasterio.open(path) as dataset:
+        shrink = max(1.0, max(dataset.height, dataset.width) / LONG_SIDE_PX)
+        shape = (max(1, round(dataset.height / shrink)), max(1, round(dataset.width / shrink)))
+        band = dataset.read(1, out_shape=shape, masked=True, resampling=Resampling.average)
+        heights = np.ma.filled(band.astype(np.float32), np.nan) * dataset.scales[0] + dataset.offsets[0]
+        return heights, Grid.of(dataset.crs.to_wkt(), dataset.transform, dataset.shape)
+
+
+def _scale_top(heights: np.ndarray) -> float:
+    """Upper end of the colours: the 99.5th percentile rounded up to 5 m, at least 5 m."""
+    known = heights[np.isfinite(heights)]
+    if known.size == 0:
+        return 5.0
+    return float(max(5.0, np.ceil(np.percentile(known, 99.5) / 5) * 5))

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from canopy.errors import ImageryError, InputError
-from canopy.geo.aoi import AOI
+from canopy.geo.area import AOI
 from canopy.geo.crs import output_crs
-from canopy.models.radiometry import Stretch, parse_radiometry
+from canopy.models.height import Stretch, parse_radiometry
 
 if TYPE_CHECKING:
+    from canopy.imagery.base import ImagerySource
     from canopy.models.height import HeightModel
-    from canopy.sources.imagery import ImagerySource
+
 
 # A lattice of small windows at the model's scale: what the network sees, a million pixels at most.
 _WINDOWS, _WINDOW_PX = 8, 128

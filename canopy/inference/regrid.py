@@ -16,14 +16,12 @@ import rasterio
 from rasterio.windows import Window
 
 from canopy.errors import OutputError
-from canopy.geo.aoi import AOI
+from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
-from canopy.geo.opening import SourcePlace
 from canopy.geo.raster import raster_env
-from canopy.geo.warp import plan_warp, shrink_factor, warp_window
-from canopy.geo.window import copy_window, lattice_ratio
+from canopy.geo.reading import SourcePlace, copy_window, lattice_ratio, plan_warp, shrink_factor, warp_window
 from canopy.inference.engine import RunSummary, Sink, Source
-from canopy.inference.extras import Extras
+from canopy.inference.layers import Extras
 from canopy.runtime import Progress
 
 TILE_PX = 1024

@@ -1,4 +1,6 @@
-"""One file per model: weights, configuration, provenance and metrics, as safetensors.
+"""Names of embedded models, and what a model file says of itself; light enough to list without torch.
+
+One file per model: weights, configuration, provenance and metrics, as safetensors.
 
 safetensors holds no code, so opening a stranger's file runs nothing. Matrices may be stored as fp16
 (vectors and buffers stay fp32); in memory everything is fp32 again.
@@ -7,6 +9,9 @@ safetensors holds no code, so opening a stranger's file runs nothing. Matrices m
 from __future__ import annotations
 
 import json
+import math
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +22,129 @@ from canopy.errors import CheckpointError, ConfigError
 from canopy.files import file_sha256, replacing
 from canopy.models.config import ModelConfig
 from canopy.models.height import HeightModel
-from canopy.models.registry import (
-    EMBEDDED,
-    FORMAT,
-    FORMAT_VERSION,
-    WEIGHTS_DIR,
-    read_header,
-    resolve_model,
-)
+
+FORMAT = "canopy-height"
+FORMAT_VERSION = "1"
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+# Names people can type, and the embedded file each stands for.
+EMBEDDED = {
+    "default": "canopy-small-v3.safetensors",
+    "canopy-small": "canopy-small-v3.safetensors",
+    "canopy-small-v3": "canopy-small-v3.safetensors",
+    "canopy-small-v2": "canopy-small-v2.safetensors",
+}
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """The file behind an embedded name or a path; CheckpointError where there is none."""
+    name = str(name_or_path)
+    if name in EMBEDDED:
+        path = WEIGHTS_DIR / EMBEDDED[name]
+        if not path.is_file():
+            raise CheckpointError(
+                f"the embedded weights of {name!r} are missing", where=path, remedy="reinstall canopy-height"
+            )
+        return path
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise CheckpointError("is a directory", where=path, expected="a .safetensors file")
+    if not path.is_file():
+        raise CheckpointError(
+            f"no model {name!r}", expected=f"a file, or one of: {', '.join(sorted(EMBEDDED))}"
+        )
+    return path
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Metadata and tensor table of a canopy model file, read without its weights.
+
+    Raises:
+        CheckpointError: a pickle, a truncated or foreign file, or one without canopy's metadata.
+    """
+    table = _read_table(path)
+    header = table.pop("__metadata__", None) or {}
+    if header.get("format") != FORMAT or "config" not in header:
+        raise CheckpointError(
+            "is a safetensors file without canopy's metadata",
+            where=path,
+            expected="a file written by canopy",
+            remedy="convert it with: canopy models convert",
+        )
+    if header.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"has format version {header.get('format_version')}",
+            where=path,
+            expected=FORMAT_VERSION,
+            remedy="update canopy",
+        )
+    return header, table
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file, after telling pickles, stubs and truncation apart."""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        # A header's length may begin like a pickle, but it never fills its upper half.
+        if first.startswith(_PICKLES) and first[4:] != bytes(4):
+            raise CheckpointError(
+                "is a PyTorch pickle, which can run code when opened",
+                where=path,
+                expected="a .safetensors model",
+                remedy="convert it with: canopy models convert",
+            )
+        size = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+        if not 2 <= size <= 100_000_000:
+            raise CheckpointError("is not a safetensors file", where=path, expected="a canopy model")
+        text = file.read(size) if 8 + size <= length else b""
+    if not text:
+        raise CheckpointError("is truncated in its header", where=path, remedy="copy or download it again")
+    try:
+        table = json.loads(text)
+        end = max((row["data_offsets"][1] for k, row in table.items() if k != "__metadata__"), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError("is not a safetensors file", where=path, expected="a canopy model") from error
+    if 8 + size + end > length:
+        raise CheckpointError(
+            f"is truncated: {length} of {8 + size + end} bytes",
+            where=path,
+            remedy="copy or download it again",
+        )
+    return table
+
+
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """How a safetensors file begins (huggingface.co/docs/safetensors): its header's length, and the header.
+
+    `header`: texts by name in `__metadata__`, and the table of tensors (dtype, shape, data_offsets); their
+    bytes follow in its order. Padded so that these start aligned to 8 bytes. Equal bytes for equal headers:
+    shards of chips are known by theirs.
+    """
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """JSON-ready facts of a model file: its name, hash, size, what input it expects, and its card."""
+    header, table = read_header(path)
+    config, card = json.loads(header["config"]), json.loads(header.get("card", "{}"))
+    buffers = ("mean", "std", "centres", ".running_mean", ".running_var", ".num_batches_tracked")
+    count = sum(math.prod(row["shape"]) for key, row in table.items() if not key.endswith(buffers))
+    return {
+        "name": card.get("name", path.stem),
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "sha256": file_sha256(path),
+        "bands": config["bands"],
+        "gsd_m": config["gsd_m"],
+        "crop_px": config["crop_px"],
+        "parameters": count,
+        "config": config,
+        "card": card,
+    }
+
 
 __all__ = ["EMBEDDED", "WEIGHTS_DIR", "load_model", "load_strict", "save_checkpoint"]
 _SHOWN = 8  # lines of a key diff that help before they become noise

@@ -1,23 +1,170 @@
-"""HeightModel: RGB in, metres out. Normalisation, padding and units live inside; nothing is left outside."""
+"""What the network sees where an image has no pixels. The same rule serves training and inference.
+
+Moving an image's colours onto those a model was trained on.
+
+The published models were trained on satellite mosaics; aerial images are darker, bluer or more contrasty.
+Their authors move each band linearly so that its 5th and 95th percentile fall onto the satellite's (Tolan
+et al. 2024, arXiv 2304.07213). Here the image's percentiles are measured once per scene and then fixed: were
+they measured crop by crop, a pixel's height would depend on how the map is cut.
+
+HeightModel: RGB in, metres out. Normalisation, padding and units live inside; nothing is left outside.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
 from canopy.errors import ConfigError, InputError
-from canopy.models.bins import bin_centres, bin_weights, moments, quantiles
 from canopy.models.cnn import CnnEncoder, UNetDecoder
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
-from canopy.models.decoder import Decoder
+from canopy.models.decoder import Decoder, bin_centres, bin_weights, moments, quantiles
 from canopy.models.encoder import Encoder
-from canopy.models.radiometry import Stretch
+
+EMPTY_VALUE = 0.4  # close to the mean of aerial imagery: an empty crop looks like nothing in particular
+
+
+def fill_invalid(rgb: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Replace invalid pixels by plausible ones.
+
+    A network shown black collars sees dark, tall, shadowed forest or water that is not there, and one shown
+    the border's pixels drawn out into streaks sees smooth, low ground: 3 to 5 m too low beside the edges of
+    a turned image. So every border is a mirror: a pixel inside the box of valid pixels takes the one as far
+    behind its nearest valid neighbour (or the valid one nearest to that); outside, the box is mirrored as
+    often as needed, and a small plot in a large crop becomes a plausible continuous scene. Deterministic,
+    and a function of this crop's pixels alone.
+
+    Args:
+        rgb: float (C, H, W); values where `valid` is False are ignored and may be NaN.
+        valid: bool (H, W).
+
+    Returns:
+        float32 (C, H, W), finite wherever the valid input is; `rgb` itself where nothing is invalid.
+
+    Raises:
+        InputError: where the shapes do not match.
+    """
+    if rgb.ndim != 3 or valid.shape != rgb.shape[1:]:
+        raise InputError(
+            f"image {rgb.shape} and validity {valid.shape} do not match", expected="(C, H, W) and (H, W)"
+        )
+    if valid.all():
+        return rgb.astype(np.float32, copy=False)
+    rows, cols = np.flatnonzero(valid.any(axis=1)), np.flatnonzero(valid.any(axis=0))
+    if rows.size == 0:
+        return np.full(rgb.shape, EMPTY_VALUE, np.float32)
+    top, bottom, left, right = rows[0], rows[-1] + 1, cols[0], cols[-1] + 1
+    box = rgb[:, top:bottom, left:right].astype(np.float32)
+    inside = valid[top:bottom, left:right]
+    if not inside.all():
+        nearest = ndimage.distance_transform_edt(~inside, return_distances=False, return_indices=True)
+        away = np.indices(inside.shape) - nearest
+        last = np.array(inside.shape)[:, None, None] - 1
+        behind = np.clip(nearest - away + np.sign(away), 0, last)  # the neighbour itself is mirrored too
+        rows, cols = nearest[:, behind[0], behind[1]]
+        box = box[:, rows, cols]
+    H, W = valid.shape
+    around = ((0, 0), (int(top), int(H - bottom)), (int(left), int(W - right)))
+    return np.pad(box, around, mode="symmetric")
+
+
+_EXPECTED = "none, match, the target's r5,r95,g5,g95,b5,b95 in 0..1, or the image's six and then the target's"
+_Z95 = 1.6448536269514722  # 95th percentile of the standard normal distribution
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Moves percentiles `source` onto `target`, band by band.
+
+    Attributes:
+        source, target: 5th and 95th percentile of each band, in the model's units (0..1), in the order
+            r5, r95, g5, g95, b5, b95.
+    """
+
+    source: tuple[float, ...]
+    target: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.source) != len(self.target) or not self.source or len(self.source) % 2:
+            raise ConfigError(
+                f"{len(self.source)} percentiles onto {len(self.target)}", expected="two for each band, both"
+            )
+        for what, values in (("the image's", self.source), ("the target's", self.target)):
+            for low, high in zip(values[::2], values[1::2], strict=True):
+                if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                    raise ConfigError(
+                        f"{what} percentiles {low:.4g} and {high:.4g} leave no contrast",
+                        expected="a 5th percentile below the 95th in every band",
+                    )
+
+    def factors(self) -> tuple[list[float], list[float]]:
+        """Per-band factor and offset: moved = factor * value + offset. Values are not clipped."""
+        factor, offset = [], []
+        for i in range(0, len(self.source), 2):
+            low, high = self.source[i : i + 2]
+            wanted_low, wanted_high = self.target[i : i + 2]
+            factor.append((wanted_high - wanted_low) / (high - low))
+            offset.append(wanted_low - factor[-1] * low)
+        return factor, offset
+
+    def describe(self) -> str:
+        """`r5,r95,... -> r5,r95,...`, as the tags of a map record it."""
+        return " -> ".join(",".join(f"{v:.5g}" for v in values) for values in (self.source, self.target))
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What `--radiometry` asks for. `source` None: to be measured; `target` None: the model's own."""
+
+    source: tuple[float, ...] | None = None
+    target: tuple[float, ...] | None = None
+
+
+def parse_radiometry(text: str) -> Wish | None:
+    """Read `--radiometry`.
+
+    Args:
+        text: `none`; `match` (the image's percentiles, measured, onto the model's); six target percentiles;
+            or the image's six followed by the target's six, which measures nothing.
+
+    Returns:
+        None for `none`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text == "none":
+        return None
+    if text == "match":
+        return Wish()
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (6, 12) or not all(0 <= v <= 1 for v in values):
+        raise ConfigError(f"cannot read {text!r}", where="--radiometry", expected=_EXPECTED)
+    wish = Wish(None, values) if len(values) == 6 else Wish(values[:6], values[6:])
+    Stretch(wish.source or wish.target or (), wish.target or ())  # refuses percentiles out of order
+    return wish
+
+
+def normal_percentiles(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[float, ...]:
+    """5th and 95th percentiles of normally distributed bands: mean -+ 1.645 std.
+
+    What is left to say where only mean and standard deviation were published.
+    """
+    return tuple(round(m + z * s, 4) for m, s in zip(mean, std, strict=True) for z in (-_Z95, _Z95))
+
 
 __all__ = ["DecoderConfig", "EncoderConfig", "HeightModel", "HeightPrediction", "ModelConfig"]
 
@@ -34,7 +181,7 @@ class HeightModel(nn.Module):
 
     `model(rgb)` takes float (B, 3, H, W) in 0..1, any H and W of at least one patch, and returns metres
     (B, 1, H, W) at the same pixels. NaN in the input raises InputError: replace invalid pixels first
-    (`canopy.models.fill.fill_invalid`) and mask the output with the same validity.
+    (`canopy.models.height.fill_invalid`) and mask the output with the same validity.
 
     Attributes:
         config: what the model is and what it expects.
@@ -148,7 +295,7 @@ class HeightModel(nn.Module):
             raise InputError(
                 "the image holds NaN or infinite values",
                 expected="finite RGB in 0..1",
-                remedy="fill invalid pixels with canopy.models.fill.fill_invalid and mask the output",
+                remedy="fill invalid pixels with canopy.models.height.fill_invalid and mask the output",
             )
 
 

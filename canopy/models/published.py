@@ -1,4 +1,8 @@
-"""Published canopy-height checkpoints -> canopy's own file: recognised by content, converted exactly.
+"""The hub edition of v2: weights in the layout of the `transformers` package, and their config.json.
+
+Writing a safetensors file one tensor at a time, so that a model larger than memory can be written.
+
+Published canopy-height checkpoints -> canopy's own file: recognised by content, converted exactly.
 
 Four layouts are known: v1 plain and v1 quantised (one file each), v2 original (a backbone and a head file),
 and v2 as the hub's `transformers` edition. See docs/published-models.md.
@@ -8,25 +12,243 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from canopy import __version__
-from canopy.errors import CheckpointError, InputError
-from canopy.files import file_sha256
-from canopy.models.bins import bin_centres
-from canopy.models.config import ModelConfig
-from canopy.models.foreign import ForeignFile, open_foreign
+from canopy.errors import CheckpointError, ConfigError, InputError
+from canopy.files import file_sha256, replacing
+from canopy.models.checkpoint import FORMAT, FORMAT_VERSION, header_bytes
+from canopy.models.config import DecoderConfig, ModelConfig
+from canopy.models.decoder import bin_centres
 from canopy.models.height import HeightModel
-from canopy.models.published_hub import config_hub, open_directory, settings_beside
-from canopy.models.published_keys import Part, key_bias_in_use, parts, unused
-from canopy.models.published_sizes import config_v1, config_v2, read_given
-from canopy.models.registry import FORMAT, FORMAT_VERSION
-from canopy.models.streaming import Entry, write_streaming
+from canopy.models.published_tables import (
+    MEAN,
+    STD,
+    ForeignFile,
+    Part,
+    config_v1,
+    config_v2,
+    key_bias_in_use,
+    open_foreign,
+    open_safetensors,
+    open_shards,
+    parts,
+    read_given,
+    unused,
+)
+
+_CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
+# What canopy's decoder does; another value would need other arithmetic.
+_ONLY: dict[str, Any] = {
+    "readout_type": "project",
+    "bins_strategy": "chmv2_mixlog",
+    "norm_strategy": "chmv2_mixlog",
+    "reassemble_factors": [4, 2, 1, 0.5],
+}
+_ONLY_BACKBONE: dict[str, Any] = {
+    "model_type": "dinov3_vit",
+    "use_gated_mlp": False,
+    "hidden_act": "gelu",
+    "apply_layernorm": True,
+    "num_channels": 3,
+}
+
+
+def open_directory(folder: Path) -> tuple[ForeignFile, dict[str, Any]]:
+    """Weights and settings of a directory in the hub's layout.
+
+    Returns:
+        The tensors, and the settings as `settings_beside` gives them.
+
+    Raises:
+        CheckpointError: no weights there, or damaged ones.
+    """
+    index = folder / "model.safetensors.index.json"
+    whole = folder / "model.safetensors"
+    if index.is_file():
+        file = open_shards(index)
+    elif whole.is_file():
+        file = open_safetensors(whole)
+    else:
+        raise CheckpointError(
+            "holds no model.safetensors", where=folder, expected="a directory in the hub's layout"
+        )
+    return file, settings_beside(whole)
+
+
+def settings_beside(weights: Path) -> dict[str, Any]:
+    """config.json beside a weight file, with the processor's mean and std as `image_mean`, `image_std`.
+
+    Empty where there is none, or where it belongs to something else.
+    """
+    settings = _read_json(weights.parent / _CONFIG)
+    if settings.get("model_type") != "chmv2":
+        return {}
+    processor = _read_json(weights.parent / _PROCESSOR)
+    return settings | {k: processor[k] for k in ("image_mean", "image_std") if k in processor}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read ({error})", where=path, remedy="download it again") from error
+    return values if isinstance(values, dict) else {}
+
+
+def config_hub(
+    file: ForeignFile, settings: Mapping[str, Any], raw: Mapping[str, Any]
+) -> tuple[str, ModelConfig]:
+    """Name and config of a hub edition.
+
+    Sizes come from the tensors; heads, taps, epsilon and scale from `settings` where there are some, else
+    from the published size or from `raw` (the `--config` object, or a config.json of the hub's kind).
+
+    Raises:
+        CheckpointError: settings that canopy's decoder does not have, or a size that nothing explains.
+        ConfigError: `raw` or the settings disagree with the tensors.
+    """
+    if raw.get("model_type") == "chmv2":
+        settings, raw = {**settings, **raw}, {}
+    backbone = settings.get("backbone_config") or {}
+    _refuse_others(settings, _ONLY, "config.json")
+    _refuse_others(backbone, _ONLY_BACKBONE, "config.json backbone_config")
+    name, config = config_v2(_as_original(file), {**_given(settings, backbone), **raw})
+    # The original files leave epsilon to the code; the hub edition states it (1e-6 unless it says otherwise).
+    epsilon = float(backbone.get("layer_norm_eps", 1e-6))
+    decoder: DecoderConfig = replace(
+        config.decoder,
+        bin_min=float(settings.get("min_depth", config.decoder.bin_min)),
+        bin_max=float(settings.get("max_depth", 96.0)) / config.decoder.scale,
+    )
+    return name, replace(config, encoder=replace(config.encoder, norm_eps=epsilon), decoder=decoder)
+
+
+def _refuse_others(values: Mapping[str, Any], only: Mapping[str, Any], where: str) -> None:
+    for key, wanted in only.items():
+        if values.get(key, wanted) != wanted:
+            raise CheckpointError(
+                f"{key} is {values[key]!r}", where=where, expected=f"{wanted!r}, all that canopy can run"
+            )
+
+
+def _given(settings: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in the words of `--config`."""
+    stages = backbone.get("out_indices")
+    if stages is not None and (len(stages) != 4 or min(stages) < 1):
+        raise ConfigError(f"out_indices {stages}", where=_CONFIG, expected="four stages, counted from 1")
+    said = {
+        "embed_dim": backbone.get("hidden_size"),
+        "depth": backbone.get("num_hidden_layers"),
+        "num_heads": backbone.get("num_attention_heads"),
+        "storage_tokens": backbone.get("num_register_tokens"),
+        "patch_size": backbone.get("patch_size"),
+        "rope_base": backbone.get("rope_theta"),
+        # Stage 0 is the patch embedding; canopy counts blocks from 0.
+        "taps": [stage - 1 for stage in stages] if stages else None,
+        "post_process_channels": settings.get("post_process_channels"),
+        "fusion_channels": settings.get("fusion_hidden_size"),
+        "hidden_channels": settings.get("head_hidden_size"),
+        "bins": settings.get("number_output_channels"),
+        "mean": settings.get("image_mean", MEAN if settings else None),
+        "std": settings.get("image_std", STD if settings else None),
+    }
+    return {key: value for key, value in said.items() if value is not None}
+
+
+_RENAMED = (
+    ("backbone.embeddings.cls_token", "cls_token"),
+    ("backbone.embeddings.register_tokens", "storage_tokens"),
+    ("backbone.embeddings.patch_embeddings.", "patch_embed.proj."),
+    ("head.reassemble_stage.layers.", "reassemble_blocks.projects."),
+    ("head.convs.", "convs."),
+    ("head.fusion_layers.", "fusion_blocks."),
+    ("head.conv_depth.", "conv_depth."),
+    ("backbone.model.layer.", "blocks."),
+    ("backbone.layer.", "blocks."),
+)
+_RENAMED_INSIDE = (
+    (".projection.", ".conv."),
+    (".mlp.up_proj.", ".mlp.fc1."),
+    (".residual_layer1.convolution1.", ".res_conv_unit1.conv1.conv."),
+)
+
+
+def _as_original(file: ForeignFile) -> ForeignFile:
+    """The few tensors that tell sizes, under the names of the original files."""
+    tensors = {}
+    for name, tensor in file.tensors.items():
+        for theirs, original in _RENAMED:
+            if name.startswith(theirs):
+                name = original + name.removeprefix(theirs)
+                break
+        for theirs, original in _RENAMED_INSIDE:
+            name = name.replace(theirs, original)
+        if name.startswith("convs.") and not name.endswith(".conv.weight"):
+            name = name.replace(".weight", ".conv.weight")
+        tensors[name] = tensor
+    return ForeignFile(file.paths, tensors, file.dropped, file.quantised)
+
+
+_NAMES = {torch.float32: "F32", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to write: its shape is promised first, its values are asked for when their turn comes."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_streaming(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+    """Write `entries` and `metadata` as safetensors; `path` appears only once it is complete.
+
+    Raises:
+        CheckpointError: a tensor came with another shape than promised.
+        OutputError: it cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    # Wide types first, as the reference writer does, so that every tensor starts aligned.
+    ordered = sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize)
+    for name, entry in ordered:
+        end = offset + entry.nbytes
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, end]}
+        offset = end
+    with replacing(path) as part:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(header_bytes(header))
+            for name, entry in ordered:
+                file.write(_bytes(name, entry))
+
+
+def _bytes(name: str, entry: Entry) -> memoryview:
+    tensor = entry.read()
+    if tuple(tensor.shape) != entry.shape:
+        raise CheckpointError(f"{name} is {tuple(tensor.shape)}", expected=str(entry.shape))
+    stored = tensor.to(entry.dtype).contiguous()
+    if not bool(torch.isfinite(stored).all()):
+        raise CheckpointError(
+            f"{name} holds values that are not numbers, or none that {_NAMES[entry.dtype]} can hold",
+            remedy="the checkpoint is damaged; or leave --half out",
+        )
+    return stored.numpy().reshape(-1).view("uint8").data
+
 
 _LICENCES = {"v1": "Apache-2.0", "v2": "DINOv3 License"}
 _SOURCES = {

@@ -1,135 +1,336 @@
-"""Names of embedded models, and what a model file says of itself; light enough to list without torch."""
+"""The table of published models, `data_manifests/models.yaml`: what `--model` can download by name.
+
+From a model's name or file to a file that `canopy.models.checkpoint` loads.
+
+Published models are downloaded at first use, checked, converted once, and kept by the sha256 of what they
+were converted from. This lies above `canopy.models`, which never touches the network.
+"""
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
-import math
-import struct
-from collections.abc import Mapping
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
-from canopy.errors import CheckpointError
-from canopy.files import file_sha256
+from pydantic import Field, model_validator
 
-FORMAT = "canopy-height"
-FORMAT_VERSION = "1"
-WEIGHTS_DIR = Path(__file__).parent / "weights"
-# Names people can type, and the embedded file each stands for.
-EMBEDDED = {
-    "default": "canopy-small-v3.safetensors",
-    "canopy-small": "canopy-small-v3.safetensors",
-    "canopy-small-v3": "canopy-small-v3.safetensors",
-    "canopy-small-v2": "canopy-small-v2.safetensors",
-}
-_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+from canopy.config import Settings, load_settings
+from canopy.errors import CheckpointError, DataError, FetchError
+from canopy.files import file_sha256, replacing
+from canopy.models import checkpoint as registry
+from canopy.runtime import cache_dir, log, manifests_dir
+
+if TYPE_CHECKING:
+    import torch
+
+    from canopy.models.height import HeightModel
+
+
+class WeightFile(Settings):
+    """One file to download.
+
+    Attributes:
+        url: where from.
+        bytes, sha256: what it must be; None where its publisher does not say.
+    """
+
+    url: str = Field(pattern=r"^https?://")
+    bytes: int | None = Field(default=None, gt=0)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+
+class PublishedModel(Settings):
+    """A model that others published.
+
+    Attributes:
+        title: one line for lists.
+        licence, source: its terms and its paper.
+        size_gb: of the download, about.
+        parameters_m: millions of parameters, about.
+        gsd_m: ground sample distance it expects, metres.
+        files: the checkpoint, and for an original v2 its backbone as a second file.
+        hub: `hf://owner/name` instead of files, with `@revision` if one is meant.
+        terms_at: page where access must be asked for, if it must.
+        notes: what a user should know.
+    """
+
+    title: str
+    licence: str
+    source: str
+    size_gb: float = Field(gt=0)
+    parameters_m: int | None = Field(default=None, gt=0)
+    gsd_m: float | None = Field(default=None, gt=0)
+    files: tuple[WeightFile, ...] = Field(default=(), max_length=2)
+    hub: str | None = Field(default=None, pattern=r"^hf://[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+    terms_at: str | None = None
+    notes: str = ""
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> PublishedModel:
+        if bool(self.files) == bool(self.hub):
+            raise ValueError("give either files or hub")
+        return self
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, in one piece of text."""
+        return self.hub or ", ".join(file.url for file in self.files)
+
+
+class Catalogue(Settings):
+    """All of models.yaml."""
+
+    models: dict[str, PublishedModel]
+
+
+def published_models() -> dict[str, PublishedModel]:
+    """The table, in its own order.
+
+    Raises:
+        ConfigError: the file is missing, or a field is unknown, missing or wrong.
+    """
+    return dict(load_settings(Catalogue, manifests_dir() / "models.yaml").models)
+
+
+def facts(entry: PublishedModel) -> dict[str, Any]:
+    """JSON-ready: an entry with how to get it."""
+    how = "downloaded at first use by --model"
+    if entry.terms_at:
+        how = f"accept the terms at {entry.terms_at}, log in with `hf auth login` or set HF_TOKEN; then {how}"
+    return {**entry.model_dump(mode="json"), "origin": entry.origin, "how": how}
+
+
+# Raise when a conversion would come out differently: older results in caches are then left alone.
+_CONVERTER = 1
+_HUB = "hf://"
+_HUB_FILES = [
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+]
+
+
+def load_model(name_or_path: str | Path = "default", device: str | torch.device = "cpu") -> HeightModel:
+    """Load a model by name ('default', 'v1-huge', 'v2', ...) or from a file, in eval mode on `device`.
+
+    Args:
+        name_or_path: an embedded or a published name, a canopy file, an original v1 or v2 checkpoint, a
+            directory of the hub's layout, or `hf://owner/name`.
+        device: where to put it.
+
+    Returns:
+        A HeightModel: float RGB (B, 3, H, W) in 0..1 -> metres (B, 1, H, W); with `.card` and `.sha256`.
+
+    Raises:
+        CheckpointError: nothing of that name, or a file that cannot be used.
+        FetchError: a published model could not be downloaded.
+    """
+    from canopy.models.checkpoint import load_model as load_file
+
+    return load_file(resolve_model(name_or_path), device)
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
-    """The file behind an embedded name or a path; CheckpointError where there is none."""
+    """A canopy model file for a name, a file or an `hf://` address; errors as `load_model`."""
     name = str(name_or_path)
-    if name in EMBEDDED:
-        path = WEIGHTS_DIR / EMBEDDED[name]
-        if not path.is_file():
-            raise CheckpointError(
-                f"the embedded weights of {name!r} are missing", where=path, remedy="reinstall canopy-height"
-            )
-        return path
+    if name in registry.EMBEDDED:
+        return registry.resolve_model(name)
+    if name.startswith(_HUB):
+        return converted(fetch_hub(name), source=name)
     path = Path(name).expanduser()
     if path.is_dir():
-        raise CheckpointError("is a directory", where=path, expected="a .safetensors file")
-    if not path.is_file():
-        raise CheckpointError(
-            f"no model {name!r}", expected=f"a file, or one of: {', '.join(sorted(EMBEDDED))}"
-        )
-    return path
+        return converted(path)
+    if path.is_file():
+        return path if is_canopy_file(path) else converted(path)
+    table = published_models()
+    if name in table:
+        return _published(name, table[name])
+    known = [*registry.EMBEDDED, *table]
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    raise CheckpointError(
+        f"no model {name!r}" + (f": did you mean {close[0]!r}?" if close else ""),
+        expected=f"a file, hf://owner/name, or one of: {', '.join(known)}",
+    )
 
 
-def read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Metadata and tensor table of a canopy model file, read without its weights.
-
-    Raises:
-        CheckpointError: a pickle, a truncated or foreign file, or one without canopy's metadata.
-    """
-    table = _read_table(path)
-    header = table.pop("__metadata__", None) or {}
-    if header.get("format") != FORMAT or "config" not in header:
-        raise CheckpointError(
-            "is a safetensors file without canopy's metadata",
-            where=path,
-            expected="a file written by canopy",
-            remedy="convert it with: canopy models convert",
-        )
-    if header.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"has format version {header.get('format_version')}",
-            where=path,
-            expected=FORMAT_VERSION,
-            remedy="update canopy",
-        )
-    return header, table
-
-
-def _read_table(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file, after telling pickles, stubs and truncation apart."""
-    length = path.stat().st_size
+def is_canopy_file(path: Path) -> bool:
+    """Whether a file says that canopy wrote it; also true of one too short to say anything."""
     with path.open("rb") as file:
         first = file.read(8)
-        # A header's length may begin like a pickle, but it never fills its upper half.
-        if first.startswith(_PICKLES) and first[4:] != bytes(4):
-            raise CheckpointError(
-                "is a PyTorch pickle, which can run code when opened",
-                where=path,
-                expected="a .safetensors model",
-                remedy="convert it with: canopy models convert",
-            )
-        size = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if not 2 <= size <= 100_000_000:
-            raise CheckpointError("is not a safetensors file", where=path, expected="a canopy model")
-        text = file.read(size) if 8 + size <= length else b""
-    if not text:
-        raise CheckpointError("is truncated in its header", where=path, remedy="copy or download it again")
-    try:
-        table = json.loads(text)
-        end = max((row["data_offsets"][1] for k, row in table.items() if k != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError("is not a safetensors file", where=path, expected="a canopy model") from error
-    if 8 + size + end > length:
-        raise CheckpointError(
-            f"is truncated: {length} of {8 + size + end} bytes",
-            where=path,
-            remedy="copy or download it again",
-        )
-    return table
+        size = int.from_bytes(first, "little")
+        if len(first) < 8 or size > 100_000_000:
+            return len(first) < 8
+        header = file.read(size)
+    return f'"format":"{registry.FORMAT}"'.encode() in header.replace(b": ", b":") or len(header) < size
 
 
-def header_bytes(header: Mapping[str, Any]) -> bytes:
-    """How a safetensors file begins (huggingface.co/docs/safetensors): its header's length, and the header.
+def converted(checkpoint: Path, *, backbone: Path | None = None, source: str | None = None) -> Path:
+    """The cached conversion of an original checkpoint, made now if there is none.
 
-    `header`: texts by name in `__metadata__`, and the table of tensors (dtype, shape, data_offsets); their
-    bytes follow in its order. Padded so that these start aligned to 8 bytes. Equal bytes for equal headers:
-    shards of chips are known by theirs.
+    Raises:
+        CheckpointError: it is none of the published kinds, or needs options of `canopy models convert`.
     """
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    inputs = [path for path in (checkpoint, backbone) if path is not None]
+    target = _conversion_path([_digest(path) for path in inputs])
+    if target.is_file():
+        return target
+    from canopy.models.published import convert
+
+    log.info(f"converting {checkpoint.name} once, into {target.parent}")
+    try:
+        result = convert(checkpoint, target, backbone=backbone, source=source, overwrite=True)
+    except CheckpointError as error:
+        if error.remedy is None or "--" not in error.remedy:
+            raise
+        raise CheckpointError(
+            error.what,
+            where=error.where,
+            expected=error.expected,
+            remedy=f"convert it first with canopy models convert: {error.remedy}",
+        ) from error
+    log.info(f"found {result.recognised.found}; licence {result.card['licence']}")
+    return target
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """JSON-ready facts of a model file: its name, hash, size, what input it expects, and its card."""
-    header, table = read_header(path)
-    config, card = json.loads(header["config"]), json.loads(header.get("card", "{}"))
-    buffers = ("mean", "std", "centres", ".running_mean", ".running_var", ".num_batches_tracked")
-    count = sum(math.prod(row["shape"]) for key, row in table.items() if not key.endswith(buffers))
-    return {
-        "name": card.get("name", path.stem),
-        "path": str(path),
-        "bytes": path.stat().st_size,
-        "sha256": file_sha256(path),
-        "bands": config["bands"],
-        "gsd_m": config["gsd_m"],
-        "crop_px": config["crop_px"],
-        "parameters": count,
-        "config": config,
-        "card": card,
-    }
+def _conversion_path(digests: list[str]) -> Path:
+    key = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return cache_dir() / "models" / "converted" / f"{key}-{_CONVERTER}.safetensors"
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file, or of the names and contents of a model directory."""
+    if path.is_file():
+        return file_sha256(path)
+    names = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".safetensors") and p.is_file()]
+    if not names:
+        raise CheckpointError(
+            "holds no model.safetensors",
+            where=path,
+            expected="a model file, or a directory of the hub's kind",
+        )
+    joined = "".join(f"{p.name}:{file_sha256(p)};" for p in names)
+    return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def _published(name: str, entry: PublishedModel) -> Path:
+    """The converted file of a published model, downloaded and converted at first use."""
+    folder = cache_dir() / "models" / name
+    pins = _read_pins(folder)
+    if entry.origin in pins:
+        target = _conversion_path(pins[entry.origin].split("+"))
+        if target.is_file():
+            return target
+    log.warning(
+        f"{name}: {entry.title}; about {entry.size_gb:g} GB from {entry.origin}; "
+        f"licence: {entry.licence}; kept in {cache_dir() / 'models'}"
+    )
+    if entry.hub:
+        snapshot = fetch_hub(entry.hub, entry.terms_at)
+        target = converted(snapshot, source=entry.hub)
+        _write_pins(folder, pins | {entry.origin: _digest(snapshot)})
+        return target
+    paths = [_download(file, folder, pins, entry) for file in entry.files]
+    digests = [file_sha256(path) for path in paths]
+    pins |= {file.url: digest for file, digest in zip(entry.files, digests, strict=True)}
+    # Pinned before it is converted: a file that turns out to be no model is still the one that was served.
+    _write_pins(folder, pins | {entry.origin: "+".join(digests)})
+    return converted(paths[0], backbone=paths[1] if len(paths) > 1 else None, source=entry.origin)
+
+
+def _download(file: WeightFile, folder: Path, pins: dict[str, str], entry: PublishedModel) -> Path:
+    from canopy.download import download
+
+    target = folder / Path(unquote(urlsplit(file.url).path)).name
+    expected = file.sha256 or pins.get(file.url, "").split("+")[0] or None
+    if target.is_file() and expected is not None and file_sha256(target) != expected:
+        target.unlink()  # a leftover of another table or of a broken disk
+    try:
+        download(file.url, target, sha256=expected)
+    except FetchError as error:
+        if entry.terms_at is None or not re.search(r"\((401|403)\)", error.what):
+            raise
+        raise _gated(entry.terms_at) from error
+    if file.bytes is not None and target.stat().st_size != file.bytes:
+        size = target.stat().st_size
+        target.unlink()
+        raise DataError(
+            f"has {size} bytes", where=file.url, expected=f"{file.bytes}", remedy="the download was discarded"
+        )
+    return target
+
+
+def _gated(page: str) -> CheckpointError:
+    return CheckpointError(
+        "these weights are gated: their owner asks you to accept the terms first",
+        where=page,
+        remedy="accept them there, then log in with `hf auth login` or set HF_TOKEN, and run this again",
+    )
+
+
+def fetch_hub(address: str, terms_at: str | None = None) -> Path:
+    """Download a model directory from the Hugging Face hub (resumed, cached and authorised by its library).
+
+    Args:
+        address: `hf://owner/name` or `hf://owner/name@revision`.
+        terms_at: page to point to where access is refused; the model's own by default.
+
+    Raises:
+        CheckpointError: a malformed address, no such model, or access not granted.
+        FetchError: the hub did not deliver.
+    """
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", address)
+    if match is None:
+        raise CheckpointError(
+            "cannot be read", where=address, expected="hf://owner/name or hf://owner/name@revision"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    page = terms_at or f"https://huggingface.co/{match[1]}"
+    try:
+        return Path(snapshot_download(match[1], revision=match[2], allow_patterns=_HUB_FILES))
+    except GatedRepoError as error:
+        raise _gated(page) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            "no such model on the hub, or one that you may not see",
+            where=address,
+            remedy=f"look at {page}; log in with `hf auth login` or set HF_TOKEN",
+        ) from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise _gated(page) from error
+        raise FetchError(f"the hub answered {status}", where=address, remedy="try again later") from error
+    except Exception as error:  # the library lets its transport's and cache's errors through
+        line = " ".join(str(error).split())[:160]
+        raise FetchError(
+            f"the hub did not deliver ({type(error).__name__}: {line})",
+            where=address,
+            remedy="try again later",
+        ) from error
+
+
+def _read_pins(folder: Path) -> dict[str, str]:
+    """Origin -> sha256 of what was first downloaded from it (several joined by +)."""
+    path = folder / "pins.json"
+    if not path.is_file():
+        return {}
+    try:
+        return {str(k): str(v) for k, v in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(
+            "cannot be read", where=path, remedy="remove it to trust the next download"
+        ) from error
+
+
+def _write_pins(folder: Path, pins: dict[str, str]) -> None:
+    with replacing(folder / "pins.json") as part:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(pins, indent=2))

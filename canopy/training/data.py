@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from canopy.chips.augment import AugmentConfig
-from canopy.chips.index import IndexRow
-from canopy.chips.shards import BARE, TALL, ChipShards, category, sampling_weights
-from canopy.chips.store import Chip
-from canopy.chips.streams import ChipBatches, ChipSource
+from canopy.chips.data import ChipBatches, ChipSource
+from canopy.chips.store import BARE, TALL, Chip, ChipShards, IndexRow, category, sampling_weights
 from canopy.errors import DataError
 from canopy.training.settings import DataSettings, FinetuneSettings
 

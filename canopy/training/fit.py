@@ -1,35 +1,380 @@
-"""Run a training: data, trainer, resume, log, export. RUN_DIR holds all a reader needs to repeat it."""
+"""Run a pretraining: data, probe, trainer, resume, logs, export. RUN_DIR holds all it takes to repeat it.
+
+Where the weights of a new run come from: a pretrained encoder, a model file, or an earlier run.
+
+Run a training: data, trainer, resume, log, export. RUN_DIR holds all a reader needs to repeat it.
+
+Scores of a model beside its baselines, as data for the checkpoint's card and as the model card's text.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from canopy.chips.streams import ChipBatches
-from canopy.errors import ConfigError
-from canopy.models.checkpoint import load_model, save_checkpoint
+from canopy.chips.data import ChipBatches
+from canopy.chips.store import Chip
+from canopy.errors import CheckpointError, ConfigError
+from canopy.files import replacing
+from canopy.models.checkpoint import load_model, load_strict, save_checkpoint
+from canopy.models.encoder import Encoder
 from canopy.models.height import HeightModel
 from canopy.runtime import NoProgress, Progress, log, pick_device
-from canopy.training.compiling import compile_parts
-from canopy.training.data import TrainingData, batches, open_data, some_heights
-from canopy.training.finetune import HeightModule, Scores
-from canopy.training.processes import first_process
-from canopy.training.run_folder import LAST, Table, held, without_folders
-from canopy.training.run_settings import shown
-from canopy.training.scoring import headline, plain, score_chips
-from canopy.training.settings import FinetuneSettings
-from canopy.training.start import describe_start, expect_heights, start_from
+from canopy.training.callbacks import HeightProbe, open_probe
+from canopy.training.data import TrainingData, batches, open_data, some_heights, split_chips
+from canopy.training.height import HeightModule, Scores
+from canopy.training.optim import compile_parts
+from canopy.training.run_folder import LAST, Table, first_process, held, without_folders
+from canopy.training.scoring import Table as Table_scoring
+from canopy.training.scoring import fit_baselines, headline, plain, predict_chip, score, score_chips
+from canopy.training.settings import FinetuneSettings, PretrainSettings, shown
+from canopy.training.ssl import DinoModule, MaeModule, PretrainModule
+from canopy.training.ssl_data import ViewStream, open_stream
+
+ENCODER = "encoder.safetensors"
+# What a resumed run may change: how long, on what machine, how it is watched.
+PRETRAIN_FREE = frozenset(
+    {
+        "steps", "minutes", "threads", "device", "log_every", "compile", "checkpoint_every", "keep_every",
+        "data.workers", "probe.every", "probe.labels", "probe.chips",
+    }
+)  # fmt: skip
+FORMAT, FORMAT_VERSION = "canopy-encoder", "1"
+
+
+def pretrain(
+    settings: PretrainSettings,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    fast_dev_run: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Pretrain as `settings` say and export the encoder to RUN_DIR/encoder.safetensors.
+
+    Args:
+        settings: the whole run.
+        run_dir: created; `config.yaml`, `log*/metrics.csv`, `last.ckpt` and `encoder.safetensors` go here.
+        resume: continue from RUN_DIR/last.ckpt.
+        fast_dev_run: two steps, a probe and an export in a temporary folder, to see that everything works.
+        command: how the run was started, for the export.
+        progress: told about per cent.
+
+    Returns:
+        The export's card: steps, minutes, probe scores and where from.
+
+    Raises:
+        ConfigError: RUN_DIR holds a run and `resume` is off, there is nothing to resume, settings were
+            changed, or another process trains there.
+        DataError: no chips, chips of another scale, or a checkpoint of other chips.
+        TrainingError: losses or gradients were not finite too often.
+    """
+    if fast_dev_run:
+        with TemporaryDirectory() as folder:
+            return pretrain(_shortened(settings), Path(folder), command=command, progress=progress)
+    device = pick_device(settings.device).type
+    stream, probe_of = open_stream(settings), _probe(settings)  # before anything is written
+    with held(run_dir, settings, resume, PRETRAIN_FREE):
+        module, trainer = _trained(settings, run_dir, stream, probe_of, device, resume, progress)
+        module.probe_at_last()  # where no step was left to take
+        trainer.save_checkpoint(run_dir / LAST)
+        card, encoder = _card(module, stream, command), module.useful_encoder()
+        if trainer.is_global_zero:
+            export(module, encoder, run_dir / ENCODER, card)
+    return card
+
+
+def _trained(
+    settings: PretrainSettings,
+    run_dir: Path,
+    stream: ViewStream,
+    probe_of: HeightProbe | None,
+    device: str,
+    resume: bool,
+    progress: Progress | None,
+) -> tuple[PretrainModule, pl.Trainer]:
+    torch.set_num_threads(settings.threads)
+    pl.seed_everything(settings.seed, verbose=False)
+    kind = MaeModule if settings.objective == "mae" else DinoModule
+    module = kind(settings, stream, probe_of)
+    if settings.strategy != "fsdp":  # which takes contiguous weights only
+        module.to(memory_format=torch.channels_last)
+    if device == "cpu":
+        _attend_plainly(module)
+    if settings.compile:
+        compile_parts(module)
+    trainer = _trainer(settings, run_dir, device, [_Percent(progress)] if progress else [])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        trainer.fit(module, ckpt_path=run_dir / LAST if resume else None, weights_only=True)
+    return module, trainer
+
+
+def _shortened(settings: PretrainSettings) -> PretrainSettings:
+    probe = settings.probe.model_copy(update={"every": 2})
+    return settings.model_copy(update={"steps": 2, "minutes": None, "log_every": 1, "probe": probe})
+
+
+def _probe(settings: PretrainSettings) -> HeightProbe | None:
+    if not settings.probe.every:
+        return None
+    labels = settings.probe.labels or settings.data.chips
+    model = settings.architecture
+    return open_probe(labels, model.patch_px, settings.probe.chips, model.gsd_m)
+
+
+def _attend_plainly(module: PretrainModule) -> None:
+    """On a CPU, for a few dozen tokens, plain products are faster than torch's fused attention (backward)."""
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False  # type: ignore[assignment]
+
+
+class _Percent(pl.Callback):
+    """Tells a progress bar how many per cent of the run are done."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.said = progress, 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.progress.start(100, "pretraining, per cent")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        done = int(100 * module.progress)  # type: ignore[operator]
+        if trainer.is_global_zero:
+            self.progress.advance(done - self.said)
+        self.said = done
+
+
+def _trainer(
+    settings: PretrainSettings, run_dir: Path, device: str, callbacks: list[pl.Callback]
+) -> pl.Trainer:
+    def keeper(name: str, every: int, top: int) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            dirpath=run_dir,
+            filename=name,
+            every_n_train_steps=every,
+            save_top_k=top,
+            enable_version_counter=False,
+        )
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # it advertises
+    callbacks = [*callbacks, keeper("last", settings.checkpoint_every, 1)]
+    if settings.keep_every:
+        callbacks.append(keeper("{step}", settings.keep_every, -1))
+    return pl.Trainer(
+        accelerator="gpu" if device == "cuda" else device,
+        devices=settings.devices,
+        num_nodes=settings.nodes,
+        strategy=_strategy(settings, device),
+        sync_batchnorm=device == "cuda" and settings.processes > 1,
+        precision=settings.precision,
+        max_steps=settings.steps,
+        logger=_loggers(run_dir, settings.log_every),
+        callbacks=callbacks,
+        log_every_n_steps=settings.log_every,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def _strategy(settings: PretrainSettings, device: str) -> str | Strategy:
+    if settings.strategy != "fsdp":
+        return settings.strategy
+    return ModelParallelStrategy(
+        data_parallel_size=settings.processes,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,  # one file of whole weights, which the first process writes
+        process_group_backend="gloo" if device == "cpu" else None,
+    )
+
+
+def _loggers(run_dir: Path, every: int) -> list[Logger]:
+    """CSV, and TensorBoard where installed. A resumed run logs beside what it logged before."""
+    version, n = "log", 2
+    while (run_dir / version).exists():
+        version, n = f"log{n}", n + 1
+    out: list[Logger] = [CSVLogger(run_dir, name="", version=version, flush_logs_every_n_steps=every)]
+    if importlib.util.find_spec("tensorboard"):
+        out.append(TensorBoardLogger(run_dir, name="", version=version, sub_dir="tensorboard"))
+    return out
+
+
+def _card(module: PretrainModule, stream: ViewStream, command: str) -> dict[str, Any]:
+    settings = module.settings
+    facts = json.loads(settings.model_dump_json(exclude={"model"}))
+    facts["data"]["chips"], facts["probe"]["labels"] = (
+        shown(settings.data.chips), shown(settings.probe.labels)
+    )  # fmt: skip
+    return {
+        "name": settings.name,
+        "licence": settings.licence,
+        "objective": settings.objective,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": command,
+        "settings": facts,
+        "steps": module.global_step,
+        "minutes": round(module.trained_s / 60, 2),
+        "images_seen": module.global_step * settings.images * stream.world,
+        "data": {"chips": len(stream.shards), "sha256": stream.shards.fingerprint},
+        "probe": module.probed if module.probed_at == module.global_step else {},
+    }
+
+
+def export(module: PretrainModule, encoder: Encoder, path: Path, card: dict[str, Any]) -> None:
+    """Write the useful encoder (the teacher's, with DINOv2) as `encoder.*`, named as in a HeightModel.
+
+    The metadata: format, format_version, `encoder` (its config as JSON), `bands`, `mean`, `std`, and `card`.
+    """
+    from safetensors.torch import save_file
+
+    config = module.config
+    plain = config.to_dict()
+    state = {f"encoder.{k}": v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "card": json.dumps(card)}
+    header |= {name: json.dumps(plain[name]) for name in ("encoder", "bands", "mean", "std")}
+    with replacing(path) as part:
+        save_file(state, part, metadata=header)
+        part.chmod(0o644)  # safetensors writes 0600, which nobody else could read
+
+
+ENCODER_FILE = "encoder."
+_FIXED = ("mean", "std", "centres")  # buffers that the new run's own config decides
+
+
+def start_from(model: HeightModel, path: Path, part: str = "auto") -> str:
+    """Load weights into `model`, strictly: every tensor of the part fits, or nothing is loaded.
+
+    Args:
+        model: changed in place.
+        path: a safetensors file (a pretraining's `encoder.safetensors`, or a model file), or a run's
+            `last.ckpt` (its averaged weights).
+        part: 'encoder', 'all', or 'auto': all that the file has, whole encoder or whole model.
+
+    Returns:
+        'encoder' or 'all', what was loaded.
+
+    Raises:
+        CheckpointError: no such file, damaged, or keys and shapes that differ (they are named).
+    """
+    found = {k: v for k, v in _read(path).items() if k not in _FIXED}
+    inside = {k: v for k, v in found.items() if k.startswith(ENCODER_FILE)}
+    if not inside:
+        raise CheckpointError(
+            "holds no encoder", where=path, expected="tensors named encoder.*", remedy="name another file"
+        )
+    if part == "auto":
+        part = "encoder" if len(inside) == len(found) else "all"
+    _same_normalisation(model, path)
+    if part == "encoder":
+        load_strict(model.encoder, {k.removeprefix(ENCODER_FILE): v for k, v in inside.items()}, path)
+    else:
+        own = {k: v for k, v in model.state_dict().items() if k in _FIXED}
+        load_strict(model, {**found, **own}, path)
+    log.info("%s of %s: %d tensors", "encoder" if part == "encoder" else "all", path.name, len(inside))
+    return part
+
+
+def _same_normalisation(model: HeightModel, path: Path) -> None:
+    """A pretrained encoder says what its images were normalised with: other constants would shift them."""
+    said = _header(path)
+    for name in ("mean", "std"):
+        theirs, ours = json.loads(said.get(name, "null")), list(getattr(model.config, name))
+        if theirs is not None and theirs != ours:
+            raise CheckpointError(
+                f"was trained on images of {name} {theirs}, the model has {ours}",
+                where=path,
+                remedy=f"set model.{name} to what the encoder knows",
+            )
+
+
+def _header(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file; a run's checkpoint has none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError("no such file", where=path, expected="a safetensors file or a last.ckpt")
+    if path.suffix == ".ckpt":
+        return _read_run(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"is damaged or no safetensors file ({error})", where=path) from error
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def _read_run(path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a fine-tuning run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:  # damaged bytes make torch's reader stumble in a dozen ways
+        raise CheckpointError(f"is no checkpoint of a run ({error})", where=path) from error
+    return {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
+
+
+@torch.no_grad()
+def expect_heights(model: HeightModel, heights_m: Tensor) -> None:
+    """Let a fresh model predict the distribution of `heights_m` (n,) everywhere, before it has seen anything.
+
+    Fresh softmax bins are all alike, and their mean is half the highest bin: hundreds of steps would
+    go into unlearning 25 m. So the last layer's bias becomes the logarithm of how often each bin is nearest.
+    Other heads (weights 'relu') are left as they are.
+    """
+    config, last = model.config.decoder, model.decoder.head.conv3
+    if config.weights != "softmax" or last.bias is None or not len(heights_m):
+        return
+    centres = model.centres.cpu() * config.scale
+    edges = (centres[1:] + centres[:-1]) / 2
+    counts = torch.bincount(torch.bucketize(heights_m.cpu(), edges), minlength=config.bins).float()
+    share = (counts + 1e-3 * counts.sum()) / (1 + 1e-3 * config.bins) / counts.sum()
+    last.bias.copy_(share.log() - share.log().mean())
+    last.weight.mul_(0.1)  # or random scores would drown it
+
+
+def describe_start(path: Path) -> dict[str, object]:
+    """What a safetensors file says about itself, for the card of the model that starts from it."""
+    try:
+        card = json.loads(_header(path).get("card", "{}"))
+    except ValueError:
+        card = {}
+    card = {k: v for k, v in card.items() if isinstance(v, (str, int, float))}
+    if "command" in card:
+        card["command"] = without_folders(str(card["command"]))
+    return {"file": path.name, **card}
+
 
 MODEL = "model.safetensors"
 # What a resumed run may change: how long, on what machine, how it is watched.
@@ -270,3 +615,119 @@ def _shareable(settings: FinetuneSettings) -> dict[str, Any]:
     if settings.init_from:
         facts["init_from"] = settings.init_from.name
     return facts
+
+
+OVERLAP_PX = 64
+
+
+def score_with_baselines(
+    model: HeightModel, chips: Path, splits: tuple[str, ...]
+) -> dict[str, dict[str, Table_scoring]]:
+    """Score the model and both baselines on the same pixels of each split.
+
+    Args:
+        model: predicts with crops of `model.config.crop_px`.
+        chips: a folder of `canopy data chips`.
+        splits: those without chips are left out.
+
+    Returns:
+        split -> {'model', 'training_mean', 'ridge'} -> site -> the row of `scoring.score`. A score that does
+        not exist (the correlation of a constant) is None.
+    """
+    baselines = fit_baselines(split_chips(chips, "train"))
+
+    def by_model(chip: Chip) -> np.ndarray:
+        return predict_chip(model, chip, model.config.crop_px, OVERLAP_PX)
+
+    predictors: dict[str, Callable[[Chip], np.ndarray]] = {
+        "model": by_model,
+        "training_mean": baselines.constant,
+        "ridge": baselines.regression,
+    }
+    found = {split: split_chips(chips, split) for split in splits}
+    return {
+        split: {name: plain(score(part, p)) for name, p in predictors.items()}
+        for split, part in found.items()
+        if len(part)
+    }
+
+
+def markdown_table(scores: dict[str, Table_scoring]) -> str:
+    """One split's scores as a Markdown table, a row per site."""
+    lines = [
+        "| site | pixels | MAE m | r | R2 | block R2 | edge error | bias m | MAE training mean | MAE ridge "
+        "| r ridge |",
+        f"|---|{'---:|' * 10}",
+    ]
+    for site, row in scores["model"].items():
+        mean, ridge = scores["training_mean"][site], scores["ridge"][site]
+        cells = [site, f"{row['n']:,}", f"**{_number(row['mae_m'])}**"]
+        cells += [_number(row.get(name)) for name in ("r", "r2", "block_r2", "edge_error")]
+        cells += [
+            f"{row['bias_m']:+.2f}",
+            _number(mean["mae_m"]),
+            _number(ridge["mae_m"]),
+            _number(ridge["r"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def height_table(scores: dict[str, Table_scoring]) -> str:
+    """Bias by measured height of every predictor, over all sites without plots; '' for older cards."""
+    rows = {name: headline(table) for name, table in scores.items()}
+    bins = [k for k in rows["model"] if k.startswith("bias_") and k != "bias_m"]
+    if not bins:
+        return ""
+    heads = [k.removeprefix("bias_").removesuffix("_m") + " m" for k in bins]
+    lines = [f"| bias, metres | {' | '.join(heads)} |", f"|---|{'---:|' * len(bins)}"]
+    for name, row in rows.items():
+        cells = ["-" if row[k] is None else f"{row[k]:+.1f}" for k in bins]
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def model_card(facts: dict[str, Any]) -> str:
+    """docs/model-card.md from `canopy.models.checkpoint.describe`; by code, so that it cannot drift."""
+    card = facts["card"]
+    scores, data = card.get("scores", {}), card["data"]
+    parts = [
+        f"# {card['name']}",
+        "Canopy height in metres from RGB aerial imagery at "
+        f"{facts['gsd_m']} m. Written by `pipelines/score_pack.py`; do not edit.",
+        "## Facts",
+        "\n".join(
+            [
+                f"- parameters: {facts['parameters'] / 1e6:.1f} M; file {facts['bytes'] / 1e6:.1f} MB (fp16)",
+                f"- licence: {card['licence']}",
+                f"- trained: {card['date']}, {card['minutes']} minutes, {card['steps']} steps on "
+                f"{card.get('hardware', 'one machine')}",
+                f"- command: `{card['command']}` at commit {card.get('commit', 'not recorded')}",
+                f"- data: {data.get('train_chips', len(data['train_ids']))} training and "
+                f"{data.get('val_chips', len(data['val_ids']))} validation chips, "
+                f"sha256 of the chips' sources `{data['sha256'][:16]}`",
+                f"- input: {', '.join(facts['bands'])} in 0..1, crops of {facts['crop_px']} px",
+                f"- {card.get('data_note', '')}",
+            ]
+        ),
+    ]
+    titles = {
+        "val": "Validation rows (used for choosing; close to the training tiles in space)",
+        "test": "Test rows (a site without training tiles, and the south of another)",
+        "test_hard": "Hard test rows (autumn, half leaf-off; reported apart)",
+    }
+    for split, title in titles.items():
+        if split in scores:
+            parts += [f"## {title}", markdown_table(scores[split])]
+            parts += [table] if (table := height_table(scores[split])) else []
+    parts += [
+        "Every row counts the same pixels for all columns: 1 m cells with both image and lidar. The ridge "
+        "regression sees colour, greenness and texture in 3, 9 and 21 m windows, with all their products.",
+        "## Limits",
+        card.get("limits", ""),
+    ]
+    return "\n\n".join(parts) + "\n"

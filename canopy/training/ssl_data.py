@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from canopy.chips.shards import ChipShards, site_weights
-from canopy.chips.streams import ViewBatches, Views
-from canopy.chips.views import ViewRules
-from canopy.training.pretrain_settings import PretrainSettings
+from canopy.chips.data import ViewBatches, ViewRules, Views
+from canopy.chips.store import ChipShards, site_weights
+from canopy.training.settings import PretrainSettings
 
 
 class ViewStream(ViewBatches):

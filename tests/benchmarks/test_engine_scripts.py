@@ -74,7 +74,7 @@ def test_a_margin_takes_away_what_lies_at_the_border(script):
 
 def test_seams_of_a_network_that_sees_one_pixel_are_nothing(script):
     seams = script("seams")
-    from canopy.sources.imagery import open_imagery
+    from canopy.imagery.open import open_imagery
 
     source = open_imagery("demo")
     grid = source.area().grid("EPSG:32619", 0.5).window(0, 0, 300, 300)

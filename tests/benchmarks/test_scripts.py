@@ -28,7 +28,7 @@ def test_throughput(script, tiny_model, tmp_path, monkeypatch):
 
 
 def test_stages(script, tmp_path):
-    from canopy.inference.blend import Canvas
+    from canopy.inference.lattice import Canvas
 
     stages, untouched = script("stages"), Canvas.add
     image = stages.common.make_image(tmp_path / "a.tif", 300)

@@ -7,12 +7,19 @@ import json
 import numpy as np
 import pytest
 
-from canopy.calibration.area_fit import area_coverage, fit_areas
-from canopy.calibration.areas import SIZES_M, TAG, AreaModel, area_interval, area_model_of
+from canopy.calibration.area import (
+    SIZES_M,
+    TAG,
+    AreaModel,
+    area_coverage,
+    area_interval,
+    area_model_of,
+    fit_areas,
+)
 from canopy.calibration.collect import cells_of
 from canopy.calibration.intervals import fit_intervals
 from canopy.errors import ConfigError, DataError
-from canopy.models.intervals import IntervalTable
+from canopy.models.heads import IntervalTable
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 
 from canopy.calibration.collect import load_chips, places_of
-from canopy.calibration.model_file import calibrate_model
-from canopy.chips.index import IndexRow, write_index
-from canopy.chips.shards import row_of_chip
-from canopy.chips.store import NO_SHOTS, Chip, ChipRow, write_shard
+from canopy.calibration.intervals import calibrate_model
+from canopy.chips.store import NO_SHOTS, Chip, ChipRow, IndexRow, row_of_chip, write_index, write_shard
 from canopy.errors import ConfigError, DataError
 from canopy.models.checkpoint import load_model, save_checkpoint
 

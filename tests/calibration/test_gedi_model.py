@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from canopy.calibration.collect import places_of
-from canopy.calibration.gedi_samples import Samples, joined, simulated
-from canopy.calibration.gedi_train import score_gedi, split_regions, train_gedi
+from canopy.calibration.gedi_area import Samples, joined, score_gedi, simulated, split_regions, train_gedi
 from canopy.chips.store import Chip, ChipRow
 from canopy.errors import CheckpointError, ConfigError, DataError, InputError
 from canopy.models.gedi import FACTS, GediModel, load_gedi_model, save_gedi_model
@@ -101,12 +100,11 @@ def test_places_of_the_pack_are_where_its_sites_are(shared: Path) -> None:
 
 
 def test_real_shots_join_imagery_and_a_map_is_matched_to_the_model(model: GediModel, tmp_path: Path) -> None:
-    from canopy.calibration.gedi_scale import correct_map
+    from canopy.calibration.gedi import correct_map
     from canopy.geo.raster import read_raster
-    from canopy.sources.gedi import extract_shots
-    from canopy.sources.gedi_shots import read_shots
-    from canopy.sources.imagery import open_imagery
-    from canopy.sources.synth_scene import write_scene
+    from canopy.imagery.open import open_imagery
+    from canopy.labels.gedi import extract_shots, read_shots
+    from canopy.synth.sensors import write_scene
 
     write_scene(tmp_path / "s", 3, 420.0, 1.0, gedi_jitter_m=5.0)
     shots = tmp_path / "shots.parquet"

@@ -10,14 +10,12 @@ import pytest
 import rasterio
 
 from canopy.calibration.discs import Footprints, read_footprints
-from canopy.calibration.gedi_fit import fit_correction, held_out
-from canopy.calibration.gedi_scale import correct_map
-from canopy.calibration.monotone import KNOTS_M, curve
+from canopy.calibration.gedi import KNOTS_M, correct_map, curve, fit_correction, held_out
 from canopy.errors import DataError, InputError
 from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid
 from canopy.geo.raster import Raster, read_raster, write_cog
-from canopy.sources.gedi_footprint import pool_over_disc
+from canopy.labels.footprint import pool_over_disc
 
 SIDE_PX = 800
 GRID = Grid.of("EPSG:32617", (1.0, 0, 400_000.0, 0, -1.0, 4_200_000.0), (SIDE_PX, SIDE_PX))
@@ -25,8 +23,8 @@ GRID = Grid.of("EPSG:32617", (1.0, 0, 400_000.0, 0, -1.0, 4_200_000.0), (SIDE_PX
 
 @pytest.fixture(scope="module")
 def truth() -> np.ndarray:
-    from canopy.sources.synth import SceneSpec
-    from canopy.sources.synth_render import truth
+    from canopy.synth.forest import SceneSpec
+    from canopy.synth.render import truth
 
     return truth(SceneSpec(seed=3, gsd_m=1.0), 0.0, 0.0, SIDE_PX, SIDE_PX).chm
 
@@ -136,7 +134,7 @@ def test_standard_errors_cover_the_truth(truth: np.ndarray, tmp_path: Path) -> N
     z = []
     for seed in range(4):
         shots = make_shots(truth, tmp_path / f"{seed}.parquet", count=250, seed=10 + seed)
-        from canopy.sources.gedi_shots import read_shots
+        from canopy.labels.gedi import read_shots
 
         made = fit_correction(read_footprints(chm, read_shots(shots)))
         z.append((made.heights(heights, 1.0) - exact) / made.errors(heights, 0.0))
@@ -198,7 +196,7 @@ def test_faults_are_named(tmp_path: Path, truth: np.ndarray) -> None:
 
 
 def test_held_out_needs_enough(truth: np.ndarray, tmp_path: Path) -> None:
-    from canopy.sources.gedi_shots import read_shots
+    from canopy.labels.gedi import read_shots
 
     chm = make_map(truth, tmp_path / "map.tif")
     shots = make_shots(truth, tmp_path / "shots.parquet", count=21)
@@ -210,7 +208,7 @@ def test_a_smooth_but_unbiased_map_is_not_lifted(tmp_path: Path, truth: np.ndarr
     from scipy import ndimage
 
     from canopy.calibration.collect import Scored
-    from canopy.calibration.gap import TAG, FootprintGap, gap_of, gaps_to_dict
+    from canopy.calibration.intervals import TAG, FootprintGap, gap_of, gaps_to_dict
 
     smooth = ndimage.gaussian_filter(truth, 4)
     known = [Scored("t", "s", "val", smooth[:300], np.ones_like(smooth[:300]), truth[:300])]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from canopy.calibration.collect import Scored, cells_of, halves
 from canopy.calibration.intervals import LEVELS, coverage, effective_blocks, fit_intervals
 from canopy.errors import CheckpointError, ConfigError, DataError
-from canopy.models.intervals import CARD_KEY, IntervalTable, hats, table_of
+from canopy.models.heads import CARD_KEY, IntervalTable, hats, table_of
 
 
 @pytest.fixture(scope="module")

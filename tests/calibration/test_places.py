@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from canopy.calibration.collect import Scored, cells_of
-from canopy.calibration.intervals import coverage
-from canopy.calibration.places import (
+from canopy.calibration.intervals import (
     Unseen,
     areas_in_new_places,
+    coverage,
     fit_new_place,
     kept_from,
     trained_on,
@@ -21,7 +21,7 @@ from canopy.calibration.places import (
 )
 from canopy.chips.store import ChipRow
 from canopy.errors import CheckpointError, DataError
-from canopy.models.intervals import CARD_KEY, IntervalTable, table_of
+from canopy.models.heads import CARD_KEY, IntervalTable, table_of
 
 
 def moved(tiles: list[Scored], site: str, by_m: float) -> list[Scored]:

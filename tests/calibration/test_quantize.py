@@ -15,12 +15,10 @@ from scipy import ndimage
 from canopy.calibration.quantize import calibration_crops, quantize
 from canopy.chips.store import Chip, ChipRow, read_store, write_store
 from canopy.errors import ConfigError, DataError, InputError
-from canopy.inference.backends.choose import settle
-from canopy.inference.backends.store import read_card
-from canopy.models.checkpoint import load_model, save_checkpoint
+from canopy.inference.backends import read_card, settle
+from canopy.models.checkpoint import load_model, resolve_model, save_checkpoint
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
-from canopy.models.registry import resolve_model
 
 MOST_LOSS_M = 0.05
 

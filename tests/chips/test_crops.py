@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canopy.chips.augment import AugmentConfig, turn, turn_points
-from canopy.chips.crops import MAX_SHOTS, make_crop
-from canopy.chips.index import IndexRow
-from canopy.chips.shards import ShardChip
+from canopy.chips.data import MAX_SHOTS, make_crop
+from canopy.chips.store import IndexRow, ShardChip
 
 SHAPE_ONLY = AugmentConfig(colour=0, hide_chance=0, black_chance=0)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from canopy.chips.cut import cut_pack, mark_missing
+from canopy.chips.write import cut_pack, mark_missing
 from canopy.errors import DataError
 
 

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from canopy.chips.index import read_index
-from canopy.chips.made import synth_chips, write_made, write_synth
-from canopy.chips.shards import ChipShards
-from canopy.chips.store import write_store
+from canopy.chips.store import ChipShards, read_index, write_store
+from canopy.chips.write import synth_chips, write_made, write_synth
 from canopy.errors import DataError, InputError
 
 

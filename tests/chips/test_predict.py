@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from canopy.chips.predict import crop_of, predict_whole
-from canopy.chips.store import Chip, ChipRow
+from canopy.chips.store import Chip, ChipRow, crop_of, predict_whole
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from scipy import ndimage
 
 from canopy.chips.register import measure_shift
 from canopy.errors import InputError
-from canopy.sources.synth import random_spec
-from canopy.sources.synth_render import render
+from canopy.synth.forest import random_spec
+from canopy.synth.render import render
 
 GSD = 0.5
 

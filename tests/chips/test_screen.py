@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from canopy.chips.screen import screen
-from canopy.sources.synth import random_spec
-from canopy.sources.synth_render import render
+from canopy.chips.write import screen
+from canopy.synth.forest import random_spec
+from canopy.synth.render import render
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopy.chips.splits import Place, SplitRules, assign, count_near_test, distance_to_test, drop_near_test
+from canopy.chips.plan import Place, SplitRules, assign, count_near_test, distance_to_test, drop_near_test
 from canopy.errors import DataError
 from canopy.geo.crs import transformer
 

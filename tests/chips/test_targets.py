@@ -7,13 +7,7 @@ import pytest
 import rasterio
 from affine import Affine
 
-from canopy.chips.targets import (
-    chm_target,
-    gap_weight,
-    make_target,
-    sensor_floor,
-    shots_on,
-)
+from canopy.chips.targets import chm_target, gap_weight, make_target, sensor_floor, shots_on
 from canopy.errors import DataError, ImageryError, InputError
 from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid

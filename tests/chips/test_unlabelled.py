@@ -11,11 +11,9 @@ import pytest
 import rasterio
 from affine import Affine
 
-from canopy.chips.plan import CutRules
-from canopy.chips.shards import ChipShards
-from canopy.chips.splits import SplitRules
-from canopy.chips.streams import ViewBatches
-from canopy.chips.views import ViewRules
+from canopy.chips.data import ViewBatches, ViewRules
+from canopy.chips.plan import CutRules, SplitRules
+from canopy.chips.store import ChipShards
 from canopy.chips.write import write_chips
 
 SMALL = ViewRules(global_px=32, local_px=16, locals_=1)

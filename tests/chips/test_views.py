@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopy.chips.views import ViewRules, batch_masks, block_mask, crop_box, multi_crop
+from canopy.chips.data import ViewRules, batch_masks, block_mask, crop_box, multi_crop
 from canopy.errors import InputError
 
 RULES = ViewRules(global_px=64, local_px=32, globals_=2, locals_=3)

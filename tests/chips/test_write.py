@@ -15,20 +15,17 @@ import torch
 from affine import Affine
 from torch.utils.data import DataLoader
 
-from canopy.chips import cutting, write
+from canopy.chips import write
+from canopy.chips import write as cutting
 from canopy.chips.augment import AugmentConfig
-from canopy.chips.index import read_index
-from canopy.chips.plan import CutRules, _year, edges, plan_shards, read_pairs
-from canopy.chips.shards import ChipShards, category, sampling_weights
-from canopy.chips.splits import SplitRules
-from canopy.chips.store import read_store
-from canopy.chips.streams import ChipBatches, ViewBatches
-from canopy.chips.views import ViewRules
+from canopy.chips.data import ChipBatches, ViewBatches, ViewRules
+from canopy.chips.plan import CutRules, SplitRules, _year, edges, plan_shards, read_pairs
+from canopy.chips.store import ChipShards, category, read_index, read_store, sampling_weights
 from canopy.chips.write import write_chips
 from canopy.errors import DataError, InputError
 from canopy.geo.crs import transformer
-from canopy.sources.synth import random_spec
-from canopy.sources.synth_render import render
+from canopy.synth.forest import random_spec
+from canopy.synth.render import render
 
 UTM, X, Y = "EPSG:32617", 400_000.0, 4_000_000.0
 RULES = CutRules(size_px=128, register=False)
@@ -231,7 +228,7 @@ def test_no_geo_library_is_needed_to_read(folder):
         "import sys\n"
         "sys.modules.update(dict.fromkeys(['rasterio', 'geopandas', 'pyproj', 'odc', 'shapely']))\n"
         "from canopy.chips import screen, streams, targets, views\n"
-        "from canopy.chips.shards import ChipShards\n"
+        "from canopy.chips.store import ChipShards\n"
         f"print(len(ChipShards({str(folder)!r})[0].rgb))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -13,17 +13,17 @@ import pytest
 import rasterio
 from safetensors.numpy import load_file
 
-from canopy.calibration.areas import area_model_of
-from canopy.calibration.model_file import calibrate_model, rewrite_card
+from canopy.calibration.area import area_model_of
+from canopy.calibration.intervals import calibrate_model, rewrite_card
 from canopy.chips.store import Chip, ChipRow, read_store, write_store
-from canopy.models.registry import describe
+from canopy.models.checkpoint import describe
 
 
 @pytest.fixture(scope="module")
 def chips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight held-out tiles of 128 m and training images of the procedural forest."""
-    from canopy.sources.synth import random_spec
-    from canopy.sources.synth_render import render
+    from canopy.synth.forest import random_spec
+    from canopy.synth.render import render
 
     made = []
     for number in range(12):
@@ -222,7 +222,7 @@ def test_bad_calls_write_nothing(canopy, chips: Path, model_file: Path, calibrat
 
 
 def test_gedi_from_scene_to_corrected_map(canopy, tmp_path: Path) -> None:
-    from canopy.sources.synth_scene import write_scene
+    from canopy.synth.sensors import write_scene
 
     write_scene(tmp_path / "scene", 3, 420.0, 1.0, gedi_jitter_m=10.0)
     ran = canopy("data", "gedi", tmp_path / "scene" / "gedi.h5", "-o", "shots.parquet", "--filter", "loose")

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from canopy.download import RetryPolicy, crc32c, use_policy
 from canopy.runtime import bundled_dir
-from canopy.sources.crc32c import crc32c
-from canopy.sources.http import RetryPolicy, use_policy
 
 BODY = random.Random(1).randbytes(3000)
 NAME = "NEON_D01_HARV_DP3_732000_4713000_CHM.tif"

@@ -11,7 +11,7 @@ import pytest
 import rasterio
 
 _spec = importlib.util.spec_from_file_location(
-    "lidar_files", Path(__file__).parents[1] / "sources" / "lidar_files.py"
+    "lidar_files", Path(__file__).parents[1] / "labels" / "lidar_files.py"
 )
 lidar_files = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(lidar_files)
@@ -117,7 +117,7 @@ def test_json_stays_clean_when_the_cloth_library_talks(tmp_path, capfd):
     x, y = lidar_files.field(20.0)
     lidar_files.write_cloud(tmp_path / "u.laz", x, y, x * 0 + 50, 0)
     capfd.readouterr()
-    from canopy.sources.lidar import ChmOptions, chm_from_points
+    from canopy.labels.chm import ChmOptions, chm_from_points
 
     chm_from_points([tmp_path / "u.laz"], tmp_path / "o.tif", ChmOptions(ground="csf"))
     assert capfd.readouterr().out == ""

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from canopy.sources.gedi_shots import read_shots
+from canopy.labels.gedi import read_shots
 
 
 @pytest.fixture

@@ -9,11 +9,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from canopy.cli.groups import takes_groups
-from canopy.cli.map_options import RegionOptions
-from canopy.cli.predict_options import PredictionOptions
-from canopy.inference.region.settings import RegionSettings
-from canopy.inference.request import Request
+from canopy.cli.options import PredictionOptions, RegionOptions, takes_groups
+from canopy.inference.options import Request
+from canopy.region.plan import RegionSettings
 
 
 @dataclass(frozen=True)

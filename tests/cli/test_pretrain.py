@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from canopy.chips.index import IndexRow, write_index
+from canopy.chips.store import IndexRow, write_index
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from canopy.cli.main import app
 from canopy.errors import ConfigError
-from canopy.models.registry import describe
+from canopy.models.checkpoint import describe
 
 spec = importlib.util.spec_from_file_location(
     "training_conftest", Path(__file__).parents[1] / "training" / "conftest.py"

@@ -11,10 +11,18 @@ import rasterio
 import yaml
 
 from canopy.errors import AreaError, ConfigError, DataError, InputError
-from canopy.evaluation.benchmark import Judged, audit_lines, run_benchmark
-from canopy.evaluation.benchmark_manifest import benchmark, benchmarks_dir, known_benchmarks
-from canopy.evaluation.benchmark_scenes import scenes_of
-from canopy.evaluation.benchmark_table import append_rows, markdown, rows_of
+from canopy.evaluation.benchmark import (
+    Judged,
+    append_rows,
+    audit_lines,
+    benchmark,
+    benchmarks_dir,
+    known_benchmarks,
+    markdown,
+    rows_of,
+    run_benchmark,
+    scenes_of,
+)
 
 NAMES = ["california", "france", "neon-test", "open-canopy", "pack", "sao-paulo"]
 OURS = Judged("default", "ab" * 32, ("default", "canopy-small"))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from canopy import metrics
-from canopy.evaluation.blocks import LEAST_WANTED, BlockLayout
-from canopy.evaluation.bootstrap import Bootstrap, draws, intervals, replicate, too_few
+from canopy.evaluation.scores import Bootstrap, draws, intervals, replicate, too_few
+from canopy.evaluation.strata import LEAST_WANTED, BlockLayout
 from canopy.geo.grid import Grid
 
 SIDE, BLOCKS_PER_SIDE = 20, 6  # pixels per block, blocks per side of a field

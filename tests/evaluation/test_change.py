@@ -18,7 +18,7 @@ from canopy.evaluation.change import (
     difference_interval,
     z_of,
 )
-from canopy.evaluation.products import HeightWindow
+from canopy.evaluation.maps import HeightWindow
 
 
 def window(heights, lower=None, upper=None):

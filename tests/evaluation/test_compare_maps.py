@@ -13,12 +13,11 @@ import rasterio
 from pyproj import Geod, Transformer
 
 from canopy.errors import InputError
-from canopy.evaluation import compare_maps
-from canopy.evaluation.compare_files import _change_section
-from canopy.evaluation.compare_maps import CompareOptions
-from canopy.evaluation.compare_maps import compare as compare_with_report
-from canopy.evaluation.page import Page
-from canopy.geo.aoi import AOI
+from canopy.evaluation import change as compare_maps
+from canopy.evaluation.change import CompareOptions, _change_section
+from canopy.evaluation.change import compare as compare_with_report
+from canopy.evaluation.report import Page
+from canopy.geo.area import AOI
 from canopy.geo.raster import open_raster, read_window
 
 FILES = {"compare.json", "summary.csv", "cover.csv", "by_height.csv", "blocks.csv", "report.html"}
@@ -186,7 +185,7 @@ def test_auto_tells_dates_from_products(write_map, forest, tmp_path):
 
 def test_windows_do_not_change_the_result(pair, tmp_path, monkeypatch):
     whole = compare(pair[0], pair[1], tmp_path / "whole")
-    monkeypatch.setattr("canopy.evaluation.pairing.TILE_PX", 64)
+    monkeypatch.setattr("canopy.evaluation.maps.TILE_PX", 64)
     parts = compare(pair[0], pair[1], tmp_path / "parts")
     one, two = whole.to_dict()["overall"], parts.to_dict()["overall"]
     assert one.keys() == two.keys() and all(one[k] == pytest.approx(two[k], rel=1e-12) for k in one)

@@ -10,7 +10,7 @@ import pytest
 import rasterio
 
 from canopy.errors import ImageryError, InputError
-from canopy.evaluation.products import check_overlap, open_product
+from canopy.evaluation.maps import check_overlap, open_product
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import quadkey_bounds, quadkey_grid
 

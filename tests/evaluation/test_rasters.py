@@ -13,8 +13,8 @@ from rasterio.warp import Resampling, calculate_default_transform, reproject
 
 import canopy
 from canopy.errors import ImageryError, InputError
-from canopy.evaluation import rasters
-from canopy.evaluation.result import Evaluation
+from canopy.evaluation import pixels as rasters
+from canopy.evaluation.scores import Evaluation
 
 stand = runpy.run_path(str(Path(__file__).with_name("stand.py")))
 score_arrays = runpy.run_path(str(Path(__file__).parents[1] / "whole_arrays.py"))["score_arrays"]
@@ -332,7 +332,7 @@ def test_real_lidar_before_and_after_its_pits_were_filled(shared: Path) -> None:
 def test_reads_small_windows_and_tells_its_progress(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from canopy.evaluation.heights import HeightSide
+    from canopy.evaluation.maps import HeightSide
 
     class Counted:
         total = done = 0

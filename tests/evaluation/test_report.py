@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from canopy.evaluation import figures
-from canopy.evaluation.compare import evaluate
-from canopy.evaluation.page import Page, cell_text
-from canopy.evaluation.report import label, ranked, report, strip, write_report
-from canopy.evaluation.result import Samples
+from canopy.evaluation.evaluate import evaluate
+from canopy.evaluation.report import Page, cell_text, label, ranked, report, strip, write_report
+from canopy.evaluation.scores import Samples
 
 
 class Checked(HTMLParser):

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from canopy.errors import InputError
-from canopy.evaluation.heights import HeightSide
-from canopy.evaluation.resample import read_stat
+from canopy.evaluation.maps import HeightSide, read_stat
 from canopy.geo.grid import Grid
-from canopy.geo.statistic import percent_of
+from canopy.metrics import percent_of
 
 stand = runpy.run_path(str(Path(__file__).with_name("stand.py")))
 WEST, NORTH, UTM = stand["WEST"], stand["NORTH"], stand["UTM"]
@@ -78,7 +77,7 @@ def test_highest_and_percentile_take_the_pixels_of_an_aligned_grid(write: Callab
 
 
 def test_parts_do_not_show(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from canopy.evaluation import resample
+    from canopy.evaluation import maps as resample
 
     values = np.random.default_rng(2).gamma(2, 5, (60, 70)).astype(np.float32)
     grid = Grid.of(UTM, (1.7, 0, WEST - 3, 0, -1.7, NORTH + 5), (40, 44))

@@ -15,9 +15,9 @@ from shapely.geometry import Point, Polygon, box
 
 import canopy
 from canopy.errors import DataError, InputError
-from canopy.evaluation.compare import guess_kind
+from canopy.evaluation.evaluate import guess_kind
 from canopy.evaluation.samples import block_samples, column_codes
-from canopy.geo.coverage import coverage
+from canopy.evaluation.zones import coverage
 from canopy.geo.grid import Grid
 
 stand = runpy.run_path(str(Path(__file__).with_name("stand.py")))

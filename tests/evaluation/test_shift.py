@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from canopy.evaluation.shift import ShiftMeter, measure_shift
+from canopy.evaluation.pixels import ShiftMeter, measure_shift
 
 forest = runpy.run_path(str(Path(__file__).with_name("stand.py")))["forest"]
 TRUTH = forest(3, (220, 240)).astype(np.float64)

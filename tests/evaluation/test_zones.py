@@ -10,8 +10,7 @@ from pyproj import Transformer
 
 from canopy.errors import InputError
 from canopy.evaluation import zones
-from canopy.evaluation.zones import ZoneOptions, zone_stats
-from canopy.geo.coverage import coverage
+from canopy.evaluation.zones import ZoneOptions, coverage, zone_stats
 from canopy.geo.grid import Grid
 
 WEST, NORTH, UTM = 500_000.0, 4_882_000.0, "EPSG:32618"

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from shapely.geometry import MultiPolygon, Point, Polygon, box
 
 from canopy.errors import AreaError
-from canopy.geo.aoi import AOI
+from canopy.geo.area import AOI, read_zones
 from canopy.geo.crs import output_crs
 from canopy.geo.grid import Grid
-from canopy.geo.vector import read_zones
 
 
 # ---- texts ------------------------------------------------------------------------------------

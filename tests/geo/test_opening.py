@@ -12,10 +12,10 @@ import rasterio.env
 import rasterio.shutil
 from affine import Affine
 
+from canopy.download import RetryPolicy, gdal_options, use_policy
 from canopy.errors import ImageryError
-from canopy.geo.opening import SourcePlace, open_raster, raster_env
-from canopy.geo.paths import public_name
-from canopy.sources.http import RetryPolicy, gdal_options, use_policy
+from canopy.files import public_name
+from canopy.geo.reading import SourcePlace, open_raster, raster_env
 
 NORTH_UP = Affine(1, 0, 500_000, 0, -1, 4_000_000)
 IMAGE = np.full((1, 20, 20), 5, dtype="uint8")

@@ -9,16 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from canopy.errors import InputError
-from canopy.geo.aoi import AOI
+from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
-from canopy.geo.tiles import (
-    quadkey_bounds,
-    quadkey_grid,
-    quadkey_of,
-    quadkey_rc,
-    quadkeys,
-    tiles_over,
-)
+from canopy.geo.tiles import quadkey_bounds, quadkey_grid, quadkey_of, quadkey_rc, quadkeys, tiles_over
 
 
 @given(

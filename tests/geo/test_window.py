@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from rasterio.enums import ColorInterp
 
 from canopy.errors import ImageryError, InputError
-from canopy.geo.aoi import AOI
+from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
-from canopy.geo.opening import open_raster
-from canopy.geo.window import read_window
+from canopy.geo.reading import open_raster, read_window
 
 ORIGIN = (500_000.0, 4_000_000.0)
 NORTH_UP = Affine(1, 0, ORIGIN[0], 0, -1, ORIGIN[1])
@@ -192,7 +191,7 @@ def test_a_pixel_does_not_depend_on_its_window(make_tif, rng, resampling, crs, p
 
 
 def test_large_windows_are_worked_in_chunks_with_the_same_result(make_tif, rng, monkeypatch):
-    import canopy.geo.warp as warp
+    from canopy.geo import reading as warp
 
     values = rng.uniform(0, 50, (1, 300, 300)).astype("float32")
     grid = Grid.from_bounds((ORIGIN[0], ORIGIN[1] - 300, ORIGIN[0] + 300, ORIGIN[1]), 32610, 1.7)

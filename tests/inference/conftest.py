@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from canopy.geo.grid import Grid
-from canopy.sources.imagery import Imagery
+from canopy.imagery.base import Imagery
 
 
 class AnalyticModel(torch.nn.Module):

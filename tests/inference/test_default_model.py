@@ -12,10 +12,10 @@ import rasterio
 
 import canopy
 from canopy.geo.grid import Grid
+from canopy.imagery.open import open_imagery
 from canopy.inference.engine import predict_grid
+from canopy.inference.lattice import Lattice
 from canopy.inference.output import ArraySink
-from canopy.inference.plan import Lattice
-from canopy.sources.imagery import open_imagery
 
 
 @pytest.fixture(scope="module")

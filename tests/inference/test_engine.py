@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canopy.errors import CanopyError, ConfigError, ImageryError
-from canopy.geo.aoi import AOI
+from canopy.geo.area import AOI
+from canopy.imagery.base import Imagery
 from canopy.inference.engine import predict_grid
-from canopy.inference.plan import Lattice
-from canopy.sources.imagery import Imagery
+from canopy.inference.lattice import Lattice
 
 
 def run(kit, grid, *, model=None, source=None, **options):

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from canopy.inference.engine import predict_grid
-from canopy.inference.extras import Extras
-from canopy.inference.quality import DESCRIPTORS, DOMAIN, UNDATED, QualityRules
-from canopy.models.intervals import IntervalTable
+from canopy.inference.layers import DESCRIPTORS, DOMAIN, UNDATED, Extras, QualityRules
+from canopy.models.heads import IntervalTable
 
 
 def table() -> IntervalTable:

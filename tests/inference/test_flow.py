@@ -14,21 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canopy.errors import ConfigError
-from canopy.inference import allocator
-from canopy.inference.backends.runner import TorchRunner
-from canopy.inference.backends.static import StaticRunner
-from canopy.inference.blend import Canvas, taper
-from canopy.inference.engine import predict_grid, reader_count
-from canopy.inference.extras import Extras
-from canopy.inference.flow import Flow
-from canopy.inference.forward import Predictor, resolve_batch
-from canopy.inference.plan import Lattice, plan_windows
-from canopy.inference.stopwatch import StopWatch
-from canopy.inference.transfer import Transfer
-from canopy.inference.windows import read_ahead
+from canopy.inference import engine as allocator
+from canopy.inference.backends import StaticRunner, TorchRunner
+from canopy.inference.engine import Flow, Transfer, predict_grid, read_ahead, reader_count
+from canopy.inference.lattice import Canvas, Lattice, plan_windows, taper
+from canopy.inference.layers import Extras
+from canopy.inference.predictor import Predictor, StopWatch, resolve_batch
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
-from canopy.models.height import HeightModel
-from canopy.models.radiometry import Stretch
+from canopy.models.height import HeightModel, Stretch
 from canopy.runtime import NoProgress
 
 CPU = torch.device("cpu")
@@ -174,7 +167,7 @@ def test_the_stopwatch_adds_up() -> None:
 # ---- memory -------------------------------------------------------------------------------------
 MEMORY = """
 import resource, torch
-from canopy.inference.allocator import kept_memory
+from canopy.inference.engine import kept_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -244,7 +237,7 @@ def test_a_gpu_box_needs_no_geographic_library() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys("
         "['rasterio', 'odc', 'pyproj', 'shapely', 'geopandas', 'scipy', 'rioxarray', 'xarray']))\n"
-        "import canopy.inference.flow, canopy.inference.backends.static, canopy.inference.transfer"
+        "import canopy.inference.engine, canopy.inference.backends, canopy.inference.engine"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-800:]

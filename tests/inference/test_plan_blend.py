@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from canopy.errors import ConfigError
 from canopy.geo.grid import Grid
-from canopy.inference.blend import Canvas, taper
-from canopy.inference.plan import Lattice, plan_windows
+from canopy.inference.lattice import Canvas, Lattice, plan_windows, taper
 from canopy.models.config import ModelConfig
 
 LATTICES = [Lattice(16, 8, 2), Lattice(16, 12, 1), Lattice(16, 16, 0), Lattice(32, 16, 4), Lattice(20, 10, 0)]

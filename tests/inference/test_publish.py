@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 from canopy.errors import InputError
 from canopy.geo.grid import Grid
 from canopy.geo.raster import BandSpec, CogWriter
-from canopy.geo.scale_bar import round_length
 from canopy.inference import output
-from canopy.inference.quicklook import write_quicklook
-from canopy.inference.stac_item import MapFacts, map_item
+from canopy.inference.output import MapFacts, map_item, round_length, write_quicklook
 
 
 def facts(tmp_path: Path, grid: Grid, **more: object) -> MapFacts:

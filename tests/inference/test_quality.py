@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from canopy.calibration.domain import crops_described, fit_domain
+from canopy.calibration.intervals import crops_described, fit_domain
 from canopy.errors import CheckpointError, ConfigError, DataError
-from canopy.inference.quality import (
+from canopy.inference.layers import (
     BITS,
     CARD_KEY,
     DESCRIPTORS,

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 import canopy
 from canopy.errors import ConfigError, InputError
-from canopy.geo.aoi import AOI
+from canopy.geo.area import AOI
 from canopy.inference.radiometry import scene_percentiles, with_radiometry
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
-from canopy.models.height import HeightModel
-from canopy.models.radiometry import Stretch, Wish, normal_percentiles, parse_radiometry
+from canopy.models.height import HeightModel, Stretch, Wish, normal_percentiles, parse_radiometry
 
 TARGET = (0.1, 0.7, 0.15, 0.65, 0.05, 0.55)
 

@@ -8,7 +8,7 @@ import pytest
 from shapely.geometry import box
 
 from canopy.errors import AreaError, ConfigError, ImageryError, InputError
-from canopy.geo.aoi import AOI
+from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid
 from canopy.inference.target import choose_target, scale_notes

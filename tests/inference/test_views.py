@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from canopy.inference.views import over_views
+from canopy.inference.predictor import over_views
 
 
 def crops() -> np.ndarray:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from canopy.models.bins import bin_centres, bin_weights, moments, quantiles
 from canopy.models.config import DecoderConfig
+from canopy.models.decoder import bin_centres, bin_weights, moments, quantiles
 
 
 @pytest.mark.parametrize(("low", "high", "count"), [(0.001, 10.0, 256), (0.001, 12.0, 256), (0.01, 5.0, 7)])

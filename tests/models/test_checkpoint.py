@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from canopy.errors import CheckpointError
-from canopy.models.checkpoint import load_model, load_strict, save_checkpoint
-from canopy.models.registry import describe, read_header
+from canopy.models.checkpoint import describe, load_model, load_strict, read_header, save_checkpoint
 
 
 @pytest.fixture

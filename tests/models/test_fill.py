@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from canopy.errors import InputError
 from canopy.models.checkpoint import load_model
-from canopy.models.fill import fill_invalid
+from canopy.models.height import fill_invalid
 
 FORESTS = ("ky_magoffin_r01c07", "ky_magoffin_r01c09", "ky_magoffin_r03c08")
 

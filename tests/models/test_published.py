@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from canopy.errors import CheckpointError, ConfigError, InputError
 from canopy.models.checkpoint import load_model
-from canopy.models.foreign import open_foreign
 from canopy.models.height import HeightModel
 from canopy.models.published import convert, recognise
+from canopy.models.published_tables import open_foreign
 
 
 def _load(name: str) -> ModuleType:

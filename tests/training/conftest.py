@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from canopy.chips.index import IndexRow, write_index
-from canopy.chips.store import NO_HEIGHT, Chip, ChipRow, write_shard
+from canopy.chips.store import NO_HEIGHT, Chip, ChipRow, IndexRow, write_index, write_shard
 
 # Trains in a second.
 TINY = """

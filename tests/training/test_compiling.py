@@ -10,12 +10,10 @@ import torch
 
 from canopy.config import load_settings
 from canopy.models.checkpoint import load_model
-from canopy.training.compiling import compile_parts
-from canopy.training.finetune import HeightModule
-from canopy.training.fit import finetune
-from canopy.training.pretrain_run import pretrain
-from canopy.training.pretrain_settings import PretrainSettings
-from canopy.training.settings import FinetuneSettings
+from canopy.training.fit import finetune, pretrain
+from canopy.training.height import HeightModule
+from canopy.training.optim import compile_parts
+from canopy.training.settings import FinetuneSettings, PretrainSettings
 
 needs_compiler = pytest.mark.skipif(
     not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler"

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from canopy.chips.index import read_index, write_index
-from canopy.chips.store import Chip, ChipRow, write_store
+from canopy.chips.store import Chip, ChipRow, read_index, write_index, write_store
 from canopy.errors import DataError
+from canopy.training.callbacks import open_probe
 from canopy.training.data import chances, label_subset, open_data, some_heights, split_chips
-from canopy.training.probe import open_probe
 from canopy.training.settings import DataSettings
 
 spec = importlib.util.spec_from_file_location("chips_for_training", Path(__file__).with_name("conftest.py"))

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from canopy.chips.cut import cut_pack
 from canopy.chips.store import Chip, ChipRow
-from canopy.models.checkpoint import load_model
-from canopy.models.registry import EMBEDDED, describe, resolve_model
-from canopy.sources.synth import SceneSpec
-from canopy.sources.synth_render import render
-from canopy.training.baselines import fit_baselines
-from canopy.training.scoring import predict_chip, score
+from canopy.chips.write import cut_pack
+from canopy.models.checkpoint import EMBEDDED, describe, load_model, resolve_model
+from canopy.synth.forest import SceneSpec
+from canopy.synth.render import render
+from canopy.training.scoring import fit_baselines, predict_chip, score
 
 VAL = ["ky_magoffin_r02c08", "ky_frankfort_r02c05", "ky_frankfort_r05c04", "neon_mlbs_1", "neon_osbs_1"]
 

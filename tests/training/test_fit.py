@@ -17,8 +17,8 @@ import yaml
 from canopy.config import load_settings
 from canopy.errors import CheckpointError, ConfigError, DataError
 from canopy.models.checkpoint import load_model
+from canopy.training.callbacks import TrainingError
 from canopy.training.fit import finetune
-from canopy.training.guard import TrainingError
 from canopy.training.settings import FinetuneSettings
 
 
@@ -89,7 +89,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from canopy.config import load_settings
-from canopy.training.finetune import HeightModule
+from canopy.training.height import HeightModule
 from canopy.training.fit import finetune
 from canopy.training.settings import FinetuneSettings
 config, run, stop, where = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -145,11 +145,11 @@ import sys
 blocked = ["rasterio", "geopandas", "pyproj", "odc", "shapely", "rioxarray", "xarray", "fiona"]
 sys.modules.update(dict.fromkeys(blocked))
 from pathlib import Path
-from canopy.chips.made import write_synth
+from canopy.chips.write import write_synth
 from canopy.config import load_settings
 from canopy.training.fit import finetune
-from canopy.training.pretrain_run import pretrain
-from canopy.training.pretrain_settings import PretrainSettings
+from canopy.training.fit import pretrain
+from canopy.training.settings import PretrainSettings
 from canopy.training.settings import FinetuneSettings
 config, smoke, out = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 write_synth(out / "synth", 2, 64)
@@ -186,7 +186,7 @@ def test_two_processes_do_not_share_a_folder(config, tmp_path):
 
 
 def test_bad_steps_are_left_out_and_the_third_stops_the_run(config, tmp_path, monkeypatch):
-    from canopy.training import height_losses
+    from canopy.training import losses as height_losses
 
     real, calls = height_losses.charbonnier, []
 
@@ -194,7 +194,7 @@ def test_bad_steps_are_left_out_and_the_third_stops_the_run(config, tmp_path, mo
         calls.append(1)
         return real(pred, *args) * (float("nan") if len(calls) in bad else 1.0)
 
-    monkeypatch.setattr("canopy.training.height_losses.charbonnier", poisoned)
+    monkeypatch.setattr("canopy.training.losses.charbonnier", poisoned)
     bad = {2, 4}
     finetune(settings(config), tmp_path / "two")
     saved = state(tmp_path / "two")
@@ -207,7 +207,7 @@ def test_bad_steps_are_left_out_and_the_third_stops_the_run(config, tmp_path, mo
 
 
 def test_an_overflow_in_the_stem_poisons_nothing(config, tmp_path, monkeypatch):
-    from canopy.training.finetune import HeightModule
+    from canopy.training.height import HeightModule
 
     real, calls = HeightModule.terms, []
 
@@ -228,7 +228,7 @@ def test_early_stop_keeps_the_best(config, tmp_path, monkeypatch):
     def scores(*args, **kwargs):
         return {"all": {"n": 1, "mae_m": next(maes), "r": 0.5, "bias_m": 0.0}}
 
-    monkeypatch.setattr("canopy.training.finetune.score_chips", scores)
+    monkeypatch.setattr("canopy.training.height.score_chips", scores)
     run = tmp_path / "run"
     finetune(settings(config, "steps=20", "patience=2"), run)
     assert state(run)["global_step"] == 8 and state(run)["canopy"]["best"]["step"] == 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from canopy.training.footprint_loss import EPS_M, footprint_loss, offsets, pool_discs
+from canopy.training.losses import EPS_M, footprint_loss, offsets, pool_discs
 
 RADIUS = 12.5
 

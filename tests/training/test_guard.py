@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from canopy.errors import ConfigError
-from canopy.training.guard import NanGuard, TrainingError
+from canopy.training.callbacks import NanGuard, TrainingError
 from canopy.training.run_folder import saved_state
 
 NAN = float("nan")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from canopy.training import height_losses as losses
+from canopy.training import losses
 
 SHAPES = [(1, 1, 4, 4), (2, 1, 12, 16), (3, 1, 9, 7), (1, 1, 1, 20), (2, 1, 33, 8)]
 CENTRES = np.linspace(0, 28, 15)  # some targets lie above the last bin

@@ -14,28 +14,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from canopy.chips.streams import Views
+from canopy.chips.data import Views
 from canopy.config import load_settings, validate_settings
 from canopy.errors import ConfigError, DataError
 from canopy.models.config import EncoderConfig, ModelConfig, from_plain
 from canopy.models.height import HeightModel
-from canopy.training.guard import TrainingError
+from canopy.training.callbacks import TrainingError
+from canopy.training.fit import pretrain
 from canopy.training.optim import follow
-from canopy.training.pretrain import PretrainModule
-from canopy.training.pretrain_dinov2 import DinoModule
-from canopy.training.pretrain_mae import MaeModule, measure_norms, random_masks
-from canopy.training.pretrain_run import pretrain
-from canopy.training.pretrain_settings import PretrainSettings
 from canopy.training.run_folder import locked
+from canopy.training.settings import PretrainSettings
+from canopy.training.ssl import DinoModule, MaeModule, PretrainModule, measure_norms, random_masks
 from canopy.training.ssl_data import open_stream
 
 STEPS = 12
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from canopy.training.pretrain_run import pretrain
-from canopy.training.pretrain import PretrainModule
-from canopy.training.pretrain_settings import PretrainSettings
+from canopy.training.fit import pretrain
+from canopy.training.ssl import PretrainModule
+from canopy.training.settings import PretrainSettings
 whole = PretrainModule.optimizer_step
 def dying(self, *args, **kwargs):
     if self.global_step == 7:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from canopy.chips.streams import ChipBatches
+from canopy.chips.data import ChipBatches
 from canopy.config import load_settings
 from canopy.errors import ConfigError, DataError
 from canopy.training.data import batches, open_data
 from canopy.training.fit import finetune
-from canopy.training.processes import from_all, longest, mean_of_processes, share_of
+from canopy.training.run_folder import from_all, longest, mean_of_processes, share_of
 from canopy.training.settings import FinetuneSettings
 
 # No batch norms, which see one process's images, and nothing drawn at random by process.

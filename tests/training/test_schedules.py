@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from canopy.training.schedules import SHAPES, ema_decay, learning_rate, ramp
+from canopy.training.optim import SHAPES, ema_decay, learning_rate, ramp
 from canopy.training.settings import Ramp, weight_at
 
 GRID = np.linspace(0, 1, 101)

@@ -10,8 +10,7 @@ import pytest
 from canopy.chips.store import Chip, ChipRow
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
-from canopy.training.baselines import fit_baselines, pixel_features
-from canopy.training.scoring import plain, predict_chip, score, scored_pixels
+from canopy.training.scoring import fit_baselines, pixel_features, plain, predict_chip, score, scored_pixels
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from canopy.config import load_settings, validate_settings
 from canopy.errors import ConfigError
 from canopy.models.height import HeightModel
-from canopy.training.pretrain_dinov2 import DinoModule
-from canopy.training.pretrain_run import pretrain
-from canopy.training.pretrain_settings import PretrainSettings
-from canopy.training.sharding import local, sharded_parts, whole, whole_state
+from canopy.training.fit import pretrain
+from canopy.training.optim import local, sharded_parts, whole, whole_state
+from canopy.training.settings import PretrainSettings
+from canopy.training.ssl import DinoModule
 from canopy.training.ssl_data import open_stream
 
 # Two processes; rank 0 notes how much of the weights it holds. With a number, both fail before that step.
@@ -26,10 +26,10 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from canopy.config import load_settings
-from canopy.training.pretrain import PretrainModule
-from canopy.training.pretrain_run import pretrain
-from canopy.training.pretrain_settings import PretrainSettings
-from canopy.training.sharding import local
+from canopy.training.ssl import PretrainModule
+from canopy.training.fit import pretrain
+from canopy.training.settings import PretrainSettings
+from canopy.training.optim import local
 config, run, how, stop = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 step = PretrainModule.optimizer_step
 def watched(self, *args, **kwargs):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from canopy.training import ssl_losses as losses
+from canopy.training import losses
 
 SHAPES = [(2, 3), (5, 5), (16, 4), (7, 32), (64, 65)]
 

@@ -10,16 +10,23 @@ import pytest
 import torch
 from torch.nn import functional
 
-from canopy.chips.made import write_made
-from canopy.chips.shards import ChipShards, site_weights
-from canopy.chips.views import ViewRules
+from canopy.chips.data import ViewRules
+from canopy.chips.store import ChipShards, site_weights
+from canopy.chips.write import write_made
 from canopy.errors import DataError
 from canopy.models.config import EncoderConfig
 from canopy.models.encoder import Encoder
-from canopy.training.probe import HeightProbe, Patches, open_probe, patch_means, ridge
+from canopy.training.callbacks import (
+    HeightProbe,
+    Patches,
+    effective_rank,
+    feature_std,
+    open_probe,
+    patch_means,
+    ridge,
+)
 from canopy.training.ssl_data import ViewStream, loader
 from canopy.training.ssl_heads import PixelDecoder, PrototypeHead, sine_positions
-from canopy.training.ssl_monitor import effective_rank, feature_std
 
 SIZE: dict[str, Any] = {
     "dim": 16,

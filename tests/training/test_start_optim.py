@@ -10,8 +10,8 @@ import torch
 
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
+from canopy.training.fit import expect_heights
 from canopy.training.optim import layer_factor, layer_of, parameter_groups, set_rates
-from canopy.training.start import expect_heights
 
 CONFIG = ModelConfig(
     encoder=EncoderConfig(dim=16, depth=4, heads=2, taps=(0, 1, 2, 3), norm_taps=True),

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from canopy.errors import CanopyError, ConfigError, InputError
-from canopy.inference.backends.choose import settle
-from canopy.inference.backends.parts import weights_sha256
+from canopy.inference.backends import settle, weights_sha256
 from canopy.models.height import HeightModel
 
 

@@ -12,9 +12,8 @@ from affine import Affine
 
 import canopy
 from canopy.errors import InputError
-from canopy.inference.region.pins import read_pins
-from canopy.inference.region.run import prepare_run, start
-from canopy.inference.region.settings import RegionSettings
+from canopy.region.plan import RegionSettings, read_pins
+from canopy.region.run import prepare_run, start
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 SIGNALLED = """
 import faulthandler, gc, os, signal, sys, threading
-from canopy.inference.backends.choose import settle
+from canopy.inference.backends import settle
 from canopy.models.checkpoint import load_model
 
 def open_one(kept):

@@ -11,9 +11,8 @@ import rasterio
 import torch
 
 import canopy
-from canopy.inference.backends.choose import settle
-from canopy.inference.backends.static import StaticRunner
-from canopy.models.radiometry import Stretch
+from canopy.inference.backends import StaticRunner, settle
+from canopy.models.height import Stretch
 
 OUTPUTS = ("height_m", "spread_m", "q0.05", "q0.95")
 MOST_M = 1e-3

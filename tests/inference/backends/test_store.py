@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from canopy.errors import CheckpointError, OutputError
-from canopy.inference.backends.choose import settle
-from canopy.inference.backends.store import Converted, cached, entry_path, read_converted, write_converted
+from canopy.inference.backends import Converted, cached, entry_path, read_converted, settle, write_converted
 
 FACTS = {"backend": "openvino", "precision": "fp32", "part": "scores", "weights_sha256": "ab"}
 

@@ -1,0 +1,462 @@
+"""The options that say which area, the same for every command that has one.
+
+Options and output that every command shares.
+
+Options in groups: a command takes a dataclass, a user types its fields as options.
+
+Commands that map something share most of what they can be asked; each option is declared once, as a field.
+
+The options of a prediction: what a user types, and what --help says of it.
+
+`PredictionOptions` are those that `canopy predict` and `canopy map` share.
+
+The options of `canopy evaluate`, one name each: what a user types, and what --help says of it.
+
+The options that only `canopy map` has: what a user types, and what --help says of it.
+
+Arguments that `canopy train` and `canopy pretrain` share, and what they do around a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from canopy.errors import refuse_options
+from canopy.runtime import setup_logging
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from canopy.geo.area import AOI
+
+
+_PANEL = "Area"
+
+Bbox = Annotated[
+    str | None,
+    typer.Option(
+        "--bbox",
+        metavar="LAT,LON[,LAT,LON]",
+        help="Latitude first: a point (see --size-m) or two opposite corners.",
+        rich_help_panel=_PANEL,
+    ),
+]
+SizeM = Annotated[
+    float | None,
+    typer.Option(
+        "--size-m",
+        help="Side of the square around --bbox LAT,LON, metres; 1000 if not given.",
+        rich_help_panel=_PANEL,
+    ),
+]
+Bounds = Annotated[
+    str | None,
+    typer.Option("--bounds", metavar="W,S,E,N", help="West, south, east, north.", rich_help_panel=_PANEL),
+]
+BoundsCrs = Annotated[str, typer.Option("--bounds-crs", help="CRS of --bounds.", rich_help_panel=_PANEL)]
+Aoi = Annotated[
+    str | None,
+    typer.Option(
+        "--aoi",
+        metavar="FILE",
+        help="Polygons of any vector file; outside is nodata.",
+        rich_help_panel=_PANEL,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class AreaOptions:
+    """Which area; see `canopy.cli.options`."""
+
+    bbox: Bbox = None
+    size_m: SizeM = None
+    bounds: Bounds = None
+    bounds_crs: BoundsCrs = "EPSG:4326"
+    aoi: Aoi = None
+
+    def choose(self) -> AOI | None:
+        """The area that was asked for; None if none was. Raises AreaError."""
+        from canopy.geo.area import choose_area
+
+        return choose_area(**asdict(self))
+
+
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say only what went wrong.")]
+Verbose = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks of unexpected faults.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
+
+
+def was_typed(context: typer.Context, name: str) -> bool:
+    """Whether the user gave a parameter of the command, be it its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def refuse_given(context: typer.Context, *names: str, where: str, because: str) -> None:
+    """Refuse those parameters of a command that were typed and have no part in what it will do.
+
+    Args:
+        context: of the running command.
+        names: of its parameters, as Python has them.
+        where: the option that leaves them without use.
+        because: why, in a few words.
+    """
+    typed = {
+        _as_typed(parameter, context.params[name]): True
+        for parameter in context.command.params
+        if (name := parameter.name) in names and was_typed(context, name)
+    }
+    refuse_options(typed, where=where, because=because)
+
+
+def _as_typed(parameter: Any, value: object) -> str:
+    """`--shift`, or `--no-shift` where that was said."""
+    return str((parameter.secondary_opts if value is False else parameter.opts)[-1])
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """Print the one machine-readable object of `--json` on stdout."""
+    typer.echo(json.dumps(result, indent=2, allow_nan=False, default=str))
+
+
+def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Spread those parameters of a typer command that are dataclasses into one option per field.
+
+    The fields' types are `Annotated[..., typer.Option(...)]`, each with a default; the command gets the
+    dataclass, filled. Its other parameters stay as they are. Meant as a decorator.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, type] = {}
+    spread: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            spread.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = kind
+        types = get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            if field.default is MISSING:
+                raise TypeError(f"{kind.__name__}.{field.name} needs a default")
+            spread.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default,
+                    annotation=types[field.name],
+                )
+            )  # fmt: skip
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        filled = {
+            name: kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+            for name, kind in groups.items()
+        }
+        command(**given, **filled)
+
+    run.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
+    return run
+
+
+_HELP_OUT = "GeoTIFF to write; OUT.json (a STAC item) lies beside it. Default: IMAGE_chm.tif here."
+_HELP_CRS = (
+    "CRS of the map; `image` for the image's own grid; `quadkey` for Web-Mercator pixels that quadkeys "
+    "divide into. Default: the area's UTM zone."
+)
+_HELP_RADIOMETRY = (
+    "Move the image's colours onto those of the model's training imagery: none; match; or the target's own "
+    "r5,r95,g5,g95,b5,b95 in 0..1. The image's percentiles are measured once over all of it."
+)
+_HELP_IMAGERY = (
+    "A named source (naip, demo, ...), a STAC API or catalog, an XYZ template, a directory or VRT."
+)
+HELP_BACKEND = (
+    "auto, torch, torch-compiled (minutes to start; for long jobs), openvino or onnx. "
+    "auto: openvino on a CPU where it is installed, else torch."
+)
+HELP_PRECISION = "auto (fp32), fp32, bf16 where the hardware has it, or int8 (see canopy models quantize)."
+
+Images = Annotated[
+    list[str] | None, typer.Argument(metavar="[IMAGE]...", help="RGB images; several are mosaicked.")
+]
+Imagery = Annotated[str | None, typer.Option("--imagery", metavar="NAME", help=_HELP_IMAGERY)]
+Model = Annotated[str, typer.Option("--model", metavar="NAME|FILE", help="See canopy models list.")]
+Out = Annotated[str | None, typer.Option("-o", "--out", metavar="OUT.tif", help=_HELP_OUT)]
+Gsd = Annotated[
+    float | None, typer.Option("--gsd", help="Ground metres per pixel of the map. Default: the model's.")
+]
+Crs = Annotated[str | None, typer.Option("--crs", help=_HELP_CRS)]
+InputCrs = Annotated[
+    str | None, typer.Option("--input-crs", help="CRS of images that carry none. Default: --crs.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Backend = Annotated[str, typer.Option("--backend", help=HELP_BACKEND)]
+Precision = Annotated[str, typer.Option("--precision", help=HELP_PRECISION)]
+BatchSize = Annotated[str, typer.Option("--batch-size", help="Crops per forward pass, or auto.")]
+Workers = Annotated[str, typer.Option("--workers", help="Threads that read imagery ahead, or auto.")]
+Datetime = Annotated[
+    str | None, typer.Option("--datetime", metavar="FROM/TO", help="Acquisitions to use, as STAC has it.")
+]
+Bands = Annotated[
+    str | None, typer.Option("--bands", metavar="R,G,B", help="Band numbers of red, green, blue, from 1.")
+]
+Nodata = Annotated[
+    float | None, typer.Option("--nodata", help="Image value that means missing where all bands have it.")
+]
+Scale = Annotated[
+    float | None, typer.Option("--scale", help="Image value that means white; needed unless uint8.")
+]
+Encoding = Annotated[str, typer.Option("--encoding", help="float32, uint16cm or uint8m.")]
+DateBand = Annotated[
+    bool, typer.Option("--date-band", help="Add band acquisition_date: days since 1970-01-01, 0 unknown.")
+]
+Interval = Annotated[
+    float | None,
+    typer.Option("--interval", metavar="0.9", help="Add bands height_lower, height_upper of this coverage."),
+]
+QualityBand = Annotated[
+    bool, typer.Option("--quality-band", help="Add band quality: bit flags, see docs/uncertainty.md.")
+]
+Quicklook = Annotated[bool, typer.Option("--quicklook", help="Draw OUT.png beside the map.")]
+Radiometry = Annotated[
+    str, typer.Option("--radiometry", metavar="none|match|PERCENTILES", help=_HELP_RADIOMETRY)
+]
+MaxPixels = Annotated[
+    int | None, typer.Option("--max-pixels", help="Refuse maps larger than this.", show_default="4e9")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and say what would be done; stop there.")]
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """What to map from which imagery, with which model and how: alike for one map and for a region's tiles.
+
+    Names and defaults are those of `canopy.inference.options.Request` and of
+    `canopy.region.plan.RegionSettings`; see `canopy.cli.options`.
+    """
+
+    images: Images = None
+    imagery: Imagery = None
+    datetime: Datetime = None
+    input_crs: InputCrs = None
+    bands: Bands = None
+    nodata: Nodata = None
+    scale: Scale = None
+    model: Model = "default"
+    gsd: Gsd = None
+    encoding: Encoding = "float32"
+    date_band: DateBand = False
+    interval: Interval = None
+    quality_band: QualityBand = False
+    radiometry: Radiometry = "none"
+    device: Device = "auto"
+    backend: Backend = "auto"
+    precision: Precision = "auto"
+    batch_size: BatchSize = "auto"
+
+
+_HELP_MAP = "Height GeoTIFF, folder of tiles, or a published v1 or v2 map."
+_HELP_REFERENCE = "Height raster (may be repeated), table of GEDI shots, or field plots."
+_HELP_BY = (
+    "site, height, cover, slope, a column, NAME=classes.tif, NAME=zones.gpkg:COLUMN; several with commas."
+)
+_HELP_STAT = "What a pixel, footprint or plot takes. Default: mean; for GEDI the column's percentile."
+_HELP_FLOOR = "Heights below this count as 0 on both sides (NEON's height models: 2, or 0.667 m)."
+_HELP_BENCHMARK = "Named benchmark: neon-test, sao-paulo, california, france, open-canopy, pack."
+_HELP_DATA = "Folder of the benchmark's files; `canopy data get` fills it."
+_SCORING = "Benchmarks"
+_HELP_BLOCK = "Side of the blocks resampled for intervals, m. Default: up to 250 m, so that 25 are left."
+
+Map = Annotated[str | None, typer.Argument(metavar="MAP.tif", help=_HELP_MAP)]
+Reference = Annotated[list[str] | None, typer.Option("--reference", help=_HELP_REFERENCE)]
+Kind = Annotated[
+    str | None, typer.Option("--kind", metavar="chm|gedi|plots", help="Default: told from the file.")
+]
+By = Annotated[list[str] | None, typer.Option("--by", metavar="WAY,WAY", help=_HELP_BY)]
+EvaluateOut = Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")]
+Stat = Annotated[str | None, typer.Option("--stat", metavar="mean|max|p95", help=_HELP_STAT)]
+FloorM = Annotated[float | None, typer.Option("--floor-m", help=_HELP_FLOOR)]
+Sensor = Annotated[
+    str | None, typer.Option("--sensor", help="The floor by NEON's lidar: gemini, riegl or galaxy.")
+]
+Column = Annotated[str | None, typer.Option("--column", help="Heights of a table, e.g. rh_98.")]
+RadiusM = Annotated[
+    float | None, typer.Option("--radius-m", help="Of plots that are points. Default 10; GEDI 12.5.")
+]
+Slope = Annotated[Path | None, typer.Option("--slope", help="Raster of slope in degrees.")]
+Dem = Annotated[Path | None, typer.Option("--dem", help="Elevation raster, for slope.")]
+Shift = Annotated[bool, typer.Option("--shift/--no-shift", help="Measure the shift.")]
+BlockM = Annotated[float | None, typer.Option("--block-m", help=_HELP_BLOCK)]
+Replicates = Annotated[int, typer.Option("--replicates", help="Of the bootstrap; 0: no intervals.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the bootstrap.")]
+EvaluateNodata = Annotated[float | None, typer.Option("--nodata", help="Missing in the map.")]
+ReferenceNodata = Annotated[
+    float | None, typer.Option("--reference-nodata", help="Missing in the reference.")
+]
+MapDate = Annotated[str | None, typer.Option("--map-date", help="2021, 2021-07 or 2021-07-04.")]
+ReferenceDate = Annotated[str | None, typer.Option("--reference-date", help="Likewise.")]
+Benchmark = Annotated[
+    str | None, typer.Option("--benchmark", metavar="NAME", help=_HELP_BENCHMARK, rich_help_panel=_SCORING)
+]
+EvaluateModel = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", help="Name or file; may be repeated. Default: default.", rich_help_panel=_SCORING
+    ),
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", metavar="DIR", help=_HELP_DATA, rich_help_panel=_SCORING)
+]
+Group = Annotated[
+    list[str] | None,
+    typer.Option("--group", help="Only this group of the benchmark; repeat.", rich_help_panel=_SCORING),
+]
+EvaluateDevice = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda or mps.", rich_help_panel=_SCORING)
+]
+EvaluateBackend = Annotated[str, typer.Option("--backend", help=HELP_BACKEND, rich_help_panel=_SCORING)]
+EvaluatePrecision = Annotated[str, typer.Option("--precision", help=HELP_PRECISION, rich_help_panel=_SCORING)]
+
+
+_GRID, _ENGINE, _RUN = "Tiles", "Engine", "Run"
+_HELP_GRID = "Tiles by quadkey (EPSG:3857), or squares of the area's UTM zone (or of --crs)."
+_HELP_ZOOM = "Zoom of the tiles; larger ones than --tile-px are divided into work tiles."
+_HELP_LAYOUT = "Also write tiles named and stored as in the published maps (v1: zoom 9, v2: zoom 10)."
+_HELP_SCHEDULER = "Processes of this machine, or a dask scheduler such as tcp://head:8786."
+_HELP_THREADS = "Threads of the network in each worker on a CPU; pinned to the run."
+_HELP_SHARD = "Only every N-th tile, from the I-th: for job arrays, without a scheduler."
+_HELP_RESUME = "Go on with the run in -o; its area, imagery and model need not be given."
+
+MapOut = Annotated[str | None, typer.Option("-o", "--out", metavar="DIR", help="Folder of the run.")]
+GridKind = Annotated[
+    str, typer.Option("--grid", metavar="quadkey|utm", help=_HELP_GRID, rich_help_panel=_GRID)
+]
+Zoom = Annotated[int, typer.Option("--zoom", help=_HELP_ZOOM, rich_help_panel=_GRID)]
+TilePx = Annotated[
+    int,
+    typer.Option(
+        "--tile-px", help="Largest side of a work tile, pixels; a power of two.", rich_help_panel=_GRID
+    ),
+]
+MapCrs = Annotated[
+    str | None,
+    typer.Option(
+        "--crs", help="A projected CRS for --grid utm. Default: the area's UTM zone.", rich_help_panel=_GRID
+    ),
+]
+Layout = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        metavar="tiles|published|published-v1|published-v2",
+        help=_HELP_LAYOUT,
+        rich_help_panel=_GRID,
+    ),
+]
+Scheduler = Annotated[
+    str, typer.Option("--scheduler", metavar="local|ADDRESS", help=_HELP_SCHEDULER, rich_help_panel=_ENGINE)
+]
+MapWorkers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        help="Processes on this machine. Default: one per GPU, else 1.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+Threads = Annotated[int | None, typer.Option("--threads", help=_HELP_THREADS, rich_help_panel=_ENGINE)]
+Readers = Annotated[
+    int,
+    typer.Option("--readers", help="Threads of a worker that read imagery ahead.", rich_help_panel=_ENGINE),
+]
+Shard = Annotated[
+    str | None, typer.Option("--shard", metavar="I/N", help=_HELP_SHARD, rich_help_panel=_ENGINE)
+]
+Attempts = Annotated[
+    int,
+    typer.Option("--attempts", help="Tries of a tile before it counts as failed.", rich_help_panel=_ENGINE),
+]
+Resume = Annotated[bool, typer.Option("--resume", help=_HELP_RESUME, rich_help_panel=_RUN)]
+Status = Annotated[
+    str | None,
+    typer.Option("--status", metavar="DIR", help="Show how a run stands; do nothing.", rich_help_panel=_RUN),
+]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Give failed tiles another chance.", rich_help_panel=_RUN)
+]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Hash every finished tile again before going on.", rich_help_panel=_RUN),
+]
+MapDryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Say tiles, imagery, hours and money; write nothing.", rich_help_panel=_RUN
+    ),
+]
+Price = Annotated[
+    float | None,
+    typer.Option("--price", help="Price of a worker's hour, for --dry-run.", rich_help_panel=_RUN),
+]
+
+
+@dataclass(frozen=True)
+class RegionOptions:
+    """What only a region is asked for; names are those of `RegionSettings`, see `canopy.cli.options`."""
+
+    out: MapOut = None
+    grid: GridKind = "quadkey"
+    zoom: Zoom = 10
+    tile_px: TilePx = 4096
+    crs: MapCrs = None
+    layout: Layout = "tiles"
+    scheduler: Scheduler = "local"
+    workers: MapWorkers = None
+    threads: Threads = None
+    shard: Shard = None
+    readers: Readers = 2
+    attempts: Attempts = 4
+    price: Price = None
+
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What differs from the defaults.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override: steps=500 data.chips=DIR.")
+]
+RunDir = Annotated[Path, typer.Option("-o", "--out", metavar="RUN_DIR", help="Folder of the run.")]
+RunResume = Annotated[
+    bool, typer.Option("--resume", help="Go on from RUN_DIR/last.ckpt, exactly where it was.")
+]
+FastDevRun = Annotated[
+    bool,
+    typer.Option(
+        "--fast-dev-run", help="Two steps, all that follows them, in a temporary folder, as a check."
+    ),
+]
+S = TypeVar("S", bound="BaseModel")
+
+
+def settings_of(schema: type[S], config: Path, overrides: list[str] | None, quiet: bool, verbose: bool) -> S:
+    """Start logging and read the config; see `load_settings`."""
+    from canopy.config import load_settings
+
+    setup_logging(quiet, verbose)
+    return load_settings(schema, config, overrides or [])
+
+
+def command() -> str:
+    """How this process was started, for a card."""
+    return shlex.join(["canopy", *sys.argv[1:]])

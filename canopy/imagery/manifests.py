@@ -1,0 +1,177 @@
+"""Named imagery sources: one strict YAML file each in `data_manifests/imagery`.
+
+A manifest says what exists and under which terms; it never holds pixels, keys or signed URLs.
+"""
+
+from __future__ import annotations
+
+import os
+import string
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from shapely.geometry import MultiPolygon, Polygon, box, shape
+from shapely.geometry.base import BaseGeometry
+
+from canopy.config import Named, check_known, load_named
+from canopy.errors import DataError, InputError
+from canopy.geo.area import AOI
+from canopy.runtime import manifests_dir
+
+Kind = Literal["file", "dir", "stac", "xyz", "demo"]
+
+
+class ImageryManifest(Named):
+    """One named source.
+
+    Attributes:
+        name: what `--imagery` takes; the file's stem.
+        title: one line for lists.
+        kind: file, dir, stac (an API or a static catalog), xyz (web tiles) or demo (the synthetic scene).
+        href: path, URL or tile template; `${VARIABLE}` is taken from the environment when the source is
+            opened.
+        collection: STAC collection to search.
+        assets: STAC asset keys in order of preference; empty: found by common name.
+        signing: who signs the URLs just before they are read.
+        bands: numbers of red, green and blue, counted from 1; None: as the files declare.
+        scale: pixel value that means white.
+        gsd_m: ground sample distance of the imagery, metres.
+        licence, attribution: the terms; shown with results.
+        dates: first and last acquisition, `2010/2023`.
+        coverage: [west, south, east, north], a list of such boxes, WKT or a GeoJSON geometry, all in
+            EPSG:4326.
+        notes: what a user should know.
+        rank: order among sources that cover an area, 1 = first choice; None: never chosen by itself.
+        tile_px, min_zoom, max_zoom: layout of web tiles.
+        absent_statuses: HTTP statuses by which the tile server says "no imagery here".
+        placeholder_sha256: digests of tiles that mean "no imagery here".
+    """
+
+    title: str
+    kind: Kind
+    href: str = ""
+    collection: str | None = None
+    assets: tuple[str, ...] = ()
+    signing: Literal["planetary-computer"] | None = None
+    bands: tuple[int, int, int] | None = None
+    scale: float = Field(default=255.0, gt=0)
+    gsd_m: float = Field(gt=0)
+    licence: str
+    attribution: str
+    dates: str
+    coverage: (
+        str | tuple[float, float, float, float] | list[tuple[float, float, float, float]] | dict[str, Any]
+    )
+    notes: str = ""
+    rank: int | None = Field(default=None, ge=1)
+    tile_px: int = Field(default=256, gt=0)
+    min_zoom: int = Field(default=0, ge=0, le=24)
+    max_zoom: int = Field(default=19, ge=0, le=24)
+    absent_statuses: tuple[int, ...] = ()
+    placeholder_sha256: tuple[str, ...] = ()
+
+    @field_validator("coverage")
+    @classmethod
+    def _coverage_is_an_area(cls, value: Any) -> Any:
+        geometry = coverage_geometry(value)
+        if geometry.is_empty or not geometry.is_valid or not isinstance(geometry, (Polygon, MultiPolygon)):
+            raise ValueError("coverage is not a valid area")
+        west, south, east, north = geometry.bounds
+        if west < -180 or east > 180 or south < -90 or north > 90:
+            raise ValueError("coverage is outside -180..180, -90..90 (west, south, east, north)")
+        return value
+
+    @model_validator(mode="after")
+    def _kind_has_what_it_needs(self) -> ImageryManifest:
+        if self.kind != "demo" and not self.href:
+            raise ValueError(f"kind {self.kind} needs href")
+        if self.kind == "demo" and self.rank is not None:
+            raise ValueError("the demo is never chosen by itself: it has no rank")
+        return self
+
+    @property
+    def geometry(self) -> BaseGeometry:
+        """Where the source has imagery, EPSG:4326 (a simplified outline, slightly generous)."""
+        return coverage_geometry(self.coverage)
+
+    def location(self) -> str:
+        """`href` with `${VARIABLE}` filled from the environment.
+
+        Raises:
+            InputError: a variable is not set.
+        """
+        try:
+            return string.Template(self.href).substitute(os.environ)
+        except KeyError as error:
+            raise InputError(
+                f"the source {self.name!r} reads from the place named by ${error.args[0]}, which is not set",
+                remedy=f"set {error.args[0]} to the directory or address of the images",
+            ) from None
+
+
+def coverage_geometry(value: Any) -> BaseGeometry:
+    """A coverage entry as a shapely geometry in EPSG:4326.
+
+    Raises:
+        ValueError: it is none of a box, a list of boxes, WKT or GeoJSON.
+    """
+    import shapely
+
+    if isinstance(value, str):
+        try:
+            return shapely.from_wkt(value)
+        except shapely.errors.ShapelyError as error:
+            raise ValueError(f"coverage is not WKT: {error}") from None
+    if isinstance(value, dict):
+        try:
+            return shape(value)
+        except Exception as error:  # shapely raises many kinds on malformed GeoJSON
+            raise ValueError(f"coverage is not a GeoJSON geometry: {error}") from None
+    boxes = [value] if value and not isinstance(value[0], (list, tuple)) else value
+    if any(west >= east or south >= north for west, south, east, north in boxes):
+        raise ValueError("coverage box is not [west, south, east, north]")
+    return shapely.union_all([box(*bounds) for bounds in boxes])
+
+
+def imagery_dir() -> Path:
+    """Folder of the imagery manifests."""
+    return manifests_dir() / "imagery"
+
+
+def known_names() -> list[str]:
+    """Names of all sources, sorted."""
+    return sorted(path.stem for path in imagery_dir().glob("*.yaml"))
+
+
+def load_manifest(path: Path) -> ImageryManifest:
+    """Read and check one manifest.
+
+    Raises:
+        ConfigError: unreadable, a field that is unknown, missing or wrong, or a name that is not the file's.
+    """
+    return load_named(ImageryManifest, path)
+
+
+def named_source(name: str) -> ImageryManifest:
+    """The manifest of a source.
+
+    Raises:
+        InputError: no such source; names the nearest one and lists all.
+    """
+    check_known(name, known_names(), "file, directory or named source", besides="a path, a URL, or ")
+    return load_manifest(imagery_dir() / f"{name}.yaml")
+
+
+def all_sources() -> list[ImageryManifest]:
+    """Every source, sorted by name."""
+    return [named_source(name) for name in known_names()]
+
+
+def best_source(area: AOI) -> ImageryManifest | None:
+    """The best-ranked real source whose coverage holds the whole area (never the demo), or None."""
+    wanted = area.to_crs("EPSG:4326").geometry
+    if wanted.is_empty:
+        raise DataError("an empty area")
+    fitting = [m for m in all_sources() if m.rank is not None and m.geometry.covers(wanted)]
+    return min(fitting, key=lambda m: (m.rank, m.gsd_m, m.name), default=None)

@@ -1,0 +1,225 @@
+"""Flips and quarter turns at prediction: how far the network contradicts itself on the same ground.
+
+How long a device worked, without making it wait.
+
+The network on one device: crops in, metres out, in batches that fit its memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from canopy.errors import ConfigError
+from canopy.inference.backends import Runner, TorchRunner, settle
+from canopy.inference.layers import Extras
+
+if TYPE_CHECKING:
+    import torch
+
+    from canopy.models.height import HeightModel
+
+
+def over_views(network: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, views: int) -> np.ndarray:
+    """What the network gives for crops; with several views, their height and the spread over all views.
+
+    That spread is the standard deviation of the mixture of the views' bin weights about the height of the
+    crop as it is: the mean over the views of s_v^2 + (h_v - h)^2, rooted.
+
+    Args:
+        network: crops (n, 3, h, w) -> layers (n, l, h, w); heights and spreads, with several views.
+        crops: square ones, (n, 3, side, side).
+        views: 1 to 8 of the square's symmetries, the crop as it is first.
+    """
+    made = network(crops)
+    if views == 1:
+        return made
+    height, square = made[:, 0], made[:, 1].astype(np.float64) ** 2
+    for view in range(1, views):
+        other = _turn(network(_turn(crops, view)), view, back=True)
+        square += other[:, 1].astype(np.float64) ** 2 + (other[:, 0].astype(np.float64) - height) ** 2
+    return np.stack([height, np.sqrt(square / views).astype(np.float32)], axis=1)
+
+
+def _turn(maps: np.ndarray, view: int, *, back: bool = False) -> np.ndarray:
+    """View 0..7 of (n, c, side, side): quarter turns, mirrored from 4 on; `back` undoes it."""
+    turns, mirrored = view % 4, view >= 4
+    if back:
+        maps = maps[..., ::-1] if mirrored else maps
+        return np.rot90(maps, -turns, (-2, -1))
+    turned = np.rot90(maps, turns, (-2, -1))
+    return np.ascontiguousarray(turned[..., ::-1] if mirrored else turned)
+
+
+class StopWatch:
+    """Adds up the time of its `with` blocks: by the clock, or by a GPU's events, read when they are due."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._begun: float | torch.cuda.Event = 0.0
+        self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Sum so far; waits for a GPU."""
+        self._collect(wait=True)
+        return self._seconds
+
+    def __enter__(self) -> StopWatch:
+        self._begun = self._mark() if self._cuda else time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if isinstance(self._begun, float):
+            self._seconds += time.perf_counter() - self._begun
+            return
+        self._pending.append((self._begun, self._mark()))
+        self._collect(wait=False)
+
+    def _mark(self) -> torch.cuda.Event:
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _collect(self, wait: bool) -> None:
+        while self._pending and (wait or self._pending[0][1].query()):
+            first, last = self._pending.popleft()
+            last.synchronize()
+            self._seconds += first.elapsed_time(last) / 1000
+
+
+log = logging.getLogger("canopy")
+
+# Crops per batch at most, and pixels: beyond them a device gains nothing and only takes more memory. They are
+# fixed, not measured: in bf16 a height can move by centimetres with the batch, and parts of a map that are
+# made on several cards must fit together.
+AUTO_BATCH = {"cpu": (4, 2**20), "cuda": (64, 2**22), "mps": (8, 2**20)}
+
+
+class Predictor:
+    """Calls the model on crops and keeps count of what it took.
+
+    Attributes:
+        device: where the model runs, and where crops come from and layers go to.
+        runner: the model on its runtime.
+        batch_size: crops per forward pass now; halved whenever the device runs out of memory.
+        notes: what the user should know about the run.
+    """
+
+    def __init__(
+        self,
+        model: HeightModel,
+        *,
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        batch_size: int | str = "auto",
+        extras: Extras | None = None,
+        runner: Runner | None = None,
+    ) -> None:
+        extras = extras or Extras()
+        if runner is None:
+            runner = settle(model, "torch", precision, device).open(model, extras.outputs)
+        self.runner, self.device, self._views = runner, runner.device, extras.views
+        self.batch_size = resolve_batch(batch_size, self.device.type, model.config.crop_px)
+        self.notes: list[str] = []
+        self._watch = StopWatch(self.device)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the model so far; on a GPU its own time, for which this waits."""
+        return self._watch.seconds
+
+    def __call__(self, crops: torch.Tensor) -> torch.Tensor:
+        """Crops (n, 3, crop, crop) float32 in 0..1, finite, on `device` -> layers (n, l, crop, crop) float32
+        there: heights in metres, then what else the extras need of the network.
+        """
+        import torch
+
+        done: list[torch.Tensor] = []
+        start = 0
+        with self._watch:
+            while start < len(crops):
+                part = crops[start : start + self.batch_size]
+                try:
+                    done.append(self._forward(part))
+                    start += len(part)
+                except RuntimeError as error:
+                    if not _is_out_of_memory(error) or self.batch_size == 1:
+                        raise
+                    self._halve_batch()
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _forward(self, crops: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        # A map must not depend on how many crops were left over: other batch sizes take other kernels.
+        one_shape = self.device.type == "cuda" or self.runner.backend == "torch-compiled"
+        whole = self.batch_size if one_shape else min(2, self.batch_size)
+        short = 0 if self.runner.alone else max(0, whole - len(crops))
+        if short:
+            crops = torch.cat([crops, crops[-1:].expand(short, -1, -1, -1)])
+        layers = self._run(crops) if self._views == 1 else self._run_views(crops)
+        return layers[: len(layers) - short]
+
+    def _run(self, crops: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if isinstance(self.runner, TorchRunner):
+            return self.runner.forward(crops)
+        return torch.from_numpy(self.runner(crops.numpy()))
+
+    def _run_views(self, crops: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        def network(turned: np.ndarray) -> np.ndarray:
+            return self._run(torch.from_numpy(turned).to(self.device)).cpu().numpy()
+
+        return torch.from_numpy(over_views(network, crops.cpu().numpy(), self._views)).to(self.device)
+
+    def _halve_batch(self) -> None:
+        import torch
+
+        self.batch_size = max(1, self.batch_size // 2)
+        note = f"the {self.device.type} device ran out of memory; batch size reduced to {self.batch_size}"
+        self.notes.append(note)
+        log.warning(note)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def resolve_batch(batch_size: int | str, device_type: str, crop_px: int = 256) -> int:
+    """Crops per forward pass for `auto` (see `AUTO_BATCH`) or a positive number.
+
+    Raises:
+        InputError: anything else.
+    """
+    if batch_size == "auto":
+        crops, pixels = AUTO_BATCH.get(device_type, AUTO_BATCH["cpu"])
+        return max(1, min(crops, pixels // crop_px**2))
+    return counted(batch_size, "batch size", "--batch-size")
+
+
+def counted(value: int | str, what: str, option: str) -> int:
+    """A positive whole number, also from text; ConfigError otherwise."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ConfigError(f"{value!r} is no {what}", where=option, expected="auto or a number from 1")
+    return number
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    # torch.OutOfMemoryError is CUDA's and MPS's; the CPU allocator raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

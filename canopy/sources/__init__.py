@@ -1,1 +1,0 @@
-"""Where pixels and labels come from: files, catalogs, web tiles, lidar, GEDI, and a synthetic forest."""

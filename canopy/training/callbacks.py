@@ -1,0 +1,288 @@
+"""NaN guard of every training: a step that is not finite is left out and named; the third ends the run.
+
+Is the representation alive? Spread and effective rank.
+
+A cheap measure of frozen features: ridge regression from patch features to the patch's mean height.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from canopy.chips.store import Chip, ChipShards
+from canopy.errors import CanopyError, DataError
+from canopy.models.encoder import Encoder
+from canopy.models.height import fill_invalid
+from canopy.runtime import log
+from canopy.training.run_folder import distributed
+
+
+class TrainingError(CanopyError):
+    """A training that cannot go on. Its last checkpoint is good."""
+
+
+class NanGuard:
+    """Decides whether a step is taken, and sees that one left out leaves no trace.
+
+    A step is left out where a loss, the gradient's norm (a finite loss may have a gradient that is not) or a
+    running statistic is not finite. Two such steps are forgiven (after DINOv2's training loop, which
+    tolerates two as well); those longer ago than `memory` steps are forgotten, so that a long run does not
+    end for rare accidents.
+    """
+
+    def __init__(self, forgiven: int = 2, memory: int = 1000) -> None:
+        self.forgiven, self.memory = forgiven, memory
+        self.skipped: list[int] = []
+        self._kept: list[Tensor] = []
+
+    def before(self, module: nn.Module) -> None:
+        """Remember the buffers that a forward pass of `module` may change."""
+        self._kept = [buffer.detach().clone() for buffer in module.buffers()]
+
+    def passes(self, module: nn.Module, step: int, **values: float) -> bool:
+        """Whether the step may be taken. If not, gradients are dropped and buffers are as they were `before`.
+
+        Of several processes all decide alike.
+
+        Args:
+            module: whose step it is; gradients are in place.
+            step: number of the step, for messages.
+            values: what must be finite, by name.
+
+        Raises:
+            TrainingError: more than `forgiven` bad steps within `memory` steps.
+        """
+        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if not _all_finite(module.buffers()):
+            bad.append("a running statistic is not finite")
+        if not _anywhere(bool(bad), module):
+            return True
+        self._undo(module)
+        what = ", ".join(bad) or "another process's values are not finite"
+        self.skipped = [s for s in self.skipped if s > step - self.memory] + [step]
+        if len(self.skipped) > self.forgiven:
+            raise TrainingError(
+                f"{what} at step {step}, and so it was at {self.skipped[:-1]}",
+                remedy="lower lr, or look at the chips of these steps; --resume goes on from last.ckpt",
+            )
+        log.warning("step %d is left out: %s", step, what)
+        return False
+
+    @torch.no_grad()
+    def _undo(self, module: nn.Module) -> None:
+        for buffer, kept in zip(module.buffers(), self._kept, strict=True):
+            buffer.copy_(kept)
+        for parameter in module.parameters():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """For a checkpoint."""
+        return {"skipped": list(self.skipped)}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        """From a checkpoint."""
+        self.skipped = [int(s) for s in state["skipped"]]
+
+
+def _all_finite(buffers: Iterable[Tensor]) -> bool:
+    found = [buffer for buffer in buffers if buffer.is_floating_point()]
+    return not found or bool(torch.stack(torch._foreach_norm(found, math.inf)).isfinite().all())
+
+
+def _anywhere(bad: bool, module: nn.Module) -> bool:
+    """Whether it is so in any process."""
+    if not distributed():
+        return bad
+    flag = torch.tensor(float(bad), device=next(module.parameters()).device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+_MOST_ROWS = 1024  # of a singular value decomposition, so that it takes milliseconds
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> float:
+    """Spread of features (n, dim) of length 1 over the batch, times sqrt(dim): about 1 where they fill the
+    sphere, 0 where they have collapsed to a point (Chen and He 2020, arXiv 2011.10566, section 4.1)."""
+    unit = functional.normalize(features.float(), dim=-1)
+    return float(unit.std(dim=0).mean() * features.shape[-1] ** 0.5)
+
+
+@torch.no_grad()
+def effective_rank(features: Tensor) -> float:
+    """RankMe (Garrido et al. 2022, arXiv 2210.02885, eq. 2): exp(entropy of the singular values) of (n, dim).
+
+    At least 1, at most min(n, dim); rows beyond 1024 are thinned out evenly.
+    """
+    step = -(-len(features) // _MOST_ROWS)
+    values = torch.linalg.svdvals(features[::step].float().cpu())
+    share = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+_SIDE_PX = 256  # chips are cropped to this, so that a probe stays a matter of seconds
+_LEAST_KNOWN = 0.5  # share of a patch's label pixels
+_LAMBDAS = np.logspace(-4, 2, 7)  # times the number of rows
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """Images and what their patches should say.
+
+    Attributes:
+        images: each float (3, H, W) in 0..1, sides multiples of the patch.
+        heights: each float64 (rows * cols), metres, NaN where too little is known.
+    """
+
+    images: list[Tensor]
+    heights: list[np.ndarray]
+
+    @classmethod
+    def of(cls, chips: Sequence[Chip], patch: int) -> Patches:
+        """From chips; those without a known patch are left out."""
+        images, heights = [], []
+        for chip in chips:
+            h, w = (min(n, _SIDE_PX) // patch * patch for n in chip.rgb.shape[1:])
+            if not h or not w:
+                continue
+            rgb = fill_invalid(chip.rgb[:, :h, :w].astype(np.float32) / 255, chip.image_valid[:h, :w])
+            means = patch_means(chip.chm_m[: h // 2, : w // 2], chip.image_valid[:h, :w], patch // 2)
+            if np.isfinite(means).any():
+                images.append(torch.from_numpy(np.ascontiguousarray(rgb)))
+                heights.append(means.ravel())
+        return cls(images, heights)
+
+
+class HeightProbe:
+    """Fits frozen features of `train` chips and scores on `val` chips.
+
+    Args:
+        train, val: what to fit and what to score on.
+
+    Raises:
+        DataError: one of them is empty.
+    """
+
+    def __init__(self, train: Patches, val: Patches) -> None:
+        for name, part in (("train", train), ("val", val)):
+            if not part.images:
+                raise DataError(f"the probe has no {name} chips with heights", remedy="or set probe.every=0")
+        self.train, self.val = train, val
+
+    @torch.no_grad()
+    def score(
+        self, encoder: Encoder, normalise: Callable[[Tensor], Tensor], precision: str = "32-true"
+    ) -> dict[str, float]:
+        """mae_m and r2 of a ridge on the val chips' patches, mae_constant_m beside it, and the features'
+        effective rank."""
+        known = [np.isfinite(np.concatenate(part.heights)) for part in (self.train, self.val)]
+        fitted, scored = (
+            _features(encoder, part.images, normalise, precision)[mask]
+            for part, mask in zip((self.train, self.val), known, strict=True)
+        )
+        target, truth = (
+            np.concatenate(part.heights)[mask]
+            for part, mask in zip((self.train, self.val), known, strict=True)
+        )
+        guess = ridge(fitted, target, scored)
+        return {
+            "mae_m": float(np.abs(guess - truth).mean()),
+            "r2": float(1 - np.square(guess - truth).mean() / max(truth.var(), 1e-9)),
+            "mae_constant_m": float(np.abs(np.median(target) - truth).mean()),
+            "rank": effective_rank(torch.from_numpy(scored)),
+        }
+
+
+def open_probe(places: Path | Sequence[Path], patch: int, chips: int, gsd_m: float) -> HeightProbe | None:
+    """The probe over chips folders; None where they have no heights. Plots of 20 m are left out.
+
+    Args:
+        places: folders of `canopy data chips`; splits train and val are used.
+        patch: pixels per token side; chips: how many of each split, spread evenly.
+        gsd_m: ground metres per pixel of the encoder.
+
+    Raises:
+        DataError: no such chips, or chips of another scale.
+    """
+    shards = ChipShards(places)
+    shards.require_gsd(gsd_m)
+    parts = []
+    for split in ("train", "val"):
+        wanted = [
+            i for i, r in enumerate(shards.rows)
+            if r.split == split and r.label_share > 0 and r.kind not in ("neon", "synth")
+        ]  # fmt: skip
+        parts.append(Patches.of([shards[i].as_chip() for i in _spread(wanted, chips)], patch))
+    train, val = parts
+    return HeightProbe(train, val) if train.images and val.images else None
+
+
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    if not numbers:
+        return []
+    at = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
+    return [numbers[i] for i in np.unique(at)]
+
+
+def patch_means(height_m: np.ndarray, image_valid: np.ndarray, side: int) -> np.ndarray:
+    """Mean height of each patch of `side` x `side` label pixels, (h / side, w / side); NaN where less than
+    half of it is known and seen.
+
+    Args:
+        height_m: (h, w), NaN = unknown; image_valid: bool (2 h, 2 w).
+    """
+    h, w = height_m.shape
+    seen = image_valid.reshape(h, 2, w, 2).all(axis=(1, 3))
+    known = np.isfinite(height_m) & seen
+    blocks = (h // side, side, w // side, side)
+    share = known.reshape(blocks).mean(axis=(1, 3))
+    total = np.where(known, height_m, 0).astype(np.float64).reshape(blocks).mean(axis=(1, 3))
+    return np.where(share >= _LEAST_KNOWN, total / np.maximum(share, 1e-9), np.nan)
+
+
+def _features(
+    encoder: Encoder, images: list[Tensor], normalise: Callable[[Tensor], Tensor], precision: str
+) -> np.ndarray:
+    device = next(encoder.parameters()).device
+    out = []
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        for image in images:
+            tokens = encoder.tokens(normalise(image[None].to(device)))
+            out.append(tokens.patches[0].float().cpu().numpy())
+    return np.concatenate(out).astype(np.float64)
+
+
+def ridge(features: np.ndarray, target: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Predictions (m,) at `wanted` (m, d) of a ridge regression fitted to (n, d) features and (n,) targets.
+
+    Features are standardised; the penalty is the one of least generalised cross-validation error (Golub,
+    Heath and Wahba 1979), for which one decomposition of the covariance is enough.
+    """
+    mean, std = features.mean(axis=0), features.std(axis=0)
+    std = np.where(std > 1e-9, std, 1.0)
+    x, y = (features - mean) / std, target - target.mean()
+    values, vectors = np.linalg.eigh(x.T @ x)
+    values = np.maximum(values, 0)
+    loads = vectors.T @ (x.T @ y)
+    n = len(x)
+
+    def error(penalty: float) -> float:
+        freedom = (values / (values + penalty)).sum()
+        # |y - x b|^2 with b in the eigenbasis
+        weights = loads / (values + penalty)
+        rest = y @ y - 2 * weights @ loads + weights**2 @ values
+        return float(rest / max(n - freedom, 1e-9) ** 2)
+
+    penalty = min(_LAMBDAS * n, key=error)
+    weights = vectors @ (loads / (values + penalty))
+    return (wanted - mean) / std @ weights + target.mean()

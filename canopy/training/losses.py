@@ -1,0 +1,423 @@
+"""Losses between predicted and measured heights. Pure functions of (B, 1, H, W) tensors in metres.
+
+`weight` is >= 0 and 0 where the height is unknown; a loss is a weighted mean over the known pixels and 0
+where there are none.
+
+Losses of self-supervised pretraining: pure functions of tensors, all in float32.
+
+Logits are raw scores of prototypes; temperatures are applied here. What comes from the teacher must be
+detached by the caller (it is made under `no_grad`); `cross_entropy` never sends a gradient there anyway.
+
+GEDI shots as labels: the height of a 25 m disc, placed to about ten metres, against the predicted map.
+
+A shot's relative height (RH98, say) is the height below which 98 % of the returned energy lies: close to
+the top of what stands in the disc, and neither its mean nor its one highest pixel. Here a disc of a predicted
+map stands for it as the mean of its highest tenth of pixels, which lies near their 95th percentile, and lets
+the gradient reach some fifty pixels instead of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from itertools import product
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from canopy.training.run_folder import distributed, mean_of_processes
+
+_LEAST_LABELS = 16  # pixels, to choose a shift by
+
+
+def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """sum(values * weight) / sum(weight), 0 where nothing has weight.
+
+    With several processes the weights are those of all, so that the mean of their results (and of their
+    gradients) is what one process would have for the whole batch, however the known pixels are spread.
+    """
+    return (values * weight).sum() / mean_of_processes(weight.sum()).clamp_min(1e-6)
+
+
+def charbonnier(pred: Tensor, target: Tensor, weight: Tensor, eps: float = 0.1) -> Tensor:
+    """Mean of sqrt(d^2 + eps^2) - eps in metres: L1 for large errors, smooth at 0 (Charbonnier 1994)."""
+    return weighted_mean(torch.sqrt((pred - target) ** 2 + eps * eps) - eps, weight)
+
+
+def l1(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean |d| in metres: the MAE itself, at the price of a median's view of the tails."""
+    return weighted_mean((pred - target).abs(), weight)
+
+
+def silog(pred: Tensor, target: Tensor, weight: Tensor, lam: float = 0.85, eps: float = 1.0) -> Tensor:
+    """Scale-invariant log loss sqrt(E[g^2] - lam E[g]^2), g = log(pred + eps) - log(target + eps).
+
+    Eigen et al. 2014 (arXiv 1406.2283). `eps` in metres keeps bare ground from ruling the logarithm. Of
+    several processes each has the root of its own batch.
+    """
+    g = torch.log(pred.clamp_min(0) + eps) - torch.log(target + eps)
+    mean, square = weighted_mean(g, weight), weighted_mean(g * g, weight)
+    return torch.sqrt((square - lam * mean * mean).clamp_min(1e-8))
+
+
+def gradient_loss(pred: Tensor, target: Tensor, weight: Tensor, scales: int = 3) -> Tensor:
+    """Mean |difference of neighbouring errors| in metres, averaged over halved scales.
+
+    After MiDaS (Ranftl et al. 2020, arXiv 1907.01341), on heights rather than disparity: it asks for
+    crown edges where the lidar has them, and is blind to a constant error.
+    """
+    error = (pred - target) * (weight > 0)
+    known = (weight > 0).to(pred.dtype)
+    total = pred.new_zeros(())
+    scales = min(scales, min(pred.shape[-2:]).bit_length())  # a side of 1 cannot be halved
+    for scale in range(scales):
+        for axis in (-1, -2):
+            ahead, back = slice(1, None), slice(None, -1)
+            a, b = (
+                (error[..., ahead], error[..., back])
+                if axis == -1
+                else (error[..., ahead, :], error[..., back, :])
+            )
+            p, q = (
+                (known[..., ahead], known[..., back])
+                if axis == -1
+                else (known[..., ahead, :], known[..., back, :])
+            )
+            total = total + weighted_mean((a - b).abs(), p * q)
+        if scale + 1 < scales:
+            # Only blocks known throughout go on to the next scale.
+            error, known = (
+                functional.avg_pool2d(error, 2),
+                (functional.avg_pool2d(known, 2) > 0.999).to(pred.dtype),
+            )
+            error = error * known
+    return total / (2 * scales)
+
+
+def two_hot_loss(scores: Tensor, target: Tensor, weight: Tensor, centres_m: Tensor) -> Tensor:
+    """Cross-entropy of bin scores (B, bins, H, W) against the two bins around the target height.
+
+    The target's mass is split so that its mean is the height itself ("two-hot"; Schrittwieser et al.
+    2020; why classification helps regression: Imani and White 2018, arXiv 1806.04613). `centres_m` (bins,)
+    must rise.
+    """
+    target = target.clamp(float(centres_m[0]), float(centres_m[-1]))
+    upper = torch.searchsorted(centres_m, target.contiguous()).clamp(1, len(centres_m) - 1)
+    low, high = centres_m[upper - 1], centres_m[upper]
+    share = (target - low) / (high - low)
+    normaliser = torch.logsumexp(scores, dim=1, keepdim=True)
+    chosen = (1 - share) * scores.gather(1, upper - 1) + share * scores.gather(1, upper)
+    return weighted_mean(normaliser - chosen, weight)
+
+
+def ranked_loss(probabilities: Tensor, target: Tensor, weight: Tensor, centres_m: Tensor) -> Tensor:
+    """Continuous ranked probability score, in metres, of bin weights (B, bins, H, W) that sum to 1.
+
+    The integral of (F(x) - [x >= target])^2 over the bins' range, F the distribution with its mass at the
+    centres (Matheson and Winkler 1976; Hersbach 2000). Unlike cross-entropy it knows that the next bin is
+    nearly right; unlike a loss on the mean it asks for an honest spread. `centres_m` (bins,) must rise.
+    """
+    y = target.clamp(float(centres_m[0]), float(centres_m[-1]))
+    low = centres_m[:-1].view(1, -1, 1, 1)
+    width = centres_m.diff().view(1, -1, 1, 1)
+    below = (y - low).clamp_min(0).minimum(width)
+    F = probabilities.cumsum(dim=1)[:, :-1]
+    score = (F * F * below + (1 - F) ** 2 * (width - below)).sum(dim=1, keepdim=True)
+    return weighted_mean(score, weight)
+
+
+def height_factor(target: Tensor, knots: tuple[tuple[float, float], ...]) -> Tensor:
+    """What a pixel of measured height counts: straight lines between knots (metres, factor), flat outside."""
+    if not knots:
+        return torch.ones_like(target)
+    heights = target.new_tensor([h for h, _ in knots])
+    factors = target.new_tensor([f for _, f in knots])
+    if len(knots) == 1:
+        return factors.expand_as(target)
+    upper = torch.searchsorted(heights, target.contiguous()).clamp(1, len(knots) - 1)
+    share = ((target - heights[upper - 1]) / (heights[upper] - heights[upper - 1])).clamp(0, 1)
+    return torch.lerp(factors[upper - 1], factors[upper], share)
+
+
+def shifted(x: Tensor, down: int, right: int) -> Tensor:
+    """Move (B, C, H, W) by whole pixels, zeros coming in."""
+    H, W = x.shape[-2:]
+    out = torch.zeros_like(x)
+    out[..., max(down, 0) : H + min(down, 0), max(right, 0) : W + min(right, 0)] = x[
+        ..., max(-down, 0) : H + min(-down, 0), max(-right, 0) : W + min(-right, 0)
+    ]
+    return out
+
+
+def best_shift(pred: Tensor, target: Tensor, weight: Tensor, reach: int, penalty: float) -> Tensor:
+    """For each crop the shift (down, right) of the labels that fits the prediction best; int (B, 2).
+
+    Image and lidar are 1-2 m apart, in a direction that differs from place to place. Compared are the mean
+    absolute errors at all whole-pixel shifts up to `reach`, plus `penalty` metres per pixel of shift,
+    so that a flat crop stays where it is. All shifts are judged on the same labels, those that no shift moves
+    out of the crop: otherwise a shift could win by losing the labels that fit badly. Where fewer than 16 of
+    them are known, the crop stays where it is. No gradient passes through the choice.
+    """
+    pred, inner, (H, W) = pred.detach(), torch.zeros_like(weight), weight.shape[-2:]
+    rows, cols = slice(reach, max(H - reach, 0)), slice(reach, max(W - reach, 0))
+    inner[..., rows, cols] = weight[..., rows, cols]
+    known = inner.sum((1, 2, 3)).clamp_min(1e-6)
+    # (0, 0) first: of equal costs the first is taken.
+    steps = sorted(product(range(-reach, reach + 1), repeat=2), key=lambda step: step[0] ** 2 + step[1] ** 2)
+    costs = []
+    for down, right in steps:
+        error = (pred - shifted(target, down, right)).abs() * shifted(inner, down, right)
+        costs.append(error.sum((1, 2, 3)) / known + penalty * (down * down + right * right) ** 0.5)
+    choice = torch.stack(costs).argmin(0)
+    choice[(inner > 0).sum((1, 2, 3)) < _LEAST_LABELS] = 0
+    return torch.tensor(steps, device=pred.device)[choice]
+
+
+def align_labels(target: Tensor, weight: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply `best_shift` to labels and weights, crop by crop."""
+    moves = [(int(d), int(r)) for d, r in shifts.tolist()]
+    moved = [shifted(target[i : i + 1], *m) for i, m in enumerate(moves)]
+    weights = [shifted(weight[i : i + 1], *m) for i, m in enumerate(moves)]
+    return torch.cat(moved), torch.cat(weights)
+
+
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+def _exact(function: F) -> F:
+    """Work in float32 also where mixed precision would turn products into bfloat16, of three digits."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        first = next(x for x in args if isinstance(x, Tensor))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return cast(F, wrapped)
+
+
+# ---- the teacher's targets ---------------------------------------------------------------------------
+@torch.no_grad()
+def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Teacher's logits (n, prototypes) -> probabilities (n, prototypes) that use all prototypes about evenly.
+
+    Each iteration gives every prototype the same total, then every row the total 1 (Caron et al. 2020, arXiv
+    2006.09882, eq. 3; in DINOv2, Oquab et al. 2023, arXiv 2304.07193). Worked in logarithms, so that no
+    temperature overflows. With several processes the rows of all count; n may differ between them.
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits of shape {tuple(logits.shape)}, expected (n, prototypes)")
+    scores = logits.float() / temperature
+    for _ in range(iterations):
+        scores = scores - _logsumexp_of_all_rows(scores)
+        scores = scores - torch.logsumexp(scores, dim=1, keepdim=True)
+    # Without iterations it is an ordinary softmax.
+    return torch.softmax(scores, dim=1)
+
+
+def _logsumexp_of_all_rows(scores: Tensor) -> Tensor:
+    """log of the summed exponentials of each column (1, prototypes), over the rows of every process."""
+    if not distributed():
+        return torch.logsumexp(scores, dim=0, keepdim=True)
+    low = torch.finfo(scores.dtype).min
+    top = scores.amax(dim=0, keepdim=True) if len(scores) else scores.new_full((1, scores.shape[1]), low)
+    dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    total = torch.exp(scores - top).sum(dim=0, keepdim=True)
+    dist.all_reduce(total)
+    return top + torch.log(total)
+
+
+@torch.no_grad()
+def centred_softmax(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
+    """Teacher's logits (n, prototypes) less a running centre (1, prototypes), sharpened (DINO, Caron et al.
+    2021, arXiv 2104.14294, eq. 1)."""
+    return torch.softmax((logits.float() - centre) / temperature, dim=1)
+
+
+@torch.no_grad()
+def updated_centre(centre: Tensor, logits: Tensor, momentum: float = 0.9) -> Tensor:
+    """The centre after a batch: a running mean (1, prototypes) of the teacher's logits (DINO, eq. 4)."""
+    total, count = logits.float().sum(dim=0, keepdim=True), torch.tensor(float(len(logits)))
+    if distributed():
+        count = count.to(logits.device)
+        dist.all_reduce(total)
+        dist.all_reduce(count)
+    return momentum * centre + (1 - momentum) * total / count.clamp_min(1).to(total.device)
+
+
+# ---- student against teacher -------------------------------------------------------------------------
+def cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 0.1) -> Tensor:
+    """Cross-entropy (...) of the student's logits (..., prototypes) against probabilities of that shape."""
+    return -(targets.detach() * functional.log_softmax(logits.float() / temperature, dim=-1)).sum(dim=-1)
+
+
+@_exact
+def dino_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
+    """DINO: every view of the student against every global view of the teacher but itself; the mean.
+
+    Args:
+        student: logits (views, B, prototypes), the global views first, in the teacher's order.
+        teacher: probabilities (globals, B, prototypes).
+    """
+    views, globals_ = student.shape[0], teacher.shape[0]
+    if student.shape[1:] != teacher.shape[1:] or views < globals_ or views * globals_ < 2:
+        raise ValueError(f"views {tuple(student.shape)} against {tuple(teacher.shape)}")
+    log_p = functional.log_softmax(student.float() / temperature, dim=-1)
+    # (views, globals): cross-entropy averaged over the batch
+    losses = -torch.einsum("vbk,gbk->vg", log_p, teacher.detach().float()) / student.shape[1]
+    itself = torch.eye(views, globals_, dtype=torch.bool, device=losses.device)
+    return losses.masked_fill(itself, 0).sum() / (views * globals_ - globals_)
+
+
+def ibot_loss(
+    student: Tensor, teacher: Tensor, image: Tensor, images: int, temperature: float = 0.1
+) -> Tensor:
+    """iBOT (Zhou et al. 2022, arXiv 2111.07832): masked patches; mean over each image's, then over images.
+
+    As in DINOv2, images of which nothing is masked count as 0.
+
+    Args:
+        student: logits (n, prototypes) of all masked patches; teacher: probabilities of the same patches.
+        image: (n,) whole numbers, which image each patch belongs to; images: how many there are.
+    """
+    losses = cross_entropy(student, teacher, temperature)
+    counts = torch.bincount(image, minlength=images)
+    return (losses / counts[image]).sum() / images
+
+
+@_exact
+def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
+    """KoLeo (Sablayrolles et al. 2019, arXiv 1806.03198): spreads the features (n, dim) of a batch evenly.
+
+    -mean(log(distance to the nearest other one)), all of length 1. Needs at least two.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features of shape {tuple(features.shape)}, expected (n >= 2, dim)")
+    unit = functional.normalize(features.float(), dim=-1, eps=eps)
+    with torch.no_grad():
+        nearest = (unit @ unit.T).fill_diagonal_(-2).argmax(dim=1)
+    distance = functional.pairwise_distance(unit, unit[nearest], eps=eps)
+    return -torch.log(distance + eps).mean()
+
+
+@_exact
+def gram_loss(student: Tensor, anchor: Tensor) -> Tensor:
+    """Gram anchoring (DINOv3, Simeoni et al. 2025, arXiv 2508.10104, eq. 2): keep how alike patches are.
+
+    Mean squared difference of the cosine similarities between the patches of an image, of the student and of
+    an earlier teacher. Both (B, patches, dim); dims may differ.
+    """
+    if student.shape[:2] != anchor.shape[:2]:
+        raise ValueError(f"patches {tuple(student.shape)} against {tuple(anchor.shape)}")
+    ours, theirs = (functional.normalize(x.float(), dim=-1) for x in (student, anchor.detach()))
+    return functional.mse_loss(ours @ ours.mT, theirs @ theirs.mT)
+
+
+# ---- masked autoencoding -----------------------------------------------------------------------------
+def patchify(rgb: Tensor, patch: int) -> Tensor:
+    """Images (B, C, H, W) -> patches (B, rows * cols, patch * patch * C), row by row, colours last."""
+    B, C, H, W = rgb.shape
+    if H % patch or W % patch:
+        raise ValueError(f"an image of {H} x {W} px does not divide into patches of {patch}")
+    x = rgb.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // patch) * (W // patch), patch * patch * C)
+
+
+def mae_loss(predicted: Tensor, rgb: Tensor, mask: Tensor, patch: int, eps: float = 1e-6) -> Tensor:
+    """Masked autoencoding (He et al. 2021, arXiv 2111.06377): squared error of masked patches' pixels.
+
+    Every patch of the image is first brought to mean 0 and variance 1 (unbiased), as the paper does best.
+
+    Args:
+        predicted: (B, patches, patch * patch * C); rgb: (B, C, H, W); mask: bool (B, patches), True = masked.
+    """
+    pixels = patchify(rgb.float(), patch)
+    if predicted.shape != pixels.shape or mask.shape != pixels.shape[:2]:
+        raise ValueError(f"{tuple(predicted.shape)}, {tuple(pixels.shape)}, {tuple(mask.shape)} do not fit")
+    mean, var = pixels.mean(dim=-1, keepdim=True), pixels.var(dim=-1, keepdim=True)
+    errors = (predicted.float() - (pixels - mean) / (var + eps).sqrt()).square().mean(dim=-1)
+    return (errors * mask).sum() / mask.sum().clamp_min(1)
+
+
+RADIUS_M = 12.5
+EPS_M = 0.1
+
+
+def footprint_loss(
+    pred: Tensor, shots: Tensor, *, top: float = 0.1, reach_m: float = 10.0, penalty: float = 0.05
+) -> Tensor:
+    """Weighted mean over shots of a smooth |pooled prediction - shot| in metres; 0 where there are no shots.
+
+    GEDI places its shots to about 10 m (Dubayah et al. 2020, doi 10.1016/j.srs.2020.100002). So each shot
+    may lie at the best of 17 places: where it says, and in eight directions at half and at the whole of
+    `reach_m`. No gradient passes through the choice, and places whose disc leaves the map are left out.
+
+    Args:
+        pred: heights (B, 1, H, W) in metres.
+        shots: (B, K, 5): row, col, height in metres, weight (0 = no shot), radius of the disc; lengths in
+            pixels of `pred`, (0, 0) its upper-left corner. The radius is 12.5 m, which gives the scale.
+        top: share of the disc's pixels whose mean stands for the shot's height.
+        reach_m: how far a shot may move; 0 leaves it.
+        penalty: metres of error that each metre of movement costs in the choice.
+    """
+    image, slot = torch.nonzero(shots[..., 3] > 0, as_tuple=True)
+    total = mean_of_processes(shots[..., 3].sum())  # of all processes, as in `height_losses.weighted_mean`
+    if not len(image):
+        return pred.sum() * 0.0
+    chosen = shots[image, slot].to(pred.dtype)
+    moves = offsets(reach_m, pred.device).to(pred.dtype)
+    scale = chosen[:, 4:5] / RADIUS_M  # pixels to a metre
+    places = chosen[:, None, :2] + moves[None] * scale[:, :, None]  # (n, moves, 2)
+    with torch.no_grad():
+        pooled, fits = pool_discs(pred.detach(), image, places, chosen[:, 4], top)
+        cost = (pooled - chosen[:, None, 2]).abs() + penalty * moves.norm(dim=1)
+        cost = torch.where(fits, cost, math.inf)
+        cost[:, 0] = torch.where(torch.isfinite(cost).any(dim=1), cost[:, 0], 0.0)
+        best = cost.argmin(dim=1)
+    at = places[torch.arange(len(best), device=best.device), best][:, None]
+    error = pool_discs(pred, image, at, chosen[:, 4], top)[0][:, 0] - chosen[:, 2]
+    return ((torch.sqrt(error**2 + EPS_M**2) - EPS_M) * chosen[:, 3]).sum() / total
+
+
+def offsets(reach_m: float, device: torch.device | str = "cpu") -> Tensor:
+    """Places (m, 2) of a shot relative to where it says, in metres; the first is (0, 0)."""
+    if reach_m <= 0:
+        return torch.zeros(1, 2, device=device)
+    angles = [k * math.pi / 4 for k in range(8)]
+    around = [(r * math.sin(a), r * math.cos(a)) for r in (reach_m / 2, reach_m) for a in angles]
+    return torch.tensor([(0.0, 0.0), *around], device=device)
+
+
+def pool_discs(
+    pred: Tensor, image: Tensor, places: Tensor, radius: Tensor, top: float
+) -> tuple[Tensor, Tensor]:
+    """Mean of the highest `top` of the pixels whose centre lies in a disc.
+
+    Args:
+        pred: (B, 1, H, W); image: (n,) which of the B; places: (n, m, 2) row and col of the discs' centres;
+        radius: (n,) in pixels; top: share, at least one pixel is taken.
+
+    Returns:
+        Heights (n, m), and bool (n, m): the disc lies wholly on the map and holds a pixel.
+    """
+    H, W = pred.shape[-2:]
+    reach = int(torch.ceil(radius.max())) + 1
+    steps = torch.arange(-reach, reach + 1, device=pred.device)
+    near = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=-1).reshape(-1, 2)
+    pixel = places.floor().long()[:, :, None] + near  # (n, m, L, 2)
+    far = ((pixel + 0.5 - places[:, :, None]) ** 2).sum(dim=-1)
+    disc = far <= radius[:, None, None] ** 2
+    row, col = pixel[..., 0], pixel[..., 1]
+    on_map = (row >= 0) & (row < H) & (col >= 0) & (col < W)
+    values = pred[image[:, None, None], 0, row.clamp(0, H - 1), col.clamp(0, W - 1)]
+    values = torch.where(disc & on_map, values, -math.inf)
+    ranked, _ = values.sort(dim=-1, descending=True)
+    count = torch.isfinite(ranked).sum(dim=-1)
+    taken = torch.ceil(top * count).clamp_min(1)
+    chosen = torch.arange(ranked.shape[-1], device=pred.device) < taken[..., None]
+    heights = torch.where(chosen & torch.isfinite(ranked), ranked, 0.0).sum(dim=-1) / taken
+    return heights, (count > 0) & ~(disc & ~on_map).any(dim=-1)

@@ -1,0 +1,258 @@
+"""Which bands are red, green and blue and what is white: rows 1 to 10 of the fault table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from rasterio.enums import ColorInterp as C
+
+from canopy.errors import ImageryError, InputError
+from canopy.imagery.bands import parse_bands
+from canopy.imagery.open import open_imagery
+
+RGB = (C.red, C.green, C.blue)
+
+
+def read_all(path: Path, **options):
+    source = open_imagery(path, **options)
+    return source, source.read(source.native_grid)
+
+
+def test_uint8_rgb_is_divided_by_255_and_all_valid(make_tif, rgb):
+    source, image = read_all(make_tif(rgb, photometric="RGB"))
+    np.testing.assert_allclose(image.rgb, rgb / np.float32(255), atol=1e-7)
+    assert image.rgb.dtype == np.float32 and image.valid.all() and source.notes == []
+
+
+def test_alpha_is_dropped_said_and_zero_alpha_is_invalid(make_tif, rgb):
+    alpha = np.full((1, 64, 80), 255, np.uint8)
+    alpha[0, :10] = 0
+    alpha[0, 10:20] = 90
+    path = make_tif(np.concatenate([rgb, alpha]), colors=(*RGB, C.alpha), photometric="RGB")
+    source, image = read_all(path)
+    assert not image.valid[:10].any() and image.valid[10:].all()
+    assert (image.rgb[:, :10] == 0).all()
+    np.testing.assert_allclose(image.rgb[:, 10:], rgb[:, 10:] / 255, atol=1e-6)
+    assert any("alpha" in note for note in source.notes)
+
+
+def test_alpha_in_front_is_found_by_interpretation(make_tif, rgb):
+    alpha = np.full((1, 64, 80), 255, np.uint8)
+    path = make_tif(np.concatenate([alpha, rgb]), colors=(C.alpha, *RGB))
+    _, image = read_all(path)
+    np.testing.assert_allclose(image.rgb, rgb / 255, atol=1e-6)
+
+
+def test_near_infrared_is_left_out_by_interpretation(make_tif, rgb):
+    path = make_tif(np.concatenate([rgb, rgb[:1]]), photometric="RGB", colors=(*RGB, C.undefined))
+    _, image = read_all(path)
+    np.testing.assert_allclose(image.rgb, rgb / 255, atol=1e-6)
+    assert image.valid.all()
+
+
+def test_near_infrared_is_left_out_by_description(make_tif, rgb):
+    values = np.stack([rgb[0], rgb[2], rgb[1], rgb[0]])
+    path = make_tif(values, descriptions=("NIR", "Blue", "Green", "Red"), photometric="MINISBLACK")
+    _, image = read_all(path)
+    np.testing.assert_allclose(image.rgb * 255, values[[3, 2, 1]], atol=1e-4)
+
+
+def test_four_undeclared_bands_ask_for_bands(make_tif, rgb):
+    path = make_tif(np.concatenate([rgb, rgb[:1]]), photometric="MINISBLACK", alpha="NO")
+    with pytest.raises(ImageryError, match=r"image\.tif.*4 bands.*--bands"):
+        open_imagery(path)
+    _, image = read_all(path, bands="3,2,1")
+    np.testing.assert_allclose(image.rgb * 255, rgb[::-1], atol=1e-4)
+
+
+def test_bgr_order_is_honoured(make_tif, rgb):
+    path = make_tif(rgb[::-1].copy(), colors=(C.blue, C.green, C.red))
+    source, image = read_all(path)
+    np.testing.assert_allclose(image.rgb * 255, rgb, atol=1e-4)
+    assert source.notes == []
+
+
+def test_three_undeclared_bands_are_rgb_with_a_warning(make_tif, rgb):
+    source, image = read_all(make_tif(rgb, photometric="MINISBLACK"))
+    np.testing.assert_allclose(image.rgb * 255, rgb, atol=1e-4)
+    assert any("no colour interpretation" in note for note in source.notes)
+
+
+def test_palette_is_expanded_and_transparent_entries_are_invalid(make_tif):
+    index = np.random.default_rng(1).integers(0, 4, (1, 64, 80), dtype=np.uint8)
+    table = {0: (10, 20, 30, 255), 1: (200, 100, 50, 255), 2: (0, 255, 0, 255), 3: (1, 2, 3, 255)}
+    path = make_tif(index, colormap=table, photometric="PALETTE", nodata=3)
+    source, image = read_all(path)
+    expected = np.array([table[i][:3] for i in range(4)])[index[0]].transpose(2, 0, 1)
+    np.testing.assert_array_equal(image.valid, index[0] != 3)
+    np.testing.assert_allclose((image.rgb * 255)[:, image.valid], expected[:, image.valid], atol=1e-4)
+    assert any("palette" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_grey_is_refused(make_tif, rgb, count):
+    with pytest.raises(ImageryError, match="red, green and blue"):
+        open_imagery(make_tif(rgb[:count]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "top", "white"), [("uint16", 3000, 4095), ("uint16", 60000, 65535), ("float32", 0.9, 1)]
+)
+def test_other_types_need_an_explicit_scale(make_tif, rgb, kind, top, white):
+    values = (rgb / rgb.max() * top).astype(kind)
+    path = make_tif(values, photometric="RGB")
+    with pytest.raises(ImageryError, match=rf"{kind} pixels.*up to {values.max():g}.*--scale {white:g}"):
+        open_imagery(path)
+    _, image = read_all(path, scale=white)
+    np.testing.assert_allclose(image.rgb, values / np.float32(white), rtol=1e-5)
+
+
+def test_scaling_never_depends_on_the_images_own_values(make_tif, rgb):
+    dark = read_all(make_tif(rgb // 8, "dark.tif", photometric="RGB"))[1]
+    np.testing.assert_allclose(dark.rgb * 255, rgb // 8, atol=1e-4)
+
+
+def test_values_above_white_are_clipped(make_tif, rgb):
+    values = rgb.astype(np.uint16) * 100
+    _, image = read_all(make_tif(values, photometric="RGB"), scale=10000)
+    assert image.rgb.max() == 1.0
+
+
+def test_nan_and_infinity_are_masked_and_never_reach_the_pixels(make_tif, rgb):
+    values = (rgb / 255).astype(np.float32)
+    values[0, 3, 4], values[1, 5, 6], values[2, 7, 8] = np.nan, np.inf, -np.inf
+    _, image = read_all(make_tif(values, photometric="RGB"), scale=1)
+    assert np.isfinite(image.rgb).all()
+    assert [tuple(rc) for rc in np.argwhere(~image.valid)] == [(3, 4), (5, 6), (7, 8)]
+
+
+def test_a_collar_without_a_tag_is_warned_about_and_nodata_masks_it(make_tif, rgb):
+    rgb[:, :20] = 0
+    rgb[:, 40, 40] = (0, 0, 200)  # one dark channel is not nodata
+    path = make_tif(rgb, photometric="RGB")
+    source, image = read_all(path)
+    assert image.valid.all() and any("--nodata 0" in note for note in source.notes)
+    source, image = read_all(path, nodata=0)
+    assert not image.valid[:20].any() and image.valid[20:].all() and source.notes == []
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+def test_nodata_is_where_all_three_have_it_in_every_type(make_tif, rgb, kind):
+    values = (rgb / (255 if kind == "float32" else 1)).astype(kind)
+    values[2, :4], values[:, 8:12] = 0, 0
+    scale = {"uint8": None, "uint16": 255.0, "float32": 1.0}[kind]
+    source = open_imagery(make_tif(values, photometric="RGB"), nodata=0, scale=scale)
+    valid = source.read(source.native_grid).valid
+    assert valid[:8].all() and not valid[8:12].any() and valid[12:].all()
+
+
+def test_nodata_and_alpha_that_disagree_are_intersected_and_said(make_tif, rgb):
+    rgb[:, 0] = 0
+    alpha = np.full((1, 64, 80), 255, np.uint8)
+    alpha[0, 1] = 0
+    path = make_tif(np.concatenate([rgb, alpha]), colors=(*RGB, C.alpha), photometric="RGB", nodata=0)
+    source, image = read_all(path)
+    assert not image.valid[:2].any() and image.valid[2:].all()
+    assert any("both alpha and a nodata value" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("bands", ["1,2", "1,1,2", "0,1,2", "r,g,b", "1,2,3,4", (1, 2), "1,2,9"])
+def test_bands_that_cannot_be_meant(make_tif, rgb, bands):
+    path = make_tif(rgb, photometric="RGB")
+    with pytest.raises(InputError, match="band"):
+        open_imagery(path, bands=bands)
+
+
+def test_parse_bands_takes_text_and_numbers():
+    assert parse_bands("4, 3,2") == (4, 3, 2) == parse_bands((4, 3, 2))
+    assert parse_bands(None) is None
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
+def test_a_scale_must_be_a_positive_number(make_tif, rgb, scale):
+    with pytest.raises(InputError, match="--scale"):
+        open_imagery(make_tif(rgb, photometric="RGB"), scale=scale)
+
+
+# ---- what a file says of itself against what it is --------------------------------------------
+@pytest.mark.parametrize(
+    ("order", "names", "bands"),
+    [
+        ((2, 1, 0), ("Blue", "Green", "Red"), "3,2,1"),
+        ((0, 0, 1, 2), ("nir", "red", "green", "blue"), "2,3,4"),
+        ((0, 0, 1), ("NIR", "Red", "Green"), None),
+    ],
+)
+def test_descriptions_against_colours_are_asked_about(make_tif, rgb, order, names, bands):
+    """GDAL calls the first bands of any uint8 file red, green, blue; heights of other colours are wrong."""
+    colours = (*RGB, C.alpha)[: len(order)]
+    path = make_tif(rgb[list(order)], descriptions=names, colors=colours, photometric="RGB")
+    with pytest.raises(ImageryError, match=f"--bands {bands}" if bands else "described as NIR"):
+        open_imagery(path)
+    if bands:
+        _, image = read_all(path, bands=bands)
+        np.testing.assert_allclose(image.rgb, rgb / 255, atol=1e-6)
+
+
+def test_a_nodata_that_no_pixel_can_have_is_refused(make_tif, rgb):
+    path = make_tif(rgb, photometric="RGB")
+    for value in (300, -9999, 0.5, float("nan")):
+        with pytest.raises(ImageryError, match="no pixel of uint8 can be"):
+            open_imagery(path, nodata=value)
+    open_imagery(path, nodata=255)
+
+
+def test_a_black_border_is_told_of_whatever_else_is_declared(make_tif, rgb):
+    values = rgb.copy()
+    values[:, :, :20] = 0
+    for options in ({}, {"nodata": 255}):
+        source = open_imagery(make_tif(values, photometric="RGB", **options))
+        assert any("constant border of 0" in note for note in source.notes)
+    assert open_imagery(make_tif(values, photometric="RGB"), nodata=0).notes == []
+    assert open_imagery(make_tif(values, photometric="RGB", nodata=0)).notes == []
+
+
+def test_a_scale_that_makes_all_black_or_white_is_told_of(make_tif, rgb):
+    path = make_tif(rgb.astype(np.uint16) * 16, photometric="RGB")
+    assert any("all but black" in note for note in open_imagery(path, scale=4_000_000).notes)
+    assert any("all but white" in note for note in open_imagery(path, scale=1).notes)
+    assert open_imagery(path, scale=4080).notes == []
+
+
+def test_scale_tags_that_are_not_applied_are_told_of(make_tif, rgb):
+    path = make_tif(rgb, photometric="RGB")
+    with rasterio.open(path, "r+") as file:
+        file.scales, file.offsets = (1e-4,) * 3, (-0.1,) * 3
+    assert any("not applied" in note for note in open_imagery(path).notes)
+
+
+def test_a_grey_image_in_three_bands_is_told_of(make_tif, rgb):
+    grey = np.repeat(rgb[:1], 3, axis=0)
+    assert any("grey" in note for note in open_imagery(make_tif(grey, photometric="RGB")).notes)
+
+
+def test_a_crs_for_images_without_one_is_told_where_there_is_one(make_tif, rgb):
+    path = make_tif(rgb, photometric="RGB")
+    own = f"EPSG:{open_imagery(path).native_crs.epsg}"
+    assert any("--input-crs" in note for note in open_imagery(path, crs="EPSG:32610").notes)
+    assert open_imagery(path, crs=own).notes == []
+
+
+def test_tiles_of_one_lattice_share_a_grid(make_tif, rgb):
+    """Also where one of them is stored from south to north; one half a pixel off has a grid of its own."""
+    with rasterio.open(make_tif(rgb, photometric="RGB")) as file:
+        place = file.transform
+    height, width = rgb.shape[1:]
+    turned = place * Affine.translation(0, height) * Affine.scale(1, -1)
+    first = make_tif(rgb[:, ::-1], "a.tif", photometric="RGB", transform=turned)
+    second = make_tif(rgb, "b.tif", photometric="RGB", transform=place * Affine.translation(width, 3))
+    grid = open_imagery([first, second]).native_grid
+    assert grid.shape == (height + 3, 2 * width) and grid.transform == place
+    _, image = read_all(first)
+    np.testing.assert_allclose(image.rgb, rgb / 255, atol=1e-6)
+    off = make_tif(rgb, "c.tif", photometric="RGB", transform=place * Affine.translation(width + 0.5, 0))
+    assert open_imagery([first, off]).native_grid is None

@@ -1,0 +1,398 @@
+"""Files, directories, VRTs and mosaics as one source."""
+
+from __future__ import annotations
+
+import threading
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import rasterio.shutil
+from affine import Affine
+from rasterio.control import GroundControlPoint
+from rasterio.enums import Resampling
+from rasterio.warp import reproject
+
+from canopy.errors import AreaError, ImageryError, InputError
+from canopy.geo.area import AOI
+from canopy.geo.grid import Grid
+from canopy.imagery.base import check_coverage
+from canopy.imagery.open import open_imagery
+
+UTM = "EPSG:32619"
+WEST, NORTH = 315_000, 4_884_000
+
+
+def at(col: float, row: float, pixel: float = 0.5) -> Affine:
+    """Transform of an image whose corner is (col, row) half-metre pixels from the common corner."""
+    return Affine(pixel, 0, WEST + 0.5 * col, 0, -pixel, NORTH - 0.5 * row)
+
+
+@pytest.fixture
+def tif(make_tif):
+    """`tif(values, name, ...)`: as make_tif, photometric RGB."""
+    return lambda values, name="image.tif", **more: make_tif(values, name, photometric="RGB", **more)
+
+
+def vrt_text(*files: str, size: tuple[int, int] = (80, 64)) -> str:
+    """A three-band VRT over files that lie beside it, all at the same place."""
+    bands = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{band}"><ColorInterp>{name}</ColorInterp>'
+        + "".join(
+            f'<SimpleSource><SourceFilename relativeToVRT="1">{file}</SourceFilename>'
+            f"<SourceBand>{band}</SourceBand></SimpleSource>"
+            for file in files
+        )
+        + "</VRTRasterBand>"
+        for band, name in enumerate(("Red", "Green", "Blue"), 1)
+    )
+    return (
+        f'<VRTDataset rasterXSize="{size[0]}" rasterYSize="{size[1]}"><SRS>{UTM}</SRS>'
+        f"<GeoTransform>{WEST}, 0.5, 0, {NORTH}, 0, -0.5</GeoTransform>{bands}</VRTDataset>"
+    )
+
+
+# ---- one file --------------------------------------------------------------------------------
+def test_one_file_keeps_its_grid_and_pads_past_its_edge(tif, rgb):
+    source = open_imagery(tif(rgb))
+    grid = source.native_grid
+    assert grid.shape == (64, 80) and source.native_gsd_m == pytest.approx(0.5, rel=1e-3)
+    image = source.read(grid.pad(7))
+    assert image.rgb.shape == (3, 78, 94) and image.valid.sum() == 64 * 80
+    assert image.valid[7:-7, 7:-7].all() and (image.rgb[:, ~image.valid] == 0).all()
+    np.testing.assert_allclose(image.rgb[:, 7:-7, 7:-7] * 255, rgb, atol=1e-4)
+
+
+def test_a_window_that_misses_the_image_is_empty(tif, rgb):
+    source = open_imagery(tif(rgb))
+    assert not source.read(source.native_grid.window(1000, 1000, 8, 8)).valid.any()
+
+
+def test_windows_do_not_change_pixels_on_another_grid(tif, rgb):
+    source = open_imagery(tif(rgb))
+    grid = source.area().grid("EPSG:3857", 0.6)
+    whole = source.read(grid)
+    part = source.read(grid.window(11, 9, 23, 31))
+    np.testing.assert_array_equal(part.rgb, whole.rgb[:, 11:34, 9:40])
+    np.testing.assert_array_equal(part.valid, whole.valid[11:34, 9:40])
+
+
+def test_no_crs_is_refused_unless_one_is_given(tif, rgb):
+    path = tif(rgb, crs=None)
+    with pytest.raises(ImageryError, match=r"image\.tif.*--crs"):
+        open_imagery(path)
+    source = open_imagery(path, crs=UTM)
+    assert source.native_crs.epsg == 32619 and source.read(source.native_grid).valid.all()
+    placed = tif(rgb, "placed.tif", crs="EPSG:32618")
+    assert open_imagery(placed, crs=UTM).native_crs.epsg == 32618
+    assert open_imagery([path, placed], crs=UTM).native_crs.epsg == 32619
+
+
+def test_no_georeference_and_control_points_only_are_refused(tif, rgb, tmp_path):
+    with pytest.raises(ImageryError, match="no georeferencing"):
+        open_imagery(tif(rgb, "plain.tif", transform=Affine.identity()))
+    points = [GroundControlPoint(r, c, WEST + c, NORTH - r) for r, c in ((0, 0), (0, 80), (64, 0), (64, 80))]
+    path = tmp_path / "gcp.tif"
+    settings = {"driver": "GTiff", "width": 80, "height": 64, "count": 3, "dtype": "uint8"}
+    with rasterio.open(path, "w", **settings, gcps=points, crs=UTM) as dataset:
+        dataset.write(rgb)
+    with pytest.raises(ImageryError, match="ground control points"):
+        open_imagery(path)
+
+
+def test_geographic_images_have_their_grid_and_a_gsd_in_metres(tif, rgb):
+    step = 0.5 / 111_320
+    path = tif(rgb, crs="EPSG:4326", transform=Affine(step, 0, -71.3, 0, -step, 44.083))
+    source = open_imagery(path)
+    assert source.native_grid.crs.geographic and source.native_grid.shape == rgb.shape[1:]
+    assert 0.4 < source.native_gsd_m < 0.5
+    assert source.read(source.area().grid(UTM, 0.5)).valid.mean() > 0.8
+
+
+def test_south_up_and_rotated_images_come_out_north_up(tif, rgb):
+    upright = open_imagery(tif(rgb, "up.tif"))
+    flipped = tif(rgb[:, ::-1].copy(), "down.tif", transform=Affine(0.5, 0, WEST, 0, 0.5, NORTH - 32))
+    turned = tif(
+        np.rot90(rgb, k=-1, axes=(1, 2)).copy(),
+        "turned.tif",
+        transform=Affine(0, 0.5, WEST, 0.5, 0, NORTH - 32),
+    )
+    expected = upright.read(upright.native_grid)
+    assert open_imagery(flipped).native_grid == upright.native_grid
+    assert open_imagery(turned).native_grid is None
+    np.testing.assert_allclose(open_imagery(flipped).read(expected.grid).rgb, expected.rgb, atol=1e-5)
+    # Clockwise turn of the pixels, undone by the b, d terms: x grows with rows, y with columns.
+    np.testing.assert_allclose(open_imagery(turned).read(expected.grid).rgb, expected.rgb, atol=1e-5)
+
+
+def test_coarse_windows_agree_with_gdals_average(tif, rgb):
+    source = open_imagery(tif(rgb))
+    grid = Grid.of(UTM, at(0, 0, 2.0), (16, 20))
+    expected = np.zeros((3, 16, 20), np.float32)
+    reproject(
+        rgb.astype(np.float32), expected, src_transform=at(0, 0), src_crs=UTM, dst_transform=grid.transform,
+        dst_crs=UTM, resampling=Resampling.average,
+    )  # fmt: skip
+    np.testing.assert_allclose(source.read(grid).rgb * 255, expected, atol=0.01)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3857"])
+@pytest.mark.parametrize("lon", [179.9999, 288.7, -71.3])
+def test_longitudes_that_cross_180_or_count_to_360_are_read_in_every_window(tif, rgb, crs, lon):
+    """In whatever turn image and grid count: one window or two, the image's own pixels come out."""
+    step = 4e-6
+    unit = 1.0 if crs == "EPSG:4326" else np.pi * 6378137.0 / 180
+    top = unit * 0.001  # next to the equator degrees and mercator metres have one shape
+    place = Affine(step * unit, 0, lon * unit, 0, -step * unit, top)
+    source = open_imagery(tif(rgb, crs=crs, transform=place))
+    grid = source.area().grid("EPSG:32701" if lon > 179 and lon < 181 else "EPSG:32719", 0.5)
+    whole = source.read(grid)
+    assert whole.valid.mean() > 0.9
+    for left in (0, grid.width // 2):
+        part = source.read(grid.window(0, left, grid.height, grid.width // 2))
+        here = np.s_[..., left : left + grid.width // 2]
+        np.testing.assert_array_equal(part.valid, whole.valid[here])
+        np.testing.assert_array_equal(part.rgb, whole.rgb[here])
+    same = Grid.of(crs, place @ Affine.translation(40, 8), (16, 20))
+    turned = Grid.of(crs, Affine.translation(-360 * unit, 0) @ same.transform, same.shape)
+    for window in (same, turned):
+        image = source.read(window)
+        assert image.valid.all()
+        np.testing.assert_allclose(image.rgb * 255, rgb[:, 8:24, 40:60], atol=1.0)
+
+
+def test_metres_that_are_tagged_as_degrees_are_refused_by_name(tif, rgb):
+    with pytest.raises(
+        InputError, match=r"wrong\.tif: x 315000 to 315040, y 4883968 to 4884000 in EPSG:4326.*-a_srs"
+    ):
+        open_imagery(tif(rgb, "wrong.tif", crs="EPSG:4326"))
+    # A grid of the whole Earth may reach over the pole by half a pixel, and count longitude to 360.
+    world = tif(rgb, "world.tif", crs="EPSG:4326", transform=Affine(4.5, 0, 0, 0, -2.85, 91.2))
+    assert open_imagery(world).native_crs.epsg == 4326
+
+
+@pytest.mark.parametrize("crs", ["EPSG:5703", "EPSG:4978"])
+def test_a_crs_that_places_nothing_is_refused(tif, rgb, crs):
+    with pytest.raises(InputError, match="places nothing on a map"):
+        open_imagery(tif(rgb, crs=None), crs=crs)
+
+
+# ---- several files ---------------------------------------------------------------------------
+def test_the_first_file_lies_on_top_and_the_next_fills(tif, rgb):
+    top = rgb.copy()
+    top[:, :, :10] = 0
+    first = tif(top, "a.tif", nodata=0, tags={"ACQUISITION_DATE": "2021-07-04"})
+    second = tif(255 - rgb, "b_20190102.tif", transform=at(-20, 0))
+    source = open_imagery([first, second])
+    assert source.native_grid == Grid.of(UTM, at(-20, 0), (64, 100))
+    assert source.dates == ("2019-01-02", "2021-07-04")
+    image = source.read(Grid.of(UTM, at(-20, 0), (64, 100)))
+    assert image.valid.all()
+    np.testing.assert_allclose(image.rgb[:, :, 30:] * 255, rgb[:, :, 10:], atol=1e-4)
+    np.testing.assert_allclose(image.rgb[:, :, :30] * 255, 255 - rgb[:, :, :30], atol=1e-4)
+    assert set(np.unique(image.date[:, 30:])) == {(date(2021, 7, 4) - date(1970, 1, 1)).days}
+    assert set(np.unique(image.date[:, :30])) == {(date(2019, 1, 2) - date(1970, 1, 1)).days}
+    assert open_imagery([second, first]).scene_ids == tuple(reversed(source.scene_ids))
+
+
+def test_files_of_two_utm_zones_make_one_mosaic(tif, rgb):
+    whole = np.tile(rgb, (1, 4, 4))
+    zone19 = tif(whole, "z19.tif")
+    area = AOI.from_grid(open_imagery(zone19).native_grid)
+    other = area.grid("EPSG:32618", 0.5)
+    zone18 = tif(
+        np.full((3, *other.shape), 77, np.uint8), "z18.tif", crs="EPSG:32618", transform=other.transform
+    )
+    source = open_imagery([zone19, zone18])
+    image = source.read(open_imagery(zone19).native_grid.pad(4))
+    np.testing.assert_allclose(image.rgb[:, 4:-4, 4:-4] * 255, whole, atol=1e-4)
+    rim = image.valid.copy()
+    rim[4:-4, 4:-4] = False
+    np.testing.assert_allclose(image.rgb[:, rim] * 255, 77, atol=1e-3)
+    assert source.area().crs.epsg == 4326 and source.covers(area)
+
+
+def test_neighbouring_files_leave_no_gap_on_another_grid(tif, rgb):
+    left = tif(rgb[:, :, :40].copy(), "l.tif")
+    right = tif(rgb[:, :, 40:].copy(), "r.tif", transform=at(40, 0))
+    source = open_imagery([left, right])
+    grid = AOI.from_grid(Grid.of(UTM, at(10, 10), (40, 60))).grid(UTM, 0.37)
+    assert source.read(grid).valid.all()
+
+
+def test_a_directory_is_sorted_newest_first(tif, rgb, tmp_path):
+    for name, value in (("a_20180101", 50), ("b_20220101", 90), ("c", 10)):
+        tif(np.full_like(rgb, value), f"scenes/{name}.tif")
+    (tmp_path / "scenes" / "readme.txt").write_text("not an image")
+    source = open_imagery(tmp_path / "scenes")
+    assert [Path(scene).stem[0] for scene in source.scene_ids] == ["b", "a", "c"]
+    image = source.read(Grid.of(UTM, at(0, 0), (8, 8)))
+    np.testing.assert_allclose(image.rgb * 255, 90, atol=1e-4)
+    earlier = open_imagery(tmp_path / "scenes", datetime="2018")
+    assert earlier.dates == ("2018-01-01",)
+    with pytest.raises(ImageryError, match=r"no image of 2020.*2018-01-01"):
+        open_imagery(tmp_path / "scenes", datetime="2020")
+
+
+def test_an_empty_directory_and_a_missing_file_say_so(tmp_path):
+    with pytest.raises(ImageryError, match="holds no image"):
+        open_imagery(tmp_path)
+    with pytest.raises(InputError, match=r"nope\.tif.*no such file"):
+        open_imagery(tmp_path / "nope.tif")
+    with pytest.raises(InputError, match="no image was given"):
+        open_imagery([])
+
+
+def test_one_bad_file_among_many_is_named(tif, rgb, tmp_path):
+    good = [tif(rgb, f"{i}.tif") for i in range(3)]
+    bad = tmp_path / "bad.tif"
+    bad.write_bytes(b"II*\0 this is no tiff")
+    with pytest.raises(ImageryError, match=r"bad\.tif"):
+        open_imagery([*good, bad])
+
+
+# ---- VRT and names ---------------------------------------------------------------------------
+def test_a_vrt_is_opened_when_it_is_called_vrt(tif, rgb, tmp_path):
+    tif(rgb)
+    path = tmp_path / "mosaic.vrt"
+    path.write_text(vrt_text("image.tif"))
+    source = open_imagery(path)
+    np.testing.assert_allclose(source.read(source.native_grid).rgb * 255, rgb, atol=1e-4)
+
+
+def test_a_vrt_called_tif_is_refused(tif, rgb, tmp_path):
+    tif(rgb)
+    path = tmp_path / "pretends.tif"
+    path.write_text(vrt_text("image.tif"))
+    with pytest.raises(ImageryError, match=r"pretends\.tif"):
+        open_imagery(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<VRTDataset rasterXSize='1' rasterYSize='1'></VRTDataset>",
+        "/vsicurl/http://127.0.0.1:1/a.tif",
+        "/vsizip/some.zip/a.tif",
+        "GTIFF_DIR:1:some.tif",
+        "NETCDF:some.nc:rgb",
+        "  ",
+    ],
+)
+def test_names_that_gdal_would_interpret_are_refused(name):
+    with pytest.raises(InputError):
+        open_imagery(name)
+    with pytest.raises(InputError):
+        open_imagery([name, name])
+
+
+def test_a_truncated_file_names_itself_and_the_rows(tif, tmp_path):
+    noise = np.random.default_rng(3).integers(0, 255, (3, 512, 512), dtype=np.uint8)
+    path = tmp_path / "cog.tif"
+    rasterio.shutil.copy(tif(noise), path, driver="COG", BLOCKSIZE=128, COMPRESS="DEFLATE", OVERVIEWS="NONE")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    source = open_imagery(path)
+    assert source.read(source.native_grid.window(0, 0, 64, 64)).valid.all()
+    with pytest.raises(ImageryError, match=r"cog\.tif.*rows.*truncated"):
+        source.read(source.native_grid)
+
+
+def test_a_vrt_with_a_missing_or_broken_file_is_an_error_every_time(tmp_path):
+    path = tmp_path / "mosaic.vrt"
+    path.write_text(vrt_text("gone.tif"))
+    with pytest.raises(ImageryError, match=r"mosaic\.vrt.*gone\.tif.*not there"):
+        open_imagery(path)
+    (tmp_path / "broken.tif").write_bytes(b"II*\0 broken")
+    path.write_text(vrt_text("broken.tif"))
+    for _ in range(3):  # GDAL alone would raise once and then read zeros
+        with pytest.raises(ImageryError, match=r"mosaic\.vrt.*broken\.tif.*unusable"):
+            open_imagery(path)
+    path.write_text(vrt_text("inner.vrt"))
+    (tmp_path / "inner.vrt").write_text(vrt_text("broken.tif"))
+    with pytest.raises(ImageryError, match=r"broken\.tif"):
+        open_imagery(path)
+
+
+def test_a_vrt_of_remote_files_is_refused(tmp_path):
+    path = tmp_path / "mosaic.vrt"
+    path.write_text(vrt_text("/vsicurl/http://127.0.0.1:9/a.tif?sig=secret").replace('VRT="1"', 'VRT="0"'))
+    with pytest.raises(
+        ImageryError, match=r"mosaic\.vrt.*127.*give the URLs themselves|Give the URLs"
+    ) as caught:
+        open_imagery(path)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_vrt_over_a_damaged_file_raises_at_every_read(tif, tmp_path):
+    noise = np.random.default_rng(3).integers(0, 255, (3, 512, 512), dtype=np.uint8)
+    rasterio.shutil.copy(
+        tif(noise), tmp_path / "cog.tif", driver="COG", BLOCKSIZE=128, COMPRESS="DEFLATE", OVERVIEWS="NONE"
+    )
+    whole = (tmp_path / "cog.tif").read_bytes()
+    (tmp_path / "cog.tif").write_bytes(whole[: len(whole) * 2 // 3])
+    path = tmp_path / "mosaic.vrt"
+    path.write_text(vrt_text("cog.tif", size=(512, 512)))
+    source = open_imagery(path)
+    for _ in range(3):
+        with pytest.raises(ImageryError, match=r"mosaic\.vrt.*rows"):
+            source.read(source.native_grid.window(400, 400, 100, 100))
+    assert source.read(source.native_grid.window(0, 0, 50, 50)).valid.all()
+
+
+def test_jpeg_2000_is_read(tif, rgb, tmp_path):
+    path = tmp_path / "ortho.jp2"
+    options = {"driver": "JP2OpenJPEG", "REVERSIBLE": "YES", "QUALITY": 100, "YCBCR420": "NO"}
+    rasterio.shutil.copy(tif(rgb), path, **options)
+    source = open_imagery(path)
+    np.testing.assert_allclose(source.read(source.native_grid).rgb * 255, rgb, atol=1e-4)
+
+
+# ---- areas -----------------------------------------------------------------------------------
+def test_an_area_without_imagery_is_refused_and_a_swap_is_noticed(tif, rgb):
+    source = open_imagery(tif(rgb))
+    lon, lat = source.area().centroid_lonlat
+    check_coverage(source, AOI.from_bbox([lat, lon], size_m=50))
+    with pytest.raises(AreaError, match="no imagery there"):
+        check_coverage(source, AOI.from_bbox([lat + 1, lon], size_m=50))
+    with pytest.raises(AreaError, match="Swapping latitude and longitude"):
+        check_coverage(source, AOI.from_bbox([lon, lat], size_m=50))
+    assert source.covers(AOI.from_bbox([lat, lon], size_m=10))
+    assert not source.covers(AOI.from_bbox([lat, lon], size_m=1000))
+
+
+# ---- threads and real files ------------------------------------------------------------------
+def test_many_threads_read_the_same_pixels(tif, rgb):
+    source = open_imagery([tif(rgb, f"{i}.tif", transform=at(80 * i, 0)) for i in range(30)])
+    grid = Grid.of(UTM, at(0, 0), (64, 80 * 30))
+    expected = np.tile(rgb, (1, 1, 30))
+    results: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: results.append(source.read(grid).rgb)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    for result in results:
+        np.testing.assert_allclose(result * 255, expected, atol=1e-4)
+
+
+def test_real_imagery_reads_as_rasterio_reads_it(shared):
+    folder = shared / "data" / "pairs" / "rgb"
+    for path in sorted(folder.glob("*.tif"))[::40]:
+        source = open_imagery(path)
+        with rasterio.open(path) as dataset:
+            expected = dataset.read()
+        np.testing.assert_allclose(source.read(source.native_grid).rgb * 255, expected, atol=1e-4)
+
+
+def test_real_neighbours_mosaic_without_gaps(shared):
+    folder = shared / "data" / "pairs" / "rgb"
+    files = sorted(folder.glob("ky_magoffin_r0[12]c0[123].tif"))
+    source = open_imagery(files)
+    assert len(files) == 6
+    _, _, col, row = *source.area().geometry.bounds[:2], 310_805 + 200, 4_170_471 + 90
+    grid = Grid.of("EPSG:32617", Affine(0.61, 0, col, 0, -0.61, row), (300, 500))
+    image = source.read(grid)
+    assert image.valid.all() and image.rgb.std() > 0.02

@@ -1,0 +1,194 @@
+"""Images over HTTP from a real local server that misbehaves: rows 30 to 34 and 37 of the fault table."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio.shutil
+
+from canopy import download as http
+from canopy.download import REQUESTS_PER_HOST, RetryPolicy, use_policy
+from canopy.errors import FetchError, ImageryError
+from canopy.imagery.base import ReadOptions
+from canopy.imagery.files import Scene
+from canopy.imagery.open import open_imagery
+
+SIZE = 1024
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    return np.random.default_rng(5).integers(1, 255, (3, SIZE, SIZE), dtype=np.uint8)
+
+
+@pytest.fixture
+def cog(make_tif, noise, tmp_path) -> bytes:
+    path = tmp_path / "cog.tif"
+    options = {"driver": "COG", "BLOCKSIZE": 256, "COMPRESS": "DEFLATE", "OVERVIEWS": "NONE"}
+    rasterio.shutil.copy(make_tif(noise, photometric="RGB"), path, **options)
+    return path.read_bytes()
+
+
+def read_all(url: str) -> np.ndarray:
+    source = open_imagery(url)
+    image = source.read(source.native_grid)
+    assert image.valid.all()
+    return image.rgb * 255
+
+
+def test_a_cog_is_read_by_ranges(server, cog, noise):
+    source = open_imagery(server.put("/a.tif", cog) + "?token=secret")
+    window = source.native_grid.window(700, 700, 64, 64)
+    np.testing.assert_allclose(source.read(window).rgb * 255, noise[:, 700:764, 700:764], atol=1e-4)
+    assert source.name.endswith("/a.tif") and "secret" not in repr(
+        (source.name, source.scene_ids, source.notes)
+    )
+    assert source.read(source.native_grid.window(9999, 0, 8, 8)).valid.sum() == 0
+
+
+@pytest.mark.parametrize("status", [429, 503, 500, 502])
+def test_a_busy_host_is_asked_again(server, cog, noise, status):
+    url = server.put("/a.tif", cog)
+    server.fail("/a.tif", times=2, status=status, headers={"Retry-After": "0"})
+    np.testing.assert_allclose(read_all(url), noise, atol=1e-4)
+
+
+def test_an_image_without_a_suffix_is_known_by_its_first_bytes(server, cog, noise):
+    np.testing.assert_allclose(read_all(server.put("/download/12", cog)), noise, atol=1e-4)
+
+
+def test_a_busy_host_in_the_middle_of_the_file_is_asked_again(server, cog, noise):
+    url = server.put("/a.tif", cog)
+    source = open_imagery(url)
+    server.fail("/a.tif", times=2, status=503)
+    np.testing.assert_allclose(source.read(source.native_grid).rgb * 255, noise, atol=1e-4)
+    assert server.asked("/a.tif") > 3
+
+
+def test_retry_after_is_honoured(server, cog):
+    url = server.put("/a.tif", cog)
+    server.fail("/a.tif", times=2, status=429, headers={"Retry-After": "3600"})
+    with pytest.raises(FetchError, match=r"127\.0\.0\.1:\d+ asks to wait 3600 s"):
+        open_imagery(url)
+
+
+def test_a_connection_cut_inside_a_range_is_retried(server, cog, noise):
+    url = server.put("/a.tif", cog)
+    source = open_imagery(url)
+    server.cut("/a.tif", times=2, after=5000, from_byte=20_000)
+    np.testing.assert_allclose(source.read(source.native_grid).rgb * 255, noise, atol=1e-4)
+
+
+def test_a_host_that_always_cuts_is_given_up_on_and_named(server, cog):
+    url = server.put("/a.tif", cog)
+    source = open_imagery(url + "?sig=secret")
+    server.cut("/a.tif", times=10_000, after=100, from_byte=20_000)
+    with pytest.raises(FetchError, match=r"a\.tif.*127\.0\.0\.1.*gave up after") as caught:
+        source.read(source.native_grid)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_web_page_instead_of_an_image_names_the_host(server):
+    url = server.put("/a.tif", "<!DOCTYPE html><html>please log in</html>", "text/html")
+    with pytest.raises(FetchError, match=r"127\.0\.0\.1:\d+ sent a web page"):
+        open_imagery(url)
+
+
+def test_a_host_without_ranges_is_told_clearly(server, cog):
+    url = server.put("/a.tif", cog)
+    server.no_ranges.add("/a.tif")
+    with pytest.raises(FetchError, match=r"does not answer range requests.*ownload"):
+        open_imagery(url)
+
+
+def test_a_missing_remote_file_is_not_retried(server):
+    with pytest.raises(FetchError, match="no such file"):
+        open_imagery(server.url + "/nothing.tif")
+    assert server.asked("nothing") <= 4
+
+
+def test_a_dead_host_is_named():
+    impatient = use_policy(RetryPolicy(attempts=2, first_wait_s=0.01, timeout_s=1.0))
+    with impatient, pytest.raises(FetchError, match=r"127\.0\.0\.1:9 did not answer"):
+        open_imagery("http://127.0.0.1:9/a.tif")
+
+
+def test_a_portal_that_redirects_for_ever_is_an_error_that_names_it(server):
+    server.fail("/a.tif", times=10_000, status=302, headers={"Location": server.url + "/a.tif?again=1"})
+    with pytest.raises(FetchError, match=r"127\.0\.0\.1:\d+ did not answer.*redirects"):
+        open_imagery(server.url + "/a.tif")
+
+
+def test_a_host_that_does_not_exist_is_asked_only_twice(server):
+    for address in ("http://nowhere.invalid/a.tif", "http://nowhere.invalid/stac"):
+        with pytest.raises(FetchError, match=r"nowhere\.invalid did not answer.*gave up after 2 attempts"):
+            open_imagery(address)
+
+
+def test_a_slow_host_times_out_and_is_tried_again(server, cog, noise):
+    url = server.put("/a.tif", cog)
+    server.fail("/a.tif", times=1, status=200, delay_s=1.5)
+    with use_policy(RetryPolicy(attempts=4, first_wait_s=0.01, timeout_s=1.0)):
+        np.testing.assert_allclose(read_all(url), noise, atol=1e-4)
+
+
+def test_a_remote_file_that_is_damaged_is_named_not_masked(server, cog):
+    broken = cog[: len(cog) // 2] + bytes(len(cog) - len(cog) // 2)
+    source = open_imagery(server.put("/broken.tif", broken))
+    with pytest.raises(ImageryError, match=r"broken\.tif"):
+        source.read(source.native_grid)
+
+
+def test_an_expired_signature_is_renewed_and_never_shown(server, cog, noise):
+    url = server.put("/signed/a.tif", cog)
+    server.signature = "one"
+    asked: list[bool] = []
+
+    def sign(href: str, fresh: bool) -> str:
+        asked.append(fresh)
+        return f"{href}?sig={server.signature if fresh or len(asked) == 1 else 'one'}"
+
+    scene = Scene(url, ReadOptions(), sign=sign)
+    grid = scene.facts.place.grid()
+    server.signature = "two"  # what was signed before now answers 403
+    pixels = scene.read(grid)
+    np.testing.assert_allclose(pixels[0] * 255, noise, atol=1e-4)
+    assert asked[-1] is True
+    server.signature = "never"
+    refusing = Scene(url, ReadOptions(), sign=lambda href, fresh: f"{href}?sig=topsecret")
+    with pytest.raises(FetchError, match="403") as caught:
+        _ = refusing.facts
+    assert "topsecret" not in str(caught.value)
+
+
+def test_a_proxy_in_the_environment_is_not_used_for_this_machine(server, cog, noise, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(http, "_client", None)  # it reads the environment when it is made
+    np.testing.assert_allclose(read_all(server.put("/a.tif", cog)), noise, atol=1e-4)
+
+
+def test_a_host_never_sees_more_than_its_share_of_requests(server, cog):
+    url = server.put("/a.tif", cog)
+    source = open_imagery(url)
+    grid = source.native_grid
+    server.fail("/a.tif", times=1000, status=200, delay_s=0.02)
+    threads = [
+        threading.Thread(target=lambda i=i: source.read(grid.window(60 * i, 0, 60, 1024))) for i in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 1 < server.most_busy <= REQUESTS_PER_HOST
+
+
+def test_no_query_is_left_on_disk(server, cog, tmp_path):
+    open_imagery(server.put("/a.tif", cog) + "?sig=topsecret")
+    texts = [p.read_bytes() for p in Path(tmp_path).rglob("*") if p.is_file() and p.stat().st_size < 10**6]
+    assert not any(re.search(b"topsecret", text) for text in texts) and "topsecret" not in str(os.environ)

@@ -1,0 +1,267 @@
+"""Web tiles from a local server: rows 35 and 36 of the fault table."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+from affine import Affine
+from rasterio.io import MemoryFile
+
+from canopy import download as http
+from canopy.errors import FetchError, InputError
+from canopy.geo.area import AOI
+from canopy.geo.grid import Grid
+from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
+from canopy.imagery.base import ReadOptions
+from canopy.imagery.open import open_imagery
+from canopy.imagery.xyz import TileService, TileSource, choose_zoom, decode_tile, tile_url
+
+LAT, LON = 44.083, -71.296
+ZOOM = 17
+
+
+def picture(values: np.ndarray, driver: str = "PNG", colormap: dict | None = None) -> bytes:
+    """values (bands, h, w) uint8 as an encoded picture."""
+    count, height, width = values.shape
+    with MemoryFile() as memory:
+        settings = {
+            "driver": driver,
+            "width": width,
+            "height": height,
+            "count": count,
+            "dtype": values.dtype.name,
+        }
+        with memory.open(**settings) as dataset:
+            dataset.write(values)
+            if colormap:
+                dataset.write_colormap(1, colormap)
+        return memory.read()
+
+
+def world(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A picture of the whole world: RGB (3, h, w) uint8 from global pixel numbers."""
+    return np.stack([x % 251, y % 241, (x // 7 + y // 5) % 239]).astype(np.uint8)
+
+
+def tile_at(x: int, y: int, px: int = 256) -> np.ndarray:
+    col, row = np.meshgrid(np.arange(x * px, (x + 1) * px), np.arange(y * px, (y + 1) * px))
+    return world(col, row)
+
+
+def tile_number(lat: float, lon: float, zoom: int) -> tuple[int, int]:
+    """The usual formula of slippy maps."""
+    count = 2**zoom
+    x = int((lon + 180) / 360 * count)
+    y = int((1 - math.asinh(math.tan(math.radians(lat))) / math.pi) / 2 * count)
+    return x, y
+
+
+@pytest.fixture
+def tiles(server):
+    """A server that has the 5 x 5 tiles round the place, as XYZ, TMS and quadkeys."""
+    cx, cy = tile_number(LAT, LON, ZOOM)
+    for x in range(cx - 2, cx + 3):
+        for y in range(cy - 2, cy + 3):
+            body = picture(tile_at(x, y))
+            server.put(f"/xyz/{ZOOM}/{x}/{y}.png", body, "image/png")
+            server.put(f"/tms/{ZOOM}/{x}/{2**ZOOM - 1 - y}.png", body, "image/png")
+            server.put(f"/qk/{quadkey_at(y, x, ZOOM)}.png", body, "image/png")
+    return server
+
+
+def area() -> AOI:
+    return AOI.from_bbox([LAT, LON], size_m=300)
+
+
+def lattice_window(source: TileSource, height: int = 300, width: int = 280) -> Grid:
+    """A window of the tile lattice round the place, across tile borders."""
+    x, y = area().to_crs("EPSG:3857").geometry.centroid.coords[0]
+    row, col = source.lattice.rowcol(x, y)
+    return source.lattice.window(int(row) - height // 2, int(col) - width // 2, height, width)
+
+
+def expected(source: TileSource, grid: Grid) -> np.ndarray:
+    row, col = source.lattice.offset_of(grid)
+    return world(*np.meshgrid(np.arange(col, col + grid.width), np.arange(row, row + grid.height)))
+
+
+@pytest.mark.parametrize("template", ["/xyz/{z}/{x}/{y}.png", "/tms/{z}/{x}/{-y}.png", "/qk/{q}.png"])
+def test_templates_of_all_kinds_give_the_same_exact_pixels(tiles, template):
+    source = open_imagery(tiles.url + template, area=area())
+    assert source.zoom == ZOOM  # 1.19 m x cos(44) = 0.86 m, within 20 % of 0.8
+    grid = lattice_window(source)
+    image = source.read(grid)
+    assert image.valid.all() and (image.date == 0).all()
+    np.testing.assert_allclose(image.rgb * 255, expected(source, grid), atol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def coarse_enough(monkeypatch):
+    """The test tiles exist at one zoom; make it the one that is chosen."""
+    monkeypatch.setattr("canopy.imagery.xyz.DEFAULT_GSD_M", 0.8)
+
+
+def test_windows_on_utm_do_not_depend_on_the_cut_and_fetch_tiles_once(tiles):
+    source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png", area=area())
+    grid = area().grid("EPSG:32619", 0.5)
+    whole = source.read(grid)
+    fetched = len(tiles.log)
+    part = source.read(grid.window(100, 50, 200, 300))
+    assert whole.valid.all() and len(tiles.log) == fetched
+    np.testing.assert_array_equal(part.rgb, whole.rgb[:, 100:300, 50:350])
+
+
+def test_a_missing_tile_is_an_error_unless_declared(tiles):
+    template = tiles.url + "/xyz/{z}/{x}/{y}.png"
+    source = open_imagery(template, area=area())
+    grid = lattice_window(source, 256, 256 * 7)  # two tiles farther than there are
+    with pytest.raises(FetchError, match=r"127\.0\.0\.1:\d+ has no such file"):
+        source.read(grid)
+    declared = TileSource(TileService(template, "local", absent_statuses=(404,)), ReadOptions(), area=area())
+    image = declared.read(grid)
+    assert 0.5 < image.valid.mean() < 1 and image.valid[:, 256 * 3].all() and not image.valid[:, 0].any()
+
+
+def test_a_placeholder_declared_by_its_digest_is_nodata(tiles):
+    x, y = tile_number(LAT, LON, ZOOM)
+    nothing = picture(np.full((3, 256, 256), 220, np.uint8))
+    tiles.put(f"/xyz/{ZOOM}/{x}/{y}.png", nothing, "image/png")
+    template = tiles.url + "/xyz/{z}/{x}/{y}.png"
+    plain = open_imagery(template, area=area())
+    grid = plain.lattice.window(y * 256 - 10, x * 256 - 10, 276, 276)
+    assert plain.read(grid).valid.all()
+    digest = hashlib.sha256(nothing).hexdigest()
+    knowing = TileSource(
+        TileService(template, "local", placeholder_sha256=(digest,)), ReadOptions(), area=area()
+    )
+    valid = knowing.read(grid).valid
+    assert not valid[10:266, 10:266].any() and valid.sum() == 276**2 - 256**2
+
+
+def test_busy_and_cut_tiles_are_fetched_again(tiles):
+    source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png", area=area())
+    grid = lattice_window(source)
+    tiles.fail("/xyz/", times=3, status=429, headers={"Retry-After": "0"})
+    tiles.cut("/xyz/", times=2, after=50)
+    np.testing.assert_allclose(source.read(grid).rgb * 255, expected(source, grid), atol=1e-4)
+
+
+def test_a_tile_that_is_a_web_page_or_junk_names_host_and_tile(tiles):
+    x, y = tile_number(LAT, LON, ZOOM)
+    for body, kind, words in (
+        ("<html>portal</html>", "text/html", "sent a web page"),
+        ("junk", "image/png", "no picture"),
+        (picture(np.zeros((3, 512, 512), np.uint8) + 9), "image/png", "512 x 512"),
+    ):
+        tiles.put(f"/xyz/{ZOOM}/{x}/{y}.png", body, kind)
+        source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png?key=secret", area=area())
+        with pytest.raises(FetchError, match=rf"127\.0\.0\.1:\d+ {words}|{words}") as caught:
+            source.read(lattice_window(source))
+        assert "secret" not in str(caught.value) and "secret" not in source.name
+
+
+def test_a_host_never_sees_more_than_its_share(tiles):
+    source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png", area=area())
+    tiles.fail("/xyz/", times=100, status=200, delay_s=0.03)
+    source.read(lattice_window(source, 1000, 1000))
+    assert 1 < tiles.most_busy <= http.REQUESTS_PER_HOST
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["https://h/{z}/{x}.png", "https://h/{q}/{s}.png", "tiles/{z}/{x}/{y}.png", "https://h/{z}/{y}"],
+)
+def test_incomplete_templates_are_refused(template):
+    with pytest.raises(InputError, match="template"):
+        open_imagery(template)
+
+
+@pytest.mark.parametrize("source", ["https://h.example/{z}/{x}/{y}.png", "swissimage", "demo"])
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"bands": "3,2,1"}, "--bands"), ({"scale": 3.0}, "--scale"), ({"crs": "EPSG:2056"}, "--input-crs"),
+        ({"datetime": "2021"}, "--datetime"), ({"datetime": "garbage"}, "--datetime"),
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense_for_tiles_and_the_demo_are_refused(source, option, named):
+    with pytest.raises(InputError, match=f"RGB.*leave {named} out|RGB.*Leave {named} out"):
+        open_imagery(source, area=AOI.from_bbox("46.9,7.4"), **option)
+
+
+@pytest.mark.parametrize("source", ["https://h.example/{z}/{x}/{y}.png", "swissimage", "demo"])
+def test_the_maps_crs_is_none_of_their_business(source):
+    area = AOI.from_bbox("46.9,7.4")
+    assert open_imagery(source, area=area, fallback_crs="EPSG:2056").native_crs.epsg != 2056
+
+
+def test_zoom_respects_the_ground_scale_of_mercator():
+    for latitude in (0, 30, 45, 60, 70):
+        for gsd in (0.2, 0.5, 1.0, 3.0):
+            zoom = choose_zoom(gsd, latitude)
+            ground = 2 * HALF_WORLD_M / 256 / 2**zoom * math.cos(math.radians(latitude))
+            assert gsd * 1.2 / 2 < ground <= gsd * 1.2 * (1 + 1e-9)
+    assert choose_zoom(0.1, 0, max_zoom=16) == 16 and choose_zoom(1e9, 0, min_zoom=2) == 2
+
+
+def test_tile_urls_and_quadkeys():
+    assert quadkey_at(5, 3, 3) == "213"
+    assert tile_url("t/{z}/{x}/{y}", 3, 3, 5) == "t/3/3/5"
+    assert tile_url("t/{z}/{x}/{-y}", 3, 3, 5) == "t/3/3/2"
+    assert tile_url("t/{q}", 3, 3, 5) == "t/213"
+
+
+def test_an_area_across_the_antimeridian_is_one_piece(server):
+    lat, zoom = -17.0, 18
+    _, cy = tile_number(lat, 179.9999, zoom)
+    last = 2**zoom - 1
+    for x in (last - 1, last, 0, 1):
+        for y in range(cy - 2, cy + 3):
+            server.put(f"/{zoom}/{x}/{y}.png", picture(tile_at(x, y)), "image/png")
+    area = AOI.from_bbox([lat, 180.0], size_m=200)
+    source = open_imagery(server.url + "/{z}/{x}/{y}.png", area=area)
+    assert source.zoom == zoom
+    grid = area.grid("EPSG:32701", 1.0)
+    image = source.read(grid)
+    assert image.valid.all()
+    asked = {int(path.split("/")[2]) for _, path, _ in server.log}
+    assert asked & {last, last - 1} and asked & {0, 1}
+
+
+# ---- decoding --------------------------------------------------------------------------------
+def test_pictures_of_every_kind_decode():
+    rgb = tile_at(3, 4)
+    for driver in ("PNG", "WEBP", "JPEG"):
+        got, valid = decode_tile(picture(rgb, driver), 256, "tile", "http://h/")
+        assert got.shape == (3, 256, 256) and valid.all()
+    alpha = np.zeros((1, 256, 256), np.uint8)
+    alpha[0, :, 100:] = 255
+    got, valid = decode_tile(picture(np.concatenate([rgb, alpha])), 256, "tile", "http://h/")
+    np.testing.assert_array_equal(got, rgb)
+    np.testing.assert_array_equal(valid, alpha[0] > 0)
+    index = (rgb[:1] % 3).astype(np.uint8)
+    table = {0: (1, 2, 3, 255), 1: (40, 50, 60, 255), 2: (200, 100, 0, 0)}
+    got, valid = decode_tile(picture(index, colormap=table), 256, "tile", "http://h/")
+    np.testing.assert_array_equal(got[:, index[0] == 1].T[0], (40, 50, 60))
+    np.testing.assert_array_equal(valid, index[0] != 2)
+    got, valid = decode_tile(picture(rgb[:1]), 256, "tile", "http://h/")
+    np.testing.assert_array_equal(got, np.repeat(rgb[:1], 3, axis=0))
+
+
+def test_sixteen_bit_tiles_are_refused():
+    with pytest.raises(FetchError, match="uint16"):
+        decode_tile(picture(np.zeros((3, 256, 256), np.uint16)), 256, "tile", "http://h/")
+
+
+def test_the_lattice_is_the_standard_web_mercator_one():
+    source = TileSource(TileService("https://h/{z}/{x}/{y}.png", "h"), ReadOptions(), area=area())
+    assert source.lattice.bounds == pytest.approx((-HALF_WORLD_M, -HALF_WORLD_M, HALF_WORLD_M, HALF_WORLD_M))
+    assert source.native_gsd_m == pytest.approx(
+        source.lattice.pixel[0] * math.cos(math.radians(LAT)), rel=1e-3
+    )
+    assert source.lattice.transform.almost_equals(
+        Affine(source.lattice.pixel[0], 0, -HALF_WORLD_M, 0, -source.lattice.pixel[0], HALF_WORLD_M)
+    )

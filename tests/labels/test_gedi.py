@@ -1,0 +1,521 @@
+"""GEDI granules: the pack's real files against its CSV, the synthetic forest's truth, and small own files."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import geopandas
+import h5py
+import numpy as np
+import pandas
+import pyarrow.parquet as pq
+import pytest
+import shapely
+
+from canopy.errors import AreaError, DataError, InputError, OutputError
+from canopy.geo.area import AOI
+from canopy.labels import gedi as gedi_h5
+from canopy.labels.gedi import (
+    FILTERS,
+    ShotWriter,
+    apply_filter,
+    as_table,
+    beams_of,
+    extract_shots,
+    open_granule,
+    read_shots,
+    shot_schema,
+    shot_weights,
+    survey,
+)
+
+# Beyond 2**53, where floats lose whole numbers, and beyond the signed 64 bits.
+BIG = 2**63 + 1
+LAYOUTS = [None, (16, 101), (7, 13), (50, 4), (500, 101)]
+
+
+def l2a_columns(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """A beam of good shots along a line in Kentucky."""
+    rng = np.random.default_rng(seed)
+    return {
+        "shot_number": np.arange(count, dtype=np.uint64) + np.uint64(BIG),
+        "lat_lowestmode": 38.0 + 0.0005 * np.arange(count),
+        "lon_lowestmode": -84.5 + 0.0003 * np.arange(count),
+        "rh": np.sort(rng.uniform(-3, 40, (count, 101)).astype(np.float32), axis=1),
+        "delta_time": 1e8 + 0.0082 * np.arange(count),
+        "quality_flag": np.ones(count, np.uint8),
+        "degrade_flag": np.zeros(count, np.uint8),
+        "sensitivity": np.full(count, 0.97, np.float32),
+        "geolocation/sensitivity_a2": np.full(count, 0.98, np.float32),
+        "solar_elevation": np.full(count, -20, np.float32),
+        "elev_lowestmode": np.full(count, 250, np.float32),
+        "digital_elevation_model": np.full(count, 245, np.float32),
+        "land_cover_data/landsat_water_persistence": np.zeros(count, np.uint8),
+        "land_cover_data/urban_proportion": np.zeros(count, np.uint8),
+    }
+
+
+Beams = dict[str, dict[str, np.ndarray]]
+
+
+@pytest.fixture
+def granule(tmp_path: Path) -> Callable[..., Path]:
+    """`granule({"BEAM0101": columns}, "a.h5")` writes a file of GEDI's layout."""
+
+    def make(beams: Beams, name: str = "a.h5", short_name: str = "GEDI_L2A", **rh: Any) -> Path:
+        with h5py.File(tmp_path / name, "w") as file:
+            file.attrs["short_name"] = np.array([short_name], dtype=object)
+            for beam, columns in beams.items():
+                group = file.create_group(beam)
+                for column, values in columns.items():
+                    group.create_dataset(column, data=values, **(rh if column == "rh" else {}))
+        return tmp_path / name
+
+    return make
+
+
+def run(files: Any, tmp_path: Path, name: str = "out.parquet", **options: Any) -> geopandas.GeoDataFrame:
+    files = [files] if isinstance(files, Path) else files
+    extract_shots(files, tmp_path / name, overwrite=True, **options)
+    return read_shots(tmp_path / name)
+
+
+# --- real files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The two real granules (one unpacked) and the independent CSV, shot numbers as texts."""
+    folder, unpacked = shared / "data" / "gedi", tmp_path_factory.mktemp("gedi")
+    archive = next(folder.glob("*.zip"))
+    zipfile.ZipFile(archive).extractall(unpacked)
+    table = pandas.read_csv(folder / "gedi_l2a_footprints.csv", dtype={"shot_number": str})
+    return {
+        "amazon": next(folder.glob("*.h5")),
+        "mato_grosso": next(unpacked.glob("*.h5")),
+        "zip": archive,
+        "csv": folder / "gedi_l2a_footprints.csv",
+        "table": table.set_index("shot_number"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "count"), [("amazon", "gedidb", 8000), ("mato_grosso", "rGEDI", 301)]
+)
+def test_real_shots_agree_with_the_packs_csv(real, tmp_path, name, source, count):
+    shots = run(real[name], tmp_path, filter="none", rh=(25, 50, 95, 98, 100))
+    told = real["table"][real["table"].source == source].loc[[str(n) for n in shots.shot_number]]
+    assert len(shots) == count == len(told) and (told.beam.to_numpy() == shots.beam.to_numpy()).all()
+    assert np.abs(told.lat.to_numpy() - shots.lat.to_numpy()).max() < 1e-7
+    assert np.abs(told.lon.to_numpy() - shots.lon.to_numpy()).max() < 1e-7
+    for percent in (25, 50, 95, 98, 100):
+        assert np.abs(told[f"rh{percent}"].to_numpy() - shots[f"rh_{percent}"].to_numpy()).max() < 0.0051
+    if source == "rGEDI":
+        assert np.abs(told.sensitivity.to_numpy() - shots.sensitivity.to_numpy()).max() < 1e-4
+        assert (told.quality_flag.to_numpy() == shots.quality_flag.to_numpy()).all()
+
+
+def test_real_beam_types_and_times(real, tmp_path):
+    shots = run(real["mato_grosso"], tmp_path, filter="loose")
+    assert len(shots) == 301 and shots.beam_type.value_counts().to_dict() == {"full": 188, "coverage": 113}
+    # The file's name says day 108 of 2019, 08:03:38, for the orbit's start; an orbit takes 93 minutes.
+    started = pandas.to_datetime("2019108080338", format="%Y%j%H%M%S", utc=True)
+    assert pandas.Timedelta(0) < shots.time.min() - started < pandas.Timedelta("93min")
+    assert shots.time.min() == pandas.Timestamp("2019-04-18T08:21:59.206121Z")
+    assert str(shots.time.dt.tz) == "UTC" and shots.crs.to_epsg() == 4326
+    assert shots.landsat_water_persistence.isna().all()  # this granule has none
+    assert (shots.weight[shots.beam_type == "full"] == 1).all()
+    assert shots.weight[shots.beam_type == "coverage"].between(0.4, 0.5).all()
+
+
+def test_real_granule_without_flags_fails_loudly_and_names_what_was_looked_for(real, tmp_path):
+    with pytest.raises(DataError, match=r"l2a_quality_flag_rel3, quality_flag.*--filter none"):
+        run(real["amazon"], tmp_path)
+    with pytest.raises(DataError, match="--filter loose or none"):
+        run(real["mato_grosso"], tmp_path)
+    with pytest.raises(DataError, match="Unpack"):
+        run(real["zip"], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_packs_csv_is_read_back(real):
+    shots = read_shots(real["csv"])
+    assert len(shots) == 8301 and shots.shot_number.dtype == np.uint64
+    assert str(shots.shot_number.iloc[0]) == real["table"].index[0]
+    assert {"rh_95", "rh_98", "elev_lowestmode", "beam"} <= set(shots)
+
+
+# --- the synthetic forest's truth ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def synth_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scene of 400 m whose shots are reported where they were taken."""
+    from canopy.synth.sensors import write_scene
+
+    folder = tmp_path_factory.mktemp("scene")
+    write_scene(folder, seed=5, size_m=400, gsd_m=1.0)
+    return folder
+
+
+def test_strict_drops_every_planted_fault_and_nothing_else(synth_scene, tmp_path):
+    planted = json.loads((synth_scene / "scene.json").read_text())["planted"]["gedi"]
+    everything = run(synth_scene / "gedi.h5", tmp_path, filter="none")
+    strict = run(synth_scene / "gedi.h5", tmp_path)
+    assert len(everything) == planted["count"]
+    faults = {int(shot["shot_number"]): shot["fault"] for shot in planted["shots"]}
+    assert sum(map(bool, faults.values())) > 5
+    dry = everything[(everything.landsat_water_persistence < 10) & (everything.urban_proportion < 50)]
+    wanted = {number for number in dry.shot_number.tolist() if not faults[number]}
+    assert set(strict.shot_number.tolist()) == wanted
+
+
+def test_known_places_give_back_known_heights(synth_scene, tmp_path):
+    """RH of the good shots are the percentiles of the true heights in their discs."""
+    from canopy.labels.footprint import pool_over_disc
+
+    shots = run(synth_scene / "gedi.h5", tmp_path, rh=(50, 95, 100))
+    assert len(shots) > 15 and shots.rh_95.max() > 10
+    for column, how in (("rh_50", "p50"), ("rh_95", "p95"), ("rh_100", "max")):
+        pooled = pool_over_disc(synth_scene / "chm.tif", shots, how)
+        assert np.abs(pooled - shots[column].to_numpy()).max() < 1e-3
+
+
+# --- versions, variables ------------------------------------------------------------------------------
+
+
+def test_version_3_is_told_by_its_variables(granule, tmp_path):
+    columns = l2a_columns(6)
+    columns["l2a_quality_flag_rel3"] = np.array([1, 0, 1, 0, 1, 1], np.uint8)
+    columns["quality_flag"][:] = 1  # where one is left, it means less than the renamed one
+    path = granule({"BEAM0101": columns})
+    assert survey([path])[0].version == 3
+    assert run(path, tmp_path).shot_number.tolist() == [BIG, BIG + 2, BIG + 4, BIG + 5]
+    del columns["quality_flag"]
+    assert len(run(granule({"BEAM0101": columns}, "b.h5"), tmp_path)) == 4
+    assert survey([granule({"BEAM0101": l2a_columns(3)}, "c.h5")])[0].version == 2
+
+
+def test_shot_numbers_are_exact_everywhere(granule, tmp_path):
+    columns = l2a_columns(5)
+    columns["shot_number"] = np.array([2**53 + 1, 2**63 - 1, 2**63 + 1, 2**64 - 2, 2**64 - 1], np.uint64)
+    wanted = columns["shot_number"].tolist()
+    shots = run(granule({"BEAM0101": columns}), tmp_path)
+    assert shots.shot_number.dtype == np.uint64 and shots.shot_number.tolist() == wanted
+    assert geopandas.read_parquet(tmp_path / "out.parquet").shot_number.tolist() == wanted
+    shots.drop(columns="geometry").to_csv(tmp_path / "shots.csv", index=False)
+    shots.drop(columns="geometry").to_parquet(tmp_path / "plain.parquet")
+    for name in ("shots.csv", "plain.parquet"):
+        assert read_shots(tmp_path / name).shot_number.tolist() == wanted
+
+
+def test_fill_values_become_nulls_and_never_pass(granule, tmp_path):
+    columns = l2a_columns(8)
+    columns["lat_lowestmode"][0] = -9999
+    columns["lon_lowestmode"][1] = np.nan
+    columns["sensitivity"][2] = -9999
+    columns["land_cover_data/urban_proportion"][3] = 255
+    columns["rh"][4] = -9999
+    columns["digital_elevation_model"][5] = -999999
+    columns["delta_time"][6] = np.nan
+    path = granule({"BEAM0000": columns})
+    report = extract_shots([path], tmp_path / "strict.parquet")
+    assert report.tally.to_dict() | {"rejected": None} == {
+        "read": 8, "no_position": 2, "outside": 0, "rejected": None, "duplicate": 0, "kept": 3}  # fmt: skip
+    assert {k: v for k, v in report.tally.rejected.items() if v} == {
+        "sensitivity": 1, "urban": 1, "no_height": 1}  # fmt: skip
+    strict = read_shots(tmp_path / "strict.parquet")
+    assert strict.dem.isna().tolist() == [True, False, False]
+    assert strict.time.isna().tolist() == [False, True, False]
+    loose = run(path, tmp_path, filter="loose")
+    assert loose.shot_number.tolist() == [BIG + 3, BIG + 6, BIG + 7]
+    everything = run(path, tmp_path, filter="none")
+    assert len(everything) == 6 and everything.rh_95.isna().sum() == 1
+
+
+def test_optional_variables_become_null_columns_with_a_note(granule, tmp_path):
+    columns = l2a_columns(3)
+    for name in ("delta_time", "solar_elevation", "geolocation/sensitivity_a2"):
+        del columns[name]
+    report = extract_shots([granule({"BEAM0101": columns})], tmp_path / "out.parquet")
+    shots = read_shots(tmp_path / "out.parquet")
+    assert len(shots) == 3 and shots[["time", "solar_elevation", "sensitivity_a2"]].isna().all(axis=None)
+    assert len(report.notes) == 1 and "delta_time" in report.notes[0] and "solar_elevation" in report.notes[0]
+
+
+def test_the_filters_limits_are_as_documented():
+    shots = {
+        "lat": np.array([38.0, 38.0, 10.0, -10.0, 38.0, 38.0, 38.0, 38.0]),
+        "quality_flag": np.array([1, 1, 1, 1, 0, 1, 1, 1]),
+        "degrade_flag": np.array([0, 0, 0, 0, 0, 3, 0, 0]),
+        "sensitivity": np.array([0.951, 0.95, 0.97, 0.981, 0.99, 0.99, 0.99, 0.99]),
+        "landsat_water_persistence": np.array([9, 0, 0, 0, 0, 0, 10, 0]),
+        "urban_proportion": np.array([49, 0, 0, 0, 0, 0, 0, 50]),
+    }
+    good, rejected = apply_filter(FILTERS["strict"], shots, 8)
+    assert good.tolist() == [True, False, False, True, False, False, False, False]
+    assert rejected == {"quality_flag": 1, "degrade_flag": 1, "sensitivity": 2, "water": 1, "urban": 1}
+
+
+def test_weights_grow_with_sensitivity_and_power():
+    sensitivity = np.array([0.0, 0.5, 0.725, 0.95, 0.99, np.nan])
+    full, coverage = shot_weights("full", sensitivity), shot_weights("coverage", sensitivity)
+    assert full == pytest.approx([0, 0.25, 0.625, 1, 1, 0.25]) and coverage == pytest.approx(full / 2)
+    assert shot_weights(None, sensitivity) == pytest.approx(coverage)
+
+
+# --- reading the heights ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", LAYOUTS)
+@pytest.mark.parametrize("columns", [(95, 98), (100, 0, 50), (7,)])
+def test_only_wanted_heights_are_read_whatever_the_layout(granule, monkeypatch, chunks, columns):
+    monkeypatch.setattr(gedi_h5, "_PIECE_ROWS", 60)
+    beam = l2a_columns(500, seed=4)
+    options = {} if chunks is None else {"chunks": chunks, "compression": 1}
+    path = granule({"BEAM0101": beam}, **options)
+    rng = np.random.default_rng(1)
+    with open_granule(path) as file:
+        (opened,) = beams_of(file, path)
+        for count in (1, 3, 40, 500):
+            rows = np.sort(rng.choice(500, count, replace=False))
+            got = opened.read_heights(rows, columns)
+            assert got.dtype == np.float32 and np.array_equal(got, beam["rh"][rows][:, list(columns)])
+
+
+def test_the_result_does_not_depend_on_the_blocks(granule, tmp_path, monkeypatch):
+    beams = {"BEAM0101": l2a_columns(230), "BEAM0000": l2a_columns(90, seed=2)}
+    beams["BEAM0000"]["shot_number"] += np.uint64(1000)
+    for columns in beams.values():
+        columns["quality_flag"][::7] = 0
+    path = granule(beams, chunks=(32, 101))
+    area = AOI.from_bounds((-84.5, 38.01, -84.44, 38.09))
+    whole = run(path, tmp_path, area=area)
+    monkeypatch.setattr(gedi_h5, "BLOCK_SHOTS", 17)
+    pandas.testing.assert_frame_equal(run(path, tmp_path, area=area), whole)
+    assert 50 < len(whole) < 230
+
+
+# --- areas --------------------------------------------------------------------------------------------
+
+
+def test_areas_keep_what_lies_in_them(granule, tmp_path):
+    path = granule({"BEAM0101": l2a_columns(100)})  # from 38.0 N 84.5 W to 38.05 N 84.47 W
+    box = run(path, tmp_path, area=AOI.from_bounds((-84.5, 38.0, -84.49, 38.0105)))
+    assert len(box) == 22  # 38.0000 to 38.0105 by 0.0005, edges included
+    around = run(path, tmp_path, area=AOI.from_bbox("38.01,-84.494", 500))
+    x, y = around.to_crs(32616).geometry.x, around.to_crs(32616).geometry.y
+    assert 5 < len(around) < 12 and max(np.ptp(x), np.ptp(y)) < 500
+    ring = (
+        shapely.Point(-84.485, 38.025).buffer(0.02).difference(shapely.Point(-84.485, 38.025).buffer(0.005))
+    )
+    shots = run(path, tmp_path, area=AOI(ring, "EPSG:4326"))
+    distance = np.hypot(shots.lon + 84.485, shots.lat - 38.025)
+    assert 20 < len(shots) < 90 and distance.min() > 0.0049 and distance.max() < 0.0201
+
+
+def test_an_area_across_the_antimeridian(granule, tmp_path):
+    columns = l2a_columns(4)
+    columns["lon_lowestmode"] = np.array([179.95, -179.95, 179.0, -179.0])
+    shots = run(granule({"BEAM0101": columns}), tmp_path, area=AOI.from_bounds((179.9, 37, -179.9, 39)))
+    assert shots.lon.tolist() == [179.95, -179.95]
+
+
+def test_no_shot_in_the_area_says_where_they_are_and_writes_nothing(granule, tmp_path):
+    path = granule({"BEAM0101": l2a_columns(10)})
+    with pytest.raises(AreaError, match=r"none of 10 shots.*10 outside.*latitude 38\.00 to 38\.00") as caught:
+        run(path, tmp_path, area=AOI.from_bounds((10, 10, 11, 11)))
+    assert "swapped" not in str(caught.value)
+    with pytest.raises(AreaError, match="swapped"):
+        run(path, tmp_path, area=AOI.from_bounds((37.9, -84.6, 38.1, -84.4)))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_no_shot_left_by_the_filter_gives_the_counts(granule, tmp_path):
+    columns = l2a_columns(10)
+    columns["quality_flag"][:6] = 0
+    columns["degrade_flag"][:] = 3
+    with pytest.raises(DataError, match=r"none of 10 .*10 rejected \(quality_flag 6, degrade_flag 4\)"):
+        run(granule({"BEAM0101": columns}), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+
+
+# --- several granules, other levels -------------------------------------------------------------------
+
+
+def test_a_shot_in_two_granules_is_kept_once(granule, tmp_path):
+    one = granule({"BEAM0101": l2a_columns(10)}, "a.h5")
+    later = l2a_columns(10)
+    later["shot_number"] += np.uint64(7)
+    two = granule({"BEAM0101": later, "BEAM0000": l2a_columns(2)}, "b.h5")
+    report = extract_shots([one, two], tmp_path / "out.parquet")
+    numbers = read_shots(tmp_path / "out.parquet").query("beam == 'BEAM0101'").shot_number.tolist()
+    assert numbers == [BIG + i for i in range(17)] and report.tally.duplicate == 3 and report.tally.kept == 19
+    with pytest.raises(DataError, match="given twice"):
+        extract_shots([one, one], tmp_path / "twice.parquet")
+
+
+def test_cover_and_biomass_are_joined_by_shot_number(granule, tmp_path):
+    path = granule({"BEAM0101": l2a_columns(20), "BEAM0000": l2a_columns(3)})
+    order = np.random.default_rng(0).permutation(15)
+    l2b = {"shot_number": (np.arange(15) + 3).astype(np.uint64)[order] + np.uint64(BIG),
+           "cover": (0.01 * (np.arange(15) + 3))[order].astype(np.float32),
+           "pai": np.where(order == 0, -9999, 2.0).astype(np.float32),
+           "l2b_quality_flag_rel3": np.ones(15, np.uint8)}  # fmt: skip
+    l4a = {"shot_number": np.array([BIG + 5, 7], np.uint64), "agbd": np.array([123.5, 1.0])}
+    report = extract_shots(
+        [path], tmp_path / "out.parquet",
+        l2b=[granule({"BEAM0101": l2b}, "b.h5", "GEDI_L2B")],
+        l4a=[granule({"BEAM0101": l4a}, "c.h5", "GEDI_L4A")],
+    )  # fmt: skip
+    assert report.matched == {"L2B": 15, "L4A": 1} and len(report.notes) == 2
+    shots = read_shots(tmp_path / "out.parquet").query("beam == 'BEAM0101'").reset_index()
+    cover = [np.nan if not 3 <= i < 18 else 0.01 * i for i in range(20)]
+    assert shots.cover.to_numpy() == pytest.approx(cover, nan_ok=True)
+    assert np.isnan(shots.pai[3]) and (shots.pai[4:18] == 2).all()
+    assert shots.agbd[5] == 123.5 and shots.agbd.notna().sum() == 1
+    assert (shots.l2b_quality_flag[3:18] == 1).all() and shots.l4_quality_flag.isna().all()
+    with pytest.raises(DataError, match="GEDI_L4A; expected GEDI L2B"):
+        extract_shots([path], tmp_path / "other.parquet", l2b=[tmp_path / "c.h5"])
+
+
+# --- bad files ----------------------------------------------------------------------------------------
+
+
+def test_missing_and_empty_beams_are_passed_over(granule, tmp_path):
+    empty = {name: values[:0] for name, values in l2a_columns(1).items()}
+    path = granule({"BEAM0101": l2a_columns(4), "BEAM0110": empty, "BEAM1000": {}, "METADATA": {}})
+    assert survey([path])[0].beams == {"BEAM0101": 4} and len(run(path, tmp_path)) == 4
+
+
+def damaged(name: str) -> dict[str, np.ndarray]:
+    columns = l2a_columns(5)
+    if name in columns:
+        del columns[name]
+    return columns
+
+
+def broken(**changes: np.ndarray) -> dict[str, np.ndarray]:
+    return l2a_columns(5) | changes
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (damaged("rh"), "no variable rh"),
+        (damaged("lat_lowestmode"), "looked for lat_lowestmode, geolocation/lat_lowestmode"),
+        (damaged("shot_number"), "looked for shot_number"),
+        (damaged("degrade_flag"), "looked for degrade_flag"),
+        (broken(rh=np.zeros((5, 100), np.float32)), r"expected \(5, 101\)"),
+        (broken(rh=np.zeros((5, 101), np.int32)), "metres as floats"),
+        (broken(sensitivity=np.zeros(4)), r"expected \(5,\)"),
+        (broken(shot_number=np.arange(5.0)), "shot number loses"),
+    ],
+)
+def test_granules_that_break_their_promise_are_named(granule, tmp_path, columns, told):
+    with pytest.raises(DataError, match=told) as caught:
+        run(granule({"BEAM0101": columns}), tmp_path)
+    assert "a.h5" in str(caught.value) and "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_foreign_and_truncated_files(granule, tmp_path):
+    whole = granule({"BEAM0101": l2a_columns(400)}, "whole.h5", chunks=(32, 101), compression=1)
+    cut = tmp_path / "cut.h5"
+    cut.write_bytes(whole.read_bytes()[:-5000])
+    (tmp_path / "text.h5").write_text("<html>log in first</html>")
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["temperature"] = np.zeros(3)
+    holes = bytearray(whole.read_bytes())
+    holes[len(holes) // 3 : len(holes) // 3 + 3000] = bytes(3000)
+    (tmp_path / "holes.h5").write_bytes(holes)
+    granule({"BEAM0101": l2a_columns(2)}, "l2b.h5", "GEDI_L2B")
+    for name, told in (
+        ("cut.h5", "truncated"), ("text.h5", "not an HDF5 file"), ("foreign.h5", "no beams.*temperature"),
+        ("holes.h5", "holes.h5"), ("l2b.h5", "GEDI_L2B"), ("none.h5", "no such file"), (".", "a folder"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=told):
+            run(tmp_path / name, tmp_path)
+    assert not (tmp_path / "out.parquet").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("rh", [(), (101,), (-1, 95)])
+def test_impossible_heights_and_filters(granule, tmp_path, rh):
+    path = granule({"BEAM0101": l2a_columns(2)})
+    with pytest.raises(InputError, match="--rh"):
+        run(path, tmp_path, rh=rh)
+    with pytest.raises(InputError, match="--filter"):
+        run(path, tmp_path, filter="best")
+
+
+# --- the output ---------------------------------------------------------------------------------------
+
+
+def test_the_output_is_geoparquet_with_the_promised_columns(granule, tmp_path):
+    path = granule({"BEAM0101": l2a_columns(3)}, "GEDI02_A_x.h5")
+    extract_shots([path], tmp_path / "a.parquet")
+    schema = pq.read_schema(tmp_path / "a.parquet")
+    assert schema.names == [
+        "shot_number", "beam", "beam_type", "lat", "lon", "rh_95", "rh_98", "sensitivity", "sensitivity_a2",
+        "quality_flag", "degrade_flag", "solar_elevation", "elev_lowestmode", "dem",
+        "landsat_water_persistence", "urban_proportion", "time", "granule", "weight", "geometry"]  # fmt: skip
+    assert str(schema.field("shot_number").type) == "uint64"
+    assert str(schema.field("time").type) == "timestamp[us, tz=UTC]"
+    shots = geopandas.read_parquet(tmp_path / "a.parquet")
+    assert shots.crs.to_epsg() == 4326 and (shots.geometry.x == shots.lon).all()
+    assert shots.granule.tolist() == ["GEDI02_A_x"] * 3 and (shots.geometry.y == shots.lat).all()
+    assert shots.time[0] == pandas.Timestamp("2018-01-01", tz="UTC") + pandas.Timedelta(1e8, "s")
+    extract_shots([path], tmp_path / "b.parquet")
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_outputs_are_kept_and_checked(granule, tmp_path):
+    path = granule({"BEAM0101": l2a_columns(3)})
+    out = tmp_path / "out.parquet"
+    out.write_text("mine")
+    with pytest.raises(InputError, match="--overwrite"):
+        extract_shots([path], out)
+    with pytest.raises(DataError):
+        extract_shots([path, tmp_path / "none.h5"], out, overwrite=True)
+    assert out.read_text() == "mine"
+    for name, told in (("out.csv", "expected .parquet"), ("no/out.parquet", "no such folder")):
+        with pytest.raises(InputError, match=told):
+            extract_shots([path], tmp_path / name)
+
+
+def test_a_file_that_reads_back_differently_is_not_kept(tmp_path):
+    schema = shot_schema([95], [], {})
+    columns = {
+        "shot_number": np.arange(5000, dtype=np.uint64),
+        "lat": np.linspace(0, 1, 5000),
+        "lon": np.linspace(0, 1, 5000),
+        "rh_95": np.random.default_rng(0).normal(size=5000),
+    }
+    writer = ShotWriter(tmp_path / "out.parquet", schema)
+    with pytest.raises(OutputError), writer:
+        writer.add(as_table(schema, columns, 5000))
+        writer._flush()
+        (partial,) = tmp_path.glob(".*.partial")
+        with partial.open("r+b") as file:
+            file.seek(20_000)
+            file.write(b"\xff" * 64)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("a,b\n1,2\n", "no column shot_number"), ("shot_number,lat,lon,rh95\n1.9e16,0,0,3\n", "1.9e16"),
+     ("shot_number,lat,lon\n1,0,0\n", "rh_95")],
+)  # fmt: skip
+def test_tables_that_are_not_shots(tmp_path, text, told):
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=told):
+        read_shots(path)
+    path.rename(tmp_path / "table.parquet")
+    with pytest.raises(DataError, match="Parquet"):
+        read_shots(tmp_path / "table.parquet")

@@ -1,0 +1,269 @@
+"""`get`: plans and downloads against servers on this machine that speak each host's protocol."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import threading
+import types
+
+import pytest
+
+from canopy import download as http
+from canopy.download import crc32c, download
+from canopy.errors import AreaError, DataError, FetchError, InputError, OutputError
+from canopy.geo.area import AOI
+from canopy.labels.catalog import RemoteFile, Wish
+from canopy.labels.fetch import RECORD, get_files, plan_get, verify_folder
+
+TOKEN = "eyJ-top-secret-token"
+MONTH = "STEI-2022-07"
+
+
+def body(name: str, size: int = 5000) -> bytes:
+    return random.Random(name).randbytes(size)
+
+
+# ---- NEON ------------------------------------------------------------------------------------
+class Neon:
+    """The API's two listings, behind a token, in two pages; files behind a signature that runs out."""
+
+    def __init__(self, server, site: str = "STEI", domain: str = "D05") -> None:
+        self.server, self.site = server, site
+        self.names = [
+            f"NEON_{domain}_{site}_DP3_{e}000_{n}000_CHM.tif" for e in (297, 298) for n in (5041, 5042)
+        ]
+        self.release = "RELEASE-2024"
+        server.signature = "good"
+        for name in self.names:
+            server.put(f"/signed/{name}", body(name))
+        server.routes["/api/products/DP3.30015.001"] = self.products
+        for month in ("2019-06", "2022-07"):
+            server.routes[f"/api/data/DP3.30015.001/{site}/{month}"] = self.files
+
+    def products(self, path, query, _body):
+        rows = [{"siteCode": self.site, "availableMonths": ["2022-07", "2019-06"]}]
+        return 200, {"Content-Type": "application/json"}, json.dumps({"data": {"siteCodes": rows}}).encode()
+
+    def files(self, path, query, _body):
+        if not self.server.token_ok:
+            return 401, {}, b"no token"
+        page = int(query.get("page", ["0"])[0])
+        signature = self.server.signature if self.server.fresh else "stale"
+        self.server.fresh = True
+        rows = [
+            {
+                "name": name,
+                "size": str(len(body(name))),
+                "md5": None,
+                "crc32c": f"{crc32c(body(name)):x}",
+                "url": f"{self.server.url}/signed/{name}?sig={signature}",
+            }
+            for name in self.names[2 * page : 2 * page + 2]
+        ]
+        rows.append({"name": "readme.txt", "size": 3, "url": f"{self.server.url}/readme.txt"})
+        headers = {"Content-Type": "application/json"}
+        if page == 0:
+            headers["Link"] = f'<{path.split("?")[0]}?page=1>; rel="next"'
+        return 200, headers, json.dumps({"data": {"files": rows, "release": self.release}}).encode()
+
+
+@pytest.fixture
+def neon(server, point_at, monkeypatch):
+    monkeypatch.setenv("NEON_API_TOKEN", TOKEN)
+    server.token_ok = server.fresh = True
+    point_at("neon", f"{server.url}/api")
+    return Neon(server)
+
+
+def tree(size_m: float = 200) -> AOI:
+    """Around Treehaven's tower: within one tile of STEI's flights."""
+    return AOI.from_bbox([45.49369, -89.58571], size_m=size_m)
+
+
+def test_neon_files_are_listed_paged_chosen_by_area_fetched_and_checked(neon, tmp_path, tells_no_secret):
+    plan = plan_get("neon", Wish(area=tree(60)))
+    tells_no_secret(plan)
+    tells_no_secret(plan.facts())
+    assert [f.name for f in plan.files] == ["NEON_D05_STEI_DP3_297000_5041000_CHM.tif"]
+    assert (
+        plan.total_bytes == 5000
+        and plan.files[0].day == "2022-07"
+        and "newest year of 2019-06 to 2022-07" in plan.notes[0]
+    )
+    got = get_files(plan, tmp_path / "out")
+    assert got.fetched == ("STEI-2022-07/NEON_D05_STEI_DP3_297000_5041000_CHM.tif",) and got.kept == ()
+    assert (tmp_path / "out" / plan.files[0].path).read_bytes() == body(plan.files[0].name)
+    assert verify_folder(tmp_path / "out") == {"folder": str(tmp_path / "out"), "files": 1, "problems": {}}
+    tells_no_secret((tmp_path / "out" / RECORD).read_text())
+
+
+def test_a_site_published_under_another_one_is_looked_for_there(neon):
+    plan = plan_get("neon", Wish(sites=("TREE",), datetime="2019"))
+    assert len(plan.files) == 4 and {f.day for f in plan.files} == {"2019-06"}
+    assert plan.notes == ("TREE is published under STEI",)
+    assert plan_get("neon", Wish(sites=("STEI",), match="298000_50[4]1")).files[0].name == neon.names[2]
+
+
+def test_every_flight_in_the_dates_is_listed(neon):
+    plan = plan_get("neon", Wish(area=tree(), datetime="2018/2023"))
+    assert [f.path for f in plan.files] == [
+        f"STEI-{f.day}/{neon.names[n]}" for f, n in zip(plan.files, (0, 2, 0, 2), strict=True)
+    ]
+    assert [f.day for f in plan.files] == ["2019-06", "2019-06", "2022-07", "2022-07"] and plan.notes == ()
+    with pytest.raises(AreaError, match=r"no DP3.30015.001 in 2030"):
+        plan_get("neon", Wish(area=tree(), datetime="2030"))
+
+
+def test_provisional_data_are_said_to_be(neon):
+    neon.release = "PROVISIONAL"
+    assert "STEI-2022-07 is provisional" in plan_get("neon", Wish(area=tree())).notes[-1]
+
+
+def test_two_downloads_into_one_folder_share_its_record(neon, tmp_path):
+    plans = [plan_get("neon", Wish(sites=("STEI",), match=f"{east}000_")) for east in (297, 298)]
+    work = [threading.Thread(target=get_files, args=(plan, tmp_path)) for plan in plans]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert verify_folder(tmp_path) == {"folder": str(tmp_path), "files": 4, "problems": {}}
+    assert {path.name for path in tmp_path.iterdir()} - {"manifests"} == {RECORD, MONTH}
+
+
+def test_without_or_with_a_wrong_token_the_host_is_named_and_the_remedy(
+    neon, server, monkeypatch, tells_no_secret
+):
+    server.token_ok = False
+    with pytest.raises(
+        FetchError, match=r"refuses the token in NEON_API_TOKEN \(401\).*Set NEON_API_TOKEN"
+    ) as caught:
+        plan_get("neon", Wish(area=tree()))
+    tells_no_secret(caught.value)
+    monkeypatch.delenv("NEON_API_TOKEN")
+    with pytest.raises(FetchError, match=r"127\.0\.0\.1:\d+ asks for a token"):
+        plan_get("neon", Wish(area=tree()))
+    assert server.asked("/api/data") == 2  # a refusal is not retried
+
+
+def test_a_signature_that_ran_out_is_asked_for_again(neon, server, tmp_path):
+    server.fresh = False  # the first listing gives stale signatures
+    plan = plan_get("neon", Wish(sites=("STEI",), match="297000_5041"))
+    get_files(plan, tmp_path)
+    assert server.asked("sig=stale") >= 1 and server.asked("sig=good") == 1
+    assert (tmp_path / MONTH / neon.names[0]).read_bytes() == body(neon.names[0])
+
+
+def test_a_second_run_fetches_nothing_and_a_cut_one_resumes(neon, server, tmp_path):
+    server.cut(f"/signed/{neon.names[1]}", times=1, after=2000)
+    wish = Wish(sites=("STEI",))
+    assert len(get_files(plan_get("neon", wish), tmp_path).fetched) == 4
+    assert (2000 in {first for _, path, first in server.log if neon.names[1] in path}) and server.asked(
+        "/signed/"
+    ) == 5
+    again = get_files(plan_get("neon", wish), tmp_path)
+    assert again.fetched == () and len(again.kept) == 4 and server.asked("/signed/") == 5
+    (tmp_path / MONTH / neon.names[2]).unlink()
+    assert get_files(plan_get("neon", wish), tmp_path).fetched == (f"{MONTH}/{neon.names[2]}",)
+
+
+def test_a_damaged_download_is_discarded(neon, server, tmp_path):
+    name = neon.names[0]
+    server.put(f"/signed/{name}", b"x" + body(name)[1:])
+    plan = plan_get("neon", Wish(sites=("STEI",), match="297000_5041"))
+    with pytest.raises(DataError, match=rf"crc32c of {name} is [0-9a-f]{{8}}; expected [0-9a-f]{{8}}"):
+        get_files(plan, tmp_path)
+    assert list(tmp_path.glob(f"{MONTH}/*.tif*")) == [] and not (tmp_path / RECORD).exists()
+
+
+def test_a_file_that_is_there_and_wrong_is_an_error_until_overwritten(neon, tmp_path):
+    plan = plan_get("neon", Wish(sites=("STEI",), match="297000_5041"))
+    path = tmp_path / MONTH / neon.names[0]
+    path.parent.mkdir()
+    path.write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"4 bytes; expected 5000.*--overwrite"):
+        get_files(plan, tmp_path)
+    assert path.read_bytes() == b"mine"
+    get_files(plan, tmp_path, overwrite=True)
+    assert path.read_bytes() == body(neon.names[0])
+
+
+def test_a_catalogue_cannot_write_outside_the_folder(neon, server):
+    neon.names[0] = "../../NEON_D05_STEI_DP3_297000_5041000_CHM.tif"
+    with pytest.raises(DataError, match="plain file name"):
+        plan_get("neon", Wish(sites=("STEI",)))
+
+
+def test_a_next_page_on_another_host_is_refused(neon, server):
+    def listing(path, query, _body):
+        return 200, {"Link": '<http://elsewhere.invalid/x>; rel="next"'}, b'{"data": {"siteCodes": []}}'
+
+    server.routes["/api/products/DP3.30015.001"] = listing
+    with pytest.raises(FetchError, match="another host"):
+        plan_get("neon", Wish(sites=("STEI",)))
+
+
+def test_areas_without_neon_say_so(neon):
+    with pytest.raises(AreaError, match="neon has nothing there"):
+        plan_get("neon", Wish(area=AOI.from_bbox([48.4, 2.7], size_m=500)))
+    with pytest.raises(AreaError, match="no NEON site within 25 km"):
+        plan_get("neon", Wish(area=AOI.from_bbox([41.0, -93.0], size_m=500)))
+    with pytest.raises(InputError, match="neither an area nor a site"):
+        plan_get("neon", Wish())
+
+
+def test_no_room_on_the_disk_is_said_before_fetching(neon, server, tmp_path, monkeypatch):
+    plan = plan_get("neon", Wish(sites=("STEI",)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100))
+    with pytest.raises(OutputError, match=r"0\.0 GB free"):
+        get_files(plan, tmp_path)
+    assert server.asked("/signed/") == 0
+
+
+def test_tokens_stay_with_their_host(server, tmp_path):
+    seen: list[str] = []
+    url = server.put("/there.bin", b"data")
+    other = url.replace("127.0.0.1", "localhost")
+    server.routes["/redirect.bin"] = lambda *_: (302, {"Location": other}, b"")
+    client = http.client()
+    client.event_hooks["request"].append(
+        lambda r: seen.append(f"{r.url.host} {r.headers.get('x-api-token')}")
+    )
+    try:
+        download(server.url + "/redirect.bin", tmp_path / "a", headers={"X-API-TOKEN": TOKEN})
+    finally:
+        client.event_hooks = {"request": client.event_hooks["request"][:-1], "response": []}
+    assert seen == [f"127.0.0.1 {TOKEN}", "localhost None"]
+
+
+# ---- folders and wishes ----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"files": {"../x": {"bytes": 1, "sha256": "a"}}}', '{"files": {"a": {}}}']
+)
+def test_a_record_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / RECORD).write_text(text)
+    with pytest.raises(DataError, match="cannot be read"):
+        verify_folder(tmp_path)
+
+
+def test_a_folder_without_record_is_no_download(tmp_path):
+    with pytest.raises(DataError, match="holds no record"):
+        verify_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"), [({"match": "("}, "--match"), ({"datetime": "soon"}, "--datetime")]
+)
+def test_wishes_are_checked_at_once(wish, message):
+    with pytest.raises(InputError, match=message):
+        Wish(**wish)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [("ftp://h/a", "a"), ("https://h/a", ".hidden"), ("https://h/a", "a/b"), ("https://h/a", "a..b")],
+)
+def test_unsafe_files_are_refused(url, name):
+    with pytest.raises(DataError):
+        RemoteFile(url=url, name=name)

@@ -1,0 +1,328 @@
+"""`get` against each host's protocol: WFS, STAC, Earthdata and buckets, served by this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+import types
+from xml.sax.saxutils import escape
+
+import pytest
+from pyproj import Transformer
+from shapely.geometry import box, mapping, shape
+
+from canopy.errors import AreaError, DataError, FetchError, InputError, MissingDependencyError
+from canopy.geo.area import AOI
+from canopy.imagery import stac
+from canopy.labels import fetch as earthdata
+from canopy.labels.catalog import Wish
+from canopy.labels.fetch import RECORD, get_files, plan_get, verify_folder
+from canopy.labels.names import LidarHdTile
+
+
+def body(name: str, size: int = 5000) -> bytes:
+    return random.Random(name).randbytes(size)
+
+
+# ---- IGN -------------------------------------------------------------------------------------
+class Ign:
+    """A WFS that pages, takes longitude first in CRS:84 only, and does not know the older layers."""
+
+    def __init__(self, server) -> None:
+        self.server, self.cap = server, 2
+        self.known = {"IGNF_LIDAR-HD_METADONNEE:metadata"}
+        self.tiles = [LidarHdTile(x, y) for x in (676, 677, 678) for y in (6815, 6816)]
+        to_lonlat = Transformer.from_crs(2154, 4326, always_xy=True)
+        self.features = []
+        for tile in self.tiles:
+            name, points = (
+                tile.filename,
+                f"LHD_FXX_{tile.x_km:04d}-{tile.y_km:04d}_PTS_O_LAMB93_IGN69.copc.laz",
+            )
+            server.put("/wms-r", body("raster"))
+            server.put(f"/laz/{points.replace('-', '_')}", body(points))
+            outline = box(*to_lonlat.transform_bounds(*tile.bounds))
+            facts = {
+                "url_mnh": f"{server.url}/wms-r?SERVICE=WMS&REQUEST=GetMap&FILENAME={name}",
+                "url_npl": f"{server.url}/laz/{points}",
+                "date_debut_acquisition": "2022-06-01Z",
+                "date_fin_acquisition": "2022-06-03Z",
+                "url": f"{server.url}/old/{name}",
+                "metadata": json.dumps({"date_fin_acquisition": "2021-09-24"}),
+            }
+            self.features.append({"type": "Feature", "geometry": mapping(outline), "properties": facts})
+        server.routes["/wfs/ows"] = self.answer
+
+    def answer(self, path, query, _body):
+        value = {key.upper(): values[0] for key, values in query.items()}
+        if value["TYPENAMES"] not in self.known:
+            return 400, {"Content-Type": "text/xml"}, b"<ExceptionReport>Unknown namespace</ExceptionReport>"
+        *numbers, crs = value["BBOX"].split(",")
+        assert crs == value["SRSNAME"] == "CRS:84"
+        wanted = box(*map(float, numbers))
+        hits = [f for f in self.features if shape(f["geometry"]).intersects(wanted)]
+        start = int(value["STARTINDEX"])
+        page = hits[start : start + min(self.cap, int(value["COUNT"]))]
+        answer = {
+            "type": "FeatureCollection",
+            "features": page,
+            "numberMatched": len(hits),
+            "numberReturned": len(page),
+        }
+        return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+
+
+@pytest.fixture
+def ign(server, point_at):
+    point_at("france-lidar-hd", f"{server.url}/wfs/ows")
+    return Ign(server)
+
+
+def in_france(west_km: float, south_km: float, east_km: float, north_km: float) -> AOI:
+    return AOI.from_bounds([km * 1000 for km in (west_km, south_km, east_km, north_km)], "EPSG:2154")
+
+
+def test_ign_tiles_are_paged_and_chosen_by_their_names_bounds(ign, server, tmp_path):
+    plan = plan_get("france-lidar-hd", Wish(area=in_france(676.1, 6814.1, 677.9, 6815.9)))
+    assert [f.name for f in plan.files] == sorted(t.filename for t in ign.tiles if t.x_km < 678)
+    assert server.asked("/wfs/ows") >= 2 and all(f.about and f.bytes == 16_000_000 for f in plan.files)
+    assert {f.day for f in plan.files} == {"2022-06-03"}
+    one = plan_get("france-lidar-hd", Wish(area=in_france(677.2, 6815.2, 677.4, 6815.4)))
+    assert [f.name for f in one.files] == ["LHD_FXX_0677_6816_MNH_O_0M50_LAMB93_IGN69.tif"]
+    get_files(one, tmp_path)
+    record = json.loads((tmp_path / RECORD).read_text())["files"][one.files[0].name]
+    assert (
+        record["sha256"] == hashlib.sha256(body("raster")).hexdigest()
+        and "Licence Ouverte" in record["licence"]
+    )
+    assert verify_folder(tmp_path)["problems"] == {}
+
+
+def test_names_with_a_dash_are_fetched_where_they_are(ign, tmp_path):
+    wish = Wish(area=in_france(677.2, 6815.2, 677.4, 6815.4))
+    plan = plan_get("france-lidar-hd", wish, product="points")
+    assert [f.name for f in plan.files] == ["LHD_FXX_0677_6816_PTS_O_LAMB93_IGN69.copc.laz"]
+    assert get_files(plan, tmp_path).fetched
+
+
+def test_the_older_layer_serves_where_the_newer_one_is_unknown(ign):
+    ign.known = {"IGNF_MNH-LIDAR-HD:dalle"}
+    plan = plan_get("france-lidar-hd", Wish(area=in_france(677.2, 6815.2, 677.4, 6815.4)))
+    assert "/old/" in plan.files[0].address and plan.files[0].day == "2022-06-03"
+    ign.known = set()
+    with pytest.raises(FetchError, match="none of the layers IGNF_LIDAR-HD_METADONNEE:metadata"):
+        plan_get("france-lidar-hd", Wish(area=in_france(677.2, 6815.2, 677.4, 6815.4)))
+
+
+def test_ign_dates_and_empty_places(ign):
+    here = in_france(677.2, 6815.2, 677.4, 6815.4)
+    assert plan_get("france-lidar-hd", Wish(area=here, datetime="2022-06")).files
+    for wish in (Wish(area=here, datetime="2021"), Wish(area=in_france(700, 6800, 700.5, 6800.5))):
+        with pytest.raises(AreaError, match="no tile there"):
+            plan_get("france-lidar-hd", wish)
+    with pytest.raises(InputError, match="found by area"):
+        plan_get("france-lidar-hd", Wish())
+
+
+def test_a_rate_limit_is_waited_for(ign, server, tmp_path):
+    server.fail("/wms-r", times=2, status=429, headers={"Retry-After": "0"})
+    plan = plan_get("france-lidar-hd", Wish(area=in_france(677.2, 6815.2, 677.4, 6815.4)))
+    assert get_files(plan, tmp_path).fetched and server.asked("/wms-r") == 3
+
+
+# ---- STAC ------------------------------------------------------------------------------------
+@pytest.fixture
+def dep(server, point_at, monkeypatch):
+    """An API with three items, whose files want a signature that runs out."""
+    pytest.importorskip("pystac_client")
+    monkeypatch.setattr(
+        stac, "planetary_computer_sign", lambda url, fresh: f"{url}?sig={'good' if fresh else 'old'}"
+    )
+    server.signature = "good"
+    items = []
+    for number, west in enumerate((-120.0, -119.99, -110.0)):
+        name = f"USGS_LPC_CA_{number}"
+        server.put(f"/signed/{name}.copc.laz", body(name))
+        asset = {"href": f"{server.url}/signed/{name}.copc.laz"}
+        if number == 1:
+            asset |= {"file:size": 5000, "file:checksum": "1220" + hashlib.sha256(body(name)).hexdigest()}
+        items.append({
+            "type": "Feature", "stac_version": "1.0.0", "id": name, "collection": "3dep-lidar-copc",
+            "links": [], "bbox": [west, 37.0, west + 0.01, 37.01],
+            "geometry": mapping(box(west, 37.0, west + 0.01, 37.01)),
+            "properties": {"datetime": "2019-05-01T00:00:00Z"}, "assets": {"data": asset},
+        })  # fmt: skip
+
+    def search(path, query, content):
+        wanted = box(*json.loads(content)["bbox"])
+        found = [i for i in items if box(*i["bbox"]).intersects(wanted)]
+        return (
+            200,
+            {"Content-Type": "application/geo+json"},
+            json.dumps({"type": "FeatureCollection", "features": found, "links": []}).encode(),
+        )
+
+    server.routes["/stac/search"] = search
+    server.put("/stac", {
+        "type": "Catalog", "id": "api", "stac_version": "1.0.0", "description": "x",
+        "conformsTo": ["https://api.stacspec.org/v1.0.0/core", "https://api.stacspec.org/v1.0.0/item-search"],
+        "links": [{"rel": "self", "href": f"{server.url}/stac"},
+                  {"rel": "root", "href": f"{server.url}/stac"},
+                  {"rel": "search", "href": f"{server.url}/stac/search", "method": "POST"}],
+    })  # fmt: skip
+    point_at("california-3dep", f"{server.url}/stac")
+
+
+def test_stac_items_are_found_signed_again_when_refused_and_checked(dep, server, tmp_path, tells_no_secret):
+    plan = plan_get("california-3dep", Wish(area=AOI.from_bounds([-119.999, 37.001, -119.985, 37.005])))
+    tells_no_secret(plan.facts())
+    assert [f.name for f in plan.files] == ["USGS_LPC_CA_0.copc.laz", "USGS_LPC_CA_1.copc.laz"]
+    assert plan.files[1].bytes == 5000 and plan.files[1].checksum.startswith("sha256:")
+    assert len(get_files(plan, tmp_path).fetched) == 2 and server.asked("sig=good") >= 2
+    tells_no_secret((tmp_path / RECORD).read_text())
+    assert verify_folder(tmp_path)["problems"] == {}
+
+
+def test_a_size_that_the_catalogue_leaves_out_is_asked_of_the_host(dep, monkeypatch):
+    monkeypatch.setattr(stac, "planetary_computer_sign", lambda url, fresh: f"{url}?sig=good")
+    plan = plan_get("california-3dep", Wish(area=AOI.from_bounds([-119.999, 37.001, -119.995, 37.005])))
+    assert [f.bytes for f in plan.files] == [5000] and not plan.files[0].about and plan.unknown == 0
+
+
+def test_stac_outside_its_region(dep):
+    with pytest.raises(AreaError, match="california-3dep has nothing there"):
+        plan_get("california-3dep", Wish(area=AOI.from_bounds([-110.0, 37.001, -109.99, 37.005])))
+    with pytest.raises(AreaError, match="nothing there"):
+        plan_get("california-3dep", Wish(area=AOI.from_bounds([-121.0, 38.001, -120.99, 38.005])))
+
+
+# ---- Earthdata -------------------------------------------------------------------------------
+class Granule(dict):
+    def data_links(self, access=None, in_region=False):
+        return [link["URL"] for link in self["umm"]["RelatedUrls"] if link["Type"] == "GET DATA"]
+
+
+@pytest.fixture
+def earthaccess(server, monkeypatch):
+    """A module that answers as earthaccess 0.1x does; files want its token and redirect to signed storage."""
+    name = "GEDI02_A_2019162222610_O02812_04_T01244_02_003_01_V002.h5"
+    module = types.ModuleType("earthaccess")
+    module.asked = []
+    digest = hashlib.sha256(body(name)).hexdigest()
+    part = {"Name": name, "SizeInBytes": 5000, "Checksum": {"Value": digest, "Algorithm": "SHA-256"}}
+    granule = Granule(umm={
+        "RelatedUrls": [{"Type": "GET DATA", "URL": f"{server.url}/archive/{name}"},
+                        {"Type": "VIEW RELATED INFORMATION", "URL": "x"},
+                        {"Type": "GET DATA", "URL": f"{server.url}/archive/{name}.sha256"}],
+        "DataGranule": {"ArchiveAndDistributionInformation": [part]},
+        "TemporalExtent": {"RangeDateTime": {"BeginningDateTime": "2019-06-11T22:26:10Z"}},
+    })  # fmt: skip
+
+    def search_data(count=-1, **query):
+        module.asked.append(query)
+        return [granule]
+
+    def login(strategy="all", persist=False):
+        module.asked.append(strategy)
+        return types.SimpleNamespace(authenticated=True, token={"access_token": "earth-secret"})
+
+    module.search_data, module.login, module.name = search_data, login, name
+    monkeypatch.setitem(sys.modules, "earthaccess", module)
+    earthdata._bearer.cache_clear()
+    monkeypatch.setenv("EARTHDATA_TOKEN", "earth-secret")
+    server.signature = "good"
+    server.put(f"/signed/{name}", body(name))
+    server.routes[f"/archive/{name}"] = lambda *_: (303, {"Location": f"/signed/{name}?sig=good"}, b"")
+    yield module
+    earthdata._bearer.cache_clear()
+
+
+def test_gedi_granules_are_searched_without_login_and_fetched_with_one(
+    earthaccess, tmp_path, tells_no_secret
+):
+    area = AOI.from_bounds([-55.0, -12.0, -54.9, -11.9])
+    plan = plan_get("gedi-l2a", Wish(area=area, datetime="2019-06-01/2019-07-01"))
+    expected = {"short_name": "GEDI02_A", "version": "002", "temporal": ("2019-06-01", "2019-07-01")}
+    assert (
+        earthaccess.asked[0] == expected | {"bounding_box": area.bounds_lonlat}
+        and len(earthaccess.asked) == 1
+    )
+    assert [f.name for f in plan.files] == [earthaccess.name] and plan.total_bytes == 5000
+    got = get_files(plan, tmp_path)
+    assert got.fetched and earthaccess.asked[1:] == ["environment"]
+    tells_no_secret(plan)
+    tells_no_secret((tmp_path / RECORD).read_text())
+
+
+def test_a_failed_login_says_how_and_nothing_else(earthaccess, tmp_path, tells_no_secret):
+    def login(strategy="all", persist=False):
+        raise RuntimeError("refused earth-secret")
+
+    earthaccess.login = login
+    plan = plan_get("gedi-l2a", Wish(area=AOI.from_bounds([-55.0, -12.0, -54.9, -11.9])))
+    with pytest.raises(
+        FetchError, match=r"no Earthdata login \(RuntimeError\).*Set EARTHDATA_TOKEN"
+    ) as caught:
+        get_files(plan, tmp_path)
+    tells_no_secret(caught.value)
+
+
+def test_without_earthaccess_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "earthaccess", None)
+    with pytest.raises(MissingDependencyError, match="pip install earthaccess"):
+        plan_get("gedi-l2a", Wish(area=AOI.from_bounds([-55.0, -12.0, -54.9, -11.9])))
+
+
+# ---- S3 --------------------------------------------------------------------------------------
+@pytest.fixture
+def bucket(server, point_at):
+    """ListObjectsV2 in pages of two."""
+    names = [f"MDS_color_3314-13{n}.laz" for n in range(5)] + ["index.html"]
+    for name in names:
+        server.put(f"/{name}", body(name))
+
+    def listing(path, query, _body):
+        start = int(query.get("continuation-token", ["0"])[0])
+        more = start + 2 < len(names)
+        rows = "".join(
+            f"<Contents><Key>{escape(n)}</Key><Size>5000</Size><ETag>&quot;{hashlib.md5(body(n)).hexdigest()}&quot;</ETag></Contents>"
+            for n in names[start : start + 2]
+        )
+        token = f"<NextContinuationToken>{start + 2}</NextContinuationToken>" if more else ""
+        text = f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{rows}<IsTruncated>{str(more).lower()}</IsTruncated>{token}</ListBucketResult>'
+        return 200, {"Content-Type": "application/xml"}, text.encode()
+
+    server.routes["/"] = listing
+    point_at("sao-paulo", server.url)
+
+
+def test_a_buckets_files_are_listed_by_pages_matched_and_checked(bucket, server, tmp_path):
+    plan = plan_get("sao-paulo", Wish(match="3314-13[34]"))
+    assert [f.name for f in plan.files] == ["MDS_color_3314-133.laz", "MDS_color_3314-134.laz"]
+    assert server.asked("list-type=2") == 3 and all(f.checksum.startswith("md5:") for f in plan.files)
+    assert len(get_files(plan, tmp_path).fetched) == 2
+    with pytest.raises(DataError, match="no file of sao-paulo matches"):
+        plan_get("sao-paulo", Wish(match="9999"))
+    with pytest.raises(InputError, match="--match"):
+        plan_get("sao-paulo", Wish())
+
+
+def test_a_page_instead_of_a_listing_is_refused(bucket, server):
+    server.routes["/"] = lambda *_: (200, {}, b'<!DOCTYPE x [<!ENTITY a "b">]><ListBucketResult/>')
+    with pytest.raises(FetchError, match="no bucket listing"):
+        plan_get("sao-paulo", Wish(match="3314"))
+
+
+def test_what_changed_after_the_download_is_found(bucket, tmp_path):
+    get_files(plan_get("sao-paulo", Wish(match="3314-13[0123]")), tmp_path)
+    (tmp_path / "MDS_color_3314-130.laz").write_bytes(b"short")
+    (tmp_path / "MDS_color_3314-131.laz").write_bytes(bytes(5000))
+    (tmp_path / "MDS_color_3314-132.laz").unlink()
+    problems = verify_folder(tmp_path)["problems"]
+    assert problems == {
+        "MDS_color_3314-130.laz": "5 bytes instead of 5000",
+        "MDS_color_3314-131.laz": "another sha256 than when it was fetched",
+        "MDS_color_3314-132.laz": "missing",
+    }

@@ -1,0 +1,158 @@
+"""What a finished region leaves for others: valid files, a valid catalog, and words on where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import rasterio.shutil
+from affine import Affine
+from rasterio.transform import from_origin
+from rio_cogeo import cog_validate
+
+from canopy.geo.crs import to_crs
+from canopy.geo.raster import read_raster
+from canopy.inference.options import Request
+from canopy.inference.predict import prepare
+from canopy.region.plan import RegionSettings
+from canopy.region.publish import axis_mapping
+from canopy.region.run import prepare_run, start
+
+
+def test_outputs_are_valid_and_say_where_they_come_from(
+    settings: Callable[..., RegionSettings], inline: type, tmp_path: Path
+) -> None:
+    result = start(prepare_run(settings(encoding="uint16cm", date_band=True)), engine=inline)
+    folder = tmp_path / "run"
+    collection = json.loads((folder / "collection.json").read_text())
+    items = [link["href"] for link in collection["links"] if link["rel"] == "item"]
+    assert len(items) == result.counts["done"] > 1
+    assert collection["extent"]["temporal"]["interval"] == [["2021-06-15T00:00:00Z", "2021-06-15T23:59:59Z"]]
+    for href in items:
+        item = json.loads((folder / href).read_text())
+        path = folder / "tiles" / item["assets"]["canopy_height"]["href"]
+        valid, errors, warnings = cog_validate(path, strict=True)
+        assert valid and not errors and not warnings
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert item["assets"]["canopy_height"]["file:checksum"] == f"1220{digest}"
+        assert item["properties"]["datetime"] == "2021-06-15T00:00:00Z"
+        assert (
+            item["properties"]["created"]
+            == json.loads((folder / "run.json").read_text())["canopy"]["created"]
+        )
+        with rasterio.open(path) as dataset:
+            assert dataset.tags()["CANOPY_IMAGERY"] == "texture.tif"
+            assert list(dataset.transform)[:6] == item["properties"]["proj:transform"]
+            dataset.read()
+    check_stac(folder)
+    model = json.loads((folder / "model.json").read_text())["properties"]
+    assert model["mlm:name"] == "small-random" and model["mlm:total_parameters"] > 1000
+    with rasterio.open(folder / "mosaic") as mosaic:
+        assert mosaic.scales == (0.01, 1.0) and mosaic.nodata == 65535
+    assert read_raster(folder / "mosaic.vrt").valid.any()  # canopy's own reader takes it
+
+
+# Northing first, easting first, both axes to the north or to the south in either order, westing first, feet.
+@pytest.mark.parametrize(
+    "code", [2193, 2180, 31467, 4326, 3035, 32619, 3857, 3031, 3413, 32661, 5041, 32761, 2053, 2065, 2263]
+)
+def test_axes_are_told_as_gdal_tells_them(code: int, tmp_path: Path) -> None:
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", width=4, height=4, count=1, dtype="uint8",
+        crs=f"EPSG:{code}", transform=from_origin(1, 4, 1, 1),
+    ) as dataset:  # fmt: skip
+        dataset.write(np.ones((1, 4, 4), np.uint8))
+    rasterio.shutil.copy(tmp_path / "a.tif", tmp_path / "a.vrt", driver="VRT")
+    expected = f'<SRS dataAxisToSRSAxisMapping="{axis_mapping(to_crs(code))}">'
+    assert expected in (tmp_path / "a.vrt").read_text()
+
+
+def test_gdal_places_a_mosaic_of_northings_where_its_tiles_are(
+    settings: Callable[..., RegionSettings], inline: type, image: Path, tmp_path: Path
+) -> None:
+    new_zealand = tmp_path / "nz.tif"
+    with rasterio.open(image) as dataset:
+        profile = dataset.profile | {"crs": "EPSG:2193", "transform": Affine(0.5, 0, 1.5e6, 0, -0.5, 5.4e6)}
+        with rasterio.open(new_zealand, "w", **profile) as copy:
+            copy.write(dataset.read())
+    wish = settings(images=(str(new_zealand),), crs="EPSG:2193", tile_px=256)
+    result = start(prepare_run(wish), engine=inline)
+    assert result.counts["done"] >= 1
+
+    def placed(path: Path) -> tuple[float, ...]:
+        """Bounds in EPSG:3857 of what GDAL itself, which heeds the mapping, warps there."""
+        out = tmp_path / "placed.tif"
+        rasterio.shutil.copy(path, out, driver="COG", TILING_SCHEME="GoogleMapsCompatible", OVERWRITE="YES")
+        with rasterio.open(out) as dataset:
+            return tuple(dataset.bounds)
+
+    with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
+        rasterio.shutil.copy(mosaic, tmp_path / "plain.tif", driver="GTiff", dtype="float32")
+    found = placed(tmp_path / "run" / "mosaic.vrt")
+    assert found == pytest.approx(placed(tmp_path / "plain.tif"))
+    assert found[0] / 111_319.49 == pytest.approx(171.8, abs=0.01)  # degrees east, not west of America
+
+
+def check_stac(folder: Path) -> None:
+    """pystac reads all of it, follows every link, and the extensions' own classes find their fields."""
+    import pystac
+    from pystac.extensions.file import FileExtension
+    from pystac.extensions.projection import ProjectionExtension
+    from pystac.extensions.raster import RasterExtension
+
+    catalog = pystac.Catalog.from_file(str(folder / "catalog.json"))
+    (collection,) = catalog.get_children()
+    assert isinstance(collection, pystac.Collection)
+    for item in collection.get_items():
+        assert item.get_root() is catalog and item.collection_id == collection.id
+        assert (
+            ProjectionExtension.ext(item).shape and FileExtension.ext(item.assets["canopy_height"]).checksum
+        )
+        assert RasterExtension.ext(item.assets["canopy_height"]).bands
+    assert [item.id for item in catalog.get_items()] == ["model-small-random"]
+
+
+def schemas() -> dict[str, str]:
+    """Addresses to files: STAC's own schemas, which pystac has; extensions' where CANOPY_STAC_SCHEMAS is.
+
+    benchmarks/region_outputs.py fills such a folder.
+    """
+    import pystac
+
+    core = Path(pystac.__file__).parent / "validation" / "jsonschemas"
+    found = {f"https://geojson.org/schema/{p.name}": str(p) for p in (core / "geojson").glob("*.json")}
+    for path in (core / "stac-spec" / "v1.1.0").glob("*.json"):
+        kind = path.stem if path.stem in ("catalog", "collection") else "item"
+        found[f"https://schemas.stacspec.org/v1.1.0/{kind}-spec/json-schema/{path.name}"] = str(path)
+    if "CANOPY_STAC_SCHEMAS" in os.environ:
+        for path in Path(os.environ["CANOPY_STAC_SCHEMAS"]).glob("stac-extensions.github.io_*"):
+            host, name, version, last = path.name.split("_")
+            found[f"https://{host}/{name}/{version}/{last}"] = str(path)
+    return found
+
+
+def test_stac_validator_takes_every_file(
+    settings: Callable[..., RegionSettings], inline: type, image: Path, small_model: Path, tmp_path: Path
+) -> None:
+    from stac_validator import stac_validator as validator
+
+    start(prepare_run(settings(encoding="uint8m", zoom=18, tile_px=256)), engine=inline)
+    request = Request(images=(str(image),), model=str(small_model), out=tmp_path / "one.tif", quicklook=True)
+    prepare(request).run()
+    known = schemas()
+    folder = tmp_path / "run"
+    names = ("catalog.json", "collection.json", "model.json")
+    files = [*(folder / name for name in names), *folder.glob("tiles/*.json"), tmp_path / "one.json"]
+    assert len(files) > 4
+    for path in files:
+        check = validator.StacValidate(
+            str(path), schema_map=known, core="CANOPY_STAC_SCHEMAS" not in os.environ
+        )
+        check.run()
+        assert all(message["valid_stac"] for message in check.message), (path.name, check.message)
