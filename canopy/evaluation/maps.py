@@ -59,7 +59,8 @@ from canopy.files import file_sha256, is_url, public_name
 from canopy.geo.area import AOI
 from canopy.geo.crs import geod_of, to_crs, to_lonlat, transformer
 from canopy.geo.grid import Grid
-from canopy.geo.reading import SourcePlace, lattice_ratio, open_raster, read_window
+from canopy.geo.reading import open_raster, read_window
+from canopy.geo.place import SourcePlace, lattice_ratio
 from canopy.geo.tiles import quadkey_bounds, tiles_over
 from canopy.imagery.names import acquisition_date
 from canopy.metrics import percent_of, statistic_of
