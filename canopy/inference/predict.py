@@ -31,6 +31,7 @@ from canopy.inference.lattice import Lattice, Plan, plan_windows
 from canopy.inference.layers import Extras, band_specs, extras_of
 from canopy.inference.options import OneMapOptions, PredictOptions
 from canopy.inference.output import MapFacts, map_item, write_json
+from canopy.inference.predictor import resolve_batch
 from canopy.inference.radiometry import with_radiometry
 from canopy.inference.target import Target, choose_target, scale_notes
 from canopy.models.height import parse_radiometry
@@ -290,7 +291,8 @@ def prepare(
     extras = extras_of(options, model, aoi)
     choice = settle(model, options.backend, options.precision, options.device)
     runner = choice.open(model, extras.outputs)
-    pace = seconds_per_crop(model, runner, options.batch_size, extras)
+    resolve_batch(options.batch_size, runner.device.type)  # what is no number is told now
+    pace = seconds_per_crop(model, runner, extras.views)
     cost = estimate(plan, target, pace, len(extras.bands), options.encoding)
     refuse_too_large(cost, options.max_pixels, aoi.describe(), in_memory=files is None)
     notes += [*choice.notes, *scale_notes(source.native_gsd_m, model.config.gsd_m)]
