@@ -89,19 +89,15 @@ class Prediction:
 
     def predict_into(self, sink: Sink, progress: Progress | None, out: Path | None = None) -> RunSummary:
         """Predict into `sink`, by way of a scratch file beside `out` where the output has another grid."""
-        asked, target = self.options, self.target
-        options: dict[str, Any] = {
-            "device": asked.device,
-            "precision": asked.precision,
-            "batch_size": asked.batch_size,
-            "runner": self.runner,
-            "workers": self.readers,
-            "progress": progress,
-        }
+        target = self.target
+        how: dict[str, Any] = {
+            "runner": self.runner, "batch_size": self.options.batch_size,
+            "workers": self.readers, "progress": progress,
+        }  # fmt: skip
         if not target.is_resampled:
             return predict_grid(
                 self.model, self.source, target.predict, sink,
-                aoi=self.aoi, extras=self.extras, **options,
+                aoi=self.aoi, extras=self.extras, **how,
             )  # fmt: skip
         from canopy.inference.regrid import Scratch, regrid
 
@@ -114,7 +110,7 @@ class Prediction:
             with Scratch(path, target.predict, self.extras.layers) as scratch:
                 run = predict_grid(
                     self.model, self.source, target.predict, scratch,
-                    aoi=target.reach(self.aoi), extras=replace(self.extras, raw=True), **options,
+                    aoi=target.reach(self.aoi), extras=replace(self.extras, raw=True), **how,
                 )  # fmt: skip
             final = regrid(
                 path, target.output, sink, self.source,
