@@ -313,8 +313,9 @@ def test_from_python(predict, inputs, model, tmp_path) -> None:
 
 
 def test_the_network_alone(model) -> None:
-    import canopy
     import torch
+
+    import canopy
 
     network = canopy.load_model(model)
     assert isinstance(network, canopy.HeightModel) and not network.training
