@@ -83,7 +83,7 @@ class AreaOptions:
     aoi: Aoi = None
 
     @property
-    def inputs(self) -> list[Path]:
+    def inputs(self) -> list[str]:
         """The files that the area is read from."""
         return [self.aoi] if self.aoi else []
 
