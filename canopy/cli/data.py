@@ -685,7 +685,7 @@ def synth(
     Example: canopy data synth -o scene --seed 7 --size-m 500
     """
     from canopy.runtime import progress_bar, setup_logging
-    from canopy.synth.sensors import write_scene
+    from canopy.synth.scene import write_scene
 
     setup_logging(quiet, verbose)
     with progress_bar(quiet or json_) as progress:

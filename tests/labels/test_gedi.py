@@ -154,7 +154,7 @@ def test_the_packs_csv_is_read_back(real):
 @pytest.fixture(scope="module")
 def synth_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scene of 400 m whose shots are reported where they were taken."""
-    from canopy.synth.sensors import write_scene
+    from canopy.synth.scene import write_scene
 
     folder = tmp_path_factory.mktemp("scene")
     write_scene(folder, seed=5, size_m=400, gsd_m=1.0)
