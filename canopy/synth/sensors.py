@@ -2,8 +2,8 @@
 
 Lidar: one pulse falls in every cell of `PULSE_CELL_M`; where in it, and what it does, is hashed from the
 cell, so that the file does not depend on the cut of the scene. The first return of a pulse lies on the
-surface of the pixel that it hits (roof, crown or ground) with `RANGE_SIGMA_M` of ranging noise, at most three of it:
-no point but noise (class 7) lies more than that above `chm + dtm` of its pixel.
+surface of the pixel that it hits (roof, crown or ground) with `RANGE_SIGMA_M` of ranging noise, at most three
+of it: no point but noise (class 7) lies more than that above `chm + dtm` of its pixel.
 
 GEDI, in the layout of an L2A version 2 granule: relative height RH p is the p-th percentile of the true
 heights above ground of all pixels whose centre lies in the 25 m disc at the shot's TRUE position, ground
