@@ -82,6 +82,11 @@ class AreaOptions:
     bounds_crs: BoundsCrs = "EPSG:4326"
     aoi: Aoi = None
 
+    @property
+    def inputs(self) -> list[str]:
+        """The files that the area is read from."""
+        return [self.aoi] if self.aoi else []
+
     def choose(self) -> AOI | None:
         """The area that was asked for; None if none was. Raises AreaError."""
         from canopy.geo.area import choose_area

@@ -81,7 +81,7 @@ def load_gedi(path: str | Path, column: str | None = None, radius_m: float | Non
 
     Raises DataError for no such table, InputError for a column that is not there.
     """
-    from canopy.labels.gedi import read_shots
+    from canopy.labels.shots import read_shots
 
     shots = read_shots(path)
     heights = [name for name in ("rh_98", "rh_95") if name in shots]
