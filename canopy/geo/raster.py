@@ -102,7 +102,6 @@ def write_cog(
     encoding: str = "float32",
     tags: Mapping[str, object] | None = None,
     overwrite: bool = False,
-    compress: str = "deflate",
 ) -> str:
     """Write a whole Raster with `CogWriter` (same rules and errors); returns the file's SHA-256.
 
@@ -111,9 +110,7 @@ def write_cog(
     if bands is None:
         count = len(raster.values)
         bands = [BandSpec("canopy_height" if count == 1 else f"band_{i + 1}") for i in range(count)]
-    writer = CogWriter(
-        path, raster.grid, bands, encoding=encoding, tags=tags, overwrite=overwrite, compress=compress
-    )
+    writer = CogWriter(path, raster.grid, bands, encoding=encoding, tags=tags, overwrite=overwrite)
     with writer:
         writer.write(raster.values, raster.valid, 0, 0)
     assert writer.sha256 is not None
