@@ -10,10 +10,10 @@ import numpy as np
 from canopy.calibration.area import AREA_LEVELS, AreaModel, area_model_of
 from canopy.calibration.discs import map_grid
 from canopy.errors import ConfigError, DataError, InputError
-from canopy.geo.area import read_zones
 from canopy.geo.crs import to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import tiles_over
+from canopy.geo.vector import read_zones
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:

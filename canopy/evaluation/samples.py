@@ -21,6 +21,7 @@ from canopy.evaluation.strata import LEAST_WANTED, MOST, Stratifier, missing_col
 from canopy.evaluation.zones import geodesic_area_m2, pixels_in
 from canopy.geo.crs import to_crs, transformer, utm_crs
 from canopy.geo.grid import Grid
+from canopy.geo.vector import read_vector
 from canopy.labels.footprint import pool_over_disc
 from canopy.metrics import percent_of, statistic_of
 from canopy.runtime import NoProgress, Progress
@@ -146,7 +147,7 @@ def read_places(path: str | Path, layer: str | None = None) -> geopandas.GeoData
             except ValueError:  # a table without geometry
                 frame = _with_points(pandas.read_parquet(path), path)
         else:
-            frame = geopandas.read_file(path, layer=layer)
+            frame = read_vector(path, layer, kind="Point")
     except InputError:
         raise
     except Exception as error:  # each reader has its own kind of exception
