@@ -12,7 +12,8 @@ from affine import Affine
 
 import canopy
 from canopy.errors import InputError
-from canopy.region.plan import RegionSettings, read_pins
+from canopy.region.options import MapOptions
+from canopy.region.plan import read_pins
 from canopy.region.run import prepare_run, start
 
 
@@ -62,13 +63,13 @@ def test_a_regional_run_keeps_backend_and_precision(saved, image: Path, tmp_path
         "out": str(tmp_path / "run"), "images": (str(image),), "model": str(saved("cnn").path), "grid": "utm",
         "tile_px": 128, "device": "cpu", "threads": 1, "attempts": 1,
     }  # fmt: skip
-    start(prepare_run(RegionSettings(**given, backend="onnx")))
+    start(prepare_run(MapOptions(**given, backend="onnx")))
     pins = read_pins(tmp_path / "run")
     assert pins is not None and (pins["map"]["backend"], pins["map"]["precision"]) == ("onnx", "fp32")
     tile = next((tmp_path / "run/tiles").glob("*.tif"))
     with rasterio.open(tile) as dataset:
         assert dataset.tags()["CANOPY_BACKEND"] == "onnx"
     # Whoever goes on keeps what it was begun with, and a change is refused.
-    assert prepare_run(RegionSettings(**given)).choice.backend == "onnx"
+    assert prepare_run(MapOptions(**given)).choice.backend == "onnx"
     with pytest.raises(InputError, match=r'map.backend was "onnx" and is "torch"'):
-        prepare_run(RegionSettings(**given, backend="torch"))
+        prepare_run(MapOptions(**given, backend="torch"))
