@@ -12,7 +12,7 @@ from canopy.inference.estimate import BYTES_PER_PIXEL, OVERHEAD_S_PER_PX, second
 from canopy.inference.lattice import Lattice, plan_windows
 from canopy.region.ledger import LEDGER, LOCK, STATES, Ledger, holder_of, is_held, shard_ledgers
 from canopy.region.plan import RUN_FILE, Region, read_pins, run_id
-from canopy.region.workers import local_devices
+from canopy.region.workers import local_devices, local_threads
 
 # A worker reads its tile's imagery at its native pixel, three bytes each, before any compression.
 IMAGERY_BYTES_PER_PX = 3
@@ -80,11 +80,13 @@ def region_cost(region: Region) -> RegionCost:
         share = pixels / largest
         crops = round(plan_windows(target.predict, lattice).n_crops * share)
         predicted = round(target.predict.height * target.predict.width * share)
-    runner = region.choice.open(region.model, region.extras.outputs)
-    crop_seconds = seconds_per_crop(region.model, runner, options.batch_size, region.extras)
-    worker_s = crops * crop_seconds + OVERHEAD_S_PER_PX * (pixels + predicted)
     local = options.scheduler == "local"
     workers = len(local_devices(options.device, options.workers)) if local else options.workers or 1
+    runner = region.choice.open(region.model, region.extras.outputs)
+    crop_seconds = seconds_per_crop(region.model, runner, region.extras.views)
+    if runner.device.type == "cpu":  # the estimate is that of all threads of this machine
+        crop_seconds *= local_threads(1) / (options.threads or local_threads(workers))
+    worker_s = crops * crop_seconds + OVERHEAD_S_PER_PX * (pixels + predicted)
     seen_m2 = crops * (config.crop_px * config.gsd_m) ** 2 * (1 / lattice.waste)
     hours = worker_s / 3600
     return RegionCost(
