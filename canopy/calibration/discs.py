@@ -17,7 +17,8 @@ import numpy as np
 from canopy.errors import DataError
 from canopy.geo.crs import METRES_PER_DEGREE, transformer
 from canopy.geo.grid import Grid
-from canopy.geo.raster import SourcePlace, open_raster
+from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster
 
 if TYPE_CHECKING:
     import pandas

@@ -567,7 +567,7 @@ def correct_map(
 
 def _gap(map_path: Path, rh: int) -> FootprintGap | None:
     """The footprint gap in the map's tags; says so where there is none."""
-    from canopy.geo.raster import open_raster
+    from canopy.geo.reading import open_raster
 
     with open_raster(map_path) as dataset:
         gap = gap_of(dataset.tags(), rh)
@@ -624,7 +624,10 @@ def _write(
     overwrite: bool, progress: Progress | None,
 ) -> str:  # fmt: skip
     """Correct window by window; returns the file's SHA-256."""
-    from canopy.geo.raster import BandSpec, CogWriter, open_raster, read_raster
+    from canopy.geo.cog import CogWriter
+    from canopy.geo.encoding import BandSpec
+    from canopy.geo.raster import read_raster
+    from canopy.geo.reading import open_raster
 
     progress = progress or NoProgress()
     with open_raster(map_path) as dataset:

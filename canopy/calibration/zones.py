@@ -64,7 +64,7 @@ def zone_intervals(
 
 def _open(path: Path) -> tuple[AreaModel, list[int]]:
     """The map's area model and the numbers of its three height bands."""
-    from canopy.geo.raster import open_raster
+    from canopy.geo.reading import open_raster
 
     with open_raster(path) as dataset:
         tags, names = dataset.tags(), list(dataset.descriptions)

@@ -34,7 +34,6 @@ import numpy as np
 import rasterio
 import rasterio.errors
 import shapely
-from affine import Affine
 from numpy.typing import NDArray
 from odc.geo import CRS
 from rasterio.io import DatasetReader
@@ -198,10 +197,7 @@ class SceneFacts:
     @property
     def gsd_m(self) -> float:
         """Ground sample distance at the centre, metres (geometric mean of both directions)."""
-        transform, place = self.place.transform, self.place
-        side = abs(transform.determinant) ** 0.5
-        x, y = transform * (place.width / 2, place.height / 2)
-        return Grid.of(place.crs, Affine(side, 0, x - side / 2, 0, -side, y + side / 2), (1, 1)).gsd_m
+        return self.place.gsd_m
 
 
 class Scene:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from canopy.errors import AreaError, InputError
 from canopy.files import check_output
 from canopy.geo.area import AOI
-from canopy.geo.raster import raster_env
+from canopy.geo.reading import raster_env
 from canopy.inference import output
 from canopy.inference.backends import Runner, settle
 from canopy.inference.engine import RunSummary, Sink, predict_grid, reader_count
@@ -231,7 +231,7 @@ class MapPrediction(Prediction):
         return Result(None, summary, self, data=sink.to_xarray(self.tags()))
 
     def _to_files(self, progress: Progress | None) -> Result:
-        from canopy.geo.raster import CogWriter
+        from canopy.geo.cog import CogWriter
 
         files, options = self.files, self.options
         if files is None:

@@ -17,7 +17,7 @@ from canopy.evaluation.change import compare as compare_with_report
 from canopy.evaluation.maps import open_heights
 from canopy.evaluation.report import comparison_page
 from canopy.geo.area import AOI
-from canopy.geo.raster import open_raster, read_window
+from canopy.geo.reading import open_raster, read_window
 
 FILES = {"compare.json", "summary.csv", "cover.csv", "by_height.csv", "blocks.csv", "report.html"}
 
