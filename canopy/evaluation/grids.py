@@ -27,7 +27,7 @@ from canopy.evaluation.maps import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, Heig
 from canopy.geo.area import AOI
 from canopy.geo.crs import geod_of, to_crs, transformer
 from canopy.geo.grid import Grid
-from canopy.geo.reading import lattice_ratio
+from canopy.geo.place import lattice_ratio
 from canopy.metrics import percent_of, statistic_of
 
 # Pixel sizes that differ by less than this share count as one.
@@ -104,7 +104,8 @@ def read_on(heights: HeightMap, grid: Grid, stat: str = "mean", *, interval: boo
 
     def read(window: Grid, resampling: str | None = None) -> Layers:
         got = heights.read(window, interval=bounds, resampling=resampling)
-        return np.stack([got.height_m, got.lower_m, got.upper_m] if bounds else [got.height_m]), got.valid
+        layers = [got.height_m, got.lower_m, got.upper_m]
+        return np.stack([layer for layer in layers if layer is not None]), got.valid
 
     values, valid = _layers(heights, grid, stat, read)
     low = high = None

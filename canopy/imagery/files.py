@@ -45,8 +45,8 @@ from canopy.files import is_url, public_name
 from canopy.geo.area import AOI
 from canopy.geo.crs import project, to_crs, to_lonlat, x_period
 from canopy.geo.grid import Grid
-from canopy.geo.reading import open_raster, read_window
 from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster, read_window
 from canopy.geo.warp import resample
 from canopy.imagery.bands import (
     BandPlan,
