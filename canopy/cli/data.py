@@ -30,6 +30,7 @@ from canopy.cli.options import (
     takes_groups,
 )
 from canopy.errors import InputError
+from canopy.files import check_output
 from canopy.runtime import Progress, log, progress_bar, setup_logging
 
 if TYPE_CHECKING:
@@ -293,6 +294,7 @@ _OF_PAIRS = (
     "gsd", "label_rule", "register", "max_shift_m", "rh", "buffer_m", "block_m", "val", "test", "hold_out",
     "limit", "workers",
 )  # fmt: skip
+_OF_CHIPS = ("index.csv", "index.parquet", "summary.json", "contact_sheet.png")
 _FIRST_SEED = 1000  # far from 0, the demo's
 
 
@@ -384,6 +386,8 @@ def chips(
     if (manifest is None) == (synth is None):
         raise InputError("needs either --manifest or --synth")
     setup_logging(quiet, verbose)
+    if out_dir.is_dir():  # it may be gone on with, but not over its own manifest
+        check_output([out_dir / name for name in _OF_CHIPS], [manifest], overwrite=True)
     with progress_bar(quiet or json_) as progress:
         if manifest is None:
             refuse_given(
@@ -510,6 +514,7 @@ def chm(
         refuse_given(
             context, *_OF_POINTS, where="--dsm", because="two rasters have no points, classes or returns"
         )
+    check_output(out, [files, dsm, dtm, place.inputs], overwrite=overwrite)
     area = place.choose()
     with progress_bar(quiet or json_) as progress:
         if dsm is not None and dtm is not None:
@@ -590,10 +595,10 @@ def gedi(
     from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
-    area = place.choose()
     percents = check_rh(_numbers(rh))
     filter_named(filter_)
     check_shots_name(out, [*files, *(l2b or ()), *(l4a or ()), *place.inputs], overwrite)
+    area = place.choose()
     where = area.describe() if area else "all of the granules"
     if dry_run:
         _print_granules(survey(files, filter_), where, json)
