@@ -6,19 +6,19 @@ Public S3 buckets over https: all objects by pages, with sizes and MD5 (ListObje
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 from urllib.parse import quote, urlencode
 from xml.etree import ElementTree
 
+import pystac
 from shapely.geometry import shape
 
 from canopy import download as http
 from canopy.errors import AreaError, DataError, FetchError, InputError, refuse_options
 from canopy.files import host_of, redact
-from canopy.imagery import stac
 from canopy.imagery.base import ReadOptions
-from canopy.imagery.stac import resolve
+from canopy.imagery.signing import signer
+from canopy.imagery.stac import resolve, search
 from canopy.labels.catalog import LabelManifest, Product, RemoteFile, Wish, checksum_of, whole_number
 from canopy.labels.names import base_name
 
@@ -34,13 +34,11 @@ def plan_stac(manifest: LabelManifest, product: Product, wish: Wish) -> tuple[li
     if wish.area is None:
         raise InputError(f"{manifest.name} is found by area", expected="--bbox, --bounds or --aoi")
     options = ReadOptions(datetime=wish.datetime)
-    found = stac.search_api(manifest.href, manifest.collection, wish.area, options)
     files: dict[str, RemoteFile] = {}
-    for item, base in found:
-        geometry = item.get("geometry")
-        if geometry and not shape(geometry).intersects(wish.area.lonlat):
+    for item in search(manifest.href, manifest.collection, wish.area, options):
+        if item.geometry and not shape(item.geometry).intersects(wish.area.lonlat):
             continue
-        file = _file(item, base, manifest, product)
+        file = _file(item, manifest, product)
         if file is not None and wish.names(file.name):
             files[file.name] = file
     if not files:
@@ -48,18 +46,18 @@ def plan_stac(manifest: LabelManifest, product: Product, wish: Wish) -> tuple[li
     return [files[name] for name in sorted(files)], []
 
 
-def _file(item: Mapping[str, Any], base: str, manifest: LabelManifest, product: Product) -> RemoteFile | None:
-    asset = (item.get("assets") or {}).get(product.asset)
-    if not asset or not asset.get("href"):
+def _file(item: pystac.Item, manifest: LabelManifest, product: Product) -> RemoteFile | None:
+    asset = item.assets.get(product.asset or "")
+    if asset is None:
         return None
-    url = resolve(str(asset["href"]), base)
+    url = resolve(asset.href, item.get_self_href() or manifest.href)
     name = base_name(url)
     # Projects of different years reuse tile names: the item's id tells them apart.
-    identity = re.sub(r"[^A-Za-z0-9._-]", "_", str(item.get("id", "")))
+    identity = re.sub(r"[^A-Za-z0-9._-]", "_", item.id)
     stem = name.split(".")[0]
-    properties = item.get("properties") or {}
-    multihash = _SHA256_MULTIHASH.fullmatch(str(asset.get("file:checksum", "")))
-    size = whole_number(asset.get("file:size"))
+    properties, more = item.properties, asset.extra_fields
+    multihash = _SHA256_MULTIHASH.fullmatch(str(more.get("file:checksum", "")))
+    size = whole_number(more.get("file:size"))
     return RemoteFile(
         url=url,
         name=name if not identity or stem in identity else f"{identity}-{name}",
@@ -67,7 +65,7 @@ def _file(item: Mapping[str, Any], base: str, manifest: LabelManifest, product: 
         about=size is None and product.about_bytes is not None,
         checksum=checksum_of("sha256", multihash[1]) if multihash else None,
         day=str(properties.get("datetime") or properties.get("end_datetime") or "")[:10] or None,
-        sign=(lambda href, fresh: stac.planetary_computer_sign(href, fresh)) if manifest.signing else None,
+        sign=signer(manifest.signing),
     )
 
 

@@ -15,7 +15,7 @@ from shapely.geometry import box, mapping, shape
 
 from canopy.errors import AreaError, DataError, FetchError, InputError, MissingDependencyError
 from canopy.geo.area import AOI
-from canopy.imagery import stac
+from canopy.imagery import signing
 from canopy.labels import fetch as earthdata
 from canopy.labels.catalog import Wish
 from canopy.labels.fetch import RECORD, get_files, plan_get, verify_folder
@@ -138,7 +138,7 @@ def dep(server, point_at, monkeypatch):
     """An API with three items, whose files want a signature that runs out."""
     pytest.importorskip("pystac_client")
     monkeypatch.setattr(
-        stac, "planetary_computer_sign", lambda url, fresh: f"{url}?sig={'good' if fresh else 'old'}"
+        signing, "planetary_computer_sign", lambda url, fresh: f"{url}?sig={'good' if fresh else 'old'}"
     )
     server.signature = "good"
     items = []
@@ -186,7 +186,7 @@ def test_stac_items_are_found_signed_again_when_refused_and_checked(dep, server,
 
 
 def test_a_size_that_the_catalogue_leaves_out_is_asked_of_the_host(dep, monkeypatch):
-    monkeypatch.setattr(stac, "planetary_computer_sign", lambda url, fresh: f"{url}?sig=good")
+    monkeypatch.setattr(signing, "planetary_computer_sign", lambda url, fresh: f"{url}?sig=good")
     plan = plan_get("california-3dep", Wish(area=AOI.from_bounds([-119.999, 37.001, -119.995, 37.005])))
     assert [f.bytes for f in plan.files] == [5000] and not plan.files[0].about and plan.unknown == 0
 
