@@ -95,12 +95,12 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Pure passes, the job, pure passes."""
     import canopy
     from canopy.inference.engine import kept_memory
-    from canopy.inference.options import Request
+    from canopy.inference.options import OneMapOptions
     from canopy.inference.predict import prepare
 
     model = common.cheap_model() if case["model"] == "cheap" else canopy.load_model(case["model"])
     job = prepare(
-        Request(images=(case["image"],), model=model, out=case["to"], overwrite=True, **case["options"])
+        OneMapOptions(images=(case["image"],), out=case["to"], overwrite=True, **case["options"]), model=model
     )
     finishing = _watch_finish()
     with kept_memory():
@@ -130,7 +130,7 @@ def pure(job: Any) -> dict[str, float]:
 
     from canopy.inference.predictor import Predictor
 
-    request, side = job.request, job.model.config.crop_px
+    request, side = job.options, job.model.config.crop_px
     predictor = Predictor(
         job.model, device=request.device, precision=request.precision, batch_size=request.batch_size,
         extras=job.extras, runner=job.runner,

@@ -96,11 +96,13 @@ def watching() -> Iterator[Stopwatch]:
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each stage for one image."""
     import canopy
-    from canopy.inference.options import Request
+    from canopy.inference.options import OneMapOptions
     from canopy.inference.predict import prepare
 
     model = common.cheap_model() if case["model"] == "cheap" else canopy.load_model(case["model"])
-    job = prepare(Request(images=(case["image"],), model=model, out=case["to"], overwrite=True, device="cpu"))
+    job = prepare(
+        OneMapOptions(images=(case["image"],), out=case["to"], overwrite=True, device="cpu"), model=model
+    )
     clock = common.Clock()
     with watching() as watch:
         summary = job.run().summary

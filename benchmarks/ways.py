@@ -149,12 +149,13 @@ def _job_in_int8(case: dict[str, Any]) -> None:
 def _job(case: dict[str, Any]) -> Any:
     """The job of `canopy predict`, which converts the model where needed and warms it up."""
     import canopy
-    from canopy.inference.options import Request
+    from canopy.inference.options import OneMapOptions
     from canopy.inference.predict import prepare
 
     model, options = canopy.load_model(case["model"]), dict(case["options"])
     return prepare(
-        Request(images=(case["image"],), model=model, out=case["to"], overwrite=True, device="cpu", **options)
+        OneMapOptions(images=(case["image"],), out=case["to"], overwrite=True, device="cpu", **options),
+        model=model,
     )
 
 

@@ -296,7 +296,7 @@ def predictor(model: HeightModel, choice: Choice, nodata: float | None) -> Predi
     from canopy.evaluation.maps import open_product
     from canopy.geo.area import AOI
     from canopy.geo.crs import to_crs
-    from canopy.inference.options import Request
+    from canopy.inference.options import OneMapOptions
     from canopy.inference.predict import prepare
 
     def predict(scene: Scene, path: Path) -> None:
@@ -304,11 +304,11 @@ def predictor(model: HeightModel, choice: Choice, nodata: float | None) -> Predi
         if not scene.whole_image:
             with open_product(scene.reference) as reference:
                 area = AOI(reference.outline, to_crs("EPSG:4326"), True)
-        request = Request(
-            images=tuple(str(image) for image in scene.images), imagery=scene.imagery, area=area, model=model,
-            out=path, nodata=nodata, overwrite=True, workers=1, **choice.names,  # type: ignore[arg-type]
+        options = OneMapOptions(
+            images=tuple(str(image) for image in scene.images), imagery=scene.imagery,
+            out=str(path), nodata=nodata, overwrite=True, workers=1, **choice.names,  # type: ignore[arg-type]
         )  # fmt: skip
-        prepare(request).run()
+        prepare(options, area=area, model=model).run()
 
     return predict
 

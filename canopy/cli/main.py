@@ -1,30 +1,71 @@
 """The `canopy` command: one typer app, and the one place where errors become exit codes.
 
-Only light modules are imported here; a command imports what it needs when it runs, so that
-`canopy --help` answers at once.
+A command's module is imported when the command is asked for, so that `canopy --help` answers at once.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from canopy import __version__
-from canopy.cli import calibrate, data, models
-from canopy.cli.compare import compare, stats
-from canopy.cli.evaluate import evaluate
-from canopy.cli.map import map_
-from canopy.cli.predict import predict
-from canopy.cli.train import pretrain, train
 from canopy.errors import CanopyError
+
+# Command: where it stands, and its line in the list of --help.
+_COMMANDS = {
+    "predict": ("canopy.cli.predict:predict", "Map canopy height in metres from RGB imagery."),
+    "map": ("canopy.cli.map:map_", "Map a region in tiles: a job of hours or days."),
+    "evaluate": ("canopy.cli.evaluate:evaluate", "Score any canopy height map against lidar, GEDI or plots."),
+    "compare": ("canopy.cli.compare:compare", "Compare two canopy height maps, in any CRS and pixel size."),
+    "stats": ("canopy.cli.compare:stats", "Mean height, percentiles, canopy cover and area per polygon."),
+    "pretrain": ("canopy.cli.train:pretrain", "Pretrain an encoder without labels on chips."),
+    "train": ("canopy.cli.train:train", "Train a height model on the chips of `canopy data chips`."),
+    "models": ("canopy.cli.models:app", "Models: what there is, and what is in a file."),
+    "calibrate": ("canopy.cli.calibrate:app", "Correct a map by GEDI; give a model intervals."),
+    "data": ("canopy.cli.data:app", "Data: synthetic scenes, lidar, GEDI and imagery."),
+}
+
+
+class _Commands(TyperGroup):
+    """Imports a command once it is asked for."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.commands = dict.fromkeys(_COMMANDS)  # type: ignore[assignment]  # the names, for "did you mean"
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _COMMANDS:
+            return None
+        place, line = _COMMANDS[cmd_name]
+        module, name = place.split(":")
+        found = getattr(importlib.import_module(module), name)
+        holder = typer.Typer(add_completion=False, rich_markup_mode=None)
+        holder.callback()(lambda: None)  # or a single command would stand for all of it
+        if isinstance(found, typer.Typer):
+            holder.add_typer(found, name=cmd_name, help=line)
+        else:
+            holder.command(cmd_name)(found)
+        group = typer.main.get_group(holder)
+        return group.commands[cmd_name]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+
 
 _INTERRUPTED = 130  # 128 and SIGINT, as shells have it
 
 app = typer.Typer(
     name="canopy",
+    cls=_Commands,
     help="RGB imagery in, georeferenced canopy height maps out.",
     no_args_is_help=True,
     add_completion=False,
@@ -47,18 +88,6 @@ def _root(
     ] = False,
 ) -> None:
     """RGB imagery in, georeferenced canopy height maps out."""
-
-
-app.command("predict")(predict)
-app.command("map")(map_)
-app.command("evaluate")(evaluate)
-app.command("compare")(compare)
-app.command("stats")(stats)
-app.command("pretrain")(pretrain)
-app.command("train")(train)
-app.add_typer(models.app, name="models", help="Models: what there is, and what is in a file.")
-app.add_typer(calibrate.app, name="calibrate", help="Correct a map by GEDI; give a model intervals.")
-app.add_typer(data.app, name="data", help="Data: synthetic scenes, lidar, GEDI and imagery.")
 
 
 def main() -> None:

@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from canopy.cli.options import (
-    AreaOptions,
     Json,
     Overwrite,
-    PredictionOptions,
     Quiet,
     RegionOptions,
     Resume,
@@ -31,6 +29,7 @@ from canopy.cli.options import (
     was_typed,
 )
 from canopy.cli.options import MapDryRun as DryRun
+from canopy.inference.options import PredictOptions
 from canopy.runtime import log
 
 if TYPE_CHECKING:
@@ -42,8 +41,7 @@ if TYPE_CHECKING:
 @takes_groups
 def map_(
     context: typer.Context,
-    prediction: PredictionOptions,
-    area: AreaOptions,
+    prediction: PredictOptions,
     region: RegionOptions,
     resume: Resume = False,
     retry_failed: RetryFailed = False,
@@ -82,8 +80,7 @@ def map_(
         return
     if region.out is None:
         raise ConfigError("no folder was given", where="-o", expected="-o DIR")
-    given = asdict(prediction) | asdict(area) | asdict(region)
-    given["images"] = tuple(prediction.images or ())
+    given = prediction.model_dump() | asdict(region)
     # Only what was typed: --resume takes the rest from the run. Both have the same defaults.
     given = {name: value for name, value in given.items() if was_typed(context, name)}
     settings = validate_settings(RegionSettings, given, where="canopy map")

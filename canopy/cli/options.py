@@ -6,10 +6,6 @@ Options in groups: a command takes a dataclass, a user types its fields as optio
 
 Commands that map something share most of what they can be asked; each option is declared once, as a field.
 
-The options of a prediction: what a user types, and what --help says of it.
-
-`PredictionOptions` are those that `canopy predict` and `canopy map` share.
-
 The options of `canopy evaluate`, one name each: what a user types, and what --help says of it.
 
 The options that only `canopy map` has: what a user types, and what --help says of it.
@@ -27,11 +23,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
 from canopy.errors import refuse_options
+from canopy.inference.options import HELP_BACKEND, HELP_PRECISION
 from canopy.runtime import setup_logging
 
 if TYPE_CHECKING:
@@ -134,138 +131,83 @@ def print_json(result: Mapping[str, Any]) -> None:
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Spread those parameters of a typer command that are dataclasses into one option per field.
+    """Spread those parameters of a typer command that are groups of options into one option per field.
 
-    The fields' types are `Annotated[..., typer.Option(...)]`, each with a default; the command gets the
-    dataclass, filled. Its other parameters stay as they are. Meant as a decorator.
+    A group is a dataclass whose fields' types are `Annotated[..., typer.Option(...)]`, each with a default,
+    or a pydantic model as `canopy.inference.options` has them; the command gets it, filled. Its other
+    parameters stay as they are. Meant as a decorator.
     """
     hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, type] = {}
+    groups: dict[str, list[inspect.Parameter]] = {}
     spread: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         kind = hints[parameter.name]
-        if not (isinstance(kind, type) and is_dataclass(kind)):
+        if isinstance(kind, type) and (is_dataclass(kind) or hasattr(kind, "model_fields")):
+            groups[parameter.name] = _of_dataclass(kind) if is_dataclass(kind) else _of_model(kind)
+            spread += groups[parameter.name]
+        else:
             spread.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
-            continue
-        groups[parameter.name] = kind
-        types = get_type_hints(kind, include_extras=True)
-        for field in fields(kind):
-            if field.default is MISSING:
-                raise TypeError(f"{kind.__name__}.{field.name} needs a default")
-            spread.append(
-                inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default,
-                    annotation=types[field.name],
-                )
-            )  # fmt: skip
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        filled = {
-            name: kind(**{field.name: given.pop(field.name) for field in fields(kind)})
-            for name, kind in groups.items()
-        }
+        filled = {}
+        for name, parameters in groups.items():
+            values = {parameter.name: given.pop(parameter.name) for parameter in parameters}
+            kind: Any = hints[name]
+            checked = hasattr(kind, "model_fields")
+            filled[name] = kind.of(_said(values), "the command") if checked else kind(**values)
         command(**given, **filled)
 
     run.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
     return run
 
 
-_HELP_OUT = "GeoTIFF to write; OUT.json (a STAC item) lies beside it. Default: IMAGE_chm.tif here."
-_HELP_CRS = (
-    "CRS of the map; `image` for the image's own grid; `quadkey` for Web-Mercator pixels that quadkeys "
-    "divide into. Default: the area's UTM zone."
-)
-_HELP_RADIOMETRY = (
-    "Move the image's colours onto those of the model's training imagery: none; match; or the target's own "
-    "r5,r95,g5,g95,b5,b95 in 0..1. The image's percentiles are measured once over all of it."
-)
-_HELP_IMAGERY = (
-    "A named source (naip, demo, ...), a STAC API or catalog, an XYZ template, a directory or VRT."
-)
-HELP_BACKEND = (
-    "auto, torch, torch-compiled (minutes to start; for long jobs), openvino or onnx. "
-    "auto: openvino on a CPU where it is installed, else torch."
-)
-HELP_PRECISION = "auto (fp32), fp32, bf16 where the hardware has it, or int8 (see canopy models quantize)."
+def _said(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what was left out: an argument that may be repeated is None then."""
+    return {name: value for name, value in values.items() if value is not None}
 
-Images = Annotated[
-    list[str] | None, typer.Argument(metavar="[IMAGE]...", help="RGB images; several are mosaicked.")
-]
-Imagery = Annotated[str | None, typer.Option("--imagery", metavar="NAME", help=_HELP_IMAGERY)]
-Model = Annotated[str, typer.Option("--model", metavar="NAME|FILE", help="See canopy models list.")]
-Out = Annotated[str | None, typer.Option("-o", "--out", metavar="OUT.tif", help=_HELP_OUT)]
-Gsd = Annotated[
-    float | None, typer.Option("--gsd", help="Ground metres per pixel of the map. Default: the model's.")
-]
-Crs = Annotated[str | None, typer.Option("--crs", help=_HELP_CRS)]
-InputCrs = Annotated[
-    str | None, typer.Option("--input-crs", help="CRS of images that carry none. Default: --crs.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-Backend = Annotated[str, typer.Option("--backend", help=HELP_BACKEND)]
-Precision = Annotated[str, typer.Option("--precision", help=HELP_PRECISION)]
-BatchSize = Annotated[str, typer.Option("--batch-size", help="Crops per forward pass, or auto.")]
-Workers = Annotated[str, typer.Option("--workers", help="Threads that read imagery ahead, or auto.")]
-Datetime = Annotated[
-    str | None, typer.Option("--datetime", metavar="FROM/TO", help="Acquisitions to use, as STAC has it.")
-]
-Bands = Annotated[
-    str | None, typer.Option("--bands", metavar="R,G,B", help="Band numbers of red, green, blue, from 1.")
-]
-Nodata = Annotated[
-    float | None, typer.Option("--nodata", help="Image value that means missing where all bands have it.")
-]
-Scale = Annotated[
-    float | None, typer.Option("--scale", help="Image value that means white; needed unless uint8.")
-]
-Encoding = Annotated[str, typer.Option("--encoding", help="float32, uint16cm or uint8m.")]
-DateBand = Annotated[
-    bool, typer.Option("--date-band", help="Add band acquisition_date: days since 1970-01-01, 0 unknown.")
-]
-Interval = Annotated[
-    float | None,
-    typer.Option("--interval", metavar="0.9", help="Add bands height_lower, height_upper of this coverage."),
-]
-QualityBand = Annotated[
-    bool, typer.Option("--quality-band", help="Add band quality: bit flags, see docs/uncertainty.md.")
-]
-Quicklook = Annotated[bool, typer.Option("--quicklook", help="Draw OUT.png beside the map.")]
-Radiometry = Annotated[
-    str, typer.Option("--radiometry", metavar="none|match|PERCENTILES", help=_HELP_RADIOMETRY)
-]
-MaxPixels = Annotated[
-    int | None, typer.Option("--max-pixels", help="Refuse maps larger than this.", show_default="4e9")
-]
+
+def _of_dataclass(kind: Any) -> list[inspect.Parameter]:
+    types = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        if field.default is MISSING:
+            raise TypeError(f"{kind.__name__}.{field.name} needs a default")
+    return [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name])
+        for f in fields(kind)
+    ]
+
+
+def _of_model(kind: Any) -> list[inspect.Parameter]:
+    parameters = []
+    for name, field in kind.model_fields.items():
+        typed = field.json_schema_extra or {}
+        if typed.get("argument"):
+            info: Any = typer.Argument(metavar=typed["metavar"], help=field.description)
+        else:
+            info = typer.Option(
+                *typed.get("flags", ("--" + name.replace("_", "-"),)),
+                metavar=typed.get("metavar"), help=field.description,
+                rich_help_panel=typed.get("panel"), show_default=typed.get("shown", True),
+            )  # fmt: skip
+        many = typed.get("argument", False)
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None if many else field.default,
+                annotation=Annotated[list[str] | None if many else _typed_as(field.annotation), info],
+            )
+        )  # fmt: skip
+    return parameters
+
+
+def _typed_as(annotation: Any) -> Any:
+    """What a user types for a field of several types: text where it may be text."""
+    choices = get_args(annotation) or (annotation,)
+    kind = str if str in choices else choices[0]
+    return kind | None if type(None) in choices else kind
+
+
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and say what would be done; stop there.")]
-
-
-@dataclass(frozen=True)
-class PredictionOptions:
-    """What to map from which imagery, with which model and how: alike for one map and for a region's tiles.
-
-    Names and defaults are those of `canopy.inference.options.Request` and of
-    `canopy.region.plan.RegionSettings`; see `canopy.cli.options`.
-    """
-
-    images: Images = None
-    imagery: Imagery = None
-    datetime: Datetime = None
-    input_crs: InputCrs = None
-    bands: Bands = None
-    nodata: Nodata = None
-    scale: Scale = None
-    model: Model = "default"
-    gsd: Gsd = None
-    encoding: Encoding = "float32"
-    date_band: DateBand = False
-    interval: Interval = None
-    quality_band: QualityBand = False
-    radiometry: Radiometry = "none"
-    device: Device = "auto"
-    backend: Backend = "auto"
-    precision: Precision = "auto"
-    batch_size: BatchSize = "auto"
 
 
 _HELP_MAP = "Height GeoTIFF, folder of tiles, or a published v1 or v2 map."
@@ -351,12 +293,6 @@ TilePx = Annotated[
         "--tile-px", help="Largest side of a work tile, pixels; a power of two.", rich_help_panel=_GRID
     ),
 ]
-MapCrs = Annotated[
-    str | None,
-    typer.Option(
-        "--crs", help="A projected CRS for --grid utm. Default: the area's UTM zone.", rich_help_panel=_GRID
-    ),
-]
 Layout = Annotated[
     str,
     typer.Option(
@@ -421,7 +357,6 @@ class RegionOptions:
     grid: GridKind = "quadkey"
     zoom: Zoom = 10
     tile_px: TilePx = 4096
-    crs: MapCrs = None
     layout: Layout = "tiles"
     scheduler: Scheduler = "local"
     workers: MapWorkers = None

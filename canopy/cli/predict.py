@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
 
-from canopy.cli.options import (
-    AreaOptions,
-    Crs,
-    DryRun,
-    Json,
-    MaxPixels,
-    Out,
-    Overwrite,
-    PredictionOptions,
-    Quicklook,
-    Quiet,
-    Verbose,
-    Workers,
-    print_json,
-    takes_groups,
-)
+from canopy.cli.options import DryRun, Json, Quiet, Verbose, print_json, takes_groups
+from canopy.inference.options import OneMapOptions
 
 if TYPE_CHECKING:
-    from canopy.inference.predict import Job, Result
+    from canopy.inference.predict import MapPrediction, Result
 
 
 @takes_groups
 def predict(
-    prediction: PredictionOptions,
-    area: AreaOptions,
-    out: Out = None,
-    crs: Crs = None,
-    workers: Workers = "auto",
-    quicklook: Quicklook = False,
-    max_pixels: MaxPixels = None,
+    options: OneMapOptions,
     dry_run: DryRun = False,
-    overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -58,25 +36,14 @@ def predict(
 
       canopy predict a.tif b.tif --aoi stand.gpkg --crs image --gsd 1 --dry-run
     """
-    from canopy.inference.estimate import MAX_PIXELS
-    from canopy.inference.options import Request
     from canopy.inference.output import default_out
     from canopy.inference.predict import prepare
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
-    images = tuple(prediction.images or ())
-    request = Request(
-        **asdict(prediction) | {"images": images},
-        area=area.choose(),
-        out=out if out is not None else default_out(list(images), prediction.imagery),
-        crs=crs,
-        workers=workers,
-        quicklook=quicklook,
-        max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
-        overwrite=overwrite,
-    )
-    job = prepare(request, dry_run=dry_run)
+    if options.out is None:
+        options = options.model_copy(update={"out": default_out(options.images, options.imagery)})
+    job = prepare(options, dry_run=dry_run)
     _announce(job)
     if dry_run:
         _print_plan(job, json)
@@ -89,7 +56,7 @@ def predict(
         _print_result(result)
 
 
-def _announce(job: Job) -> None:
+def _announce(job: MapPrediction) -> None:
     """What is about to be done, before it is done."""
     from canopy.runtime import log
 
@@ -99,7 +66,7 @@ def _announce(job: Job) -> None:
         log.warning(f"note: {note}")
 
 
-def _print_plan(job: Job, json: bool) -> None:
+def _print_plan(job: MapPrediction, json: bool) -> None:
     if json:
         print_json({"dry_run": True, **job.to_dict(), "notes": job.notes})
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from canopy.models.height import HeightModel
 
 
-# 4e9 px are 1000 km2 at 0.5 m and 16 GB of float32: a day of CPU work. More is a job for `canopy map`.
-MAX_PIXELS = 4_000_000_000
 # Without a file the map is held in memory.
 MAX_PIXELS_IN_MEMORY = 400_000_000
 BYTES_PER_PIXEL = {"float32": 4, "uint16cm": 2, "uint8m": 1}

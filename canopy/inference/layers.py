@@ -33,7 +33,7 @@ from canopy.models.heads import IntervalTable, table_of
 
 if TYPE_CHECKING:
     from canopy.geo.area import AOI
-    from canopy.inference.options import Request
+    from canopy.inference.options import PredictOptions
     from canopy.models.height import HeightModel
 
 
@@ -98,20 +98,19 @@ class Extras:
         return np.stack(bands).astype(np.float32, copy=False)
 
 
-def extras_of(request: Request, model: HeightModel, aoi: AOI | None = None) -> Extras:
-    """What a request wants beside heights; where the area lies may decide how wide its bands are.
+def extras_of(options: PredictOptions, model: HeightModel, aoi: AOI | None = None) -> Extras:
+    """What is wanted beside heights; where the area lies may decide how wide its bands are.
 
     Raises:
         ConfigError: the model's file lacks the calibration that it takes; it names the remedy.
     """
     table = quality = None
-    if request.interval is not None:
-        area = aoi or request.area
-        table = table_of(model.card, () if area is None else _corners(area))
-        table.check_level(request.interval)
-    if request.quality_band:
+    if options.interval is not None:
+        table = table_of(model.card, () if aoi is None else _corners(aoi))
+        table.check_level(options.interval)
+    if options.quality_band:
         quality = rules_of(model.card)
-    return Extras(request.date_band, table, request.interval or 0.9, quality)
+    return Extras(options.date_band, table, options.interval or 0.9, quality)
 
 
 def _corners(aoi: AOI) -> list[tuple[float, float]]:

@@ -1,84 +1,145 @@
-"""What a user asks of a prediction, as data: the options of `canopy predict` and of `canopy.predict`."""
+"""What a prediction is asked for: the one declaration for the command line, Python and regional runs.
+
+A field's name, type, default and help text stand here and nowhere else. The command line makes its options of
+them (`canopy.cli.options.takes_groups`), Python's keywords are checked against them, and the settings of a
+region extend them. Only plain values: loaded models, areas and arrays are handed over beside them. Nothing
+heavy is imported, so that reading options costs nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, Self
 
-from canopy.geo.area import AOI
-from canopy.inference.estimate import MAX_PIXELS
+from pydantic import Field, field_validator
+
+from canopy.config import Settings, check_known, validate_settings
 
 if TYPE_CHECKING:
-    from canopy.models.height import HeightModel
+    from canopy.geo.area import AOI
+
+# 4e9 px are 1000 km2 at 0.5 m and 16 GB of float32: a day of CPU work. More is a job for `canopy map`.
+MAX_PIXELS = 4_000_000_000
+
+HELP_BACKEND = "auto, torch, openvino or onnx. auto: openvino on a CPU where it is installed, else torch."
+HELP_PRECISION = "auto (fp32), fp32, bf16 where the hardware has it, or int8 (see canopy models quantize)."
+_HELP_CRS = (
+    "CRS of the map; `image` for the image's own grid; `quadkey` for Web-Mercator pixels that quadkeys "
+    "divide into. Default: the area's UTM zone."
+)
+_HELP_RADIOMETRY = (
+    "Move the image's colours onto those of the model's training imagery: none; match; or the target's own "
+    "r5,r95,g5,g95,b5,b95 in 0..1. The image's percentiles are measured once over all of it."
+)
+_HELP_IMAGERY = (
+    "A named source (naip, demo, ...), a STAC API or catalog, an XYZ template, a directory or VRT."
+)
+_HELP_OUT = "GeoTIFF to write; OUT.json (a STAC item) lies beside it. Default: IMAGE_chm.tif here."
 
 
-class Options(TypedDict, total=False):
-    """Options of `canopy.predict` beyond what to map, with which model, and where to; see `Request`."""
+def option(default: Any, help: str, **typed: Any) -> Any:
+    """A field with its help text, and how it is typed: `metavar`, `flags`, `panel`, `argument`, `shown`.
 
-    gsd: float | None
-    crs: str | None
-    input_crs: str | None
-    device: str
-    backend: str
-    precision: str
-    batch_size: int | str
-    workers: int | str
-    datetime: str | None
-    bands: str | Sequence[int] | None
-    nodata: float | None
-    scale: float | None
-    encoding: str
-    date_band: bool
-    interval: float | None
-    quality_band: bool
-    quicklook: bool
-    radiometry: str
-    overwrite: bool
-    max_pixels: int
+    `flags` stand instead of `--name-of-the-field`, `panel` is the heading that --help lists it under,
+    `argument` makes it a positional one, and `shown` is the default as --help says it.
+    """
+    return Field(default=default, description=help, json_schema_extra=typed or None)
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; the names are those of `canopy predict`'s options.
+class PredictOptions(Settings):
+    """What to map, from which imagery, with which model and how: alike for one map and for a region's tiles.
 
-    Attributes:
-        images: files, directories or URLs; several are mosaicked.
-        imagery: a named source, STAC address, tile template or path, instead of `images`.
-        area: what to map; by default all the imagery.
-        model: a name, a file, or a loaded model.
-        out: the GeoTIFF to write; None keeps the map in memory.
-        crs: CRS of the map, or `image`; also the CRS of images that carry none, unless `input_crs` is given.
-        input_crs: CRS of images that carry none.
-        backend, precision: see `canopy.inference.backends`.
-        interval: coverage of the bands height_lower and height_upper, e.g. 0.9; None writes none.
-        quality_band: add the band `quality`, see `canopy.inference.layers`.
-        radiometry: `none`, `match`, or percentiles; see `canopy.models.height.parse_radiometry`.
+    The area is said by `bbox`, `bounds` or `aoi`; by default it is all the imagery. Values of `crs`: a CRS,
+    `image` or `quadkey`; it also stands in for the CRS of images that carry none, unless `input_crs` is
+    given.
     """
 
-    images: tuple[str, ...] = ()
-    imagery: str | None = None
-    area: AOI | None = None
-    model: str | Path | HeightModel = "default"
-    out: str | Path | None = None
-    gsd: float | None = None
-    crs: str | None = None
-    input_crs: str | None = None
-    device: str = "auto"
-    backend: str = "auto"
-    precision: str = "auto"
-    batch_size: int | str = "auto"
-    workers: int | str = "auto"
-    datetime: str | None = None
-    bands: str | Sequence[int] | None = None
-    nodata: float | None = None
-    scale: float | None = None
-    encoding: str = "float32"
-    date_band: bool = False
-    interval: float | None = None
-    quality_band: bool = False
-    quicklook: bool = False
-    radiometry: str = "none"
-    overwrite: bool = False
-    max_pixels: int = MAX_PIXELS
+    images: tuple[str, ...] = option(
+        (), "RGB images; several are mosaicked.", metavar="[IMAGE]...", argument=True
+    )
+    imagery: str | None = option(None, _HELP_IMAGERY, metavar="NAME")
+    datetime: str | None = option(None, "Acquisitions to use, as STAC has it.", metavar="FROM/TO")
+    input_crs: str | None = option(None, "CRS of images that carry none. Default: --crs.")
+    bands: str | tuple[int, ...] | None = option(
+        None, "Band numbers of red, green, blue, from 1.", metavar="R,G,B"
+    )
+    nodata: float | None = option(None, "Image value that means missing where all bands have it.")
+    scale: float | None = option(None, "Image value that means white; needed unless uint8.")
+
+    bbox: str | tuple[float, ...] | None = option(
+        None, "Latitude first: a point (see --size-m) or two opposite corners.",
+        metavar="LAT,LON[,LAT,LON]", panel="Area",
+    )  # fmt: skip
+    size_m: float | None = option(
+        None, "Side of the square around --bbox LAT,LON, metres; 1000 if not given.", panel="Area"
+    )
+    bounds: str | tuple[float, ...] | None = option(
+        None, "West, south, east, north.", metavar="W,S,E,N", panel="Area"
+    )
+    bounds_crs: str = option("EPSG:4326", "CRS of --bounds.", panel="Area")
+    aoi: str | None = option(
+        None, "Polygons of any vector file; outside is nodata.", metavar="FILE", panel="Area"
+    )
+
+    model: str = option("default", "See canopy models list.", metavar="NAME|FILE")
+    gsd: float | None = option(None, "Ground metres per pixel of the map. Default: the model's.")
+    crs: str | None = option(None, _HELP_CRS)
+    encoding: str = option("float32", "float32, uint16cm or uint8m.")
+    date_band: bool = option(False, "Add band acquisition_date: days since 1970-01-01, 0 unknown.")
+    interval: float | None = option(
+        None, "Add bands height_lower, height_upper of this coverage.", metavar="0.9"
+    )
+    quality_band: bool = option(False, "Add band quality: bit flags, see docs/uncertainty.md.")
+    radiometry: str = option("none", _HELP_RADIOMETRY, metavar="none|match|PERCENTILES")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
+    backend: str = option("auto", HELP_BACKEND)
+    precision: str = option("auto", HELP_PRECISION)
+    batch_size: int | str = option("auto", "Crops per forward pass, or auto.")
+
+    @field_validator("imagery", "aoi", "model", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("crs", "input_crs", "bounds_crs", mode="before")
+    @classmethod
+    def _crs(cls, value: object) -> object:
+        """EPSG numbers and CRS objects, which Python has, as text."""
+        if isinstance(value, int):
+            return f"EPSG:{value}"
+        return value.to_wkt() if hasattr(value, "to_wkt") else value
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], where: str) -> Self:
+        """Options as a caller named them.
+
+        Raises:
+            InputError: an unknown name; the nearest known one is told. ConfigError: a value of another type.
+        """
+        for name in given:
+            check_known(name, list(cls.model_fields), f"option of {where}")
+        return validate_settings(cls, given, where)
+
+    def area(self) -> AOI | None:
+        """The area that was asked for; None if none was. Raises AreaError."""
+        from canopy.geo.area import choose_area
+
+        return choose_area(
+            bbox=self.bbox, size_m=self.size_m, bounds=self.bounds, bounds_crs=self.bounds_crs, aoi=self.aoi
+        )
+
+
+class OneMapOptions(PredictOptions):
+    """What only a single map is asked for; without `out` it is kept in memory."""
+
+    out: str | None = option(None, _HELP_OUT, metavar="OUT.tif", flags=("-o", "--out"))
+    workers: int | str = option("auto", "Threads that read imagery ahead, or auto.")
+    quicklook: bool = option(False, "Draw OUT.png beside the map.")
+    max_pixels: int = option(MAX_PIXELS, "Refuse maps larger than this.", shown="4e9")
+    overwrite: bool = option(False, "Replace outputs that exist.")
+
+    @field_validator("out", mode="before")
+    @classmethod
+    def _name(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value

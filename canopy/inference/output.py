@@ -27,8 +27,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from canopy import __version__
-from canopy.errors import ConfigError, ImageryError, InputError
-from canopy.files import is_url, list_directory, redact, replacing
+from canopy.errors import ConfigError, InputError
+from canopy.files import is_url, redact, replacing
 from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.geo.encoding import ENCODINGS, encoding_named
 from canopy.geo.grid import Grid
@@ -70,34 +70,6 @@ class OutputFiles:
     @property
     def all(self) -> list[Path]:
         return [path for path in (self.tif, self.item, self.quicklook) if path is not None]
-
-    def check(self, inputs: Sequence[str], overwrite: bool) -> None:
-        """Refuse, before any work, names that exist, name an input, or cannot be written.
-
-        Raises:
-            InputError: says which file and what to do.
-        """
-        taken = {path.resolve() for name in inputs if not is_url(name) for path in _files_of(Path(name))}
-        for path in self.all:
-            if path.resolve() in taken:
-                raise InputError("is one of the inputs", where=path, remedy="choose another name with -o")
-            if path.exists() and not overwrite:
-                raise InputError(
-                    "exists already", where=path, remedy="add --overwrite, or choose another name with -o"
-                )
-        folder = self.tif.absolute().parent
-        if not folder.is_dir():
-            raise InputError("no such directory", where=folder, remedy="create it first")
-        if not os.access(folder, os.W_OK):
-            raise InputError("the directory cannot be written", where=folder)
-
-
-def _files_of(path: Path) -> list[Path]:
-    """The file itself, or the images that are read where a directory is named."""
-    try:
-        return list_directory(path) if path.is_dir() else [path]
-    except ImageryError:  # told where the imagery is opened
-        return []
 
 
 def default_out(images: Sequence[str], imagery: str | None) -> str:

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 from canopy.errors import AreaError, InputError
-from canopy.geo.area import AOI, choose_area
+from canopy.files import check_output
+from canopy.geo.area import AOI
 from canopy.geo.raster import raster_env
 from canopy.inference import output
 from canopy.inference.backends import Runner, settle
@@ -28,7 +29,7 @@ from canopy.inference.engine import RunSummary, Sink, predict_grid, reader_count
 from canopy.inference.estimate import Estimate, estimate, refuse_too_large, seconds_per_crop
 from canopy.inference.lattice import Lattice, Plan, plan_windows
 from canopy.inference.layers import Extras, band_specs, extras_of
-from canopy.inference.options import Options, Request
+from canopy.inference.options import OneMapOptions, PredictOptions
 from canopy.inference.output import MapFacts, map_item, write_json
 from canopy.inference.radiometry import with_radiometry
 from canopy.inference.target import Target, choose_target, scale_notes
@@ -49,13 +50,14 @@ _OF_THE_NETWORK = (
 
 
 @dataclass(frozen=True)
-class Work:
-    """Imagery, area, model and grids of a map.
+class Prediction:
+    """Imagery, area, model and grids of a map or of a region's tile, ready to be predicted.
 
-    `runner` is the model on its runtime; without one it is torch, as the request has it.
+    `runner` is the model on its runtime; without one it is torch, as the options have it. `readers` are the
+    threads that read imagery ahead.
     """
 
-    request: Request
+    options: PredictOptions
     source: ImagerySource
     aoi: AOI
     model: HeightModel
@@ -64,6 +66,7 @@ class Work:
     radiometry: str = "none"
     extras: Extras = field(default_factory=Extras)
     runner: Runner | None = None
+    readers: int | str = "auto"
 
     @property
     def bands(self) -> tuple[tuple[str, str], ...]:
@@ -85,13 +88,13 @@ class Work:
 
     def predict_into(self, sink: Sink, progress: Progress | None, out: Path | None = None) -> RunSummary:
         """Predict into `sink`, by way of a scratch file beside `out` where the output has another grid."""
-        request, target = self.request, self.target
+        asked, target = self.options, self.target
         options: dict[str, Any] = {
-            "device": request.device,
-            "precision": request.precision,
-            "batch_size": request.batch_size,
+            "device": asked.device,
+            "precision": asked.precision,
+            "batch_size": asked.batch_size,
             "runner": self.runner,
-            "workers": request.workers,
+            "workers": self.readers,
             "progress": progress,
         }
         if not target.is_resampled:
@@ -129,7 +132,7 @@ class Result:
 
     files: output.OutputFiles | None
     summary: RunSummary
-    job: Job
+    job: MapPrediction
     sha256: str | None = None
     data: xr.DataArray | None = None
 
@@ -158,9 +161,10 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Work):
-    """A checked request. `notes` are warnings for the user; `cost` is what it will take."""
+class MapPrediction(Prediction):
+    """A checked map. `notes` are warnings for the user; `cost` is what it will take."""
 
+    options: OneMapOptions
     plan: Plan
     cost: Estimate
     files: output.OutputFiles | None
@@ -179,10 +183,10 @@ class Job(Work):
             "model": self.model_name,
             "model_sha256": self.model_sha256,
             "backend": self.runner.backend if self.runner else "torch",
-            "precision": self.runner.precision if self.runner else self.request.precision,
+            "precision": self.runner.precision if self.runner else self.options.precision,
             "imagery": output.imagery_text(self.source),
             "dates": output.dates_text(self.source.dates),
-            "encoding": self.request.encoding,
+            "encoding": self.options.encoding,
             "radiometry": self.radiometry,
             "tiles": self.cost.windows,
             "crops": self.cost.crops,
@@ -232,12 +236,12 @@ class Job(Work):
     def _to_files(self, progress: Progress | None) -> Result:
         from canopy.geo.raster import CogWriter
 
-        files, request = self.files, self.request
+        files, options = self.files, self.options
         if files is None:
             raise RuntimeError("no output was asked for")
         writer = CogWriter(
             files.tif, self.target.output, band_specs(self.bands),
-            encoding=request.encoding, tags=self.tags(), overwrite=request.overwrite,
+            encoding=options.encoding, tags=self.tags(), overwrite=options.overwrite,
         )  # fmt: skip
         with writer:
             summary = self.predict_into(writer, progress, files.tif)
@@ -245,20 +249,28 @@ class Job(Work):
         return Result(files, summary, self, sha256=writer.sha256)
 
 
-def prepare(request: Request, *, dry_run: bool = False) -> Job:
-    """Open, check and plan a request; cheap, and nothing is written.
+def prepare(
+    options: OneMapOptions,
+    *,
+    area: AOI | None = None,
+    model: HeightModel | None = None,
+    dry_run: bool = False,
+) -> MapPrediction:
+    """Open, check and plan a map; cheap, and nothing is written.
 
     Args:
-        dry_run: the job will only be told about, so its output may exist already.
+        area, model: stand in for those that the options name.
+        dry_run: the map will only be told about, so its output may exist already.
 
     Raises:
-        InputError (and its kinds): whatever in the request cannot be done, in one line.
+        InputError (and its kinds): whatever in the options cannot be done, in one line.
     """
-    files = _check_output(request, dry_run)
-    parse_radiometry(request.radiometry)  # before a model is fetched for it
-    model, model_name = load_named(request.model)
-    source = open_source(request, model.config.gsd_m)
-    aoi = request.area or source.area()
+    files = _check_output(options, dry_run)
+    parse_radiometry(options.radiometry)  # before a model is fetched for it
+    area = area or options.area()
+    model, model_name = load_named(model or options.model)
+    source = open_source(options, model.config.gsd_m, area)
+    aoi = area or source.area()
     if aoi is None:
         raise AreaError(
             "which area?",
@@ -269,58 +281,59 @@ def prepare(request: Request, *, dry_run: bool = False) -> Job:
     target = choose_target(
         aoi,
         model.config.gsd_m,
-        gsd_m=request.gsd,
-        crs=request.crs,
+        gsd_m=options.gsd,
+        crs=options.crs,
         native=source.native_grid,
         native_crs=source.native_crs,
     )
     plan = plan_windows(target.predict, Lattice.of_model(model.config))
-    extras = extras_of(request, model, aoi)
-    choice = settle(model, request.backend, request.precision, request.device)
+    extras = extras_of(options, model, aoi)
+    choice = settle(model, options.backend, options.precision, options.device)
     runner = choice.open(model, extras.outputs)
-    pace = seconds_per_crop(model, runner, request.batch_size, extras)
-    cost = estimate(plan, target, pace, len(extras.bands), request.encoding)
-    refuse_too_large(cost, request.max_pixels, aoi.describe(), in_memory=files is None)
+    pace = seconds_per_crop(model, runner, options.batch_size, extras)
+    cost = estimate(plan, target, pace, len(extras.bands), options.encoding)
+    refuse_too_large(cost, options.max_pixels, aoi.describe(), in_memory=files is None)
     notes += [*choice.notes, *scale_notes(source.native_gsd_m, model.config.gsd_m)]
-    model, radiometry, more = with_radiometry(model, source, aoi, request.radiometry)
+    model, radiometry, more = with_radiometry(model, source, aoi, options.radiometry)
     # Models need not be a `HeightModel`, and others know no stretch.
     stretch = getattr(model, "stretch", None)
-    return Job(
-        request, source, aoi, model, model_name, target, radiometry, extras,
-        runner.with_radiometry(stretch) if stretch else runner,
+    return MapPrediction(
+        options=options, source=source, aoi=aoi, model=model, model_name=model_name, target=target,
+        radiometry=radiometry, extras=extras, readers=options.workers,
+        runner=runner.with_radiometry(stretch) if stretch else runner,
         plan=plan, cost=cost, files=files, notes=notes + more,
     )  # fmt: skip
 
 
-def _check_output(request: Request, dry_run: bool) -> output.OutputFiles | None:
-    output.check_encoding(request.encoding, request.date_band)
-    reader_count(request.workers)  # what is no number is told now
-    if request.out is None:
+def _check_output(options: OneMapOptions, dry_run: bool) -> output.OutputFiles | None:
+    output.check_encoding(options.encoding, options.date_band)
+    reader_count(options.workers)  # what is no number is told now
+    if options.out is None:
         return None
-    files = output.OutputFiles.of(request.out, request.quicklook)
-    inputs = [*request.images, *([request.imagery] if request.imagery else [])]
-    files.check(inputs, request.overwrite or dry_run)
+    files = output.OutputFiles.of(options.out, options.quicklook)
+    inputs = [options.images, options.imagery, options.aoi, options.model]
+    check_output(files.all, inputs, overwrite=options.overwrite or dry_run)
     return files
 
 
-def open_source(request: Request, gsd_m: float) -> ImagerySource:
+def open_source(options: PredictOptions, gsd_m: float, area: AOI | None) -> ImagerySource:
     """The imagery, to be read at `gsd_m`: files, a named source or address, or the best one known here."""
     from canopy.imagery.open import open_imagery
 
-    if request.images and request.imagery:
+    if options.images and options.imagery:
         raise InputError("images and --imagery", expected="one of them", remedy="leave one of them out")
-    what = request.imagery or request.images or _best_for(request.area)
+    what = options.imagery or options.images or _best_for(area)
     return open_imagery(
         what[0] if isinstance(what, tuple) and len(what) == 1 else what,
-        area=request.area,
-        bands=request.bands,
-        nodata=request.nodata,
-        crs=request.input_crs,
-        scale=request.scale,
-        datetime=request.datetime,
+        area=area,
+        bands=options.bands,
+        nodata=options.nodata,
+        crs=options.input_crs,
+        scale=options.scale,
+        datetime=options.datetime,
         gsd_m=gsd_m,
         # One CRS was named: for images that carry none it cannot have been meant for the map alone.
-        fallback_crs=None if request.crs in ("image", "quadkey") else request.crs,
+        fallback_crs=None if options.crs in ("image", "quadkey") else options.crs,
     )
 
 
@@ -371,28 +384,20 @@ def predict(
     image: str | Path | Sequence[str | Path] | None = None,
     *,
     model: str | Path | HeightModel = "default",
-    imagery: str | None = None,
     area: AOI | None = None,
-    bbox: str | Sequence[float] | None = None,
-    size_m: float | None = None,
-    bounds: str | Sequence[float] | None = None,
-    bounds_crs: Any = "EPSG:4326",
-    aoi: str | Path | None = None,
-    out: str | Path | None = None,
     progress: Progress | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> xr.DataArray | Path:
     """Map canopy height.
 
     Args:
         image: one or several image files, directories or URLs; or give `imagery`.
         model: a model's name or file, or a `HeightModel`.
-        imagery: a named source, a STAC address, a tile template or a path.
-        area: an `AOI`; or one of `bbox` (LAT,LON with `size_m`, or LAT,LON,LAT,LON), `bounds` (W,S,E,N in
-            `bounds_crs`) and `aoi` (a vector file). By default all of the imagery.
-        out: a GeoTIFF to write, with its STAC item (and picture) beside it.
-        options: the other options of `canopy predict` under the same names, see
-            `canopy.inference.options.Options`.
+        area: an `AOI`; or one of the options `bbox` (LAT,LON with `size_m`, or LAT,LON,LAT,LON), `bounds`
+            (W,S,E,N in `bounds_crs`) and `aoi` (a vector file). By default all of the imagery.
+        options: those of `canopy predict` under the same names, see
+            `canopy.inference.options.OneMapOptions`; with `out`, a GeoTIFF is written, with its STAC item
+            (and picture) beside it.
 
     Returns:
         Without `out`, a DataArray (y, x) of metres, NaN where there is no height, with its CRS for rioxarray;
@@ -407,28 +412,26 @@ def predict(
     images: Sequence[str | Path] = (
         () if image is None else [image] if isinstance(image, (str, Path)) else image
     )
-    request = Request(
-        images=tuple(str(one) for one in images),
-        imagery=imagery,
-        area=area or choose_area(bbox=bbox, size_m=size_m, bounds=bounds, bounds_crs=bounds_crs, aoi=aoi),
-        model=model,
-        out=out,
-        **options,
+    named = isinstance(model, (str, Path))
+    given = options | {"images": tuple(map(str, images))} | ({"model": model} if named else {})
+    job = prepare(
+        OneMapOptions.of(given, "canopy.predict"),
+        area=area,
+        model=None if named else model,  # type: ignore[arg-type]
     )
-    job = prepare(request)
     for note in job.notes:
         log.warning(note)
     result = job.run(progress)
     return result.files.tif if result.files else result.data  # type: ignore[return-value]
 
 
-def publish(job: Job, made: Path, sha256: str, summary: RunSummary) -> list[str]:
+def publish(job: MapPrediction, made: Path, sha256: str, summary: RunSummary) -> list[str]:
     """Write the quicklook, if one was asked for, and the STAC item beside a finished map; their names.
 
     Args:
         made: the map under its own name, though not yet in its place (see `CogWriter.companions`).
     """
-    files = output.OutputFiles.of(made, job.request.quicklook)
+    files = output.OutputFiles.of(made, job.options.quicklook)
     if files.quicklook is not None:
         from canopy.inference.output import write_quicklook
 
@@ -443,7 +446,7 @@ def publish(job: Job, made: Path, sha256: str, summary: RunSummary) -> list[str]
         path=files.tif,
         sha256=sha256,
         grid=job.target.output,
-        encoding=job.request.encoding,
+        encoding=job.options.encoding,
         bands=job.bands,
         dates=job.source.dates,
         imagery=output.imagery_links(job.source),

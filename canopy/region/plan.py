@@ -34,7 +34,7 @@ from canopy.geo.crs import metres_per_unit, to_crs
 from canopy.geo.grid import Grid
 from canopy.inference.backends import Choice, settle
 from canopy.inference.layers import Extras, extras_of
-from canopy.inference.options import Request
+from canopy.inference.options import PredictOptions
 from canopy.inference.target import (
     MARGIN_PX,
     Target,
@@ -386,16 +386,15 @@ class Prepared:
         return self.extras.bands
 
     @property
-    def request(self) -> Request:
-        return request_of(self.settings, self.aoi)
+    def request(self) -> PredictOptions:
+        return request_of(self.settings)
 
 
-def request_of(settings: RegionSettings, aoi: AOI | None) -> Request:
+def request_of(settings: RegionSettings) -> PredictOptions:
     """The same wish as one prediction, for what both have in common."""
-    return Request(
+    return PredictOptions(
         images=settings.images,
         imagery=settings.imagery,
-        area=aoi,
         model=settings.model,
         gsd=settings.gsd,
         crs=settings.crs,
@@ -404,7 +403,6 @@ def request_of(settings: RegionSettings, aoi: AOI | None) -> Request:
         backend=settings.backend,
         precision=settings.precision,
         batch_size=settings.batch_size,
-        workers=settings.readers,
         datetime=settings.datetime,
         bands=settings.bands,
         nodata=settings.nodata,
@@ -458,7 +456,7 @@ def open_region(settings: RegionSettings, aoi: AOI | None = None) -> Prepared:
         settings = settings.model_copy(update={"imagery": source.name})
     notes = [] if cells else coverage_notes(source, aoi)
     notes += scale_notes(source.native_gsd_m, model.config.gsd_m)
-    extras = extras_of(request_of(settings, aoi), model)
+    extras = extras_of(request_of(settings), model, aoi)
     choice = settle(model, settings.backend, settings.precision, settings.device)
     notes += [*choice.notes, *_device_notes(settings, choice)]
     model, radiometry, more = with_radiometry(model, source, aoi, settings.radiometry)
@@ -511,7 +509,7 @@ def _open_imagery(
     from canopy.inference.predict import open_source
 
     try:
-        return open_source(request_of(settings, aoi), gsd_m), None
+        return open_source(request_of(settings), gsd_m, aoi), None
     except TooManyItemsError:
         measures = settings.radiometry != "none" and settings.radiometry.count(",") != 11
         if aoi is None or measures:
@@ -525,7 +523,7 @@ def _open_imagery(
     for place in places:
         try:
             here = AOI.from_bbox((place.y, place.x), PLACE_M)
-            return open_source(request_of(settings, here), gsd_m), CELL_TILES
+            return open_source(request_of(settings), gsd_m, here), CELL_TILES
         except AreaError:
             continue
     raise AreaError("no imagery at the places that were tried", where=aoi.describe())

@@ -23,7 +23,7 @@ from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
 from canopy.inference import output
 from canopy.inference.layers import band_specs
-from canopy.inference.predict import Work
+from canopy.inference.predict import Prediction
 from canopy.region.plan import (
     Prepared,
     RegionSettings,
@@ -140,8 +140,7 @@ class TileWorker:
                 self._sources.pop(next(iter(self._sources)))
             area = AOI.from_grid(prepared.tiling.cell(task.row, task.col, prepared.cells))
             try:
-                request = replace(prepared.request, area=area)
-                self._sources[key] = open_source(request, prepared.lattices.gsd_m)
+                self._sources[key] = open_source(prepared.request, prepared.lattices.gsd_m, area)
             except AreaError:
                 self._sources[key] = None
         return self._sources[key]
@@ -162,10 +161,10 @@ class TileWorker:
         if imagery is None:
             return self._empty(task, started)
         source = SceneNames.of(imagery, target.output)
-        request = replace(prepared.request, batch_size=self._batch_size)
-        work = Work(
+        request = prepared.request.model_copy(update={"batch_size": self._batch_size})
+        work = Prediction(
             request, imagery, prepared.aoi, prepared.model, prepared.model_name, target,
-            prepared.radiometry, prepared.extras, self.runner,
+            prepared.radiometry, prepared.extras, self.runner, prepared.settings.readers,
         )  # fmt: skip
         try:
             with raster_env():

@@ -9,8 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from canopy.cli.options import PredictionOptions, RegionOptions, takes_groups
-from canopy.inference.options import Request
+from canopy.cli.options import RegionOptions, takes_groups
+from canopy.inference.options import OneMapOptions, PredictOptions
 from canopy.region.plan import RegionSettings
 
 
@@ -55,13 +55,44 @@ def test_a_field_without_a_default_is_refused() -> None:
         takes_groups(command)
 
 
-def test_shared_options_are_those_of_what_they_fill() -> None:
-    """An option that is added to a group must be known to what the group is poured into, with its default."""
-    request = {field.name: field.default for field in fields(Request)}
+def test_a_pydantic_model_is_a_group_with_its_help_and_its_kinds() -> None:
+    seen = []
+
+    @takes_groups
+    def paint(options: OneMapOptions) -> None:
+        """Paint."""
+        seen.append(options)
+
+    app = typer.Typer()
+    app.command()(paint)
+    run = CliRunner().invoke
+    typed = [
+        "a.tif",
+        "b.tif",
+        "-o",
+        "x.tif",
+        "--gsd",
+        "2",
+        "--date-band",
+        "--batch-size",
+        "8",
+        "--bbox",
+        "1,2",
+    ]
+    assert run(app, typed).exit_code == 0
+    assert run(app, []).exit_code == 0
+    assert seen[0].images == ("a.tif", "b.tif") and seen[0].out == "x.tif"
+    assert (seen[0].gsd, seen[0].date_band, seen[0].batch_size, seen[0].bbox) == (2.0, True, "8", "1,2")
+    assert seen[1] == OneMapOptions()
+    assert OneMapOptions.model_fields["nodata"].description.split()[0] in run(app, ["--help"]).output
+    assert run(app, ["--gsd", "wide"]).exit_code == 2
+
+
+def test_a_regions_options_are_those_of_its_settings() -> None:
+    """An option that is added must be known to the settings that it is poured into, with its default."""
     region = {name: field.default for name, field in RegionSettings.model_fields.items()}
-    for field in fields(PredictionOptions):
-        if field.name != "images":
-            assert request[field.name] == region[field.name] == field.default, field.name
+    for name, field in PredictOptions.model_fields.items():
+        assert region[name] == field.default, name
     for field in fields(RegionOptions):
         if field.name != "out":
             assert region[field.name] == field.default, field.name

@@ -18,7 +18,7 @@ from rio_cogeo import cog_validate
 
 from canopy.geo.crs import to_crs
 from canopy.geo.raster import read_raster
-from canopy.inference.options import Request
+from canopy.inference.options import OneMapOptions
 from canopy.inference.predict import prepare
 from canopy.region.plan import RegionSettings
 from canopy.region.publish import axis_mapping
@@ -143,8 +143,10 @@ def test_stac_validator_takes_every_file(
     from stac_validator import stac_validator as validator
 
     start(prepare_run(settings(encoding="uint8m", zoom=18, tile_px=256)), engine=inline)
-    request = Request(images=(str(image),), model=str(small_model), out=tmp_path / "one.tif", quicklook=True)
-    prepare(request).run()
+    options = OneMapOptions(
+        images=(str(image),), model=str(small_model), out=str(tmp_path / "one.tif"), quicklook=True
+    )
+    prepare(options).run()
     known = schemas()
     folder = tmp_path / "run"
     names = ("catalog.json", "collection.json", "model.json")

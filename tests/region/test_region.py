@@ -19,7 +19,7 @@ from canopy.errors import InputError, OutputError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.raster import read_raster
-from canopy.inference.options import Request
+from canopy.inference.options import OneMapOptions
 from canopy.inference.predict import prepare
 from canopy.region.ledger import Ledger
 from canopy.region.plan import RegionSettings, request_of
@@ -49,10 +49,9 @@ def run(settings: RegionSettings, inline: type, **more: object) -> RunResult:
 
 def at_once(settings: RegionSettings, out: Path) -> np.ndarray:
     """The stored pixels of one `canopy predict` over the region."""
-    request = request_of(settings, settings.area())
     crs = "quadkey" if settings.grid == "quadkey" else settings.crs
-    given = {**{f: getattr(request, f) for f in Request.__dataclass_fields__}, "out": out, "crs": crs}
-    prepare(Request(**given)).run()
+    given = {**request_of(settings).model_dump(), "out": str(out), "crs": crs}
+    prepare(OneMapOptions(**given), area=settings.area()).run()
     with rasterio.open(out) as dataset:
         return dataset.read()
 
@@ -292,11 +291,11 @@ def test_more_images_than_one_mosaic_may_have_are_opened_in_parts(
     run(settings(out=str(tmp_path / "whole"), **area), inline)
     real, asked = job.open_source, []
 
-    def limited(request: Request, gsd_m: float) -> object:
-        asked.append(request.area)
+    def limited(options: OneMapOptions, gsd_m: float, area: AOI) -> object:
+        asked.append(area)
         if len(asked) in (1, 3):  # the whole area: by the driver, and by the worker
             raise TooManyItemsError("more than 2000 items there")
-        return real(request, gsd_m)
+        return real(options, gsd_m, area)
 
     monkeypatch.setattr(job, "open_source", limited)
     monkeypatch.setattr("canopy.region.plan.PLACE_M", 20.0)
