@@ -159,7 +159,7 @@ class ImagerySource(ABC):
             grid: the pixels wanted; default: the source's own grid, or one made of the following.
             area: what to show; default: the whole area of the source.
             crs: of the array; default: the images' own.
-            gsd_m: pixel side in units of `crs`, metres in a projected one; default: the images' own.
+            gsd_m: ground metres per pixel; default: the images' own.
             chunk_px: side of a chunk.
 
         Returns:
@@ -184,8 +184,6 @@ def _grid_of(source: ImagerySource, area: AOI | None, crs: Any | None, gsd_m: fl
     wanted = to_crs(crs) if crs is not None else source.native_crs
     if native is not None and wanted == native.crs and gsd_m is None:
         return native.window_over(outline.to_crs(wanted).geometry.bounds)
-    if wanted.geographic and gsd_m is None:
-        raise InputError("pixels of which size?", where=source.name, expected="gsd_m, in degrees, or a grid")
     return outline.grid(wanted, gsd_m or source.native_gsd_m)
 
 

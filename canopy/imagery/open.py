@@ -66,6 +66,10 @@ def open_imagery(
         AreaError: no imagery in `area`.
     """
     options = ReadOptions(bands, nodata, crs, scale, datetime, gsd_m, fallback_crs)
+    if hasattr(source, "dims"):
+        from canopy.imagery.arrays import open_array
+
+        return open_array(source, options)
     items = [str(source)] if isinstance(source, (str, Path)) else [str(item) for item in source]
     if not items or not all(item.strip() for item in items):
         raise InputError("no image was given", expected="a file, a URL or the name of a source")
