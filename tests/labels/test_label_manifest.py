@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import shapely
+import yaml
 
 from canopy.errors import ConfigError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.crs import utm_crs
-from canopy.imagery.manifests import known_names
+from canopy.imagery.manifests import known_names, named_source
 from canopy.labels.catalog import LabelManifest, known_labels, label_source
-from canopy.labels.neon import aop_crs, neon_site, neon_sites, read_sites, sites_near
+from canopy.labels.names import aop_crs, neon_site, neon_sites, read_sites, sites_near
 from canopy.runtime import bundled_dir
 
 SHIPPED = {
@@ -43,8 +46,32 @@ def test_every_label_source_is_valid_and_says_its_terms():
         assert set(source.sites) <= set(neon_sites())
         for product in source.products.values():
             assert product.grammar or product.match or product.asset
+            assert not product.match or re.compile(product.match)
         for text in (source.href, *(product.href or "" for product in source.products.values())):
             assert "token" not in text.lower() and "sig=" not in text
+
+
+def test_addresses_are_those_that_the_hosts_publish():
+    """What a check against the services' own documents found wrong, and must not come back."""
+    models = yaml.safe_load((bundled_dir("data_manifests") / "models.yaml").read_text())["models"]
+    urls = [file["url"] for model in models.values() for file in model.get("files", ())]
+    folder = "https://dataforgood-fb-data.s3.amazonaws.com/forests/v1/models/saved_checkpoints/"
+    assert len(urls) == 4 and all(url.startswith(folder) and url.endswith(".pth") for url in urls)
+    gedi = label_source("gedi-l2a")
+    assert gedi.products[gedi.default].version == "003" and gedi.doi.endswith("GEDI02_A.003")
+    assert {p.code for p in gedi.products.values()} == {
+        "GEDI02_A",
+        "GEDI02_B",
+        "GEDI_L4A_AGB_Density_V3_2508",
+    }
+    assert all(product.about_bytes < 1.1e9 for product in gedi.products.values())
+    for name in ("usgs-3dep", "california-3dep"):
+        assert label_source(name).dates == "2012/2022"
+    alaska_and_guam = [shapely.Point(-150, 64), shapely.Point(144.8, 13.5)]
+    assert all(label_source("usgs-3dep").geometry.covers(place) for place in alaska_and_guam)
+    assert label_source("sao-paulo").protocol == "wfs" and label_source("france-lidar-hd").parallel == 4
+    assert named_source("vantor-open-data").href.startswith("https://vantor-opendata.s3.amazonaws.com/")
+    assert 400 in named_source("swissimage").absent_statuses
 
 
 def test_no_manifest_names_a_secret_or_a_machine():
