@@ -79,7 +79,7 @@ def _samples(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     if not args.shots or len(args.shots) != len(args.imagery):
         raise ConfigError("nothing to train on", expected="DATA, or one --imagery for every --shots")
     from canopy.imagery.open import open_imagery
-    from canopy.labels.gedi import read_shots
+    from canopy.labels.shots import read_shots
 
     parts = [
         joined(open_imagery(where, area=None), read_shots(table), rh=args.rh, region=table.stem)

@@ -165,7 +165,7 @@ def joined(
     Raises:
         DataError: no such relative height, or no shot has imagery.
     """
-    from canopy.labels.gedi import rh_column
+    from canopy.labels.shots import rh_column
 
     column = rh_column(rh)
     if column not in shots:

@@ -82,6 +82,11 @@ class AreaOptions:
     bounds_crs: BoundsCrs = "EPSG:4326"
     aoi: Aoi = None
 
+    @property
+    def inputs(self) -> list[str]:
+        """The files that the area is read from."""
+        return [self.aoi] if self.aoi else []
+
     def choose(self) -> AOI | None:
         """The area that was asked for; None if none was. Raises AreaError."""
         from canopy.geo.area import choose_area
@@ -248,6 +253,13 @@ EvaluateNodata = Annotated[float | None, typer.Option("--nodata", help="Missing 
 ReferenceNodata = Annotated[
     float | None, typer.Option("--reference-nodata", help="Missing in the reference.")
 ]
+Band = Annotated[
+    str | None, typer.Option("--band", metavar="N|NAME", help="The map's height band, if it has several.")
+]
+ReferenceBand = Annotated[
+    str | None, typer.Option("--reference-band", metavar="N|NAME", help="The reference's, likewise.")
+]
+Layer = Annotated[str | None, typer.Option("--layer", help="Of a vector file with several (plots).")]
 MapDate = Annotated[str | None, typer.Option("--map-date", help="2021, 2021-07 or 2021-07-04.")]
 ReferenceDate = Annotated[str | None, typer.Option("--reference-date", help="Likewise.")]
 Benchmark = Annotated[

@@ -31,7 +31,8 @@ from canopy.errors import AreaError, FetchError, ImageryError, InputError
 from canopy.files import is_url, public_name
 from canopy.geo.crs import ground_crs, project, to_crs, to_lonlat, x_period
 from canopy.geo.grid import Grid
-from canopy.geo.reading import SourcePlace, open_raster, read_window
+from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster, read_window
 from canopy.imagery.bands import (
     BandPlan,
     check_georeference,

@@ -1,28 +1,34 @@
-"""What a job will cost, before it starts: tiles, gigabytes, minutes; and where the line is."""
+"""What a map will cost, before it starts: tiles, gigabytes, minutes; and where the line is.
+
+No pass of the network is made for it: its arithmetic is counted, and divided by what processors usually do.
+So the minutes are a guess to within a factor of two; the progress bar has the measured pace.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from canopy.errors import AreaError
 from canopy.inference.lattice import Plan
-from canopy.inference.predictor import Predictor
 from canopy.inference.target import Target
-from canopy.models.height import EMPTY_VALUE
 
 if TYPE_CHECKING:
     from canopy.inference.backends import Runner
-    from canopy.inference.layers import Extras
+    from canopy.models.config import ModelConfig
     from canopy.models.height import HeightModel
-
 
 # Without a file the map is held in memory.
 MAX_PIXELS_IN_MEMORY = 400_000_000
 BYTES_PER_PIXEL = {"float32": 4, "uint16cm": 2, "uint8m": 1}
 # Reading, blending and writing beside the model: 0.1 s per Mpx mapped on the model's grid, 0.4 where imagery
-# is warped (benchmarks/stages.py); charged for pixels predicted and pixels mapped.
+# is warped; charged for pixels predicted and pixels mapped.
 OVERHEAD_S_PER_PX = 0.15e-6
+# Floating-point operations per second that networks of this kind reach in fp32: on a processor per thread.
+_RATE = {"cpu": 45e9, "mps": 2e12, "cuda": 15e12}
+_FASTER = {"fp32": 1.0, "bf16": 2.0, "int8": 3.0}
+_FASTER_RUNTIME = {"openvino": 1.3}
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Estimate:
         windows, crops: units of reading and of prediction.
         pixels: of the map; predicted_pixels: of the grid at the model's ground sample distance.
         gigabytes: of the map, uncompressed.
-        seconds: from a measurement of the model on this machine.
+        seconds: about, see `seconds_per_crop`.
     """
 
     windows: int
@@ -64,7 +70,7 @@ class Estimate:
 
 
 def estimate(plan: Plan, target: Target, crop_seconds: float, bands: int, encoding: str) -> Estimate:
-    """Cost of `plan` at a measured pace."""
+    """Cost of `plan`, in float32 bands or whatever `encoding` stores, at so many seconds a crop."""
     pixels = target.output.height * target.output.width
     predicted = plan.grid.height * plan.grid.width
     return Estimate(
@@ -77,22 +83,33 @@ def estimate(plan: Plan, target: Target, crop_seconds: float, bands: int, encodi
     )
 
 
-def seconds_per_crop(
-    model: HeightModel, runner: Runner, batch_size: int | str, extras: Extras | None = None
-) -> float:
-    """Measured time of one crop, in as many views as the extras take: one pass to warm up, one to count, on
-    an empty image."""
+def seconds_per_crop(model: HeightModel, runner: Runner, views: int = 1) -> float:
+    """About how long a crop takes on a runtime, in so many views; 0 for models whose work is not known."""
     import torch
 
-    predictor = Predictor(model, batch_size=batch_size, extras=extras, runner=runner)
-    side = model.config.crop_px
-    # A single crop would be run twice.
-    count = min(2, predictor.batch_size) if predictor.device.type == "cpu" else predictor.batch_size
-    crops = torch.full((count, 3, side, side), EMPTY_VALUE, device=predictor.device)
-    predictor(crops)
-    warm = predictor.seconds
-    predictor(crops)
-    return (predictor.seconds - warm) / count
+    from canopy.models.height import HeightModel
+
+    if not isinstance(model, HeightModel):
+        return 0.0
+    kind = runner.device.type
+    rate = _RATE.get(kind, _RATE["cpu"]) * (torch.get_num_threads() if kind == "cpu" else 1)
+    rate *= _FASTER.get(runner.precision, 1.0) * _FASTER_RUNTIME.get(runner.backend, 1.0)
+    return views * operations_per_crop(model.config) / rate
+
+
+@functools.lru_cache(maxsize=8)
+def operations_per_crop(config: ModelConfig) -> float:
+    """Floating-point operations from a crop to its bin scores, counted on a model without weights."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from canopy.models.height import HeightModel
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outline = HeightModel(config).eval()
+        side = config.crop_px + -config.crop_px % config.pad_px
+        outline.decoder.scores(outline.encoder(torch.zeros(1, len(config.bands), side, side)))
+    return float(counter.get_total_flops())
 
 
 def refuse_too_large(cost: Estimate, max_pixels: int, where: str, in_memory: bool) -> None:

@@ -1,4 +1,4 @@
-"""Which crops of the image the network sees, and in which order, for any output grid.
+"""Which crops of an image the network sees, and how the crops that serve a pixel are averaged.
 
 There is one lattice of crops per (CRS, pixel size, phase): crop `k` along an axis serves the pixels
 `[k * stride, k * stride + served)`, counted on the global pixel index of `Grid.origin_rc`, and reads `margin`
@@ -6,21 +6,22 @@ pixels more on either side. A pixel is the weighted mean of ALL lattice crops th
 always read in full, also beyond the area asked for. Its value therefore cannot depend on how an area was cut.
 
 Work is done in windows of `block x block` crops, left to right and top to bottom. Every crop is predicted
-exactly once per run: what a window's last crops add to its right and lower neighbours is carried over
-(see `blend.Canvas`), so windows cost no recomputed crops. The only cost of the lattice is
-`(crop / stride)^2` pixels seen per pixel mapped, plus the crops that hang over the area's edge.
-
-One rule for the seams: how the crops that serve a pixel are averaged.
+exactly once per run: what a window's last crops add to its right and lower neighbours is carried over (see
+`Canvas`), so windows cost no recomputed crops. The only cost of the lattice is `(crop / stride)^2` pixels
+seen per pixel mapped, plus the crops that hang over the area's edge.
 
 The taper of a crop rises over the overlap as sin^2 and falls as cos^2, so the weights of all lattice crops at
 a pixel add up to exactly one and no division by a weight sum is needed. Weights are strictly positive on the
 whole served part; sums run in float64, so that the order in which windows arrive cannot move a float32
 height.
+
+`predict_array` is for images without a place on the ground, such as training chips: their crops are spread
+evenly inside the image. Only numpy and torch are needed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,16 @@ class Lattice:
         """Pixels the network sees per pixel mapped, on a large area."""
         return (self.crop_px / self.stride_px) ** 2
 
+    def crop_slices(self, corner: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of a window that the crop in its row and column of crops reads."""
+        top, left = (at * self.stride_px for at in corner)
+        return slice(top, top + self.crop_px), slice(left, left + self.crop_px)
+
+    def served_slices(self, corner: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of a window that the crop serves."""
+        top, left = (at * self.stride_px + self.margin_px for at in corner)
+        return slice(top, top + self.served_px), slice(left, left + self.served_px)
+
     def crops_serving(self, start: int, stop: int) -> range:
         """Indices of the crops that serve at least one pixel of `[start, stop)` (global pixel indices)."""
         return range((start - self.served_px) // self.stride_px + 1, (stop - 1) // self.stride_px + 1)
@@ -134,6 +145,10 @@ class WorkWindow:
     rows: Span
     cols: Span
     is_row_start: bool
+
+    @property
+    def n_crops(self) -> int:
+        return len(self.rows.crops) * len(self.cols.crops)
 
 
 @dataclass(frozen=True)
@@ -168,6 +183,23 @@ class Plan:
         return self.grid.window(
             window.rows.served_from - margin, window.cols.served_from - margin, height, width
         )
+
+    def inside(self, window: WorkWindow) -> tuple[slice, slice]:
+        """Rows and columns of `read_grid(window)` that lie in the grid."""
+        first = [span.served_from - self.lattice.margin_px for span in (window.rows, window.cols)]
+        rows, cols = (
+            slice(max(0, -start), max(0, length - start))
+            for start, length in zip(first, (self.grid.height, self.grid.width), strict=True)
+        )
+        return rows, cols
+
+    def final_slices(self, window: WorkWindow) -> tuple[slice, slice]:
+        """Rows and columns of `read_grid(window)` that are complete after the window."""
+        rows, cols = (
+            slice(*(edge - span.served_from + self.lattice.margin_px for edge in span.final))
+            for span in (window.rows, window.cols)
+        )
+        return rows, cols
 
 
 def plan_windows(grid: Grid, lattice: Lattice, window_px: int = WINDOW_PX) -> Plan:
@@ -235,7 +267,9 @@ class Canvas:
         return torch.zeros((self._layers, height, width), dtype=torch.float64, device=self.device)
 
     def begin(self, window: WorkWindow) -> None:
-        """Start a window with what its upper and left neighbours left over for it."""
+        """Start a window with what its upper and left neighbours left for it; nothing if it has begun."""
+        if window is self._window:
+            return
         stride, overlap = self._lattice.stride_px, self._lattice.overlap_px
         height, width = len(window.rows.crops) * stride, len(window.cols.crops) * stride
         shape = (self._layers, height + overlap, width + overlap)
@@ -273,3 +307,61 @@ class Canvas:
         bottom, right = top + max(0, window.rows.final_px), side + max(0, window.cols.final_px)
         self._window = None
         return self._sum[:, top:bottom, side:right].to(torch.float32)
+
+
+def predict_array(
+    network: Callable[[np.ndarray], np.ndarray],
+    rgb: np.ndarray,
+    valid: np.ndarray,
+    crop_px: int,
+    overlap_px: float,
+    batch: int = 4,
+) -> np.ndarray:
+    """What a network says of one whole image, from crops inside it that overlap by `overlap_px` or more.
+
+    Weights rise linearly over the overlap, and are divided by their sum. Every crop sees invalid pixels, and
+    what an image smaller than a crop lacks, filled from itself alone, as in a map.
+
+    Args:
+        network: crops (n, 3, crop_px, crop_px) float32 in 0..1, finite -> layers (n, l, crop_px, crop_px).
+        rgb: (3, H, W) in 0..1, anything where not `valid` (H, W).
+        batch: crops at a time.
+
+    Returns:
+        Layers (l, H, W) float64; also where the image is not valid.
+    """
+    H, W = valid.shape
+    ramp = np.minimum(np.arange(crop_px) + 1.0, np.arange(crop_px, 0, -1.0)) / max(overlap_px, 1.0)
+    weight = np.minimum.outer(ramp, ramp).clip(max=1.0)
+    total, weights = np.zeros((0, H, W)), np.zeros((H, W))
+    rows, cols = (_spread(length, crop_px, overlap_px) for length in (H, W))
+    corners = [(row, col) for row in rows for col in cols]
+    for first in range(0, len(corners), batch):
+        part = corners[first : first + batch]
+        layers = network(np.stack([_crop(rgb, valid, row, col, crop_px) for row, col in part]))
+        if first == 0:
+            total = np.zeros((layers.shape[1], H, W))
+        for (row, col), maps in zip(part, layers, strict=True):
+            place = np.s_[row : row + crop_px, col : col + crop_px]
+            height, width = weights[place].shape
+            total[:, *place] += (maps * weight)[:, :height, :width]
+            weights[place] += weight[:height, :width]
+    return total / weights
+
+
+def _spread(length: int, crop_px: int, overlap_px: float) -> list[int]:
+    """First pixels of the crops along an axis, evenly spread; just 0 in an image no longer than a crop."""
+    if length <= crop_px:
+        return [0]
+    count = int(np.ceil((length - crop_px) / (crop_px - overlap_px))) + 1
+    return [round(start) for start in np.linspace(0, length - crop_px, count)]
+
+
+def _crop(rgb: np.ndarray, valid: np.ndarray, row: int, col: int, side: int) -> np.ndarray:
+    """A crop (3, side, side) of an image, its holes and what lies beyond the image filled."""
+    from canopy.models.height import fill_invalid
+
+    place = np.s_[row : row + side, col : col + side]
+    here = valid[place]
+    beyond = ((0, side - here.shape[0]), (0, side - here.shape[1]))
+    return fill_invalid(np.pad(rgb[:, *place], ((0, 0), *beyond)), np.pad(here, beyond))

@@ -31,6 +31,7 @@ from canopy.inference.lattice import Lattice, Plan, plan_windows
 from canopy.inference.layers import Extras, band_specs, extras_of
 from canopy.inference.options import OneMapOptions, PredictOptions
 from canopy.inference.output import MapFacts, map_item, write_json
+from canopy.inference.predictor import resolve_batch
 from canopy.inference.radiometry import with_radiometry
 from canopy.inference.target import Target, choose_target, scale_notes
 from canopy.models.height import parse_radiometry
@@ -88,19 +89,15 @@ class Prediction:
 
     def predict_into(self, sink: Sink, progress: Progress | None, out: Path | None = None) -> RunSummary:
         """Predict into `sink`, by way of a scratch file beside `out` where the output has another grid."""
-        asked, target = self.options, self.target
-        options: dict[str, Any] = {
-            "device": asked.device,
-            "precision": asked.precision,
-            "batch_size": asked.batch_size,
-            "runner": self.runner,
-            "workers": self.readers,
-            "progress": progress,
-        }
+        target = self.target
+        how: dict[str, Any] = {
+            "runner": self.runner, "batch_size": self.options.batch_size,
+            "workers": self.readers, "progress": progress,
+        }  # fmt: skip
         if not target.is_resampled:
             return predict_grid(
                 self.model, self.source, target.predict, sink,
-                aoi=self.aoi, extras=self.extras, **options,
+                aoi=self.aoi, extras=self.extras, **how,
             )  # fmt: skip
         from canopy.inference.regrid import Scratch, regrid
 
@@ -113,7 +110,7 @@ class Prediction:
             with Scratch(path, target.predict, self.extras.layers) as scratch:
                 run = predict_grid(
                     self.model, self.source, target.predict, scratch,
-                    aoi=target.reach(self.aoi), extras=replace(self.extras, raw=True), **options,
+                    aoi=target.reach(self.aoi), extras=replace(self.extras, raw=True), **how,
                 )  # fmt: skip
             final = regrid(
                 path, target.output, sink, self.source,
@@ -290,7 +287,8 @@ def prepare(
     extras = extras_of(options, model, aoi)
     choice = settle(model, options.backend, options.precision, options.device)
     runner = choice.open(model, extras.outputs)
-    pace = seconds_per_crop(model, runner, options.batch_size, extras)
+    resolve_batch(options.batch_size, runner.device.type)  # what is no number is told now
+    pace = seconds_per_crop(model, runner, extras.views)
     cost = estimate(plan, target, pace, len(extras.bands), options.encoding)
     refuse_too_large(cost, options.max_pixels, aoi.describe(), in_memory=files is None)
     notes += [*choice.notes, *scale_notes(source.native_gsd_m, model.config.gsd_m)]

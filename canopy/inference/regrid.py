@@ -18,8 +18,9 @@ from rasterio.windows import Window
 from canopy.errors import OutputError
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
-from canopy.geo.raster import raster_env
-from canopy.geo.reading import SourcePlace, copy_window, lattice_ratio, plan_warp, shrink_factor, warp_window
+from canopy.geo.reading import raster_env
+from canopy.geo.place import SourcePlace, shrink_factor
+from canopy.geo.warp import resample
 from canopy.inference.engine import RunSummary, Sink, Source
 from canopy.inference.layers import Extras
 from canopy.runtime import Progress
@@ -137,7 +138,7 @@ class _Part:
         own = Grid.of(dataset.crs.to_wkt(), dataset.transform, dataset.shape)
         self.whole = whole or own
         self._row, self._col = self.whole.offset_of(own)
-        self._place = SourcePlace(self.whole.transform, self.whole.crs, self.whole.height, self.whole.width)
+        self._place = SourcePlace.of_grid(self.whole)
 
     def shrink_to(self, grid: Grid) -> float:
         """Predicted pixels per pixel of `grid`; the same for every window of a map."""
@@ -149,10 +150,7 @@ class _Part:
         def native(row: int, col: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
             return self._native(bands, row, col, height, width), np.ones((height, width), bool)
 
-        ratio = lattice_ratio(self._place, tile)
-        if ratio == 1 or (ratio is not None and resampling is None):
-            return copy_window(self._place, tile, native, len(bands), ratio)[0]
-        return warp_window(plan_warp(self._place, tile, resampling), tile, native, len(bands))[0]
+        return resample(self._place, tile, native, len(bands), resampling)[0]
 
     def _native(self, bands: tuple[int, ...], row: int, col: int, height: int, width: int) -> np.ndarray:
         values = np.zeros((len(bands), height, width), np.float32)

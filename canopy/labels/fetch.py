@@ -129,10 +129,10 @@ def _planner(protocol: str) -> Planner:
 
         return plan_wfs
     if protocol == "stac":
-        from canopy.labels.threedep import plan_stac
+        from canopy.labels.stac_cmr import plan_stac
 
         return plan_stac
-    from canopy.labels.earthdata import plan_earthdata
+    from canopy.labels.stac_cmr import plan_earthdata
 
     return plan_earthdata
 
@@ -257,7 +257,7 @@ def _add_to_record(folder: Path, entries: Mapping[str, dict[str, Any]]) -> None:
     """Note complete files: once for a batch, beside what other processes have noted meanwhile."""
     path = folder / RECORD
     with told_as_output(path), download.only_one(path):
-        text = json.dumps({"files": dict(sorted((_read_record(folder) | entries).items()))}, indent=1)
+        text = json.dumps({"files": dict(sorted({**_read_record(folder), **entries}.items()))}, indent=1)
         with replacing(path) as part:
             part.write_text(text + "\n")
 

@@ -214,7 +214,22 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"is damaged ({error})", where=path, remedy="download it again") from error
+    check_finite(tensors, path)
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Refuse weights that are not numbers: some runtimes would make a smooth map of them.
+
+    Raises:
+        CheckpointError: names the first tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{name} holds values that are not numbers", where=where,
+                remedy="the weights are damaged: train, convert or download them again",
+            )  # fmt: skip
 
 
 def load_strict(model: torch.nn.Module, state: dict[str, Tensor], where: object) -> None:

@@ -695,7 +695,7 @@ def region_cost(prepared: Prepared, crop_seconds: float | None = None) -> Region
     settings, config = prepared.settings, prepared.model.config
     if crop_seconds is None:
         runner = prepared.choice.open(prepared.model, prepared.extras.outputs)
-        crop_seconds = seconds_per_crop(prepared.model, runner, settings.batch_size, prepared.extras)
+        crop_seconds = seconds_per_crop(prepared.model, runner, prepared.extras.views)
     lattice = Lattice.of_model(config)
     tiling = prepared.tiling
     tiles = pixels = predicted = 0

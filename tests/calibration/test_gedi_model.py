@@ -103,8 +103,9 @@ def test_real_shots_join_imagery_and_a_map_is_matched_to_the_model(model: GediMo
     from canopy.calibration.gedi import correct_map
     from canopy.geo.raster import read_raster
     from canopy.imagery.open import open_imagery
-    from canopy.labels.gedi import extract_shots, read_shots
-    from canopy.synth.sensors import write_scene
+    from canopy.labels.gedi import extract_shots
+    from canopy.labels.shots import read_shots
+    from canopy.synth.scene import write_scene
 
     write_scene(tmp_path / "s", 3, 420.0, 1.0, gedi_jitter_m=5.0)
     shots = tmp_path / "shots.parquet"

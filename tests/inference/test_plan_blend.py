@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from canopy.errors import ConfigError
 from canopy.geo.grid import Grid
-from canopy.inference.lattice import Canvas, Lattice, plan_windows, taper
+from canopy.inference.lattice import Canvas, Lattice, plan_windows, predict_array, taper
 from canopy.models.config import ModelConfig
 
 LATTICES = [Lattice(16, 8, 2), Lattice(16, 12, 1), Lattice(16, 16, 0), Lattice(32, 16, 4), Lattice(20, 10, 0)]
@@ -120,3 +120,81 @@ def test_a_models_overlap_sets_the_lattice_and_old_models_keep_theirs() -> None:
 def test_an_overlap_that_cannot_be_is_refused(overlap: int, margin: int) -> None:
     with pytest.raises(ConfigError, match="overlap_px"):
         ModelConfig(crop_px=512, overlap_px=overlap, margin_px=margin)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "crop", "overlap"), [(50, 70, 32, 12), (20, 90, 32, 0), (9, 9, 32, 8)]
+)
+def test_an_array_predicted_in_crops_is_what_the_network_says_of_it(
+    height: int, width: int, crop: int, overlap: int
+) -> None:
+    """A network that answers pixel by pixel: whatever the crops and their weights, its answer comes out."""
+    rng = np.random.default_rng(3)
+    rgb, valid = rng.random((3, height, width)).astype(np.float32), rng.random((height, width)) > 0.1
+    batches = []
+
+    def network(crops: np.ndarray) -> np.ndarray:
+        assert crops.dtype == np.float32 and np.isfinite(crops).all()
+        batches.append(crops.shape)
+        return np.stack([crops[:, 0] * 10, crops[:, 1] - crops[:, 2]], axis=1)
+
+    holes = rgb.copy()
+    holes[:, ~valid] = np.nan
+    made = predict_array(network, holes, valid, crop, overlap, batch=3)
+    expected = np.stack([rgb[0] * 10, rgb[1] - rgb[2]])
+    np.testing.assert_allclose(made[:, valid], expected[:, valid], rtol=1e-6)
+    assert np.isfinite(made).all() and all(
+        n <= 3 and side == (crop, crop) for n, _, *side in batches for side in [tuple(side)]
+    )
+
+
+def test_the_seam_between_two_crops_of_an_array_is_a_ramp() -> None:
+    """Two crops that contradict each other are cross-faded, not butted."""
+    answers = iter([np.zeros((1, 1, 20, 20)), np.ones((1, 1, 20, 20))])
+    made = predict_array(
+        lambda crops: next(answers), np.zeros((3, 20, 32), np.float32), np.ones((20, 32), bool), 20, 8, 1
+    )
+    line = made[0, 10]
+    assert (line[:12] == 0).all() and (line[20:] == 1).all() and (np.diff(line[11:21]) > 0).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lattice=st.sampled_from([Lattice(16, 8, 2), Lattice(16, 12, 1), Lattice(16, 16, 0), Lattice(24, 16, 3)]),
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    row=st.integers(-900, 900),
+    window_px=st.sampled_from([1, 40, 1000]),
+    seed=st.integers(0, 99),
+)
+def test_the_canvas_is_the_weighted_sum_of_all_crops(
+    kit, lattice, height, width, row, window_px, seed
+) -> None:
+    """Against a sum over the whole map in numpy, for crops that contradict each other."""
+    plan = plan_windows(kit.utm_grid(row, 7 - row, height, width), lattice, window_px)
+
+    def crop(r: int, c: int) -> np.ndarray:
+        return np.random.default_rng((seed, r + 9999, c + 9999)).normal(10, 5, (2, *[lattice.crop_px] * 2))
+
+    expected = np.zeros((2, height + 200, width + 200))
+    weights = taper(lattice)[:, None] * taper(lattice)
+    inner = slice(lattice.margin_px, lattice.crop_px - lattice.margin_px)
+    canvas, found = Canvas(plan, 2), np.full((2, height, width), np.nan)
+    for window in plan:
+        canvas.begin(window)
+        for i, r in enumerate(window.rows.crops):
+            for j, c in enumerate(window.cols.crops):
+                maps = crop(r, c).astype(np.float32)
+                canvas.add(i, j, torch.from_numpy(maps))
+                top = window.rows.served_from + i * lattice.stride_px + 100
+                left = window.cols.served_from + j * lattice.stride_px + 100
+                size = lattice.served_px
+                expected[:, top : top + size, left : left + size] += weights * maps[:, inner, inner]
+        found[:, slice(*window.rows.final), slice(*window.cols.final)] = canvas.finish().numpy()
+    np.testing.assert_allclose(found, expected[:, 100 : 100 + height, 100 : 100 + width], rtol=0, atol=1e-5)
+
+
+def test_finish_needs_begin(kit) -> None:
+    canvas = Canvas(plan_windows(kit.utm_grid(0, 0, 20, 20), Lattice(16, 8, 2)))
+    with pytest.raises(RuntimeError, match="begin"):
+        canvas.finish()

@@ -16,7 +16,7 @@ from shapely.geometry import box, mapping, shape
 from canopy.errors import AreaError, FetchError, InputError, MissingDependencyError
 from canopy.geo.area import AOI
 from canopy.imagery import signing
-from canopy.labels import earthdata
+from canopy.labels import stac_cmr
 from canopy.labels.catalog import Wish
 from canopy.labels.fetch import RECORD, get_files, plan_get, verify_folder
 from canopy.labels.names import read_name
@@ -264,13 +264,13 @@ def earthaccess(server, monkeypatch):
 
     module.search_data, module.login, module.name, module.granule = search_data, login, name, granule
     monkeypatch.setitem(sys.modules, "earthaccess", module)
-    earthdata._bearer.cache_clear()
+    stac_cmr._bearer.cache_clear()
     monkeypatch.setenv("EARTHDATA_TOKEN", "earth-secret")
     server.signature = "good"
     server.put(f"/signed/{name}", body(name))
     server.routes[f"/archive/{name}"] = lambda *_: (303, {"Location": f"/signed/{name}?sig=good"}, b"")
     yield module
-    earthdata._bearer.cache_clear()
+    stac_cmr._bearer.cache_clear()
 
 
 def test_gedi_granules_are_searched_without_login_and_fetched_with_one(
