@@ -27,7 +27,7 @@ from canopy.evaluation.maps import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, Heig
 from canopy.geo.area import AOI
 from canopy.geo.crs import geod_of, to_crs, transformer
 from canopy.geo.grid import Grid
-from canopy.geo.reading import lattice_ratio
+from canopy.geo.place import lattice_ratio
 from canopy.metrics import percent_of, statistic_of
 
 # Pixel sizes that differ by less than this share count as one.

@@ -158,7 +158,7 @@ def _block_sums(values: np.ndarray, block: int) -> np.ndarray:
 def _all_good(valid: np.ndarray, block: int) -> np.ndarray:
     """Where all of block x block pixels are valid."""
     h, w = valid.shape
-    return valid.reshape(h // block, block, w // block, block).all(axis=(1, 3))
+    return np.asarray(valid.reshape(h // block, block, w // block, block).all(axis=(1, 3)))
 
 
 def _overlap(start: int, count: int, block: int, size: int) -> np.ndarray:
@@ -348,7 +348,8 @@ class _Warp:
                 full = full if k == 1 else _all_good(full, k)
                 inside = full if inside is None else inside & full
             nearly = np.nonzero((share < 1 - 1e-6) & (share >= 1 - WEIGHT_TOL))
-            out[:, *nearly] /= share[nearly]
+            for band in out:
+                band[nearly] /= share[nearly]
         return (out if k == 1 else _block_sums(out, k) / np.float32(k * k)), inside
 
     def _inside(self, leaf: _Leaf) -> np.ndarray | None:

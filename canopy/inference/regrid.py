@@ -18,8 +18,8 @@ from rasterio.windows import Window
 from canopy.errors import OutputError
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
-from canopy.geo.reading import raster_env
 from canopy.geo.place import SourcePlace, shrink_factor
+from canopy.geo.reading import raster_env
 from canopy.geo.warp import resample
 from canopy.inference.engine import RunSummary, Sink, Source
 from canopy.inference.layers import Extras

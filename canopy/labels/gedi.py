@@ -34,10 +34,10 @@ import numpy as np
 import shapely
 
 from canopy import __version__
-from canopy.errors import AreaError, CanopyError, DataError, InputError, MissingDependencyError
+from canopy.errors import AreaError, CanopyError, DataError, InputError
 from canopy.files import check_name
 from canopy.geo.area import AOI
-from canopy.labels.shots import EPOCH_UNIX_S, check_shots_name, rh_column, write_shots
+from canopy.labels.shots import EPOCH_UNIX_S, check_shots_name, require_gedi, rh_column, write_shots
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -205,18 +205,6 @@ def check_rh(rh: Sequence[int]) -> tuple[int, ...]:
 
 
 # --- granules -----------------------------------------------------------------------------------------
-
-
-def require_gedi() -> None:
-    """Raises MissingDependencyError where HDF5 cannot be read or Parquet not be written."""
-    try:
-        import h5py  # noqa: F401
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"GEDI files need {(error.name or 'h5py').split('.')[0]}",
-            remedy="run: pip install 'canopy-height[gedi]'",
-        ) from error
 
 
 @dataclass(frozen=True)

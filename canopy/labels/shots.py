@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from canopy.errors import DataError
+from canopy.errors import DataError, MissingDependencyError
 from canopy.files import check_output, replacing
 
 if TYPE_CHECKING:
@@ -36,6 +36,18 @@ _SPELLINGS = {
     "digital_elevation_model": "dem",
     "l2a_quality_flag_rel3": "quality_flag",
 }
+
+
+def require_gedi() -> None:
+    """Raises MissingDependencyError where HDF5 cannot be read or Parquet not be written."""
+    try:
+        import h5py  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"GEDI files need {(error.name or 'h5py').split('.')[0]}",
+            remedy="run: pip install 'canopy-height[gedi]'",
+        ) from error
 
 
 def rh_column(percent: int) -> str:
@@ -86,8 +98,6 @@ def read_shots(path: str | Path, columns: Sequence[str] | None = None) -> geopan
 
     Raises DataError for a file that is not such a table.
     """
-    from canopy.labels.gedi import require_gedi
-
     require_gedi()
     path = Path(path)
     if not path.is_file():

@@ -35,8 +35,8 @@ from canopy.geo.crs import transformer, utm_crs
 from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
 from canopy.imagery.named import DAY, LATITUDE, LONGITUDE, SPOT_XY
-from canopy.labels.gedi import require_gedi
 from canopy.labels.points import require_lidar
+from canopy.labels.shots import require_gedi
 from canopy.runtime import NoProgress, Progress
 from canopy.synth.forest import SceneSpec, SynthTile, trees_in
 from canopy.synth.render import render

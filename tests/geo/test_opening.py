@@ -15,8 +15,8 @@ from affine import Affine
 from canopy.download import RetryPolicy, gdal_options, use_policy
 from canopy.errors import ImageryError
 from canopy.files import public_name
-from canopy.geo.reading import open_raster, raster_env, read_window
 from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster, raster_env, read_window
 
 NORTH_UP = Affine(1, 0, 500_000, 0, -1, 4_000_000)
 IMAGE = np.full((1, 20, 20), 5, dtype="uint8")
