@@ -24,7 +24,6 @@ from canopy.geo.area import AOI
 from canopy.geo.crs import to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
-from canopy.geo.reading import open_raster, read_window
 from canopy.geo.warp import resample
 from canopy.imagery.bands import check_options
 from canopy.imagery.base import COLOURS, Imagery, ImagerySource, ReadOptions

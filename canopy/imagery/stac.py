@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -47,6 +48,7 @@ MAX_DOCUMENTS = 20_000
 MAX_ITEMS = 2000
 _LEAST_NEW_AREA_DEG2 = 1e-10  # about one square metre
 _TRUNCATED_TRIES = 3
+_ABSENT = (403, 404, 410)
 
 
 class TooManyItemsError(InputError):
@@ -150,7 +152,9 @@ def _nothing(query: StacQuery, area: AOI | None, options: ReadOptions, notes: Se
 # ---- finding ---------------------------------------------------------------------------------
 def _find(query: StacQuery, area: AOI | None, options: ReadOptions) -> tuple[list[_Found], list[str]]:
     """Items with colour in the area and the interval of dates, and notes about what was left out."""
-    root, missing = _read(query.href), list[str]()
+    root, missing = _read_if_there(query.href), list[str]()
+    if root is None:
+        raise ImageryError("no such catalog", where=redact(query.href), remedy="check the address")
     links = {str(link.get("rel")): str(link.get("href", "")) for link in root.get("links", [])}
     if "search" in links:
         items = search(query.href, query.collection, area, options)
@@ -309,36 +313,24 @@ def walk(
 
 
 def _read_if_there(where: str) -> Mapping[str, Any] | None:
-    """A document, or None where it is named but not there: catalogs on object stores often have holes."""
-    try:
-        return _read(where, absent=(403, 404, 410))
-    except FileNotFoundError:
-        return None
-
-
-def _read(where: str, absent: tuple[int, ...] = ()) -> Mapping[str, Any]:
-    """A JSON object from a path or URL.
+    """A JSON object from a path or URL; None where it is named but not there (object stores have such holes).
 
     Raises:
-        ImageryError: it cannot be fetched or is not a JSON object; FileNotFoundError: one of `absent`, or no
-            such file where absence is allowed.
+        ImageryError: it cannot be fetched or is not a JSON object.
     """
     try:
         if is_url(where):
-            response = download.get(where, what="JSON", absent=absent)
-            if response.status_code in absent:
-                raise FileNotFoundError(where)
+            response = download.get(where, what="JSON", absent=_ABSENT)
+            if response.status_code in _ABSENT:
+                return None
             value = json.loads(response.content)
         else:
-            with open(where, encoding="utf-8") as file:
-                value = json.load(file)
+            value = json.loads(Path(where).read_text(encoding="utf-8"))
+    except ImageryError:
+        raise
     except FileNotFoundError:
-        if absent:
-            raise
-        raise ImageryError("no such file", where=redact(where)) from None
+        return None
     except (OSError, ValueError) as error:
-        if isinstance(error, ImageryError):
-            raise
         raise ImageryError(f"not readable as JSON ({error})", where=redact(where)) from None
     if not isinstance(value, dict):
         raise ImageryError("not a JSON object", where=redact(where), expected="a STAC catalog or item")
@@ -369,14 +361,14 @@ def resolve(href: str, base: str) -> str:
     if href.startswith("s3://"):
         parts = urlsplit(href)
         return f"https://{parts.netloc}.s3.amazonaws.com{parts.path}"
-    local = unquote(urlsplit(href).path) if href.startswith("file://") else href
-    if is_url(base) and (local != href or not is_url(joined := make_absolute_href(href, base))):
+    if href.startswith("file://") and not is_url(base):
+        href = unquote(urlsplit(href).path)
+    target = str(make_absolute_href(href, base))
+    if is_url(base) and not is_url(target):
         raise ImageryError(f"a remote catalog points at {redact(href)}", where=redact(base))
-    if is_url(base):
-        return str(joined)
-    if "://" in local and not is_url(local):
+    if "://" in target and not is_url(target):
         raise ImageryError(f"cannot read {redact(href)}", where=base, expected="a file or an http(s) URL")
-    return local if is_url(local) else str(make_absolute_href(local, base))
+    return target
 
 
 # ---- items -----------------------------------------------------------------------------------

@@ -77,26 +77,6 @@ class Product(Settings):
     about_bytes: int | None = Field(default=None, gt=0)
 
 
-class Lidar(Settings):
-    """A lidar instrument and what it does to a CHM.
-
-    Attributes:
-        names: how files and papers write it, lower case.
-        floor_m: heights below this are 0 in the source's CHM.
-    """
-
-    names: tuple[str, ...] = Field(min_length=1)
-    floor_m: float = Field(ge=0)
-
-
-class Flown(Settings):
-    """Which instrument flew where and when; fields left out mean any."""
-
-    lidar: str
-    site: str | None = None
-    years: tuple[int, int]
-
-
 class Partner(Settings):
     """Imagery that goes with the labels.
 
@@ -128,7 +108,6 @@ class LabelManifest(Named):
         doi: where there is one.
         checksum: which kind the source publishes.
         coverage: as in imagery manifests; None: only where its catalogue says.
-        lidars, flown: instruments, their CHM floors, and who flew where and when; the first match counts.
         sites: sites of another source that belong to this one's region.
         partners: imagery that goes with the labels.
         unverified: fields that could not be verified in a public source; those that are empty stay so.
@@ -159,8 +138,6 @@ class LabelManifest(Named):
         | dict[str, Any]
         | None
     )
-    lidars: dict[str, Lidar] = Field(default_factory=dict)
-    flown: tuple[Flown, ...] = ()
     sites: tuple[str, ...] = ()
     partners: tuple[Partner, ...] = Field(min_length=1)
     unverified: tuple[str, ...] = ()
@@ -189,9 +166,6 @@ class LabelManifest(Named):
         for name, product in self.products.items():
             if not getattr(product, needed):
                 raise ValueError(f"product {name!r} needs {needed} for protocol {self.protocol}")
-        for entry in self.flown:
-            if entry.lidar not in self.lidars:
-                raise ValueError(f"flown names the lidar {entry.lidar!r}, which is not in lidars")
         return self
 
     @property

@@ -94,8 +94,8 @@ def read_sites(path: Path) -> dict[str, NeonSite]:
     """Read and check a table of sites.
 
     Raises:
-        ConfigError: unreadable, a column too many or too few, a value out of range, a site twice, a flight
-            site that is not in the table, or a site in another split than the flights that show it.
+        ConfigError: unreadable, a column too many or too few, a value out of range, a site twice, or a flight
+            site that is not in the table.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -104,13 +104,15 @@ def read_sites(path: Path) -> dict[str, NeonSite]:
         raise ConfigError(f"cannot be read ({error})", where=path) from error
     sites: dict[str, NeonSite] = {}
     for line, row in enumerate(rows, 2):
+        where = f"{path}, line {line}"
         if None in row or None in row.values():
-            raise ConfigError("has another number of columns than the header", where=f"{path}, line {line}")
+            raise ConfigError("has another number of columns than the header", where=where)
+        texts = ("notes", "years", "unverified")  # text even when empty
         site = validate_settings(
-            NeonSite, {k: v or None for k, v in row.items()} | _texts(row), where=f"{path}, line {line}"
+            NeonSite, {k: v if v or k in texts else None for k, v in row.items()}, where=where
         )
         if site.site in sites:
-            raise ConfigError(f"{site.site} is there twice", where=f"{path}, line {line}")
+            raise ConfigError(f"{site.site} is there twice", where=where)
         sites[site.site] = site
     for site in sites.values():
         flight = sites.get(site.flight_site)
@@ -120,22 +122,10 @@ def read_sites(path: Path) -> dict[str, NeonSite]:
                 where=path,
                 expected="a site that is published under its own name",
             )
-        if flight.split != site.split:
-            raise ConfigError(
-                f"{site.site} is {site.split} but {flight.site}, whose flights show it, is {flight.split}",
-                where=path,
-            )
     return sites
 
 
-def _texts(row: dict[str, str]) -> dict[str, str]:
-    """Fields that are text even when empty."""
-    return {name: row[name] for name in ("notes", "years", "unverified") if name in row}
-
-
-@lru_cache(maxsize=4)
-def _cached(path: Path) -> dict[str, NeonSite]:
-    return read_sites(path)
+_cached = lru_cache(maxsize=4)(read_sites)
 
 
 def neon_sites() -> dict[str, NeonSite]:
