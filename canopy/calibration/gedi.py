@@ -425,14 +425,6 @@ def held_out(shots: Footprints, *, spacing_m: float = 5_000.0) -> dict[str, Any]
     return _table({name: np.concatenate(parts) for name, parts in errors.items()}, np.concatenate(good))
 
 
-def scores_on(shots: Footprints, corrections: dict[str, Correction]) -> dict[str, Any]:
-    """The scores of `held_out` for shots that no part of the corrections was fitted on."""
-    shots = shots.take(np.isfinite(shots.reported_m))
-    if not len(shots):
-        return {"n": 0}
-    return _table(_errors(shots, corrections), _plausible(shots, corrections["spline"]))
-
-
 def _errors(shots: Footprints, corrections: dict[str, Correction]) -> dict[str, np.ndarray]:
     """Map minus shot at the reported places, (n,) each."""
     there, xy = shots.reported_m, shots.xy_m
@@ -509,8 +501,6 @@ def correct_map(
     jitter_m: float = 10.0,
     spacing_m: float = 5_000.0,
     encoding: str = "float32",
-    model: str | Path | None = None,
-    imagery: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -530,8 +520,6 @@ def correct_map(
         jitter_m: standard deviation of a shot's position error, metres per axis.
         spacing_m: distance between the nodes of the spatial trend; smaller maps have none.
         encoding: of the result, as for `canopy predict`.
-        model, imagery: a GEDI model (pipelines/train_gedi.py) and the map's imagery. The map is then matched
-            to what the model predicts over all of it, as published, and the shots only score the result.
 
     Returns:
         The diagnostics, JSON-ready.
@@ -552,7 +540,8 @@ def correct_map(
     grid = map_grid(map_path)
     gap = _gap(map_path, rh)
     shots = replace(read_footprints(map_path, read_shots(shots_path), rh=rh, sigma_m=jitter_m), gap=gap)
-    correction, scores = _fit(map_path, shots, method, spacing_m, model, imagery)
+    correction = fit_correction(shots, method, spacing_m=spacing_m)
+    scores = held_out(shots, spacing_m=spacing_m)
     report = {
         "map": map_path.name, "shots": Path(shots_path).name, "method": method, "rh": rh,
         "jitter_m": jitter_m, "footprint_gap": "of the map's model" if gap else "not known, taken as none",
@@ -577,29 +566,6 @@ def _gap(map_path: Path, rh: int) -> FootprintGap | None:
             "lifts maps that are smoother than the canopy"
         )
     return gap
-
-
-def _fit(
-    map_path: Path, shots: Footprints, method: str, spacing_m: float, model: str | Path | None,
-    imagery: str | Path | None,
-) -> tuple[Correction, dict[str, Any]]:  # fmt: skip
-    """The correction, and its scores on shots that it was not fitted on."""
-    if model is None:
-        return fit_correction(shots, method, spacing_m=spacing_m), held_out(shots, spacing_m=spacing_m)
-    if imagery is None:
-        raise ConfigError(
-            "a GEDI model needs imagery", where="--model", remedy="give --imagery, the map's own"
-        )
-    from canopy.calibration.gedi_area import predicted_footprints
-    from canopy.imagery.open import open_imagery
-
-    predicted = predicted_footprints(map_path, model, open_imagery(imagery, area=None))
-    predicted = replace(predicted, gap=shots.gap)
-    if predicted.percent != shots.percent:
-        raise ConfigError(f"the GEDI model predicts RH{predicted.percent}", where=f"--rh {shots.percent}")
-    made = {name: fit_correction(predicted, name, spacing_m=spacing_m) for name in METHODS}
-    made[method].facts["fitted_on"] = f"{len(predicted)} footprints predicted by {Path(model).name}"
-    return made[method], scores_on(shots, made)
 
 
 def _curve(correction: Correction) -> dict[str, list[float]]:

@@ -34,15 +34,6 @@ def gedi(
     trend_m: Annotated[
         float, typer.Option("--trend-m", help="Distance between the nodes of the spatial trend.")
     ] = 5_000.0,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model", metavar="GEDI.safetensors", help="Match the map to this GEDI model's predictions."
-        ),
-    ] = None,
-    imagery: Annotated[
-        str | None, typer.Option("--imagery", metavar="IMAGE|NAME", help="The map's imagery, for --model.")
-    ] = None,
     encoding: Annotated[str, typer.Option("--encoding", help="float32, uint16cm or uint8m.")] = "float32",
     overwrite: Overwrite = False,
     json_: Json = False,
@@ -64,7 +55,7 @@ def gedi(
     with progress_bar(quiet or json_) as progress:
         report = correct_map(
             map_, shots, out, method=method, rh=rh, jitter_m=jitter_m, spacing_m=trend_m,
-            encoding=encoding, model=model, imagery=imagery, overwrite=overwrite, progress=progress,
+            encoding=encoding, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if json_:
         print_json(report)
