@@ -94,7 +94,7 @@ def read_footprints(
         DataError: no such relative height, or no shot on the map.
     """
     from canopy.labels.footprint import pool_over_disc
-    from canopy.labels.gedi import rh_column
+    from canopy.labels.shots import rh_column
 
     column = rh_column(rh)
     if column not in shots:

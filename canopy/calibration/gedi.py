@@ -527,7 +527,7 @@ def correct_map(
     Raises:
         InputError: whatever is wrong with map, shots or options; nothing was written.
     """
-    from canopy.labels.gedi import read_shots
+    from canopy.labels.shots import read_shots
 
     map_path, files = Path(map_path), ScaleFiles.of(out)
     if method not in METHODS:

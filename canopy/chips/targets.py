@@ -115,7 +115,7 @@ def chm_target(
             interpolated; coarser labels are interpolated by "mean" and repeated by "max".
         gap_years: between image and lidar; None = unknown.
         floor_m: see `Target`.
-        moved_m: (down, right) where the label lies relative to the image, as `register.measure_shift`
+        moved_m: (down, right) where the label lies relative to the image, as `register.image_shift`
             says it; the label is read from there, which undoes it.
 
     Raises:

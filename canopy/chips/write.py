@@ -42,7 +42,7 @@ from canopy.chips.plan import (
     plan_shards,
     read_pairs,
 )
-from canopy.chips.register import Shift, measure_shift
+from canopy.chips.register import Shift, image_shift
 from canopy.chips.store import (
     INDEX_CSV,
     LABEL_GSD_M,
@@ -409,7 +409,7 @@ def _read(block: Block, grid: Grid, rules: CutRules) -> tuple[Imagery, Target, S
     fine = (target.height_m, target.valid)
     heights, known = (x.repeat(LABEL_FACTOR, 0).repeat(LABEL_FACTOR, 1) for x in fine)
     present = image.valid & (image.rgb.max(axis=0) > 0.03)
-    shift = measure_shift(image.rgb, heights, known & present, grid.gsd_m)
+    shift = image_shift(image.rgb, heights, known & present, grid.gsd_m)
     if shift is None or not shift.is_sure or not _LEAST_SHIFT_M <= shift.length_m <= rules.most_shift_m:
         return image, target, shift, False
     return image, label((shift.down_m, shift.right_m)), shift, True

@@ -585,14 +585,15 @@ def gedi(
 
       canopy data gedi a.h5 --bounds -84.6,37.9,-84.4,38.1 --filter loose --rh 50,98 --l4a b.h5 -o s.parquet
     """
-    from canopy.labels.gedi import check_out, check_rh, extract_shots, filter_named, survey
+    from canopy.labels.gedi import check_rh, extract_shots, filter_named, survey
+    from canopy.labels.shots import check_shots_name
     from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
     area = place.choose()
     percents = check_rh(_numbers(rh))
     filter_named(filter_)
-    check_out(out, overwrite)
+    check_shots_name(out, [*files, *(l2b or ()), *(l4a or ()), *place.inputs], overwrite)
     where = area.describe() if area else "all of the granules"
     if dry_run:
         _print_granules(survey(files, filter_), where, json)
@@ -684,7 +685,7 @@ def synth(
     Example: canopy data synth -o scene --seed 7 --size-m 500
     """
     from canopy.runtime import progress_bar, setup_logging
-    from canopy.synth.sensors import write_scene
+    from canopy.synth.scene import write_scene
 
     setup_logging(quiet, verbose)
     with progress_bar(quiet or json_) as progress:

@@ -45,7 +45,9 @@ from canopy.files import is_url, public_name
 from canopy.geo.area import AOI
 from canopy.geo.crs import project, to_crs, to_lonlat, x_period
 from canopy.geo.grid import Grid
-from canopy.geo.reading import SourcePlace, lattice_ratio, open_raster, plan_warp, read_window, warp_window
+from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster, read_window
+from canopy.geo.warp import resample
 from canopy.imagery.bands import (
     BandPlan,
     check_georeference,
@@ -508,26 +510,8 @@ def read_lattice(render: Render, lattice: Grid, grid: Grid) -> tuple[NDArray[np.
     Returns:
         RGB float32 (3, height, width) in 0..255, 0 where not valid, and validity (height, width).
     """
-    place = SourcePlace(lattice.transform, lattice.crs, lattice.height, lattice.width)
-    if lattice_ratio(place, grid) == 1:
-        return _copy(render, lattice, grid)
 
     def read(row: int, col: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         return render(lattice.window(row, col, height, width))
 
-    return warp_window(plan_warp(place, grid, None), grid, read, 3)
-
-
-def _copy(render: Render, lattice: Grid, grid: Grid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    rgb = np.zeros((3, *grid.shape), np.float32)
-    valid = np.zeros(grid.shape, bool)
-    row, col = (round(place) for place in lattice.rowcol(*grid.xy(0, 0)))
-    top, left = max(row, 0), max(col, 0)
-    bottom, right = min(row + grid.height, lattice.height), min(col + grid.width, lattice.width)
-    if bottom <= top or right <= left:
-        return rgb, valid
-    pixels, mask = render(lattice.window(top, left, bottom - top, right - left))
-    here = (slice(top - row, bottom - row), slice(left - col, right - col))
-    rgb[:, *here] = np.where(mask, pixels, 0)
-    valid[here] = mask
-    return rgb, valid
+    return resample(SourcePlace.of_grid(lattice), grid, read, 3)

@@ -134,7 +134,7 @@ def test_standard_errors_cover_the_truth(truth: np.ndarray, tmp_path: Path) -> N
     z = []
     for seed in range(4):
         shots = make_shots(truth, tmp_path / f"{seed}.parquet", count=250, seed=10 + seed)
-        from canopy.labels.gedi import read_shots
+        from canopy.labels.shots import read_shots
 
         made = fit_correction(read_footprints(chm, read_shots(shots)))
         z.append((made.heights(heights, 1.0) - exact) / made.errors(heights, 0.0))
@@ -196,7 +196,7 @@ def test_faults_are_named(tmp_path: Path, truth: np.ndarray) -> None:
 
 
 def test_held_out_needs_enough(truth: np.ndarray, tmp_path: Path) -> None:
-    from canopy.labels.gedi import read_shots
+    from canopy.labels.shots import read_shots
 
     chm = make_map(truth, tmp_path / "map.tif")
     shots = make_shots(truth, tmp_path / "shots.parquet", count=21)

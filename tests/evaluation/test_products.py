@@ -10,7 +10,8 @@ import pytest
 import rasterio
 
 from canopy.errors import ImageryError, InputError
-from canopy.evaluation.maps import check_overlap, open_product
+from canopy.evaluation.grids import shared_outline
+from canopy.evaluation.maps import open_heights
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import quadkey_bounds, quadkey_grid
 
@@ -58,7 +59,7 @@ def test_v1_tile_reads_with_its_inverted_mask(tmp_path, mask_folder):
     mask = np.zeros((PX, PX), np.uint8)
     mask[100:120] = 255
     published_tile(tmp_path, "023010212", heights, mask=mask, mask_folder=mask_folder)
-    with open_product(tmp_path) as product:
+    with open_heights(tmp_path) as product:
         assert product.kind == "published v1" and product.step_m == 1.0
         got = product.read(quadkey_grid("023010212", PX))
     np.testing.assert_array_equal(got.valid, (heights != 255) & (mask == 0))
@@ -73,7 +74,7 @@ def test_a_masked_pixel_never_enters_a_resampled_one(tmp_path):
     published_tile(tmp_path, "023010212", heights, mask=mask)
     whole = quadkey_grid("023010212", PX)
     px = whole.pixel[0]
-    with open_product(tmp_path) as product:
+    with open_heights(tmp_path) as product:
         moved = Grid.of(
             "EPSG:3857", (px, 0, whole.bounds[0] + 0.3 * px, 0, -px, whole.bounds[3] - 0.4 * px), (PX, PX)
         )
@@ -90,7 +91,7 @@ def test_v2_tiles_of_a_folder_are_one_map(tmp_path):
     for name, pixels in (("0230102120", left), ("0230102121", right)):
         published_tile(tmp_path, name, pixels, nodata=255)
     grid = quadkey_grid("0230102120", PX)
-    with open_product(tmp_path) as product:
+    with open_heights(tmp_path) as product:
         assert product.kind == "published v2" and len(product.tiles) == 2
         assert not any("cannot be told apart" in note for note in product.notes)
         got = product.read(grid.window(10, PX - 20, 50, 40))
@@ -102,7 +103,7 @@ def test_without_mask_or_nodata_the_confusion_is_said(tmp_path):
     published_tile(tmp_path / "v2", "0230102120", whole_metres())
     published_tile(tmp_path / "v1", "023010212", whole_metres())
     for version in ("v1", "v2"):
-        with open_product(tmp_path / version) as product:
+        with open_heights(tmp_path / version) as product:
             assert any("cannot be told apart" in note for note in product.notes)
             assert any("whole multiples of 1 m" in note for note in product.notes)
 
@@ -110,17 +111,17 @@ def test_without_mask_or_nodata_the_confusion_is_said(tmp_path):
 def test_a_tile_that_declares_zero_missing_is_followed_and_said(tmp_path):
     heights = whole_metres()
     published_tile(tmp_path, "0230102120", heights, nodata=0)
-    with open_product(tmp_path) as product:
+    with open_heights(tmp_path) as product:
         got = product.read(quadkey_grid("0230102120", PX))
         assert any("declare 0 as missing" in note for note in product.notes)
     np.testing.assert_array_equal(got.valid, heights > 0)
-    with open_product(tmp_path, nodata=254) as product:
+    with open_heights(tmp_path, nodata=254) as product:
         assert product.read(quadkey_grid("0230102120", PX)).valid.all()
 
 
 def test_a_quadkey_name_elsewhere_is_no_published_tile(tmp_path):
     path = published_tile(tmp_path, "023010212", whole_metres(), shift_px=50)
-    with open_product(path) as product:
+    with open_heights(path) as product:
         assert product.kind == "map"
 
 
@@ -131,7 +132,7 @@ def test_dates_beside_published_tiles(tmp_path):
     days = ["2018-05-02", "2020-11-30", "2019-01-01"]
     features = [{"type": "Feature", "geometry": None, "properties": {"acq_date": day}} for day in days]
     (meta / "023010212.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
-    with open_product(tmp_path / "v1") as product:
+    with open_heights(tmp_path / "v1") as product:
         assert product.dates == ("2018-05-02", "2020-11-30")
     published_tile(tmp_path / "v2", "0230102120", whole_metres())
     (tmp_path / "v2" / "metadata").mkdir()
@@ -142,7 +143,7 @@ def test_dates_beside_published_tiles(tmp_path):
         rasterio.open(tmp_path / "v2" / "metadata" / "0230102120.tif", "w", **tile.profile) as dataset,
     ):
         dataset.write(years[None])
-    with open_product(tmp_path / "v2") as product:
+    with open_heights(tmp_path / "v2") as product:
         assert product.dates == ("2017", "2021")
 
 
@@ -152,7 +153,7 @@ def test_list_file_and_sequence(tmp_path):
     listing = tmp_path / "tiles.txt"
     listing.write_text(f"# tiles\nchm/{left.name}\n{right}\n")
     for name in (listing, [left, right]):
-        with open_product(name) as product:
+        with open_heights(name) as product:
             assert len(product.tiles) == 2
 
 
@@ -164,7 +165,7 @@ def test_compact_encodings_and_interval_bands(write_map, forest):
     path = write_map("cm.tif", centimetres, nodata=65535, names=names, tags={"CANOPY_INTERVAL": "0.8"})
     with rasterio.open(path, "r+") as dataset:
         dataset.scales = (0.01, 0.01, 0.01)
-    with open_product(path) as product:
+    with open_heights(path) as product:
         assert product.has_interval and product.level == 0.8 and product.step_m == pytest.approx(0.01)
         got = product.read(product.lattice, interval=True)
     assert not got.valid[5, 5] and got.valid.sum() == got.valid.size - 1
@@ -181,18 +182,18 @@ def test_bad_inputs_are_named(tmp_path, write_map, forest):
         ("missing.tif", "no such file"),
     ):  # fmt: skip
         with pytest.raises(ImageryError, match=words):
-            open_product(tmp_path / name)
+            open_heights(tmp_path / name)
     rgb = write_map("rgb.tif", np.full((3, 20, 20), 9, np.uint8), nodata=None, names=(), photometric="RGB")
     with pytest.raises(ImageryError, match="colour image"):
-        open_product(rgb)
+        open_heights(rgb)
     published_tile(tmp_path / "mix", "0230102120", whole_metres())
     published_tile(tmp_path / "mix", "023010213", whole_metres())
     with pytest.raises(ImageryError, match="different products"):
-        open_product(tmp_path / "mix")
+        open_heights(tmp_path / "mix")
     wrong = np.zeros((PX // 2, PX), np.uint8)
     published_tile(tmp_path / "wrong", "023010212", whole_metres(), mask=wrong)
-    with open_product(tmp_path / "wrong") as product, pytest.raises(ImageryError, match="mask of 256 x 128"):
+    with open_heights(tmp_path / "wrong") as product, pytest.raises(ImageryError, match="mask of 256 x 128"):
         product.read(quadkey_grid("023010212", PX))
     here, there = write_map("here.tif", forest(40)), write_map("there.tif", forest(40), crs="EPSG:32633")
-    with open_product(here) as a, open_product(there) as b, pytest.raises(InputError, match="do not overlap"):
-        check_overlap(a, b)
+    with open_heights(here) as a, open_heights(there) as b, pytest.raises(InputError, match="do not overlap"):
+        shared_outline(a, b)

@@ -10,7 +10,8 @@ from pyproj import Transformer
 
 from canopy.errors import InputError
 from canopy.evaluation import zones
-from canopy.evaluation.zones import ZoneOptions, coverage, zone_stats
+from canopy.evaluation.zones import coverage
+from canopy.evaluation.zones import stats as zone_stats
 from canopy.geo.grid import Grid
 
 WEST, NORTH, UTM = 500_000.0, 4_882_000.0, "EPSG:32618"
@@ -133,15 +134,15 @@ def test_bad_input_is_said_and_nothing_written(write_map, forest, tmp_path):
     path, zone = write_map("map.tif", forest(40)), save(tmp_path, [box(0, 0, 10, 10)])
     points = save(tmp_path, [shapely.Point(WEST, NORTH)], name="points.gpkg")
     for zones_file, out, options, words in (
-        (tmp_path / "no.gpkg", "a.csv", ZoneOptions(), "no such file"),
-        (points, "a.csv", ZoneOptions(), "no polygons"),
-        (zone, "a.xlsx", ZoneOptions(), "not a table's name"),
-        (zone, "no/a.csv", ZoneOptions(), "no such folder"),
-        (zone, "a.csv", ZoneOptions(percentiles=(101,)), "--percentiles"),
-        (zone, "a.csv", ZoneOptions(above_m=(-1,)), "--above"),
+        (tmp_path / "no.gpkg", "a.csv", {}, "no such file"),
+        (points, "a.csv", {}, "no polygons"),
+        (zone, "a.xlsx", {}, "does not end in .csv or .parquet"),
+        (zone, "no/a.csv", {}, "no such directory"),
+        (zone, "a.csv", {"percentiles": (101,)}, "--percentiles"),
+        (zone, "a.csv", {"above_m": (-1,)}, "--above"),
     ):
         with pytest.raises(InputError, match=words):
-            zone_stats(path, zones_file, tmp_path / out, options)
+            zone_stats(path, zones_file, tmp_path / out, **options)
     assert not list(tmp_path.glob("*.csv"))
     (tmp_path / "a.csv").write_text("mine")
     with pytest.raises(InputError, match="exists already"):
