@@ -35,6 +35,8 @@ from canopy.runtime import log
 HTTP_TIMEOUT_S = 30.0
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 REQUESTS_PER_HOST = 8
+# How hosts refuse a signature that ran out: S3 and Azure with 403, Azure also 409, Google's storage 400.
+UNSIGNED = frozenset({400, 401, 403, 409})
 SECRET_HEADERS = ("x-api-token", "authorization")
 # A try that brought this much starts the count anew: a slow line is not a dead one, but a host that sends a
 # byte a try is.
@@ -172,8 +174,10 @@ def local_proxy_options(url: str) -> dict[str, Any]:
 
 # ---- what a host said ---------------------------------------------------------------------------
 def retry_after_s(response: httpx.Response) -> float | None:
-    """Seconds asked for by a Retry-After header (a number or a date), or None."""
+    """Seconds asked for by a Retry-After header (a number or a date) or a rate limit's reset, or None."""
     text = response.headers.get("retry-after")
+    if not text and response.status_code == 429:
+        text = response.headers.get("x-ratelimit-reset")
     if not text:
         return None
     try:
@@ -245,7 +249,7 @@ def _raise_for_status(
     response: httpx.Response, url: str, what: str, *, signed: bool, first: bytes | None = None
 ) -> None:
     """`_Again` for a status that may pass, FetchError for a refusal or a web page in place of data."""
-    if response.status_code in TRANSIENT or (signed and response.status_code in (401, 403)):
+    if response.status_code in TRANSIENT or (signed and response.status_code in UNSIGNED):
         said = f"{host_of(url)} answered {response.status_code} {response.reason_phrase}"
         raise _Again(said, retry_after_s(response))
     raise_if_refused(response, url, what)
@@ -300,7 +304,7 @@ def get(
     Args:
         url: where from; shown without its query.
         headers: extra request headers.
-        sign: makes the URL readable; asked for a fresh signature after a 401 or 403.
+        sign: makes the URL readable; asked for a fresh signature after a refusal.
         what: the thing asked for, for messages.
         absent: statuses returned to the caller instead of raised (a tile server's 404).
 
@@ -395,7 +399,7 @@ def download(
         dest: file to write.
         sha256: expected digest, lower-case hex; checked also on a file that is already there.
         headers: extra request headers, such as an access token (never logged).
-        sign: makes the URL readable; asked again after a 401 or 403.
+        sign: makes the URL readable; asked again after a refusal.
         check: raises DataError for a complete file that is not what it should be (another kind of checksum);
             called before the file gets its name, and on a file that is already there.
         overwrite: fetch again, from the first byte, although `dest` or a part of it exists.

@@ -147,7 +147,7 @@ def read_places(path: str | Path, layer: str | None = None) -> geopandas.GeoData
             except ValueError:  # a table without geometry
                 frame = _with_points(pandas.read_parquet(path), path)
         else:
-            frame = read_vector(path, layer, kind="Point")
+            frame = read_vector(path, layer)
     except InputError:
         raise
     except Exception as error:  # each reader has its own kind of exception

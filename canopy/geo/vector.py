@@ -40,14 +40,14 @@ _PROGRAMS = (b"OGRVRT", b"gdal_streamed_alg")
 
 
 def read_vector(
-    path: str | Path, layer: str | None = None, *, kind: str = "Polygon"
+    path: str | Path, layer: str | None = None, *, polygons: bool = False
 ) -> geopandas.GeoDataFrame:
     """Every feature of a vector file, or of one of its layers, with the file's CRS (None: it names none).
 
     Args:
         path: GeoPackage, GeoJSON, Shapefile, FlatGeobuf, KML, GeoParquet or a .gdb folder.
         layer: its name; needed where several layers can hold what is wanted.
-        kind: the geometry wanted, "Polygon" or "Point": decides which layers can hold it.
+        polygons: only layers that can hold polygons are wanted; otherwise points do too.
 
     Raises:
         AreaError: no such file, another format, no such layer, several layers, no features.
@@ -64,7 +64,7 @@ def read_vector(
         if parquet:
             frame = geopandas.read_parquet(where)
         else:
-            layer = _layer(where, layer, kind)
+            layer = _layer(where, layer, polygons)
             driver = pyogrio.read_info(where, layer=layer)["driver"]
             if driver not in _DRIVERS:
                 raise _unreadable(where, str(driver))
@@ -74,7 +74,7 @@ def read_vector(
     except Exception as error:  # each driver has its own kind of exception
         raise _unreadable(where, type(error).__name__) from error
     if not len(frame) or "geometry" not in frame:
-        raise AreaError("the file has no features", where=path, expected=f"at least one {kind.lower()}")
+        raise AreaError("the file has no features", where=path, expected="at least one polygon or point")
     if frame.crs is None and where.suffix.lower() in (".json", ".geojson"):
         frame = frame.set_crs("EPSG:4326")  # RFC 7946: longitude and latitude on WGS84
     return frame
@@ -103,8 +103,8 @@ def _unreadable(path: Path, reason: str) -> AreaError:
     return AreaError(f"not a readable vector file ({reason})", where=path, expected=FORMATS)
 
 
-def _layer(path: Path, layer: str | None, kind: str) -> str:
-    """The layer to read: the one named, or the only one that can hold the kind of geometry wanted."""
+def _layer(path: Path, layer: str | None, polygons: bool) -> str:
+    """The layer to read: the one named, or the only one that can hold what is wanted."""
     import pyogrio
 
     layers = {str(name): str(of) for name, of in pyogrio.list_layers(path)}
@@ -112,13 +112,14 @@ def _layer(path: Path, layer: str | None, kind: str) -> str:
         if layer not in layers:
             raise AreaError(f"has no layer {layer!r}", where=path, expected="one of " + ", ".join(layers))
         return layer
-    fitting = [n for n, of in layers.items() if any(k in of for k in (kind, "Unknown", "Collection"))]
+    kinds = ("Polygon", "Unknown", "Collection") if polygons else ("Polygon", "Point", "Unknown")
+    fitting = [name for name, of in layers.items() if any(kind in of for kind in kinds)]
     if len(layers) == 1 or len(fitting) == 1:
         return fitting[0] if fitting else next(iter(layers))
     raise AreaError(
         f"holds {len(layers)} layers ({', '.join(layers)})",
         where=path,
-        expected=f"one layer of {kind.lower()}s",
+        expected="one layer of a fitting kind",
         remedy=f"name it with --layer, or save it alone: ogr2ogr one.gpkg {path.name} LAYER",
     )
 
@@ -140,7 +141,7 @@ def read_zones(
     make sense with latitude and longitude swapped. Longitudes come out in -180..180.
     """
     if isinstance(path, str | Path):
-        frame, where = read_vector(path, layer), path
+        frame, where = read_vector(path, layer, polygons=True), path
     else:
         frame, where = path, "the polygons given"
     if frame.crs is None:

@@ -359,4 +359,6 @@ def test_more_formats_and_points(tmp_path, driver):
     plots = tmp_path / "plots.gpkg"
     geopandas.GeoDataFrame(geometry=[box(0, 0, 1, 1)], crs=4326).to_file(plots, layer="stand")
     geopandas.GeoDataFrame({"h": [3.0]}, geometry=[Point(1, 2)], crs=4326).to_file(plots, layer="plots")
-    assert read_vector(plots, kind="Point")["h"].tolist() == [3.0]
+    assert read_vector(plots, "plots")["h"].tolist() == [3.0]
+    with pytest.raises(AreaError, match=r"stand, plots.*--layer"):
+        read_vector(plots)
