@@ -19,6 +19,12 @@ from canopy.cli.options import (
     Column,
     DataDir,
     Dem,
+    EvaluateBackend,
+    EvaluateDevice,
+    EvaluateModel,
+    EvaluateNodata,
+    EvaluateOut,
+    EvaluatePrecision,
     FloorM,
     Group,
     Json,
@@ -43,12 +49,6 @@ from canopy.cli.options import (
     print_json,
     refuse_given,
 )
-from canopy.cli.options import EvaluateBackend as Backend
-from canopy.cli.options import EvaluateDevice as Device
-from canopy.cli.options import EvaluateModel as Model
-from canopy.cli.options import EvaluateNodata as Nodata
-from canopy.cli.options import EvaluateOut as Out
-from canopy.cli.options import EvaluatePrecision as Precision
 from canopy.files import replacing
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def evaluate(
     reference: Reference = None,
     kind: Kind = None,
     by: By = None,
-    out: Out = None,
+    out: EvaluateOut = None,
     stat: Stat = None,
     floor_m: FloorM = None,
     sensor: Sensor = None,
@@ -83,7 +83,7 @@ def evaluate(
     block_m: BlockM = None,
     replicates: Replicates = 1000,
     seed: Seed = 0,
-    nodata: Nodata = None,
+    nodata: EvaluateNodata = None,
     reference_nodata: ReferenceNodata = None,
     band: Band = None,
     reference_band: ReferenceBand = None,
@@ -91,12 +91,12 @@ def evaluate(
     map_date: MapDate = None,
     reference_date: ReferenceDate = None,
     benchmark: Benchmark = None,
-    model: Model = None,
+    model: EvaluateModel = None,
     data_dir: DataDir = None,
     group: Group = None,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    precision: Precision = "auto",
+    device: EvaluateDevice = "auto",
+    backend: EvaluateBackend = "auto",
+    precision: EvaluatePrecision = "auto",
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -118,7 +118,7 @@ def evaluate(
       canopy evaluate --benchmark pack --model default --model first.safetensors --data-dir ../shared/data
     """
     from canopy.errors import InputError
-    from canopy.evaluation.evaluate import evaluate as judge
+    from canopy.evaluation.evaluate import evaluate as score
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
@@ -136,7 +136,7 @@ def evaluate(
         raise InputError("nothing to score" if map_ is None else "no reference", remedy=f"give {missing}")
     ways = tuple(word.strip() for words in by or () for word in words.split(",") if word.strip())
     with progress_bar(quiet or json_) as progress:
-        result = judge(
+        result = score(
             map_, reference, out=out, overwrite=overwrite, progress=progress, kind=kind, by=ways, stat=stat,
             floor_m=floor_m, sensor=sensor, column=column, radius_m=radius_m, slope=slope, dem=dem,
             shift=shift, block_m=block_m, replicates=replicates, seed=seed, nodata=nodata,
