@@ -48,7 +48,7 @@ def gedi(
 
     setup_logging(quiet, verbose)
     outs = [out, out.with_suffix(".gedi.json"), out.with_suffix(".gedi.png")]
-    check_output(outs, [map_, shots, model, imagery], overwrite=overwrite)
+    check_output(outs, [map_, shots], overwrite=overwrite)
     with progress_bar(quiet or json_) as progress:
         report = correct_map(
             map_, shots, out, method=method, rh=rh, encoding=encoding, overwrite=overwrite,
