@@ -15,7 +15,7 @@ from typing import Any
 import shapely
 
 from canopy.errors import CanopyError, ConfigError, InputError, OutputError
-from canopy.files import file_sha256
+from canopy.files import check_output, file_sha256
 from canopy.region.ledger import (
     LEDGER,
     LOCK,
@@ -44,6 +44,7 @@ from canopy.region.tiles import Tile
 from canopy.region.workers import Driver, Tally, local_cluster, local_devices, local_threads, remote_cluster
 from canopy.runtime import log
 
+_STAC = "stac"
 _OUTPUTS = ("catalog.json", "collection.json", "model.json", "mosaic", "mosaic.vrt", "index.gti.gpkg")
 
 
@@ -120,10 +121,25 @@ def prepare_run(options: MapOptions, *, resume: bool = False, overwrite: bool = 
     elif going_on is not None:  # runtime and precision are a matter of the machine that began
         unsaid = {name for name in ("backend", "precision") if getattr(options, name) == "auto"}
         options = options.model_copy(update={name: going_on["map"][name] for name in unsaid})
+    _check_inputs(options)
     region = open_region(options, going_on)
     if going_on is not None:
         refuse_changes(going_on, region.pins, folder)
     return region
+
+
+def _check_inputs(options: MapOptions) -> None:
+    """Refuse a folder where a run would write over what it reads."""
+    read: list[object] = [options.aoi, options.model]
+    for name in [*options.images, options.imagery]:
+        inside = Path(name) if name else None
+        # Of a folder only the images in it are read, not what lies below: that may be this very run.
+        read += [*inside.glob("*.*")] if inside is not None and inside.is_dir() else [name]
+    folder = options.folder
+    for name in (TILES, SHARDS, _STAC):
+        check_output(folder / name, read, overwrite=True, folder=True)
+    if folder.is_dir():
+        check_output([folder / name for name in (RUN_FILE, LEDGER, *_OUTPUTS)], read, overwrite=True)
 
 
 def _is_ours(name: str) -> bool:
@@ -197,7 +213,7 @@ def _clear(folder: Path) -> None:
     """Remove what a run made, and nothing else."""
     for name in (RUN_FILE, LEDGER, f"{LEDGER}-journal", *_OUTPUTS):
         (folder / name).unlink(missing_ok=True)
-    for name in (TILES, SHARDS, "stac"):
+    for name in (TILES, SHARDS, _STAC):
         shutil.rmtree(folder / name, ignore_errors=True)
     _make_folder(folder)
 
