@@ -99,8 +99,7 @@ def _facts(name: str) -> dict[str, Any]:
     from canopy.errors import InputError
     from canopy.imagery.manifests import known_names, named_source
     from canopy.labels.catalog import known_labels, label_source
-    from canopy.labels.names import read_name
-    from canopy.labels.neon import aop_crs, neon_site, neon_sites
+    from canopy.labels.names import aop_crs, neon_site, neon_sites, read_name
 
     if name in known_labels():
         return {"labels": name, **label_source(name).model_dump(mode="json", exclude={"name"})}
@@ -112,8 +111,8 @@ def _facts(name: str) -> dict[str, Any]:
         return {**site.model_dump(mode="json"), "flight_site": site.flight_site, "flight_crs": crs}
     tile = read_name(name)
     if tile is not None:
-        raster = list(getattr(tile, "raster_bounds", tile.bounds))
-        return {"file": tile.filename, "bounds": list(tile.bounds), "raster_bounds": raster, "crs": tile.crs}
+        bounds, raster = list(tile.bounds), list(tile.raster_bounds)
+        return {"file": tile.filename, "bounds": bounds, "raster_bounds": raster, "crs": tile.crs}
     known = ", ".join([*known_labels(), *known_names()])
     raise InputError("no such source, NEON site or tile name", where=name, expected=f"one of {known}")
 
@@ -267,7 +266,7 @@ def _verified(name: str) -> list[str]:
     from canopy.errors import InputError
     from canopy.imagery.manifests import known_names, named_source
     from canopy.labels.catalog import known_labels, label_source
-    from canopy.labels.neon import neon_sites
+    from canopy.labels.names import neon_sites
 
     labels, imagery = known_labels(), known_names()
     wanted = [*labels, *imagery] if name == "all" else [name]

@@ -373,9 +373,8 @@ def _rasters(folder: Path) -> list[Path]:
 def _site(path: Path) -> str:
     """The site in a tile's name (NEON), else the folder below `reference`, else the file's name."""
     tile = read_name(path.name)
-    site = getattr(tile, "site", None)
-    if site:
-        return str(site)
+    if tile is not None and tile.site:
+        return tile.site
     return path.parent.name if path.parent.name != "reference" else path.stem
 
 

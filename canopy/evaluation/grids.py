@@ -104,7 +104,8 @@ def read_on(heights: HeightMap, grid: Grid, stat: str = "mean", *, interval: boo
 
     def read(window: Grid, resampling: str | None = None) -> Layers:
         got = heights.read(window, interval=bounds, resampling=resampling)
-        return np.stack([got.height_m, got.lower_m, got.upper_m] if bounds else [got.height_m]), got.valid
+        layers = [got.height_m, got.lower_m, got.upper_m]
+        return np.stack([layer for layer in layers if layer is not None]), got.valid
 
     values, valid = _layers(heights, grid, stat, read)
     low = high = None

@@ -381,7 +381,7 @@ def open_heights(
 
     Raises ImageryError for what cannot be read as a height map, naming the file.
     """
-    if hasattr(source, "dims"):
+    if not isinstance(source, str | Path | Sequence):
         folder = tempfile.TemporaryDirectory(prefix="canopy-array-")
         try:
             made = HeightMap(
@@ -420,7 +420,7 @@ def _array_file(array: xarray.DataArray, folder: str) -> str:
         bands = np.atleast_1d(array["band"].values)
         array = array.drop_vars("band").assign_attrs(long_name=tuple(map(str, bands)))
     path = str(Path(folder) / "array.tif")
-    array.rio.to_raster(path, tiled=True, windowed=True, BIGTIFF="IF_SAFER")
+    array.rio.to_raster(path, windowed=True, tiled=True, blockxsize=256, blockysize=256, BIGTIFF="IF_SAFER")
     return path
 
 

@@ -19,6 +19,7 @@ from canopy.evaluation.grids import own_grid
 from canopy.evaluation.maps import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, HeightMap
 from canopy.evaluation.strata import LEAST_WANTED, MOST, Stratifier, missing_column, stratifiers
 from canopy.evaluation.zones import geodesic_area_m2, pixels_in
+from canopy.geo.area import read_vector
 from canopy.geo.crs import to_crs, transformer, utm_crs
 from canopy.geo.grid import Grid
 from canopy.labels.footprint import pool_over_disc
@@ -146,7 +147,7 @@ def read_places(path: str | Path, layer: str | None = None) -> geopandas.GeoData
             except ValueError:  # a table without geometry
                 frame = _with_points(pandas.read_parquet(path), path)
         else:
-            frame = geopandas.read_file(path, layer=layer)
+            frame = read_vector(path, layer)
     except InputError:
         raise
     except Exception as error:  # each reader has its own kind of exception

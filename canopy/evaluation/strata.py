@@ -26,7 +26,8 @@ from canopy.files import public_name
 from canopy.geo.area import SCALE_SLACK, read_zones
 from canopy.geo.crs import METRES_PER_DEGREE, project, transformer
 from canopy.geo.grid import Grid
-from canopy.geo.reading import SourcePlace, open_raster, read_window
+from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster, read_window
 from canopy.metrics import BLOCK_PX, HEIGHT_BINS_M, height_bin
 
 # Heights of forests are alike over some hundred metres; larger blocks would leave too few in a small area.

@@ -95,7 +95,7 @@ def stats(
     chosen.check()
     if out is not None:
         check_table(out, [map, zones], overwrite)
-    frame, crs, shapes = zones_of(zones, chosen.layer)
+    frame, crs, shapes = read_zones(zones, chosen.layer)
     progress = progress or NoProgress()
     progress.start(len(shapes), "polygons")
     rows = []
@@ -125,16 +125,6 @@ def check_table(out: str | Path, inputs: Sequence[Any], overwrite: bool) -> None
     """Raises InputError for an output's wrong suffix, an existing file, an input, or a missing folder."""
     expected = "a table's name, ending in .csv or .parquet"
     check_output(out, inputs, overwrite=overwrite, suffixes=FORMATS, expected=expected)
-
-
-def zones_of(
-    zones: str | Path | geopandas.GeoDataFrame, layer: str | None = None
-) -> tuple[geopandas.GeoDataFrame, CRS, list[BaseGeometry | None]]:
-    """Table, CRS and one repaired area per row (None without one) of a file or a GeoDataFrame.
-
-    Raises AreaError for what has no polygons or no CRS.
-    """
-    return read_zones(zones)
 
 
 def pixels_in(
@@ -214,8 +204,8 @@ class _ZoneSums:
         self.above_m = above_m
         self.n, self.area, self.total, self.square = 0, 0.0, 0.0, 0.0
         self.low, self.high = math.inf, -math.inf
-        self.above = np.zeros(len(above_m))
-        self.histogram = np.zeros(0)  # square metres by whole millimetres above LOW_M
+        self.above: np.ndarray = np.zeros(len(above_m))
+        self.histogram: np.ndarray = np.zeros(0)  # square metres by whole millimetres above LOW_M
 
     def add(self, height: np.ndarray, weight_m2: np.ndarray) -> None:
         """Pixels (k,): metres, and the ground they share with the polygon."""
@@ -226,7 +216,7 @@ class _ZoneSums:
         self.total += float(height @ weight_m2)
         self.square += float((height * height) @ weight_m2)
         self.low, self.high = min(self.low, float(height.min())), max(self.high, float(height.max()))
-        self.above += [float(weight_m2[height > limit].sum()) for limit in self.above_m]
+        self.above += np.array([weight_m2[height > limit].sum() for limit in self.above_m], np.float64)
         steps = np.rint((np.clip(height, LOW_M, TOP_M) - LOW_M) * 1000).astype(np.int64)
         counts = np.bincount(steps, weight_m2, minlength=self.histogram.size)
         counts[: self.histogram.size] += self.histogram

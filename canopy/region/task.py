@@ -211,7 +211,7 @@ class SceneNames:
     def of(cls, source: ImagerySource, window: Grid) -> SceneNames:
         """The scenes of `source` that share ground with `window`."""
         whole = cls(source.name, tuple(source.scene_ids), tuple(source.dates))
-        layers = getattr(source, "layers", ())
+        layers = [layer for layer in getattr(source, "layers", ()) if layer.scene_id in whole.scene_ids]
         if len(layers) < 2:
             return whole
         outline = window.outline("EPSG:4326")

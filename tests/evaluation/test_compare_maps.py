@@ -285,3 +285,35 @@ def test_choose_mode_needs_dates(pair):
     with open_heights(pair[0]) as a, open_heights(pair[1]) as b:
         assert compare_maps.choose_mode(a, b, "auto")[0] == "products"
         assert compare_maps.choose_mode(a, b, "dates") == ("dates", "asked for")
+
+
+def test_arrays_in_and_arrays_out(pair, tmp_path):
+    """Without a folder nothing is written and the maps come as DataArrays: the same as the files."""
+    import rioxarray
+
+    arrays = [rioxarray.open_rasterio(path, masked=True).squeeze() for path in pair[:2]]
+    there = set(tmp_path.iterdir())
+    found = compare(*arrays, mode="dates", sigma_a=1.5, sigma_b=1.5)
+    assert set(tmp_path.iterdir()) == there
+    compare(*pair[:2], tmp_path / "out", mode="dates", sigma_a=1.5, sigma_b=1.5)
+    for name in ("change", "classes"):
+        with rasterio.open(tmp_path / "out" / f"{name}.tif") as dataset:
+            wanted = dataset.read(masked=True).astype(float).filled(np.nan)
+            made = found.maps[name]
+            assert made.rio.crs == dataset.crs and made.rio.transform() == dataset.transform
+        np.testing.assert_allclose(np.asarray(made).reshape(wanted.shape), wanted, atol=1e-6)
+    assert list(found.maps["change"].band.values) == ["change", "change_lower", "change_upper"]
+    with pytest.raises(InputError, match="did you mean 'sigma_a'"):
+        compare(*pair[:2], sigmaa=3)
+
+
+def test_an_undeclared_nodata_value_is_no_loss(write_map, tmp_path):
+    """A strip of -9999 in the later map is unknown ground, not lost canopy."""
+    early = np.full((60, 60), 20, np.float32)
+    late = early.copy()
+    late[:, 20:30] = -9999
+    found = compare(
+        write_map("a.tif", early), write_map("b.tif", late, nodata=None), mode="dates", sigma_a=1, sigma_b=1
+    )
+    assert found.classes_ha["canopy lost"] == 0 and found.sums.n == 60 * 50
+    assert any("600 pixels have impossible heights" in note for note in found.notes)

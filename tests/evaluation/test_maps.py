@@ -1,4 +1,4 @@
-"""Reading anybody's height map, the published quadkey tiles above all."""
+"""Reading anybody's height map: bands, units, missing values, arrays, and the published quadkey tiles."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from odc.geo import CRS
 
 from canopy.errors import ImageryError, InputError
-from canopy.evaluation.grids import shared_outline
+from canopy.evaluation.grids import read_on, shared_outline
 from canopy.evaluation.maps import open_heights
+from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import quadkey_bounds, quadkey_grid
 
@@ -197,3 +199,122 @@ def test_bad_inputs_are_named(tmp_path, write_map, forest):
     here, there = write_map("here.tif", forest(40)), write_map("there.tif", forest(40), crs="EPSG:32633")
     with open_heights(here) as a, open_heights(there) as b, pytest.raises(InputError, match="do not overlap"):
         shared_outline(a, b)
+
+
+# ---- what people's files are like -----------------------------------------------------------------
+def test_impossible_heights_are_missing_before_any_resampling(write_map, forest):
+    """A strip at an undeclared nodata value: no coarse pixel, no pixel of another CRS takes a part of it."""
+    heights = np.full((100, 100), 20, np.float32)
+    strip = np.zeros(heights.shape, bool)
+    strip[:, 40:53] = True
+    for value, nodata in ((-9999, None), (-3.4028235e38, -3.4e38), (1e20, np.nan)):
+        path = write_map("strip.tif", np.where(strip, np.float32(value), heights), nodata=nodata)
+        with open_heights(path) as opened:
+            own = opened.read(opened.lattice)
+            np.testing.assert_array_equal(own.valid, ~strip)
+            assert opened.impossible == strip.sum()
+            note = next(note for note in opened.notes if "impossible heights" in note)
+            assert "1,300 pixels" in note and "undeclared nodata" in note
+            t = opened.lattice.transform
+            coarse = Grid.of(opened.crs, (3.3, 0, t.c + 0.7, 0, -3.3, t.f), (30, 30))
+            for grid in (coarse, AOI.from_grid(opened.lattice).grid("EPSG:32619", 1.5)):
+                got = read_on(opened, grid)
+                assert got.valid.any() and not got.valid.all()
+                np.testing.assert_allclose(got.height_m[got.valid], 20, rtol=1e-6)
+
+
+def test_windows_read_twice_are_counted_once(write_map):
+    path = write_map("m.tif", np.full((20, 20), -9999, np.float32), nodata=None)
+    with open_heights(path) as opened:
+        with opened.uncounted():
+            opened.read(opened.lattice)
+        assert opened.impossible == 0 and not opened.notes
+        opened.read(opened.lattice)
+        assert opened.impossible == 400
+
+
+@pytest.mark.parametrize(
+    ("unit", "metres"),
+    [("ft", 0.3048), ("US survey foot", 1200 / 3937), ("cm", 0.01), ("dm", 0.1), ("metre", 1), ("m", 1)],
+)
+def test_the_band_says_its_unit(write_map, forest, unit, metres):
+    heights = forest(40)
+    path = write_map("u.tif", (heights / metres).astype(np.float32))
+    with rasterio.open(path, "r+") as dataset:
+        dataset.units = (unit,)
+    with open_heights(path) as opened:
+        np.testing.assert_allclose(opened.read(opened.lattice).height_m, heights, rtol=1e-5)
+        assert any(f"in {unit} and were converted" in note for note in opened.notes) == (metres != 1)
+
+
+def test_an_unknown_unit_is_refused(write_map, forest):
+    path = write_map("u.tif", forest(20))
+    with rasterio.open(path, "r+") as dataset:
+        dataset.units = ("furlong",)
+    with pytest.raises(ImageryError, match=r"heights in 'furlong'.*feet"):
+        open_heights(path)
+
+
+def test_the_band_that_says_canopy_height_is_taken(write_map, forest):
+    heights = forest(30)
+    ground = np.full_like(heights, 215)
+    for names in (("DSM", "DTM", "CHM"), ("zmean", "zsd", "Canopy height (m)"), ("a", "b", "canopy_height")):
+        path = write_map("bands.tif", np.stack([ground, ground, heights]), names=names)
+        with open_heights(path) as opened:
+            np.testing.assert_array_equal(opened.read(opened.lattice).height_m, heights)
+
+
+def test_other_bands_are_named_and_asked_for(write_map, forest):
+    heights = forest(30)
+    path = write_map("z.tif", np.stack([heights + 9, heights]), names=("zmean", "zmax"))
+    with pytest.raises(ImageryError, match=r"holds 2 bands \(1 zmean, 2 zmax\).*--band"):
+        open_heights(path)
+    for band in (2, "2", "zmax", "ZMAX"):
+        with open_heights(path, band=band) as opened:
+            np.testing.assert_array_equal(opened.read(opened.lattice).height_m, heights)
+    for band in (3, 0, "zmin"):
+        with pytest.raises(ImageryError, match=r"no band .*1 zmean, 2 zmax"):
+            open_heights(path, band=band)
+
+
+def test_a_three_dimensional_crs_is_its_horizontal_part(write_map, forest):
+    path = write_map("flat.tif", forest(30))
+    wkt = CRS("EPSG:32618").proj.to_3d().to_wkt()
+    three = write_map("three.tif", forest(30), crs=rasterio.crs.CRS.from_wkt(wkt))
+    with open_heights(path) as flat, open_heights(three) as deep:
+        assert deep.lattice.is_aligned(flat.lattice) and not deep.crs.proj.to_wkt().count(
+            "ellipsoidal height"
+        )
+
+
+def test_arrays_are_read_as_files_are(write_map, forest):
+    """As rioxarray opens them: scaled integers, nodata, band names, a lazy array, rows from the south."""
+    import rioxarray
+
+    heights = forest(50)
+    cm = np.where(heights > 20, 65535, heights * 100).round().astype(np.uint16)
+    path = write_map("cm.tif", cm, nodata=65535, tags={"CANOPY_DATES": "2020-05-01"})
+    with rasterio.open(path, "r+") as dataset:
+        dataset.scales = (0.01,)
+    with open_heights(path) as file:
+        expected, dates = file.read(file.lattice), file.dates
+        lattice = file.lattice
+    plain = rioxarray.open_rasterio(path)
+    masked = rioxarray.open_rasterio(path, mask_and_scale=True, chunks=16)
+    for array in (plain, masked, masked.squeeze("band"), masked.isel(y=slice(None, None, -1))):
+        with open_heights(array) as opened:
+            got = opened.read(lattice)
+            np.testing.assert_array_equal(got.valid, expected.valid)
+            np.testing.assert_allclose(got.height_m, expected.height_m, rtol=1e-6)
+    with open_heights(plain) as opened:
+        assert opened.dates == dates
+
+
+def test_an_array_without_its_place_is_refused():
+    import xarray
+
+    bare = xarray.DataArray(np.zeros((4, 5)), dims=("y", "x"), coords={"y": [4, 3, 2, 1], "x": range(5)})
+    with pytest.raises(ImageryError, match=r"no coordinate reference system.*write_crs"):
+        open_heights(bare)
+    with pytest.raises(ImageryError, match=r"expected \(y, x\)"):
+        open_heights(xarray.DataArray(np.zeros((4, 5)), dims=("row", "column")))
