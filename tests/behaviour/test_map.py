@@ -111,7 +111,7 @@ def test_quadkeys_and_going_on_after_a_kill(canopy, words, tmp_path) -> None:
     names = sorted(p.stem for p in (tmp_path / "run" / "tiles").rglob("*.tif"))
     support.check_values("map_quadkey", {"names": names, "tiles": told["tiles"]})
     found = heights(tmp_path / "run")
-    support.check_heights("map_quadkey", found, tol_m=0.03)  # heights in centimetres
+    support.check_heights("map_quadkey", found, tol_m=0.03, mask_share=0.003)  # warped; in centimetres
     canopy("predict", *words[1:], "--crs", "quadkey", "-o", "once.tif")
     once = support.metres(tmp_path / "once.tif")
     if once.shape == found.shape:
