@@ -64,12 +64,7 @@ class Extras:
     @property
     def outputs(self) -> tuple[str, ...]:
         """What the network is to give, by name (`HeightModel.layers`): heights first."""
-        return ("height_m", *(self.interval.hints(self.level) if self.interval else ()))
-
-    @property
-    def views(self) -> int:
-        """Over how many views of a crop the spread is taken (`canopy.inference.predictor`)."""
-        return self.interval.views if self.interval else 1
+        return ("height_m", "spread_m") if self.interval else ("height_m",)
 
     @property
     def layers(self) -> int:
@@ -89,8 +84,7 @@ class Extras:
         if self.interval is not None:
             # Where there is nothing a layer may hold anything; it is masked later.
             clean = np.maximum(np.nan_to_num(layers[:given]).astype(np.float64), 0.0)
-            hint = clean[1] if given == 2 else clean[1:]
-            bands += self.interval.bounds(clean[0], hint, self.level)
+            bands += self.interval.bounds(clean[0], clean[1], self.level)
         if self.date:
             bands.append(days.astype(np.float32))
         if self.quality is not None:

@@ -126,8 +126,6 @@ def extra_tags(extras: Extras, card: Mapping[str, Any]) -> dict[str, str]:
         # Bands of another level would be read with the wrong widths.
         if area is not None and extras.level == AREA_LEVEL:
             tags["CANOPY_AREA_MODEL"] = json.dumps({k: v for k, v in area.items() if k != "facts"})
-    if card.get("footprint_gap"):
-        tags["CANOPY_FOOTPRINT_GAP"] = json.dumps(card["footprint_gap"])  # for canopy calibrate gedi
     if extras.quality is not None:
         tags["CANOPY_QUALITY_BITS"] = extras.quality.describe()
     return tags

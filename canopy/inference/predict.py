@@ -320,7 +320,7 @@ def prepare(
     choice = settle(model, options.backend, options.precision, options.device)
     runner = choice.open(model, extras.outputs)
     resolve_batch(options.batch_size, runner.device.type)  # what is no number is told now
-    pace = seconds_per_crop(model, runner, extras.views)
+    pace = seconds_per_crop(model, runner)
     cost = estimate(plan, target, pace, len(extras.bands), options.encoding)
     refuse_too_large(cost, options.max_pixels, aoi.describe(), in_memory=files is None)
     notes += [*choice.notes, *scale_notes(source.native_gsd_m, model.config.gsd_m)]

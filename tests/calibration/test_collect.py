@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from canopy.calibration.apply import calibrate_model
 from canopy.calibration.collect import load_chips, places_of
-from canopy.calibration.intervals import calibrate_model
 from canopy.chips.store import NO_SHOTS, Chip, ChipRow, IndexRow, row_of_chip, write_index, write_shard
 from canopy.errors import ConfigError, DataError
 from canopy.models.checkpoint import load_model, save_checkpoint

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from canopy.calibration.collect import Scored, cells_of
-from canopy.calibration.intervals import (
+from canopy.calibration.intervals import coverage
+from canopy.calibration.new_places import (
     Unseen,
     areas_in_new_places,
-    coverage,
     fit_new_place,
     kept_from,
     trained_on,
