@@ -77,7 +77,8 @@ from canopy.models.heads import (
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
-    from canopy.chips.store import Chip, ChipRow
+    from canopy.chips.index import ChipRow
+    from canopy.chips.store import Chip
     from canopy.models.height import HeightModel
 
 

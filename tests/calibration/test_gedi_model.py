@@ -10,7 +10,8 @@ import torch
 
 from canopy.calibration.collect import places_of
 from canopy.calibration.gedi_area import Samples, joined, score_gedi, simulated, split_regions, train_gedi
-from canopy.chips.store import Chip, ChipRow
+from canopy.chips.index import ChipRow
+from canopy.chips.store import Chip
 from canopy.errors import CheckpointError, ConfigError, DataError, InputError
 from canopy.models.gedi import FACTS, GediModel, load_gedi_model, save_gedi_model
 
