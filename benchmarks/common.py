@@ -238,7 +238,7 @@ def _multipliers(side: int) -> dict[str, Callable[[], Any]]:
         "numpy": lambda: np.matmul(*numbers),
     }
     if _version("openvino") is not None:
-        from canopy.inference.backends import core, load_openvino
+        from canopy.models.export import core, load_openvino
 
         openvino = load_openvino()
         from openvino import opset13

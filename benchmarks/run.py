@@ -2,7 +2,7 @@
 
     python benchmarks/run.py --out bench                   # about 20 minutes on two quiet cores
     python benchmarks/run.py --out bench --size full       # the sizes that docs/performance.md reports; hours
-    python benchmarks/run.py --out bench --only startup stages
+    python benchmarks/run.py --out bench --only startup throughput
 
 Each is a process of its own, so that one that fails leaves the others alone; exit code 1 then. A target that
 is missed is no failure.
@@ -38,17 +38,12 @@ class Step:
 
 STEPS = [
     Step("startup"),
-    Step("stages", "--size 1024", "--size 4096"),
     Step(
         "throughput",
         "--models default:1024 large:640 --rounds 1",
         "--models default:4096 large:1536 --rounds 3",
     ),
-    Step("pipeline", "--size 2048", "--size 4096 --rounds 3"),
-    Step("seams", "default demo --lattices 768/672 512/448 --pairs 16", "default demo"),
-    Step("backends", None, ""),
     Step("heads", "--rounds 1", ""),
-    Step("gpu", cuda=True),
     Step("memory", "--sizes 5000 20000", ""),
     Step("workers", "--size 2048", "--size 8192"),
     Step("chips", "", "--size 8192 --samples 2000"),

@@ -20,6 +20,8 @@ _EXPORTS = {
     "open_imagery": "canopy.imagery.open",
     "predict": "canopy.inference.predict",
     "evaluate": "canopy.evaluation.evaluate",
+    "compare": "canopy.evaluation.change",
+    "stats": "canopy.evaluation.zones",
     "CanopyError": "canopy.errors",
     "InputError": "canopy.errors",
 }
@@ -31,15 +33,19 @@ __all__ = [
     "HeightModel",
     "InputError",
     "Raster",
+    "compare",
     "evaluate",
     "load_model",
     "open_imagery",
     "predict",
+    "stats",
 ]
 
 if TYPE_CHECKING:
     from canopy.errors import CanopyError, InputError
+    from canopy.evaluation.change import compare
     from canopy.evaluation.evaluate import evaluate
+    from canopy.evaluation.zones import stats
     from canopy.geo.area import AOI
     from canopy.geo.grid import Grid
     from canopy.geo.raster import Raster

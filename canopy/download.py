@@ -72,6 +72,8 @@ def http_options(timeout_s: float = HTTP_TIMEOUT_S) -> dict[str, str]:
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 REQUESTS_PER_HOST = 8
+# How hosts refuse a signature that ran out: S3 and Azure with 403, Azure also 409, Google's storage 400.
+UNSIGNED = frozenset({400, 401, 403, 409})
 SECRET_HEADERS = ("x-api-token", "authorization")
 
 Signer = Callable[[str, bool], str]
@@ -179,8 +181,10 @@ def local_proxy_options(url: str) -> dict[str, Any]:
 
 
 def retry_after_s(response: httpx.Response) -> float | None:
-    """Seconds asked for by a Retry-After header (a number or a date), or None."""
+    """Seconds asked for by a Retry-After header (a number or a date) or a rate limit's reset, or None."""
     text = response.headers.get("retry-after")
+    if not text and response.status_code == 429:
+        text = response.headers.get("x-ratelimit-reset")
     if not text:
         return None
     try:
@@ -213,7 +217,7 @@ def get(
     Args:
         url: where from; shown without its query.
         headers: extra request headers.
-        sign: makes the URL readable; asked for a fresh signature after a 401 or 403.
+        sign: makes the URL readable; asked for a fresh signature after a refusal.
         what: the thing asked for, for messages.
         absent: statuses returned to the caller instead of raised (a tile server's 404).
 
@@ -238,7 +242,7 @@ def get(
             continue
         if response.status_code in absent:
             return response
-        if response.status_code in TRANSIENT or (sign and response.status_code in (401, 403)):
+        if response.status_code in TRANSIENT or (sign and response.status_code in UNSIGNED):
             problem = f"{host_of(url)} answered {response.status_code} {response.reason_phrase}"
             retry_after = retry_after_s(response)
             continue
@@ -363,7 +367,7 @@ def diagnose(url: str, *, what: str = "the image", can_sign: bool = False) -> tu
         raise FetchError(f"not a usable URL ({redact(error)})", where=redact(url)) from None
     except httpx.RequestError as error:
         return f"{host_of(url)} did not answer ({_reason(error)})", None
-    if response.status_code in TRANSIENT or (can_sign and response.status_code in (401, 403)):
+    if response.status_code in TRANSIENT or (can_sign and response.status_code in UNSIGNED):
         return f"{host_of(url)} answered {response.status_code} {response.reason_phrase}", retry_after_s(
             response
         )
@@ -396,7 +400,7 @@ def download(
         dest: file to write.
         sha256: expected digest, lower-case hex; checked also on a file that is already there.
         headers: extra request headers, such as an access token (never logged).
-        sign: makes the URL readable; asked again after a 401 or 403.
+        sign: makes the URL readable; asked again after a refusal.
         check: raises DataError for a complete file that is not what it should be (another kind of checksum);
             called before the file gets its name, and on a file that is already there.
         overwrite: fetch again, from the first byte, although `dest` or a part of it exists.
@@ -563,7 +567,7 @@ def _one_try(
         wanted |= {"Range": f"bytes={have}-"} | ({"If-Range": version} if version else {})
     request = client().stream("GET", target, headers=wanted, timeout=policy().timeout_s)
     with request as response:
-        if response.status_code in TRANSIENT or (can_sign and response.status_code in (401, 403)):
+        if response.status_code in TRANSIENT or (can_sign and response.status_code in UNSIGNED):
             return f"{host_of(url)} answered {response.status_code}", retry_after_s(response)
         if response.status_code == 416:
             total = _total(response.headers.get("content-range", ""))

@@ -248,13 +248,21 @@ def list_directory(folder: Path) -> list[Path]:
     """Images of a directory (not of its subdirectories), sorted by name.
 
     Raises:
-        ImageryError: it holds none.
+        ImageryError: it holds none, or one that is a link to nowhere.
     """
     found = sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in DIRECTORY_SUFFIXES and path.is_file() and not path.name.startswith(".")
+        if path.suffix.lower() in DIRECTORY_SUFFIXES and not path.is_dir() and not path.name.startswith(".")
     )
+    broken = [path for path in found if not path.is_file()]
+    if broken:
+        more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
+        raise ImageryError(
+            f"a link to a file that is not there{more}",
+            where=broken[0],
+            remedy="mend or remove it: the map would have a hole there",
+        )
     if not found:
         raise ImageryError(
             "the directory holds no image",

@@ -1,392 +1,243 @@
-"""A monotone height correction, fitted to shots of uncertain place among which many may be wrong.
+"""`canopy calibrate gedi`: correct a height map by the GEDI shots that lie on it.
 
-Model, for shot i with relative height y_i and the map's percentile m_id at its d-th possible place:
-
-    y_i = g(m_id, place_i) + noise        for one unknown d of d = 1..D, equally likely beforehand
-    y_i uniform on 0..70 m                for a share eps of gross outliers (clouds, wrong modes)
-    g(m, place) = f(m) (1 + c(place)),    f(m) = sum_k s_k ramp_k(m),  s_k > 0 (linear I-splines),  f(0) = 0
-
-Because f rises, it commutes with percentiles: the p-th percentile of the corrected pixels of a disc is f of
-the p-th percentile of the pixels; so what is fitted on discs holds for pixels. c is a sum of hat functions
-on a coarse lattice. Slopes are drawn to 1 and to each other, c to 0, all as normal priors, so that heights
-and places without shots stay as they are. Expectation-maximisation (Dempster et al. 1977) alternates between
-who-saw-what and penalised least squares; I-splines: Ramsay 1988.
-
-The two GEDI corrections: the published scalar, and a monotone, spatially varying, shrunken curve.
-
-The curve of `canopy.calibration.monotone` is not taken as it comes: every change is weighed against its own
-standard error (bootstrap over blocks of ground, and the fit's covariance, whichever is larger) by the
-non-negative garrote of Breiman (1995), d -> d max(0, 1 - (z0 se / d)^2), and a curve that nowhere differs
-clearly from none is dropped. What cannot be told from no change becomes no change, exactly; clear changes
-stay almost whole.
-
-`canopy calibrate gedi`: correct a height map by GEDI shots, with its own uncertainty and a report.
-
-Diagnostic pictures of calibrations, drawn without a display.
+A shot's place is known to some 10 m, so map and shot must not be compared pair by pair: tall places would be
+compared with their lower surroundings, and every regression would come out too flat (errors in the
+regressor). Their distributions do not suffer from that: over all shots, both have seen the same ground. So
+the correction is the monotone curve that takes the quantiles of the map's discs to those of the shots
+(quantile matching; Panofsky and Brier 1958), a PCHIP spline through a dozen of them, with robust weights:
+shots that the curve of the others cannot explain (clouds, wrong modes) do not count. Its standard error is
+that of a bootstrap over blocks of ground; a change is shrunk by it, and without clear evidence there is none.
+`scalar` is the published correction, one factor (Tolan et al. 2024).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.linalg import cholesky, solve_triangular
-from scipy.optimize import lsq_linear
+from scipy.interpolate import PchipInterpolator
 
 from canopy import __version__
-from canopy.calibration.discs import Footprints, map_grid, read_footprints
-from canopy.calibration.intervals import FootprintGap, gap_of
-from canopy.errors import ConfigError, DataError, InputError
-from canopy.files import replacing
-from canopy.models.heads import dense_hats
-from canopy.runtime import NoProgress, Progress, log
+from canopy.errors import ConfigError, DataError
+from canopy.files import check_output, replacing
+from canopy.geo.crs import METRES_PER_DEGREE
+from canopy.geo.grid import Grid
+from canopy.labels.footprint import pool_over_disc
+from canopy.labels.shots import read_shots, rh_column
+from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
-    from canopy.calibration.discs import Footprints
-    from canopy.geo.grid import Grid
-
-
-KNOTS_M = np.array([0.0, 2, 5, 8, 11, 14, 17, 20, 24, 28, 33, 40, 50])
-OUTLIER_RANGE_M = 70.0
-SLOPES = (0.2, 4.0)
-TREND_LIMIT = 0.5  # of c, up and down
-_BIN_M = 0.05  # sums over shots are kept per 5 cm of map height
-_TALLEST_M = 150.0  # no tree is taller
-_PRIOR_SLOPE, _PRIOR_STEP = 0.5, 0.3
-_LEAST_NOISE_M = 0.3
-_STEPS = 60
-
-
-@dataclass(frozen=True)
-class Trend:
-    """c(place): hat functions on nodes `spacing_m` apart from `origin_m`; coefficients (rows, cols)."""
-
-    origin_m: tuple[float, float]
-    spacing_m: float
-    values: np.ndarray
-
-    def weights(self, xy_m: np.ndarray) -> np.ndarray:
-        """(n, nodes) bilinear weights of places (n, 2); constant beyond the outermost nodes."""
-        rows, cols = self.along(1, xy_m[:, 1]), self.along(0, xy_m[:, 0])
-        return (rows[:, :, None] * cols[:, None, :]).reshape(len(xy_m), self.values.size)
-
-    def along(self, axis: int, at_m: np.ndarray) -> np.ndarray:
-        """(n, nodes) weights along one axis of places (n,): 0 is x and columns, 1 is y and rows."""
-        nodes = np.arange(float(self.values.shape[1 - axis]))
-        return dense_hats(nodes, (at_m - self.origin_m[axis]) / self.spacing_m)
-
-    def at(self, xy_m: np.ndarray) -> np.ndarray:
-        """(n,) relative change at places."""
-        if not self.values.any():
-            return np.zeros(len(xy_m))
-        return np.clip(self.weights(xy_m) @ self.values.ravel(), -TREND_LIMIT, TREND_LIMIT)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A fitted correction.
-
-    Attributes:
-        slopes: (knots - 1,) slopes of f between `KNOTS_M`.
-        trend: c(place).
-        noise_m: standard deviation of a good shot about the correction.
-        outliers: share of shots taken for outliers.
-        good: (n,) chance that each shot is none.
-        covariance: (knots - 1, knots - 1) of the slopes, given who saw what, priors included.
-    """
-
-    slopes: np.ndarray
-    trend: Trend
-    noise_m: float
-    outliers: float
-    good: np.ndarray = field(repr=False)
-    covariance: np.ndarray = field(repr=False)
-
-    def level(self, map_m: np.ndarray) -> np.ndarray:
-        """f(m) without the trend; beyond the last knot it runs on with slope 1."""
-        return curve(self.slopes, map_m)
-
-    def sd_m(self, map_m: np.ndarray) -> np.ndarray:
-        """Standard deviation of f at heights (n,), from `covariance`."""
-        design = ramps(map_m)
-        return np.sqrt(np.maximum(np.einsum("nk,kj,nj->n", design, self.covariance, design), 0.0))
-
-    def __call__(self, map_m: np.ndarray, xy_m: np.ndarray) -> np.ndarray:
-        """g(m, place): (n,) or (n, d) heights, (n, 2) places."""
-        c = self.trend.at(xy_m)
-        return self.level(map_m) * (1 + c if map_m.ndim == 1 else 1 + c[:, None])
-
-
-def curve(slopes: np.ndarray, map_m: np.ndarray) -> np.ndarray:
-    """f(m) of given slopes."""
-    at_knots = np.concatenate([[0.0], np.cumsum(slopes * np.diff(KNOTS_M))])
-    return np.interp(map_m, KNOTS_M, at_knots) + _tail(map_m)
-
-
-def ramps(map_m: np.ndarray) -> np.ndarray:
-    """Heights (n,) -> linear I-splines (n, knots - 1)."""
-    return np.clip(map_m[:, None] - KNOTS_M[:-1], 0, np.diff(KNOTS_M))
-
-
-def _tail(map_m: np.ndarray) -> np.ndarray:
-    """What f has beyond the last knot, where no shot decides its slope: that is 1."""
-    return np.maximum(map_m - KNOTS_M[-1], 0)
-
-
-def nodes_for(xy_m: np.ndarray, spacing_m: float) -> Trend:
-    """A trend of zeros over places; a single node (no trend) where they span less than two spacings."""
-    low, high = xy_m.min(axis=0), xy_m.max(axis=0)
-    counts = [int(np.ceil(span / spacing_m)) + 1 if span >= 2 * spacing_m else 1 for span in high - low]
-    middle = (low + high) / 2
-    origin = [middle[a] - (counts[a] - 1) / 2 * spacing_m for a in (0, 1)]
-    return Trend((float(origin[0]), float(origin[1])), spacing_m, np.zeros((counts[1], counts[0])))
-
-
-def fit_monotone(
-    shots: Footprints,
-    trend: Trend,
-    *,
-    weights: np.ndarray | None = None,
-    start: Fit | None = None,
-    steps: int = _STEPS,
-) -> Fit:
-    """Fit the model above.
-
-    Args:
-        shots: shots beside the map.
-        trend: nodes of the spatial trend (its values are not used).
-        weights: (n,) how often each shot counts, e.g. of a bootstrap sample.
-        start: a fit to begin with; the identity by default.
-        steps: most rounds of expectation and maximisation.
-    """
-    m, y = shots.expect(shots.map_m), shots.height_m[:, None]
-    seen = np.isfinite(m)
-    heights = np.where(seen, m, 0.0)
-    bins = np.minimum((heights / _BIN_M).astype(np.int64), int(_TALLEST_M / _BIN_M))
-    counts = np.ones(len(shots)) if weights is None else weights
-    places = trend.weights(shots.xy_m)
-    fit = start or identity(trend, len(shots))
-    spread = 0.05
-    for _ in range(steps):
-        before = fit.slopes
-        factor = 1 + fit.trend.at(shots.xy_m)
-        guess = fit.level(heights) * factor[:, None]
-        member, good = _who_saw_what(y - guess, seen, fit)
-        share = member * counts[:, None]
-        noise = max(_LEAST_NOISE_M, float(np.sqrt((share * (y - guess) ** 2).sum() / max(share.sum(), 1e-9))))
-        outliers = float(np.clip(1 - (good * counts).sum() / counts.sum(), 0.005, 0.6))
-        slopes, covariance = _slopes(bins, share / noise**2, y, factor)
-        values = fit.trend.values
-        if places.shape[1] > 1:
-            values, spread = _trend(places, curve(slopes, heights), y, share / noise**2, spread, values.shape)
-        fit = Fit(slopes, Trend(trend.origin_m, trend.spacing_m, values), noise, outliers, good, covariance)
-        if np.abs(slopes - before).max() < 1e-4:
-            break
-    return fit
-
-
-def identity(trend: Trend, count: int) -> Fit:
-    """The fit that changes nothing, for `count` shots."""
-    size = len(KNOTS_M) - 1
-    return Fit(np.ones(size), trend, 3.0, 0.1, np.ones(count), np.eye(size) * _PRIOR_SLOPE**2)
-
-
-def _who_saw_what(residual: np.ndarray, seen: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
-    """Chances (n, d) that a shot is good and saw place d, and their sums (n,)."""
-    z = residual / fit.noise_m
-    density = np.where(seen, np.exp(-0.5 * z * z), 0.0) / (fit.noise_m * np.sqrt(2 * np.pi))
-    density *= (1 - fit.outliers) / np.maximum(seen.sum(axis=1, keepdims=True), 1)
-    member = density / (density.sum(axis=1, keepdims=True) + fit.outliers / OUTLIER_RANGE_M)
-    return member, member.sum(axis=1)
-
-
-def _slopes(
-    bins: np.ndarray, weight: np.ndarray, y: np.ndarray, factor: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Penalised least squares: the slopes and their covariance.
-
-    Sums are gathered per bin of map height first, so that the cost per shot and place is two additions.
-    """
-    f = np.broadcast_to(factor[:, None], bins.shape).ravel()
-    w = weight.ravel()
-    size = int(bins.max()) + 1
-    square = np.bincount(bins.ravel(), w * f * f, size)
-    cross = np.bincount(bins.ravel(), w * f * np.broadcast_to(y, bins.shape).ravel(), size)
-    centre = (np.arange(size) + 0.5) * _BIN_M
-    cross -= square * _tail(centre)  # the slopes answer for the ramps alone
-    design = ramps(centre)
-    count = design.shape[1]
-    step = np.diff(np.eye(count), axis=0)
-    normal = (design * square[:, None]).T @ design + np.eye(count) / _PRIOR_SLOPE**2
-    normal += step.T @ step / _PRIOR_STEP**2
-    right = design.T @ cross + np.ones(count) / _PRIOR_SLOPE**2
-    root = cholesky(normal, lower=True)
-    half = solve_triangular(root, np.eye(count), lower=True)
-    covariance = half.T @ half
-    slopes = covariance @ right
-    if slopes.min() < SLOPES[0] or slopes.max() > SLOPES[1]:
-        slopes = lsq_linear(root.T, solve_triangular(root, right, lower=True), bounds=SLOPES).x
-    return slopes, covariance
-
-
-def _trend(
-    places: np.ndarray, level: np.ndarray, y: np.ndarray, weight: np.ndarray, spread: float,
-    shape: tuple[int, ...],
-) -> tuple[np.ndarray, float]:  # fmt: skip
-    """Ridge for the nodes of c, and the standard deviation of c that this makes likely (empirical Bayes)."""
-    square = (weight * level * level).sum(axis=1)
-    cross = (weight * level * (y - level)).sum(axis=1)
-    normal = (places * square[:, None]).T @ places + np.eye(places.shape[1]) / spread**2
-    inverse = np.linalg.inv(normal)
-    c = inverse @ (places.T @ cross)
-    likely = float(np.sqrt(np.mean(c**2 + np.diag(inverse))))
-    return c.reshape(shape), float(np.clip(likely, 0.005, 0.2))
-
+    import pandas
 
 METHODS = ("spline", "scalar")
 LEAST_SHOTS = 20
-GRID_M = np.arange(0.0, 60.01, 0.25)
-# A change must be this many standard errors before any of it is made.
-_GARROTE_Z = 2.5
-# Some height must change by this many: among a dozen knots, one passes 2.5 by chance too often.
-_CLEAR_Z = 3.5
+GRID_M = np.arange(0.0, 120.01, 0.25)
+_QUANTILES = np.concatenate([[0.02], np.arange(0.05, 0.96, 0.075), [0.98]])
+# A shot further than this many robust standard deviations from the curve does not count.
+_OUTLIER_SD, _LEAST_SD_M, _ROUNDS = 3.0, 1.0, 4
+# Some height must change by this many standard errors: among a dozen quantiles, one passes 2.5 by chance too
+# often; and a change shrinks to nothing where it is only so many.
+_CLEAR_Z, _SHRINK_Z = 3.5, 2.0
+# Lower quantiles are ground, or what the pulse's own width makes of it.
+_GROUND_M = 2.0
 # No height changes by more than this share of itself, or this many metres where that is more.
 _CAP_SHARE, _CAP_M = 0.75, 1.0
-_REPLICATES, _REPLICATE_STEPS = 24, 15
-_FOLDS = 5
+_REPLICATES, _FOLDS = 24, 5
 _PERCENTILES = np.arange(50, 100, 5)
+HEIGHT_BANDS = ("canopy_height", "height_lower", "height_upper")
+ERROR_BAND = "correction_se"
+_WINDOW_PX = 1024
+
+
+# --- shots on the map ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Footprints:
+    """Shots beside the map, in rows.
+
+    Attributes:
+        height_m: (n,) relative height of the shot, e.g. RH98.
+        map_m: (n,) the map's same percentile over the disc at the shot's reported place.
+        xy_m: (n, 2) place in metres, in a plane local to the map.
+        percent: which percentile of the disc, e.g. 98.
+    """
+
+    height_m: np.ndarray
+    map_m: np.ndarray
+    xy_m: np.ndarray
+    percent: int = 98
+
+    def __len__(self) -> int:
+        return len(self.height_m)
+
+    def take(self, chosen: np.ndarray) -> Footprints:
+        """These rows only."""
+        return Footprints(self.height_m[chosen], self.map_m[chosen], self.xy_m[chosen], self.percent)
+
+
+def read_footprints(map_path: str | Path, shots: pandas.DataFrame, rh: int = 98) -> Footprints:
+    """The shots whose disc the map shows, with the map's percentile there.
+
+    Raises DataError where the table lacks the height, or no shot lies on the map.
+    """
+    column = rh_column(rh)
+    if column not in shots:
+        raise DataError(
+            f"no column {column} in the shots",
+            expected=", ".join(name for name in shots if str(name).startswith("rh_")),
+            remedy="give --rh one of them",
+        )
+    height = shots[column].to_numpy(np.float64)
+    mapped = pool_over_disc(map_path, shots, f"p{rh}").astype(np.float64)
+    seen = np.isfinite(height) & np.isfinite(mapped)
+    if not seen.any():
+        raise DataError(f"none of {len(shots)} shots lies on the map", where=map_path)
+    lon, lat = (shots[name].to_numpy(np.float64)[seen] for name in ("lon", "lat"))
+    scale = METRES_PER_DEGREE * np.array([np.cos(np.deg2rad(lat.mean())), 1.0])
+    xy = (np.column_stack([lon, lat]) - [lon.mean(), lat.mean()]) * scale
+    return Footprints(height[seen], mapped[seen], xy, rh)
+
+
+def map_grid(path: str | Path) -> Grid:
+    """The grid of a north-up map. Raises DataError for rotated ones."""
+    from canopy.geo.place import SourcePlace
+    from canopy.geo.raster import open_raster
+
+    with open_raster(path) as dataset:
+        return SourcePlace.of(dataset).grid()
+
+
+# --- the correction ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Correction:
-    """A correction of heights; 0 m stays 0 m and order is kept.
+    """A correction of heights; what is 0 m or lower stays, and order is kept.
 
     Attributes:
         method: "spline" or "scalar".
-        level_m: corrected heights at `GRID_M`, without the trend.
-        se_m: their standard errors.
-        trend: relative change by place.
-        trend_se: standard error of the relative change at each node, the shape of `trend.values`.
+        level_m, se_m: corrected heights at `GRID_M` and their standard errors.
         facts: JSON-ready numbers about the fit.
     """
 
     method: str
     level_m: np.ndarray
     se_m: np.ndarray
-    trend: Trend
-    trend_se: np.ndarray
     facts: dict[str, Any]
 
-    def heights(self, map_m: np.ndarray, factor: np.ndarray | float) -> np.ndarray:
-        """Corrected heights; `factor` is 1 + the trend at each."""
-        level = np.interp(map_m, GRID_M, self.level_m) + self._beyond(map_m)
-        cap = np.maximum(_CAP_SHARE * map_m, np.minimum(_CAP_M, map_m))
-        return np.clip(level * factor, map_m - cap, map_m + cap)
-
-    def errors(self, map_m: np.ndarray, trend_se: np.ndarray | float) -> np.ndarray:
-        """Standard error of the corrected heights, metres; 0 at 0 m."""
-        level_se = np.interp(map_m, GRID_M, self.se_m)
-        return np.hypot(level_se, map_m * trend_se)
-
-    def __call__(self, map_m: np.ndarray, xy_m: np.ndarray) -> np.ndarray:
-        """Corrected heights (n,) of heights (n,) at places (n, 2)."""
-        return self.heights(map_m, 1 + self.trend.at(xy_m))
-
-    def _beyond(self, map_m: np.ndarray) -> np.ndarray:
+    def __call__(self, map_m: np.ndarray) -> np.ndarray:
+        """Corrected heights, metres, of heights of any shape; NaN stays NaN."""
         slope = self.level_m[-1] / GRID_M[-1] if self.method == "scalar" else 1.0
-        return np.maximum(map_m - GRID_M[-1], 0) * slope
+        level = _on_curve(map_m, self.level_m, slope)
+        cap = np.maximum(_CAP_SHARE * map_m, np.minimum(_CAP_M, map_m))
+        return np.where(map_m > 0, np.clip(level, map_m - cap, map_m + cap), map_m)
+
+    def errors(self, map_m: np.ndarray) -> np.ndarray:
+        """Standard error of the corrected heights, metres; 0 at 0 m."""
+        return np.where(np.isfinite(map_m), np.interp(map_m, GRID_M, self.se_m), np.nan)
 
 
-def fit_correction(shots: Footprints, method: str = "spline", *, spacing_m: float = 5_000.0) -> Correction:
+def fit_correction(shots: Footprints, method: str = "spline") -> Correction:
     """Fit one of the `METHODS`.
 
     Raises:
         ConfigError: an unknown method. DataError: fewer than `LEAST_SHOTS` shots.
     """
-    if method not in METHODS:
-        raise ConfigError(f"unknown method {method!r}", where="--method", expected=" or ".join(METHODS))
+    _check_method(method)
     if len(shots) < LEAST_SHOTS:
         raise DataError(
             f"{len(shots)} shots on the map",
             expected=f"at least {LEAST_SHOTS}",
             remedy="use shots of a larger area or a looser filter",
         )
-    return _scalar(shots) if method == "scalar" else _spline(shots, spacing_m)
+    return _scalar(shots) if method == "scalar" else _spline(shots)
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}", where="--method", expected=" or ".join(METHODS))
 
 
 def _scalar(shots: Footprints) -> Correction:
-    """One factor that matches the percentiles of map and shots (as published: Tolan et al. 2024).
-
-    It uses the reported places and every shot, as the published one does. It cannot lift zeros.
-    """
-    known = shots.take(np.isfinite(shots.reported_m))
-    factor = _factor(known)
-    draws = [_factor(known.take(np.repeat(np.arange(len(known)), times))) for times in _resamples(known)]
-    error = float(np.std(draws, ddof=1))
-    none = Trend((0.0, 0.0), 1.0, np.zeros((1, 1)))
+    """One factor that matches the percentiles of map and shots; it uses every shot, and cannot lift zeros."""
+    factor = _factor(shots)
+    error = float(np.std([_factor(shots.take(rows)) for rows in _resamples(shots)], ddof=1))
     facts = {"factor": round(factor, 4), "factor_se": round(error, 4), "shots": len(shots)}
-    return Correction("scalar", GRID_M * factor, GRID_M * error, none, np.zeros((1, 1)), facts)
+    return Correction("scalar", GRID_M * factor, GRID_M * error, facts)
 
 
 def _factor(shots: Footprints) -> float:
     """Least squares through 0 of the shots' percentiles on the map's; 1 where the map has nothing."""
-    observed, mapped = (np.percentile(v, _PERCENTILES) for v in (shots.height_m, shots.reported_m))
+    observed, mapped = (np.percentile(v, _PERCENTILES) for v in (shots.height_m, shots.map_m))
     return float(observed @ mapped / max(mapped @ mapped, 1e-9)) if mapped.any() else 1.0
 
 
-def _spline(shots: Footprints, spacing_m: float) -> Correction:
-    trend = nodes_for(shots.xy_m, spacing_m)
-    fit = fit_monotone(shots, trend)
-    # Refits of the same shots, begun at their fit.
-    draws = [
-        fit_monotone(shots, trend, weights=times.astype(np.float64), start=fit, steps=_REPLICATE_STEPS)
-        for times in _resamples(shots)
-    ]
-    levels = np.stack([draw.level(GRID_M) for draw in draws])
-    spread = np.maximum(fit.sd_m(GRID_M), levels.std(axis=0, ddof=1))
-    trend_se = np.stack([draw.trend.values for draw in draws]).std(axis=0, ddof=1)
-    change = _garrote(fit.level(GRID_M) - GRID_M, spread)
-    if shots.gap is not None:
-        # The curve is one of what discs should show; pixels change by the same share as their discs.
-        expected = shots.gap.expected(GRID_M)
-        share = np.divide(GRID_M, expected, out=np.ones_like(GRID_M), where=expected > 0)
-        change = np.interp(expected, GRID_M, change) * share
-        spread = np.interp(expected, GRID_M, spread) * share
-    # The garrote may bend the curve back where evidence ends: heights must not change places.
-    level = np.maximum.accumulate(np.maximum(GRID_M + change, 0.0))
-    level[0] = 0.0
-    # The ridge has shrunk the trend already: here only the gate counts, and what is within its error.
-    values = _garrote(fit.trend.values, np.maximum(trend_se, 1e-6), z0=1.0)
+def _spline(shots: Footprints) -> Correction:
+    curve, good, spread = _robust_curve(shots)
+    draws = np.stack([_robust_curve(shots.take(rows))[0] for rows in _resamples(shots)])
+    error = draws.std(axis=0, ddof=1)
+    error[0] = 0.0
+    z = np.divide(np.abs(curve - GRID_M), error, out=np.zeros(len(GRID_M)), where=error > 0)
+    seen = (shots.map_m.min() <= GRID_M) & (shots.map_m.max() >= GRID_M)
+    if z[seen].max(initial=0.0) < _CLEAR_Z:
+        curve = GRID_M
+    kept = np.maximum(0.0, 1.0 - (_SHRINK_Z / np.maximum(z, 1e-9)) ** 2)
+    curve = np.maximum.accumulate(GRID_M + kept * (curve - GRID_M))
     facts = {
         "shots": len(shots),
-        "outlier_share": round(fit.outliers, 4),
-        "noise_m": round(fit.noise_m, 3),
-        "trend_nodes": list(trend.values.shape),
-        "trend_range": [round(float(values.min()), 4), round(float(values.max()), 4)],
+        "outlier_share": round(float(1 - good.mean()), 4),
+        "noise_m": round(spread, 3),
     }
-    return Correction(
-        "spline", level, spread, Trend(trend.origin_m, trend.spacing_m, values), trend_se, facts
-    )
+    return Correction("spline", curve, error, facts)
 
 
-def _garrote(change: np.ndarray, error: np.ndarray, z0: float = _GARROTE_Z) -> np.ndarray:
-    z = np.divide(np.abs(change), error, out=np.zeros(change.shape), where=error > 0)
-    if z.max(initial=0.0) < _CLEAR_Z:
-        return np.zeros(change.shape)
-    return change * np.maximum(0.0, 1.0 - (z0 / np.maximum(z, 1e-9)) ** 2)
+def _robust_curve(shots: Footprints) -> tuple[np.ndarray, np.ndarray, float]:
+    """Corrected heights at `GRID_M`, which shots (n,) they rest on, and those shots' spread in metres."""
+    good = np.ones(len(shots), bool)
+    curve, spread = GRID_M, 0.0
+    for _ in range(_ROUNDS):
+        curve = _matched(shots.map_m[good], shots.height_m[good])
+        residual = shots.height_m - np.interp(shots.map_m, GRID_M, curve)
+        spread = max(
+            _LEAST_SD_M, 1.4826 * float(np.median(np.abs(residual[good] - np.median(residual[good]))))
+        )
+        good = np.abs(residual) <= _OUTLIER_SD * spread
+        if good.sum() < LEAST_SHOTS / 2:
+            break
+    return curve, good, spread
+
+
+def _on_curve(map_m: np.ndarray, level_m: np.ndarray, slope: float = 1.0) -> np.ndarray:
+    """The curve through (`GRID_M`, level_m), which goes on at `slope`."""
+    return np.interp(map_m, GRID_M, level_m) + np.maximum(map_m - GRID_M[-1], 0) * slope
+
+
+def _matched(mapped: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The monotone curve through (0, 0) and the quantiles of both, at `GRID_M`; beyond the last it runs on by
+    the same number of metres."""
+    x, y = np.quantile(mapped, _QUANTILES), np.maximum(np.quantile(seen, _QUANTILES), 0.0)
+    # Steps that PCHIP can divide by.
+    keep = np.concatenate([[True], np.diff(np.maximum.accumulate(x)) > 0.05]) & (x > _GROUND_M)
+    x, y = np.concatenate([[0.0], x[keep]]), np.concatenate([[0.0], np.maximum.accumulate(y[keep])])
+    if len(x) < 3:
+        return GRID_M
+    inside = np.minimum(GRID_M, x[-1])
+    level = PchipInterpolator(x, y)(inside) + (GRID_M - inside)
+    return np.maximum.accumulate(np.maximum(level, 0.0))
 
 
 def _resamples(shots: Footprints) -> Iterator[np.ndarray]:
-    """`_REPLICATES` times (n,) how often each shot counts when blocks are drawn with replacement."""
+    """`_REPLICATES` times the rows (m,) of blocks of ground drawn with replacement."""
     rng = np.random.default_rng(0)
     block = blocks_of(shots.xy_m)
-    count = int(block.max()) + 1
+    rows = [np.flatnonzero(block == number) for number in range(int(block.max()) + 1)]
     for _ in range(_REPLICATES):
-        yield np.bincount(rng.integers(0, count, count), minlength=count)[block]
+        yield np.concatenate([rows[number] for number in rng.integers(0, len(rows), len(rows))])
 
 
 def blocks_of(xy_m: np.ndarray) -> np.ndarray:
@@ -398,60 +249,31 @@ def blocks_of(xy_m: np.ndarray) -> np.ndarray:
     return block.ravel()
 
 
-def held_out(shots: Footprints, *, spacing_m: float = 5_000.0) -> dict[str, Any]:
+def held_out(shots: Footprints) -> dict[str, Any]:
     """Scores of no correction, the scalar and the spline on shots that their fit has not seen.
 
-    Blocks of ground are dealt into `_FOLDS` parts; each part is scored by fits on the others, at the shots'
-    reported places. Values in metres; `mae_good_m` leaves out shots that the spline's fit on the
-    other parts calls outliers, so that clouds do not drown the comparison. `before` and `scalar` compare the
-    map's percentile itself with the shot, as published; `usual` and `spline` add the map's footprint gap,
-    where it is known.
+    Blocks of ground are dealt into `_FOLDS` parts; each part is scored by fits on the others. Metres, map
+    minus shot at the reported places; `mae_good_m` leaves out shots that the spline's fit on the other
+    parts calls outliers, so that clouds do not drown the comparison.
     """
     block = blocks_of(shots.xy_m)
     fold = np.random.default_rng(1).permutation(int(block.max()) + 1)[block] % _FOLDS
     errors: dict[str, list[np.ndarray]] = {}
     good: list[np.ndarray] = []
     for number in range(_FOLDS):
-        test, train = fold == number, fold != number
-        if not test.any() or train.sum() < LEAST_SHOTS:
+        test, train = shots.take(fold == number), shots.take(fold != number)
+        if not len(test) or len(train) < LEAST_SHOTS:
             continue
-        outer = shots.take(test & np.isfinite(shots.reported_m))
-        made = {name: fit_correction(shots.take(train), name, spacing_m=spacing_m) for name in METHODS}
-        for name, error in _errors(outer, made).items():
-            errors.setdefault(name, []).append(error)
-        good.append(_plausible(outer, made["spline"]))
+        made = {name: fit_correction(train, name) for name in METHODS}
+        values = {"before": test.map_m} | {name: one(test.map_m) for name, one in made.items()}
+        for name, value in values.items():
+            errors.setdefault(name, []).append(value - test.height_m)
+        limit = _OUTLIER_SD * made["spline"].facts["noise_m"]
+        good.append(np.abs(values["spline"] - test.height_m) <= limit)
     if not good:
         return {"n": 0}
-    return _table({name: np.concatenate(parts) for name, parts in errors.items()}, np.concatenate(good))
-
-
-def scores_on(shots: Footprints, corrections: dict[str, Correction]) -> dict[str, Any]:
-    """The scores of `held_out` for shots that no part of the corrections was fitted on."""
-    shots = shots.take(np.isfinite(shots.reported_m))
-    if not len(shots):
-        return {"n": 0}
-    return _table(_errors(shots, corrections), _plausible(shots, corrections["spline"]))
-
-
-def _errors(shots: Footprints, corrections: dict[str, Correction]) -> dict[str, np.ndarray]:
-    """Map minus shot at the reported places, (n,) each."""
-    there, xy = shots.reported_m, shots.xy_m
-    made = {"before": there, "usual": shots.expect(there)}
-    made["scalar"] = corrections["scalar"](there, xy)
-    made["spline"] = shots.expect(corrections["spline"](there, xy))
-    return {name: values - shots.height_m for name, values in made.items()}
-
-
-def _plausible(shots: Footprints, spline: Correction) -> np.ndarray:
-    """(n,) whether some disc that a shot may have seen explains it under a correction fitted elsewhere."""
-    scale = max(3.0, 4 * float(spline.facts["noise_m"]))
-    corrected = spline(np.nan_to_num(shots.map_m).ravel(), np.repeat(shots.xy_m, shots.map_m.shape[1], 0))
-    nearest = np.abs(shots.expect(corrected).reshape(shots.map_m.shape) - shots.height_m[:, None])
-    return np.where(np.isfinite(shots.map_m), nearest, np.inf).min(axis=1) < scale
-
-
-def _table(errors: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, Any]:
-    rows = {name: _scores(error, kept) for name, error in errors.items()}
+    kept = np.concatenate(good)
+    rows = {name: _scores(np.concatenate(parts), kept) for name, parts in errors.items()}
     return {"n": len(kept), "n_good": int(kept.sum()), **rows}
 
 
@@ -465,38 +287,7 @@ def _scores(error: np.ndarray, kept: np.ndarray) -> dict[str, float | None]:
     }
 
 
-HEIGHT_BANDS = ("canopy_height", "height_lower", "height_upper")
-ERROR_BAND = "correction_se"
-_WINDOW_PX = 1024
-
-
-@dataclass(frozen=True)
-class ScaleFiles:
-    """The corrected map and what lies beside it."""
-
-    tif: Path
-    diagnostics: Path
-    picture: Path
-
-    @classmethod
-    def of(cls, out: str | Path) -> ScaleFiles:
-        """Names beside `out`; InputError where it is no GeoTIFF's name."""
-        tif = Path(out)
-        if tif.suffix.lower() not in (".tif", ".tiff"):
-            raise InputError("is not a GeoTIFF's name", where=out, expected="a file name ending in .tif")
-        return cls(tif, tif.with_suffix(".gedi.json"), tif.with_suffix(".gedi.png"))
-
-    def check(self, inputs: list[Path], overwrite: bool) -> None:
-        """Refuse names that exist or name an input. Raises InputError."""
-        for path in (self.tif, self.diagnostics, self.picture):
-            if path.resolve() in {p.resolve() for p in inputs}:
-                raise InputError("is one of the inputs", where=path, remedy="choose another name with -o")
-            if path.exists() and not overwrite:
-                raise InputError(
-                    "exists already", where=path, remedy="add --overwrite, or choose another name with -o"
-                )
-        if not self.tif.absolute().parent.is_dir():
-            raise InputError("no such directory", where=self.tif.absolute().parent, remedy="create it first")
+# --- the map -------------------------------------------------------------------------------------------
 
 
 def correct_map(
@@ -506,11 +297,7 @@ def correct_map(
     *,
     method: str = "spline",
     rh: int = 98,
-    jitter_m: float = 10.0,
-    spacing_m: float = 5_000.0,
     encoding: str = "float32",
-    model: str | Path | None = None,
-    imagery: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -527,11 +314,7 @@ def correct_map(
         out: the GeoTIFF to write.
         method: "spline" or "scalar".
         rh: relative height to compare with the same percentile of the map's pixels in the disc.
-        jitter_m: standard deviation of a shot's position error, metres per axis.
-        spacing_m: distance between the nodes of the spatial trend; smaller maps have none.
         encoding: of the result, as for `canopy predict`.
-        model, imagery: a GEDI model (pipelines/train_gedi.py) and the map's imagery. The map is then matched
-            to what the model predicts over all of it, as published, and the shots only score the result.
 
     Returns:
         The diagnostics, JSON-ready.
@@ -539,83 +322,39 @@ def correct_map(
     Raises:
         InputError: whatever is wrong with map, shots or options; nothing was written.
     """
-    from canopy.labels.gedi import read_shots
-
-    map_path, files = Path(map_path), ScaleFiles.of(out)
-    if method not in METHODS:
-        raise ConfigError(f"unknown method {method!r}", where="--method", expected=" or ".join(METHODS))
-    if not (np.isfinite(jitter_m) and 0 <= jitter_m <= 100):
-        raise ConfigError(f"a position error of {jitter_m:g} m", where="--jitter-m", expected="0 to 100")
-    if not (np.isfinite(spacing_m) and spacing_m > 0):
-        raise ConfigError(f"nodes {spacing_m:g} m apart", where="--trend-m", expected="a number above 0")
-    files.check([map_path, Path(shots_path)], overwrite)
+    _check_method(method)
+    map_path, tif = Path(map_path), Path(out)
+    names = [tif, tif.with_suffix(".gedi.json"), tif.with_suffix(".gedi.png")]
+    check_output(names, [map_path, shots_path], overwrite=overwrite, suffixes=(".tif", ".tiff"))
     grid = map_grid(map_path)
-    gap = _gap(map_path, rh)
-    shots = replace(read_footprints(map_path, read_shots(shots_path), rh=rh, sigma_m=jitter_m), gap=gap)
-    correction, scores = _fit(map_path, shots, method, spacing_m, model, imagery)
+    shots = read_footprints(map_path, read_shots(shots_path), rh)
+    correction = fit_correction(shots, method)
     report = {
         "map": map_path.name, "shots": Path(shots_path).name, "method": method, "rh": rh,
-        "jitter_m": jitter_m, "footprint_gap": "of the map's model" if gap else "not known, taken as none",
-        **correction.facts, "held_out": scores,
+        **correction.facts, "held_out": held_out(shots),
         "curve": _curve(correction), "limits": _limits(shots),
     }  # fmt: skip
-    sha256 = _write(map_path, grid, correction, files.tif, report, encoding, overwrite, progress)
-    report |= {"output": files.tif.name, "sha256": sha256}
-    _write_report(files, report, shots, correction)
-    return report | {"output": str(files.tif), "diagnostics": str(files.diagnostics)}
-
-
-def _gap(map_path: Path, rh: int) -> FootprintGap | None:
-    """The footprint gap in the map's tags; says so where there is none."""
-    from canopy.geo.raster import open_raster
-
-    with open_raster(map_path) as dataset:
-        gap = gap_of(dataset.tags(), rh)
-    if gap is None:
-        log.warning(
-            f"note: {map_path.name} has no footprint gap of its model: its RH{rh} is matched as it is, which "
-            "lifts maps that are smoother than the canopy"
-        )
-    return gap
-
-
-def _fit(
-    map_path: Path, shots: Footprints, method: str, spacing_m: float, model: str | Path | None,
-    imagery: str | Path | None,
-) -> tuple[Correction, dict[str, Any]]:  # fmt: skip
-    """The correction, and its scores on shots that it was not fitted on."""
-    if model is None:
-        return fit_correction(shots, method, spacing_m=spacing_m), held_out(shots, spacing_m=spacing_m)
-    if imagery is None:
-        raise ConfigError(
-            "a GEDI model needs imagery", where="--model", remedy="give --imagery, the map's own"
-        )
-    from canopy.calibration.gedi_area import predicted_footprints
-    from canopy.imagery.open import open_imagery
-
-    predicted = predicted_footprints(map_path, model, open_imagery(imagery, area=None))
-    predicted = replace(predicted, gap=shots.gap)
-    if predicted.percent != shots.percent:
-        raise ConfigError(f"the GEDI model predicts RH{predicted.percent}", where=f"--rh {shots.percent}")
-    made = {name: fit_correction(predicted, name, spacing_m=spacing_m) for name in METHODS}
-    made[method].facts["fitted_on"] = f"{len(predicted)} footprints predicted by {Path(model).name}"
-    return made[method], scores_on(shots, made)
+    sha256 = _write(map_path, grid, correction, tif, report, encoding, overwrite, progress)
+    report |= {"output": tif.name, "sha256": sha256}
+    with replacing(names[1], "cannot write the report") as part:
+        part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    draw_correction(names[2], shots, correction, report)
+    return report | {"output": str(tif), "diagnostics": str(names[1])}
 
 
 def _curve(correction: Correction) -> dict[str, list[float]]:
     at = np.arange(0, 51, 2.5)
-    change = correction.heights(at, 1.0) - at
+    change = correction(at) - at
     return {
         "map_m": at.tolist(),
         "change_m": np.round(change, 3).tolist(),
-        "se_m": np.round(correction.errors(at, 0.0), 3).tolist(),
+        "se_m": np.round(correction.errors(at), 3).tolist(),
     }
 
 
 def _limits(shots: Footprints) -> dict[str, float]:
     """How far the evidence reaches: percentiles of the map under the shots."""
-    values = shots.map_m[np.isfinite(shots.map_m)]
-    low, middle, high = np.percentile(values, (5, 50, 95))
+    low, middle, high = np.percentile(shots.map_m, (5, 50, 95))
     return {"map_p5_m": round(low, 2), "map_median_m": round(middle, 2), "map_p95_m": round(high, 2)}
 
 
@@ -653,39 +392,13 @@ def _write(
             )
             raster = read_raster(map_path, window, bands=list(range(1, len(bands) + 1)))
             values = raster.values.astype(np.float64)
-            factor, trend_se = _trend_on(correction, grid, row, col, window.shape)
-            error = correction.errors(values[0], trend_se)
+            error = correction.errors(values[0])
             for band in corrected:
-                values[band] = correction.heights(values[band], factor)
+                values[band] = correction(values[band])
             stacked = np.concatenate([values, error[None]]).astype(np.float32)
             writer.write(stacked, raster.valid, row, col)
             progress.advance()
     return str(writer.sha256)
-
-
-def _trend_on(
-    correction: Correction, grid: Grid, row: int, col: int, shape: tuple[int, int]
-) -> tuple[np.ndarray | float, np.ndarray | float]:
-    """1 + the trend, and the trend's standard error, on a window; plain numbers where there is no trend."""
-    trend = correction.trend
-    if not trend.values.any() and not correction.trend_se.any():
-        return 1.0, 0.0
-    rows = trend.along(1, (row + 0.5 + np.arange(shape[0])) * grid.gsd_m)
-    cols = trend.along(0, (col + 0.5 + np.arange(shape[1])) * grid.gsd_m)
-    change = np.clip(rows @ trend.values @ cols.T, -TREND_LIMIT, TREND_LIMIT)
-    return 1 + change, rows @ correction.trend_se @ cols.T
-
-
-def _write_report(
-    files: ScaleFiles, report: dict[str, Any], shots: Footprints, correction: Correction
-) -> None:
-
-    with replacing(files.diagnostics, "cannot write the report") as part:
-        part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    draw_correction(files.picture, shots, correction, report)
-
-
-__all__ = ["GRID_M", "ScaleFiles", "correct_map"]
 
 
 def draw_correction(path: Path, shots: Footprints, correction: Correction, report: dict[str, Any]) -> None:
@@ -696,12 +409,12 @@ def draw_correction(path: Path, shots: Footprints, correction: Correction, repor
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    top = float(max(10.0, np.nanpercentile(shots.map_m, 99.5), np.percentile(shots.height_m, 99)))
+    top = float(max(10.0, np.percentile(shots.map_m, 99.5), np.percentile(shots.height_m, 99)))
     heights = np.arange(0.0, top + 0.1, 0.25)
-    level, error = correction.heights(heights, 1.0), correction.errors(heights, 0.0)
-    left.plot(shots.reported_m, shots.height_m, ".", ms=3, alpha=0.4, color="tab:blue", label="shots")
-    left.plot(heights, shots.expect(heights), "--", color="0.5", lw=1, label="no change")
-    left.plot(heights, shots.expect(level), color="tab:red", label=report["method"])
+    level, error = correction(heights), correction.errors(heights)
+    left.plot(shots.map_m, shots.height_m, ".", ms=3, alpha=0.4, color="tab:blue", label="shots")
+    left.plot(heights, heights, "--", color="0.5", lw=1, label="no change")
+    left.plot(heights, level, color="tab:red", label=report["method"])
     left.set(xlim=(0, top), ylim=(0, top * 1.15), xlabel=f"map, P{shots.percent} of the disc (m)")
     left.set_ylabel(f"GEDI RH{shots.percent} (m)")
     left.legend(loc="upper left", fontsize=8)

@@ -7,11 +7,7 @@ quantised; heights are made of the scores in fp32, as always.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +18,7 @@ import numpy as np
 from canopy.calibration.collect import load_chips, predict_chips
 from canopy.chips.store import crop_of
 from canopy.errors import InputError
-from canopy.inference.backends import (
-    Choice,
-    Converted,
-    Runner,
-    core,
-    int8_places,
-    load_openvino,
-    settle,
-    write_converted,
-)
+from canopy.inference.backends import Choice, Runner, int8_files, settle, write_network
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
@@ -44,8 +31,6 @@ if TYPE_CHECKING:
 # Enough to settle the scales: 64 crops of 384 px, 16 of 768 px.
 CALIBRATION_PX = 64 * 384**2
 LEAST_CROPS = 8
-# The bin scores decide the heights and cost 1 % of the work: their layer stays as it is.
-LAST_LAYER = r".*decoder\.head\.conv3.*"
 OUTPUTS = ("height_m", "spread_m")
 # What issue and documentation promise of int8: so much worse than fp32 at most, in MAE against lidar.
 MOST_LOSS_M = 0.05
@@ -75,8 +60,10 @@ def quantize(
         InputError: OpenVINO or NNCF is missing, or the data lacks a split; a file that exists.
     """
     _check_nncf()
+    from canopy.models.export import to_int8
+
     choice = settle(model, "openvino", "fp32", "cpu")
-    path = out if out is not None else int8_places(model, choice.weights_sha256)[-1]
+    path = out if out is not None else int8_files(model, choice)[-1]
     if path.exists() and out is not None and not overwrite:
         raise InputError("exists", where=path, remedy="add --overwrite, or choose another name")
     train, identity = load_chips(data, ("train",))
@@ -84,7 +71,7 @@ def quantize(
     side = model.config.crop_px
     given = calibration_crops(train, side, crops or max(LEAST_CROPS, CALIBRATION_PX // side**2))
     log.info(f"quantising {choice.name} on {len(given)} crops ...")
-    parts = to_int8(choice, model, given)
+    parts = to_int8(choice.network(model), given, model.config.encoder.family != "cnn")
     card: dict[str, Any] = {
         "backend": "openvino", "precision": "int8", "part": "scores", "name": choice.name,
         "weights_sha256": choice.weights_sha256, "model_sha256": model.sha256,
@@ -94,10 +81,10 @@ def quantize(
             "crops_sha256": hashlib.sha256(given.tobytes()).hexdigest(),
         },
     }  # fmt: skip
-    write_converted(path, Converted(parts, card))
+    write_network(path, parts, card)
     try:
         card["accuracy"] = judge(model, choice, path, judges, progress)
-        write_converted(path, Converted(parts, card))
+        write_network(path, parts, card)
     except BaseException:
         path.unlink(missing_ok=True)  # one that nobody has judged is not to be used
         raise
@@ -124,54 +111,6 @@ def calibration_crops(chips: Sequence[Chip], side: int, count: int) -> np.ndarra
         if chip.image_valid[top : top + side, left : left + side].any():
             made.append(crop_of(chip, top, left, side))
     return np.stack(made)
-
-
-def to_int8(choice: Choice, model: HeightModel, crops: np.ndarray) -> dict[str, bytes]:
-    """The int8 network as model.xml and model.bin; the same crops give the same network."""
-    # NNCF asks for a CUDA compiler as it is imported.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    load_openvino()
-    import nncf
-
-    from canopy.inference.backends import files_of
-
-    nncf.set_log_level(logging.ERROR)
-    fp32 = choice.scores(model).parts
-    network = core().read_model(model=fp32["model.xml"], weights=fp32["model.bin"])
-    transformer = model.config.encoder.family != "cnn"
-    # Its bars go to stdout, which is for results.
-    bars = sys.stderr if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) else io.StringIO()
-    with contextlib.redirect_stdout(bars):
-        quantised = nncf.quantize(
-            network,
-            nncf.Dataset(list(crops[:, None])),
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(crops),
-            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
-            ignored_scope=nncf.IgnoredScope(patterns=[LAST_LAYER], validate=False),
-        )
-    return files_of(_centred(quantised, network, crops[::2]))
-
-
-def _centred(quantised: Any, network: Any, crops: np.ndarray) -> Any:
-    """The int8 network with the mean of every score moved back to where fp32 has it.
-
-    NNCF does so layer by layer; what is left at the last one would move all heights one way.
-    """
-    openvino = load_openvino()
-    import torch
-    from openvino import opset13
-
-    told = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    fp32, int8 = (core().compile_model(m, "CPU", told) for m in (network, quantised))
-    shifts = [(fp32(c[None])[0] - int8(c[None])[0]).mean(axis=(0, 2, 3), dtype=np.float64) for c in crops]
-    shift = np.mean(shifts, axis=0).astype(np.float32).reshape(1, -1, 1, 1)
-    moved = opset13.add(quantised.get_results()[0].input_value(0), opset13.constant(shift))
-    return openvino.Model([opset13.result(moved)], quantised.get_parameters(), "scores")
 
 
 def judge(
@@ -210,14 +149,12 @@ class _Carried:
         return self
 
     def layers(self, rgb: torch.Tensor, outputs: tuple[str, ...]) -> torch.Tensor:
-        import torch
-
         from canopy.models.height import pad_to_multiple
 
         # Chips may be smaller than a crop, and converted networks take crops alone.
         rows, cols = rgb.shape[-2:]
         crops = pad_to_multiple(rgb, self.config.crop_px).contiguous()
-        return torch.from_numpy(self._runner(crops.numpy())[..., :rows, :cols])
+        return self._runner.forward(crops)[..., :rows, :cols]
 
 
 def _check_nncf() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from canopy.calibration.area import AREA_LEVELS, AreaModel, area_model_of
-from canopy.calibration.discs import map_grid
+from canopy.calibration.gedi import map_grid
 from canopy.errors import ConfigError, DataError, InputError
 from canopy.geo.area import read_zones
 from canopy.geo.crs import to_lonlat

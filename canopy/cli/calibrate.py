@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.files import check_output
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -28,21 +29,6 @@ def gedi(
         str, typer.Option("--method", metavar="spline|scalar", help="scalar is the published correction.")
     ] = "spline",
     rh: Annotated[int, typer.Option("--rh", help="Relative height to match: 95, 98, ...")] = 98,
-    jitter_m: Annotated[
-        float, typer.Option("--jitter-m", help="Position error of a shot: standard deviation per axis.")
-    ] = 10.0,
-    trend_m: Annotated[
-        float, typer.Option("--trend-m", help="Distance between the nodes of the spatial trend.")
-    ] = 5_000.0,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model", metavar="GEDI.safetensors", help="Match the map to this GEDI model's predictions."
-        ),
-    ] = None,
-    imagery: Annotated[
-        str | None, typer.Option("--imagery", metavar="IMAGE|NAME", help="The map's imagery, for --model.")
-    ] = None,
     encoding: Annotated[str, typer.Option("--encoding", help="float32, uint16cm or uint8m.")] = "float32",
     overwrite: Overwrite = False,
     json_: Json = False,
@@ -61,10 +47,12 @@ def gedi(
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
+    outs = [out, out.with_suffix(".gedi.json"), out.with_suffix(".gedi.png")]
+    check_output(outs, [map_, shots], overwrite=overwrite)
     with progress_bar(quiet or json_) as progress:
         report = correct_map(
-            map_, shots, out, method=method, rh=rh, jitter_m=jitter_m, spacing_m=trend_m,
-            encoding=encoding, model=model, imagery=imagery, overwrite=overwrite, progress=progress,
+            map_, shots, out, method=method, rh=rh, encoding=encoding, overwrite=overwrite,
+            progress=progress,
         )  # fmt: skip
     if json_:
         print_json(report)
@@ -83,7 +71,7 @@ def _gedi_text(report: dict[str, Any]) -> str:
     text = f"{method} fitted; {scores['n']} held-out shots: MAE {change('mae_m')}"
     outliers = scores["n"] - scores["n_good"]
     if outliers and scores["n_good"]:
-        text += f" (without {outliers} that no disc nearby explains: {change('mae_good_m')})"
+        text += f" (without {outliers} that no curve explains: {change('mae_good_m')})"
     return text
 
 
@@ -135,6 +123,7 @@ def interval(
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
+    check_output(out, [model, data, kept_from], overwrite=overwrite)
     with progress_bar(quiet or json_) as progress:
         facts = calibrate_model(
             model, data, out, method=method, kept_from=kept_from or (), splits=_names(splits),

@@ -1,7 +1,4 @@
-"""`canopy compare`: parse, call, print.
-
-`canopy stats`: parse, call, print.
-"""
+"""`canopy compare` and `canopy stats`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ if TYPE_CHECKING:
 _HELP_MAP = "GeoTIFF, VRT, folder of tiles, or a text file that lists tiles."
 _HELP_AS = "products: how far they agree; dates: what changed from A to B; auto: from their tags."
 _HELP_GSD = "Metres per pixel to compare on, in UTM. Default: the coarser map's own pixels."
+_HELP_BAND = "The height's band, of a file with several."
 _HELP_SIGMA = "Standard deviation of a pixel of {}, metres. Default: its interval bands, else 4 m."
 
 
@@ -41,6 +39,9 @@ def compare(
     nodata_b: Annotated[
         float | None, typer.Option("--nodata-b", help="Value that means missing in B.")
     ] = None,
+    band_a: Annotated[str | None, typer.Option("--band-a", metavar="N|NAME", help=_HELP_BAND)] = None,
+    band_b: Annotated[str | None, typer.Option("--band-b", metavar="N|NAME", help=_HELP_BAND)] = None,
+    band: Annotated[str | None, typer.Option("--band", metavar="N|NAME", help="Of both maps.")] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Draw report.html.")] = True,
     overwrite: Overwrite = False,
     json_: Json = False,
@@ -63,17 +64,18 @@ def compare(
 
       canopy compare v1 v2 --bbox 44.083,-71.296 --size-m 5000 -o v1-v2
     """
-    from canopy.evaluation.change import CompareOptions
     from canopy.evaluation.change import compare as compare_maps
     from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
-    options = CompareOptions(
-        mode, gsd, cover_height, block_m, confidence, sigma_a, sigma_b, nodata_a, nodata_b, overwrite, report
-    )
     area = place.choose()
     with progress_bar(quiet or json_) as progress:
-        found = compare_maps(a, b, out, options, area=area, progress=progress)
+        found = compare_maps(
+            a, b, out, area=area, overwrite=overwrite, inputs=[place.aoi], progress=progress, mode=mode,
+            gsd=gsd, cover_m=cover_height, block_m=block_m, confidence=confidence, sigma_a=sigma_a,
+            sigma_b=sigma_b, nodata_a=nodata_a, nodata_b=nodata_b, band_a=band_a or band,
+            band_b=band_b or band, report=report,
+        )  # fmt: skip
     for note in found.notes:
         log.warning(f"note: {note}")
     if json_:
@@ -122,6 +124,8 @@ def stats(
         typer.Option("--interval", metavar="0.9", help="Add mean_lower_m, mean_upper_m of this coverage."),
     ] = None,
     nodata: Annotated[float | None, typer.Option("--nodata", help="Map value that means missing.")] = None,
+    band: Annotated[str | None, typer.Option("--band", metavar="N|NAME", help=_HELP_BAND)] = None,
+    layer: Annotated[str | None, typer.Option("--layer", help="Of a vector file that has several.")] = None,
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -135,35 +139,38 @@ def stats(
 
     Example: canopy stats chm.tif --zones stands.gpkg -o stats.parquet
     """
-    from canopy.evaluation.zones import ZoneOptions, check_out, write_table, zone_stats
-    from canopy.runtime import progress_bar, setup_logging
+    from canopy.evaluation.zones import check_table
+    from canopy.evaluation.zones import stats as zone_stats
+    from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
-    options = ZoneOptions(
-        _numbers(percentiles, "--percentiles"), _numbers(above, "--above"), nodata, overwrite
-    )
+    shares, heights = _numbers(percentiles, "--percentiles"), _numbers(above, "--above")
+    check_table(out, [height_map, zones], overwrite)
     with progress_bar(quiet or json_) as progress:
-        if interval is None:
-            table = zone_stats(height_map, zones, out, options, progress=progress)
-        else:
+        bands = None
+        if interval is not None:
             from canopy.calibration.zones import zone_intervals
 
-            target = check_out(out, overwrite)
             bands = zone_intervals(height_map, zones, interval, progress=progress)
-            table = zone_stats(height_map, zones, None, options, progress=progress).join(bands)
-            write_table(table, target)
+        table = zone_stats(
+            height_map, zones, out, overwrite=overwrite, extra=bands, progress=progress, percentiles=shares,
+            above_m=heights, nodata=nodata, band=band, layer=layer,
+        )  # fmt: skip
+    for note in table.attrs["notes"]:
+        log.warning(f"note: {note}")
     empty = int((table["n"] == 0).sum())
     valid_ha = float(table["valid_ha"].sum())
     mean = float((table["mean_m"] * table["valid_ha"]).sum() / valid_ha) if valid_ha else None
     facts = {
         "file": str(out), "zones": len(table), "without_pixels": empty, "valid_ha": valid_ha, "mean_m": mean,
+        "notes": list(table.attrs["notes"]),
     }  # fmt: skip
     if json_:
         print_json(facts)
     elif not quiet:
-        heights = "" if mean is None else f", mean height {mean:.1f} m"
+        height = "" if mean is None else f", mean height {mean:.1f} m"
         outside = f", {empty} without valid pixels" if empty else ""
-        typer.echo(f"{out}: {len(table)} polygons{outside}, {valid_ha:,.1f} ha{heights}")
+        typer.echo(f"{out}: {len(table)} polygons{outside}, {valid_ha:,.1f} ha{height}")
 
 
 def _numbers(text: str, where: str) -> tuple[float, ...]:

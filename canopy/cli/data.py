@@ -30,6 +30,7 @@ from canopy.cli.options import (
     takes_groups,
 )
 from canopy.errors import InputError
+from canopy.files import check_output
 from canopy.runtime import Progress, log, progress_bar, setup_logging
 
 if TYPE_CHECKING:
@@ -99,8 +100,7 @@ def _facts(name: str) -> dict[str, Any]:
     from canopy.errors import InputError
     from canopy.imagery.manifests import known_names, named_source
     from canopy.labels.catalog import known_labels, label_source
-    from canopy.labels.names import read_name
-    from canopy.labels.neon import aop_crs, neon_site, neon_sites
+    from canopy.labels.names import aop_crs, neon_site, neon_sites, read_name
 
     if name in known_labels():
         return {"labels": name, **label_source(name).model_dump(mode="json", exclude={"name"})}
@@ -112,8 +112,8 @@ def _facts(name: str) -> dict[str, Any]:
         return {**site.model_dump(mode="json"), "flight_site": site.flight_site, "flight_crs": crs}
     tile = read_name(name)
     if tile is not None:
-        raster = list(getattr(tile, "raster_bounds", tile.bounds))
-        return {"file": tile.filename, "bounds": list(tile.bounds), "raster_bounds": raster, "crs": tile.crs}
+        bounds, raster = list(tile.bounds), list(tile.raster_bounds)
+        return {"file": tile.filename, "bounds": bounds, "raster_bounds": raster, "crs": tile.crs}
     known = ", ".join([*known_labels(), *known_names()])
     raise InputError("no such source, NEON site or tile name", where=name, expected=f"one of {known}")
 
@@ -267,7 +267,7 @@ def _verified(name: str) -> list[str]:
     from canopy.errors import InputError
     from canopy.imagery.manifests import known_names, named_source
     from canopy.labels.catalog import known_labels, label_source
-    from canopy.labels.neon import neon_sites
+    from canopy.labels.names import neon_sites
 
     labels, imagery = known_labels(), known_names()
     wanted = [*labels, *imagery] if name == "all" else [name]
@@ -294,6 +294,7 @@ _OF_PAIRS = (
     "gsd", "label_rule", "register", "max_shift_m", "rh", "buffer_m", "block_m", "val", "test", "hold_out",
     "limit", "workers",
 )  # fmt: skip
+_OF_CHIPS = ("index.csv", "index.parquet", "summary.json", "contact_sheet.png")
 _FIRST_SEED = 1000  # far from 0, the demo's
 
 
@@ -385,6 +386,8 @@ def chips(
     if (manifest is None) == (synth is None):
         raise InputError("needs either --manifest or --synth")
     setup_logging(quiet, verbose)
+    if out_dir.is_dir():  # it may be gone on with, but not over its own manifest
+        check_output([out_dir / name for name in _OF_CHIPS], [manifest], overwrite=True)
     with progress_bar(quiet or json_) as progress:
         if manifest is None:
             refuse_given(
@@ -511,6 +514,7 @@ def chm(
         refuse_given(
             context, *_OF_POINTS, where="--dsm", because="two rasters have no points, classes or returns"
         )
+    check_output(out, [files, dsm, dtm, place.inputs], overwrite=overwrite)
     area = place.choose()
     with progress_bar(quiet or json_) as progress:
         if dsm is not None and dtm is not None:
@@ -586,14 +590,15 @@ def gedi(
 
       canopy data gedi a.h5 --bounds -84.6,37.9,-84.4,38.1 --filter loose --rh 50,98 --l4a b.h5 -o s.parquet
     """
-    from canopy.labels.gedi import check_out, check_rh, extract_shots, filter_named, survey
+    from canopy.labels.gedi import check_rh, extract_shots, filter_named, survey
+    from canopy.labels.shots import check_shots_name
     from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
-    area = place.choose()
     percents = check_rh(_numbers(rh))
     filter_named(filter_)
-    check_out(out, overwrite)
+    check_shots_name(out, [*files, *(l2b or ()), *(l4a or ()), *place.inputs], overwrite)
+    area = place.choose()
     where = area.describe() if area else "all of the granules"
     if dry_run:
         _print_granules(survey(files, filter_), where, json)
@@ -685,7 +690,7 @@ def synth(
     Example: canopy data synth -o scene --seed 7 --size-m 500
     """
     from canopy.runtime import progress_bar, setup_logging
-    from canopy.synth.sensors import write_scene
+    from canopy.synth.scene import write_scene
 
     setup_logging(quiet, verbose)
     with progress_bar(quiet or json_) as progress:

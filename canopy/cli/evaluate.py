@@ -1,6 +1,6 @@
 """`canopy evaluate`: parse, call, print.
 
-`canopy evaluate --benchmark`: joins the models and the judge, which do not know each other.
+With --benchmark it joins the models and the judge, which do not know each other.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from canopy.cli.options import (
+    Band,
     Benchmark,
     BlockM,
     By,
@@ -22,12 +23,14 @@ from canopy.cli.options import (
     Group,
     Json,
     Kind,
+    Layer,
     Map,
     MapDate,
     Overwrite,
     Quiet,
     RadiusM,
     Reference,
+    ReferenceBand,
     ReferenceDate,
     ReferenceNodata,
     Replicates,
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
 
 _OF_MAPS = (
     "kind", "by", "stat", "floor_m", "sensor", "column", "radius_m", "slope", "dem", "shift", "block_m",
-    "seed", "nodata", "reference_nodata", "map_date", "reference_date",
+    "seed", "nodata", "reference_nodata", "band", "reference_band", "layer", "map_date", "reference_date",
 )  # fmt: skip
 _OF_BENCHMARKS = ("model", "data_dir", "group", "device", "backend", "precision")
 
@@ -82,6 +85,9 @@ def evaluate(
     seed: Seed = 0,
     nodata: Nodata = None,
     reference_nodata: ReferenceNodata = None,
+    band: Band = None,
+    reference_band: ReferenceBand = None,
+    layer: Layer = None,
     map_date: MapDate = None,
     reference_date: ReferenceDate = None,
     benchmark: Benchmark = None,
@@ -134,7 +140,8 @@ def evaluate(
             map_, reference, out=out, overwrite=overwrite, progress=progress, kind=kind, by=ways, stat=stat,
             floor_m=floor_m, sensor=sensor, column=column, radius_m=radius_m, slope=slope, dem=dem,
             shift=shift, block_m=block_m, replicates=replicates, seed=seed, nodata=nodata,
-            reference_nodata=reference_nodata, map_date=map_date, reference_date=reference_date,
+            reference_nodata=reference_nodata, band=band, reference_band=reference_band, layer=layer,
+            map_date=map_date, reference_date=reference_date,
         )  # fmt: skip
     if json_:
         print_json(result.to_dict())
@@ -293,7 +300,7 @@ def judged_model(given: str, model: HeightModel, choice: Choice) -> Judged:
 def predictor(model: HeightModel, choice: Choice, nodata: float | None) -> Predict:
     """A function that maps one scene with the real inference."""
     from canopy.evaluation.benchmark import Scene
-    from canopy.evaluation.maps import open_product
+    from canopy.evaluation.maps import open_heights
     from canopy.geo.area import AOI
     from canopy.geo.crs import to_crs
     from canopy.inference.options import OneMapOptions
@@ -302,7 +309,7 @@ def predictor(model: HeightModel, choice: Choice, nodata: float | None) -> Predi
     def predict(scene: Scene, path: Path) -> None:
         area = None
         if not scene.whole_image:
-            with open_product(scene.reference) as reference:
+            with open_heights(scene.reference) as reference:
                 area = AOI(reference.outline, to_crs("EPSG:4326"), True)
         options = OneMapOptions(
             images=tuple(str(image) for image in scene.images), imagery=scene.imagery,

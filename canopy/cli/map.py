@@ -1,7 +1,4 @@
-"""`canopy map`: parse, call, print.
-
-Progress of a regional run: a bar on a terminal, a line a minute elsewhere.
-"""
+"""`canopy map`: parse, call, print; progress is a bar on a terminal, a line a minute elsewhere."""
 
 from __future__ import annotations
 
@@ -9,50 +6,63 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from canopy.cli.options import (
-    Json,
-    Overwrite,
-    Quiet,
-    RegionOptions,
-    Resume,
-    RetryFailed,
-    Status,
-    Verbose,
-    Verify,
-    print_json,
-    takes_groups,
-    was_typed,
-)
-from canopy.cli.options import MapDryRun as DryRun
-from canopy.inference.options import PredictOptions
+from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json, takes_groups, was_typed
+from canopy.region.options import MapOptions
 from canopy.runtime import log
 
 if TYPE_CHECKING:
     from canopy.region.ledger import Ledger
-    from canopy.region.plan import Prepared, RegionSettings
-    from canopy.region.run import RegionCost, RunResult, Tally, Watcher
+    from canopy.region.plan import Region
+    from canopy.region.run import RunResult, Watch
+    from canopy.region.status import RegionCost
+    from canopy.region.workers import Tally
+
+_RUN = "Run"
+LINE_EVERY_S = 60.0
 
 
 @takes_groups
 def map_(
     context: typer.Context,
-    prediction: PredictOptions,
-    region: RegionOptions,
-    resume: Resume = False,
-    retry_failed: RetryFailed = False,
-    verify: Verify = False,
-    status: Status = None,
-    dry_run: DryRun = False,
+    options: MapOptions,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", rich_help_panel=_RUN,
+            help="Go on with the run in -o; its area, imagery and model need not be given.",
+        ),
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", rich_help_panel=_RUN, help="Give failed tiles another chance.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", rich_help_panel=_RUN, help="Hash every finished tile again before going on."
+        ),
+    ] = False,
+    status: Annotated[
+        str | None,
+        typer.Option(
+            "--status", metavar="DIR", rich_help_panel=_RUN, help="Show how a run stands; do nothing."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", rich_help_panel=_RUN, help="Say tiles, imagery, hours and money; write nothing."
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-) -> None:
+) -> None:  # fmt: skip
     """Map a region in tiles: a job of hours or days that can be stopped, resumed and shared out.
 
     DIR/tiles holds the tiles, DIR/mosaic opens as one raster, DIR/catalog.json is a STAC catalog,
@@ -69,61 +79,29 @@ def map_(
 
       canopy map --status county
     """
-    from canopy.config import validate_settings
-    from canopy.errors import ConfigError
-    from canopy.region.plan import RegionSettings
+    from canopy.region.run import prepare_run, start
+    from canopy.region.status import elapsed_text, region_cost
     from canopy.runtime import setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
     if status is not None:
         _show_status(status, json)
         return
-    if region.out is None:
-        raise ConfigError("no folder was given", where="-o", expected="-o DIR")
-    given = prediction.model_dump() | asdict(region)
-    # Only what was typed: --resume takes the rest from the run. Both have the same defaults.
-    given = {name: value for name, value in given.items() if was_typed(context, name)}
-    settings = validate_settings(RegionSettings, given, where="canopy map")
-    run_map(
-        settings, resume=resume, retry_failed=retry_failed, verify=verify, dry_run=dry_run,
-        overwrite=overwrite, json=json, quiet=quiet,
-    )  # fmt: skip
-
-
-def run_map(
-    settings: RegionSettings,
-    *,
-    resume: bool = False,
-    retry_failed: bool = False,
-    verify: bool = False,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    json: bool = False,
-    quiet: bool = False,
-) -> None:
-    """Make (or go on with, or only plan) a regional run, say what happens, and exit with its code.
-
-    Raises:
-        CanopyError: see `canopy.region.run`.
-    """
-    from canopy.region.run import elapsed_text, prepare_run, region_cost, start
-    from canopy.runtime import log
-
-    settings.parse_shard()
-    prepared = prepare_run(settings, resume=resume, overwrite=overwrite)
-    tiling = prepared.tiling
-    tiles = tiling.count(prepared.aoi)
-    new = overwrite or not (settings.folder / "run.json").exists()
-    cost = region_cost(prepared) if dry_run or (new and settings.scheduler == "local" and not quiet) else None
-    text = f"{prepared.aoi.describe()}, {tiles:,} tile{'' if tiles == 1 else 's'} of {tiling.tile_px} px"
+    # Only what was typed: --resume takes the rest from the run.
+    typed = {name: value for name, value in options if was_typed(context, name)}
+    region = prepare_run(MapOptions.of(typed, "canopy map"), resume=resume, overwrite=overwrite)
+    tiling = region.tiling
+    tiles = tiling.count(region.aoi)
+    cost = region_cost(region) if dry_run else None
+    text = f"{region.aoi.describe()}, {tiles:,} tile{'' if tiles == 1 else 's'} of {tiling.tile_px} px"
     log.info(text + (f", ~{elapsed_text(cost.hours * 3600)}" if cost else ""))
-    for note in prepared.notes:
+    for note in region.notes:
         log.warning(f"note: {note}")
-    if dry_run and cost:
-        _show_cost(prepared, cost, json)
+    if cost:
+        _show_cost(region, cost, json)
         return
-    with watching(quiet) as watch:
-        result = start(prepared, overwrite=overwrite, retry_failed=retry_failed, verify=verify, watch=watch)
+    with _watching(quiet) as watch:
+        result = start(region, overwrite=overwrite, retry_failed=retry_failed, verify=verify, watch=watch)
     if json:
         print_json(result.to_dict())
     elif not quiet:
@@ -133,9 +111,7 @@ def run_map(
 
 
 def _show_status(folder: str, json: bool) -> None:
-    from pathlib import Path
-
-    from canopy.region.run import elapsed_text, status
+    from canopy.region.status import elapsed_text, status
 
     found = status(Path(folder).expanduser())
     if json:
@@ -160,13 +136,9 @@ def _show_status(folder: str, json: bool) -> None:
         typer.echo(f"failed {failed['tile']}: {failed['reason']}")
 
 
-def _show_cost(prepared: Prepared, cost: RegionCost, json: bool) -> None:
-    from canopy.runtime import log
-
+def _show_cost(region: Region, cost: RegionCost, json: bool) -> None:
     if json:
-        print_json(
-            {"dry_run": True, "area": prepared.aoi.describe(), **cost.to_dict(), "notes": prepared.notes}
-        )
+        print_json({"dry_run": True, "area": region.aoi.describe(), **cost.to_dict(), "notes": region.notes})
         return
     for line in cost.lines():
         log.info(line)
@@ -191,53 +163,43 @@ def _print_result(result: RunResult) -> None:
         typer.echo(f"{path}: {name}")
 
 
-LINE_EVERY_S = 60.0
-
-
-class RegionProgress:
-    """Shows tiles finished, pace, failures and time left.
+def _progress(ledger: Ledger, show: Callable[[int, int, str], None], every_s: float) -> Any:
+    """What shows tiles finished, pace, failures and time left, at most once in `every_s`.
 
     The pace counts from where the first tile was begun: before it, workers only load the model.
     """
+    from canopy.region.status import elapsed_text
 
-    def __init__(self, ledger: Ledger, show: Callable[[int, int, str], None], every_s: float) -> None:
-        counts, totals = ledger.counts(), ledger.totals()
-        self._total = sum(counts.values())
-        self._before = counts["done"] + counts["empty"] + counts["failed"]
-        self._km2_left = totals["km2"] - totals["km2_finished"]
-        self._show, self._every_s = show, every_s
-        self._shown = time.monotonic()
+    counts, totals = ledger.counts(), ledger.totals()
+    before = counts["done"] + counts["empty"] + counts["failed"]
+    km2_left = totals["km2"] - totals["km2_finished"]
+    shown = time.monotonic()
 
-    def update(self, tally: Tally, in_work: int) -> None:
-        """Show how a run stands, if it is time to."""
-        if time.monotonic() - self._shown < self._every_s:
+    def update(tally: Tally, in_work: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown < every_s:
             return
-        self._shown = time.monotonic()
-        self._show(self._before + tally.finished, self._total, self.text(tally, in_work))
-
-    def text(self, tally: Tally, in_work: int) -> str:
-        """`12.3 km2/h, 2 failed, 4 in work, 3.4 h left`."""
-        from canopy.region.run import elapsed_text
-
-        parts = [f"{tally.km2_per_hour:,.3g} km2/h"]
-        if tally.failed:
-            parts.append(f"{tally.failed} failed")
+        shown, pace = time.monotonic(), tally.km2_per_hour
+        parts = [f"{pace:,.3g} km2/h"]
+        if tally.counts["failed"]:
+            parts.append(f"{tally.counts['failed']} failed")
         parts.append(f"{in_work} in work")
-        if tally.km2_per_hour > 0:
-            left_s = (self._km2_left - tally.km2) / tally.km2_per_hour * 3600
-            parts.append(f"{elapsed_text(max(0.0, left_s))} left")
-        return ", ".join(parts)
+        if pace > 0:
+            parts.append(f"{elapsed_text(max(0.0, (km2_left - tally.km2) / pace * 3600))} left")
+        show(before + tally.counts.total(), sum(counts.values()), ", ".join(parts))
+
+    return update
 
 
 @contextmanager
-def watching(quiet: bool) -> Iterator[Callable[[Ledger], Watcher]]:
-    """What makes the watcher of a run, once its ledger is open."""
+def _watching(quiet: bool) -> Iterator[Watch]:
+    """What makes, of a run's open ledger, what is told of each finished tile."""
     if quiet or not sys.stderr.isatty():
 
         def line(done: int, total: int, text: str) -> None:
             log.info(f"{done:,} of {total:,} tiles, {text}")
 
-        yield lambda ledger: RegionProgress(ledger, line, LINE_EVERY_S)
+        yield lambda ledger: _progress(ledger, line, LINE_EVERY_S)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -252,4 +214,4 @@ def watching(quiet: bool) -> Iterator[Callable[[Ledger], Watcher]]:
         def show(done: int, total: int, text: str) -> None:
             bar.update(task, completed=done, total=total, description=text)
 
-        yield lambda ledger: RegionProgress(ledger, show, 0.5)
+        yield lambda ledger: _progress(ledger, show, 0.5)

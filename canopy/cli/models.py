@@ -1,9 +1,4 @@
-"""`canopy models convert`: a published checkpoint becomes a canopy model file.
-
-`canopy models quantize`: parse, call, print.
-
-`canopy models`: what models there are, and what is in a file.
-"""
+"""`canopy models`: what models there are, what is in a file, and how others become one."""
 
 from __future__ import annotations
 
@@ -13,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json
+from canopy.files import check_output
 
 if TYPE_CHECKING:
     from canopy.models.published import Converted
@@ -47,17 +43,11 @@ def convert(
 
       canopy models convert hf://facebook/dinov3-vitl16-chmv2-dpt-head -o v2.safetensors
     """
-    from pathlib import Path
-
-    from canopy.errors import InputError
     from canopy.models.published import convert as convert_file
     from canopy.runtime import setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
-    if Path(out).expanduser().exists() and not overwrite:
-        raise InputError(
-            "exists already", where=out, remedy="add --overwrite, or choose another name with -o"
-        )
+    check_output(out, [checkpoint, backbone, config], overwrite=overwrite)
     source = None
     if checkpoint.startswith("hf://"):
         from canopy.models.registry import fetch_hub
@@ -116,6 +106,8 @@ def quantize(
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
+    if out is not None:
+        check_output(out, [model, data], overwrite=overwrite)
     with progress_bar(quiet or json_) as progress:
         report = make(load_model(model), data, out, crops=crops, overwrite=overwrite, progress=progress)
     if json_:

@@ -2,14 +2,8 @@
 
 A benchmark says which images are predicted and which heights they are scored by, what is left out, which
 scores others have published on it, and which models have seen the place in training. It never holds pixels.
-
-The scenes of a benchmark in a folder: which image is predicted, which heights it is scored by.
-
-Running a benchmark: predict every scene, pool the scores by group, say who has seen the place.
-
-Predicting is handed in as a function, because evaluation knows GeoTIFFs and no models.
-
-The results table of a benchmark: rows are appended to results.csv, and results.md shows them all.
+Running one predicts every scene, pools the scores by group, and adds rows to a table. Predicting is handed in
+as a function, because evaluation knows GeoTIFFs and no models.
 """
 
 from __future__ import annotations
@@ -30,11 +24,10 @@ from canopy import __version__
 from canopy.config import Named, Settings, check_known, load_named
 from canopy.errors import CanopyError, DataError, InputError
 from canopy.evaluation.evaluate import Options, score_rasters
-from canopy.evaluation.maps import HeightSide
+from canopy.evaluation.maps import open_heights
 from canopy.evaluation.pixels import RasterPair
-from canopy.evaluation.report import number_text, write_results
-from canopy.evaluation.scores import Evaluation, Scores
-from canopy.files import replacing
+from canopy.evaluation.report import number_text, wide_row, write_csv, write_results
+from canopy.evaluation.scores import Evaluation
 from canopy.imagery.manifests import known_names
 from canopy.labels.catalog import known_labels, label_source
 from canopy.labels.names import read_name
@@ -380,9 +373,8 @@ def _rasters(folder: Path) -> list[Path]:
 def _site(path: Path) -> str:
     """The site in a tile's name (NEON), else the folder below `reference`, else the file's name."""
     tile = read_name(path.name)
-    site = getattr(tile, "site", None)
-    if site:
-        return str(site)
+    if tile is not None and tile.site:
+        return tile.site
     return path.parent.name if path.parent.name != "reference" else path.stem
 
 
@@ -503,9 +495,9 @@ def score_group(
     with ExitStack() as stack:
         pairs = []
         for scene in scenes:
-            side = stack.enter_context(HeightSide.open(maps[scene.id]))
-            truth = stack.enter_context(HeightSide.open(scene.reference, reference=True))
-            pairs.append(RasterPair(side, truth, scene.site))
+            heights = stack.enter_context(open_heights(maps[scene.id]))
+            truth = stack.enter_context(open_heights(scene.reference, reference=True))
+            pairs.append(RasterPair(heights, truth, scene.site))
         return score_rasters(pairs, options, progress, facts)
 
 
@@ -526,7 +518,7 @@ def audit_lines(result: BenchmarkResult) -> list[str]:
     return lines
 
 
-KEY = ("benchmark", "group", "site", "model", "model_sha256", "canopy_version")
+KEY = ["benchmark", "group", "site", "model", "model_sha256", "canopy_version"]
 FACTS = (*KEY, "scored", "scenes", "trained_here")
 ALL_SITES = "all"
 SHORT = {
@@ -535,7 +527,7 @@ SHORT = {
     "cover_iou_2m": "IoU 2 m", "cover_iou_5m": "IoU 5 m",
     "p95_error_m": "p95 error m", "nmae_plus1": "nMAE (1 + h)",
 }  # fmt: skip
-COLUMNS = (*FACTS, *(c for m in METRICS for c in ((m,) if m == "n" else (m, f"{m}_low95", f"{m}_high95"))))
+COLUMNS = [*FACTS, *(c for m in METRICS for c in ((m,) if m == "n" else (m, f"{m}_low95", f"{m}_high95")))]
 
 
 def rows_of(result: BenchmarkResult, today: str | None = None) -> list[dict[str, Any]]:
@@ -553,22 +545,13 @@ def rows_of(result: BenchmarkResult, today: str | None = None) -> list[dict[str,
             "scenes": part.scenes,
             "trained_here": part.leak.seen if part.leak else "unknown",
         }
-        rows.append(facts | _numbers(part.evaluation.overall))
-        for stratum in part.evaluation.strata:
-            if stratum.by == "site":
-                rows.append(facts | {"site": stratum.name, "scenes": ""} | _numbers(stratum.scores))
+        rows.append(facts | wide_row(part.evaluation.overall, METRICS))
+        rows += [
+            facts | {"site": stratum.name, "scenes": ""} | wide_row(stratum.scores, METRICS)
+            for stratum in part.evaluation.strata
+            if stratum.by == "site"
+        ]
     return rows
-
-
-def _numbers(scores: Scores) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
-    for name in METRICS:
-        score = scores.metrics.get(name)
-        plain[name] = "" if score is None or score.value is None else score.value
-        if name != "n":
-            low, high = (score.ci95 or ("", "")) if score is not None else ("", "")
-            plain[f"{name}_low95"], plain[f"{name}_high95"] = low, high
-    return plain
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -576,64 +559,58 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
 
     Returns all rows, as texts. Raises DataError for a table of another layout.
     """
-    kept: list[dict[str, str]] = []
+    import pandas
+
+    kept = pandas.DataFrame(columns=COLUMNS, dtype=str)
     if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise DataError(
-                    "a table of another layout", where=path, remedy="move it away, or choose another -o"
-                )
-            kept = list(reader)
-    new = [{name: _text(row.get(name, "")) for name in COLUMNS} for row in rows]
-    keys = {tuple(row[k] for k in KEY) for row in new}
-    merged = [row for row in kept if tuple(row[k] for k in KEY) not in keys] + new
-    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS)
-        writer.writeheader()
-        writer.writerows(merged)
-    return merged
+        kept = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        if list(kept.columns) != COLUMNS:
+            raise DataError(
+                "a table of another layout", where=path, remedy="move it away, or choose another -o"
+            )
+    new = pandas.DataFrame(
+        [[_text(row.get(name)) for name in COLUMNS] for row in rows], columns=COLUMNS, dtype=str
+    )
+    merged = pandas.concat([kept, new]).drop_duplicates(KEY, keep="last")
+    write_csv(path, merged)
+    return [{str(k): str(v) for k, v in row.items()} for row in merged.to_dict("records")]
 
 
 def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def markdown(manifest: BenchmarkManifest, rows: Sequence[Mapping[str, str]]) -> str:
     """The table for people: groups, models one under the other, published scores, who has seen the place."""
     metrics = [m for m in manifest.metrics if m != "n"]
-    lines = [f"# {manifest.name}: {manifest.title}", ""]
     head = ["group", "model", "trained here?", "pixels", *(SHORT.get(m, m) for m in metrics)]
-    lines += [_line(head), _line(["---", "---", "---", *("---:" for _ in head[3:])])]
+    lines = [f"# {manifest.name}: {manifest.title}", "", *_table_head(head, 3)]
     for name, group in manifest.groups.items():
         here = [r for r in rows if r["benchmark"] == manifest.name and r["group"] == name]
         sites = [ALL_SITES, *dict.fromkeys(r["site"] for r in here if r["site"] != ALL_SITES)]
         for site in sites if group.per_site and len(sites) > 2 else [ALL_SITES]:
-            title = group.title if site == ALL_SITES else f"… {site}"
-            for row in (r for r in here if r["site"] == site):
-                lines.append(
-                    _line([f"{name}: {title}" if site == ALL_SITES else title, *_cells(row, metrics)])
-                )
-    lines.append("")
-    if manifest.published:
-        lines += ["Published by others, for orientation:", ""]
-        names = [m for m in manifest.metrics if any(m in p.scores for p in manifest.published)]
-        names += [m for p in manifest.published for m in p.scores if m not in names]
-        names = list(dict.fromkeys(names))
-        lines.append(
-            _line(["model", *(SHORT.get(m, m) for m in names), "measured on", "same scenes and rules?"])
-        )
-        lines.append(_line(["---", *("---:" for _ in names), "---", "---"]))
-        for entry in manifest.published:
-            values = [number_text(entry.scores[m]) if m in entry.scores else "" for m in names]
-            on = "; ".join(t for t in (f"{entry.measured_on} ({entry.source})", entry.note) if t)
-            lines.append(_line([entry.model, *values, on, "yes" if entry.comparable else "no"]))
-        lines.append("")
-    lines += ["Trained here?", ""]
+            title = f"{name}: {group.title}" if site == ALL_SITES else f"… {site}"
+            lines += [_line([title, *_cells(row, metrics)]) for row in here if row["site"] == site]
+    lines += ["", *_published(manifest), "Trained here?", ""]
     for leak in manifest.leakage:
         where = f" ({', '.join(leak.groups)})" if leak.groups else ""
         lines.append(f"- {', '.join(leak.models)}{where}: **{leak.seen}**, {leak.why} [{leak.source}]")
     return "\n".join(lines) + "\n"
+
+
+def _published(manifest: BenchmarkManifest) -> list[str]:
+    """Others' scores as a table; nothing where there are none."""
+    if not manifest.published:
+        return []
+    found = [m for p in manifest.published for m in p.scores]
+    names = list(dict.fromkeys([m for m in manifest.metrics if m in found] + found))
+    head = ["model", *(SHORT.get(m, m) for m in names), "measured on", "same scenes and rules?"]
+    lines = ["Published by others, for orientation:", "", *_table_head(head, 1)]
+    for entry in manifest.published:
+        values = [number_text(entry.scores[m]) if m in entry.scores else "" for m in names]
+        on = "; ".join(t for t in (f"{entry.measured_on} ({entry.source})", entry.note) if t)
+        lines.append(_line([entry.model, *values, on, "yes" if entry.comparable else "no"]))
+    return [*lines, ""]
 
 
 def _cells(row: Mapping[str, str], metrics: Sequence[str]) -> list[str]:
@@ -649,6 +626,11 @@ def _cells(row: Mapping[str, str], metrics: Sequence[str]) -> list[str]:
             text += f" ({number_text(float(low))}-{number_text(float(high))})"
         cells.append(text)
     return cells
+
+
+def _table_head(cells: Sequence[str], words: int) -> list[str]:
+    """Head of a table whose first `words` columns are words and the others numbers."""
+    return [_line(cells), _line(["---" if i < words else "---:" for i in range(len(cells))])]
 
 
 def _line(cells: Sequence[str]) -> str:

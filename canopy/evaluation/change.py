@@ -1,29 +1,20 @@
-"""Whether a pixel has changed between two dates: the difference of two uncertain heights. Pure arithmetic.
+"""`canopy compare`: two height maps of one place, as two products or as two dates.
 
-With B - A the change, the interval of the difference is recovered from each map's own interval (the MOVER
-method; Zou and Donner, Statistics in Medicine 27, 2008, 1693-1702, doi 10.1002/sim.3095), which needs no
-symmetry of either:
+Two products: sums that are filled window by window tell how far they agree. Two dates: whether a pixel has
+changed is told from the difference of two uncertain heights. With B - A the change, its interval is recovered
+from each map's own interval (the MOVER method; Zou and Donner, Statistics in Medicine 27, 2008, 1693-1702,
+doi 10.1002/sim.3095), which needs no symmetry of either:
 
     lower = (b - a) - sqrt((b - l_b)^2 + (u_a - a)^2)
     upper = (b - a) + sqrt((u_b - b)^2 + (a - l_a)^2)
 
 The change is significant where that interval does not hold 0. Both maps' errors count as independent; errors
 that two dates of one model share cancel, so for them the rule errs towards "no change".
-
-How far two maps of one place agree: sums that are filled window by window and give every number at the
-end.
-
-`canopy compare`: two height maps of one place, as two products or as two dates.
-
-What `canopy compare` leaves behind besides its maps: compare.json, the tables, and report.html.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
-import math
 import os
 import shutil
 import tempfile
@@ -31,34 +22,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from canopy import __version__
-from canopy.errors import ConfigError, InputError, OutputError
-from canopy.evaluation import figures
-from canopy.evaluation.maps import (
-    BlockSums,
-    HeightProduct,
-    HeightWindow,
-    PairWindow,
-    common_grid,
-    dates_text,
-    open_product,
-    pair_windows,
-    preview_side,
-    years_apart,
-)
-from canopy.evaluation.report import Page, number_text
-from canopy.files import told_as_output
+from canopy.config import Settings, validate_settings
+from canopy.errors import ConfigError, InputError
+from canopy.evaluation.grids import BlockSums, common_grid, pixel_areas_m2, read_on
+from canopy.evaluation.maps import HeightMap, HeightWindow, dates_text, open_heights, years_apart
+from canopy.evaluation.report import write_comparison
+from canopy.files import check_output, told_as_output
 from canopy.geo.area import AOI
 from canopy.geo.cog import CogWriter
+from canopy.geo.crs import transformer
 from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
+from canopy.geo.tiles import tiles_over
 from canopy.metrics import HEIGHT_BINS_M, height_bin
-from canopy.runtime import Progress
+from canopy.runtime import NoProgress, Progress
 
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+    from canopy.evaluation.maps import HeightSource
+
+TILE_PX = 1024
 # Where nothing else is known: about the RMSE of the best published models on lidar (Open-Canopy: 4.02 m).
 ASSUMED_SIGMA_M = 4.0
 NO_CHANGE, GAIN, LOSS, CANOPY_GAIN, CANOPY_LOSS = 1, 2, 3, 4, 5
@@ -108,9 +98,7 @@ def choose_error(side: str, sigma_m: float | None, level: float | None, step_m: 
 
 
 def half_widths(window: HeightWindow, error: MapError, z: float) -> tuple[np.ndarray, np.ndarray]:
-    """Distances (down, up) from a map's height to the ends of its interval of z standard deviations, (h,
-    w).
-    """
+    """Distances (down, up) from a height to the ends of its interval of z standard deviations, (h, w)."""
     rounding = error.step_m**2 / 12 * z**2
     if error.sigma_m is not None:
         width = np.full(window.height_m.shape, np.sqrt((z * error.sigma_m) ** 2 + rounding))
@@ -127,9 +115,7 @@ def half_widths(window: HeightWindow, error: MapError, z: float) -> tuple[np.nda
 def difference_interval(
     a: HeightWindow, b: HeightWindow, errors: tuple[MapError, MapError], z: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Change b - a and the ends (lower, upper) of its interval of z standard deviations, float64 (h, w)
-    metres.
-    """
+    """Change b - a and the ends (lower, upper) of its interval of z standard deviations, metres (h, w)."""
     change = b.height_m.astype(np.float64) - a.height_m
     a_down, a_up = half_widths(a, errors[0], z)
     b_down, b_up = half_widths(b, errors[1], z)
@@ -273,10 +259,11 @@ MODES = ("auto", "products", "dates")
 COVER_CLASSES = {1: "open in both", 2: "canopy in A only", 3: "canopy in B only", 4: "canopy in both"}
 # Two maps of one model whose imagery is this far apart are two dates, not two products.
 DATES_APART_YEARS = 0.5
+# Of the canopy of A: beyond this share "no significant change" says more of the errors than of the trees.
+_BLIND_SHARE = 0.1
 
 
-@dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(Settings):
     """What `canopy compare` can be asked.
 
     Attributes:
@@ -287,6 +274,7 @@ class CompareOptions:
         confidence: of a change (dates).
         sigma_a, sigma_b: standard deviation of each map's pixel in metres (dates).
         nodata_a, nodata_b: values that mean missing, in place of what the files say.
+        band_a, band_b: number or name of each height's band.
         report: whether to draw report.html.
     """
 
@@ -299,24 +287,35 @@ class CompareOptions:
     sigma_b: float | None = None
     nodata_a: float | None = None
     nodata_b: float | None = None
-    overwrite: bool = False
+    band_a: int | str | None = None
+    band_b: int | str | None = None
     report: bool = True
 
-    def check(self) -> None:
-        """Raises InputError for a value out of range."""
+    def check(self) -> CompareOptions:
+        """The options, or InputError for a value out of range."""
         if self.mode not in MODES:
             raise ConfigError(f"{self.mode!r}", where="--as", expected=", ".join(MODES))
         for name, value, top in (("--cover-height", self.cover_m, 50), ("--block-m", self.block_m, 1e5)):
             if not 0 < value <= top:
                 raise ConfigError(f"{value:g} m", where=name, expected=f"above 0, up to {top:g}")
         z_of(self.confidence)
+        return self
 
 
 @dataclass(eq=False)
 class Comparison:
-    """What was found; the arrays are for the report, `to_dict` is compare.json."""
+    """What was found; `to_dict` is compare.json.
+
+    Attributes:
+        mode: "products" or "dates". legend: names of the classes by code.
+        facts: both maps, the grid, the area. sums: over all pixels. rule: how a change was told (dates).
+        blocks, preview: sums over squares, for the table and the pictures.
+        classes_ha: ground of each class.
+        maps: without an output folder, the maps that would lie in it, as DataArrays by name.
+    """
 
     mode: str
+    legend: Mapping[int, str]
     facts: dict[str, Any]
     sums: PairSums
     blocks: BlockSums
@@ -324,6 +323,7 @@ class Comparison:
     classes_ha: dict[str, float] = field(default_factory=dict)
     rule: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    maps: dict[str, xarray.DataArray] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -336,39 +336,80 @@ class Comparison:
             "notes": self.notes,
         }
 
+    def block_table(self) -> pandas.DataFrame:
+        """One row per block with valid pixels, in reading order, with the hectares of every class."""
+        import pandas
+
+        blocks, grid = self.blocks, self.blocks.block_grid()
+        row, col = np.nonzero(blocks.count)
+        t = grid.transform
+        west, north = t.c + t.a * col, t.f + t.e * row
+        lon, lat = transformer(grid.crs, "EPSG:4326").transform(west + t.a / 2, north + t.e / 2)
+        mean = {name: blocks.mean(name)[row, col] for name in ("a", "b", "abs")}
+        columns = {
+            "lon": np.round(lon, 7), "lat": np.round(lat, 7),
+            "west": west, "south": north + t.e, "east": west + t.a, "north": north,
+            "n": blocks.count[row, col].astype(np.int64), "area_ha": blocks.sums["area"][row, col] / 1e4,
+            "mean_a_m": mean["a"], "mean_b_m": mean["b"], "mean_difference_m": mean["b"] - mean["a"],
+            "mean_absolute_difference_m": mean["abs"],
+        }  # fmt: skip
+        for code, name in self.legend.items():
+            columns[f"{name.replace(' ', '_').lower()}_ha"] = blocks.sums[f"class_{code}"][row, col] / 1e4
+        return pandas.DataFrame(columns)
+
 
 def compare(
-    a: Any,
-    b: Any,
-    out: str | Path,
-    options: CompareOptions | None = None,
+    a: HeightSource,
+    b: HeightSource,
+    out: str | Path | None = None,
     *,
     area: AOI | None = None,
+    overwrite: bool = False,
+    inputs: Sequence[Any] = (),
     progress: Progress | None = None,
+    **options: Any,
 ) -> Comparison:
-    """Compare two height maps (anything `open_product` takes) and write maps, tables and a report to `out`.
+    """Compare two height maps: paths, folders of tiles, or xarray DataArrays with a CRS.
 
     Differences are B - A. Products: difference.tif, cover.tif. Dates: change.tif (change and its interval),
     classes.tif. Both: compare.json, summary.csv, cover.csv, by_height.csv, blocks.csv, report.html.
 
+    Args:
+        out: folder to write; None writes nothing, and the maps are in the result's `maps`.
+        area: limits the comparison. inputs: what else was read, which must not be written over.
+        options: see `CompareOptions`.
+
     Raises InputError for maps that cannot be read or do not meet, impossible options, or existing outputs
     without `overwrite`; nothing is written then.
     """
-    options = options or CompareOptions()
-    options.check()
-    with open_product(a, nodata=options.nodata_a) as one, open_product(b, nodata=options.nodata_b) as two:
-        mode, why = choose_mode(one, two, options.mode)
-        grid = common_grid(one, two, area, options.gsd)
-        with staging(Path(out), options.overwrite) as folder:
-            run = _Run(one, two, grid, mode, options)
-            found = run.walk(folder, area, progress)
+    chosen = validate_settings(CompareOptions, options, "compare").check()
+    if out is not None:
+        expected = "a directory for the results"
+        check_output(out, [a, b, *inputs], overwrite=overwrite, folder=True, expected=expected)
+    with (
+        open_heights(a, nodata=chosen.nodata_a, band=chosen.band_a) as one,
+        open_heights(b, nodata=chosen.nodata_b, band=chosen.band_b) as two,
+    ):
+        mode, why = choose_mode(one, two, chosen.mode)
+        run = _Run(one, two, common_grid(one, two, area, chosen.gsd), mode, chosen)
+        if out is None:
+            sinks = tuple(_ArraySink(run.grid, layer.bands) for layer in run.layers)
+            found = run.walk(sinks, area, progress)
+            found.maps = {
+                layer.name: sink.array(layer.name) for layer, sink in zip(run.layers, sinks, strict=True)
+            }
             found.facts["mode_because"] = why
-
-            write_files(found, folder, options.report)
+            return found
+        with _staging(Path(out).expanduser()) as folder:
+            with contextlib.ExitStack() as stack:
+                writers = tuple(stack.enter_context(run.writer(folder, layer)) for layer in run.layers)
+                found = run.walk(writers, area, progress)
+            found.facts["mode_because"] = why
+            write_comparison(found, folder, chosen.report)
     return found
 
 
-def choose_mode(a: HeightProduct, b: HeightProduct, asked: str) -> tuple[str, str]:
+def choose_mode(a: HeightMap, b: HeightMap, asked: str) -> tuple[str, str]:
     """ "products" or "dates", and why."""
     if asked != "auto":
         return asked, "asked for"
@@ -384,27 +425,63 @@ def choose_mode(a: HeightProduct, b: HeightProduct, asked: str) -> tuple[str, st
     return "products", "not known to be two dates of one product; --as dates compares them as such"
 
 
-# Of the canopy of A: beyond this share "no significant change" says more of the errors than of the trees.
-_BLIND_SHARE = 0.1
+@dataclass(frozen=True)
+class _Layer:
+    """A map that is written: `classes` is its legend, None for metres."""
+
+    name: str
+    bands: tuple[str, ...]
+    classes: Mapping[int, str] | None = None
+
+
+class _Sink(Protocol):
+    def write(self, values: np.ndarray, valid: np.ndarray, row_off: int = 0, col_off: int = 0) -> None: ...
+
+
+class _ArraySink:
+    """Keeps a map in memory, NaN where missing."""
+
+    def __init__(self, grid: Grid, bands: Sequence[str]) -> None:
+        self.grid, self.bands = grid, list(bands)
+        self.values = np.full((len(bands), *grid.shape), np.nan, np.float32)
+
+    def write(self, values: np.ndarray, valid: np.ndarray, row_off: int = 0, col_off: int = 0) -> None:
+        """Take a window (bands, h, w)."""
+        here = np.s_[:, row_off : row_off + valid.shape[0], col_off : col_off + valid.shape[1]]
+        self.values[here] = np.where(valid, values, np.nan)
+
+    def array(self, name: str) -> xarray.DataArray:
+        """With dimensions (y, x), or (band, y, x) if there are several, and its CRS."""
+        import rioxarray  # noqa: F401  (registers the .rio accessor)
+        import xarray
+
+        t = self.grid.transform
+        coords = {
+            "band": self.bands,
+            "y": t.f + t.e * (np.arange(self.grid.height) + 0.5),
+            "x": t.c + t.a * (np.arange(self.grid.width) + 0.5),
+        }
+        made = xarray.DataArray(self.values, dims=("band", "y", "x"), coords=coords, name=name)
+        made = made if len(self.bands) > 1 else made[0].drop_vars("band")
+        return made.rio.write_crs(self.grid.crs.to_wkt()).rio.write_transform(t).rio.write_nodata(np.nan)
 
 
 class _Run:
     """One walk over the common grid."""
 
-    def __init__(
-        self, a: HeightProduct, b: HeightProduct, grid: Grid, mode: str, options: CompareOptions
-    ) -> None:
+    def __init__(self, a: HeightMap, b: HeightMap, grid: Grid, mode: str, options: CompareOptions) -> None:
         self.a, self.b, self.grid, self.options, self.mode = a, b, grid, options, mode
         self.dates = mode == "dates"
-        classes = CLASSES if self.dates else COVER_CLASSES
-        self.class_sums = [f"class_{code}" for code in classes]
-        self.classes_m2 = dict.fromkeys(classes, 0.0)
-        names = ["a", "b", "abs", "area", *self.class_sums]
-        self.blocks = BlockSums(grid, max(1, round(options.block_m / grid.gsd_m)), names)
-        self.preview = BlockSums(grid, preview_side(grid), ["a", "b", *self.class_sums])
-        thresholds = sorted({2.0, 5.0, 10.0, float(options.cover_m)})
-        self.sums = PairSums(thresholds)
-        self.notes = [*a.notes, *b.notes]
+        self.legend = CLASSES if self.dates else COVER_CLASSES
+        first = ("change", "change_lower", "change_upper") if self.dates else ("difference",)
+        second = "classes" if self.dates else "cover"
+        self.layers = _Layer(first[0], first), _Layer(second, ("class",), self.legend)
+        classes = [f"class_{code}" for code in self.legend]
+        self.classes_m2 = dict.fromkeys(self.legend, 0.0)
+        side_px = max(1, round(options.block_m / grid.gsd_m))
+        self.blocks = BlockSums(grid, side_px, ["a", "b", "abs", "area", *classes])
+        self.preview = BlockSums.picture(grid, ["a", "b", *classes])
+        self.sums = PairSums(sorted({2.0, 5.0, 10.0, float(options.cover_m)}))
         self.canopy_m2 = self.blind_m2 = 0.0
         if self.dates:
             self.z = z_of(options.confidence)
@@ -413,67 +490,70 @@ class _Run:
                 choose_error("b", options.sigma_b, b.level, b.step_m),
             )
 
-    def walk(self, folder: Path, area: AOI | None, progress: Progress | None) -> Comparison:
-        windows = pair_windows(self.a, self.b, self.grid, area=area, interval=self.dates, progress=progress)
-        with contextlib.ExitStack() as stack:
-            values, classes = (stack.enter_context(writer) for writer in self._writers(folder))
-            for window in windows:
-                stored, codes = self._changed(window) if self.dates else self._differs(window)
-                at = window.row, window.col
-                values.write(stored.astype(np.float32), window.valid, *at)
-                classes.write(codes[None].astype(np.float32), window.valid, *at)
-                self._count(window, codes)
-            if self.sums.n == 0:
-                raise InputError(
-                    "no pixel is valid in both maps", where=f"{self.a.name}, {self.b.name}",
-                    remedy="check their nodata rules (--nodata-a, --nodata-b)",
-                )  # fmt: skip
-        return self._comparison(area)
-
-    def _writers(self, folder: Path) -> tuple[CogWriter, CogWriter]:
+    def writer(self, folder: Path, layer: _Layer) -> CogWriter:
+        """The file of one layer."""
         tags = {
             "CANOPY_VERSION": __version__, "CANOPY_COMPARED_A": self.a.name, "CANOPY_COMPARED_B": self.b.name,
         }  # fmt: skip
-        if self.dates:
-            bands = [BandSpec("change"), BandSpec("change_lower"), BandSpec("change_upper")]
-            first, second, codes = "change.tif", "classes.tif", CLASSES
-        else:
-            bands = [BandSpec("difference")]
-            first, second, codes = "difference.tif", "cover.tif", COVER_CLASSES
-        legend = "; ".join(f"{code} {name}" for code, name in codes.items())
-        return (
-            CogWriter(folder / first, self.grid, bands, tags=tags),
-            CogWriter(
-                folder / second, self.grid, [BandSpec("class", "1", 1.0)], encoding="uint8m",
-                tags=tags | {"CANOPY_CLASSES": legend}, overviews="mode",
-            ),
-        )  # fmt: skip
+        path = folder / f"{layer.name}.tif"
+        if layer.classes is None:
+            return CogWriter(path, self.grid, [BandSpec(name) for name in layer.bands], tags=tags)
+        tags["CANOPY_CLASSES"] = "; ".join(f"{code} {name}" for code, name in layer.classes.items())
+        bands = [BandSpec("class", "1", 1.0)]
+        return CogWriter(path, self.grid, bands, tags=tags, encoding="uint8m", overviews="mode")
 
-    def _differs(self, window: PairWindow) -> tuple[np.ndarray, np.ndarray]:
-        a, b = window.a.height_m, window.b.height_m
-        codes = 1 + (a > self.options.cover_m) + 2 * (b > self.options.cover_m).astype(np.uint8)
-        return (b - a)[None], codes
+    def walk(self, sinks: Sequence[_Sink], area: AOI | None, progress: Progress | None) -> Comparison:
+        """Read both maps in windows of about 1000 px: memory does not depend on their size."""
+        progress = progress or NoProgress()
+        tiles = tiles_over(self.grid, TILE_PX)
+        progress.start(len(tiles), "comparing")
+        # Of the whole grid, so that a pixel's area does not depend on the window it is met in.
+        row_areas = pixel_areas_m2(self.grid)
+        for tile in tiles:
+            row, col = self.grid.offset_of(tile.core)
+            a, b = (read_on(side, tile.core, interval=self.dates) for side in (self.a, self.b))
+            valid = a.valid & b.valid
+            if area is not None and not area.is_box:
+                valid &= area.mask(tile.core)
+            ground = np.broadcast_to(row_areas[row : row + tile.core.height, None], valid.shape)
+            stored, codes = self._changed(a, b, valid, ground) if self.dates else self._differs(a, b)
+            sinks[0].write(stored.astype(np.float32), valid, row, col)
+            sinks[1].write(codes[None].astype(np.float32), valid, row, col)
+            self._count((row, col), a.height_m, b.height_m, valid, ground, codes)
+            progress.advance()
+        if self.sums.n == 0:
+            raise InputError(
+                "no pixel is valid in both maps", where=f"{self.a.name}, {self.b.name}",
+                remedy="check their nodata rules (--nodata-a, --nodata-b)",
+            )  # fmt: skip
+        return self._comparison(area)
 
-    def _changed(self, window: PairWindow) -> tuple[np.ndarray, np.ndarray]:
-        change, lower, upper = difference_interval(window.a, window.b, self.errors, self.z)
-        codes = classify(window.a.height_m, window.b.height_m, lower, upper, self.options.cover_m)
-        canopy = window.valid & (window.a.height_m > self.options.cover_m)
-        self.canopy_m2 += float(window.area_m2[canopy].sum())
+    def _differs(self, a: HeightWindow, b: HeightWindow) -> tuple[np.ndarray, np.ndarray]:
+        tall = (a.height_m > self.options.cover_m, b.height_m > self.options.cover_m)
+        return (b.height_m - a.height_m)[None], 1 + tall[0] + 2 * tall[1].astype(np.uint8)
+
+    def _changed(
+        self, a: HeightWindow, b: HeightWindow, valid: np.ndarray, ground: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        change, lower, upper = difference_interval(a, b, self.errors, self.z)
+        codes = classify(a.height_m, b.height_m, lower, upper, self.options.cover_m)
+        canopy = valid & (a.height_m > self.options.cover_m)
+        self.canopy_m2 += float(ground[canopy].sum())
         # Were it to fall to the ground, its change would be minus its height: would the interval hold 0?
-        blind = canopy & (window.a.height_m <= upper - change)
-        self.blind_m2 += float(window.area_m2[blind].sum())
+        self.blind_m2 += float(ground[canopy & (a.height_m <= upper - change)].sum())
         return np.stack([change, lower, upper]), codes
 
-    def _count(self, window: PairWindow, codes: np.ndarray) -> None:
-        valid, a, b, area = window.valid, window.a.height_m, window.b.height_m, window.area_m2
-        self.sums.add(a[valid], b[valid], area[valid])
-        members = {f"class_{code}": codes == code for code in self.classes_m2}
-        for code in self.classes_m2:
-            self.classes_m2[code] += float(area[valid & members[f"class_{code}"]].sum())
-        at = window.row, window.col
+    def _count(
+        self, at: tuple[int, int], a: np.ndarray, b: np.ndarray, valid: np.ndarray, ground: np.ndarray,
+        codes: np.ndarray,
+    ) -> None:  # fmt: skip
+        self.sums.add(a[valid], b[valid], ground[valid])
+        members = {f"class_{code}": codes == code for code in self.legend}
+        for code in self.legend:
+            self.classes_m2[code] += float(ground[valid & members[f"class_{code}"]].sum())
         self.preview.add(*at, valid, {"a": a, "b": b, **members})
-        by_area = {name: np.where(member, area, 0) for name, member in members.items()}
-        self.blocks.add(*at, valid, {"a": a, "b": b, "abs": np.abs(b - a), "area": area, **by_area})
+        by_area = {name: np.where(member, ground, 0) for name, member in members.items()}
+        self.blocks.add(*at, valid, {"a": a, "b": b, "abs": np.abs(b - a), "area": ground, **by_area})
 
     def _comparison(self, area: AOI | None) -> Comparison:
         grid = self.grid
@@ -482,7 +562,7 @@ class _Run:
             "b": _side_facts(self.b),
             "years_apart": years_apart(self.a.dates, self.b.dates),
             "grid": {
-                "crs": f"EPSG:{grid.crs.epsg}" if grid.crs.epsg else grid.crs.to_wkt(),
+                "crs": _crs_text(grid.crs),
                 "width_px": grid.width,
                 "height_px": grid.height,
                 "gsd_m": grid.gsd_m,
@@ -493,300 +573,67 @@ class _Run:
             "block_m": self.blocks.side_px * grid.gsd_m,
             "canopy_version": __version__,
         }
-        legend = CLASSES if self.dates else COVER_CLASSES
-        found = Comparison(self.mode, facts, self.sums, self.blocks, self.preview, notes=list(self.notes))
-        found.classes_ha = {legend[code]: m2 / 1e4 for code, m2 in self.classes_m2.items()}
+        classes_ha = {self.legend[code]: m2 / 1e4 for code, m2 in self.classes_m2.items()}
+        notes = [*self.a.notes, *self.b.notes]
         if self.dates:
-            blind = self.blind_m2 / self.canopy_m2 if self.canopy_m2 else 0.0
-            found.rule = {
-                "confidence": self.options.confidence,
-                "error_a": self.errors[0].source,
-                "error_b": self.errors[1].source,
-                "expected_false_share": 1 - self.options.confidence,
-                "undetectable_canopy_share": blind,
-            }
-            if blind > _BLIND_SHARE:
-                found.notes.append(
-                    f"in {blind:.0%} of A's canopy not even the loss of all of it would be significant: the "
-                    "maps' errors are too wide for single pixels. Errors that both share (one model, one "
-                    "place) cancel: if you know what is left, give --sigma-a and --sigma-b"
-                )
-            found.notes += [
-                f"the error of {side} is {error.source}"
-                for side, error in zip("AB", self.errors, strict=True)
-                if error.source.startswith("ASSUMED")
-            ]
-        return found
+            notes += self._change_notes()
+        return Comparison(
+            self.mode, self.legend, facts, self.sums, self.blocks, self.preview, classes_ha,
+            self._rule() if self.dates else {}, notes,
+        )  # fmt: skip
+
+    def _rule(self) -> dict[str, Any]:
+        return {
+            "confidence": self.options.confidence,
+            "error_a": self.errors[0].source,
+            "error_b": self.errors[1].source,
+            "expected_false_share": 1 - self.options.confidence,
+            "undetectable_canopy_share": self.blind_m2 / self.canopy_m2 if self.canopy_m2 else 0.0,
+        }
+
+    def _change_notes(self) -> Iterator[str]:
+        blind = self._rule()["undetectable_canopy_share"]
+        if blind > _BLIND_SHARE:
+            yield (
+                f"in {blind:.0%} of A's canopy not even the loss of all of it would be significant: the "
+                "maps' errors are too wide for single pixels. Errors that both share (one model, one "
+                "place) cancel: if you know what is left, give --sigma-a and --sigma-b"
+            )
+        for side, error in zip("AB", self.errors, strict=True):
+            if error.source.startswith("ASSUMED"):
+                yield f"the error of {side} is {error.source}"
 
 
-def _side_facts(product: HeightProduct) -> dict[str, Any]:
-    crs = product.crs
+def _crs_text(crs: Any) -> str:
+    return f"EPSG:{crs.epsg}" if crs.epsg else str(crs.to_wkt())
+
+
+def _side_facts(heights: HeightMap) -> dict[str, Any]:
     return {
-        "name": product.name,
-        "kind": product.kind,
-        "files": len(product.tiles),
-        "crs": f"EPSG:{crs.epsg}" if crs.epsg else crs.to_wkt(),
-        "gsd_m": product.gsd_m,
-        "step_m": product.step_m,
-        "dates": dates_text(product.dates),
-        "model": product.tags.get("CANOPY_MODEL"),
-        "interval_level": product.level,
+        "name": heights.name,
+        "kind": heights.kind,
+        "files": len(heights.tiles),
+        "crs": _crs_text(heights.crs),
+        "gsd_m": heights.gsd_m,
+        "step_m": heights.step_m,
+        "dates": dates_text(heights.dates),
+        "model": heights.tags.get("CANOPY_MODEL"),
+        "interval_level": heights.level,
     }
 
 
 @contextlib.contextmanager
-def staging(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` whose files move into it at the end, or vanish on an error.
-
-    Raises InputError when `out` is a file, holds anything and `overwrite` is not set, or has no parent
-    folder.
-    """
-    out = out.expanduser()
-    if out.exists() and not out.is_dir():
-        raise InputError("a file", where=out, expected="a folder for the results")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise InputError(
-            "the folder has files already", where=out, remedy="add --overwrite, or name another with -o"
-        )
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder beside `out` whose files move into it at the end, or vanish on an error."""
     parent = out.absolute().parent
     if not parent.is_dir():
-        raise InputError("no such folder", where=parent, remedy="create it first")
-    if not os.access(parent, os.W_OK):
-        raise OutputError("the folder cannot be written to", where=parent)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=parent))
-    try:
-        with told_as_output(out):
+        raise InputError("no such directory", where=parent, remedy="create it first")
+    with told_as_output(out):
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=parent))
+        try:
             yield folder
             out.mkdir(exist_ok=True)
             for path in sorted(folder.iterdir()):
                 os.replace(path, out / path.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def finite(value: float | None) -> float | None:
-    """None for NaN and infinity: JSON has neither."""
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-# A block with fewer valid pixels than this share of a full one ranks nowhere: its mean says little.
-RANKED_SHARE = 0.25
-SHOWN_BLOCKS = 10
-_LABELS = {
-    "n": "pixels valid in both",
-    "area_ha": "their ground area (ha)",
-    "mean_a_m": "mean height, A (m)",
-    "mean_b_m": "mean height, B (m)",
-    "mean_difference_m": "mean of B - A (m)",
-    "mean_absolute_difference_m": "mean absolute difference (m)",
-    "rms_difference_m": "root mean square difference (m)",
-    "r": "correlation",
-    "p05_difference_m": "5th percentile of B - A (m)",
-    "p50_difference_m": "median of B - A (m)",
-    "p95_difference_m": "95th percentile of B - A (m)",
-    "within_1m": "within 1 m of each other",
-    "within_2m": "within 2 m of each other",
-    "within_5m": "within 5 m of each other",
-}
-
-
-def write_files(found: Comparison, folder: Path, page: bool = True) -> None:
-    """Write the tables, the JSON and (if wanted) the page of a comparison into `folder`."""
-    plain = found.to_dict()
-    write_json(folder / "compare.json", plain)
-    write_csv(folder / "summary.csv", [{"quantity": k, "value": v} for k, v in plain["overall"].items()])
-    write_csv(folder / "cover.csv", plain["cover"])
-    write_csv(folder / "by_height.csv", plain["by_height"])
-    if found.mode == "dates":
-        write_csv(folder / "change.csv", [{"class": k, "ha": v} for k, v in found.classes_ha.items()])
-    blocks = block_rows(found)
-    write_csv(folder / "blocks.csv", blocks)
-    if page:
-        (folder / "report.html").write_text(report(found, blocks), encoding="utf-8")
-
-
-def write_json(path: Path, plain: Mapping[str, Any]) -> None:
-    """Indented JSON; NaN is refused rather than written."""
-    path.write_text(json.dumps(plain, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of one kind with a header; None is empty, numbers have nine digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        if not rows:
-            return
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
-
-
-def block_rows(found: Comparison) -> list[dict[str, Any]]:
-    """One row per block with valid pixels, in reading order; hectares of every class where dates are
-    compared.
-    """
-    blocks = found.blocks
-    grid = blocks.block_grid()
-    lon, lat = blocks.centres_lonlat()
-    means = {name: blocks.mean(name) for name in ("a", "b", "abs")}
-    rows = []
-    for row, col in zip(*np.nonzero(blocks.count), strict=True):
-        at = row, col
-        west, north = grid.xy(row, col)
-        east, south = grid.xy(row + 1, col + 1)
-        plain: dict[str, Any] = {
-            "lon": round(float(lon[at]), 7), "lat": round(float(lat[at]), 7),
-            "west": west, "south": south, "east": east, "north": north,
-            "n": int(blocks.count[at]), "area_ha": float(blocks.sums["area"][at]) / 1e4,
-            "mean_a_m": float(means["a"][at]), "mean_b_m": float(means["b"][at]),
-            "mean_difference_m": float(means["b"][at] - means["a"][at]),
-            "mean_absolute_difference_m": float(means["abs"][at]),
-        }  # fmt: skip
-        legend = CLASSES if found.mode == "dates" else COVER_CLASSES
-        for code, name in legend.items():
-            plain[f"{name.replace(' ', '_').lower()}_ha"] = float(blocks.sums[f"class_{code}"][at]) / 1e4
-        rows.append(plain)
-    return rows
-
-
-def class_picture(found: Comparison) -> np.ndarray:
-    """The most frequent class of each preview pixel, 0 where unknown, uint8 (h, w)."""
-    legend = CLASSES if found.mode == "dates" else COVER_CLASSES
-    stack = np.stack([found.preview.sums[f"class_{code}"] for code in legend])
-    codes = np.array(list(legend))[stack.argmax(axis=0)]
-    return np.where(found.preview.count > 0, codes, 0).astype(np.uint8)
-
-
-def report(found: Comparison, blocks: Sequence[Mapping[str, Any]]) -> str:
-    """The page, as HTML."""
-    a, b = (found.facts[side]["name"] for side in "ab")
-    dates = found.mode == "dates"
-    kind = "Canopy change" if dates else "Agreement of two canopy height maps"
-    page = Page(kind, _lead(found))
-    page.notes(found.notes)
-    page.heading("In short")
-    overall = found.sums.overall()
-    rows = [(_LABELS[k], f"{v:.1%}" if k.startswith("within") else v) for k, v in overall.items()]
-    page.table(["quantity", "value"], rows, caption=f"A = {a}; B = {b}. Differences are B - A.")
-    if dates:
-        _change_section(page, found)
-    _cover_section(page, found)
-    _pictures(page, found)
-    page.heading("By height")
-    heights = [
-        {
-            "name": f"{r['low_m']:g}+" if r["high_m"] is None else f"{r['low_m']:g}-{r['high_m']:g}",
-            "n": r["n"],
-            "bias": (r["mean_difference_m"], None, None),
-            "mae": (r["mean_absolute_difference_m"], None, None),
-        }
-        for r in found.sums.height_rows()
-    ]
-    page.figure(
-        figures.error_by_height(
-            heights, "mean height of both maps (m)", ("mean of B - A", "mean |B - A|"), "difference (m)"
-        ),
-        "Mean and mean absolute difference by the mean height of both maps, over the share of "
-        "pixels. Neither map is taken for the truth.",
-        "Differences by height class",
-    )
-    _block_section(page, found, blocks)
-    page.heading("Provenance")
-    page.facts(found.facts)
-    return page.html()
-
-
-def _lead(found: Comparison) -> str:
-    grid, facts = found.facts["grid"], found.facts
-    sides = (
-        f"{s.upper()}: {facts[s]['name']} ({facts[s]['kind']}, imagery {facts[s]['dates']})" for s in "ab"
-    )
-    size = (
-        f"{grid['width_px']} x {grid['height_px']} px of {number_text(grid['gsd_m'])} m, {grid['crs'][:40]}"
-    )
-    return f"{'; '.join(sides)}. Compared on {size}."
-
-
-def _change_section(page: Page, found: Comparison) -> None:
-    page.heading("Change")
-    total = sum(found.classes_ha.values())
-    rows = [(name, ha, f"{ha / total:.2%}") for name, ha in found.classes_ha.items()]
-    page.table(["class", "ha", "share"], rows)
-    rule = found.rule
-    page.text(
-        f"A pixel counts as changed where the {rule['confidence']:.0%} interval of B - A leaves out 0. "
-        f"Error of A: {rule['error_a']}. Error of B: {rule['error_b']}. Of ground without any change about "
-        f"{rule['expected_false_share']:.0%} would still be called changed. Canopy is what is higher than "
-        f"{found.facts['cover_height_m']:g} m; gained and lost are significant changes across that height."
-    )
-
-
-def _cover_section(page: Page, found: Comparison) -> None:
-    page.heading("Cover")
-    rows = [
-        (
-            f"above {r['above_m']:g} m", f"{r['cover_a']:.1%}", f"{r['cover_b']:.1%}",
-            r["only_a_ha"], r["only_b_ha"],
-            f"{r['agree']:.1%}", r["iou"],
-        )
-        for r in found.sums.cover_rows()
-    ]  # fmt: skip
-    page.table(
-        [
-            "canopy",
-            "cover in A",
-            "cover in B",
-            "only A (ha)",
-            "only B (ha)",
-            "ground that agrees",
-            "overlap (IoU)",
-        ],
-        rows,
-    )
-
-
-def _pictures(page: Page, found: Comparison) -> None:
-    preview, dates = found.preview, found.mode == "dates"
-    a, b = preview.mean("a"), preview.mean("b")
-    metres = found.facts["grid"]["gsd_m"] * preview.side_px
-    page.heading("Where")
-    page.figure(
-        figures.side_by_side(a, b, ("A", "B"), metres),
-        "Both maps with one colour scale; grey is missing in either.",
-        "The two maps beside each other",
-    )  # fmt: skip
-    label = "change in height, B - A (m)" if dates else "B - A (m)"
-    page.figure(
-        figures.difference_map(b - a, label, metres),
-        "Orange: B is higher. Purple: B is lower.",
-        "Map of the differences",
-    )
-    legend = CLASSES if dates else COVER_CLASSES
-    caption = "Significant changes." if dates else f"Canopy above {found.facts['cover_height_m']:g} m."
-    if preview.side_px > 1:
-        side = preview.side_px
-        caption += f" Each picture pixel shows the most frequent class of {side} x {side} map pixels."
-    page.figure(figures.class_map(class_picture(found), legend, metres), caption, "Map of the classes")
-    edges = np.arange(found.sums.joint.shape[0] + 1.0)
-    page.figure(
-        figures.density(found.sums.joint, edges, "height in A (m)", "height in B (m)"),
-        "How often which pair of heights occurs.", "Density of the heights of A and B",
-    )  # fmt: skip
-
-
-def _block_section(page: Page, found: Comparison, blocks: Sequence[Mapping[str, Any]]) -> None:
-    full = found.blocks.side_px**2
-    ranked = [row for row in blocks if row["n"] >= RANKED_SHARE * full] or list(blocks)
-    side = number_text(found.facts["block_m"])
-    page.heading(f"Blocks of {side} m")
-    names = ["lon", "lat", "n", "mean_a_m", "mean_b_m", "mean_difference_m", "mean_absolute_difference_m"]
-    headers = ["longitude", "latitude", "pixels", "A (m)", "B (m)", "B - A (m)", "mean |B - A| (m)"]
-    for title, sign in (("B higher than A", -1), ("B lower than A", 1)):
-        order = sorted(ranked, key=lambda row, sign=sign: sign * row["mean_difference_m"])[:SHOWN_BLOCKS]  # type: ignore[misc]
-        order = [row for row in order if row["mean_difference_m"] * sign < 0]
-        rows = [[f"{r[k]:.5f}" if k in ("lon", "lat") else r[k] for k in names] for r in order]
-        if rows:
-            page.table(
-                headers, rows, caption=f"{title}: the largest differences. All blocks are in blocks.csv."
-            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

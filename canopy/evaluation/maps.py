@@ -1,238 +1,53 @@
-"""Sums over squares of a grid, filled window by window: blocks for tables, and small pictures of large
-maps.
+"""THE reader of height maps: anybody's GeoTIFF, tiles, published map or array, as metres on any grid.
 
-When a height map's imagery was taken: from canopy's tags, or from the files beside the published tiles.
+Every command that takes a height raster (evaluate, compare, stats, calibrate) opens it here, so that one rule
+holds for all: which band is the height, what its unit is, which heights are impossible, what is missing.
 
-Opening anybody's canopy height map: one GeoTIFF, a folder or list of tiles, or the published v1 and v2
-maps.
-
-Every product reads as metres on any grid. The published maps (EPSG:3857 quadkey tiles of whole metres) need
-rules of their own, because "0 m" and "not mapped" look alike in them:
+The published maps (EPSG:3857 quadkey tiles of whole metres) need rules of their own, because "0 m" and "not
+mapped" look alike in them:
 
 * 255 is never a height, whether or not the tile says so;
 * v1 (zoom 9): `NAME.tif.msk`, beside the tile or in `../msk/`, is 255 where the map is NOT valid, the
-opposite of GDAL's masks. Without that file the product cannot tell 0 m from unmapped, and a note says so;
+  opposite of GDAL's masks. Without that file the product cannot tell 0 m from unmapped, and a note says so;
 * v2 (zoom 10): whatever the file itself declares (mask band, nodata value); where it declares nothing, the
-same note.
-
-One statistic of a raster over every pixel of another grid: area-weighted mean, highest, or a percentile.
-
-The reader of `canopy.geo` is made for images; a judge needs rules that can be stated in one sentence:
-
-* same lattice: pixels as they are;
-* "mean", same CRS: exactly area-weighted, over the valid area, where at least half of the pixel is valid;
-* "mean", another CRS: the window-independent average of `canopy.geo.warp` (bilinear where both pixels are of
-  about the same size), where every source pixel touched is valid;
-* "max" and "pNN": over points on a regular lattice in the pixel (exactly the source's pixels where they
-  divide it, else at least two points per source pixel), where at least half of the points are valid.
-
-One side of a judgement: a height map, or the height model that it is judged by.
-
-Two maps, whatever their grids: the one grid they are compared on, and its windows.
+  same note.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import re
+import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
-from affine import Affine
 from odc.geo import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.io import DatasetReader
-from scipy import sparse
 from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
 from canopy.chips.targets import sensor_floor
-from canopy.errors import CanopyError, ConfigError, ImageryError, InputError
+from canopy.errors import CanopyError, ImageryError, InputError
 from canopy.files import file_sha256, is_url, public_name
-from canopy.geo.area import AOI
-from canopy.geo.crs import geod_of, to_crs, to_lonlat, transformer
+from canopy.geo.crs import to_lonlat
 from canopy.geo.grid import Grid
-from canopy.geo.reading import SourcePlace, lattice_ratio, open_raster, read_window
-from canopy.geo.tiles import quadkey_bounds, tiles_over
+from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster, read_window
+from canopy.geo.tiles import quadkey_bounds
 from canopy.imagery.names import acquisition_date
-from canopy.metrics import percent_of, statistic_of
-from canopy.runtime import NoProgress, Progress
 
+if TYPE_CHECKING:
+    import xarray
 
-class BlockSums:
-    """Sums of named quantities over squares of `side_px`, cut on the grid's global lattice.
-
-    Attributes:
-        shape: (rows, cols) of squares. count: valid pixels; sums[name]: float64, both of that shape.
-    """
-
-    def __init__(self, grid: Grid, side_px: int, names: Sequence[str]) -> None:
-        self.grid, self.side_px = grid, side_px
-        self._row0, self._col0 = grid.origin_rc
-        self._first = self._row0 // side_px, self._col0 // side_px
-        self.shape = (
-            (self._row0 + grid.height - 1) // side_px - self._first[0] + 1,
-            (self._col0 + grid.width - 1) // side_px - self._first[1] + 1,
-        )
-        self.count = np.zeros(self.shape)
-        self.sums = {name: np.zeros(self.shape) for name in names}
-
-    def add(self, row_off: int, col_off: int, valid: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-        """Add a window (h, w) at (row_off, col_off) of the grid; pixels that are not valid do not count."""
-        rows, row_cuts = self._cuts(self._row0 + row_off, valid.shape[0], self._first[0])
-        cols, col_cuts = self._cuts(self._col0 + col_off, valid.shape[1], self._first[1])
-        here = np.s_[rows[0] : rows[1], cols[0] : cols[1]]
-
-        def total(array: np.ndarray) -> np.ndarray:
-            # float64 before summing: float32 loses centimetres over a million pixels
-            by_row = np.add.reduceat(array, row_cuts, axis=0, dtype=np.float64)
-            return np.add.reduceat(by_row, col_cuts, axis=1)
-
-        self.count[here] += total(valid)
-        for name, value in values.items():
-            self.sums[name][here] += total(np.where(valid, value, 0))
-
-    def _cuts(self, start: int, length: int, first: int) -> tuple[tuple[int, int], np.ndarray]:
-        """Range of squares that a span touches, and where in the span each begins."""
-        index = (start + np.arange(length)) // self.side_px - first
-        cuts = np.flatnonzero(np.diff(index, prepend=index[0] - 1))
-        return (int(index[0]), int(index[-1]) + 1), cuts
-
-    def mean(self, name: str) -> np.ndarray:
-        """Mean over the valid pixels of each square, NaN where there is none."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return self.sums[name] / np.where(self.count > 0, self.count, np.nan)
-
-    def block_grid(self) -> Grid:
-        """The grid of the squares (whole ones, so it may reach beyond the map)."""
-        side = self.side_px
-        window = self.grid.window(
-            self._first[0] * side - self._row0, self._first[1] * side - self._col0, 1, 1
-        )
-        px, py = self.grid.pixel
-        t = window.transform
-        return Grid.of(self.grid.crs, (px * side, 0.0, t.c, 0.0, -py * side, t.f), self.shape)
-
-    def centres_lonlat(self) -> tuple[np.ndarray, np.ndarray]:
-        """Longitude and latitude of each square's centre, (rows, cols)."""
-        grid = self.block_grid()
-        cols, rows = np.meshgrid(np.arange(grid.width) + 0.5, np.arange(grid.height) + 0.5)
-        t = grid.transform
-        lon, lat = transformer(grid.crs, "EPSG:4326").transform(t.c + t.a * cols, t.f + t.e * rows)
-        return np.asarray(lon), np.asarray(lat)
-
-
-def preview_side(grid: Grid, longest_px: int = 900) -> int:
-    """Side of the squares that make a picture of at most `longest_px`."""
-    return max(1, -(-max(grid.shape) // longest_px))
-
-
-def pixel_areas_m2(grid: Grid) -> np.ndarray:
-    """Ground area of a pixel in each row (height,), square metres, at the grid's middle column.
-
-    Measured on the ellipsoid, so that Web-Mercator and degree grids count what is there: the parallelogram
-    of a pixel's two mid-lines.
-    """
-    rows, col = np.arange(grid.height) + 0.5, grid.width / 2
-    t = grid.transform
-    x, y = t.c + t.a * col, t.f + t.e * rows
-    to_degrees = transformer(grid.crs, "EPSG:4326").transform
-    west = to_degrees(np.full_like(y, x - t.a / 2), y)
-    east = to_degrees(np.full_like(y, x + t.a / 2), y)
-    north = to_degrees(np.full_like(y, x), y - t.e / 2)
-    south = to_degrees(np.full_like(y, x), y + t.e / 2)
-    geod = geod_of(grid.crs)
-    azimuth_x, _, side_x = geod.inv(*west, *east)
-    azimuth_y, _, side_y = geod.inv(*south, *north)
-    return np.asarray(side_x * side_y * np.abs(np.sin(np.radians(np.asarray(azimuth_x) - azimuth_y))))
-
-
-_DAY = re.compile(r"(\d{4})-?(\d\d)?-?(\d\d)?")
-# v2's date rasters hold years since 2000; a sample of them tells the span.
-_SAMPLE_PX = 512
-
-
-def map_dates(files: Sequence[tuple[str, str | None, Mapping[str, str]]]) -> tuple[str, ...]:
-    """Distinct first and last dates of (path, published version, tags) of a map's files, sorted; ()
-    unknown.
-    """
-    found: set[str] = set()
-    for path, published, tags in files:
-        found.update(_from_tags(tags))
-        if published and not is_url(path):
-            found.update(_beside(Path(path), published))
-    days = sorted(found)
-    return tuple(days if len(days) < 3 else (days[0], days[-1]))
-
-
-def dates_text(dates: Sequence[str]) -> str:
-    """ "2019-06-01", "2018/2020" or "unknown"."""
-    return "/".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "unknown"
-
-
-def years_apart(a: Sequence[str], b: Sequence[str]) -> float | None:
-    """Years between the middles of two date ranges (b minus a), None where one is unknown."""
-    if not a or not b:
-        return None
-    return (_decimal(b[0]) + _decimal(b[-1])) / 2 - (_decimal(a[0]) + _decimal(a[-1])) / 2
-
-
-def _decimal(text: str) -> float:
-    match = _DAY.match(text)
-    if match is None:
-        return float("nan")
-    year, month, day = (int(part) if part else None for part in match.groups())
-    return float(year or 0) + (0.5 if month is None else (month - 1 + ((day or 15) - 1) / 31) / 12)
-
-
-def _from_tags(tags: Mapping[str, str]) -> Iterator[str]:
-    for part in tags.get("CANOPY_DATES", tags.get("TIFFTAG_DATETIME", "")).split("/"):
-        match = _DAY.match(part.strip().replace(":", "-", 2))
-        if match:
-            yield "-".join(piece for piece in match.groups() if piece)
-
-
-def _beside(tile: Path, published: str) -> Iterator[str]:
-    """Dates in `../metadata/NAME.geojson` (v1: acq_date) or `../metadata/NAME.tif` (v2: year - 2000)."""
-    stem = tile.name.split(".", 1)[0]
-    for folder in (tile.parent.parent / "metadata", tile.parent):
-        if published == "v1" and (folder / f"{stem}.geojson").is_file():
-            yield from _from_geojson(folder / f"{stem}.geojson")
-            return
-        if published == "v2" and folder != tile.parent and (folder / tile.name).is_file():
-            yield from _from_years(folder / tile.name)
-            return
-
-
-def _from_geojson(path: Path) -> Iterator[str]:
-    try:
-        features = json.loads(path.read_text()).get("features", [])
-    except (OSError, ValueError, AttributeError):
-        return  # a date that cannot be read is an unknown date, not a reason to refuse the heights
-    for feature in features:
-        match = _DAY.match(str((feature.get("properties") or {}).get("acq_date", "")))
-        if match:
-            yield "-".join(piece for piece in match.groups() if piece)
-
-
-def _from_years(path: Path) -> Iterator[str]:
-    try:
-        with open_raster(path, georeferenced=False) as dataset:
-            shape = (min(_SAMPLE_PX, dataset.height), min(_SAMPLE_PX, dataset.width))
-            years = np.unique(dataset.read(1, out_shape=shape))
-    except CanopyError:
-        return
-    for year in years:
-        if 0 < year < 100:
-            yield str(2000 + int(year))
-
+    HeightSource = str | Path | Sequence[str | Path] | xarray.DataArray
 
 SUFFIXES = {".tif", ".tiff", ".vrt"}
 PUBLISHED_ZOOM = {9: "v1", 10: "v2"}
@@ -242,11 +57,30 @@ OPEN_TILES = 8
 # A resampled pixel with more than this share of a masked one is masked (the reader's own tolerance).
 MASK_TOL = 1e-3
 DEFAULT_LEVEL = 0.9
+# Heights beyond these are no trees: an undeclared nodata value, a bird, a pylon.
+LOWEST_M, HIGHEST_M = -50.0, 150.0
+REFERENCE_LOWEST_M, REFERENCE_HIGHEST_M = -3.0, 120.0
+FLOOR_TAGS = ("CANOPY_SENSOR", "LIDAR_SENSOR", "SENSOR")
+# Hashing a file must not take longer than scoring it.
+_HASH_BYTES = 2**30
+_SURVEY_FOOT_M = 1200 / 3937
+METRES_PER_UNIT = {
+    **dict.fromkeys(("", "m", "metre", "metres", "meter", "meters"), 1.0),
+    **dict.fromkeys(("dm", "decimetre", "decimetres", "decimeter", "decimeters"), 0.1),
+    **dict.fromkeys(("cm", "centimetre", "centimetres", "centimeter", "centimeters"), 0.01),
+    **dict.fromkeys(("mm", "millimetre", "millimetres", "millimeter", "millimeters"), 0.001),
+    **dict.fromkeys(("ft", "foot", "feet", "international foot", "international feet"), 0.3048),
+    **dict.fromkeys(
+        ("us survey foot", "us survey feet", "u.s. survey foot", "us_survey_foot", "foot_us", "us foot",
+         "us-ft", "us ft", "ftus", "survey foot"), _SURVEY_FOOT_M,
+    ),
+}  # fmt: skip
+_SAYS_HEIGHT = re.compile(r"(?<![a-z])chm(?![a-z])|canopy[\s_-]*height", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class HeightWindow:
-    """Metres of one product on one grid; arrays (h, w). `lower`, `upper`: its interval, None without one."""
+    """Metres of one map on one grid; arrays (h, w). `lower_m`, `upper_m`: its interval, None without one."""
 
     height_m: np.ndarray
     valid: np.ndarray
@@ -256,13 +90,20 @@ class HeightWindow:
 
 @dataclass(frozen=True)
 class Tile:
-    """One file of a product and what its header says. `mask`: the v1 map's `.tif.msk`."""
+    """One file of a map and what its header says.
+
+    Attributes:
+        bands: 1-based: the height, and its lower and upper bound where there are.
+        scale, offset: what makes metres of each band's numbers. unit: the band's own, "" where not said.
+        mask: the v1 map's `.tif.msk`.
+    """
 
     path: str
     place: SourcePlace
-    bands: tuple[int, ...]  # height, and lower and upper where there are
+    bands: tuple[int, ...]
     scale: tuple[float, ...]
     offset: tuple[float, ...]
+    unit: str
     step_m: float
     published: str | None = None
     mask: str | None = None
@@ -274,24 +115,25 @@ class Tile:
     def outline(self) -> BaseGeometry:
         """Its frame in EPSG:4326."""
         h, w = self.place.height, self.place.width
-        rows, cols = np.array([0, 0, h, h]), np.array([0, w, w, 0])
-        x, y = self.place.xy(rows.astype(float), cols.astype(float))
+        x, y = self.place.xy(np.array([0.0, 0, h, h]), np.array([0.0, w, w, 0]))
         return to_lonlat(Polygon(zip(x, y, strict=True)), self.place.crs)
 
 
-class HeightProduct:
-    """A map to be compared: `read` gives metres on any grid. Use from one thread; close when done.
+class HeightMap:
+    """An open height map; `read` gives metres on any grid. Use from one thread; close when done.
 
     Attributes:
         name: what the user called it, without folders; kind: "map", "tiles", "published v1", "published v2".
         tiles: its files. step_m: what heights are rounded to (0: nothing).
-        level: nominal coverage of its interval bands; None without them.
-        dates: acquisition dates or years, ISO, sorted; empty where unknown.
-        notes: what the user must know.
+        reference: whether maps are judged by it; what that changes is said in `canopy.evaluation.grids`.
+        impossible: pixels read so far whose height is none (beyond -50..150 m); they are invalid.
+        dates: first and last acquisition date or year, ISO; empty where unknown.
     """
 
-    def __init__(self, name: str, tiles: Sequence[Tile], *, nodata: float | None = None) -> None:
-        self.name, self.tiles, self.nodata = name, tuple(tiles), nodata
+    def __init__(
+        self, name: str, tiles: Sequence[Tile], *, nodata: float | None = None, reference: bool = False
+    ) -> None:
+        self.name, self.tiles, self.nodata, self.reference = name, tuple(tiles), nodata, reference
         first = tiles[0]
         self.kind = (
             f"published {first.published}" if first.published else "map" if len(tiles) == 1 else "tiles"
@@ -299,10 +141,12 @@ class HeightProduct:
         self.step_m = max(tile.step_m for tile in tiles)
         self.tags = first.tags
         self.has_interval = all(len(tile.bands) == 3 for tile in tiles)
-        self.dates = map_dates([(tile.path, tile.published, tile.tags) for tile in tiles])
+        self.impossible, self._counting, self._example = 0, True, 0.0
         self._tree = shapely.STRtree([tile.outline for tile in tiles])
         self._open: OrderedDict[str, DatasetReader] = OrderedDict()
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
+    # ---- facts --------------------------------------------------------------------------------
     @property
     def crs(self) -> CRS:
         """CRS of its first file."""
@@ -331,16 +175,47 @@ class HeightProduct:
         return place.grid() if place.is_north_up else None
 
     @cached_property
-    def gsd_m(self) -> float:
-        """Ground sample distance in metres at the centre of its first file."""
-        place = self.tiles[0].place
-        if place.is_north_up:
-            return place.grid().gsd_m
-        return Tilted(place).gsd_m
+    def is_one_lattice(self) -> bool:
+        """Whether the pixels of all files lie on one lattice."""
+        lattice = self.lattice
+        places = [tile.place for tile in self.tiles]
+        return lattice is not None and all(p.is_north_up and p.grid().is_aligned(lattice) for p in places)
 
     @cached_property
+    def gsd_m(self) -> float:
+        """Ground sample distance in metres at the centre of its first file."""
+        if self.lattice is not None:
+            return self.lattice.gsd_m
+        # Rotated or south-up: of a north-up pixel of the same area at the same centre.
+        place = self.tiles[0].place
+        side = abs(place.transform.determinant) ** 0.5
+        x, y = place.xy(place.height / 2, place.width / 2)
+        return Grid.from_bounds((x, y, x + side, y + side), place.crs, side).gsd_m
+
+    @cached_property
+    def dates(self) -> tuple[str, ...]:
+        """See the class."""
+        found: set[str] = set()
+        for tile in self.tiles:
+            found.update(_dates_of(tile))
+        if not found:
+            days = {acquisition_date(tile.tags, tile.path) for tile in self.tiles[:1000]}
+            found = {day.isoformat() for day in days if day}
+        days_sorted = sorted(found)
+        return tuple(dict.fromkeys((days_sorted[0], days_sorted[-1]))) if days_sorted else ()
+
+    @property
+    def floor_m(self) -> float:
+        """Height below which this reference knows nothing, from its tags; 0 where nothing is said."""
+        for name in FLOOR_TAGS:
+            with contextlib.suppress(InputError):  # some other sensor: only NEON's height models have floors
+                if self.tags.get(name):
+                    return sensor_floor(self.tags[name])
+        return 0.0
+
+    @property
     def notes(self) -> tuple[str, ...]:
-        """One sentence each."""
+        """What the user must know, one sentence each; complete when everything has been read."""
         found = []
         if any(tile.published and not tile.says_missing for tile in self.tiles):
             found.append(
@@ -358,17 +233,40 @@ class HeightProduct:
             )
         if self.has_interval and "CANOPY_INTERVAL" not in self.tags:
             found.append(f"{self.name}: its interval bands are taken for a {DEFAULT_LEVEL:.0%} interval")
+        for unit in dict.fromkeys(tile.unit for tile in self.tiles if _metres_per(tile.unit) != 1):
+            found.append(f"{self.name}: its heights are in {unit} and were converted to metres")
+        if self.impossible:
+            found.append(
+                f"{self.name}: {self.impossible:,} pixels have impossible heights (such as "
+                f"{self._example:.6g} m) and count as missing: an undeclared nodata value, or not metres"
+            )
         return tuple(found)
 
-    def read(self, grid: Grid, *, interval: bool = False, resampling: str | None = None) -> HeightWindow:
-        """Heights in metres on `grid` (see `canopy.geo.reading.read_window`); invalid pixels are 0.
+    def facts(self) -> dict[str, Any]:
+        """Plain data for the provenance; no folders."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "files": len(self.tiles),
+            "sha256": known_sha256(self.tiles[0].path) if len(self.tiles) == 1 else None,
+            "crs": str(self.crs),
+            "gsd_m": round(self.gsd_m, 4),
+            "dates": list(self.dates),
+            "tags": {k: v for k, v in sorted(self.tags.items()) if k.startswith("CANOPY_")},
+        }
 
-        Where files overlap the earlier one counts. `interval` reads the bounds too. Raises ImageryError.
+    # ---- pixels -------------------------------------------------------------------------------
+    def read(self, grid: Grid, *, interval: bool = False, resampling: str | None = None) -> HeightWindow:
+        """Heights in metres on `grid`, float32, as `canopy.geo.reading.read_window` resamples them.
+
+        Invalid pixels are 0. Where files overlap the earlier one counts. `interval` reads the bounds too.
+        Raises ImageryError.
         """
         bands = 3 if interval and self.has_interval else 1
         values = np.zeros((bands, *grid.shape), np.float32)
         valid = np.zeros(grid.shape, bool)
-        for index in sorted(self._tree.query(grid.outline(), predicate="intersects")):
+        near = range(1) if len(self.tiles) == 1 else sorted(self._tree.query(grid.outline(), "intersects"))
+        for index in near:
             got, good = self._read_tile(self.tiles[index], grid, bands, resampling)
             new = good & ~valid
             values[:, new] = got[:, new]
@@ -378,22 +276,44 @@ class HeightProduct:
         bounds = (values[1], values[2]) if bands == 3 else (None, None)
         return HeightWindow(values[0], valid, *bounds)
 
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Reads in here do not add to `impossible`: of pixels that are read once more for scoring."""
+        self._counting = False
+        try:
+            yield
+        finally:
+            self._counting = True
+
     def _read_tile(
         self, tile: Tile, grid: Grid, bands: int, resampling: str | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        nodata = NOT_A_HEIGHT if tile.published and self.nodata is None else self.nodata
-        dataset = self._dataset(tile.path)
-        values, valid = read_window(dataset, grid, tile.bands[:bands], resampling=resampling, nodata=nodata)
-        for band in range(bands):
-            if tile.scale[band] != 1 or tile.offset[band] != 0:
-                values[band] = np.where(valid, values[band] * tile.scale[band] + tile.offset[band], 0)
-        if tile.published and self.nodata is None:
-            own = dataset.nodatavals[tile.bands[0] - 1]
-            if own is not None and own != NOT_A_HEIGHT:
-                valid &= read_window(dataset, grid, tile.bands[:1], resampling=resampling)[1]
+        def metres(raw: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            """Source pixels before any resampling, so that what is no height never bleeds into one."""
+            values = raw.astype(np.float32)
+            for band, layer in enumerate(values):
+                if tile.scale[band] != 1 or tile.offset[band] != 0:
+                    layer *= np.float32(tile.scale[band])
+                    layer += np.float32(tile.offset[band])
+            if tile.published and self.nodata is None:
+                valid = valid & (raw[0] != NOT_A_HEIGHT)
+            sane = (values[0] >= LOWEST_M) & (values[0] <= HIGHEST_M)
+            self.note_impossible(values[0], valid & ~sane)
+            return values, valid & sane
+
+        values, valid = read_window(
+            self._dataset(tile.path), grid, tile.bands[:bands], resampling=resampling, nodata=self.nodata,
+            decode=metres,
+        )  # fmt: skip
         if tile.mask is not None:
             valid &= self._not_masked(tile, grid)
         return values, valid
+
+    def note_impossible(self, height_m: np.ndarray, strange: np.ndarray) -> None:
+        """Count pixels (h, w) that are left out for their height."""
+        if self._counting and strange.any():
+            self.impossible += int(np.count_nonzero(strange))
+            self._example = float(height_m[strange][0])
 
     def _not_masked(self, tile: Tile, grid: Grid) -> np.ndarray:
         """Where the v1 mask says valid; it lies on its tile's own pixels, georeferenced or not."""
@@ -411,11 +331,13 @@ class HeightProduct:
         return dataset
 
     def close(self) -> None:
-        """Close its files; a later `read` opens them anew."""
+        """Close its files; a later `read` opens them anew, but for arrays, which are gone."""
         while self._open:
             self._open.popitem()[1].close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
-    def __enter__(self) -> HeightProduct:
+    def __enter__(self) -> HeightMap:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -438,48 +360,76 @@ class _Placed:
         return getattr(self._dataset, name)
 
 
-@dataclass(frozen=True)
-class Tilted:
-    """Ground metres per pixel of a rotated or south-up file."""
-
-    place: SourcePlace
-
-    @property
-    def gsd_m(self) -> float:
-        """From a north-up grid of the same pixel area at the same centre."""
-        side = abs(self.place.transform.determinant) ** 0.5
-        x, y = self.place.xy(self.place.height / 2, self.place.width / 2)
-        return Grid.from_bounds((x, y, x + side, y + side), self.place.crs, side).gsd_m
-
-
-def open_product(name: str | Path | Sequence[str | Path], *, nodata: float | None = None) -> HeightProduct:
+# ---- opening --------------------------------------------------------------------------------------
+def open_heights(
+    source: HeightSource,
+    *,
+    nodata: float | None = None,
+    band: int | str | None = None,
+    reference: bool = False,
+) -> HeightMap:
     """Open a height map.
 
     Args:
-        name: a GeoTIFF, COG or VRT (path or http URL); a folder of tiles (`DIR/chm`, `DIR/tiles` or DIR
-            itself); a text file with one path per line; or a sequence of files.
+        source: a GeoTIFF, COG or VRT (path or http URL); a folder of tiles (`DIR/chm`, `DIR/tiles` or DIR
+            itself); a text file with one path per line; a sequence of files; or an xarray DataArray with
+            dimensions (y, x) or (band, y, x) and a CRS (`.rio.crs`).
         nodata: value that means missing, in place of what the files and the rules above say.
+        band: number (from 1) or name of the height's band; by default the only one, or the only one that says
+            canopy height or CHM.
+        reference: maps are judged by it; see `HeightMap`.
 
     Raises ImageryError for what cannot be read as a height map, naming the file.
     """
-    paths = _paths_of(name)
-    tiles = [_open_tile(path) for path in paths]
-    published = {tile.published for tile in tiles}
-    if len(published) > 1:
-        odd = next(t for t in tiles if t.published != tiles[0].published)
+    if not isinstance(source, str | Path | Sequence):
+        folder = tempfile.TemporaryDirectory(prefix="canopy-array-")
+        try:
+            made = HeightMap(
+                str(source.name or "array"), [_open_tile(_array_file(source, folder.name), band)],
+                nodata=nodata, reference=reference,
+            )  # fmt: skip
+        except BaseException:
+            folder.cleanup()
+            raise
+        made._scratch = folder
+        return made
+    tiles = [_open_tile(path, band) for path in _paths_of(source)]
+    odd = next((tile for tile in tiles if tile.published != tiles[0].published), None)
+    if odd is not None:
         raise ImageryError("tiles of different products in one folder", where=public_name(odd.path))
-    return HeightProduct(_label(name), tiles, nodata=nodata)
+    return HeightMap(_label(source), tiles, nodata=nodata, reference=reference)
+
+
+def _array_file(array: xarray.DataArray, folder: str) -> str:
+    """A DataArray as a GeoTIFF, chunk by chunk, so that arrays and files are read by one rule."""
+    import rioxarray  # noqa: F401  (registers the .rio accessor)
+
+    where = f"the array {array.name}" if array.name else "the array"
+    try:
+        crs, _ = array.rio.crs, array.rio.shape
+    except Exception as error:  # rioxarray has several kinds for missing dimensions
+        raise ImageryError(
+            f"dimensions {', '.join(map(str, array.dims))}", where=where, expected="(y, x) or (band, y, x)"
+        ) from error
+    if crs is None:
+        raise ImageryError(
+            "no coordinate reference system", where=where,
+            remedy='name it with array.rio.write_crs("EPSG:32618"), or whichever it is',
+        )  # fmt: skip
+    if "band" in array.coords and array["band"].dtype.kind in "UO":  # of canopy.predict: bands by name
+        bands = np.atleast_1d(array["band"].values)
+        array = array.drop_vars("band").assign_attrs(long_name=tuple(map(str, bands)))
+    path = str(Path(folder) / "array.tif")
+    array.rio.to_raster(path, windowed=True, tiled=True, blockxsize=256, blockysize=256, BIGTIFF="IF_SAFER")
+    return path
 
 
 def _label(name: str | Path | Sequence[str | Path]) -> str:
     """The last part of a path: reports leave the machine, folders do not."""
-    if not isinstance(name, str | Path):
-        return (
-            f"{Path(str(name[0])).name} and {len(name) - 1} more"
-            if len(name) > 1
-            else Path(str(name[0])).name
-        )
-    return Path(public_name(name).rstrip("/")).name
+    if isinstance(name, str | Path):
+        return Path(public_name(name).rstrip("/")).name
+    first = Path(str(name[0])).name
+    return f"{first} and {len(name) - 1} more" if len(name) > 1 else first
 
 
 def _paths_of(name: str | Path | Sequence[str | Path]) -> list[str]:
@@ -512,35 +462,79 @@ def _paths_of(name: str | Path | Sequence[str | Path]) -> list[str]:
     return [line if is_url(line) or Path(line).is_absolute() else str(path.parent / line) for line in listed]
 
 
-def _open_tile(path: str) -> Tile:
+def _open_tile(path: str, band: int | str | None) -> Tile:
     with open_raster(path) as dataset:
         place = SourcePlace.of(dataset)
-        bands = _height_bands(dataset, path)
+        bands = _height_bands(dataset, path, band)
         published = _published_as(dataset, path, place)
+        unit = (dataset.units[bands[0] - 1] or "").strip()
+        metres = _metres_per(unit)
+        if metres is None:
+            raise ImageryError(
+                f"heights in {unit!r}", where=public_name(path),
+                expected="metres, decimetres, centimetres, feet or US survey feet",
+                remedy="write the band's true unit into the file",
+            )  # fmt: skip
         integer = np.dtype(dataset.dtypes[bands[0] - 1]).kind in "iu"
-        scale = tuple(float(dataset.scales[b - 1]) for b in bands)
+        scale = tuple(float(dataset.scales[b - 1]) * metres for b in bands)
         mask = _mask_file(path) if published == "v1" else None
-        flags = dataset.mask_flag_enums[bands[0] - 1]
         return Tile(
-            path, place, bands, scale, tuple(float(dataset.offsets[b - 1]) for b in bands),
+            path, place, bands, scale, tuple(float(dataset.offsets[b - 1]) * metres for b in bands), unit,
             step_m=abs(scale[0]) if integer else 0.0, published=published, mask=mask,
-            says_missing=mask is not None or MaskFlags.all_valid not in flags,
+            says_missing=mask is not None or MaskFlags.all_valid not in dataset.mask_flag_enums[bands[0] - 1],
             zero_is_missing=dataset.nodatavals[bands[0] - 1] == 0, tags=dict(dataset.tags()),
         )  # fmt: skip
 
 
-def _height_bands(dataset: DatasetReader, path: str) -> tuple[int, ...]:
-    """The height's band, and those of its interval: by description, else the only band there is."""
-    names = {name: index for index, name in enumerate(dataset.descriptions, 1) if name}
-    colours = set(dataset.colorinterp)
-    if "canopy_height" not in names and {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= colours:
+def _metres_per(unit: str) -> float | None:
+    return METRES_PER_UNIT.get(" ".join(unit.lower().split()))
+
+
+def _height_bands(dataset: DatasetReader, path: str, wanted: int | str | None) -> tuple[int, ...]:
+    """The height's band, and those of its interval: as asked for, else by description, else the only one."""
+    names = [(text or "").strip() for text in dataset.descriptions]
+    usable = [i for i, colour in enumerate(dataset.colorinterp, 1) if colour != ColorInterp.alpha]
+    if wanted is not None:
+        height = _wanted_band(names, wanted, path)
+    elif "canopy_height" in names:
+        height = names.index("canopy_height") + 1
+    elif {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= set(dataset.colorinterp):
         raise ImageryError(
             "a colour image", where=public_name(path), expected="a canopy height map in metres"
         )
-    height = names.get("canopy_height", 1)
-    if "height_lower" in names and "height_upper" in names:
-        return height, names["height_lower"], names["height_upper"]
-    return (height,)
+    elif len(usable) == 1:
+        height = usable[0]
+    else:
+        telling = [i for i in usable if _SAYS_HEIGHT.search(names[i - 1])]
+        if len(telling) != 1:
+            raise ImageryError(
+                f"holds {len(names)} bands ({_listed(names)})", where=public_name(path),
+                expected="one band, or one that says canopy height or CHM",
+                remedy="name the height's with --band NUMBER or --band NAME",
+            )  # fmt: skip
+        height = telling[0]
+    bounds = {"height_lower", "height_upper"} <= set(names) and names[height - 1] == "canopy_height"
+    if not bounds:
+        return (height,)
+    return height, names.index("height_lower") + 1, names.index("height_upper") + 1
+
+
+def _wanted_band(names: Sequence[str], wanted: int | str, path: str) -> int:
+    """Number of the band that was asked for by number or name."""
+    text = str(wanted).strip()
+    found = [i for i, name in enumerate(names, 1) if name and name.lower() == text.lower()]
+    if not found and text.isdecimal() and 1 <= int(text) <= len(names):
+        found = [int(text)]
+    if len(found) != 1:
+        raise ImageryError(
+            f"no band {text!r}", where=public_name(path), expected=f"--band with one of {_listed(names)}"
+        )
+    return found[0]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [f"{i} {name}".strip() for i, name in enumerate(names, 1)]
+    return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
 
 
 def _published_as(dataset: DatasetReader, path: str, place: SourcePlace) -> str | None:
@@ -551,8 +545,7 @@ def _published_as(dataset: DatasetReader, path: str, place: SourcePlace) -> str 
     if not place.is_north_up:
         return None
     bounds, there = quadkey_bounds(stem), place.grid().bounds
-    pixel = place.transform.a
-    near = all(abs(a - b) <= 2 * pixel for a, b in zip(bounds, there, strict=True))
+    near = all(abs(a - b) <= 2 * place.transform.a for a, b in zip(bounds, there, strict=True))
     return PUBLISHED_ZOOM[len(stem)] if near else None
 
 
@@ -561,335 +554,70 @@ def _mask_file(path: str) -> str | None:
     if is_url(path):
         return None
     tile = Path(path)
-    for folder in (tile.parent, tile.parent.parent / "msk"):
-        if (folder / f"{tile.name}.msk").is_file():
-            return str(folder / f"{tile.name}.msk")
-    return None
+    places = (folder / f"{tile.name}.msk" for folder in (tile.parent, tile.parent.parent / "msk"))
+    return next((str(place) for place in places if place.is_file()), None)
 
 
-def check_overlap(a: HeightProduct, b: HeightProduct) -> BaseGeometry:
-    """The ground both maps frame, EPSG:4326. Raises InputError when there is none."""
-    shared = a.outline.intersection(b.outline)
-    if shared.area == 0:
-        raise InputError(
-            "the two maps do not overlap", where=f"{a.name}, {b.name}", expected="maps of one place"
-        )
-    return shared
-
-
-MIN_VALID_SHARE = 0.5
-# Source pixels held at once, per side: memory does not grow with the ratio of the two grids.
-_SOURCE_PX = 3072
-
-
-class Read(Protocol):
-    """Layers (bands, h, w) and valid (h, w) of a source on a grid."""
-
-    def __call__(self, window: Grid, resampling: str | None = None) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-def read_stat(product: HeightProduct, grid: Grid, stat: str) -> tuple[np.ndarray, np.ndarray]:
-    """A product's heights on `grid` by the rules above.
-
-    Returns:
-        metres float64 (h, w), 0 where not valid; valid bool (h, w).
-    """
-    return _read(product, grid, stat, lambda window: (window.height_m[None], window.valid))
-
-
-def read_mean_bounds(product: HeightProduct, grid: Grid) -> tuple[np.ndarray, np.ndarray] | None:
-    """Means of the ends of a map's interval, float64 (h, w), NaN where unknown; None for a map without."""
-    if not product.has_interval:
+def known_sha256(path: object) -> str | None:
+    """Of a local file up to 1 GiB; None for others, and for what is no file."""
+    if not isinstance(path, str | Path) or is_url(path) or not Path(path).is_file():
         return None
-
-    def ends(window: HeightWindow) -> tuple[np.ndarray, np.ndarray]:
-        assert window.lower_m is not None and window.upper_m is not None  # it was asked for
-        return np.stack([window.lower_m, window.upper_m]), window.valid
-
-    values, valid = _layers(product, grid, "mean", ends, interval=True)
-    low, high = np.where(valid, values, np.nan)
-    return low, high
+    return None if Path(path).stat().st_size > _HASH_BYTES else file_sha256(path)
 
 
-Layers = Callable[[HeightWindow], tuple[np.ndarray, np.ndarray]]
+# ---- dates ----------------------------------------------------------------------------------------
+_DAY = re.compile(r"(\d{4})-?(\d\d)?-?(\d\d)?")
+# v2's date rasters hold years since 2000; a sample of them tells the span.
+_SAMPLE_PX = 512
 
 
-def _read(product: HeightProduct, grid: Grid, stat: str, layers: Layers) -> tuple[np.ndarray, np.ndarray]:
-    values, valid = _layers(product, grid, stat, layers, interval=False)
-    return values[0], valid
+def dates_text(dates: Sequence[str]) -> str:
+    """ "2019-06-01", "2018/2020" or "unknown"."""
+    return "/".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "unknown"
 
 
-def _layers(
-    product: HeightProduct, grid: Grid, stat: str, layers: Layers, interval: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values float64 (bands, h, w) and valid (h, w)."""
-
-    def read(window: Grid, resampling: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        return layers(product.read(window, interval=interval, resampling=resampling))
-
-    ratio = lattice_ratio(product.tiles[0].place, grid) if _on_one_lattice(product) else None
-    if ratio == 1:
-        values, valid = read(grid)
-    elif stat != "mean":
-        n = ratio or max(2, math.ceil(2 * grid.gsd_m / product.gsd_m - 1e-3))
-        return _in_parts(grid, n, lambda part: _of_points(read, part, stat, n))
-    elif product.lattice is not None and product.lattice.crs == grid.crs and _on_one_lattice(product):
-        lattice = product.lattice
-        shrink = max(a / b for a, b in zip(grid.pixel, lattice.pixel, strict=True))
-        return _in_parts(grid, shrink, lambda part: _area_mean(read, lattice, part))
-    else:
-        values, valid = read(grid)
-    return values.astype(np.float64), valid
-
-
-def _on_one_lattice(product: HeightProduct) -> bool:
-    lattice = product.lattice
-    places = [tile.place for tile in product.tiles]
-    return lattice is not None and all(p.is_north_up and p.grid().is_aligned(lattice) for p in places)
-
-
-def _in_parts(
-    grid: Grid, shrink: float, read: Callable[[Grid], tuple[np.ndarray, np.ndarray]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read a grid in parts whose source stays small."""
-    step = max(8, int(_SOURCE_PX / max(shrink, 1)))
-    rows = []
-    for top in range(0, grid.height, step):
-        line = [
-            read(grid.window(top, left, min(step, grid.height - top), min(step, grid.width - left)))
-            for left in range(0, grid.width, step)
-        ]
-        rows.append([np.concatenate(parts, axis=-1) for parts in zip(*line, strict=True)])
-    values, valid = (np.concatenate(parts, axis=-2) for parts in zip(*rows, strict=True))
-    return values, valid
-
-
-# ---- the mean over an area ------------------------------------------------------------------------
-def _area_mean(read: Read, own: Grid, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Exactly area-weighted mean; both grids are north-up in one CRS, so the weights are separable."""
-    (top, left), (bottom, right) = own.rowcol(*grid.xy(0, 0)), own.rowcol(*grid.xy(*grid.shape))
-    r0, c0, r1, c1 = math.floor(top), math.floor(left), math.ceil(bottom), math.ceil(right)
-    values, valid = read(own.window(r0, c0, r1 - r0, c1 - c0))
-    down = _weights(top - r0, (bottom - top) / grid.height, grid.height, r1 - r0)
-    across = _weights(left - c0, (right - left) / grid.width, grid.width, c1 - c0)
-
-    def pool(layer: np.ndarray) -> np.ndarray:
-        return np.asarray((across @ (down @ layer).T).T)
-
-    share = pool(valid.astype(np.float64))
-    good = share >= MIN_VALID_SHARE - 1e-9
-    known = np.where(valid, values, 0).astype(np.float64)
-    means = [np.where(good, pool(band) / np.maximum(share, 1e-12), 0) for band in known]
-    return np.stack(means), good
-
-
-def _weights(start: float, step: float, cells: int, pixels: int) -> sparse.csr_array:
-    """Share (cells, pixels) of cell i, start + i step to start + (i + 1) step, that pixel j covers."""
-    low = start + step * np.arange(cells)
-    reach = math.ceil(step) + 1
-    j = np.floor(low).astype(np.int64)[:, None] + np.arange(reach + 1)
-    length = np.minimum(low[:, None] + step, j + 1) - np.maximum(low[:, None], j)
-    i = np.broadcast_to(np.arange(cells)[:, None], j.shape)
-    keep = (length > 1e-12) & (j >= 0) & (j < pixels)
-    return sparse.csr_array((length[keep] / step, (i[keep], j[keep])), shape=(cells, pixels))
-
-
-# ---- highest and percentiles ----------------------------------------------------------------------
-def _of_points(read: Read, grid: Grid, stat: str, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Statistic of n x n points per pixel, each the source pixel it lies in."""
-    px, py = (side / n for side in grid.pixel)
-    x, y = grid.xy(0, 0)
-    h, w = grid.shape
-    fine = Grid.of(grid.crs, Affine(px, 0, x, 0, -py, y), (h * n, w * n))
-    values, valid = read(fine, "nearest")
-
-    def cells(layer: np.ndarray) -> np.ndarray:
-        return layer.reshape(h, n, w, n).swapaxes(1, 2).reshape(h, w, n * n)
-
-    known = cells(valid)
-    count = known.sum(axis=-1)
-    good = count >= max(1, MIN_VALID_SHARE * n * n)
-    layers = [statistic_of(cells(band), known, percent_of(stat)) for band in values]
-    return np.where(good, np.stack(layers), 0).astype(np.float64), good
-
-
-# Heights beyond these are no trees: an undeclared nodata value, a bird, a pylon.
-LOWEST_M, HIGHEST_M = -50.0, 150.0
-REFERENCE_LOWEST_M, REFERENCE_HIGHEST_M = -3.0, 120.0
-FLOOR_TAGS = ("CANOPY_SENSOR", "LIDAR_SENSOR", "SENSOR")
-# Hashing a file must not take longer than scoring it.
-_HASH_BYTES = 2**30
-
-
-class HeightSide:
-    """An open product, read as the judge reads it.
-
-    A reference's heights are clamped at 0 and must lie in -3..120 m; a map's are taken as they are, within
-    -50..150 m. What lies beyond is left out and counted in `strange`.
-    """
-
-    def __init__(self, product: HeightProduct, *, reference: bool) -> None:
-        self.product, self.reference, self.strange = product, reference, 0
-
-    @classmethod
-    def open(cls, path: Any, *, reference: bool = False, nodata: float | None = None) -> HeightSide:
-        """Open a file, a folder or list of tiles, or a published map; see `open_product` for the errors."""
-        return cls(open_product(path, nodata=nodata), reference=reference)
-
-    def read(self, grid: Grid, stat: str) -> tuple[np.ndarray, np.ndarray]:
-        """Heights on a grid: float64 (h, w) metres, 0 where not valid; valid (h, w). See `read_stat`."""
-        heights, valid = read_stat(self.product, grid, stat)
-        low, high = (REFERENCE_LOWEST_M, REFERENCE_HIGHEST_M) if self.reference else (LOWEST_M, HIGHEST_M)
-        sane = (heights >= low) & (heights <= high)
-        self.strange += int(np.count_nonzero(valid & ~sane))
-        valid = valid & sane
-        return np.where(valid, np.maximum(heights, 0) if self.reference else heights, 0), valid
-
-    def read_bounds(self, grid: Grid) -> tuple[np.ndarray, np.ndarray] | None:
-        """Lower and upper end of the map's interval (h, w), NaN where unknown; None without such bands."""
-        return read_mean_bounds(self.product, grid)
-
-    @property
-    def dates(self) -> tuple[str, ...]:
-        """First and last date it shows, ISO (years where only these are known); empty where unknown."""
-        if self.product.dates:
-            return self.product.dates
-        days = {acquisition_date(tile.tags, tile.path) for tile in self.product.tiles[:1000]}
-        known = sorted(day.isoformat() for day in days if day)
-        return tuple(dict.fromkeys((known[0], known[-1]))) if known else ()
-
-    @property
-    def floor_m(self) -> float:
-        """Height below which this reference knows nothing, from its tags; 0 where nothing is said."""
-        for name in FLOOR_TAGS:
-            if self.product.tags.get(name):
-                try:
-                    return sensor_floor(self.product.tags[name])
-                except InputError:
-                    continue  # some other sensor: only NEON's height models have floors
-        return 0.0
-
-    def facts(self) -> dict[str, Any]:
-        """Plain data for the provenance; no folders."""
-        product = self.product
-        return {
-            "name": product.name,
-            "kind": product.kind,
-            "files": len(product.tiles),
-            "sha256": known_sha256(product.tiles[0].path) if len(product.tiles) == 1 else None,
-            "crs": str(product.crs),
-            "gsd_m": round(product.gsd_m, 4),
-            "dates": list(self.dates),
-            "tags": {k: v for k, v in sorted(product.tags.items()) if k.startswith("CANOPY_")},
-        }
-
-    def close(self) -> None:
-        """Close its files."""
-        self.product.close()
-
-    def __enter__(self) -> HeightSide:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def known_sha256(path: str | Path) -> str | None:
-    """Of a local file up to 1 GiB; None for others."""
-    if is_url(path) or not Path(path).is_file() or Path(path).stat().st_size > _HASH_BYTES:
+def years_apart(a: Sequence[str], b: Sequence[str]) -> float | None:
+    """Years between the middles of two date ranges (b minus a), None where one is unknown."""
+    if not a or not b:
         return None
-    return file_sha256(path)
+    return (_decimal(b[0]) + _decimal(b[-1])) / 2 - (_decimal(a[0]) + _decimal(a[-1])) / 2
 
 
-TILE_PX = 1024
-# Pixel sizes that differ by less than this share count as one.
-SAME_GSD = 0.01
+def _decimal(text: str) -> float:
+    match = _DAY.match(text)
+    if match is None:
+        return float("nan")
+    year, month, day = (int(part) if part else None for part in match.groups())
+    return float(year or 0) + (0.5 if month is None else (month - 1 + ((day or 15) - 1) / 31) / 12)
 
 
-@dataclass(frozen=True)
-class PairWindow:
-    """A window of the common grid: both maps, where both are valid (h, w), and ground area per pixel (h, w)
-    in m2.
+def _iso(text: str) -> Iterator[str]:
+    """A date, month or year out of the ways that tags write them; nothing where there is none."""
+    match = _DAY.match(text.strip().replace(":", "-", 2))
+    if match:
+        yield "-".join(piece for piece in match.groups() if piece)
+
+
+def _dates_of(tile: Tile) -> Iterator[str]:
+    """Dates in a file's tags, and in what lies beside a published tile.
+
+    `../metadata/NAME.geojson` (v1: acq_date) or `../metadata/NAME.tif` (v2: year - 2000). A date that cannot
+    be read is an unknown date, not a reason to refuse the heights.
     """
-
-    row: int
-    col: int
-    grid: Grid
-    a: HeightWindow
-    b: HeightWindow
-    valid: np.ndarray
-    area_m2: np.ndarray
-
-
-def common_grid(
-    a: HeightProduct, b: HeightProduct, area: AOI | None = None, gsd: float | None = None
-) -> Grid:
-    """The coarser map's own pixels over the ground both frame (A's where they are equally fine).
-
-    A finer map is averaged onto them (`read_window`: area-weighted mean, a pixel is valid where all that
-    enters it
-    is). `gsd`: pixels of that many metres in the area's UTM zone instead; also used, with the coarser side's
-    gsd, where that map is rotated or south-up.
-
-    Raises InputError when the maps, or they and `area`, do not overlap.
-    """
-    shared = check_overlap(a, b)
-    if area is not None:
-        shared = shared.intersection(area.lonlat)
-        if shared.area == 0:
-            raise InputError("the area is outside the maps", where=area.describe())
-    aoi = AOI(shared, to_crs("EPSG:4326"), False)
-    coarse, fine = (b, a) if b.gsd_m > a.gsd_m * (1 + SAME_GSD) else (a, b)
-    if gsd is not None:
-        if not (math.isfinite(gsd) and 0 < gsd <= 10_000):
-            raise ConfigError(
-                f"{gsd:g} is no ground sample distance", where="--gsd", expected="metres, above 0"
-            )
-        return aoi.grid(aoi.output_crs(), gsd)
-    lattice = coarse.lattice
-    if lattice is None:
-        other = fine.lattice
-        if other is None or abs(fine.gsd_m / coarse.gsd_m - 1) > SAME_GSD:
-            return aoi.grid(aoi.output_crs(), coarse.gsd_m)
-        lattice = other
-    return _part_of(lattice, aoi)
-
-
-def own_grid(product: HeightProduct) -> Grid:
-    """A map's own pixels; for a rotated map, pixels of its size in its UTM zone."""
-    if product.lattice is not None:
-        return product.lattice
-    aoi = AOI(product.outline, to_crs("EPSG:4326"), False)
-    return aoi.grid(aoi.output_crs(), product.gsd_m)
-
-
-def _part_of(lattice: Grid, aoi: AOI) -> Grid:
-    """The smallest window of a lattice whose pixel centres can lie in the area."""
-    # A hair of tolerance: an area that is this lattice's own frame must not gain a row by rounding.
-    return lattice.window_over(aoi.to_crs(lattice.crs).geometry.bounds, slack_px=1e-3)
-
-
-def pair_windows(
-    a: HeightProduct,
-    b: HeightProduct,
-    grid: Grid,
-    *,
-    area: AOI | None = None,
-    interval: bool = False,
-    progress: Progress | None = None,
-) -> Iterator[PairWindow]:
-    """Walk the common grid in windows of about 1000 px: memory does not depend on the maps' size."""
-    progress = progress or NoProgress()
-    tiles = tiles_over(grid, TILE_PX)
-    progress.start(len(tiles), "comparing")
-    # Of the whole grid, so that a pixel's area does not depend on the window it is met in.
-    row_areas = pixel_areas_m2(grid)
-    for tile in tiles:
-        row, col = grid.offset_of(tile.core)
-        one, two = a.read(tile.core, interval=interval), b.read(tile.core, interval=interval)
-        valid = one.valid & two.valid
-        if area is not None and not area.is_box:
-            valid &= area.mask(tile.core)
-        areas = np.broadcast_to(row_areas[row : row + tile.core.height, None], valid.shape)
-        yield PairWindow(row, col, tile.core, one, two, valid, areas)
-        progress.advance()
+    for part in tile.tags.get("CANOPY_DATES", tile.tags.get("TIFFTAG_DATETIME", "")).split("/"):
+        yield from _iso(part)
+    if not tile.published or is_url(tile.path):
+        return
+    path = Path(tile.path)
+    metadata = path.parent.parent / "metadata"
+    if tile.published == "v1":
+        for folder in (metadata, path.parent):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                text = (folder / f"{path.name.split('.', 1)[0]}.geojson").read_text()
+                for feature in json.loads(text).get("features", []):
+                    yield from _iso(str((feature.get("properties") or {}).get("acq_date", "")))
+                return
+    elif (metadata / path.name).is_file():
+        with contextlib.suppress(CanopyError), open_raster(metadata / path.name, georeferenced=False) as file:
+            years = file.read(1, out_shape=(min(_SAMPLE_PX, file.height), min(_SAMPLE_PX, file.width)))
+            yield from (str(2000 + int(year)) for year in np.unique(years) if 0 < year < 100)

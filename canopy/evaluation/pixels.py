@@ -1,141 +1,193 @@
-"""How far a height map lies from its reference, measured on the heights themselves.
+"""Maps against height rasters, window by window: memory does not grow with the rasters.
 
-Both sides are cut into windows, reduced to structures of crown size (a difference of Gaussians, holes filled
-with the local mean), and correlated for all displacements at once by Fourier transform. The surfaces of all
-windows are added; their highest point, refined by a parabola through its neighbours, is the displacement.
-A displacement is only acted upon (`sure`) when the structures correlate there and the windows agree.
-
-Judging maps by height rasters, window by window: memory does not grow with the rasters.
+`Tally` adds up windows of pixels, or samples, over the spatial blocks that the bootstrap resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 from affine import Affine
-from scipy import fft, ndimage
 
-from canopy.chips.register import peak_of
+from canopy import metrics
+from canopy.chips.register import LIMIT_M, ShiftMeter
 from canopy.errors import InputError
-from canopy.evaluation.maps import SAME_GSD, BlockSums, HeightSide, common_grid, preview_side
-from canopy.evaluation.scores import BOUNDED, Bootstrap, MapShift, Preview, Tally, Window
-from canopy.evaluation.strata import BlockLayout, Stratifier
-from canopy.evaluation.tables import pixel_metres
+from canopy.evaluation.grids import SAME_GSD, BlockSums, common_grid, pixel_metres, read_on
+from canopy.evaluation.maps import HeightMap
+from canopy.evaluation.scores import (
+    BOUNDED,
+    HIST_BINS,
+    HIST_STEP_M,
+    Bootstrap,
+    JointHistogram,
+    MapShift,
+    Preview,
+    Scores,
+    Scoring,
+)
+from canopy.evaluation.strata import BlockLayout, Stratifier, cells_of
 from canopy.geo.grid import Grid
-from canopy.metrics import BLOCK_PX
+from canopy.metrics import BLOCK_PX, COLUMN, FIELDS, HeightCounts
 from canopy.runtime import NoProgress, Progress
 
-LIMIT_M = 10.0
-LEAST_FIT = 0.2
-_FINE_PX, _COARSE_PX = 0.7, 6.0
-_LEAST_VALID = 0.3
-_LEAST_SIDE_PX = 24
+MOST_STRATA = 100
+JOINT_EDGES_M = np.arange(0, 80.25, 0.5)
+# Codes (h, w) or (n,), -1 for none, and the names of the codes so far.
+Codes = Mapping[str, tuple[np.ndarray, Sequence[str]]]
 
 
-class ShiftMeter:
-    """Takes windows of both sides, then tells the displacement.
+# ---- sums -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Window:
+    """Matched pixels of a window; arrays (h, w), `margin` ones (h + 2, w + 2): a pixel more on every side.
 
-    Args:
-        pixel_m: ground metres per pixel, (x, y).
-        limit_m: largest displacement looked for, at least two pixels.
+    Attributes:
+        margin_map_m, margin_reference_m, margin_valid: metres, and True where both are known.
+        block: local block of each pixel; blocks: number of each local block.
+        bounds_m: lower and upper end of the map's interval (h, w), NaN where unknown.
     """
 
-    def __init__(self, pixel_m: tuple[float, float], limit_m: float = LIMIT_M) -> None:
-        self.pixel_m = pixel_m
-        self.reach = tuple(max(2, int(np.ceil(limit_m / side))) for side in pixel_m)  # (x, y)
-        rows, cols = 2 * self.reach[1] + 1, 2 * self.reach[0] + 1
-        self._surface = np.zeros((rows, cols))
-        self._power = np.zeros(2)
-        self._peaks: list[tuple[float, float]] = []
+    margin_map_m: np.ndarray
+    margin_reference_m: np.ndarray
+    margin_valid: np.ndarray
+    block: np.ndarray
+    blocks: np.ndarray
+    bounds_m: tuple[np.ndarray, np.ndarray] | None = None
 
-    def add(self, map_m: np.ndarray, reference_m: np.ndarray, valid: np.ndarray) -> bool:
-        """Add a window (h, w) of heights on one grid; False where it tells nothing (small, empty, flat)."""
-        if min(valid.shape) < max(_LEAST_SIDE_PX, 2 * max(self.reach)) or valid.mean() < _LEAST_VALID:
-            return False
-        p, r = (_structure(x, valid) for x in (map_m, reference_m))
-        power = (p**2).sum(), (r**2).sum()
-        if min(power) < 1e-6 * p.size:
-            return False
-        surface = _correlate(p, r, self.reach)
-        self._surface += surface
-        self._power += power
-        dy, dx, _ = peak_of(surface)
-        self._peaks.append((dx * self.pixel_m[0], dy * self.pixel_m[1]))
-        return True
+    @property
+    def map_m(self) -> np.ndarray:
+        return self.margin_map_m[1:-1, 1:-1]
 
-    def result(self) -> MapShift | None:
-        """The displacement; None where no window told anything."""
-        if not self._peaks:
-            return None
-        fit = self._surface / np.sqrt(self._power[0] * self._power[1])
-        dy, dx, best = peak_of(fit)
-        east, north = dx * self.pixel_m[0], -dy * self.pixel_m[1]
-        spread = None
-        if len(self._peaks) > 1:
-            away = np.hypot(*(np.array(self._peaks) - (east, -north)).T)
-            spread = float(np.median(away))
-        at_zero = float(fit[self.reach[1], self.reach[0]])
-        note = self._doubt(best, dx, dy, spread)
-        return MapShift(
-            round(east, 3) + 0.0, round(north, 3) + 0.0, round(best, 4), round(at_zero, 4),
-            None if spread is None else round(spread, 3), len(self._peaks), note is None, note,
-        )  # fmt: skip
+    @property
+    def reference_m(self) -> np.ndarray:
+        return self.margin_reference_m[1:-1, 1:-1]
 
-    def _doubt(self, fit: float, dx: float, dy: float, spread: float | None) -> str | None:
-        """Why the displacement may not be acted upon; None where it may."""
-        if fit < LEAST_FIT:
-            return f"the structures of map and reference hardly correlate ({fit:.2f}, needed {LEAST_FIT})"
-        if abs(dx) > self.reach[0] - 0.5 or abs(dy) > self.reach[1] - 0.5:
-            return f"at the edge of what was searched ({LIMIT_M:g} m)"
-        coarse = max(self.pixel_m)
-        if spread is not None and spread > max(1.5 * coarse, 1.5):
-            return f"single windows disagree (median distance {spread:.1f} m)"
-        return None
+    @property
+    def valid(self) -> np.ndarray:
+        return self.margin_valid[1:-1, 1:-1]
+
+    @cached_property
+    def gradients(self) -> metrics.Gradients:
+        """Of both sides; computed once for all ways of cutting."""
+        return metrics.gradients(self.margin_map_m, self.margin_reference_m, self.margin_valid)
+
+    def sums(self, codes: np.ndarray, count: int) -> np.ndarray:
+        """Sums (count, local blocks, fields) of the parts that codes (h, w) of 0 ... count - 1 name."""
+        local = len(self.blocks)
+        group = np.where(codes >= 0, codes * local + self.block, -1)
+        ok = self.valid & (group >= 0)
+        p, r = self.map_m[ok], self.reference_m[ok]
+        limits = None if self.bounds_m is None else (self.bounds_m[0][ok], self.bounds_m[1][ok])
+        sums = metrics.pixel_sums(p, r, group[ok], count * local, limits)
+        cell, cells = cells_of(self.valid.shape)
+        # A cell lies in one block; the strata of its pixels make one cell each.
+        cell_block = np.zeros(cells, np.int64)
+        cell_block[cell.ravel()] = self.block.ravel()
+        cell_group = (np.arange(count)[:, None] * local + cell_block).ravel()
+        sums += metrics.block_sums(p, r, codes[ok] * cells + cell[ok], cell_group, count * local)
+        sums += metrics.gradient_sums(self.gradients, group, count * local)
+        return sums.reshape(count, local, len(FIELDS))
 
 
-def measure_shift(
-    windows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    pixel_m: tuple[float, float],
-    limit_m: float = LIMIT_M,
-) -> MapShift | None:
-    """Displacement of maps in windows (map_m, reference_m, valid), each (h, w); see `ShiftMeter`."""
-    meter = ShiftMeter(pixel_m, limit_m)
-    for map_m, reference_m, valid in windows:
-        meter.add(map_m, reference_m, valid)
-    return meter.result()
+@dataclass
+class _Part:
+    """Sums of one stratum: a row per block, and the height counts of the map and the reference."""
+
+    rows: np.ndarray
+    counts: tuple[HeightCounts, HeightCounts] = field(
+        default_factory=lambda: (HeightCounts(), HeightCounts())
+    )
+
+    def count(self, map_m: np.ndarray, reference_m: np.ndarray) -> None:
+        for counts, values in zip(self.counts, (map_m, reference_m), strict=True):
+            counts.add(values)
 
 
-def _structure(height_m: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Heights between two scales, 0 on average and where nothing is known, faded out towards the edges."""
-    weight = valid.astype(np.float64)
-    local = ndimage.gaussian_filter(weight, _COARSE_PX)
-    slow = ndimage.gaussian_filter(np.where(valid, height_m, 0.0), _COARSE_PX) / np.maximum(local, 1e-6)
-    detail = ndimage.gaussian_filter(np.where(valid, height_m - slow, 0.0), _FINE_PX)
-    rows, cols = (_fade(n) for n in valid.shape)
-    detail *= rows[:, None] * cols
-    return np.where(valid, detail - detail[valid].mean(), 0.0)
+class Tally:
+    """Adds up windows or samples over `blocks` spatial blocks, whole and by strata (up to 100 per way)."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.whole = _Part(np.zeros((blocks, len(FIELDS))))
+        self.strata: dict[str, dict[str, _Part]] = {}
+        self.joint = np.zeros((len(JOINT_EDGES_M) - 1,) * 2, np.int64)
+        self._hist = np.zeros((2, blocks, HIST_BINS), np.int32)
+
+    def add_window(self, window: Window, strata: Codes | None = None) -> None:
+        """Add a window whose upper-left corner is a corner of a 50 px cell; codes are (h, w)."""
+        ok = window.valid
+        if not ok.any():
+            return
+        self.whole.rows[window.blocks] += window.sums(np.zeros(ok.shape, np.int64), 1)[0]
+        self._add_heights(window.map_m[ok], window.reference_m[ok], window.block[ok], window.blocks)
+        for by, (codes, names) in (strata or {}).items():
+            sums = window.sums(codes, len(names))
+            for code, name in enumerate(names):
+                if sums[code, :, COLUMN["n"]].any():
+                    part, here = self._part(by, name), ok & (codes == code)
+                    part.rows[window.blocks] += sums[code]
+                    part.count(window.map_m[here], window.reference_m[here])
+
+    def add_samples(
+        self, map_m: np.ndarray, reference_m: np.ndarray, block: np.ndarray, strata: Codes | None = None
+    ) -> None:
+        """Add footprints or plots (n,); `block` is the number of each one's block, codes are (n,)."""
+        self.whole.rows += metrics.pixel_sums(map_m, reference_m, block, self.blocks)
+        numbers, local = np.unique(block, return_inverse=True)
+        self._add_heights(map_m, reference_m, local, numbers)
+        for by, (codes, names) in (strata or {}).items():
+            for code, name in enumerate(names):
+                here = codes == code
+                if here.any():
+                    part = self._part(by, name)
+                    part.rows += metrics.pixel_sums(map_m[here], reference_m[here], block[here], self.blocks)
+                    part.count(map_m[here], reference_m[here])
+
+    def _part(self, by: str, name: str) -> _Part:
+        parts = self.strata.setdefault(by, {})
+        if name not in parts:
+            if len(parts) >= MOST_STRATA:
+                raise InputError(
+                    f"more than {MOST_STRATA} classes", where=f"--by {by}", remedy="use coarser classes"
+                )
+            parts[name] = _Part(np.zeros((self.blocks, len(FIELDS))))
+        return parts[name]
+
+    def _add_heights(
+        self, map_m: np.ndarray, reference_m: np.ndarray, local: np.ndarray, numbers: np.ndarray
+    ) -> None:
+        self.whole.count(map_m, reference_m)
+        top, step = len(JOINT_EDGES_M) - 2, JOINT_EDGES_M[1]
+        i, j = (np.clip(np.floor(x / step), 0, top).astype(np.int64) for x in (reference_m, map_m))
+        self.joint += np.bincount(i * (top + 1) + j, minlength=(top + 1) ** 2).reshape(top + 1, top + 1)
+        for side, values in enumerate((map_m, reference_m)):
+            at = np.clip(np.floor(values / HIST_STEP_M), 0, HIST_BINS - 1).astype(np.int64)
+            counts = np.bincount(local * HIST_BINS + at, minlength=len(numbers) * HIST_BINS)
+            self._hist[side, numbers] += counts.reshape(len(numbers), HIST_BINS).astype(np.int32)
+
+    @property
+    def n_by_block(self) -> np.ndarray:
+        """Pixels or samples of each block (blocks,)."""
+        return self.whole.rows[:, COLUMN["n"]]
+
+    def joint_histogram(self) -> JointHistogram:
+        """Pairs of heights so far."""
+        return JointHistogram(JOINT_EDGES_M, self.joint)
+
+    def scores(self, how: Scoring) -> Scores:
+        """Scores of everything."""
+        return how.scores(self.whole.rows, self.whole.counts, self._hist)
+
+    def stratum_scores(self, by: str, names: Sequence[str], how: Scoring) -> list[tuple[str, Scores]]:
+        """(name, scores) of the strata of one way of cutting, in the order of `names`."""
+        parts = self.strata.get(by, {})
+        return [(name, how.scores(parts[name].rows, parts[name].counts)) for name in names if name in parts]
 
 
-def _fade(size: int) -> np.ndarray:
-    edge = max(1, min(16, size // 6))
-    ramp = np.ones(size)
-    ramp[:edge] = np.sin(np.linspace(0, np.pi / 2, edge, endpoint=False)) ** 2
-    ramp[size - edge :] = ramp[:edge][::-1]
-    return ramp
-
-
-def _correlate(p: np.ndarray, r: np.ndarray, reach: tuple[int, ...]) -> np.ndarray:
-    """Sum of p[row + dy, col + dx] r[row, col] for |dx|, |dy| within reach; displacement 0 in the middle."""
-    shape = [fft.next_fast_len(n + 2 * k, real=True) for n, k in zip(p.shape, reach[::-1], strict=True)]
-    product = fft.rfft2(p, shape) * np.conj(fft.rfft2(r, shape))
-    surface = fft.irfft2(product, shape)
-    rows, cols = (np.arange(-k, k + 1) for k in reach[::-1])
-    return surface[np.ix_(rows, cols)]
-
-
+# ---- rasters --------------------------------------------------------------------------------------
 # A multiple of 50: windows must not cut the cells of block-R2.
 WINDOW_PX = 20 * BLOCK_PX
 # Windows in which the shift is measured: enough to average, few enough to be quick.
@@ -143,14 +195,16 @@ SHIFT_PX, SHIFT_WINDOWS, SHIFT_CANDIDATES = 400, 16, 48
 # A shift below this share of a pixel changes nothing.
 _LEAST_SHIFT_PX = 0.05
 _PREVIEWS, _PREVIEW_PX, _PREVIEW_TOTAL = 64, 1200, 3_000_000
+# What `canopy calibrate interval` calibrates bands on: the pixels of lidar, means of 2 x 2 of a map of 0.5 m.
+BAND_CELL_M = 1.0
 
 
 @dataclass(frozen=True)
 class RasterPair:
     """A map and a reference of one place; `site` names it in tables."""
 
-    map: HeightSide
-    reference: HeightSide
+    map: HeightMap
+    reference: HeightMap
     site: str
 
 
@@ -170,6 +224,10 @@ class Rules:
     shift: bool = True
     block_m: float | None = None
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
+
+    def floor_of(self, reference: HeightMap) -> float:
+        """The floor that counts for a reference."""
+        return self.floor_m if self.floor_m is not None else reference.floor_m
 
 
 @dataclass
@@ -198,7 +256,7 @@ def tally_rasters(
         ImageryError: a file that cannot be read.
     """
     progress = progress or NoProgress()
-    grids = [common_grid(pair.reference.product, pair.map.product) for pair in pairs]
+    grids = [common_grid(pair.reference, pair.map) for pair in pairs]
     layout = BlockLayout.of(grids, rules.block_m)
     shift, note = _measured(pairs, grids, rules, progress)
     offset = _offset_px(shift, grids[0])
@@ -206,37 +264,32 @@ def tally_rasters(
     corrected = Tally(layout.count) if offset is not None and any(offset) else None
     unbounded = _unbounded(pairs, rules.stat)
     previews: list[Preview] = []
-    side = _preview_px(len(pairs))
+    longest = max(64, min(_PREVIEW_PX, int((_PREVIEW_TOTAL / min(len(pairs), _PREVIEWS)) ** 0.5)))
     windows = [list(_windows(grid, WINDOW_PX)) for grid in grids]
     progress.start(sum(map(len, windows)), "scoring")
     for index, (pair, grid) in enumerate(zip(pairs, grids, strict=True)):
-        picture = BlockSums(grid, preview_side(grid, side), ("map", "reference"))
+        picture = BlockSums.picture(grid, ("map", "reference"), longest)
         for row, col, shape in windows[index]:
             place = layout.local(index, row, col, shape)
             reader = _PairReader(pair, grid, rules, (row, col), shape, bounds=unbounded is None)
             window = reader.window(place)
-            codes = _codes(strata, grid.window(row, col, *shape), window, pair.site)
-            plain.add_window(window, codes)
+            plain.add_window(window, _codes(strata, grid.window(row, col, *shape), window, pair.site))
             picture.add(row, col, window.valid, {"map": window.map_m, "reference": window.reference_m})
             if corrected is not None and offset is not None:
-                corrected.add_window(reader.window(place, offset))
+                with pair.map.uncounted():
+                    corrected.add_window(reader.window(place, offset))
             progress.advance()
         if len(previews) < _PREVIEWS:
             previews.append(_preview(picture, pair.site, grid))
-    if not plain.n:
+    if not plain.n_by_block.any():
         raise InputError(
-            "no pixel is valid in both",
-            where=f"{pairs[0].map.product.name}, {pairs[0].reference.product.name}",
+            "no pixel is valid in both", where=f"{pairs[0].map.name}, {pairs[0].reference.name}",
             expected="heights of the same place",
-        )
+        )  # fmt: skip
     if corrected is None and offset is not None:
         corrected = plain
     absent = {} if unbounded is None else dict.fromkeys(BOUNDED, unbounded)
     return RasterTally(layout, plain, corrected, shift, note, previews, absent)
-
-
-# What `canopy calibrate interval` calibrates bands on: the pixels of lidar, means of 2 x 2 of a map of 0.5 m.
-BAND_CELL_M = 1.0
 
 
 def _unbounded(pairs: Sequence[RasterPair], stat: str) -> str | None:
@@ -247,7 +300,7 @@ def _unbounded(pairs: Sequence[RasterPair], stat: str) -> str | None:
     enough: a coverage over some sites would pass for all's.
     """
     for pair in pairs:
-        ours, theirs = pair.map.product, pair.reference.product
+        ours, theirs = pair.map, pair.reference
         if ours.has_interval and stat != "mean":
             return f"the map's bands are intervals of a pixel's height, not of the {stat} of pixels"
         cell_m = max(ours.gsd_m, BAND_CELL_M)
@@ -266,31 +319,34 @@ class _PairReader:
         self, pair: RasterPair, grid: Grid, rules: Rules, corner: tuple[int, int], shape: tuple[int, int],
         *, bounds: bool,
     ) -> None:  # fmt: skip
-        self.pair, self.rules, self.bounds = pair, rules, bounds
+        self.map, self.rules, self.bounds = pair.map, rules, bounds
         row, col = corner
         self.core = grid.window(row, col, *shape)
-        self.margin = self.core.pad(1)
-        floor = rules.floor_m if rules.floor_m is not None else pair.reference.floor_m
-        self.floor = floor
-        self._reference, self._known = pair.reference.read(self.margin, rules.stat)
+        self.floor = rules.floor_of(pair.reference)
+        reference = read_on(pair.reference, self.core.pad(1), rules.stat)
         # The frame of pixels round the compared area belongs to nobody.
         rows, cols = (np.arange(-1, n + 1) for n in shape)
         rows_in = (row + rows >= 0) & (row + rows < grid.height)
         cols_in = (col + cols >= 0) & (col + cols < grid.width)
-        self._known &= rows_in[:, None] & cols_in
-        self._reference = np.where(self._reference < floor, 0, self._reference) if floor else self._reference
+        self._known = reference.valid & rows_in[:, None] & cols_in
+        self._reference = self._floored(reference.height_m)
 
     def window(
         self, place: tuple[np.ndarray, np.ndarray], offset: tuple[float, float] = (0.0, 0.0)
     ) -> Window:
         """The window with the map taken from (right, down) pixels further."""
-        heights, valid = self.pair.map.read(moved(self.margin, offset), self.rules.stat)
-        bounds = self.pair.map.read_bounds(moved(self.core, offset)) if self.bounds else None
-        if self.floor:
-            heights = np.where(heights < self.floor, 0, heights)
-            if bounds is not None:
-                bounds = tuple(np.where(b < self.floor, 0, b) for b in bounds)  # type: ignore[assignment]
-        return Window(heights, self._reference, valid & self._known, *place, bounds)
+        got = read_on(self.map, moved(self.core.pad(1), offset), self.rules.stat, interval=self.bounds)
+        bounds = None
+        if got.lower_m is not None and got.upper_m is not None:
+            known = got.valid[1:-1, 1:-1]
+            low, high = (
+                np.where(known, self._floored(end[1:-1, 1:-1]), np.nan) for end in (got.lower_m, got.upper_m)
+            )
+            bounds = low, high
+        return Window(self._floored(got.height_m), self._reference, got.valid & self._known, *place, bounds)
+
+    def _floored(self, heights: np.ndarray) -> np.ndarray:
+        return np.where(heights < self.floor, 0, heights) if self.floor else heights
 
 
 def moved(grid: Grid, offset: tuple[float, float]) -> Grid:
@@ -308,12 +364,18 @@ def _windows(grid: Grid, side: int) -> Iterator[tuple[int, int, tuple[int, int]]
             yield row, col, (min(side, grid.height - row), min(side, grid.width - col))
 
 
-def _codes(strata: Sequence[Stratifier], grid: Grid, window: Window, site: str) -> dict[str, Any]:
+def _codes(strata: Sequence[Stratifier], grid: Grid, window: Window, site: str) -> Codes:
     found = {}
     for way in strata:
         codes = way.window(grid, window.reference_m, window.valid, site)
         found[way.by] = (codes, tuple(way.names))
     return found
+
+
+def _preview(picture: BlockSums, site: str, grid: Grid) -> Preview:
+    frame = picture.block_grid()
+    map_m, reference_m = (picture.mean(name).astype(np.float32) for name in ("map", "reference"))
+    return Preview(site, map_m, reference_m, frame.bounds, str(grid.crs), round(frame.gsd_m, 4))
 
 
 # ---- shift ----------------------------------------------------------------------------------------
@@ -342,15 +404,19 @@ def _measured(
         index, row, col, shape = chosen[i]
         if used < SHIFT_WINDOWS:
             pair, part = pairs[index], grids[index].window(row, col, *shape)
-            (p, p_ok), (r, r_ok) = pair.map.read(part, rules.stat), pair.reference.read(part, rules.stat)
-            used += meter.add(p, r, p_ok & r_ok)
+            with pair.map.uncounted(), pair.reference.uncounted():
+                ours, theirs = (read_on(side, part, rules.stat) for side in (pair.map, pair.reference))
+            used += meter.add(ours.height_m, theirs.height_m, ours.valid & theirs.valid)
         progress.advance()
-    for pair in pairs:
-        pair.map.strange = pair.reference.strange = 0  # counted again while scoring
     found = meter.result()
     if found is None:
         return None, "no window with enough height structure on both sides"
-    return found, found.note
+    # Plus 0: the -0.0 of a rounded trifle is 0.0.
+    east, north = round(found.right_m, 3) + 0.0, round(-found.down_m, 3) + 0.0
+    spread = None if found.spread_m is None else round(found.spread_m, 3)
+    fits = round(found.fit, 4), round(found.fit_unshifted, 4)
+    shift = MapShift(east, north, *fits, spread, found.windows, found.doubt is None, found.doubt)
+    return shift, shift.note
 
 
 def _offset_px(shift: MapShift | None, grid: Grid) -> tuple[float, float] | None:
@@ -360,14 +426,3 @@ def _offset_px(shift: MapShift | None, grid: Grid) -> tuple[float, float] | None
     mx, my = pixel_metres(grid)
     offset = shift.east_m / mx, -shift.north_m / my
     return offset if np.hypot(*offset) >= _LEAST_SHIFT_PX else (0.0, 0.0)
-
-
-# ---- pictures -------------------------------------------------------------------------------------
-def _preview_px(pairs: int) -> int:
-    return max(64, min(_PREVIEW_PX, int((_PREVIEW_TOTAL / min(pairs, _PREVIEWS)) ** 0.5)))
-
-
-def _preview(picture: BlockSums, site: str, grid: Grid) -> Preview:
-    frame = picture.block_grid()
-    map_m, reference_m = (picture.mean(name).astype(np.float32) for name in ("map", "reference"))
-    return Preview(site, map_m, reference_m, frame.bounds, str(grid.crs), round(frame.gsd_m, 4))

@@ -1,175 +1,23 @@
-"""One self-contained HTML page: headings, paragraphs, tables and inline pictures; nothing is loaded from
-anywhere.
-
-The page of `canopy evaluate`: report.html, which needs nothing else, and its pictures as PNG files.
-
-The files of a judgement: metrics.json, one table per way of cutting, one of blocks, and the report.
-"""
+"""What `canopy evaluate` and `canopy compare` leave behind: JSON, tables, figures and report.html."""
 
 from __future__ import annotations
 
 import base64
-import csv
-import importlib.util
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canopy.errors import InputError
 from canopy.evaluation import figures
-from canopy.evaluation.scores import BlockTable, Evaluation, Preview, Score, Scores
-from canopy.files import replacing, told_as_output
+from canopy.evaluation.scores import Evaluation, HeightBin, Score, Scores
+from canopy.files import check_output, replacing, told_as_output
 
-CSS = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: #20262b;
-  background: #fff; margin: 0 auto; padding: 1.5rem 1.2rem 4rem; max-width: 62rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .2rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; border-bottom: 2px solid #d8dde0; padding-bottom: .2rem; }
-p.lead { color: #47525a; margin: 0 0 1rem; }
-p, li { max-width: 48rem; }
-table { border-collapse: collapse; margin: .6rem 0 1rem; font-size: .92rem; font-variant-numeric:
-tabular-nums; } caption { text-align: left; color: #47525a; font-size: .9rem; padding-bottom: .3rem; }
-th, td { padding: .28rem .7rem; border-bottom: 1px solid #e1e5e7; text-align: right; vertical-align: top; }
-th { background: #f3f5f6; font-weight: 600; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td { white-space: nowrap; }
-td.text { white-space: normal; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-figure { margin: 1rem 0 1.4rem; }
-figure img { max-width: 100%; height: auto; }
-figcaption { color: #47525a; font-size: .9rem; max-width: 48rem; }
-ul.notes { background: #fff6e0; border-left: 4px solid #e69f00; padding: .7rem 1rem .7rem 2rem; margin: 1rem
-0; } .small { color: #47525a; font-size: .85rem; }
-@media print {
-  body { max-width: none; padding: 0; font-size: 10.5pt; }
-  h2 { break-after: avoid; }
-  figure, tr { break-inside: avoid; }
-  .wide { overflow: visible; }
-  table { font-size: 8.5pt; }
-  th, td { padding: .15rem .4rem; }
-  @page { margin: 15mm; }
-}
-"""
+if TYPE_CHECKING:
+    import pandas
 
-
-class Page:
-    """Collects parts in reading order; `html()` gives the document."""
-
-    def __init__(self, title: str, lead: str = "") -> None:
-        self.title = title
-        self._parts = [f"<h1>{escape(title)}</h1>"]
-        if lead:
-            self._parts.append(f'<p class="lead">{escape(lead)}</p>')
-
-    def heading(self, text: str) -> None:
-        """A section's heading."""
-        self._parts.append(f"<h2>{escape(text)}</h2>")
-
-    def text(self, text: str, small: bool = False) -> None:
-        """A paragraph."""
-        opening = '<p class="small">' if small else "<p>"
-        self._parts.append(f"{opening}{escape(text)}</p>")
-
-    def notes(self, notes: Iterable[str]) -> None:
-        """A marked list; nothing where there is none."""
-        items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-        if items:
-            self._parts.append(f'<ul class="notes">{items}</ul>')
-
-    def table(
-        self,
-        headers: Sequence[str],
-        rows: Iterable[Sequence[Any]],
-        caption: str = "",
-        text_columns: Iterable[int] = (),
-    ) -> None:
-        """A table; the first column and `text_columns` are left-aligned, None is a dash."""
-        style = ['class="text"' if i in set(text_columns) else "" for i in range(len(headers))]
-
-        def line(tag: str, cells: Sequence[Any]) -> str:
-            marked = (
-                f"<{tag} {how}".rstrip() + f">{escape(cell_text(c))}</{tag.split()[0]}>"
-                for how, c in zip(style, cells, strict=True)
-            )
-            return f"<tr>{''.join(marked)}</tr>"
-
-        head = line('th scope="col"', headers)
-        body = "".join(line("td", row) for row in rows)
-        title = f"<caption>{escape(caption)}</caption>" if caption else ""
-        self._parts.append(
-            f'<div class="wide"><table>{title}<thead>{head}</thead><tbody>{body}</tbody></table></div>'
-        )
-
-    def facts(self, facts: Mapping[str, Any]) -> None:
-        """Nested plain data as a two-column table, names joined by dots."""
-        self.table(["fact", "value"], list(_flat(facts)), text_columns=(1,))
-
-    def figure(self, png: bytes, caption: str, alt: str) -> None:
-        """A picture, embedded."""
-        data = base64.b64encode(png).decode("ascii")
-        self._parts.append(
-            f'<figure><img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
-
-    def html(self) -> str:
-        """The whole document."""
-        return (
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(self.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-            + "\n".join(self._parts)
-            + "\n</body>\n</html>\n"
-        )
-
-
-def cell_text(value: Any) -> str:
-    """A value as a person reads it: numbers with about four digits, None as a dash."""
-    if value is None or value == "":
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return number_text(value)
-    return str(value)
-
-
-def number_text(value: float) -> str:
-    """
-    >>> number_text(12345.6), number_text(3.14159), number_text(-0.0004)
-    ('12,346', '3.14', '0.00')
-    """
-    if value != value:
-        return "-"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    text = f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
-    return text.removeprefix("-") if not float(text) else text
-
-
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in facts.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
-        elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-            for i, part in enumerate(value, 1):
-                yield from _flat(part, f"{name}.{i}.")
-        elif isinstance(value, list | tuple):
-            yield name, ", ".join(cell_text(part) for part in value) or "-"
-        else:
-            yield name, cell_text(value)
-
-
+METRICS = "metrics.json"
 # Pages of a hundred sites stay readable: the largest references are drawn, the rest are in the tables.
 SHOWN_PREVIEWS = 4
 SHOWN_BLOCKS = 8
@@ -193,99 +41,172 @@ LABELS = {
     "interval_coverage": "share inside the map's interval",
     "interval_width_m": "mean width of that interval (m)",
 }
+COMPARED = {
+    "n": "pixels valid in both",
+    "area_ha": "their ground area (ha)",
+    "mean_a_m": "mean height, A (m)",
+    "mean_b_m": "mean height, B (m)",
+    "mean_difference_m": "mean of B - A (m)",
+    "mean_absolute_difference_m": "mean absolute difference (m)",
+    "rms_difference_m": "root mean square difference (m)",
+    "r": "correlation",
+    "p05_difference_m": "5th percentile of B - A (m)",
+    "p50_difference_m": "median of B - A (m)",
+    "p95_difference_m": "95th percentile of B - A (m)",
+    "within_1m": "within 1 m of each other",
+    "within_2m": "within 2 m of each other",
+    "within_5m": "within 5 m of each other",
+}
 _STRATUM = ("n", "mae_m", "bias_m", "rmse_m", "r2", "r", "cover_iou_2m")
+_KINDS = {"chm": "height raster", "gedi": "GEDI shots", "plots": "field plots"}
 
 
-def write_report(result: Evaluation, folder: str | Path) -> list[Path]:
-    """Write report.html and figures/*.png into an existing folder; returns the files.
+# ---- the page -------------------------------------------------------------------------------------
+class Page:
+    """Collects parts in reading order; `html()` gives the document, `pictures` the PNGs by name."""
 
-    The page carries its pictures inside; the PNG files are the same ones for other documents.
+    def __init__(self, title: str, conclusion: str, lead: str = "", notes: Iterable[str] = ()) -> None:
+        self.title, self.conclusion, self.lead, self.notes = title, conclusion, lead, list(notes)
+        self.parts: list[dict[str, Any]] = []
+        self.pictures: dict[str, bytes] = {}
+
+    def heading(self, text: str) -> None:
+        """A section's heading."""
+        self.parts.append({"kind": "heading", "text": text})
+
+    def text(self, text: str, small: bool = False) -> None:
+        """A paragraph."""
+        self.parts.append({"kind": "text", "text": text, "small": small})
+
+    def table(self, headers: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> None:
+        """A table; None is a dash, numbers are shortened by `cell_text`."""
+        self.parts.append({"kind": "table", "headers": headers, "rows": list(rows), "caption": caption})
+
+    def facts(self, facts: Mapping[str, Any]) -> None:
+        """Nested plain data as a two-column table, names joined by dots."""
+        rows = list(_flat(facts))
+        self.parts.append({"kind": "table", "headers": ["fact", "value"], "rows": rows, "facts": True})
+
+    def figure(self, name: str, png: bytes, caption: str, alt: str) -> None:
+        """A picture, embedded."""
+        self.pictures[name] = png
+        data = base64.b64encode(png).decode("ascii")
+        self.parts.append({"kind": "figure", "data": data, "caption": caption, "alt": alt})
+
+    def html(self) -> str:
+        """The whole document; everything that files are called is escaped."""
+        from jinja2 import Environment, FileSystemLoader
+
+        environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+        environment.filters["cell"] = cell_text
+        return environment.get_template("report.html.j2").render(page=self).lstrip()
+
+
+def cell_text(value: Any) -> str:
+    """A value as a person reads it: numbers with about four digits, None as a dash."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    if isinstance(value, float | np.floating):
+        return number_text(float(value))
+    return str(value)
+
+
+def number_text(value: float) -> str:
     """
-    folder = Path(folder)
-    (folder / "figures").mkdir(exist_ok=True)
-    book = _Figures()
-    text = report(result, book)
-    written = [_replace(folder / "figures" / f"{name}.png", data) for name, data in book.drawn.items()]
-    return [*written, _replace(folder / "report.html", text.encode("utf-8"))]
+    >>> number_text(12345.6), number_text(3.14159), number_text(-0.0004)
+    ('12,346', '3.14', '0.00')
+    """
+    if value != value:
+        return "-"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    text = f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
+    return text.removeprefix("-") if not float(text) else text
 
 
-def _replace(path: Path, data: bytes) -> Path:
-    with replacing(path) as part:
-        part.write_bytes(data)
-    return path
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+            for i, part in enumerate(value, 1):
+                yield from _flat(part, f"{name}.{i}.")
+        elif isinstance(value, list | tuple):
+            yield name, ", ".join(cell_text(part) for part in value) or "-"
+        else:
+            yield name, cell_text(value)
 
 
-class _Figures:
-    """The pictures of a page by file name."""
-
-    def __init__(self) -> None:
-        self.drawn: dict[str, bytes] = {}
-
-    def put(self, page: Page, name: str, png: bytes, caption: str, alt: str) -> None:
-        self.drawn[name] = png
-        page.figure(png, caption, alt)
-
-
-def report(result: Evaluation, book: _Figures | None = None) -> str:
-    """The page as HTML."""
-    book = book or _Figures()
-    page = Page("Canopy height map: how good is it here?", _lead(result))
-    page.notes(result.notes)
+# ---- canopy evaluate ------------------------------------------------------------------------------
+def evaluation_page(result: Evaluation) -> Page:
+    """The page of an evaluation."""
+    page = Page("Canopy height map: how good is it here?", _verdict(result), _lead(result), result.notes)
     _headline(page, result)
-    _by_height(page, result, book)
-    _pictures(page, result, book)
-    _blocks(page, result, book)
+    _by_height(page, result)
+    _pictures(page, result)
+    _blocks(page, result)
     _strata(page, result)
     page.heading("Provenance")
     page.facts(result.provenance)
-    return page.html()
+    return page
 
 
-# ---- sections -------------------------------------------------------------------------------------
+def _verdict(result: Evaluation) -> str:
+    """The sentence that a reader takes away."""
+    mae, bias, n = (result.overall.metrics.get(name, Score(None)) for name in ("mae_m", "bias_m", "n"))
+    if mae.value is None:
+        return "Nothing could be scored."
+    ends = f" (95 % interval {_interval(mae)} m)" if mae.ci95 else ""
+    text = f"On average the map's heights are {number_text(mae.value)} m off{ends}"
+    if bias.value is not None:
+        side = "high" if bias.value >= 0 else "low"
+        text += f", and {number_text(abs(bias.value))} m too {side} overall"
+    what = "pixels" if result.kind == "chm" else "samples"
+    return f"{text}, over {int(n.value or 0):,} {what}."
+
+
 def _lead(result: Evaluation) -> str:
     facts = result.provenance
     reference = facts.get("reference") or [{}]
     name = facts.get("map", {}).get("name") or f"{len(facts.get('map', {}).get('maps', []))} maps"
-    against = str(reference[0].get("name", result.kind))
     more = int(facts.get("references", len(reference))) - 1
-    what = {"chm": "height raster", "gedi": "GEDI shots", "plots": "field plots"}.get(
-        result.kind, result.kind
-    )
     return (
-        f"{name} against {against}{f' and {more} more' if more > 0 else ''} ({what}). "
-        f"{str(facts.get('rule', '')).capitalize()}."
+        f"{name} against {reference[0].get('name', result.kind)}{f' and {more} more' if more > 0 else ''} "
+        f"({_KINDS.get(result.kind, result.kind)}). {str(facts.get('rule', '')).capitalize()}."
     )
 
 
 def _headline(page: Page, result: Evaluation) -> None:
     page.heading("Scores")
-    corrected = result.corrected is not None and result.corrected is not result.overall
+    corrected = result.corrected if result.corrected is not result.overall else None
     headers = ["metric", "value", "95 % interval"] + (["shift undone", "95 % interval"] if corrected else [])
     rows = []
     for name, score in result.overall.metrics.items():
-        row = [label(name), _value(name, score), _interval(score)]
-        if corrected and result.corrected is not None:
-            other = result.corrected.metrics.get(name, Score(None))
-            row += [_value(name, other), _interval(other)]
+        row = [label(name), _value(score), _interval(score)]
+        if corrected:
+            other = corrected.metrics.get(name, Score(None))
+            row += [_value(other), _interval(other)]
         rows.append(row)
-    page.table(headers, rows, caption=_how_certain(result), text_columns=())
+    bootstrap = result.provenance.get("bootstrap") or {}
+    caption = ""
+    if bootstrap.get("replicates"):
+        caption = (
+            f"Intervals: bootstrap of {bootstrap['replicates']} draws over "
+            f"{bootstrap.get('blocks_with_data', '?')} blocks of "
+            f"{number_text(float(bootstrap.get('block_m', 0)))} m."
+        )
+    page.table(headers, rows, caption)
     page.text(_shift_text(result))
     absent = dict.fromkeys(
         f"{label(name)}: {score.note}" for name, score in result.overall.metrics.items() if score.note
     )
     if absent:
         page.text("; ".join(absent) + ".", small=True)
-
-
-def _how_certain(result: Evaluation) -> str:
-    bootstrap = result.provenance.get("bootstrap") or {}
-    if not bootstrap.get("replicates"):
-        return ""
-    return (
-        f"Intervals: bootstrap of {bootstrap['replicates']} draws over "
-        f"{bootstrap.get('blocks_with_data', '?')} blocks of "
-        f"{number_text(float(bootstrap.get('block_m', 0)))} m."
-    )
 
 
 def _shift_text(result: Evaluation) -> str:
@@ -303,71 +224,62 @@ def _shift_text(result: Evaluation) -> str:
     return text
 
 
-def _by_height(page: Page, result: Evaluation, book: _Figures) -> None:
+def _by_height(page: Page, result: Evaluation) -> None:
     page.heading("By reference height")
-    rows = height_rows(result.overall)
-    book.put(
-        page, "error_by_height", figures.error_by_height(rows, "reference height (m)"),
+    bins = result.overall.by_height
+    page.figure(
+        "error_by_height", figures.error_by_height([_bin_row(part) for part in bins], "reference height (m)"),
         "Bias and mean absolute error by reference height with 95 % intervals, over the share of pixels. "
         "A map that shrinks towards its mean is too high on the left and too low on the right.",
         "Error by reference height",
     )  # fmt: skip
-    table = [
-        (f"{part.name} m", *(_cell(part.scores.get(k)) for k in ("n", "bias_m", "mae_m", "rmse_m")))
-        for part in result.overall.by_height
-    ]
-    page.table(["reference height", "n", "bias (m)", "MAE (m)", "RMSE (m)"], table)
-    book.put(
-        page, "density", figures.density(
-            result.joint.counts, result.joint.edges_m, "reference height (m)", "map height (m)"
-        ),
+    names = ("n", "bias_m", "mae_m", "rmse_m")
+    rows = [(f"{part.name} m", *(part.scores[name].value for name in names)) for part in bins]
+    page.table(["reference height", "n", "bias (m)", "MAE (m)", "RMSE (m)"], rows)
+    joint = result.joint
+    page.figure(
+        "density",
+        figures.density(joint.counts, joint.edges_m, "reference height (m)", "map height (m)"),
         "How often which pair of heights occurs.", "Density of map heights over reference heights",
     )  # fmt: skip
 
 
-def height_rows(scores: Scores) -> list[dict[str, Any]]:
-    """Rows for `figures.error_by_height`."""
+def _bin_row(part: HeightBin) -> dict[str, Any]:
+    """A row for `figures.error_by_height`."""
 
-    def triple(score: Score | None) -> tuple[float | None, float | None, float | None] | None:
-        if score is None or score.value is None:
-            return None
-        return (score.value, *(score.ci95 or (None, None)))
+    def triple(name: str) -> tuple[float, float | None, float | None] | None:
+        score = part.scores[name]
+        return None if score.value is None else (score.value, *(score.ci95 or (None, None)))
 
-    return [
-        {
-            "name": part.name,
-            "n": int((part.scores["n"].value or 0) if "n" in part.scores else 0),
-            "bias": triple(part.scores.get("bias_m")),
-            "mae": triple(part.scores.get("mae_m")),
-        }
-        for part in scores.by_height
-    ]
+    return {
+        "name": part.name, "n": int(part.scores["n"].value or 0), "bias": triple("bias_m"),
+        "mae": triple("mae_m"),
+    }  # fmt: skip
 
 
-def _pictures(page: Page, result: Evaluation, book: _Figures) -> None:
+def _pictures(page: Page, result: Evaluation) -> None:
     page.heading("Where")
     samples = result.samples
-    if samples is not None and len(samples.lon):
-        book.put(
-            page, "samples", figures.points_map(
-                samples.lon, samples.lat, samples.map_m - samples.reference_m, "map - reference (m)"
-            ),
+    if samples is not None and len(samples):
+        lon, lat, theirs, ours = samples.to_numpy().T
+        page.figure(
+            "samples",
+            figures.points_map(lon, lat, ours - theirs, "map - reference (m)"),
             "Every sample at its place. Orange: the map is too high. Purple: too low.",
             "Map of sample errors",
         )  # fmt: skip
     largest = sorted(result.previews, key=lambda p: -int(np.isfinite(p.map_m).sum()))[:SHOWN_PREVIEWS]
     for index, preview in enumerate(largest, 1):
         number = f"_{index}" if len(largest) > 1 else ""
-        book.put(
-            page, f"side_by_side{number}", figures.side_by_side(
-                preview.reference_m, preview.map_m, ("reference", "map"), preview.gsd_m
-            ),
+        pair = preview.reference_m, preview.map_m
+        page.figure(
+            f"side_by_side{number}", figures.side_by_side(*pair, ("reference", "map"), preview.gsd_m),
             f"{preview.site}: reference and map with one colour scale; grey is not scored.",
             f"Reference and map at {preview.site}",
         )  # fmt: skip
-        book.put(
-            page, f"error_map{number}",
-            figures.difference_map(preview.error_m, "map - reference (m)", preview.gsd_m),
+        page.figure(
+            f"error_map{number}",
+            figures.difference_map(pair[1] - pair[0], "map - reference (m)", preview.gsd_m),
             f"{preview.site}: error. Orange: the map is too high. Purple: too low.",
             f"Map of the errors at {preview.site}",
         )  # fmt: skip
@@ -375,94 +287,73 @@ def _pictures(page: Page, result: Evaluation, book: _Figures) -> None:
         page.text(f"Drawn: the largest {len(largest)} of {len(result.previews)} references.", small=True)
 
 
-def _blocks(page: Page, result: Evaluation, book: _Figures) -> None:
-    blocks = result.blocks
-    if len(blocks) < 2:
+def _blocks(page: Page, result: Evaluation) -> None:
+    if len(result.blocks) < 2:
         return
-    page.heading(f"Best and worst blocks of {number_text(float(blocks.side_m))} m")
-    order = ranked(blocks)
+    page.heading(f"Best and worst blocks of {number_text(result.block_m)} m")
+    order = ranked(result.blocks)
     shown = min(SHOWN_BLOCKS, len(order) // 2)
     headers = ["site", "longitude", "latitude", "n", "reference (m)", "map (m)", "bias (m)", "MAE (m)"]
+    columns = ["site", "lon", "lat", "n", "reference_mean_m", "map_mean_m", "bias_m", "mae_m"]
     for title, chosen in (("Best", order[:shown]), ("Worst", order[::-1][:shown])):
-        rows = [_block_row(blocks, int(i)) for i in chosen]
-        page.table(headers, rows, caption=f"{title} by mean absolute error. All blocks are in blocks.csv.")
+        rows = _degrees(result.blocks.iloc[chosen][columns])
+        page.table(headers, rows, f"{title} by mean absolute error. All blocks are in blocks.csv.")
         strips = [s for s in (strip(result, int(i)) for i in chosen) if s is not None][:STRIP_BLOCKS]
         if strips:
-            book.put(
-                page, f"{title.lower()}_blocks", figures.block_strip(strips, ("map", "reference", "error")),
+            page.figure(
+                f"{title.lower()}_blocks", figures.block_strip(strips, ("map", "reference", "error")),
                 f"{title} blocks, one scale for both heights.", f"{title} blocks: map, reference, error",
             )  # fmt: skip
 
 
-def ranked(blocks: BlockTable) -> np.ndarray:
-    """Indexes of the blocks with enough pixels, best MAE first."""
-    enough = np.flatnonzero(blocks.n >= RANKED_SHARE * blocks.n.max())
-    return enough[np.argsort(blocks.mae_m[enough], kind="stable")]
+def _degrees(table: pandas.DataFrame) -> list[tuple[Any, ...]]:
+    """Rows of a table whose lon and lat are shown to a metre."""
+    shown = table.assign(lon=table["lon"].map("{:.5f}".format), lat=table["lat"].map("{:.5f}".format))
+    return list(shown.itertuples(index=False, name=None))
 
 
-def _block_row(blocks: BlockTable, i: int) -> list[Any]:
-    return [
-        blocks.sites[int(blocks.site[i])], f"{blocks.lon[i]:.5f}", f"{blocks.lat[i]:.5f}", int(blocks.n[i]),
-        float(blocks.reference_mean_m[i]), float(blocks.map_mean_m[i]), float(blocks.bias_m[i]),
-        float(blocks.mae_m[i]),
-    ]  # fmt: skip
+def ranked(blocks: pandas.DataFrame) -> np.ndarray:
+    """Positions of the blocks with enough pixels, best MAE first."""
+    enough = np.flatnonzero(blocks["n"] >= RANKED_SHARE * blocks["n"].max())
+    return enough[np.argsort(blocks["mae_m"].to_numpy()[enough], kind="stable")]
 
 
 def strip(result: Evaluation, i: int) -> tuple[str, np.ndarray, np.ndarray] | None:
     """(caption, map, reference) of a block out of its preview; None where it is too small there to show."""
-    blocks = result.blocks
-    middle = (blocks.west[i] + blocks.east[i]) / 2, (blocks.south[i] + blocks.north[i]) / 2
-    preview = _preview_at(result.previews, blocks.sites[int(blocks.site[i])], middle)
-    if preview is None:
-        return None
-    west, south, east, north = preview.bounds
-    height, width = preview.map_m.shape
-    x = [(v - west) / (east - west) * width for v in (blocks.west[i], blocks.east[i])]
-    y = [(north - v) / (north - south) * height for v in (blocks.north[i], blocks.south[i])]
-    rows = slice(max(0, round(y[0])), min(height, round(y[1])))
-    cols = slice(max(0, round(x[0])), min(width, round(x[1])))
-    part = preview.map_m[rows, cols], preview.reference_m[rows, cols]
-    if min(part[0].shape) < STRIP_PX or not np.isfinite(part[0]).any():
-        return None
-    return f"MAE {blocks.mae_m[i]:.1f} m", *part
-
-
-def _preview_at(previews: Sequence[Preview], site: str, xy: tuple[float, float]) -> Preview | None:
-    """The preview of a site that holds a point: several references may share a site's name."""
-    for preview in previews:
+    block = result.blocks.iloc[i]
+    x, y = (block.west + block.east) / 2, (block.south + block.north) / 2
+    for preview in result.previews:  # several references may share a site's name
         west, south, east, north = preview.bounds
-        if preview.site == site and west <= xy[0] <= east and south <= xy[1] <= north:
-            return preview
-    return None
+        if preview.site == block.site and west <= x <= east and south <= y <= north:
+            break
+    else:
+        return None
+    height, width = preview.map_m.shape
+    cols = [round((v - west) / (east - west) * width) for v in (block.west, block.east)]
+    rows = [round((north - v) / (north - south) * height) for v in (block.north, block.south)]
+    here = np.s_[max(0, rows[0]) : rows[1], max(0, cols[0]) : cols[1]]
+    pair = preview.map_m[here], preview.reference_m[here]
+    if min(pair[0].shape) < STRIP_PX or not np.isfinite(pair[0]).any():
+        return None
+    return f"MAE {block.mae_m:.1f} m", *pair
 
 
 def _strata(page: Page, result: Evaluation) -> None:
     for by in dict.fromkeys(stratum.by for stratum in result.strata):
         page.heading(f"By {by}")
-        names = [
-            name for name in _STRATUM if any(name in s.scores.metrics for s in result.strata if s.by == by)
-        ]
+        parts = [stratum for stratum in result.strata if stratum.by == by]
+        names = [name for name in _STRATUM if any(name in part.scores.metrics for part in parts)]
         rows = []
-        for stratum in result.strata:
-            if stratum.by != by:
-                continue
-            metrics: Mapping[str, Score] = stratum.scores.metrics
-            mae = metrics.get("mae_m", Score(None))
-            row: list[Any] = [stratum.name]
-            for name in names:
-                row.append(_value(name, metrics.get(name, Score(None))))
-                if name == "mae_m":
-                    row.append(_interval(mae))
-            rows.append(row)
-        headers = [by]
-        for name in names:
-            headers.append(label(name))
-            if name == "mae_m":
-                headers.append("95 % interval")
-        page.table(headers, rows)
+        for part in parts:
+            scores = {name: part.scores.metrics.get(name, Score(None)) for name in names}
+            cells = [
+                [_value(s), _interval(s)] if name == "mae_m" else [_value(s)] for name, s in scores.items()
+            ]
+            rows.append([part.name, *(text for cell in cells for text in cell)])
+        headers = [[label(n), "95 % interval"] if n == "mae_m" else [label(n)] for n in names]
+        page.table([by, *(text for cell in headers for text in cell)], rows)
 
 
-# ---- words ----------------------------------------------------------------------------------------
 def label(name: str) -> str:
     """A metric's name for people."""
     if name in LABELS:
@@ -475,136 +366,246 @@ def label(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _value(name: str, score: Score) -> str:
-    if score.value is None:
-        return "-"
-    return f"{int(score.value):,}" if name == "n" else number_text(float(score.value))
-
-
-def _cell(score: Score | None) -> Any:
-    if score is None or score.value is None:
-        return None
-    return score.value if isinstance(score.value, int) else float(score.value)
+def _value(score: Score) -> str:
+    return cell_text(score.value)
 
 
 def _interval(score: Score) -> str:
     if score.ci95 is None or isinstance(score.value, int):
         return ""
-    low, high = score.ci95
-    return f"{number_text(float(low))} to {number_text(float(high))}"
+    return " to ".join(number_text(float(end)) for end in score.ci95)
 
 
-METRICS = "metrics.json"
+# ---- canopy compare -------------------------------------------------------------------------------
+def comparison_page(found: Any, blocks: pandas.DataFrame) -> Page:
+    """The page of a `Comparison`."""
+    a, b = (found.facts[side]["name"] for side in "ab")
+    title = "Canopy change" if found.mode == "dates" else "Agreement of two canopy height maps"
+    page = Page(title, _outcome(found), _compared(found), found.notes)
+    page.heading("In short")
+    rows = [
+        (COMPARED[k], f"{v:.1%}" if k.startswith("within") else v) for k, v in found.sums.overall().items()
+    ]
+    page.table(["quantity", "value"], rows, f"A = {a}; B = {b}. Differences are B - A.")
+    if found.mode == "dates":
+        _change(page, found)
+    _cover(page, found)
+    _compared_pictures(page, found)
+    _compared_heights(page, found)
+    _compared_blocks(page, found, blocks)
+    page.heading("Provenance")
+    page.facts(found.facts)
+    return page
 
 
-def check_folder(out: str | Path, overwrite: bool) -> Path:
-    """A folder that results may go to. Raises InputError, before any work."""
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise InputError("a file", where=folder, expected="a folder")
-    if (folder / METRICS).exists() and not overwrite:
-        raise InputError("holds an evaluation already", where=folder, remedy="use --overwrite to replace it")
-    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError("the folder cannot be written to", where=parent)
-    return folder
+def _outcome(found: Any) -> str:
+    """The sentence that a reader takes away."""
+    overall = found.sums.overall()
+    if found.mode == "dates":
+        ha = found.classes_ha
+        return (
+            f"Of {number_text(sum(ha.values()))} ha, canopy was lost on {number_text(ha['canopy lost'])} and "
+            f"gained on {number_text(ha['canopy gained'])} at {found.rule['confidence']:.0%} confidence."
+        )
+    side = "taller" if overall["mean_difference_m"] >= 0 else "lower"
+    return (
+        f"On average B is {number_text(abs(overall['mean_difference_m']))} m {side} than A, and "
+        f"{overall['within_2m']:.0%} of the pixels agree within 2 m."
+    )
 
 
-def write_results(result: Evaluation, out: str | Path) -> list[Path]:
-    """Write everything into the folder `out`, metrics.json last; returns the files.
+def _compared(found: Any) -> str:
+    grid, facts = found.facts["grid"], found.facts
+    sides = (
+        f"{s.upper()}: {facts[s]['name']} ({facts[s]['kind']}, imagery {facts[s]['dates']})" for s in "ab"
+    )
+    size = (
+        f"{grid['width_px']} x {grid['height_px']} px of {number_text(grid['gsd_m'])} m, {grid['crs'][:40]}"
+    )
+    return f"{'; '.join(sides)}. Compared on {size}."
+
+
+def _change(page: Page, found: Any) -> None:
+    page.heading("Change")
+    total = sum(found.classes_ha.values())
+    rows = [(name, ha, f"{ha / total:.2%}") for name, ha in found.classes_ha.items()]
+    page.table(["class", "ha", "share"], rows)
+    rule = found.rule
+    page.text(
+        f"A pixel counts as changed where the {rule['confidence']:.0%} interval of B - A leaves out 0. "
+        f"Error of A: {rule['error_a']}. Error of B: {rule['error_b']}. Of ground without any change about "
+        f"{rule['expected_false_share']:.0%} would still be called changed. Canopy is what is higher than "
+        f"{found.facts['cover_height_m']:g} m; gained and lost are significant changes across that height."
+    )
+
+
+def _cover(page: Page, found: Any) -> None:
+    page.heading("Cover")
+    headers = ["canopy", "cover in A", "cover in B", "only A (ha)", "only B (ha)", "ground that agrees"]
+    rows = [
+        (
+            f"above {r['above_m']:g} m", f"{r['cover_a']:.1%}", f"{r['cover_b']:.1%}",
+            r["only_a_ha"], r["only_b_ha"], f"{r['agree']:.1%}", r["iou"],
+        )
+        for r in found.sums.cover_rows()
+    ]  # fmt: skip
+    page.table([*headers, "overlap (IoU)"], rows)
+
+
+def _compared_pictures(page: Page, found: Any) -> None:
+    preview, dates = found.preview, found.mode == "dates"
+    a, b = preview.mean("a"), preview.mean("b")
+    metres = found.facts["grid"]["gsd_m"] * preview.side_px
+    page.heading("Where")
+    page.figure(
+        "side_by_side", figures.side_by_side(a, b, ("A", "B"), metres),
+        "Both maps with one colour scale; grey is missing in either.", "The two maps beside each other",
+    )  # fmt: skip
+    words = "change in height, B - A (m)" if dates else "B - A (m)"
+    page.figure(
+        "difference_map", figures.difference_map(b - a, words, metres),
+        "Orange: B is higher. Purple: B is lower.", "Map of the differences",
+    )  # fmt: skip
+    # The most frequent class of each preview pixel, 0 where unknown.
+    stack = np.stack([preview.sums[f"class_{code}"] for code in found.legend])
+    codes = np.where(preview.count > 0, np.array(list(found.legend))[stack.argmax(axis=0)], 0)
+    caption = "Significant changes." if dates else f"Canopy above {found.facts['cover_height_m']:g} m."
+    if preview.side_px > 1:
+        side = preview.side_px
+        caption += f" Each picture pixel shows the most frequent class of {side} x {side} map pixels."
+    page.figure("classes", figures.class_map(codes, found.legend, metres), caption, "Map of the classes")
+    edges = np.arange(found.sums.joint.shape[0] + 1.0)
+    page.figure(
+        "density", figures.density(found.sums.joint, edges, "height in A (m)", "height in B (m)"),
+        "How often which pair of heights occurs.", "Density of the heights of A and B",
+    )  # fmt: skip
+
+
+def _compared_heights(page: Page, found: Any) -> None:
+    page.heading("By height")
+    rows = [
+        {
+            "name": f"{r['low_m']:g}+" if r["high_m"] is None else f"{r['low_m']:g}-{r['high_m']:g}",
+            "n": r["n"],
+            "bias": (r["mean_difference_m"], None, None),
+            "mae": (r["mean_absolute_difference_m"], None, None),
+        }
+        for r in found.sums.height_rows()
+    ]
+    words = ("mean of B - A", "mean |B - A|")
+    page.figure(
+        "by_height",
+        figures.error_by_height(rows, "mean height of both maps (m)", words, "difference (m)"),
+        "Mean and mean absolute difference by the mean height of both maps, over the share of "
+        "pixels. Neither map is taken for the truth.",
+        "Differences by height class",
+    )  # fmt: skip
+
+
+def _compared_blocks(page: Page, found: Any, blocks: pandas.DataFrame) -> None:
+    enough = blocks[blocks["n"] >= RANKED_SHARE * found.blocks.side_px**2]
+    enough = (enough if len(enough) else blocks).sort_values("mean_difference_m", kind="stable")
+    page.heading(f"Blocks of {number_text(found.facts['block_m'])} m")
+    names = ["lon", "lat", "n", "mean_a_m", "mean_b_m", "mean_difference_m", "mean_absolute_difference_m"]
+    headers = ["longitude", "latitude", "pixels", "A (m)", "B (m)", "B - A (m)", "mean |B - A| (m)"]
+    for title, part in (
+        ("B higher than A", enough[enough["mean_difference_m"] > 0][::-1]),
+        ("B lower than A", enough[enough["mean_difference_m"] < 0]),
+    ):
+        if len(part):
+            caption = f"{title}: the largest differences. All blocks are in blocks.csv."
+            page.table(headers, _degrees(part[names][:SHOWN_BLOCKS]), caption)
+
+
+# ---- files ----------------------------------------------------------------------------------------
+def check_folder(out: str | Path, inputs: Sequence[Any], overwrite: bool) -> None:
+    """Raises InputError, before any work, for a folder that results may not go to."""
+    folder = Path(out).expanduser()
+    if not folder.exists() or not folder.is_dir():
+        check_output(folder, inputs, overwrite=overwrite, folder=True, expected="a directory for the results")
+    else:
+        names = (METRICS, "scores.csv", "blocks.csv", "report.html")
+        check_output([folder / name for name in names], inputs, overwrite=overwrite)
+
+
+def write_results(result: Evaluation, out: str | Path) -> None:
+    """Write everything of an evaluation into the folder `out`, metrics.json last.
 
     Raises OutputError when the disk refuses.
     """
-    folder = Path(out)
+    folder = Path(out).expanduser()
     with told_as_output(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        written = [write_tables(result, folder), *_strata_tables(result, folder)]
-        written.append(_write_csv(folder / "blocks.csv", *_block_rows(result)))
-        # The page and its figures are made by a module of their own.
-        if importlib.util.find_spec("canopy.evaluation.report") is not None:
-            report = importlib.import_module("canopy.evaluation.report")
-            report.write_report(result, folder)
-        written.append(_write_text(folder / METRICS, json.dumps(result.to_dict(), indent=2, allow_nan=False)))
-    return written
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        rows = list(_score_rows("overall", result.overall))
+        if result.corrected is not None:
+            rows += _score_rows("shift undone", result.corrected)
+        write_csv(folder / "scores.csv", rows)
+        for by in dict.fromkeys(stratum.by for stratum in result.strata):
+            name = "".join(c if c.isalnum() or c in "-_" else "_" for c in by)[:60]
+            parts = [stratum for stratum in result.strata if stratum.by == by]
+            write_csv(folder / f"by_{name}.csv", [{by: s.name, **wide_row(s.scores)} for s in parts])
+        write_csv(folder / "blocks.csv", result.blocks)
+        page = evaluation_page(result)
+        for name, png in page.pictures.items():
+            _write(folder / "figures" / f"{name}.png", png)
+        _write(folder / "report.html", page.html().encode())
+        write_json(folder / METRICS, result.to_dict())
 
 
-def write_tables(result: Evaluation, folder: Path) -> Path:
+def _score_rows(name: str, scores: Scores) -> Iterator[dict[str, Any]]:
     """scores.csv: every metric, plain and with the shift undone, with its interval."""
-    rows = list(_score_rows("overall", result.overall))
-    if result.corrected is not None:
-        rows += _score_rows("shift undone", result.corrected)
-    return _write_csv(folder / "scores.csv", ("scores", "metric", "value", "low95", "high95", "note"), rows)
-
-
-def _score_rows(name: str, scores: Scores) -> Iterator[list[Any]]:
-    for metric, score in scores.metrics.items():
-        yield [name, metric, *_cells(score), score.note]
+    every = list(scores.metrics.items())
     for part in scores.by_height:
-        for metric, score in part.scores.items():
-            yield [name, f"{metric} at {part.name} m", *_cells(score), score.note]
+        every += [(f"{metric} at {part.name} m", score) for metric, score in part.scores.items()]
+    for metric, score in every:
+        low, high = score.ci95 or (None, None)
+        yield {
+            "scores": name, "metric": metric, "value": score.value, "low95": low, "high95": high,
+            "note": score.note,
+        }  # fmt: skip
 
 
-def _cells(score: Score) -> list[float | None]:
-    low, high = score.ci95 or (None, None)
-    return [score.value, low, high]
+def wide_row(scores: Scores, names: Sequence[str] | None = None) -> dict[str, float | None]:
+    """Scores as columns NAME, NAME_low95, NAME_high95; of n the value alone."""
+    row: dict[str, float | None] = {}
+    for name in names or list(scores.metrics):
+        score = scores.metrics.get(name, Score(None))
+        row[name] = score.value
+        if name != "n":
+            row[f"{name}_low95"], row[f"{name}_high95"] = score.ci95 or (None, None)
+    return row
 
 
-def _strata_tables(result: Evaluation, folder: Path) -> Iterator[Path]:
-    """by_NAME.csv: a row per stratum, three columns per metric."""
-    ways = dict.fromkeys(stratum.by for stratum in result.strata)
-    for by in ways:
-        parts = [s for s in result.strata if s.by == by]
-        metrics = list(dict.fromkeys(name for part in parts for name in part.scores.metrics))
-        head = [by, *(h for m in metrics for h in ((m,) if m == "n" else (m, f"{m}_low95", f"{m}_high95")))]
-        rows = []
-        for part in parts:
-            row: list[Any] = [part.name]
-            for metric in metrics:
-                cells = _cells(part.scores.metrics.get(metric, Score(None)))
-                row += cells[:1] if metric == "n" else cells
-            rows.append(row)
-        yield _write_csv(folder / f"by_{_file_name(by)}.csv", head, rows)
+def write_comparison(found: Any, folder: Path, page: bool = True) -> None:
+    """Write the tables, the JSON and (if wanted) the page of a `Comparison` into `folder`."""
+    plain = found.to_dict()
+    write_json(folder / "compare.json", plain)
+    write_csv(folder / "summary.csv", [{"quantity": k, "value": v} for k, v in plain["overall"].items()])
+    write_csv(folder / "cover.csv", plain["cover"])
+    write_csv(folder / "by_height.csv", plain["by_height"])
+    if found.mode == "dates":
+        write_csv(folder / "change.csv", [{"class": k, "ha": v} for k, v in found.classes_ha.items()])
+    blocks = found.block_table()
+    write_csv(folder / "blocks.csv", blocks)
+    if page:
+        _write(folder / "report.html", comparison_page(found, blocks).html().encode())
 
 
-def _file_name(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text)[:60]
+def write_csv(path: Path, table: pandas.DataFrame | Sequence[Mapping[str, Any]]) -> None:
+    """A table with a header; what is missing is empty, numbers have nine digits."""
+    import pandas
 
-
-def _block_rows(result: Evaluation) -> tuple[Sequence[str], Iterator[list[Any]]]:
-    table = result.blocks
-    names = (
-        "west",
-        "south",
-        "east",
-        "north",
-        "lon",
-        "lat",
-        "n",
-        "map_mean_m",
-        "reference_mean_m",
-        "bias_m",
-        "mae_m",
-    )
-    head = ("site", "crs", *names)
-    columns = [getattr(table, name).tolist() for name in names]
-    sites = [table.sites[i] for i in table.site.tolist()]
-    crs = [table.crs[min(i, len(table.crs) - 1)] for i in table.site.tolist()]
-    return head, ([*row] for row in zip(sites, crs, *columns, strict=True))
-
-
-def _write_csv(path: Path, head: Sequence[str], rows: Any) -> Path:
-    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(head)
-        writer.writerows([_plain(cell) for cell in row] for row in rows)
-    return path
-
-
-def _plain(cell: Any) -> Any:
-    return f"{cell:.6g}" if isinstance(cell, float) and abs(cell) < 1e4 else cell
-
-
-def _write_text(path: Path, text: str) -> Path:
+    frame = table if isinstance(table, pandas.DataFrame) else pandas.DataFrame(list(table))
     with replacing(path) as part:
-        part.write_text(text + "\n", encoding="utf-8")
-    return path
+        frame.to_csv(part, index=False, float_format="%.9g")
+
+
+def write_json(path: Path, plain: Mapping[str, Any]) -> None:
+    """Indented JSON; NaN is refused rather than written."""
+    text = json.dumps(plain, indent=2, allow_nan=False, default=str) + "\n"
+    _write(path, text.encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with replacing(path) as part:
+        part.write_bytes(data)

@@ -5,30 +5,29 @@ A map's statistic over discs and polygons, read in windows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import shapely
 
 from canopy.errors import DataError, InputError
-from canopy.evaluation.maps import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, HeightSide, own_grid
-from canopy.evaluation.strata import LEAST_WANTED, MOST, Stratifier, stratifiers
-from canopy.evaluation.tables import missing_column, read_table
-from canopy.evaluation.zones import coverage
-from canopy.geo.crs import transformer, utm_crs
+from canopy.evaluation.grids import own_grid
+from canopy.evaluation.maps import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, HeightMap
+from canopy.evaluation.strata import LEAST_WANTED, MOST, Stratifier, missing_column, stratifiers
+from canopy.evaluation.zones import geodesic_area_m2, pixels_in
+from canopy.geo.area import read_vector
+from canopy.geo.crs import to_crs, transformer, utm_crs
 from canopy.geo.grid import Grid
-from canopy.geo.raster import Raster
-from canopy.geo.tiles import tiles_over
 from canopy.labels.footprint import pool_over_disc
 from canopy.metrics import percent_of, statistic_of
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
+    import geopandas
     import pandas
 
 
@@ -36,12 +35,19 @@ HEIGHT_COLUMNS = (
     "height_m", "height", "canopy_height", "canopy_height_m", "top_height", "top_height_m", "h_m", "h",
     "rh_98", "rh_95",
 )  # fmt: skip
+LON_COLUMNS, LAT_COLUMNS = (
+    ("lon", "longitude", "long", "lon_lowestmode"),
+    ("lat", "latitude", "lat_lowestmode"),
+)
+TEXTS, PARQUETS = (".csv", ".txt", ".tsv"), (".parquet", ".geoparquet", ".pq")
 GEDI_RADIUS_M, PLOT_RADIUS_M = 12.5, 10.0
 # Shots along a track and plots of a cluster err alike over longer ways than pixels do.
 BLOCK_SIDES_M = (1000.0, 500.0, 250.0, 100.0)
 _MOST_CATEGORIES, _QUANTILES = 12, 5
 _EQUAL_AREA = "EPSG:6933"
 _WIDE_DEG = 6.0
+MIN_VALID_SHARE = 0.9
+_MOST_PX = 30_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +58,7 @@ class SampleSet:
         name: of the file; column: where the height came from.
         polygons: shapes in EPSG:4326, or None for discs of `radius_m` round lon, lat.
         table: the other columns; dates: first and last, ISO, empty where unknown.
-        dropped: rows without a usable height.
+        dropped: why rows were left out -> how many.
     """
 
     name: str
@@ -64,18 +70,19 @@ class SampleSet:
     radius_m: float
     table: pandas.DataFrame
     dates: tuple[str, ...]
-    dropped: int
+    dropped: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lon)
 
 
-def load_gedi(path: str | Path, column: str | None = None) -> SampleSet:
+# ---- reading --------------------------------------------------------------------------------------
+def load_gedi(path: str | Path, column: str | None = None, radius_m: float | None = None) -> SampleSet:
     """Shots of `canopy data gedi` (or any table that `read_shots` takes); heights are rh_98, else rh_95.
 
     Raises DataError for no such table, InputError for a column that is not there.
     """
-    from canopy.labels.gedi import read_shots
+    from canopy.labels.shots import read_shots
 
     shots = read_shots(path)
     heights = [name for name in ("rh_98", "rh_95") if name in shots]
@@ -83,54 +90,137 @@ def load_gedi(path: str | Path, column: str | None = None) -> SampleSet:
     chosen = column or heights[0]
     if chosen not in shots:
         raise missing_column(chosen, shots.columns, path)
-    return _sample_set(shots, path, chosen, None, GEDI_RADIUS_M)
+    return _sample_set(shots, path, chosen, None, radius_m or GEDI_RADIUS_M)
 
 
-def load_plots(path: str | Path, column: str | None = None, radius_m: float | None = None) -> SampleSet:
-    """Plots of a vector file, or a CSV with lon and lat: points (discs of `radius_m`) or polygons.
+def load_plots(
+    source: str | Path | geopandas.GeoDataFrame,
+    column: str | None = None,
+    radius_m: float | None = None,
+    layer: str | None = None,
+) -> SampleSet:
+    """Plots of a vector file, a GeoDataFrame, or a text table with lon and lat: points or polygons.
 
-    Raises DataError for a file that cannot be read, InputError for a missing column or mixed shapes.
+    Points stand for discs of `radius_m`. Raises DataError for a file that cannot be read, InputError for a
+    missing column or mixed shapes.
     """
-    frame = read_table(path)
+    where = source if isinstance(source, str | Path) else "plots"
+    frame = read_places(source, layer) if isinstance(source, str | Path) else source
     names = {str(name).lower(): str(name) for name in frame.columns}
     chosen = column or next((names[n] for n in HEIGHT_COLUMNS if n in names), None)
-    if chosen is None or chosen not in frame:
-        if column is None:
-            raise InputError(
-                "no height column found", where=path, expected=f"one of {', '.join(HEIGHT_COLUMNS)}",
-                remedy=f"name it with --column; there are {', '.join(list(names.values())[:20])}",
-            )  # fmt: skip
-        raise missing_column(column, frame.columns, path)
+    if chosen is None:
+        raise InputError(
+            "no height column found", where=where, expected=f"one of {', '.join(HEIGHT_COLUMNS)}",
+            remedy=f"name it with --column; there are {', '.join(list(names.values())[:20])}",
+        )  # fmt: skip
+    if chosen not in frame:
+        raise missing_column(chosen, frame.columns, where)
+    if frame.crs is None:
+        raise DataError("no coordinate reference system", where=where, remedy="name it with .set_crs()")
     kinds = set(frame.geom_type.dropna())
     areas = kinds <= {"Polygon", "MultiPolygon"}
     if not areas and not kinds <= {"Point"}:
-        raise InputError(f"{', '.join(sorted(kinds))}", where=path, expected="points, or polygons")
-    if radius_m is not None and not 0 < radius_m < 10_000:
-        raise InputError(f"{radius_m:g} m", where="--radius-m", expected="above 0")
+        raise InputError(f"{', '.join(sorted(kinds))}", where=where, expected="points, or polygons")
     geographic = frame.to_crs("EPSG:4326")
     polygons = geographic.geometry.make_valid().to_numpy() if areas else None
-    return _sample_set(geographic, path, chosen, polygons, radius_m or PLOT_RADIUS_M)
+    return _sample_set(geographic, where, chosen, polygons, radius_m or PLOT_RADIUS_M)
+
+
+def read_places(path: str | Path, layer: str | None = None) -> geopandas.GeoDataFrame:
+    """A vector file, or a text or Parquet table with lon and lat, with a CRS. Raises DataError, AreaError."""
+    import geopandas
+    import pandas
+
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix in TEXTS + PARQUETS and not path.is_file():
+        raise DataError("no such file", where=path, remedy="check the spelling of the path")
+    try:
+        if suffix in TEXTS:
+            separator, decimal = table_format(path)
+            frame = _with_points(
+                pandas.read_csv(path, sep=separator, decimal=decimal, encoding="utf-8-sig"), path
+            )
+        elif suffix in PARQUETS:
+            try:
+                frame = geopandas.read_parquet(path)
+            except ValueError:  # a table without geometry
+                frame = _with_points(pandas.read_parquet(path), path)
+        else:
+            frame = read_vector(path, layer)
+    except InputError:
+        raise
+    except Exception as error:  # each reader has its own kind of exception
+        raise DataError(
+            f"not a readable vector file or table ({type(error).__name__})", where=path,
+            expected="GeoPackage, GeoJSON, Shapefile, GeoParquet, or a text table with lon and lat",
+        ) from error  # fmt: skip
+    if not len(frame):
+        raise DataError("no rows in the file", where=path)
+    if frame.crs is None:
+        raise DataError("the file names no coordinate reference system", where=path, remedy="add one to it")
+    return frame
+
+
+def table_format(path: Path) -> tuple[str, str]:
+    """Delimiter and decimal mark of a text table, told from its first two lines."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        head, line = file.readline(), file.readline()
+    separator = max(",;\t|", key=head.count)
+    comma = separator != "," and any(
+        part.count(",") == 1 and part.replace(",", "").strip(' "-\n').isdigit()
+        for part in line.split(separator)
+    )
+    return separator, "," if comma else "."
+
+
+def _with_points(table: pandas.DataFrame, path: Path) -> geopandas.GeoDataFrame:
+    import geopandas
+    import pandas
+
+    names = {str(name).strip().lower(): name for name in table.columns}
+    found = [next((names[n] for n in ways if n in names), None) for ways in (LON_COLUMNS, LAT_COLUMNS)]
+    if None in found:
+        there = ", ".join(map(str, list(table.columns)[:20]))
+        raise DataError(
+            "no columns lon and lat", where=path, expected=f"places in degrees; its columns are {there}"
+        )
+    lon, lat = (pandas.to_numeric(table[name], errors="coerce") for name in found)
+    if max(lon.abs().max(), 2 * lat.abs().max()) > 360:
+        raise DataError(
+            f"lon up to {lon.abs().max():.10g}, lat up to {lat.abs().max():.10g}", where=path,
+            expected="degrees in the columns lon and lat",
+            remedy="metres belong into a vector file that names their CRS",
+        )  # fmt: skip
+    return geopandas.GeoDataFrame(table, geometry=geopandas.points_from_xy(lon, lat, crs="EPSG:4326"))
 
 
 def _sample_set(
-    frame: Any, path: str | Path, column: str, polygons: np.ndarray | None, radius_m: float
+    frame: geopandas.GeoDataFrame, where: object, column: str, polygons: np.ndarray | None, radius_m: float
 ) -> SampleSet:
     import pandas
-    import shapely
 
     heights = pandas.to_numeric(frame[column], errors="coerce").to_numpy(np.float64)
     if not np.isfinite(heights).any():
-        raise DataError(f"no numbers in the column {column!r}", where=path)
-    shapes = frame.geometry.to_numpy()
-    centres = shapely.centroid(shapes)
+        raise DataError(f"no numbers in the column {column!r}", where=where)
+    centres = shapely.centroid(frame.geometry.to_numpy())
     lon, lat = shapely.get_x(centres), shapely.get_y(centres)
-    good = (heights >= REFERENCE_LOWEST_M) & (heights <= REFERENCE_HIGHEST_M) & np.isfinite(lon + lat)
+    placed, known = np.isfinite(lon + lat), np.isfinite(heights)
+    sane = (heights >= REFERENCE_LOWEST_M) & (heights <= REFERENCE_HIGHEST_M)
+    good = placed & known & sane
     if not good.any():
-        raise DataError(f"no usable height in the column {column!r}", where=path, expected="metres")
+        raise DataError(f"no usable height in the column {column!r}", where=where, expected="metres")
+    dropped = {
+        f"no number in the column {column!r}": int((~known).sum()),
+        f"an impossible height in the column {column!r} (expected {REFERENCE_LOWEST_M:g} to "
+        f"{REFERENCE_HIGHEST_M:g} m)": int((known & ~sane).sum()),
+        "no place": int((known & sane & ~placed).sum()),
+    }
     table = pandas.DataFrame(frame.drop(columns=frame.geometry.name))[good].reset_index(drop=True)
     return SampleSet(
-        Path(path).name, column, lon[good], lat[good], np.maximum(heights[good], 0),
-        None if polygons is None else polygons[good], radius_m, table, _dates(table), int((~good).sum()),
+        Path(str(where)).name, column, lon[good], lat[good], np.maximum(heights[good], 0),
+        None if polygons is None else polygons[good], radius_m, table, _dates(table),
+        {why: count for why, count in dropped.items() if count},
     )  # fmt: skip
 
 
@@ -222,94 +312,53 @@ def column_codes(column: pandas.Series) -> tuple[np.ndarray, Sequence[str]]:
     return np.asarray(codes, np.int64), [str(name) for name in names]
 
 
-MIN_VALID_SHARE = 0.9
-_WINDOW_PX = 1024
-_MOST_PX = 30_000_000
-
-
-def pool_map(side: HeightSide, samples: SampleSet, stat: str, progress: Progress | None = None) -> np.ndarray:
+# ---- the map over them ----------------------------------------------------------------------------
+def pool_map(
+    heights: HeightMap, samples: SampleSet, stat: str, progress: Progress | None = None
+) -> np.ndarray:
     """The map over every sample, float64 (n,), NaN where less than 90 % of it is valid.
 
     Discs take the pixels whose centres they hold (`pool_over_disc`); polygons every pixel by the share of it
     that they cover.
     """
-    pool = _pool_polygons if samples.polygons is not None else _pool_discs
-    return pool(side, own_grid(side.product), samples, stat, progress or NoProgress())
+    progress = progress or NoProgress()
+    if samples.polygons is None:
+        import pandas
 
+        def read(window: Grid) -> np.ndarray:
+            got = heights.read(window)
+            return np.where(got.valid, got.height_m, np.nan)
 
-# ---- discs ----------------------------------------------------------------------------------------
-def _pool_discs(
-    side: HeightSide, grid: Grid, samples: SampleSet, stat: str, progress: Progress
-) -> np.ndarray:
-    import pandas
-
+        places = pandas.DataFrame({"lon": samples.lon, "lat": samples.lat})
+        return pool_over_disc(
+            read,
+            places,
+            stat,
+            grid=own_grid(heights),
+            diameter=2 * samples.radius_m,
+            min_valid=MIN_VALID_SHARE,
+        ).astype(np.float64)
+    progress.start(len(samples), "pooling")
     out = np.full(len(samples), np.nan)
-    x, y = transformer("EPSG:4326", grid.crs).transform(samples.lon, samples.lat)
-    rows, cols = grid.rowcol(np.asarray(x), np.asarray(y))  # type: ignore[arg-type]
-    known = np.isfinite(rows) & np.isfinite(cols)
-    keys = np.column_stack([rows // _WINDOW_PX, cols // _WINDOW_PX])[known].astype(np.int64)
-    windows, which = np.unique(keys, axis=0, return_inverse=True)
-    # Twice the radius over the pixel: a web-Mercator pixel is smaller on the ground than its name.
-    reach = math.ceil(2 * samples.radius_m / grid.gsd_m) + 2
-    index = np.flatnonzero(known)
-    progress.start(len(windows), "pooling")
-    for k, (i, j) in enumerate(windows.tolist()):
-        at = index[which.ravel() == k]
-        size = _WINDOW_PX + 2 * reach
-        window = grid.window(i * _WINDOW_PX - reach, j * _WINDOW_PX - reach, size, size)
-        values, valid = side.read(window, "mean")
-        if valid.any():
-            shots = pandas.DataFrame({"lon": samples.lon[at], "lat": samples.lat[at]})
-            raster = Raster(values[None].astype(np.float32), valid, window)
-            out[at] = pool_over_disc(
-                raster, shots, stat, diameter=2 * samples.radius_m, min_valid=MIN_VALID_SHARE
-            )
+    for k, shape in enumerate(samples.polygons):
+        out[k] = _pool_polygon(heights, shape, stat, k)
         progress.advance()
     return out
 
 
-# ---- polygons -------------------------------------------------------------------------------------
-def _pool_polygons(
-    side: HeightSide, grid: Grid, samples: SampleSet, stat: str, progress: Progress
-) -> np.ndarray:
-    assert samples.polygons is not None  # pool_map chose by it
-    out = np.full(len(samples), np.nan)
-    move = transformer("EPSG:4326", grid.crs).transform
-    shapes = shapely.transform(
-        shapely.segmentize(samples.polygons, 1e-3), lambda xy: np.column_stack(move(xy[:, 0], xy[:, 1]))
-    )
-    progress.start(len(shapes), "pooling")
-    for k, shape in enumerate(shapes):
-        if np.isfinite(shapely.get_coordinates(shape)).all() and shape.area > 0:
-            out[k] = _pool_one(side, grid, shape, stat, k)
-        progress.advance()
-    return out
-
-
-def _pool_one(side: HeightSide, grid: Grid, shape: shapely.Geometry, stat: str, number: int) -> float:
-    window = grid.window_over(shape.bounds)
-    if window.height * window.width > _MOST_PX:
-        raise InputError(
-            f"polygon {number + 1} holds {window.height * window.width} px", expected="plots, not regions"
-        )
-    values, valid = side.read(window, "mean")
-    share = _shares(shape, window)
-    area = share.sum()
-    if area <= 0 or share[valid].sum() < MIN_VALID_SHARE * area:
+def _pool_polygon(heights: HeightMap, shape: shapely.Geometry, stat: str, number: int) -> float:
+    lonlat = to_crs("EPSG:4326")
+    area = geodesic_area_m2(shape, lonlat)
+    if area > _MOST_PX * heights.gsd_m**2:
+        raise InputError(f"polygon {number + 1} has {area / 1e4:,.0f} ha", expected="plots, not regions")
+    parts = list(pixels_in(heights, shape, lonlat))
+    if not parts or area <= 0:
+        return float("nan")
+    values, share, weight = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if not values.size or weight.sum() < MIN_VALID_SHARE * area:
         return float("nan")
     if stat == "mean":
-        return float((values * share)[valid].sum() / share[valid].sum())
+        return float(values @ share / share.sum())
     # Highest and percentiles take pixels of which at least half is inside; if there are none, all touched.
-    chosen = valid & (share >= min(0.5, float(share.max())))
-    return float(statistic_of(values[chosen], np.ones(chosen.sum(), bool), percent_of(stat)))
-
-
-def _shares(shape: shapely.Geometry, grid: Grid) -> np.ndarray:
-    """Share (h, w) of every pixel that a polygon covers, found in tiles: only those on its edge cost time."""
-    share = np.zeros(grid.shape)
-    for tile in tiles_over(grid, _WINDOW_PX):
-        part = coverage(shape, tile.core)
-        if part is not None:
-            row, col = grid.offset_of(tile.core)
-            share[row : row + tile.core.height, col : col + tile.core.width] = part
-    return share
+    chosen = values[share >= min(0.5, float(share.max()))]
+    return float(statistic_of(chosen, np.ones(chosen.size, bool), percent_of(stat)))

@@ -1,9 +1,7 @@
-"""The spatial blocks that are resampled: squares of whole 50 px cells, over all rasters of a judgement.
+"""Spatial blocks, which the bootstrap resamples, and the ways of cutting a judgement into parts.
 
-Ways of cutting a judgement into parts: by site, height, cover, slope, a categorical raster, or polygons.
-
-Each way gives a code per pixel (-1: none) and the codes' names. Codes of rasters and polygons are found while
-reading; there may be up to 100 of them.
+A part is a site, a height, a cover, a slope, a class of a raster, or a polygon. Each way gives a code per
+pixel (-1: none) and the codes' names. Classes of rasters are found while reading; there may be up to 100.
 """
 
 from __future__ import annotations
@@ -13,17 +11,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import shapely
+from odc.geo import CRS
+from rasterio.features import rasterize
+from rasterio.io import DatasetReader
+from shapely.geometry.base import BaseGeometry
 
-from canopy.errors import InputError
-from canopy.evaluation.tables import missing_column, pixel_metres, read_table, sample_raster
+from canopy.errors import AreaError, InputError
+from canopy.evaluation.grids import pixel_metres
 from canopy.files import public_name
-from canopy.geo.area import SCALE_SLACK
-from canopy.geo.crs import METRES_PER_DEGREE
+from canopy.geo.area import SCALE_SLACK, read_zones
+from canopy.geo.crs import METRES_PER_DEGREE, project, transformer
 from canopy.geo.grid import Grid
-from canopy.geo.raster import SourcePlace, open_raster, read_window
+from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster, read_window
 from canopy.metrics import BLOCK_PX, HEIGHT_BINS_M, height_bin
 
 # Heights of forests are alike over some hundred metres; larger blocks would leave too few in a small area.
@@ -109,15 +113,17 @@ def cells_of(shape: tuple[int, int]) -> tuple[np.ndarray, int]:
     return rows[:, None] * wide + cols, wide * (int(rows[-1]) + 1)
 
 
+# ---- ways of cutting ------------------------------------------------------------------------------
 COVER_SHARES = (0.1, 0.4, 0.7)
 COVER_ABOVE_M = 2.0
 SLOPE_DEG = (5, 10, 20, 30, 45)
 # Slope is what the ground does over some twenty metres, not between two pixels of a 1 m model.
 _SLOPE_REACH_M = 10.0
+_RASTERS = (".tif", ".tiff", ".vrt", ".jp2")
 
 
 class Stratifier(Protocol):
-    """One way of cutting, for rasters."""
+    """One way of cutting."""
 
     by: str
 
@@ -134,8 +140,27 @@ class Stratifier(Protocol):
         """Names of the codes so far."""
         ...
 
+    def close(self) -> None:
+        """Close its file."""
+        ...
 
-class BySite:
+
+class _Files:
+    """What the ways have in common that read a raster: it is open until `close`."""
+
+    _dataset: DatasetReader | None = None
+
+    def _open(self, path: str | Path) -> DatasetReader:
+        self._dataset = open_raster(path)
+        SourcePlace.of(self._dataset)
+        return self._dataset
+
+    def close(self) -> None:
+        if self._dataset is not None:
+            self._dataset.close()
+
+
+class BySite(_Files):
     """By the reference raster that a pixel is from."""
 
     by = "site"
@@ -152,7 +177,7 @@ class BySite:
         raise InputError("samples without a column 'site'", where="--by site")
 
 
-class ByHeight:
+class ByHeight(_Files):
     """By reference height: 0-2, 2-5, ... 60+."""
 
     by = "height"
@@ -168,7 +193,7 @@ class ByHeight:
         return height_bin(reference_m)
 
 
-class ByCover:
+class ByCover(_Files):
     """By canopy cover of the 50 x 50 px cell round a pixel: share of the reference above 2 m."""
 
     by = "cover"
@@ -185,16 +210,14 @@ class ByCover:
         raise InputError("samples have no cover", where="--by cover", remedy="name a column or a raster")
 
 
-class BySlope:
+class BySlope(_Files):
     """By the slope of the ground, from an elevation model (over 20 m) or a raster of degrees."""
 
     by = "slope"
     names = ("0-5 deg", "5-10 deg", "10-20 deg", "20-30 deg", "30-45 deg", "45+ deg")
 
     def __init__(self, path: str | Path, *, elevation: bool) -> None:
-        self.path, self.elevation = path, elevation
-        self._dataset = open_raster(path)
-        SourcePlace.of(self._dataset)
+        self.elevation, self._file = elevation, self._open(path)
 
     def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         slope, known = self.degrees(grid)
@@ -203,8 +226,8 @@ class BySlope:
     def degrees(self, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
         """Slope in degrees and where it is known, both (h, w): central differences over about 20 m."""
         k = max(1, round(_SLOPE_REACH_M / grid.gsd_m)) if self.elevation else 0
-        values, known = read_window(self._dataset, grid.pad(k), [1])
-        z = values[0].astype(np.float64) * self._dataset.scales[0] + self._dataset.offsets[0]
+        values, known = read_window(self._file, grid.pad(k), [1])
+        z = values[0].astype(np.float64) * self._file.scales[0] + self._file.offsets[0]
         if not self.elevation:
             return z, known
         mx, my = pixel_metres(grid)
@@ -217,25 +240,23 @@ class BySlope:
         north = _SLOPE_REACH_M / METRES_PER_DEGREE
         east = north / np.cos(np.radians(lat))
         if not self.elevation:
-            slope = sample_raster(self._dataset, lon, lat)
+            slope = _sample(self._file, lon, lat)
         else:
-            z = [sample_raster(self._dataset, lon + i * east, lat) for i in (-1, 1)]
-            z += [sample_raster(self._dataset, lon, lat + i * north) for i in (-1, 1)]
+            z = [_sample(self._file, lon + i * east, lat) for i in (-1, 1)]
+            z += [_sample(self._file, lon, lat + i * north) for i in (-1, 1)]
             rise = np.hypot(z[1] - z[0], z[3] - z[2]) / (2 * _SLOPE_REACH_M)
             slope = np.degrees(np.arctan(rise))
         return np.where(np.isfinite(slope), np.searchsorted(SLOPE_DEG, slope, side="right"), -1)
 
 
-class ByRaster:
+class ByRaster(_Files):
     """By a raster of whole numbers; every pixel takes the class that its centre lies in."""
 
     def __init__(self, by: str, path: str | Path) -> None:
-        self.by = by
-        self._dataset = open_raster(path)
-        SourcePlace.of(self._dataset)
-        if np.dtype(self._dataset.dtypes[0]).kind not in "iub":
+        self.by, self._file = by, self._open(path)
+        if np.dtype(self._file.dtypes[0]).kind not in "iub":
             raise InputError(
-                f"a raster of {self._dataset.dtypes[0]}", where=public_name(path),
+                f"a raster of {self._file.dtypes[0]}", where=public_name(path),
                 expected="classes as whole numbers",
             )  # fmt: skip
         self._codes: dict[int, int] = {}
@@ -245,11 +266,11 @@ class ByRaster:
         return [str(value) for value in self._codes]
 
     def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
-        values, known = read_window(self._dataset, grid, [1], resampling="nearest")
+        values, known = read_window(self._file, grid, [1], resampling="nearest")
         return self._coded(np.where(known, values[0], np.nan))
 
     def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        return self._coded(sample_raster(self._dataset, lon, lat))
+        return self._coded(_sample(self._file, lon, lat))
 
     def _coded(self, values: np.ndarray) -> np.ndarray:
         found, inverse = np.unique(values, return_inverse=True)
@@ -259,47 +280,66 @@ class ByRaster:
         return codes[inverse].reshape(values.shape)
 
 
-class ByPolygons:
+class ByPolygons(_Files):
     """By the polygon that a pixel's centre lies in: `FILE` (polygons 1, 2, ...) or `FILE:COLUMN`."""
 
     def __init__(self, by: str, path: str | Path, column: str | None) -> None:
         self.by = by
-        frame = read_table(path)
+        frame, self._crs, shapes = read_zones(path)
         if column is not None and column not in frame:
             raise missing_column(column, frame.columns, path)
-        kinds = set(frame.geom_type)
-        if not kinds & {"Polygon", "MultiPolygon"}:
-            raise InputError(f"only {', '.join(sorted(kinds))}", where=path, expected="polygons")
-        labels = [str(v) for v in (frame[column] if column else range(1, len(frame) + 1))]
-        self.names = sorted(set(labels))
+        values = list(frame[column]) if column else list(range(1, len(frame) + 1))
+        labels = [str(value) for value in values]
+        self.names = sorted(set(labels), key=natural)
         self._codes = np.array([self.names.index(label) for label in labels])
-        self._frame = frame
+        self._shapes = np.array(shapes, object)
+        # Reprojected once for each CRS that is asked for, and looked up by place.
+        self._trees: dict[CRS, shapely.STRtree] = {}
+
+    def _tree(self, crs: CRS) -> shapely.STRtree:
+        if crs not in self._trees:
+            self._trees[crs] = shapely.STRtree([self._moved(shape, crs) for shape in self._shapes])
+        return self._trees[crs]
+
+    def _moved(self, shape: BaseGeometry | None, crs: CRS) -> BaseGeometry | None:
+        try:
+            return None if shape is None else project(shape, self._crs, crs)
+        except AreaError:  # on the other side of the Earth, where the CRS has no place for it
+            return None
 
     def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
-        from rasterio.features import rasterize
-
-        shapes = self._frame.geometry.to_crs(grid.crs.to_wkt())
-        pairs = [(s, c + 1) for s, c in zip(shapes, self._codes, strict=True) if s is not None]
+        tree = self._tree(grid.crs)
+        # In the file's order: where polygons overlap the last one counts.
+        near = np.sort(tree.query(shapely.box(*grid.bounds)))
+        if not len(near):
+            return np.full(grid.shape, -1, np.int64)
+        pairs = zip(tree.geometries[near], (self._codes[near] + 1).tolist(), strict=True)
         drawn = rasterize(pairs, grid.shape, fill=0, transform=grid.transform, dtype="int32")
         return drawn.astype(np.int64) - 1
 
     def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        import shapely
-
-        tree = shapely.STRtree(self._frame.geometry.to_crs("EPSG:4326").to_numpy())
-        point, polygon = tree.query(shapely.points(lon, lat), predicate="within")
+        point, polygon = self._tree(CRS("EPSG:4326")).query(shapely.points(lon, lat), predicate="within")
         codes = np.full(len(lon), -1, np.int64)
         codes[point] = self._codes[polygon]
         return codes
 
 
+def natural(label: str) -> tuple[int, float, str]:
+    """Sorts numbers as numbers, before words: 1, 2, 10, a, b."""
+    try:
+        return 0, float(label), label
+    except ValueError:
+        return 1, 0.0, label
+
+
 def stratifiers(
     by: Sequence[str], *, slope: str | Path | None = None, dem: str | Path | None = None
 ) -> list[Stratifier]:
-    """The ways named by --by that need no table of samples; see the error for what there is.
+    """The ways named by --by that need no table of samples; close them when done.
 
     Raises InputError for an unknown way, naming what there is.
     """
+    plain: dict[str, type[Stratifier]] = {"site": BySite, "height": ByHeight, "cover": ByCover}
     made: list[Stratifier] = []
     for word in by:
         name, equals, source = word.partition("=")
@@ -307,8 +347,7 @@ def stratifiers(
             made.append(_from_file(name, source))
         elif word == "slope":
             made.append(_slope(slope, dem))
-        elif word in ("site", "height", "cover"):
-            plain: dict[str, type[Stratifier]] = {"site": BySite, "height": ByHeight, "cover": ByCover}
+        elif word in plain:
             made.append(plain[word]())
         else:
             raise InputError(
@@ -336,6 +375,30 @@ def _from_file(name: str, source: str) -> Stratifier:
         raise InputError(f"{name}={source}", where="--by", expected="NAME=FILE")
     path, _, column = source.rpartition(":") if not Path(source).exists() else (source, "", "")
     path = path or source
-    if Path(path).suffix.lower() in (".tif", ".tiff", ".vrt", ".jp2"):
+    if Path(path).suffix.lower() in _RASTERS:
         return ByRaster(name, path)
     return ByPolygons(name, path, column or None)
+
+
+def files_of(by: Sequence[str]) -> list[str]:
+    """The files that words of --by name."""
+    sources = [source for _, equals, source in (word.partition("=") for word in by) if equals]
+    return [s if Path(s).exists() else s.rpartition(":")[0] or s for s in sources]
+
+
+def missing_column(column: str, columns: Sequence[Any], path: object) -> InputError:
+    """The error for a column that is not there; names those that are."""
+    there = [str(c) for c in columns if str(c) != "geometry"]
+    shown = ", ".join(there[:20]) + (", ..." if len(there) > 20 else "")
+    return InputError(f"no column {column!r}", where=path, expected=f"one of {shown}")
+
+
+def _sample(dataset: DatasetReader, lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
+    """First band of an open dataset at places in degrees, float64 (n,), NaN where there is nothing."""
+    x, y = transformer("EPSG:4326", SourcePlace.of(dataset).crs).transform(lon, lat)
+    order = np.lexsort((x, -np.asarray(y) // 1e3))  # near ones together: they share blocks of the file
+    out = np.full(len(x), np.nan)
+    picked = dataset.sample(zip(np.asarray(x)[order], np.asarray(y)[order], strict=True), 1, masked=True)
+    for i, value in zip(order, picked, strict=True):
+        out[i] = np.nan if np.ma.getmaskarray(value)[0] else float(value[0])
+    return out * dataset.scales[0] + dataset.offsets[0]

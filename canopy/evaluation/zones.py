@@ -1,18 +1,15 @@
-"""Which share of each pixel polygons cover: exact polygon-pixel intersection (exactextract; Baston,
-https://github.com/isciences/exactextract).
+"""Heights inside polygons, each pixel weighted by the ground it shares with the polygon: `canopy stats`.
 
-`canopy stats`: heights inside polygons, each pixel weighted by the ground it shares with the polygon.
-
-A pixel's weight is the fraction of it that the polygon covers times its ground area on the ellipsoid, so that
-Web-Mercator and degree maps give the same numbers as metric ones. Memory depends on neither the polygon's nor
-the map's size.
+A pixel's weight is the fraction of it that the polygon covers (exactextract; Baston,
+https://github.com/isciences/exactextract) times its ground area on the ellipsoid, so that Web-Mercator and
+degree maps give the same numbers as metric ones. A polygon is walked in tiles, and exactextract sees only
+those that its edge crosses: given a whole region it would keep every pixel in memory for the percentiles.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +20,11 @@ from shapely.geometry import MultiPolygon, Polygon, mapping
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
+from canopy.config import Settings, validate_settings
 from canopy.errors import ConfigError, InputError
-from canopy.evaluation.maps import HeightProduct, open_product, own_grid, pixel_areas_m2
-from canopy.files import replacing
+from canopy.evaluation.grids import own_grid, pixel_areas_m2
+from canopy.evaluation.maps import HeightMap, open_heights
+from canopy.files import check_output, replacing
 from canopy.geo.area import read_zones
 from canopy.geo.crs import geod_of, to_crs, to_lonlat
 from canopy.geo.grid import Grid
@@ -34,6 +33,127 @@ from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
     import geopandas
+    import pandas
+
+    from canopy.evaluation.maps import HeightSource
+
+TILE_PX = 1024
+# Percentiles are read off a histogram: exact to half a millimetre.
+LOW_M, TOP_M = -50.0, 150.0
+FORMATS = (".csv", ".parquet")
+
+
+class ZoneOptions(Settings):
+    """What `canopy stats` can be asked.
+
+    Attributes:
+        percentiles: of height, 0 to 100. above_m: cover is the share of ground higher than each.
+        nodata: value that means missing in the map, in place of what it says.
+        band: number or name of the height's band. layer: of a vector file that has several.
+    """
+
+    percentiles: tuple[float, ...] = (5, 25, 50, 75, 95)
+    above_m: tuple[float, ...] = (2, 5, 10)
+    nodata: float | None = None
+    band: int | str | None = None
+    layer: str | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for values out of range."""
+        if not self.percentiles or any(not 0 <= p <= 100 for p in self.percentiles):
+            raise ConfigError(str(self.percentiles), where="--percentiles", expected="numbers from 0 to 100")
+        if any(not 0 <= height < TOP_M for height in self.above_m):
+            raise ConfigError(str(self.above_m), where="--above", expected=f"metres from 0 to {TOP_M:g}")
+
+
+def stats(
+    map: HeightSource,
+    zones: str | Path | geopandas.GeoDataFrame,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    extra: pandas.DataFrame | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> geopandas.GeoDataFrame:
+    """Heights by polygon: its own columns, then n, area_ha, valid_ha, valid_share, mean_m, std_m, ...
+
+    `n` counts the valid pixels that a polygon touches; polygons outside the map have n = 0 and no heights.
+    All means, percentiles and covers are over ground area. Cover is of the polygon's valid ground. What a
+    reader must know is in `attrs["notes"]`.
+
+    Args:
+        map: a height map: a path, a folder of tiles, or an xarray DataArray with a CRS.
+        zones: polygons in any vector file and CRS, or a GeoDataFrame; holes and several parts are respected.
+        out: a .csv, or a .parquet (GeoParquet); None writes nothing.
+        extra: more columns to add, one row per polygon.
+        options: see `ZoneOptions`.
+
+    Raises InputError: an unreadable map or file, a bad option or name of `out`; nothing is written.
+    """
+    chosen = validate_settings(ZoneOptions, options, "stats")
+    chosen.check()
+    if out is not None:
+        check_table(out, [map, zones], overwrite)
+    frame, crs, shapes = read_zones(zones, chosen.layer)
+    progress = progress or NoProgress()
+    progress.start(len(shapes), "polygons")
+    rows = []
+    with open_heights(map, nodata=chosen.nodata, band=chosen.band) as heights:
+        outline = heights.outline
+        if not any(shape is not None and to_lonlat(shape, crs).intersects(outline) for shape in shapes):
+            west, south, east, north = outline.bounds
+            raise InputError(
+                "no polygon meets the map", where=zones if isinstance(zones, str | Path) else "zones",
+                expected=f"polygons within {west:.4f}, {south:.4f}, {east:.4f}, {north:.4f} (W, S, E, N)",
+            )  # fmt: skip
+        for shape in shapes:
+            sums = _ZoneSums(chosen.above_m)
+            for height, _, weight in pixels_in(heights, shape, crs):
+                sums.add(height, weight)
+            rows.append(sums.row(0.0 if shape is None else geodesic_area_m2(shape, crs), chosen))
+            progress.advance()
+        notes = heights.notes
+    table = _joined(frame, rows, extra)
+    table.attrs["notes"] = notes
+    if out is not None:
+        _write_table(table, Path(out).expanduser())
+    return table
+
+
+def check_table(out: str | Path, inputs: Sequence[Any], overwrite: bool) -> None:
+    """Raises InputError for an output's wrong suffix, an existing file, an input, or a missing folder."""
+    expected = "a table's name, ending in .csv or .parquet"
+    check_output(out, inputs, overwrite=overwrite, suffixes=FORMATS, expected=expected)
+
+
+def pixels_in(
+    heights: HeightMap, shape: BaseGeometry | None, crs: CRS
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The valid pixels that polygons in `crs` touch, a tile at a time.
+
+    Yields:
+        metres, the share of each pixel that is covered, and the ground it has in common with the polygons in
+        square metres, all (k,).
+    """
+    if shape is None or not to_lonlat(shape, crs).intersects(heights.outline):
+        return
+    lattice = own_grid(heights)
+    there = to_lonlat(shape, crs, lattice.crs)
+    window = window_of(lattice, there, lattice.bounds)
+    if window is None:
+        return
+    # Of the whole window, so that a pixel's area does not depend on the tile it is met in.
+    row_areas = pixel_areas_m2(window)
+    for tile in tiles_over(window, TILE_PX):
+        share = coverage(there, tile.core)
+        if share is None:
+            continue
+        top = window.offset_of(tile.core)[0]
+        got = heights.read(tile.core)
+        used = got.valid & (share > 0)
+        weight = share * row_areas[top : top + tile.core.height, None]
+        yield got.height_m[used].astype(np.float64), share[used], weight[used]
 
 
 def coverage(shape: BaseGeometry, grid: Grid) -> np.ndarray | None:
@@ -49,77 +169,64 @@ def coverage(shape: BaseGeometry, grid: Grid) -> np.ndarray | None:
     part = shape.intersection(frame)
     if part.area == 0:
         return None
+    # Without the points and lines that a cut along an edge can leave.
+    areas = shapely.union_all([p for p in shapely.get_parts(part) if isinstance(p, Polygon | MultiPolygon)])
     source = NumPyRasterSource(np.zeros(grid.shape, np.uint8), *grid.bounds)
-    feature = {"type": "Feature", "properties": {}, "geometry": mapping(_areas(part))}
+    feature = {"type": "Feature", "properties": {}, "geometry": mapping(areas)}
     found = exact_extract(source, [feature], ["cell_id", "coverage"])[0]["properties"]
     share = np.zeros(grid.height * grid.width)
     share[found["cell_id"]] = found["coverage"]
     return share.reshape(grid.shape)
 
 
-def _areas(shape: BaseGeometry) -> BaseGeometry:
-    """Without the points and lines that a cut along an edge can leave."""
-    if isinstance(shape, Polygon | MultiPolygon):
-        return shape
-    return shapely.union_all([p for p in shapely.get_parts(shape) if isinstance(p, Polygon | MultiPolygon)])
+def window_of(lattice: Grid, shape: BaseGeometry, frame: Sequence[float]) -> Grid | None:
+    """The window of a lattice that holds a shape's part within `frame` (west, south, east, north).
 
-
-TILE_PX = 1024
-# Percentiles are read off a histogram: exact to half a centimetre.
-STEP_M, LOW_M, TOP_M = 0.01, -10.0, 150.0
-FORMATS = (".csv", ".parquet")
-
-
-@dataclass(frozen=True)
-class ZoneOptions:
-    """Attributes:
-    percentiles: of height, 0 to 100. above_m: cover is the share of ground higher than each.
-    nodata: value that means missing in the map, in place of what it says.
+    Both in the lattice's CRS; None where nothing is left.
     """
+    bounds = shape.bounds
+    west, south = max(bounds[0], frame[0]), max(bounds[1], frame[1])
+    east, north = min(bounds[2], frame[2]), min(bounds[3], frame[3])
+    return lattice.window_over((west, south, east, north)) if west < east and south < north else None
 
-    percentiles: tuple[float, ...] = (5, 25, 50, 75, 95)
-    above_m: tuple[float, ...] = (2, 5, 10)
-    nodata: float | None = None
-    overwrite: bool = False
 
-    def check(self) -> None:
-        """Raises ConfigError for values out of range."""
-        if not self.percentiles or any(not 0 <= p <= 100 for p in self.percentiles):
-            raise ConfigError(str(self.percentiles), where="--percentiles", expected="numbers from 0 to 100")
-        if any(not 0 <= height < TOP_M for height in self.above_m):
-            raise ConfigError(str(self.above_m), where="--above", expected=f"metres from 0 to {TOP_M:g}")
+def geodesic_area_m2(shape: BaseGeometry, crs: CRS) -> float:
+    """Area of polygons on the WGS84 ellipsoid, holes taken off."""
+    geod = geod_of(to_crs("EPSG:4326"))
+    parts = (orient(part) for part in shapely.get_parts(to_lonlat(shape, crs)))
+    return float(sum(abs(geod.geometry_area_perimeter(part)[0]) for part in parts))
 
 
 class _ZoneSums:
     """Weighted sums of one polygon."""
 
     def __init__(self, above_m: Sequence[float]) -> None:
-        self.above_m = np.asarray(above_m, float)
+        self.above_m = above_m
         self.n, self.area, self.total, self.square = 0, 0.0, 0.0, 0.0
         self.low, self.high = math.inf, -math.inf
-        self.above = np.zeros(len(above_m))
-        self.histogram = np.zeros(round((TOP_M - LOW_M) / STEP_M))
+        self.above: np.ndarray = np.zeros(len(above_m))
+        self.histogram: np.ndarray = np.zeros(0)  # square metres by whole millimetres above LOW_M
 
     def add(self, height: np.ndarray, weight_m2: np.ndarray) -> None:
         """Pixels (k,): metres, and the ground they share with the polygon."""
         if not height.size:
             return
-        height = height.astype(np.float64)
         self.n += height.size
         self.area += float(weight_m2.sum())
         self.total += float(height @ weight_m2)
         self.square += float((height * height) @ weight_m2)
         self.low, self.high = min(self.low, float(height.min())), max(self.high, float(height.max()))
-        self.above += [float(weight_m2[height > limit].sum()) for limit in self.above_m]
-        steps = np.clip(((height - LOW_M) / STEP_M).astype(np.int64), 0, self.histogram.size - 1)
-        self.histogram += np.bincount(steps, weight_m2, minlength=self.histogram.size)
+        self.above += np.array([weight_m2[height > limit].sum() for limit in self.above_m], np.float64)
+        steps = np.rint((np.clip(height, LOW_M, TOP_M) - LOW_M) * 1000).astype(np.int64)
+        counts = np.bincount(steps, weight_m2, minlength=self.histogram.size)
+        counts[: self.histogram.size] += self.histogram
+        self.histogram = counts
 
     def percentile(self, q: float) -> float:
         """The height below which q % of the ground lies."""
         cumulated = np.cumsum(self.histogram)
-        step = int(np.searchsorted(cumulated, q / 100 * cumulated[-1] - 1e-9, side="left"))
-        middle = LOW_M + (min(step, self.histogram.size - 1) + 0.5) * STEP_M
-        return float(np.clip(middle, self.low, self.high))
+        step = int(np.searchsorted(cumulated, q / 100 * cumulated[-1] * (1 - 1e-12), side="left"))
+        return float(np.clip(LOW_M + step / 1000, self.low, self.high))
 
     def row(self, zone_m2: float, options: ZoneOptions) -> dict[str, Any]:
         """The polygon's numbers; None where no pixel is valid."""
@@ -144,124 +251,36 @@ class _ZoneSums:
         return plain
 
 
-def zone_stats(
-    height_map: Any,
-    zones: str | Path,
-    out: str | Path | None = None,
-    options: ZoneOptions | None = None,
-    *,
-    progress: Progress | None = None,
+def _joined(
+    frame: geopandas.GeoDataFrame, rows: Sequence[Mapping[str, Any]], extra: pandas.DataFrame | None
 ) -> geopandas.GeoDataFrame:
-    """One row per feature of `zones`: its own columns, then n, area_ha, valid_ha, valid_share, mean_m, ...
+    """The features' own columns and the numbers.
 
-    `n` counts the valid pixels that the polygon touches; polygons outside the map have n = 0 and no heights.
-    All means, percentiles and covers are over ground area. Cover is of the polygon's valid ground.
-
-    Args:
-        height_map: anything `open_product` takes.
-        zones: polygons in any vector file and CRS; holes and several parts are respected.
-        out: a .csv, or a .parquet (GeoParquet); None writes nothing.
-
-    Raises InputError: an unreadable map or file, a bad option or name of `out`; nothing is written.
+    An own column that is named as a number keeps its values under `NAME_zone`, or `NAME_zone2`, ... where the
+    file is itself the output of an earlier run.
     """
-    options, progress = options or ZoneOptions(), progress or NoProgress()
-    options.check()
-    target = check_out(out, options.overwrite) if out is not None else None
-    frame, crs, shapes = read_zones(zones)
-    progress.start(len(shapes), "polygons")
-    rows = []
-    with open_product(height_map, nodata=options.nodata) as product:
-        lattice = own_grid(product)
-        for shape in shapes:
-            rows.append(_one(product, lattice, shape, crs, options))
-            progress.advance()
-        if not any(
-            shape is not None and to_lonlat(shape, crs).intersects(product.outline) for shape in shapes
-        ):
-            west, south, east, north = product.outline.bounds
-            raise InputError(
-                "no polygon meets the map", where=zones,
-                expected=f"polygons within {west:.4f}, {south:.4f}, {east:.4f}, {north:.4f} (W, S, E, N)",
-            )  # fmt: skip
-    table = _join(frame, rows)
-    if target is not None:
-        write_table(table, target)
-    return table
-
-
-def check_out(out: str | Path, overwrite: bool) -> Path:
-    """The output's path. Raises InputError for a wrong suffix, an existing file or a missing folder."""
-    path = Path(out).expanduser()
-    if path.suffix.lower() not in FORMATS:
-        raise InputError("not a table's name", where=out, expected=" or ".join(FORMATS))
-    if path.exists() and not overwrite:
-        raise InputError(
-            "exists already", where=out, remedy="add --overwrite, or choose another name with -o"
-        )
-    if not path.absolute().parent.is_dir():
-        raise InputError("no such folder", where=path.absolute().parent, remedy="create it first")
-    return path
-
-
-def _one(
-    product: HeightProduct, lattice: Grid, shape: BaseGeometry | None, crs: CRS, options: ZoneOptions
-) -> dict[str, Any]:
-    """The numbers of one polygon."""
-    sums = _ZoneSums(options.above_m)
-    if shape is None:
-        return sums.row(0.0, options)
-    lonlat = to_lonlat(shape, crs)
-    there = to_lonlat(shape, crs, lattice.crs)
-    frame = to_lonlat(product.outline, "EPSG:4326", lattice.crs).bounds
-    window = window_of(lattice, there, frame) if lonlat.intersects(product.outline) else None
-    if window is not None:
-        # Of the whole window, so that a pixel's area does not depend on the tile it is met in.
-        row_areas = pixel_areas_m2(window)
-        for tile in tiles_over(window, TILE_PX):
-            share = coverage(there, tile.core)
-            if share is None:
-                continue
-            top = window.offset_of(tile.core)[0]
-            got = product.read(tile.core)
-            used = got.valid & (share > 0)
-            weight = share * row_areas[top : top + tile.core.height, None]
-            sums.add(got.height_m[used], weight[used])
-    return sums.row(geodesic_area_m2(lonlat), options)
-
-
-def window_of(lattice: Grid, shape: BaseGeometry, frame: Sequence[float]) -> Grid | None:
-    """The window of a lattice that holds a shape's part within `frame` (west, south, east, north).
-
-    Both in the lattice's CRS; None where nothing is left.
-    """
-    bounds = shape.bounds
-    west, south = max(bounds[0], frame[0]), max(bounds[1], frame[1])
-    east, north = min(bounds[2], frame[2]), min(bounds[3], frame[3])
-    return lattice.window_over((west, south, east, north)) if west < east and south < north else None
-
-
-def geodesic_area_m2(lonlat: Polygon | MultiPolygon) -> float:
-    """Area on the WGS84 ellipsoid of polygons in degrees, holes taken off."""
-    geod = geod_of(to_crs("EPSG:4326"))
-    parts = (orient(part) for part in shapely.get_parts(lonlat))
-    return float(sum(abs(geod.geometry_area_perimeter(part)[0]) for part in parts))
-
-
-def _join(frame: geopandas.GeoDataFrame, rows: list[dict[str, Any]]) -> geopandas.GeoDataFrame:
-    """The features' own columns and the numbers; an own column of the same name gets the suffix `_zone`."""
     import pandas as pd
 
-    numbers = pd.DataFrame(rows, index=frame.index)
+    numbers = pd.DataFrame(list(rows), index=frame.index)
     heights = [name for name in numbers if name != "n"]
     numbers[heights] = numbers[heights].astype(float)
-    taken = {name: f"{name}_zone" for name in frame.columns if name in numbers}
-    return frame.rename(columns=taken).join(numbers)
+    if extra is not None:
+        numbers = numbers.join(extra.set_axis(frame.index))
+    used = {*map(str, frame.columns), *map(str, numbers.columns)}
+    renamed = {}
+    for name in (name for name in frame.columns if name in numbers):
+        free = (f"{name}_zone{k}" for k in ("", *range(2, len(used) + 3)))
+        renamed[name] = next(new for new in free if new not in used)
+        used.add(renamed[name])
+    return frame.rename(columns=renamed).join(numbers)
 
 
-def write_table(table: geopandas.GeoDataFrame, path: Path) -> None:
+def _write_table(table: geopandas.GeoDataFrame, path: Path) -> None:
     """Write a table of zones as .csv or .parquet; OutputError where that is impossible."""
     with replacing(path) as part:
         if path.suffix.lower() == ".csv":
             table.drop(columns=table.geometry.name).to_csv(part, index=False, float_format="%.9g")
         else:
-            table.to_parquet(part, index=False)
+            plain = table.copy()
+            plain.attrs = {}
+            plain.to_parquet(part, index=False)

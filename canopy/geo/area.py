@@ -383,9 +383,7 @@ def read_polygons(path: str | Path) -> tuple[Polygon | MultiPolygon, CRS]:
     degrees that only make sense with latitude and longitude swapped. Longitudes come out in -180..180.
     """
     where = check_name(path, AreaError)
-    if not Path(where).is_file():
-        raise AreaError("no such file", where=path, expected="a vector file such as GeoJSON or GeoPackage")
-    frame = _read(Path(where))
+    frame = read_vector(path, polygons=True)
     shapes = [g for g in frame.geometry if g is not None and not g.is_empty]
     if not shapes:
         raise AreaError("the file has no features", where=path, expected="at least one polygon")
@@ -398,15 +396,15 @@ def read_polygons(path: str | Path) -> tuple[Polygon | MultiPolygon, CRS]:
     return _in_degrees(area, crs, where), crs
 
 
-def read_zones(path: str | Path):  # type: ignore[no-untyped-def]  # -> tuple[GeoDataFrame, CRS, list]
-    """Every feature of a file: its table, its CRS, and one repaired 2-D area per row (None without one).
+def read_zones(source: Any, layer: str | None = None):  # type: ignore[no-untyped-def]
+    """Every feature of a file or GeoDataFrame: (its table, its CRS, areas).
 
-    Raises AreaError as `read_polygons` does.
+    The areas are one repaired 2-D polygon per row, None without one. AreaError as `read_polygons` raises it.
     """
-    where = check_name(path, AreaError)
-    if not Path(where).is_file():
-        raise AreaError("no such file", where=path, expected="a vector file such as GeoJSON or GeoPackage")
-    frame = _read(Path(where))
+    given = not isinstance(source, str | Path)
+    path = "zones" if given else source
+    where = str(path)
+    frame = source if given else read_vector(source, layer, polygons=True)
     if not len(frame):
         raise AreaError("the file has no features", where=path, expected="at least one polygon")
     crs = _crs_of(frame, Path(where))
@@ -420,13 +418,20 @@ def read_zones(path: str | Path):  # type: ignore[no-untyped-def]  # -> tuple[Ge
     return frame, crs, areas
 
 
-def _read(path: Path):  # type: ignore[no-untyped-def]  # -> geopandas.GeoDataFrame, imported late
+def read_vector(name: str | Path, layer: str | None = None, *, polygons: bool = False):  # type: ignore[no-untyped-def]
+    """A vector file as a GeoDataFrame; of a file of several layers the one named.
+
+    `polygons`: without a name, the only layer that can hold polygons. Raises AreaError.
+    """
     import geopandas
 
+    path = Path(check_name(name, AreaError))
+    if not path.exists():
+        raise AreaError("no such file", where=name, expected="a vector file such as GeoJSON or GeoPackage")
     try:
         if path.suffix.lower() in PARQUET:
             return geopandas.read_parquet(path)
-        return geopandas.read_file(path, layer=_layer(path))
+        return geopandas.read_file(path, layer=_layer(path, layer, polygons))
     except AreaError:
         raise
     except Exception as error:  # each driver has its own kind of exception
@@ -437,23 +442,29 @@ def _read(path: Path):  # type: ignore[no-untyped-def]  # -> geopandas.GeoDataFr
         ) from error
 
 
-def _layer(path: Path) -> str | None:
-    """The only layer that can hold polygons; None where there is but one of any kind."""
+def _layer(path: Path, wanted: str | None, polygons: bool) -> str | None:
+    """The layer to read; None where there is but one."""
     import geopandas
 
     layers = geopandas.list_layers(path)
+    names = [str(name) for name in layers["name"]]
+    if wanted is not None:
+        if wanted not in names:
+            raise AreaError(f"no layer {wanted!r}", where=path, expected=f"one of {', '.join(names)}")
+        return wanted
     if len(layers) < 2:
         return None
     kinds = layers["geometry_type"].fillna("None")
-    named = layers["name"][kinds.str.contains("Polygon|Unknown|Collection")].tolist()
-    if len(named) == 1:
-        return str(named[0])
+    fitting = layers["name"][
+        kinds.str.contains("Polygon|Unknown|Collection" if polygons else "Polygon|Point")
+    ]
+    if len(fitting) == 1:
+        return str(fitting.iloc[0])
     raise AreaError(
-        f"holds {len(layers)} layers ({', '.join(map(str, layers['name']))})",
-        where=path,
-        expected="one layer of polygons",
-        remedy=f"save the one that is meant alone: ogr2ogr one.gpkg {path.name} LAYER",
-    )
+        f"holds {len(layers)} layers ({', '.join(names)})", where=path,
+        expected="one layer of a fitting kind",
+        remedy=f"name it with --layer, or save it alone: ogr2ogr one.gpkg {path.name} LAYER",
+    )  # fmt: skip
 
 
 def _crs_of(frame, path: Path) -> CRS:  # type: ignore[no-untyped-def]

@@ -36,7 +36,7 @@ def to_crs(value: Any) -> CRS:
     Accepts odc, pyproj and rasterio objects, EPSG codes and texts. A compound CRS (with heights) gives
     its horizontal part. Raises InputError when there is none or it cannot be read.
     """
-    if isinstance(value, CRS) and not value.proj.is_compound:
+    if isinstance(value, CRS) and not value.proj.is_compound and len(value.proj.axis_info) < 3:
         return value
     if value is None or value == "":
         raise InputError("no coordinate reference system", remedy="name one with --crs, e.g. EPSG:32610")
@@ -47,6 +47,8 @@ def to_crs(value: Any) -> CRS:
             crs = _parse(value.to_wkt() if hasattr(value, "to_wkt") else str(value))
         if crs.proj.is_compound:
             crs = _parse(crs.proj.sub_crs_list[0].to_wkt())
+        if len(crs.proj.axis_info) == 3 and not crs.proj.is_geocentric:  # heights are no part of a map's CRS
+            crs = _parse(crs.proj.to_2d().to_wkt())
     except (CRSError, ValueError, TypeError) as error:
         raise InputError(
             f"unreadable coordinate reference system {str(value)[:80]!r}",

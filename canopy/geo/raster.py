@@ -14,7 +14,8 @@ from canopy.errors import InputError
 from canopy.geo.cog import CogWriter
 from canopy.geo.encoding import ENCODINGS, BandSpec
 from canopy.geo.grid import Grid
-from canopy.geo.reading import SourcePlace, open_raster, raster_env, read_window
+from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster, raster_env, read_window
 
 if TYPE_CHECKING:
     import xarray

@@ -257,6 +257,7 @@ def sample_values(dataset: rasterio.DatasetReader, indexes: Sequence[int]) -> ND
     return np.ma.masked_invalid(values).compressed().astype(np.float64)
 
 
+GREY = "{}: its red, green and blue are equal: heights of grey images are wrong"
 _COLLAR_PROBE_PX = 16
 _DARK = 50  # no photograph's brightest pixel is so much darker than white
 
@@ -324,13 +325,22 @@ def check_nodata(dataset: DatasetReader, plan: BandPlan, nodata: float | None, l
         )
 
 
-def collar_notes(
+def pixel_notes(
     dataset: DatasetReader, plan: BandPlan, label: str, nodata: float | None = None
 ) -> list[str] | None:
-    """A warning when the image's rim is one constant colour that nothing declares as missing.
+    """Warnings about a few pixels of an image; `nodata` is what the user declared in place of the file.
 
-    None when the rim cannot be read: the handle is then of no more use (see `Scene`). `nodata` is what the
-    user declared in place of the file.
+    None when they cannot be read: the handle is then of no more use (see `Scene`), and a damaged block is
+    reported when it is read for its pixels.
+    """
+    try:
+        return _radiometry_notes(dataset, plan, label) + _collar_notes(dataset, plan, label, nodata)
+    except rasterio.errors.RasterioError:
+        return None
+
+
+def _collar_notes(dataset: DatasetReader, plan: BandPlan, label: str, nodata: float | None) -> list[str]:
+    """A warning when the image's rim is one constant colour that nothing declares as missing.
 
     Looks at eight small windows (corners and middles of the edges); black or white in two of them is a
     collar.
@@ -346,10 +356,7 @@ def collar_notes(
         for j, col in enumerate(cols):
             if (i, j) == (1, 1):
                 continue
-            try:
-                values = dataset.read(list(plan.indexes), window=Window(col, row, px, px))
-            except rasterio.errors.RasterioError:
-                return None  # a damaged block is reported when it is read for its pixels
+            values = dataset.read(list(plan.indexes), window=Window(col, row, px, px))
             if values.min() == values.max() and values.flat[0] in {0, plan.divisor} - {missing}:
                 found.append(float(values.flat[0]))
     for value in sorted(set(found)):
@@ -361,25 +368,19 @@ def collar_notes(
     return []
 
 
-def radiometry_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str] | None:
-    """Warnings where pixels carry a scale of their own or no colour, and where all are black or white.
-
-    None when they cannot be read, as in `collar_notes`.
-    """
+def _radiometry_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str]:
+    """Warnings where pixels carry a scale of their own or no colour, and where all are black or white."""
     notes = []
     if any((dataset.scales[i - 1], dataset.offsets[i - 1]) != (1.0, 0.0) for i in plan.indexes):
         notes.append(
             f"{label}: its scale and offset tags are not applied; white is counted in stored values "
             "(gdal_translate -unscale applies them)"
         )
-    try:
-        if len(plan.indexes) == 3 and _is_grey(dataset, plan):
-            notes.append(f"{label}: its red, green and blue are equal: heights of grey images are wrong")
-        if dataset.dtypes[plan.indexes[0] - 1] == "uint8":
-            return notes
-        values = sample_values(dataset, plan.indexes)
-    except rasterio.errors.RasterioError:
-        return None
+    if len(plan.indexes) == 3 and _is_grey(dataset, plan):
+        notes.append(GREY.format(label))
+    if dataset.dtypes[plan.indexes[0] - 1] == "uint8":
+        return notes
+    values = sample_values(dataset, plan.indexes)
     white = f"--scale {plan.divisor:g}"
     if values.size and float(values.max()) < plan.divisor / _DARK:
         notes.append(f"{label}: all but black: no value above {float(values.max()):g} where {white} is white")

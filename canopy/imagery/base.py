@@ -1,21 +1,26 @@
-"""What every source of pixels is: RGB, validity and acquisition date on a grid, and how it is to be read."""
+"""What every source of pixels is: RGB, validity and acquisition date on a grid, also as an xarray array."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from canopy.errors import AreaError
+from canopy.errors import AreaError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid
 
 if TYPE_CHECKING:
+    import xarray
     from odc.geo.crs import CRS
+
+COLOURS = ("red", "green", "blue")
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class ReadOptions:
     Attributes:
         bands: 1-based band numbers of red, green and blue.
         nodata: a pixel whose red, green and blue all have this value is missing (any, if it is below 0).
-        crs: CRS of images that carry none.
-        fallback_crs: the same, guessed from what the user said about the map: for files only, after `crs`.
+        crs: CRS of the images, in place of what they say.
+        fallback_crs: for images without a CRS: guessed from what the user said about the map.
         scale: pixel value that means white.
         datetime: STAC-style instant or interval that limits acquisitions.
         gsd_m: ground sample distance that the caller will read at; web tiles choose their zoom by it.
@@ -63,65 +68,162 @@ class ReadOptions:
     gsd_m: float | None = None
     fallback_crs: str | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """What was said, JSON-ready: `ReadOptions(**options.to_json())` is the same."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
 
 SWAP_HINT = "swapping latitude and longitude would find imagery: --bbox takes LAT,LON, --bounds takes W,S,E,N"
 
 
-@runtime_checkable
-class ImagerySource(Protocol):
-    """Images that can be read on any grid. Thread-safe: every thread has its own file handles."""
+class ImagerySource(ABC):
+    """Images that can be read on any grid. Thread-safe: every thread has its own file handles.
 
-    @property
-    def name(self) -> str:
-        """What to call it in messages and tags; holds no secrets."""
-        ...
+    A context manager: `close` lets go of all files at once, and so does dropping the source.
 
-    @property
-    def native_crs(self) -> CRS:
-        """CRS of the (topmost) image."""
-        ...
+    Attributes:
+        name: what to call it in messages and tags; holds no secrets.
+        native_crs: CRS of the (topmost) image.
+        native_gsd_m: ground metres per pixel of the finest image.
+        native_grid: the grid of an image, or of tiles of one lattice, north up, maybe in degrees; or None.
+        has_own_extent: True where `area()` is that of the images, whatever was asked for; not for searches
+            and tiles.
+        dates: known acquisition days, ISO, sorted.
+        scene_ids: ids of the images, topmost first.
+        notes: warnings to show to the user.
+    """
 
-    @property
-    def native_gsd_m(self) -> float:
-        """Ground metres per pixel of the finest image."""
-        ...
-
-    @property
-    def native_grid(self) -> Grid | None:
-        """The grid of an image, or of tiles of one lattice, north up, maybe in degrees; None without one."""
-        ...
-
-    @property
-    def has_own_extent(self) -> bool:
-        """True where `area()` is that of the images, whatever was asked for; not for searches and tiles."""
-        ...
+    name: str
+    native_crs: CRS
+    native_gsd_m: float
+    native_grid: Grid | None = None
+    has_own_extent: bool = True
+    notes: list[str]
 
     @property
     def dates(self) -> tuple[str, ...]:
         """Known acquisition days, ISO, sorted."""
-        ...
+        return ()
 
     @property
+    @abstractmethod
     def scene_ids(self) -> tuple[str, ...]:
         """Ids of the images, topmost first."""
-        ...
 
-    @property
-    def notes(self) -> list[str]:
-        """Warnings to show to the user."""
-        ...
-
+    @abstractmethod
     def area(self) -> AOI | None:
         """Outline of all images, or None where the source does not know."""
-        ...
 
     def covers(self, aoi: AOI) -> bool:
         """True when the area lies wholly inside the outline (or the outline is unknown)."""
-        ...
+        outline = self.area()
+        return outline is None or contains(outline, aoi)
 
+    @abstractmethod
     def read(self, grid: Grid) -> Imagery:
         """Pixels on `grid`; outside the images they are not valid."""
-        ...
+
+    @abstractmethod
+    def pinned(self) -> dict[str, Any]:
+        """What this source is, JSON-ready: `canopy.imagery.open.open_pinned` opens it again without a search.
+
+        URLs in it are unsigned, unless the user's own address carried a signature.
+
+        Raises:
+            InputError: the source exists in this process only.
+        """
+
+    def close(self) -> None:  # noqa: B027  (a source without files has nothing to do)
+        """Let go of all open files; a later `read` opens them again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def to_xarray(
+        self,
+        grid: Grid | None = None,
+        *,
+        area: AOI | None = None,
+        crs: Any | None = None,
+        gsd_m: float | None = None,
+        chunk_px: int = 2048,
+    ) -> xarray.DataArray:
+        """The images as a lazy, dask-chunked array; a chunk is read (`read`) when it is computed.
+
+        Args:
+            grid: the pixels wanted; default: the source's own grid, or one made of the following.
+            area: what to show; default: the whole area of the source.
+            crs: of the array; default: the images' own.
+            gsd_m: ground metres per pixel; default: the images' own.
+            chunk_px: side of a chunk.
+
+        Returns:
+            float32 (band, y, x), bands "red", "green", "blue" in 0..1, NaN where there is no image, with
+            CRS, transform and nodata for `.rio` and a coordinate `valid` (y, x).
+
+        Raises:
+            InputError: a source without an area of its own, such as web tiles, and none given.
+        """
+        return _as_array(self, grid or _grid_of(self, area, crs, gsd_m), chunk_px)
+
+
+def _grid_of(source: ImagerySource, area: AOI | None, crs: Any | None, gsd_m: float | None) -> Grid:
+    native = source.native_grid
+    if native is not None and area is None and crs is None and gsd_m is None:
+        return native
+    outline = area or source.area()
+    if outline is None:
+        raise InputError(
+            "its area is not known", where=source.name, remedy="give to_xarray a grid or an area"
+        )
+    wanted = to_crs(crs) if crs is not None else source.native_crs
+    if native is not None and wanted == native.crs and gsd_m is None:
+        return native.window_over(outline.to_crs(wanted).geometry.bounds)
+    return outline.grid(wanted, gsd_m or source.native_gsd_m)
+
+
+class _Window:
+    """What dask cuts chunks from: looks like an array, reads when it is indexed."""
+
+    dtype, ndim = np.dtype(np.float32), 3
+
+    def __init__(self, source: ImagerySource, grid: Grid) -> None:
+        self.source, self.grid, self.shape = source, grid, (3, *grid.shape)
+
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> NDArray[np.float32]:
+        bands, rows, cols = (slice(*part.indices(size)) for part, size in zip(index, self.shape, strict=True))
+        window = self.grid.window(rows.start, cols.start, rows.stop - rows.start, cols.stop - cols.start)
+        image = self.source.read(window)
+        return np.where(image.valid, image.rgb, np.float32(np.nan))[bands]
+
+
+def _as_array(source: ImagerySource, grid: Grid, chunk_px: int) -> xarray.DataArray:
+    import dask.array
+    import rioxarray  # noqa: F401  (gives arrays their `.rio`)
+    import xarray
+
+    lazy = dask.array.from_array(
+        _Window(source, grid), chunks=(3, chunk_px, chunk_px), name=False, asarray=False, fancy=False,
+        meta=np.empty((0, 0, 0), np.float32),
+    )  # fmt: skip
+    (height, width), t = grid.shape, grid.transform
+    coords = {
+        "band": list(COLOURS),
+        "y": t.f + t.e * (np.arange(height) + 0.5),
+        "x": t.c + t.a * (np.arange(width) + 0.5),
+    }
+    attrs = {"long_name": "RGB, white = 1", "imagery": source.name, WHITE: 1.0}
+    array = xarray.DataArray(lazy, coords, ("band", "y", "x"), "rgb", attrs)
+    array = array.rio.write_crs(grid.crs.to_wkt()).rio.write_transform(t).rio.write_nodata(np.nan)
+    return array.assign_coords(valid=(("y", "x"), ~dask.array.isnan(lazy[0])))
+
+
+WHITE = "canopy_white"  # attribute of arrays: the value that means white, in place of `scale`
 
 
 def check_coverage(source: ImagerySource, aoi: AOI) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from affine import Affine
@@ -21,7 +22,7 @@ from canopy.errors import ImageryError, refuse_options
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs, transformer, utm_crs
 from canopy.geo.grid import Grid
-from canopy.imagery.base import Imagery, ImagerySource, ReadOptions, contains
+from canopy.imagery.base import Imagery, ImagerySource, ReadOptions
 from canopy.imagery.files import read_lattice
 from canopy.imagery.manifests import ImageryManifest, named_source
 from canopy.imagery.names import days_since_epoch
@@ -120,12 +121,12 @@ GSD_M = 0.5
 DAY = date(2024, 7, 15)
 
 
-class DemoSource:
+class DemoSource(ImagerySource):
     """An `ImagerySource` over the synthetic scene, a square of 2048 m."""
 
     name = "demo"
     native_gsd_m = GSD_M
-    dates: tuple[str, ...] = (DAY.isoformat(),)
+    native_grid: Grid
 
     def __init__(self, spec: SceneSpec | None = None) -> None:
         """Show the scene of `spec` (default: seed 0) at the demo's place."""
@@ -138,23 +139,30 @@ class DemoSource:
         side_px = round(SIDE_M / GSD_M)
         west, north = centre[0] - SIDE_M / 2, centre[1] + SIDE_M / 2
         corner = Affine(GSD_M, 0, west, 0, -GSD_M, north)
-        self.native_grid: Grid | None = Grid.of(self.native_crs, corner, (side_px, side_px))
-        self._lattice = self.native_grid
-        self.scene_ids: tuple[str, ...] = (f"synthetic scene, seed {self.spec.seed}",)
-        self.has_own_extent = True
-        self.notes: list[str] = ["demo: a synthetic scene, not a real place"]
+        self.native_grid = Grid.of(self.native_crs, corner, (side_px, side_px))
+        self.notes = ["demo: a synthetic scene, not a real place"]
+
+    @property
+    def dates(self) -> tuple[str, ...]:
+        """The one day of the scene."""
+        return (DAY.isoformat(),)
+
+    @property
+    def scene_ids(self) -> tuple[str, ...]:
+        """The scene by its seed."""
+        return (f"synthetic scene, seed {self.spec.seed}",)
 
     def area(self) -> AOI:
         """The square that the scene covers."""
-        return AOI.from_grid(self._lattice)
+        return AOI.from_grid(self.native_grid)
 
-    def covers(self, aoi: AOI) -> bool:
-        """True when the area lies wholly inside the square."""
-        return contains(self.area(), aoi)
+    def pinned(self) -> dict[str, Any]:
+        """Nothing but its kind: the scene is always the same."""
+        return {"kind": "demo"}
 
     def read(self, grid: Grid) -> Imagery:
         """Pixels on `grid`, rendered at 0.5 m and resampled if the grid is another one."""
-        values, valid = read_lattice(self._render, self._lattice, grid)
+        values, valid = read_lattice(self._render, self.native_grid, grid)
         rgb = np.clip(values / np.float32(255.0), 0.0, 1.0)
         day = np.where(valid, np.int32(days_since_epoch(DAY)), np.int32(0))
         return Imagery(rgb, valid, day, grid)
@@ -166,7 +174,7 @@ class DemoSource:
             chm = self._tile(window).chm
             return np.broadcast_to(chm, (3, *chm.shape)), np.ones(window.shape, bool)
 
-        values, valid = read_lattice(heights, self._lattice, grid)
+        values, valid = read_lattice(heights, self.native_grid, grid)
         return values[0], valid
 
     def _render(self, window: Grid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:

@@ -6,6 +6,7 @@ Days are int32 counts since 1970-01-01; 0 means unknown (no aerial colour imager
 from __future__ import annotations
 
 import re
+from calendar import monthrange
 from collections.abc import Mapping
 from datetime import date
 from pathlib import PurePosixPath
@@ -118,6 +119,4 @@ def _edge(text: str, *, end: bool) -> date | None:
         return date(year, month, day)
     if not end:
         return date(year, month or 1, 1)
-    if month is None or month == 12:
-        return date(year, 12, 31)
-    return date.fromordinal(date(year, month + 1, 1).toordinal() - 1)
+    return date(year, month or 12, monthrange(year, month or 12)[1])

@@ -1,9 +1,9 @@
 """Web tiles: `{z}/{x}/{y}` (XYZ), `{-y}` (TMS) and `{q}` (quadkey) templates in Web Mercator.
 
 The zoom is chosen once per source, so that neighbouring windows never come from different levels. A tile is
-"no imagery" only where the source's manifest says how its host tells so (a status, or the digest of a
-placeholder picture); every other failure is an error, because a hole from a busy host must not become a
-hole in the map.
+"no imagery" where its host says so: with an empty answer (204), with a status or placeholder picture that the
+source's manifest names, or with a picture of one neutral colour. Every other failure is an error, because a
+hole from a busy host must not become a hole in the map.
 """
 
 from __future__ import annotations
@@ -12,33 +12,42 @@ import hashlib
 import math
 import re
 import threading
+import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
+from typing import Any
 
 import numpy as np
 import rasterio
+import shapely
 from affine import Affine
 from numpy.typing import NDArray
 from odc.geo import CRS
 from rasterio.enums import ColorInterp
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 
-from canopy import download as http
+from canopy import download
 from canopy.errors import FetchError, InputError, refuse_options
 from canopy.files import host_of, is_url, redact
 from canopy.geo.area import AOI
+from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
-from canopy.imagery.base import Imagery, ReadOptions, contains
+from canopy.imagery.bands import GREY
+from canopy.imagery.base import Imagery, ImagerySource, ReadOptions
 from canopy.imagery.files import read_lattice
+from canopy.imagery.scene import as_colour
+from canopy.runtime import log
+
+# Tiles carry no georeference and need none; the library would say so at every one.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 DEFAULT_GSD_M = 0.5
-ZOOM_SLACK = (
-    1.2  # a zoom up to 20 % coarser than wanted is close enough; the next one has four times the tiles
-)
+# A zoom up to 20 % coarser than wanted is close enough; the next one has four times the tiles.
+ZOOM_SLACK = 1.2
 CACHED_TILES = 512
 _MERCATOR_180 = "+proj=merc +a=6378137 +b=6378137 +lat_ts=0 +lon_0=180 +units=m +nadgrids=@null +no_defs"
 Tile = tuple[NDArray[np.uint8], NDArray[np.bool_]]
@@ -53,10 +62,9 @@ class TileService:
         name: for messages and scene ids.
         tile_px: side of a tile.
         min_zoom, max_zoom: levels that exist.
-        absent_statuses: HTTP statuses that mean "no imagery here".
+        absent_statuses: HTTP statuses that mean "no imagery here"; 204 always does.
         placeholder_sha256: digests of tile files that mean "no imagery here".
         outline: where the service has imagery, or None if unknown.
-        day: acquisition day when all tiles share one.
     """
 
     template: str
@@ -67,12 +75,6 @@ class TileService:
     absent_statuses: tuple[int, ...] = ()
     placeholder_sha256: tuple[str, ...] = ()
     outline: AOI | None = None
-    day: date | None = None
-
-
-def open_template(template: str, options: ReadOptions, *, area: AOI | None) -> TileSource:
-    """A bare template given by the user, with nothing declared about missing tiles."""
-    return TileSource(TileService(template, redact(template)), options, area=area)
 
 
 def choose_zoom(
@@ -88,8 +90,10 @@ def choose_zoom(
     return min(max(zoom, min_zoom), max_zoom)
 
 
-class TileSource:
+class TileSource(ImagerySource):
     """An `ImagerySource` over web tiles."""
+
+    has_own_extent = False  # the outline of a service may be a country
 
     def __init__(self, service: TileService, options: ReadOptions, *, area: AOI | None = None) -> None:
         """Choose the zoom for `area` (its latitude) and the ground sample distance of `options`."""
@@ -101,47 +105,80 @@ class TileSource:
             },
             where=service.name, because="web tiles are RGB in Web Mercator, with no choice of dates",
         )  # fmt: skip
-        self.service, self.name = service, service.name
-        self._nodata = options.nodata
         where = area or service.outline
         latitude = where.centroid_lonlat[1] if where else 0.0
         wanted = options.gsd_m or DEFAULT_GSD_M
-        self.zoom = choose_zoom(wanted, latitude, service.tile_px, service.min_zoom, service.max_zoom)
-        side = service.tile_px * 2**self.zoom
+        zoom = choose_zoom(wanted, latitude, service.tile_px, service.min_zoom, service.max_zoom)
+        west, _, east, _ = where.bounds_lonlat if where else (0.0, 0.0, 0.0, 0.0)
+        self._open(service, options.nodata, zoom, latitude, turned=west > east)
+
+    def _open(
+        self, service: TileService, nodata: float | None, zoom: int, latitude: float, *, turned: bool
+    ) -> None:
+        self.service, self.name, self.zoom = service, service.name, zoom
+        self._nodata, self._latitude, self._turned = nodata, latitude, turned
+        side = service.tile_px * 2**zoom
         pixel = 2 * HALF_WORLD_M / side
         # Round the antimeridian the lattice begins at Greenwich, so that the area is in one piece.
-        self._turn = 2**self.zoom // 2 if where is not None and _crosses_180(where) else 0
-        crs = "EPSG:3857" if not self._turn else _MERCATOR_180
+        crs = _MERCATOR_180 if turned else "EPSG:3857"
         self.lattice = Grid.of(crs, Affine(pixel, 0, -HALF_WORLD_M, 0, -pixel, HALF_WORLD_M), (side, side))
         self.native_crs: CRS = self.lattice.crs
         self.native_gsd_m = pixel * math.cos(math.radians(latitude))
-        self.native_grid: Grid | None = None
-        self.has_own_extent = False  # that of a service may be a country
-        self.dates: tuple[str, ...] = (service.day.isoformat(),) if service.day else ()
-        self.scene_ids: tuple[str, ...] = (f"{service.name} zoom {self.zoom}",)
-        self.notes: list[str] = (
-            [] if service.day else [f"{service.name}: the tiles carry no acquisition date"]
-        )
+        self.notes = [f"{service.name}: the tiles carry no acquisition date"]
         self._cache: OrderedDict[tuple[int, int], Tile | None] = OrderedDict()
         self._lock = threading.Lock()
+        self._colour: bool | None = None  # whether any tile had colour; None: none was seen yet
+
+    @property
+    def scene_ids(self) -> tuple[str, ...]:
+        """The service and its zoom."""
+        return (f"{self.name} zoom {self.zoom}",)
 
     def area(self) -> AOI | None:
         """Outline declared by the service, or None."""
         return self.service.outline
 
-    def covers(self, aoi: AOI) -> bool:
-        """True when inside the declared outline, or when none is declared."""
-        return self.service.outline is None or contains(self.service.outline, aoi)
+    def pinned(self) -> dict[str, Any]:
+        """The service and its zoom, JSON-ready."""
+        outline = self.service.outline
+        return {
+            "kind": "tiles",
+            "service": {**vars(self.service), "outline": outline and outline.lonlat.wkt},
+            "nodata": self._nodata,
+            "zoom": self.zoom,
+            "latitude": self._latitude,
+            "turned": self._turned,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_pin(cls, pin: Mapping[str, Any]) -> TileSource:
+        """What `pinned` described."""
+        facts = dict(pin["service"])
+        outline = facts.pop("outline")
+        aoi = outline and AOI(shapely.from_wkt(outline), to_crs("EPSG:4326"))
+        for name in ("absent_statuses", "placeholder_sha256"):
+            facts[name] = tuple(facts[name])
+        source = cls.__new__(cls)
+        source._open(
+            TileService(**facts, outline=aoi),
+            pin["nodata"],
+            pin["zoom"],
+            pin["latitude"],
+            turned=pin["turned"],
+        )
+        source.notes = list(pin["notes"])
+        return source
 
     def read(self, grid: Grid) -> Imagery:
         """Pixels on `grid`, fetched at the source's zoom."""
         values, valid = read_lattice(self._render, self.lattice, grid)
-        rgb = np.clip(values / np.float32(255.0), 0.0, 1.0)
-        rgb[:, ~valid] = 0.0
-        out = Imagery(rgb, valid, np.zeros(grid.shape, np.int32), grid)
-        if self.service.day:
-            out.date[valid] = (self.service.day - date(1970, 1, 1)).days
-        return out
+        return Imagery(as_colour(values, valid, 255.0), valid, np.zeros(grid.shape, np.int32), grid)
+
+    def close(self) -> None:
+        """Forget the tiles that were kept."""
+        with self._lock:
+            self._cache.clear()
 
     def _render(self, window: Grid) -> Tile:
         """uint8 pixels and validity of a window of the lattice."""
@@ -154,7 +191,7 @@ class TileSource:
             for y in range(row // px, -(-(row + window.height) // px))
             for x in range(col // px, -(-(col + window.width) // px))
         ]
-        with ThreadPoolExecutor(min(len(keys), http.REQUESTS_PER_HOST)) as pool:
+        with ThreadPoolExecutor(min(len(keys), download.REQUESTS_PER_HOST)) as pool:
             for (x, y), tile in zip(keys, pool.map(self._tile, keys), strict=True):
                 if tile is None:
                     continue
@@ -164,7 +201,22 @@ class TileSource:
                 inner = (slice(rows.start - top, rows.stop - top), slice(cols.start - left, cols.stop - left))
                 rgb[:, rows, cols] = tile[0][:, *inner]
                 valid[rows, cols] = tile[1][inner]
+        self._tell_of_grey(rgb, valid)
         return rgb, valid
+
+    def _tell_of_grey(self, rgb: NDArray[np.uint8], valid: NDArray[np.bool_]) -> None:
+        """The note that grey files get, at the first window that shows something."""
+        if self._colour is None and valid.any() and rgb[0][valid].min() < rgb[0][valid].max():
+            self._colour = not (np.array_equal(rgb[0], rgb[1]) and np.array_equal(rgb[1], rgb[2]))
+            if not self._colour:
+                self._tell(GREY.format(self.name))
+
+    def _tell(self, note: str) -> None:
+        with self._lock:
+            if note in self.notes:
+                return
+            self.notes.append(note)
+        log.warning(note)  # whoever asked for `notes` at the start has missed it
 
     def _tile(self, key: tuple[int, int]) -> Tile | None:
         with self._lock:
@@ -179,24 +231,24 @@ class TileSource:
         return tile
 
     def _fetch(self, x: int, y: int) -> Tile | None:
-        x = (x + self._turn) % 2**self.zoom
+        if self._turned:
+            x = (x + 2**self.zoom // 2) % 2**self.zoom
         url = tile_url(self.service.template, self.zoom, x, y)
         where = f"web tile {self.zoom}/{x}/{y} of {self.name}"
-        response = http.get(url, what=where, absent=self.service.absent_statuses)
+        absent = (204, *self.service.absent_statuses)
+        response = download.get(url, what=where, absent=absent)
         body = response.content
-        if response.status_code in self.service.absent_statuses:
+        if response.status_code in absent or not body:
             return None
         if hashlib.sha256(body).hexdigest() in self.service.placeholder_sha256:
             return None
         rgb, valid = decode_tile(body, self.service.tile_px, where, url)
+        if len(np.unique(rgb)) == 1:
+            self._tell(f"{self.name}: tiles of one neutral colour, such as {self.zoom}/{x}/{y}, are no image")
+            return None
         if self._nodata is not None:
             valid = valid & ~(rgb == self._nodata).all(axis=0)
         return rgb, valid
-
-
-def _crosses_180(area: AOI) -> bool:
-    west, _, east, _ = area.bounds_lonlat
-    return west > east
 
 
 def _check_template(template: str) -> None:

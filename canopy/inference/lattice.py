@@ -104,6 +104,16 @@ class Lattice:
         """Pixels the network sees per pixel mapped, on a large area."""
         return (self.crop_px / self.stride_px) ** 2
 
+    def crop_slices(self, corner: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of a window that the crop in its row and column of crops reads."""
+        top, left = (at * self.stride_px for at in corner)
+        return slice(top, top + self.crop_px), slice(left, left + self.crop_px)
+
+    def served_slices(self, corner: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of a window that the crop serves."""
+        top, left = (at * self.stride_px + self.margin_px for at in corner)
+        return slice(top, top + self.served_px), slice(left, left + self.served_px)
+
     def crops_serving(self, start: int, stop: int) -> range:
         """Indices of the crops that serve at least one pixel of `[start, stop)` (global pixel indices)."""
         return range((start - self.served_px) // self.stride_px + 1, (stop - 1) // self.stride_px + 1)
@@ -135,6 +145,10 @@ class WorkWindow:
     rows: Span
     cols: Span
     is_row_start: bool
+
+    @property
+    def n_crops(self) -> int:
+        return len(self.rows.crops) * len(self.cols.crops)
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,23 @@ class Plan:
         return self.grid.window(
             window.rows.served_from - margin, window.cols.served_from - margin, height, width
         )
+
+    def inside(self, window: WorkWindow) -> tuple[slice, slice]:
+        """Rows and columns of `read_grid(window)` that lie in the grid."""
+        first = [span.served_from - self.lattice.margin_px for span in (window.rows, window.cols)]
+        rows, cols = (
+            slice(max(0, -start), max(0, length - start))
+            for start, length in zip(first, (self.grid.height, self.grid.width), strict=True)
+        )
+        return rows, cols
+
+    def final_slices(self, window: WorkWindow) -> tuple[slice, slice]:
+        """Rows and columns of `read_grid(window)` that are complete after the window."""
+        rows, cols = (
+            slice(*(edge - span.served_from + self.lattice.margin_px for edge in span.final))
+            for span in (window.rows, window.cols)
+        )
+        return rows, cols
 
 
 def plan_windows(grid: Grid, lattice: Lattice, window_px: int = WINDOW_PX) -> Plan:
@@ -236,7 +267,9 @@ class Canvas:
         return torch.zeros((self._layers, height, width), dtype=torch.float64, device=self.device)
 
     def begin(self, window: WorkWindow) -> None:
-        """Start a window with what its upper and left neighbours left over for it."""
+        """Start a window with what its upper and left neighbours left for it; nothing if it has begun."""
+        if window is self._window:
+            return
         stride, overlap = self._lattice.stride_px, self._lattice.overlap_px
         height, width = len(window.rows.crops) * stride, len(window.cols.crops) * stride
         shape = (self._layers, height + overlap, width + overlap)

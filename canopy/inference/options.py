@@ -60,7 +60,9 @@ class PredictOptions(Settings):
     )
     imagery: str | None = option(None, _HELP_IMAGERY, metavar="NAME")
     datetime: str | None = option(None, "Acquisitions to use, as STAC has it.", metavar="FROM/TO")
-    input_crs: str | None = option(None, "CRS of images that carry none. Default: --crs.")
+    input_crs: str | None = option(
+        None, "CRS of the images, in place of what they say. Default where they say none: --crs."
+    )
     bands: str | tuple[int, ...] | None = option(
         None, "Band numbers of red, green, blue, from 1.", metavar="R,G,B"
     )

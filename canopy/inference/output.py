@@ -1,15 +1,8 @@
 """Where a map goes: names settled before any work, facts that travel with it, memory or files.
 
-The STAC Item beside a map: where, when, from what, by which model, and the hash of the file.
-
-Plain JSON after STAC 1.1.0 with the extensions projection v2, raster v1.1, file v2.1 and processing v1.1
-(https://stac-extensions.github.io). Bands are said twice: as `bands`, which STAC has had since 1.1, and as
-the raster extension's `raster:bands`, which most readers know. The TIFF holds no wall-clock time; `created`
-here is the only one.
-
-A scale bar for pictures of maps.
-
-A picture of a height map: for a glance, and for mailing it to someone without a GIS.
+Beside the GeoTIFF lie its STAC Item (where, when, from what, by which model, and the hash of the file) and,
+if asked for, a picture for a glance without a GIS. The TIFF holds no wall-clock time; `created` in the item
+is the only one.
 """
 
 from __future__ import annotations
@@ -205,10 +198,10 @@ class ArraySink:
 
 
 STAC_VERSION = "1.1.0"
-PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
-RASTER = "https://stac-extensions.github.io/raster/v1.1.0/schema.json"
-FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
-PROCESSING = "https://stac-extensions.github.io/processing/v1.1.0/schema.json"
+PROJECTION, RASTER, FILE, PROCESSING = (
+    f"https://stac-extensions.github.io/{name}/schema.json"
+    for name in ("projection/v2.0.0", "raster/v1.1.0", "file/v2.1.0", "processing/v1.1.0")
+)
 COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
 MAP_ASSET = {"type": COG_TYPE, "title": "Canopy height, metres", "roles": ["data"]}
 
@@ -243,30 +236,45 @@ class MapFacts:
 
 
 def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[str, Any]:
-    """The item as JSON-ready values."""
-    now = _utc(created or datetime.datetime.now(datetime.UTC))
-    outline = facts.grid.outline("EPSG:4326")
-    return {
-        "type": "Feature",
-        "stac_version": STAC_VERSION,
-        "stac_extensions": [PROJECTION, RASTER, FILE, PROCESSING],
-        "id": facts.path.stem,
+    """The map's STAC Item as JSON-ready values."""
+    import pystac
+
+    now = (created or datetime.datetime.now(datetime.UTC)).astimezone(datetime.UTC).replace(microsecond=0)
+    grid, outline = facts.grid, facts.grid.outline("EPSG:4326")
+    days = sorted(datetime.datetime.fromisoformat(f"{day[:10]}T00:00:00+00:00") for day in facts.dates if day)
+    # Unknown dates become the widest true statement: some time before now.
+    first, last = (days[0], days[-1]) if days else (datetime.datetime(1900, 1, 1, tzinfo=datetime.UTC), now)
+    one = bool(days) and first == last
+    code: dict[str, Any] = {"proj:code": f"EPSG:{grid.crs.epsg}"}
+    if grid.crs.epsg is None:
+        code = {"proj:code": None, "proj:wkt2": grid.crs.to_wkt()}
+    item = pystac.Item(
+        id=facts.path.stem,
         # Half a pixel of slack keeps a handful of the hundreds of points that follow a curved edge.
-        "geometry": _plain(outline.simplify(facts.grid.gsd_m / 2 / METRES_PER_DEGREE).__geo_interface__),
-        "bbox": _bbox(outline),
-        "properties": {
-            **_when(facts.dates, now),
-            "created": now,
+        geometry=_plain(outline.simplify(grid.gsd_m / 2 / METRES_PER_DEGREE).__geo_interface__),
+        bbox=_bbox(outline),
+        datetime=first if one else None,
+        start_datetime=None if one else first,
+        end_datetime=None if one else last if not days else last + datetime.timedelta(seconds=86_399),
+        properties={
+            "created": pystac.utils.datetime_to_str(now),
             "title": "Canopy height",
-            "gsd": round(facts.grid.gsd_m, 6),
-            **_projection(facts.grid),
+            "gsd": round(grid.gsd_m, 6),
+            **code,
+            "proj:shape": [grid.height, grid.width],
+            "proj:transform": [*grid.transform][:6],
+            "proj:bbox": list(grid.bounds),
             "processing:software": {"canopy": __version__},
             "processing:lineage": f"canopy height predicted from RGB by the model {facts.model['name']}",
             "canopy:model": facts.model,
         },
-        "links": [{"rel": "derived_from", "href": href, "title": name} for name, href in facts.imagery],
-        "assets": _assets(facts),
-    }
+        stac_extensions=[PROJECTION, RASTER, FILE, PROCESSING],
+    )
+    for name, href in facts.imagery:
+        item.add_link(pystac.Link("derived_from", href, title=name))
+    for name, asset in _assets(facts).items():
+        item.add_asset(name, pystac.Asset.from_dict(asset))
+    return item.to_dict(include_self_link=False, transform_hrefs=False)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -315,43 +323,11 @@ def _bands(facts: MapFacts) -> list[dict[str, Any]]:
 
 
 def _raster_bands(facts: MapFacts) -> list[dict[str, Any]]:
-    """The same, and what the raster extension adds."""
+    """The same, and what the raster extension adds: most readers know its `raster:bands`."""
     # Days and flags are stored as they are; only heights are scaled.
     scale = encoding_named(facts.encoding).step_m
     more = {"offset": 0, "sampling": "area", "spatial_resolution": round(facts.grid.gsd_m, 6)}
     return [{**band, "scale": scale if band["unit"] == "m" else 1.0, **more} for band in _bands(facts)]
-
-
-def _projection(grid: Grid) -> dict[str, Any]:
-    west, south, east, north = grid.bounds
-    epsg = grid.crs.epsg
-    code: dict[str, Any] = {"proj:code": f"EPSG:{epsg}"}
-    if epsg is None:
-        code = {"proj:code": None, "proj:wkt2": grid.crs.to_wkt()}
-    return {
-        **code,
-        "proj:shape": [grid.height, grid.width],
-        "proj:transform": [*grid.transform][:6],
-        "proj:bbox": [west, south, east, north],
-    }
-
-
-def _when(dates: tuple[str, ...], now: str) -> dict[str, Any]:
-    """Acquisition time. Unknown dates become the widest true statement: some time before now."""
-    days = sorted(date[:10] for date in dates if date)
-    if not days:
-        return {"datetime": None, "start_datetime": "1900-01-01T00:00:00Z", "end_datetime": now}
-    if days[0] == days[-1]:
-        return {"datetime": f"{days[0]}T00:00:00Z"}
-    return {
-        "datetime": None,
-        "start_datetime": f"{days[0]}T00:00:00Z",
-        "end_datetime": f"{days[-1]}T23:59:59Z",
-    }
-
-
-def _utc(moment: datetime.datetime) -> str:
-    return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _bbox(outline: Any) -> list[float]:

@@ -1,16 +1,11 @@
-"""What a map is made with, ready to make it: all of `canopy predict`'s, or one tile of `canopy map`'s.
+"""`canopy.predict`: from imagery to a canopy height map, checked first (`prepare`), then run.
 
-A prediction job: everything settled and checked first (`prepare`), then run (`Job.run`).
-
-Nothing is written before `run`, and nothing that can be known beforehand fails after it has begun.
-
-`canopy.predict`: one call from imagery to a canopy height map.
-
-What lies beside a finished map: its picture and its STAC item.
+Nothing is written before `MapPrediction.run`, and nothing that can be known beforehand fails after it began.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from canopy.errors import AreaError, InputError
+from canopy.errors import AreaError, ImageryError, InputError
 from canopy.files import check_output
 from canopy.geo.area import AOI
 from canopy.geo.raster import raster_env
@@ -48,6 +43,8 @@ if TYPE_CHECKING:
 _OF_THE_NETWORK = (
     "windows", "crops", "crops_predicted", "batch_size", "model_seconds", "black_share", "notes"
 )  # fmt: skip
+# Holes that nobody declared are pure black far more often than shadows are.
+BLACK_SHARE = 0.005
 
 
 @dataclass(frozen=True)
@@ -89,19 +86,15 @@ class Prediction:
 
     def predict_into(self, sink: Sink, progress: Progress | None, out: Path | None = None) -> RunSummary:
         """Predict into `sink`, by way of a scratch file beside `out` where the output has another grid."""
-        asked, target = self.options, self.target
-        options: dict[str, Any] = {
-            "device": asked.device,
-            "precision": asked.precision,
-            "batch_size": asked.batch_size,
-            "runner": self.runner,
-            "workers": self.readers,
-            "progress": progress,
-        }
+        target = self.target
+        how: dict[str, Any] = {
+            "runner": self.runner, "batch_size": self.options.batch_size,
+            "workers": self.readers, "progress": progress,
+        }  # fmt: skip
         if not target.is_resampled:
             return predict_grid(
                 self.model, self.source, target.predict, sink,
-                aoi=self.aoi, extras=self.extras, **options,
+                aoi=self.aoi, extras=self.extras, **how,
             )  # fmt: skip
         from canopy.inference.regrid import Scratch, regrid
 
@@ -114,17 +107,13 @@ class Prediction:
             with Scratch(path, target.predict, self.extras.layers) as scratch:
                 run = predict_grid(
                     self.model, self.source, target.predict, scratch,
-                    aoi=target.reach(self.aoi), extras=replace(self.extras, raw=True), **options,
+                    aoi=target.reach(self.aoi), extras=replace(self.extras, raw=True), **how,
                 )  # fmt: skip
             final = regrid(
                 path, target.output, sink, self.source,
-                aoi=self.aoi, extras=self.extras, whole=target.whole, progress=progress,
+                aoi=self.aoi, extras=self.extras, progress=progress,
             )  # fmt: skip
         return replace(final, **{name: getattr(run, name) for name in _OF_THE_NETWORK})
-
-
-# Holes that nobody declared are pure black far more often than shadows are.
-BLACK_SHARE = 0.005
 
 
 @dataclass(frozen=True)
@@ -246,8 +235,47 @@ class MapPrediction(Prediction):
         )  # fmt: skip
         with writer:
             summary = self.predict_into(writer, progress, files.tif)
-            writer.companions = lambda made, sha256: publish(self, made, sha256, summary)
+            writer.companions = lambda made, sha256: self._publish(made, sha256, summary)
         return Result(files, summary, self, sha256=writer.sha256)
+
+    def _publish(self, made: Path, sha256: str, summary: RunSummary) -> list[str]:
+        """Write the quicklook, if one was asked for, and the STAC item beside a finished map; their names.
+
+        `made` is the map under its own name, though not yet in its place (see `CogWriter.companions`).
+        """
+        files = output.OutputFiles.of(made, self.options.quicklook)
+        if files.quicklook is not None:
+            output.write_quicklook(
+                files.tif,
+                files.quicklook,
+                title=f"Canopy height, {self.aoi.describe()}",
+                subtitle=f"{output.bare_name(self.source.name)} ({output.dates_text(self.source.dates)}), "
+                f"model {self.model_name}",
+            )
+        runtime = {"backend": self.runner.backend, "precision": self.runner.precision} if self.runner else {}
+        facts = MapFacts(
+            path=files.tif,
+            sha256=sha256,
+            grid=self.target.output,
+            encoding=self.options.encoding,
+            bands=self.bands,
+            dates=self.source.dates,
+            imagery=output.imagery_links(self.source),
+            model={
+                "name": self.model_name,
+                "sha256": self.model_sha256,
+                "licence": str(self.model.card.get("licence", "")),
+                **runtime,
+            },
+            quicklook=files.quicklook,
+            statistics={
+                "mean": summary.mean_height_m,
+                "maximum": summary.max_height_m,
+                "valid_percent": 100 * summary.valid_fraction,
+            },
+        )
+        write_json(files.item, map_item(facts))
+        return [path.name for path in files.all[1:]]
 
 
 def prepare(
@@ -255,12 +283,13 @@ def prepare(
     *,
     area: AOI | None = None,
     model: HeightModel | None = None,
+    source: ImagerySource | None = None,
     dry_run: bool = False,
 ) -> MapPrediction:
     """Open, check and plan a map; cheap, and nothing is written.
 
     Args:
-        area, model: stand in for those that the options name.
+        area, model, source: stand in for the area, model and imagery that the options name.
         dry_run: the map will only be told about, so its output may exist already.
 
     Raises:
@@ -270,7 +299,7 @@ def prepare(
     parse_radiometry(options.radiometry)  # before a model is fetched for it
     area = area or options.area()
     model, model_name = load_named(model or options.model)
-    source = open_source(options, model.config.gsd_m, area)
+    source = source or open_source(options, model.config.gsd_m, area)
     aoi = area or source.area()
     if aoi is None:
         raise AreaError(
@@ -383,7 +412,7 @@ def load_named(model: str | Path | HeightModel) -> tuple[HeightModel, str]:
 
 
 def predict(
-    image: str | Path | Sequence[str | Path] | None = None,
+    image: str | Path | Sequence[str | Path] | xr.DataArray | ImagerySource | None = None,
     *,
     model: str | Path | HeightModel = "default",
     area: AOI | None = None,
@@ -393,7 +422,8 @@ def predict(
     """Map canopy height.
 
     Args:
-        image: one or several image files, directories or URLs; or give `imagery`.
+        image: one or several image files, directories or URLs; a DataArray (band, y, x) with a CRS, as
+            rioxarray opens it; what `canopy.open_imagery` gives; or nothing, with the option `imagery`.
         model: a model's name or file, or a `HeightModel`.
         area: an `AOI`; or one of the options `bbox` (LAT,LON with `size_m`, or LAT,LON,LAT,LON), `bounds`
             (W,S,E,N in `bounds_crs`) and `aoi` (a vector file). By default all of the imagery.
@@ -411,59 +441,52 @@ def predict(
     >>> import canopy
     >>> chm = canopy.predict("image.tif")  # doctest: +SKIP
     """
-    images: Sequence[str | Path] = (
-        () if image is None else [image] if isinstance(image, (str, Path)) else image
-    )
+    from canopy.imagery.base import ImagerySource
+
     named = isinstance(model, (str, Path))
-    given = options | {"images": tuple(map(str, images))} | ({"model": model} if named else {})
-    job = prepare(
-        OneMapOptions.of(given, "canopy.predict"),
-        area=area,
-        model=None if named else model,  # type: ignore[arg-type]
-    )
-    for note in job.notes:
-        log.warning(note)
-    result = job.run(progress)
+    given = dict(options)
+    if named:
+        given["model"] = model
+    source = image if isinstance(image, ImagerySource) else None
+    with ExitStack() as stack:
+        if source is None and image is not None:
+            if hasattr(image, "dims"):
+                image = _array_file(image, stack)  # type: ignore[arg-type]
+            images = [image] if isinstance(image, (str, Path)) else image
+            given["images"] = tuple(str(one) for one in images)  # type: ignore[union-attr]
+        job = prepare(
+            OneMapOptions.of(given, "canopy.predict"),
+            area=area,
+            model=None if named else model,  # type: ignore[arg-type]
+            source=source,
+        )
+        for note in job.notes:
+            log.warning(note)
+        result = job.run(progress)
     return result.files.tif if result.files else result.data  # type: ignore[return-value]
 
 
-def publish(job: MapPrediction, made: Path, sha256: str, summary: RunSummary) -> list[str]:
-    """Write the quicklook, if one was asked for, and the STAC item beside a finished map; their names.
+def _array_file(array: xr.DataArray, stack: ExitStack) -> Path:
+    """A DataArray as a temporary GeoTIFF, which is read like any other: nodata, scale and bands included.
 
-    Args:
-        made: the map under its own name, though not yet in its place (see `CogWriter.companions`).
+    Raises:
+        ImageryError: it has no CRS, or is no image.
     """
-    files = output.OutputFiles.of(made, job.options.quicklook)
-    if files.quicklook is not None:
-        from canopy.inference.output import write_quicklook
+    import rioxarray  # noqa: F401  (registers the .rio accessor)
 
-        write_quicklook(
-            files.tif,
-            files.quicklook,
-            title=f"Canopy height, {job.aoi.describe()}",
-            subtitle=f"{output.bare_name(job.source.name)} ({output.dates_text(job.source.dates)}), "
-            f"model {job.model_name}",
+    name = str(array.name or "array")
+    if array.ndim != 3 or {"x", "y"} & {str(array.dims[0])}:
+        raise ImageryError(f"has dimensions {array.dims}", where=name, expected="(band, y, x)")
+    if array.rio.crs is None:
+        raise ImageryError(
+            "the array has no CRS", where=name, remedy="give it one: array.rio.write_crs('EPSG:...')"
         )
-    facts = MapFacts(
-        path=files.tif,
-        sha256=sha256,
-        grid=job.target.output,
-        encoding=job.options.encoding,
-        bands=job.bands,
-        dates=job.source.dates,
-        imagery=output.imagery_links(job.source),
-        model={
-            "name": job.model_name,
-            "sha256": job.model_sha256,
-            "licence": str(job.model.card.get("licence", "")),
-            **({"backend": job.runner.backend, "precision": job.runner.precision} if job.runner else {}),
-        },
-        quicklook=files.quicklook,
-        statistics={
-            "mean": summary.mean_height_m,
-            "maximum": summary.max_height_m,
-            "valid_percent": 100 * summary.valid_fraction,
-        },
-    )
-    write_json(files.item, map_item(facts))
-    return [path.name for path in files.all[1:]]
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="canopy-"))
+    path = Path(folder) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.tif"
+    colours = {"photometric": "RGB"} if array.sizes[array.dims[0]] == 3 else {}
+    # A scale or names of bands that were read from a file would be applied or written a second time.
+    kept = {"_FillValue"} & set(array.attrs)
+    bare = array.assign_attrs({}).copy(deep=False)
+    bare.attrs = {key: array.attrs[key] for key in kept}
+    bare.rio.to_raster(path, tiled=True, **colours)
+    return path

@@ -1,28 +1,141 @@
-"""Flips and quarter turns at prediction: how far the network contradicts itself on the same ground.
+"""The network on one device: crops in, layers out, in batches that fit its memory.
 
-How long a device worked, without making it wait.
-
-The network on one device: crops in, metres out, in batches that fit its memory.
+Also the views of a crop, its flips and quarter turns: how far the network contradicts itself on one ground.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from canopy.errors import ConfigError
-from canopy.inference.backends import Runner, TorchRunner, settle
 from canopy.inference.layers import Extras
 
 if TYPE_CHECKING:
     import torch
 
+    from canopy.inference.backends import Runner
     from canopy.models.height import HeightModel
+
+log = logging.getLogger("canopy")
+
+# Crops per batch at most, and pixels: beyond them a device gains nothing and only takes more memory. They are
+# fixed, not measured: in bf16 a height can move by centimetres with the batch, and parts of a map that are
+# made on several cards must fit together.
+AUTO_BATCH = {"cpu": (4, 2**20), "cuda": (64, 2**22), "mps": (8, 2**20)}
+
+
+class Predictor:
+    """Calls the model on crops and keeps count of what it took.
+
+    Attributes:
+        device: where the model runs, and where layers come from.
+        batch_size: crops per forward pass now; halved whenever the device runs out of memory.
+        crops: predicted so far.
+        notes: what the user should know about the run.
+    """
+
+    def __init__(
+        self,
+        model: HeightModel,
+        *,
+        runner: Runner | None = None,
+        batch_size: int | str = "auto",
+        extras: Extras | None = None,
+    ) -> None:
+        extras = extras or Extras()
+        if runner is None:
+            from canopy.inference.backends import TorchRunner
+
+            runner = TorchRunner(model, outputs=extras.outputs)
+        self.runner, self.device, self._views = runner, runner.device, extras.views
+        self.batch_size = resolve_batch(batch_size, self.device.type, model.config.crop_px)
+        self.crops = 0
+        self.notes: list[str] = []
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the model so far; on a GPU its own time, for which this waits."""
+        for first, last in self._events:
+            last.synchronize()
+            self._seconds += first.elapsed_time(last) / 1000
+        self._events.clear()
+        return self._seconds
+
+    def __call__(self, crops: torch.Tensor) -> torch.Tensor:
+        """Crops (n, 3, crop, crop) float32 in 0..1, finite -> layers (n, l, crop, crop) float32 on `device`:
+        heights in metres, then what else the extras need of the network.
+        """
+        import torch
+
+        done: list[torch.Tensor] = []
+        start = 0
+        crops = crops.to(self.device)
+        begun = self._now()
+        while start < len(crops):
+            part = crops[start : start + self.batch_size]
+            try:
+                done.append(self._forward(part))
+                start += len(part)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or self.batch_size == 1:
+                    raise
+                self._halve_batch()
+        self._count(begun)
+        self.crops += len(crops)
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _forward(self, crops: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        # A map must not depend on how many crops were left over: other batch sizes take other kernels.
+        whole = self.batch_size if self.device.type == "cuda" else min(2, self.batch_size)
+        short = 0 if self.runner.alone else max(0, whole - len(crops))
+        if short:
+            crops = torch.cat([crops, crops[-1:].expand(short, -1, -1, -1)])
+        layers = self.runner.forward(crops) if self._views == 1 else self._run_views(crops)
+        return layers[: len(layers) - short]
+
+    def _run_views(self, crops: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        def network(turned: np.ndarray) -> np.ndarray:
+            return self.runner.forward(torch.from_numpy(turned).to(self.device)).cpu().numpy()
+
+        return torch.from_numpy(over_views(network, crops.cpu().numpy(), self._views)).to(self.device)
+
+    def _now(self) -> float | torch.cuda.Event:
+        """A moment; a GPU's own, which nobody has to wait for."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _count(self, begun: float | torch.cuda.Event) -> None:
+        now = self._now()
+        if isinstance(begun, float) and isinstance(now, float):
+            self._seconds += now - begun
+        else:
+            self._events.append((begun, now))  # type: ignore[arg-type]
+
+    def _halve_batch(self) -> None:
+        import torch
+
+        self.batch_size = max(1, self.batch_size // 2)
+        note = f"the {self.device.type} device ran out of memory; batch size reduced to {self.batch_size}"
+        self.notes.append(note)
+        log.warning(note)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def over_views(network: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, views: int) -> np.ndarray:
@@ -56,150 +169,11 @@ def _turn(maps: np.ndarray, view: int, *, back: bool = False) -> np.ndarray:
     return np.ascontiguousarray(turned[..., ::-1] if mirrored else turned)
 
 
-class StopWatch:
-    """Adds up the time of its `with` blocks: by the clock, or by a GPU's events, read when they are due."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._begun: float | torch.cuda.Event = 0.0
-        self._seconds = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Sum so far; waits for a GPU."""
-        self._collect(wait=True)
-        return self._seconds
-
-    def __enter__(self) -> StopWatch:
-        self._begun = self._mark() if self._cuda else time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if isinstance(self._begun, float):
-            self._seconds += time.perf_counter() - self._begun
-            return
-        self._pending.append((self._begun, self._mark()))
-        self._collect(wait=False)
-
-    def _mark(self) -> torch.cuda.Event:
-        import torch
-
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _collect(self, wait: bool) -> None:
-        while self._pending and (wait or self._pending[0][1].query()):
-            first, last = self._pending.popleft()
-            last.synchronize()
-            self._seconds += first.elapsed_time(last) / 1000
-
-
-log = logging.getLogger("canopy")
-
-# Crops per batch at most, and pixels: beyond them a device gains nothing and only takes more memory. They are
-# fixed, not measured: in bf16 a height can move by centimetres with the batch, and parts of a map that are
-# made on several cards must fit together.
-AUTO_BATCH = {"cpu": (4, 2**20), "cuda": (64, 2**22), "mps": (8, 2**20)}
-
-
-class Predictor:
-    """Calls the model on crops and keeps count of what it took.
-
-    Attributes:
-        device: where the model runs, and where crops come from and layers go to.
-        runner: the model on its runtime.
-        batch_size: crops per forward pass now; halved whenever the device runs out of memory.
-        notes: what the user should know about the run.
-    """
-
-    def __init__(
-        self,
-        model: HeightModel,
-        *,
-        device: str | torch.device = "auto",
-        precision: str = "auto",
-        batch_size: int | str = "auto",
-        extras: Extras | None = None,
-        runner: Runner | None = None,
-    ) -> None:
-        extras = extras or Extras()
-        if runner is None:
-            runner = settle(model, "torch", precision, device).open(model, extras.outputs)
-        self.runner, self.device, self._views = runner, runner.device, extras.views
-        self.batch_size = resolve_batch(batch_size, self.device.type, model.config.crop_px)
-        self.notes: list[str] = []
-        self._watch = StopWatch(self.device)
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in the model so far; on a GPU its own time, for which this waits."""
-        return self._watch.seconds
-
-    def __call__(self, crops: torch.Tensor) -> torch.Tensor:
-        """Crops (n, 3, crop, crop) float32 in 0..1, finite, on `device` -> layers (n, l, crop, crop) float32
-        there: heights in metres, then what else the extras need of the network.
-        """
-        import torch
-
-        done: list[torch.Tensor] = []
-        start = 0
-        with self._watch:
-            while start < len(crops):
-                part = crops[start : start + self.batch_size]
-                try:
-                    done.append(self._forward(part))
-                    start += len(part)
-                except RuntimeError as error:
-                    if not _is_out_of_memory(error) or self.batch_size == 1:
-                        raise
-                    self._halve_batch()
-        return done[0] if len(done) == 1 else torch.cat(done)
-
-    def _forward(self, crops: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        # A map must not depend on how many crops were left over: other batch sizes take other kernels.
-        one_shape = self.device.type == "cuda" or self.runner.backend == "torch-compiled"
-        whole = self.batch_size if one_shape else min(2, self.batch_size)
-        short = 0 if self.runner.alone else max(0, whole - len(crops))
-        if short:
-            crops = torch.cat([crops, crops[-1:].expand(short, -1, -1, -1)])
-        layers = self._run(crops) if self._views == 1 else self._run_views(crops)
-        return layers[: len(layers) - short]
-
-    def _run(self, crops: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        if isinstance(self.runner, TorchRunner):
-            return self.runner.forward(crops)
-        return torch.from_numpy(self.runner(crops.numpy()))
-
-    def _run_views(self, crops: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        def network(turned: np.ndarray) -> np.ndarray:
-            return self._run(torch.from_numpy(turned).to(self.device)).cpu().numpy()
-
-        return torch.from_numpy(over_views(network, crops.cpu().numpy(), self._views)).to(self.device)
-
-    def _halve_batch(self) -> None:
-        import torch
-
-        self.batch_size = max(1, self.batch_size // 2)
-        note = f"the {self.device.type} device ran out of memory; batch size reduced to {self.batch_size}"
-        self.notes.append(note)
-        log.warning(note)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
 def resolve_batch(batch_size: int | str, device_type: str, crop_px: int = 256) -> int:
     """Crops per forward pass for `auto` (see `AUTO_BATCH`) or a positive number.
 
     Raises:
-        InputError: anything else.
+        ConfigError: anything else.
     """
     if batch_size == "auto":
         crops, pixels = AUTO_BATCH.get(device_type, AUTO_BATCH["cpu"])

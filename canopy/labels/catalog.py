@@ -2,9 +2,7 @@
 
 As with imagery, a manifest says what exists, where, in which form and under which terms; it never holds
 pixels, points, keys or signed URLs. A value that could not be verified in a public source is null and named
-in `unverified`.
-
-What a catalogue offers for download: files, sizes and checksums, before anything is fetched.
+in `unverified`. Here too: what is wished of a source, and what its catalogue offers for download.
 """
 
 from __future__ import annotations
@@ -21,9 +19,8 @@ from pydantic import Field, field_validator, model_validator
 from shapely.geometry import MultiPolygon, Polygon
 from shapely.geometry.base import BaseGeometry
 
-from canopy import download as http
 from canopy.config import Named, Settings, check_known, load_named
-from canopy.download import file_crc32c
+from canopy.download import Signer, file_crc32c
 from canopy.errors import DataError, InputError
 from canopy.files import file_sha256, redact
 from canopy.geo.area import AOI
@@ -31,7 +28,7 @@ from canopy.imagery.manifests import coverage_geometry
 from canopy.imagery.names import parse_range
 from canopy.runtime import manifests_dir
 
-Protocol = Literal["neon", "wfs", "stac", "earthdata", "s3"]
+Protocol = Literal["neon", "wfs", "stac", "earthdata"]
 
 
 class WfsLayer(Settings):
@@ -80,26 +77,6 @@ class Product(Settings):
     about_bytes: int | None = Field(default=None, gt=0)
 
 
-class Lidar(Settings):
-    """A lidar instrument and what it does to a CHM.
-
-    Attributes:
-        names: how files and papers write it, lower case.
-        floor_m: heights below this are 0 in the source's CHM.
-    """
-
-    names: tuple[str, ...] = Field(min_length=1)
-    floor_m: float = Field(ge=0)
-
-
-class Flown(Settings):
-    """Which instrument flew where and when; fields left out mean any."""
-
-    lidar: str
-    site: str | None = None
-    years: tuple[int, int]
-
-
 class Partner(Settings):
     """Imagery that goes with the labels.
 
@@ -120,9 +97,8 @@ class LabelManifest(Named):
         title: one line for lists.
         kind: what is measured.
         protocol: how files are found and fetched.
-        href: address of the catalogue: NEON API, WFS, STAC API, or bucket; empty for Earthdata.
+        href: address of the catalogue: NEON API, WFS or STAC API; empty for Earthdata.
         collection: STAC collection.
-        index: WFS that gives the names of a bucket's files in an area.
         signing: who signs the URLs just before they are read.
         parallel: downloads at a time that the host bears.
         products, default: kinds of files, and the one that is meant.
@@ -132,7 +108,6 @@ class LabelManifest(Named):
         doi: where there is one.
         checksum: which kind the source publishes.
         coverage: as in imagery manifests; None: only where its catalogue says.
-        lidars, flown: instruments, their CHM floors, and who flew where and when; the first match counts.
         sites: sites of another source that belong to this one's region.
         partners: imagery that goes with the labels.
         unverified: fields that could not be verified in a public source; those that are empty stay so.
@@ -145,7 +120,6 @@ class LabelManifest(Named):
     protocol: Protocol
     href: str = ""
     collection: str | None = None
-    index: str | None = None
     signing: Literal["planetary-computer"] | None = None
     parallel: int = Field(default=4, ge=1, le=8)
     products: dict[str, Product] = Field(min_length=1)
@@ -164,8 +138,6 @@ class LabelManifest(Named):
         | dict[str, Any]
         | None
     )
-    lidars: dict[str, Lidar] = Field(default_factory=dict)
-    flown: tuple[Flown, ...] = ()
     sites: tuple[str, ...] = ()
     partners: tuple[Partner, ...] = Field(min_length=1)
     unverified: tuple[str, ...] = ()
@@ -190,15 +162,10 @@ class LabelManifest(Named):
             raise ValueError(f"protocol {self.protocol} needs href, an http(s) address")
         if self.protocol == "stac" and not self.collection:
             raise ValueError("protocol stac needs collection")
-        needed = {"neon": "code", "wfs": "layers", "stac": "asset", "earthdata": "code", "s3": "match"}[
-            self.protocol
-        ]
+        needed = {"neon": "code", "wfs": "layers", "stac": "asset", "earthdata": "code"}[self.protocol]
         for name, product in self.products.items():
             if not getattr(product, needed):
                 raise ValueError(f"product {name!r} needs {needed} for protocol {self.protocol}")
-        for entry in self.flown:
-            if entry.lidar not in self.lidars:
-                raise ValueError(f"flown names the lidar {entry.lidar!r}, which is not in lidars")
         return self
 
     @property
@@ -316,7 +283,7 @@ class RemoteFile:
     checksum: str | None = None
     day: str | None = None
     headers: Callable[[], Mapping[str, str]] = field(default=lambda: NO_HEADERS, repr=False, compare=False)
-    sign: http.Signer | None = field(default=None, repr=False, compare=False)
+    sign: Signer | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parts = [self.name, self.folder] if self.folder else [self.name]
@@ -380,8 +347,5 @@ def whole_number(value: object) -> int | None:
 
 
 def _file_md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

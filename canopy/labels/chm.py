@@ -1,57 +1,34 @@
-"""Which returns are noise, which are ground, and the terrain between them.
-
-Each step looks no farther than a stated distance, so that neighbouring blocks agree on their common edge:
-noise `NOISE_REACH_M`, the cloth `CLOTH_MARGIN_M` (run per block of the fixed lattice; a point's label is that
-of its own block), the terrain `TERRAIN_REACH_M`.
-
-From returns above the terrain to the canopy's surface: highest return per pixel, structures, pits.
-
-A pit is a pixel whose pulses all slipped through the crown. Khosravipour et al. (2014,
-doi:10.14358/PERS.80.9.863) close pits by triangulating, height level by height level, the returns above it
-and dropping triangles with long sides. A grey-scale closing does the same at every level at once; here it is
-the least of four closings by short lines (row, column, both diagonals), so that only what is narrow in EVERY
-direction is closed: a hole in a crown, but not the gap between two rows of trees.
-
-The two passes over the blocks of a point cloud, in this process or in several.
-
-Pass one finds noise and ground, block by block; pass two lays the terrain and the canopy's surface. Blocks
-are squares of a fixed global lattice, and each step reads as far beyond its block as it looks, so a pixel
-does not depend on the area that was asked for, on the order of the work, or on who did it.
-
-What CHM to make: the options, and the CRS and grid that follow from them and from the input.
-
-Lidar to canopy height: point clouds, or a surface and a terrain raster, to a CHM in metres.
+"""Lidar to canopy height: point clouds, or a surface and a terrain raster, to a CHM in metres.
 
 `chm_from_points` is the job behind `canopy data chm`. Points are streamed once into blocks on disk
-(`lidar_points`), noise and ground are found (`lidar_ground`), and each block's surface is made
-(`lidar_blocks`, `lidar_surface`). Memory holds one chunk of input and, per worker, one block with its margin.
-
-A surface model minus a terrain model: the CHM of lidar that somebody else has already gridded.
+(`labels.points`); each block is then read with the margin that its steps look beyond it, its noise and
+ground are found, and its surface made (`labels.surface`), by dask in as many processes as asked. Memory holds
+one chunk of input and, per worker, one block with its margin. `chm_from_rasters` takes lidar that somebody
+else has gridded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
-import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyproj
 import shapely
 from odc.geo import CRS
 from rasterio.io import DatasetReader
 
 from canopy import __version__
-from canopy.errors import AreaError, CanopyError, DataError, InputError, MissingDependencyError, OutputError
+from canopy.errors import AreaError, CanopyError, DataError, InputError, OutputError
+from canopy.files import check_output
 from canopy.geo.area import AOI
 from canopy.geo.cog import CogWriter
 from canopy.geo.crs import metres_per_unit, output_crs, project, to_crs, to_lonlat
@@ -59,647 +36,37 @@ from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
 from canopy.geo.raster import SourcePlace, open_raster, read_window
 from canopy.geo.tiles import tiles_over
-from canopy.labels.points import (
-    BRIDGE,
-    BUILDING,
-    GROUND,
-    METRES,
-    RECORD,
-    WATER,
-    WIRE,
-    Blocks,
-    LidarFile,
-    Spool,
-    Tally,
-    bounds_in,
-    fill,
-    open_lidar,
+from canopy.labels.points import METRES, RECORD, Blocks, LidarFile, Spool, Tally, bounds_in, fill, open_lidar
+from canopy.labels.surface import (
+    ABOVE_M,
+    BELOW_M,
+    CLOTH_MARGIN_M,
+    EDGE_PX,
+    NOISE_REACH_M,
+    POLICIES,
+    TERRAIN_REACH_M,
+    Policy,
+    Window,
+    classified_ground,
+    close_pits,
+    cloth_ground,
+    elevation_at,
+    fill_gaps,
+    highest,
+    lonely,
+    require_cloth,
+    terrain,
 )
 from canopy.runtime import NoProgress, Progress, log
-from canopy.synth.forest import hash01
 
-# A return with at most MAX_LONELY returns (itself included) in the 3 x 3 x 3 voxels around it is noise:
-# birds, cloud, multipath. At one return per square metre a tree top of three metres still has more company.
-VOXEL_XY_M, VOXEL_Z_M, MAX_LONELY = 4.0, 3.0, 3
-NOISE_REACH_M = 2 * VOXEL_XY_M
-# Ground gaps wider than twice this have no terrain: a 60 m disc without one ground return is a lake or a
-# roof, or a canopy under which the ground is a guess.
-MAX_CIRCUMRADIUS_M = 30.0
-TERRAIN_REACH_M = 2 * MAX_CIRCUMRADIUS_M
-# Ground returns are averaged in cells of about this side before they are triangulated.
-THIN_M = 1.0
-EDGE_PX = 3
-# The cloth: Zhang et al. 2016, doi:10.3390/rs8060501, with their values for steep terrain.
-# Stiffer cloth leaves a quarter of a mountain forest without ground, and gains nothing on the flat.
-CLOTH_M, CLOTH_RIGIDNESS, CLOTH_STEPS, CLOTH_TOUCH_M = 1.0, 1, 500, 0.5
-CLOTH_MARGIN_M = 40.0
-_JITTER_M = 0.004
-
-
-def lonely(points: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Bool of the points' length: noise by isolation. Only `own` ones are judged; the others are company.
-
-    Points are RECORDs; every return within `NOISE_REACH_M` of the own ones must be among them.
-    """
-    steps = (VOXEL_XY_M, VOXEL_XY_M, VOXEL_Z_M)
-    axes = [
-        np.floor(points[a].astype(np.float64) / s).astype(np.int64) for a, s in zip("xyz", steps, strict=True)
-    ]
-    axes = [a - a.min() + 1 for a in axes] if len(points) else axes
-    spans = [int(a.max()) + 2 if len(a) else 1 for a in axes]
-    key = (axes[0] * spans[1] + axes[1]) * spans[2] + axes[2]
-    voxels, index, counts = np.unique(key, return_inverse=True, return_counts=True)
-    total = np.zeros(len(voxels), np.int64)
-    for dx in (-1, 0, 1):
-        for dy in (-1, 0, 1):
-            for dz in (-1, 0, 1):
-                wanted = voxels + (dx * spans[1] + dy) * spans[2] + dz
-                at = np.minimum(np.searchsorted(voxels, wanted), len(voxels) - 1)
-                total += np.where(voxels[at] == wanted, counts[at], 0)
-    return own & (total[index] <= MAX_LONELY)
-
-
-# ---- ground returns ---------------------------------------------------------------------------
-def classified_ground(points: np.ndarray, pixel: float) -> np.ndarray:
-    """(n, 3) float64 mean x, y, z of the ground-class returns of each thinning cell."""
-    ground = points[points["kind"] == GROUND]
-    _, index, counts = np.unique(_thin_cells(ground, pixel), return_inverse=True, return_counts=True)
-    # bincount adds in the points' order, which is that of the input: the same in every cutting.
-    sums = [np.bincount(index, ground[a].astype(np.float64), len(counts)) for a in "xyz"]
-    return np.column_stack(sums) / counts[:, None] if len(counts) else np.zeros((0, 3))
-
-
-def cloth_ground(points: np.ndarray, own: np.ndarray, pixel: float) -> np.ndarray:
-    """(n, 3) float64 ground returns of the own points' cells, found by a cloth laid under the cloud.
-
-    The lowest return of every cell takes part, own or not; structures that the file names do not.
-    """
-    known = (points["kind"] == BUILDING) | (points["kind"] == BRIDGE) | (points["kind"] == WIRE)
-    points, own = points[~known], own[~known]
-    if len(points) < 3 or not own.any():
-        return np.zeros((0, 3))
-    cells = _thin_cells(points, pixel)
-    order = np.lexsort((points["y"], points["x"], points["z"], cells))
-    first = order[np.r_[True, np.diff(cells[order]) > 0]]
-    low, low_own = points[first], own[first]
-    xyz = np.column_stack([low[a].astype(np.float64) for a in "xyz"])
-    # Near the origin: the library keeps its own arithmetic from there.
-    ground = _drape(xyz - np.floor(xyz.min(axis=0)))
-    return xyz[ground & low_own]
-
-
-def require_cloth() -> None:
-    """Raises MissingDependencyError where the cloth simulation filter is not installed."""
-    try:
-        import CSF  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            "a point cloud without ground classes needs cloth-simulation-filter",
-            remedy="run: pip install 'canopy-height[lidar]'",
-        ) from error
-
-
-def _drape(xyz: np.ndarray) -> np.ndarray:
-    """Bool (n,): which points the cloth touches."""
-    import _CSF
-    import CSF
-
-    # Its threads race for the cloth's nodes; one thread gives one answer.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(_CSF.__file__).omp_set_num_threads(1)
-    cloth = CSF.CSF()
-    cloth.params.bSloopSmooth = True
-    cloth.params.cloth_resolution = CLOTH_M
-    cloth.params.rigidness = CLOTH_RIGIDNESS
-    cloth.params.interations = CLOTH_STEPS
-    cloth.params.class_threshold = CLOTH_TOUCH_M
-    touched, rest = CSF.VecInt(), CSF.VecInt()
-    with _silent_stdout():
-        cloth.setPointCloud(np.ascontiguousarray(xyz))
-        cloth.do_filtering(touched, rest, False)
-    found = np.zeros(len(xyz), bool)
-    found[np.array(touched, np.int64)] = True
-    return found
-
-
-@contextlib.contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Keep a C++ library from talking on our stdout, which belongs to results."""
-    sys.stdout.flush()
-    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-        os.close(nowhere)
-
-
-def _thin_cells(points: np.ndarray, pixel: float) -> np.ndarray:
-    """One int64 per point: its thinning cell, a whole number of pixels on the global lattice."""
-    side = max(1, round(THIN_M / pixel)) * pixel
-    row = np.floor(-points["y"] / side).astype(np.int64)
-    col = np.floor(points["x"] / side).astype(np.int64)
-    return row * 2**28 + col
-
-
-# ---- terrain ----------------------------------------------------------------------------------
-def terrain(ground: np.ndarray, pixel: float, window: tuple[int, int, int, int]) -> np.ndarray:
-    """Elevation in metres at the pixel centres of `window` (global row, col, height, width); NaN unknown.
-
-    Linear on the Delaunay triangles of the ground points (n, 3), of which only those with a circumradius of
-    at most `MAX_CIRCUMRADIUS_M` count. Such a triangle is Delaunay if and only if its circumcircle is empty,
-    and the circle of one that covers a pixel lies within `TERRAIN_REACH_M` of it: so the points farther away
-    cannot matter, and windows agree. Beyond the outermost ground points the slope goes on for `EDGE_PX`.
-    """
-    row, col, height, width = window
-    # Exact arithmetic: whole metres as origin, coordinates in 2^-16 m, differences without rounding.
-    origin = np.floor([col * pixel, -(row + height) * pixel])
-    plane = np.full((height, width), np.nan)
-    if len(ground) >= 3:
-        centres = [
-            (col + np.arange(width) + 0.5) * pixel - origin[0],
-            -(row + np.arange(height) + 0.5) * pixel - origin[1],
-        ]
-        at = np.column_stack([a.ravel() for a in np.meshgrid(*centres)])
-        plane = _linear(_canonical(ground), origin, at).reshape(height, width)
-    for _ in range(EDGE_PX):
-        plane = _grow(plane)
-    return plane
-
-
-def _canonical(ground: np.ndarray) -> np.ndarray:
-    """The points in an order and on a fine lattice of their own, no four of them on a circle by chance.
-
-    Four points on one circle have two triangulations; millimetres hashed from the place break the tie.
-    """
-    xy = np.rint(ground[:, :2] * 1024).astype(np.int64)
-    moved = [xy[:, k] / 1024 + (hash01(0, 911 + k, xy[:, 0], xy[:, 1]) - 0.5) * _JITTER_M for k in (0, 1)]
-    x, y = (np.rint(v * 65536) / 65536 for v in moved)
-    order = np.lexsort((ground[:, 2], y, x))
-    return np.column_stack([x, y, ground[:, 2]])[order]
-
-
-def _linear(ground: np.ndarray, origin: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Elevation at places (m, 2) relative to `origin`; NaN where no fit triangle covers them."""
-    from scipy.spatial import Delaunay, QhullError
-
-    xy = ground[:, :2] - origin
-    try:
-        mesh = Delaunay(xy)
-    except QhullError:  # fewer than three points that are not on one line
-        return np.full(len(at), np.nan)
-    corners = np.sort(mesh.simplices, axis=1)
-    p0, e1, e2 = (
-        xy[corners[:, 0]],
-        xy[corners[:, 1]] - xy[corners[:, 0]],
-        xy[corners[:, 2]] - xy[corners[:, 0]],
-    )
-    twice = e1[:, 0] * e2[:, 1] - e1[:, 1] * e2[:, 0]
-    sides = [np.hypot(*v.T) for v in (e1, e2, e2 - e1)]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        radius = sides[0] * sides[1] * sides[2] / (2 * np.abs(twice))
-        fit = radius <= MAX_CIRCUMRADIUS_M
-    found = mesh.find_simplex(at)
-    inside = (found >= 0) & fit[found]
-    t = found[inside]
-    d = at[inside] - p0[t]
-    u = (d[:, 0] * e2[t, 1] - d[:, 1] * e2[t, 0]) / twice[t]
-    v = (e1[t, 0] * d[:, 1] - e1[t, 1] * d[:, 0]) / twice[t]
-    z = ground[:, 2][corners[t]]
-    result = np.full(len(at), np.nan)
-    result[inside] = z[:, 0] + u * (z[:, 1] - z[:, 0]) + v * (z[:, 2] - z[:, 0])
-    return result
-
-
-def _grow(plane: np.ndarray) -> np.ndarray:
-    """One more pixel around what is known: the mean, over eight directions, of the line through two."""
-    h, w = plane.shape
-    wide = np.pad(plane, 2, constant_values=np.nan)
-    total, count = np.zeros((h, w)), np.zeros((h, w))
-    for dy in (-1, 0, 1):
-        for dx in (-1, 0, 1):
-            if dy or dx:
-                near = wide[2 + dy : 2 + dy + h, 2 + dx : 2 + dx + w]
-                far = wide[2 + 2 * dy : 2 + 2 * dy + h, 2 + 2 * dx : 2 + 2 * dx + w]
-                line = 2 * near - far
-                good = np.isfinite(line)
-                total += np.where(good, line, 0)
-                count += good
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(np.isfinite(plane), plane, total / count)
-
-
-def elevation_at(
-    plane: np.ndarray, pixel: float, window: tuple[int, int, int, int], x: np.ndarray, y: np.ndarray
-) -> np.ndarray:
-    """Terrain under points, metres: bilinear between pixel centres, among those that are known; else NaN."""
-    row, col, height, width = window
-    v, u = -y / pixel - row - 0.5, x / pixel - col - 0.5
-    r, c = np.floor(v).astype(np.int64), np.floor(u).astype(np.int64)
-    fv, fu = v - r, u - c
-    total, weight = np.zeros(len(x)), np.zeros(len(x))
-    for dr, dc in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        rr, cc = r + dr, c + dc
-        inside = (rr >= 0) & (rr < height) & (cc >= 0) & (cc < width)
-        z = np.where(inside, plane[np.clip(rr, 0, height - 1), np.clip(cc, 0, width - 1)], np.nan)
-        share = np.where(np.isfinite(z), (fv if dr else 1 - fv) * (fu if dc else 1 - fu), 0.0)
-        total += np.where(share > 0, z, 0.0) * share
-        weight += share
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return total / weight
-
-
-POLICIES = ("zero", "mask", "keep")
-# Returns farther below the terrain are multipath; the tallest tree known is 116 m.
-BELOW_M, ABOVE_M = 1.0, 130.0
-# Pits are at least so deep and lie in vegetation at least so high.
-PIT_DEPTH_M, PIT_RIM_M = 1.0, 2.0
-# Returns without a class that stand on a named roof or bridge and rise less above it belong to it.
-ON_TOP_M = 2.0
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What becomes of structures and water: `zero` (0 m of canopy), `mask` (nodata) or `keep` (as canopy).
-
-    A pixel is a structure's where the structure is its highest return; a crown that overhangs a roof by more
-    than `ON_TOP_M` counts as a crown. Wires hide nothing: zeroed, they leave what stands below them.
-    """
-
-    buildings: str = "zero"
-    water: str = "zero"
-    bridges: str = "zero"
-    wires: str = "zero"
-
-    def of(self, kind: int) -> str:
-        """The policy of a kind of return; `keep` for vegetation."""
-        named = {BUILDING: self.buildings, WATER: self.water, BRIDGE: self.bridges, WIRE: self.wires}
-        return named.get(kind, "keep")
-
-
-@dataclass(frozen=True)
-class Surface:
-    """height: metres, NaN unknown; count: returns per pixel; fixed: structures, not to be closed as pits."""
-
-    height: np.ndarray
-    count: np.ndarray
-    fixed: np.ndarray
-    dropped: int
-
-
-def highest(
-    kinds: np.ndarray, above: np.ndarray, cell: np.ndarray, shape: tuple[int, int], policy: Policy,
-    classified: bool,
-) -> Surface:  # fmt: skip
-    """Highest canopy return per pixel.
-
-    Args:
-        kinds, above, cell: of each return its kind, its height above the terrain (metres, NaN where there is
-            none) and its flat pixel index.
-        shape: (height, width) of the window.
-        policy: what to do with structures.
-        classified: ground-class returns are ground by definition and have height 0.
-    """
-    known = np.isfinite(above)
-    wrong = known & ((above < -BELOW_M) | (above > ABOVE_M))
-    kinds, above, cell, known = (a[~wrong] for a in (kinds, above, cell, known))
-    size = shape[0] * shape[1]
-    count = np.bincount(cell, minlength=size)
-    above = np.maximum(above, 0.0)
-    if classified:
-        above = np.where(kinds == GROUND, 0.0, above)
-    canopy, solid, masked = (np.full(size, -np.inf) for _ in range(3))
-    plain = np.ones(len(kinds), bool)
-    for kind in (BUILDING, WATER, BRIDGE, WIRE):
-        chosen = policy.of(kind)
-        of_kind = kinds == kind
-        if chosen == "keep" or not of_kind.any():
-            continue
-        plain &= ~of_kind
-        # Without terrain below (a large roof, a lake) the structure is still known to be one.
-        tops = np.where(known[of_kind], above[of_kind], np.inf)
-        if kind != WIRE:
-            np.maximum.at(solid, cell[of_kind], tops)
-        elif chosen == "zero":
-            np.maximum.at(canopy, cell[of_kind], 0.0)
-        if chosen == "mask":
-            np.maximum.at(masked, cell[of_kind], tops)
-    np.maximum.at(canopy, cell[plain & known], above[plain & known])
-    hidden = (solid > -np.inf) & (canopy <= solid + ON_TOP_M)
-    canopy = np.where(hidden, 0.0, canopy)
-    gone = (masked > -np.inf) & (hidden | (canopy <= masked))
-    height = np.where(gone | ~np.isfinite(canopy), np.nan, canopy)
-    fixed = hidden | gone
-    return Surface(height.reshape(shape), count.reshape(shape), fixed.reshape(shape), int(wrong.sum()))
-
-
-def pit_px(width_m: float, pixel: float) -> int:
-    """Width, in pixels, of the widest pit that is closed; 0 where pixels are too coarse to have such pits."""
-    return int(width_m / pixel + 1e-9)
-
-
-def close_pits(height: np.ndarray, fixed: np.ndarray, widest: int) -> np.ndarray:
-    """Metres (h, w) with pits of up to `widest` pixels raised to their lowest rim; see the module's head.
-
-    Never lowers a pixel and never touches one that is NaN or `fixed`. A pixel's result depends on those
-    within `widest` of it.
-    """
-    if widest < 1:
-        return height
-    low = np.where(np.isfinite(height), height, -np.inf)
-    closed = np.full(height.shape, np.inf)
-    for direction in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        closed = np.minimum(closed, _close_along(low, direction, widest))
-    with np.errstate(invalid="ignore"):
-        pit = np.isfinite(height) & ~fixed & (closed - height > PIT_DEPTH_M) & (closed >= PIT_RIM_M)
-    return np.where(pit, closed, height)
-
-
-def _close_along(low: np.ndarray, direction: tuple[int, int], widest: int) -> np.ndarray:
-    """Closing by a line of `widest` + 1 pixels: the least, over all such lines through a pixel, of their
-    greatest value. Beyond the window nothing is known (-inf)."""
-    (h, w), n = low.shape, widest
-    wide = np.pad(low, 2 * n, constant_values=-np.inf)
-
-    def window(array: np.ndarray, step: int, margin: int) -> np.ndarray:
-        row, col = n + step * direction[0], n + step * direction[1]
-        return array[row : row + h + 2 * margin, col : col + w + 2 * margin]
-
-    greatest = window(wide, 0, n)
-    for step in range(1, n + 1):
-        greatest = np.maximum(greatest, window(wide, step, n))
-    least = window(greatest, 0, 0)
-    for step in range(1, n + 1):
-        least = np.minimum(least, window(greatest, -step, 0))
-    return least
-
-
-def fill_gaps(height: np.ndarray, empty: np.ndarray, steps: int) -> np.ndarray:
-    """Pixels without returns (`empty`) within `steps` of known ones get the mean of known neighbours."""
-    for _ in range(steps):
-        known = np.isfinite(height)
-        wide = np.pad(np.where(known, height, 0.0), 1)
-        mark = np.pad(known.astype(np.float64), 1)
-        h, w = height.shape
-        total, count = np.zeros((h, w)), np.zeros((h, w))
-        for dy in range(3):
-            for dx in range(3):
-                total += wide[dy : dy + h, dx : dx + w]
-                count += mark[dy : dy + h, dx : dx + w]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            height = np.where(empty & ~known, total / count, height)
-    return height
-
-
-Block = tuple[int, int]
-Window = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a worker needs to know. `window` is the output grid in global pixels (row, col, h, w)."""
-
-    folder: Path
-    blocks: Blocks
-    window: Window
-    classified: bool
-    policy: Policy
-    pit_width_m: float
-    fill_px: int
-
-    @property
-    def spool(self) -> Spool:
-        """The points on disk."""
-        return Spool(self.folder, self.blocks)
-
-    @property
-    def pad_px(self) -> int:
-        """How far the canopy's surface looks beyond a window."""
-        return self.pit_px + self.fill_px + 1
-
-    @property
-    def pit_px(self) -> int:
-        """Width, in pixels, of the widest pit that is closed."""
-        return pit_px(self.pit_width_m, self.blocks.pixel)
-
-    @property
-    def terrain_px(self) -> int:
-        """How far the terrain's raster reaches beyond the canopy's: bilinear, and growing at its edge."""
-        return 1 + 2 * EDGE_PX
-
-    def surface_blocks(self) -> list[Block]:
-        """Blocks that meet the output, from the north-west."""
-        r0, c0, r1, c1 = self.blocks.over(*self.window)
-        return [(i, j) for i in range(r0, r1 + 1) for j in range(c0, c1 + 1)]
-
-    def ground_limits(self) -> tuple[int, int, int, int]:
-        """(first row, first col, last row, last col) of the blocks whose ground the output needs."""
-        far = math.ceil(TERRAIN_REACH_M / self.blocks.pixel) + self.pad_px + self.terrain_px
-        row, col, height, width = self.window
-        return self.blocks.over(row - far, col - far, height + 2 * far, width + 2 * far)
-
-    def point_limits(self) -> tuple[int, int, int, int]:
-        """The same for blocks whose points it needs."""
-        margin = NOISE_REACH_M if self.classified else CLOTH_MARGIN_M
-        more = math.ceil(margin / self.blocks.side_m)
-        r0, c0, r1, c1 = self.ground_limits()
-        return r0 - more, c0 - more, r1 + more, c1 + more
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a block's pass reports: counts, or the error that stopped it."""
-
-    points: int = 0
-    noise: int = 0
-    ground: int = 0
-    error: CanopyError | None = None
-
-
-# ---- pass one ---------------------------------------------------------------------------------
-def find_ground(plan: Plan, block: Block) -> Done:
-    """Judge a block's returns: writes which to keep (bits) and its ground points (n, 3)."""
-    spool, pixel = plan.spool, plan.blocks.pixel
-    if not spool.path(block).exists():
-        return Done()
-    margin = NOISE_REACH_M if plan.classified else CLOTH_MARGIN_M
-    points, own = spool.load(block, margin)
-    if plan.classified:
-        noise = lonely(points, own)
-        ground = classified_ground(points[own & ~noise], pixel)
-    else:
-        noise = lonely(points, np.ones(len(points), bool))
-        ground = cloth_ground(points[~noise], own[~noise], pixel)
-    np.packbits(~noise[own]).tofile(spool.path(block, "keep"))
-    if len(ground):
-        ground.tofile(spool.path(block, "ground"))
-    return Done(int(own.sum()), int((noise & own).sum()), len(ground))
-
-
-# ---- pass two ---------------------------------------------------------------------------------
-def make_surface(plan: Plan, block: Block) -> Done:
-    """Heights and return counts of a block's part of the output: writes float32 (2, h, w), NaN = nodata."""
-    row, col, height, width = core_of(plan, block)
-    pad, more = plan.pad_px, plan.terrain_px
-    window = row - pad, col - pad, height + 2 * pad, width + 2 * pad
-    points = _kept(plan, block, pad)
-    if not len(points):
-        return Done()
-    wide = window[0] - more, window[1] - more, window[2] + 2 * more, window[3] + 2 * more
-    pixel = plan.blocks.pixel
-    plane = terrain(_ground_around(plan, wide), pixel, wide)
-    rows, cols = plan.blocks.cells(points["x"], points["y"])
-    rows, cols = rows - window[0], cols - window[1]
-    inside = (rows >= 0) & (cols >= 0) & (rows < window[2]) & (cols < window[3])
-    points, cell = points[inside], (rows * window[3] + cols)[inside]
-    above = points["z"] - elevation_at(plane, pixel, wide, points["x"], points["y"])
-    made = highest(points["kind"], above, cell, (window[2], window[3]), plan.policy, plan.classified)
-    heights = close_pits(made.height, made.fixed, plan.pit_px)
-    heights = fill_gaps(heights, made.count == 0, plan.fill_px)
-    inner = np.s_[pad : pad + height, pad : pad + width]
-    # Whole millimetres: finer than any lidar, and files compress.
-    bands = np.stack([np.round(heights[inner], 3), made.count[inner]]).astype(np.float32)
-    _save(plan.spool.path(block, "chm"), bands)
-    return Done(int(made.count[inner].sum()), made.dropped, 0)
-
-
-def core_of(plan: Plan, block: Block) -> Window:
-    """A block's part of the output: global (row, col, height, width)."""
-    row, col, side, _ = plan.blocks.window(block)
-    r0, c0, h, w = plan.window
-    top, left = max(row, r0), max(col, c0)
-    return top, left, min(row + side, r0 + h) - top, min(col + side, c0 + w) - left
-
-
-def surface_of(plan: Plan, block: Block) -> np.ndarray:
-    """What `make_surface` wrote, float32 (2, h, w) height and count; NaN and 0 where no return was."""
-    _, _, height, width = core_of(plan, block)
-    path = plan.spool.path(block, "chm")
-    if not path.exists():
-        return np.stack([np.full((height, width), np.nan), np.zeros((height, width))]).astype(np.float32)
-    return np.fromfile(path, np.float32).reshape(2, height, width)
-
-
-def _kept(plan: Plan, block: Block, pad_px: int) -> np.ndarray:
-    """RECORDs of a block and `pad_px` around it that pass one kept, in a fixed order."""
-    spool = plan.spool
-    row, col, side, _ = plan.blocks.window(block)
-    r0, c0, r1, c1 = plan.blocks.over(row - pad_px, col - pad_px, side + 2 * pad_px, side + 2 * pad_px)
-    parts = []
-    for i in range(r0, r1 + 1):
-        for j in range(c0, c1 + 1):
-            points, _ = spool.load((i, j))
-            if not len(points):
-                continue
-            bits = np.fromfile(spool.path((i, j), "keep"), np.uint8)
-            points = points[np.unpackbits(bits, count=len(points)).astype(bool)]
-            if (i, j) != block:
-                rows, cols = plan.blocks.cells(points["x"], points["y"])
-                near = (rows >= row - pad_px) & (rows < row + side + pad_px)
-                near &= (cols >= col - pad_px) & (cols < col + side + pad_px)
-                points = points[near]
-            parts.append(points)
-    return np.concatenate(parts) if parts else spool.load(block)[0]
-
-
-def _ground_around(plan: Plan, window: Window) -> np.ndarray:
-    """Ground points (n, 3) within reach of a window's pixels."""
-    far = math.ceil(TERRAIN_REACH_M / plan.blocks.pixel) + 1
-    row, col, height, width = window
-    r0, c0, r1, c1 = plan.blocks.over(row - far, col - far, height + 2 * far, width + 2 * far)
-    parts = [np.zeros((0, 3))]
-    for i in range(r0, r1 + 1):
-        for j in range(c0, c1 + 1):
-            path = plan.spool.path((i, j), "ground")
-            if path.exists():
-                parts.append(np.fromfile(path, np.float64).reshape(-1, 3))
-    ground = np.concatenate(parts)
-    rows, cols = plan.blocks.cells(ground[:, 0], ground[:, 1])
-    near = (
-        (rows >= row - far) & (rows < row + height + far) & (cols >= col - far) & (cols < col + width + far)
-    )
-    return ground[near]
-
-
-def _save(path: Path, bands: np.ndarray) -> None:
-    with path.open("wb") as file:
-        bands.tofile(file)
-
-
-# ---- who does it ------------------------------------------------------------------------------
-def _guarded(work: Callable[[Plan, Block], Done], plan: Plan, block: Block) -> Done:
-    """A block's pass whose foreseeable troubles come back as values: they must survive the way home."""
-    try:
-        return work(plan, block)
-    except CanopyError as error:
-        return Done(error=error)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        return Done(error=OutputError(f"the scratch folder failed ({reason})", where=plan.folder.parent))
-    except MemoryError:
-        return Done(error=CanopyError("out of memory", remedy="use fewer --workers"))
-
-
-def run_blocks(
-    work: Callable[[Plan, Block], Done],
-    plan: Plan,
-    blocks: Iterable[Block],
-    workers: int,
-    progress: Progress,
-) -> Done:
-    """Do a pass over blocks with dask, in `workers` spawned processes or, for one, in this process.
-
-    Results travel through files; what comes back are counts, summed. Raises the first error.
-    """
-    blocks = list(blocks)
-    job = partial(_guarded, work, plan)
-    results: list[Done]
-    if workers == 1 or len(blocks) == 1:
-        results = []
-        for block in blocks:
-            results.append(job(block))
-            progress.advance()
-            if results[-1].error:
-                break
-    else:
-        results = _with_dask(job, blocks, workers, progress)
-    for done in results:
-        if done.error:
-            raise done.error
-    totals = (sum(getattr(d, name) for d in results) for name in ("points", "noise", "ground"))
-    return Done(*totals)
-
-
-def _with_dask(job: Callable[[Block], Done], blocks: list[Block], workers: int, progress: Progress) -> Any:
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    import dask
-    from dask.callbacks import Callback
-
-    def step(*_: object) -> None:
-        progress.advance()
-
-    tasks = [dask.delayed(job, pure=False)(block) for block in blocks]
-    # Spawned, never forked: GDAL and thread pools do not survive a fork.
-    try:
-        with (
-            ProcessPoolExecutor(min(workers, len(blocks)), mp_context=get_context("spawn")) as pool,
-            Callback(posttask=step),
-        ):
-            return list(dask.compute(*tasks, scheduler="processes", pool=pool, chunksize=1))
-    except BrokenProcessPool as error:
-        raise CanopyError(
-            "a worker process died, probably for want of memory", remedy="use fewer --workers"
-        ) from error
-
+BANDS = (BandSpec("canopy_height"), BandSpec("point_density", "1/m2"), BandSpec("valid", "1"))
+# Heights beyond any tree in a file said to be in metres are most often feet.
+_SUSPECT_M = 100.0
+_GPS_EPOCH = datetime(1980, 1, 6, tzinfo=UTC) + timedelta(seconds=1e9)
 
 Bounds = tuple[float, float, float, float]
 GROUNDS = ("auto", "class", "csf")
-BLOCK_M = 256.0
+BLOCK_M = 512.0
 GSD_RANGE_M = (0.1, 30.0)
 MAX_FILL_PX, MAX_PIT_M, MAX_PIXELS = 10, 10.0, 4e9
 
@@ -717,7 +84,7 @@ class ChmOptions:
         units: unit of elevations: `auto`, `m`, `ft` or `us-ft`.
         pit_width_m: holes in crowns up to this wide are closed; 0 leaves them.
         fill_px: pixels without returns this near to known ones are interpolated; 0 leaves them nodata.
-        block_m: side of a block of work; results do not depend on it where ground is classified.
+        block_m: side of a block of work; results depend on it by millimetres.
     """
 
     gsd: float = 1.0
@@ -798,20 +165,7 @@ def choose_grid(inputs: Sequence[Bounds], crs: CRS, gsd: float, area: AOI | None
     return grid
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """What `CogWriter` would refuse at the end is refused before hours of work."""
-    if out.exists() and not (overwrite and out.is_file()):
-        raise InputError("the file exists", where=out, remedy="use --overwrite to replace it")
-    if not out.parent.is_dir():
-        raise InputError("no such folder", where=out.parent, remedy="create it first")
-
-
-BANDS = (BandSpec("canopy_height"), BandSpec("point_density", "1/m2"), BandSpec("valid", "1"))
-# Heights beyond any tree in a file said to be in metres are most often feet.
-_SUSPECT_M = 100.0
-_GPS_EPOCH = datetime(1980, 1, 6, tzinfo=UTC) + timedelta(seconds=1e9)
-
-
+# ---- point clouds -----------------------------------------------------------------------------
 def chm_from_points(
     files: Sequence[str | Path],
     out: str | Path,
@@ -834,9 +188,9 @@ def chm_from_points(
         InputError: bad options or files; nothing was written.
         OutputError: the folder or disk does not take the result.
     """
-    options, progress, out = options or ChmOptions(), progress or NoProgress(), Path(out)
+    options, progress = options or ChmOptions(), progress or NoProgress()
     options.check()
-    check_out(out, options.overwrite)
+    out = check_output(out, files, overwrite=options.overwrite)[0]
     clouds = _open_all(files, options)
     crs = choose_crs([(c.crs, c.bounds) for c in clouds], options)
     grid = choose_grid([bounds_in(c, crs) for c in clouds], crs, options.gsd, area)
@@ -845,22 +199,17 @@ def chm_from_points(
     with _scratch_beside(out) as folder:
         _check_space(folder, clouds)
         plan, tally = _read(folder, clouds, grid, options, progress)
-        limits = plan.ground_limits()
-        blocks = [(i, j) for i in range(limits[0], limits[2] + 1) for j in range(limits[1], limits[3] + 1)]
-        blocks = [b for b in blocks if plan.spool.path(b).exists()]
-        progress.start(len(blocks), "ground")
-        found = run_blocks(find_ground, plan, blocks, options.workers, progress)
-        if found.ground < 3:
+        blocks = plan.blocks_over_output()
+        progress.start(len(blocks), "canopy surface")
+        done = _run_blocks(plan, blocks, options.workers, progress)
+        if sum(one.ground for one in done) < 3:
             raise DataError(
-                f"no ground found among {found.points} points of {_names(clouds)}",
-                remedy="the area may be too small, or all water; try --ground csf"
-                if plan.classified
-                else "the area may be too small, or all water",
+                f"no ground found among {tally.points} points of {_names(clouds)}",
+                remedy="the area may be too small, or all water"
+                + ("; try --ground csf" if plan.classified else ""),
             )
-        cores = plan.surface_blocks()
-        progress.start(len(cores), "canopy surface")
-        run_blocks(make_surface, plan, cores, options.workers, progress)
-        return _write(out, plan, grid, area, clouds, options, tally, found.noise)
+        noise = sum(one.noise for one in done)
+        return _write(out, plan, grid, area, clouds, options, tally, noise)
 
 
 # ---- before -----------------------------------------------------------------------------------
@@ -901,23 +250,73 @@ def _check_space(folder: Path, clouds: Sequence[LidarFile]) -> None:
         )
 
 
-# ---- the points -------------------------------------------------------------------------------
+Block = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a worker needs to know. `window` is the output grid in global pixels."""
+
+    spool: Spool
+    window: Window
+    classified: bool
+    policy: Policy
+    pit_px: int
+    fill_px: int
+
+    @property
+    def pad_px(self) -> int:
+        """How far the canopy's surface looks beyond a window."""
+        return self.pit_px + self.fill_px + 1
+
+    @property
+    def margin_m(self) -> float:
+        """How far beyond a block its points are read: for the terrain at its edge, and its ground."""
+        found = NOISE_REACH_M if self.classified else CLOTH_MARGIN_M
+        return TERRAIN_REACH_M + found + (self.pad_px + 1 + 2 * EDGE_PX) * self.spool.blocks.pixel
+
+    def blocks_over_output(self) -> list[Block]:
+        """Blocks that meet the output, from the north-west."""
+        r0, c0, r1, c1 = self.spool.blocks.over(*self.window)
+        return [(i, j) for i in range(r0, r1 + 1) for j in range(c0, c1 + 1)]
+
+    def core_of(self, block: Block) -> Window:
+        """A block's part of the output."""
+        row, col, side, _ = self.spool.blocks.window(block)
+        r0, c0, h, w = self.window
+        top, left = max(row, r0), max(col, c0)
+        return top, left, min(row + side, r0 + h) - top, min(col + side, c0 + w) - left
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a block: noise and ground returns found, or the error that stopped it."""
+
+    noise: int = 0
+    ground: int = 0
+    error: CanopyError | None = None
+
+
 def _read(
     folder: Path, clouds: Sequence[LidarFile], grid: Grid, options: ChmOptions, progress: Progress
 ) -> tuple[Plan, Tally]:
     """Spool the points and decide where ground comes from."""
-    blocks = Blocks(grid.pixel[0], max(8, round(options.block_m / grid.pixel[0])))
+    pixel = grid.pixel[0]
+    spool = Spool(folder, Blocks(pixel, max(8, round(options.block_m / pixel))))
     row, col = grid.origin_rc
     window = (row, col, grid.height, grid.width)
-    # Points for the cloth are spooled first: whether it is needed is known only when they are read.
-    plan = Plan(folder, blocks, window, False, options.policy, options.pit_width_m, options.fill_px)
+    pit_px = int(options.pit_width_m / pixel + 1e-9)
+    # Points for the cloth are spooled too: whether it is needed is known only when they are read.
+    plan = Plan(spool, window, False, options.policy, pit_px, options.fill_px)
+    r0, c0, r1, c1 = spool.blocks.over(*window)
+    more = math.ceil(plan.margin_m / spool.blocks.side_m)
+    limits = r0 - more, c0 - more, r1 + more, c1 + more
     progress.start(sum(c.points for c in clouds), "reading points")
-    tally = fill(Spool(folder, blocks), clouds, grid.crs, plan.point_limits(), progress)
+    tally = fill(spool, clouds, grid.crs, limits, progress)
     classified = _is_classified(options.ground, tally, clouds)
     if not classified:
         require_cloth()
-    made = Plan(folder, blocks, window, classified, options.policy, options.pit_width_m, options.fill_px)
-    return made, tally
+    return Plan(spool, window, classified, options.policy, pit_px, options.fill_px), tally
 
 
 def _is_classified(ground: str, tally: Tally, clouds: Sequence[LidarFile]) -> bool:
@@ -941,6 +340,78 @@ def _names(clouds: Sequence[LidarFile]) -> str:
     return clouds[0].path.name + (f" and {len(clouds) - 1} more" if len(clouds) > 1 else "")
 
 
+def make_surface(plan: Plan, block: Block) -> Done:
+    """Heights and return counts of a block's part of the output: writes float32 (2, h, w), NaN = nodata."""
+    spool, pixel = plan.spool, plan.spool.blocks.pixel
+    row, col, height, width = plan.core_of(block)
+    pad, more = plan.pad_px, plan.pad_px + 1 + 2 * EDGE_PX
+    window = row - pad, col - pad, height + 2 * pad, width + 2 * pad
+    wide = row - more, col - more, height + 2 * more, width + 2 * more
+    points, own = spool.load(block, plan.margin_m)
+    everything = np.ones(len(points), bool)
+    noise = lonely(points, everything)
+    found = int((noise & own).sum())
+    points = points[~noise]
+    if plan.classified:
+        ground = classified_ground(points, pixel)
+    else:
+        ground = cloth_ground(points, everything[~noise], pixel)
+    plane = terrain(ground, pixel, wide)
+    rows, cols = spool.blocks.cells(points["x"], points["y"])
+    rows, cols = rows - window[0], cols - window[1]
+    inside = (rows >= 0) & (cols >= 0) & (rows < window[2]) & (cols < window[3])
+    points, cell = points[inside], (rows * window[3] + cols)[inside]
+    above = points["z"] - elevation_at(plane, pixel, wide, points["x"], points["y"])
+    made = highest(points["kind"], above, cell, (window[2], window[3]), plan.policy, plan.classified)
+    heights = close_pits(made.height, made.fixed, plan.pit_px)
+    heights = fill_gaps(heights, made.count == 0, plan.fill_px)
+    inner = np.s_[pad : pad + height, pad : pad + width]
+    # Whole millimetres: finer than any lidar, and files compress.
+    bands = np.stack([np.round(heights[inner], 3), made.count[inner]]).astype(np.float32)
+    bands.tofile(spool.path(block, "chm"))
+    return Done(found + made.dropped, len(ground))
+
+
+def _guarded(plan: Plan, block: Block) -> Done:
+    """A block's work whose foreseeable troubles come back as values: they must survive the way home."""
+    try:
+        return make_surface(plan, block)
+    except CanopyError as error:
+        return Done(error=error)
+    except OSError as error:
+        where = plan.spool.folder.parent
+        return Done(error=OutputError(f"the scratch folder failed ({error.strerror or error})", where=where))
+    except MemoryError:
+        return Done(error=CanopyError("out of memory", remedy="use fewer --workers"))
+
+
+def _run_blocks(plan: Plan, blocks: Sequence[Block], workers: int, progress: Progress) -> list[Done]:
+    """The blocks by dask, in `workers` spawned processes or, for one, in this one. Raises the first error.
+
+    Heights travel through files; what comes back are counts.
+    """
+    import dask
+    from dask.callbacks import Callback
+
+    tasks = [dask.delayed(_guarded, pure=False)(plan, block) for block in blocks]
+    # Spawned, never forked: GDAL and thread pools do not survive a fork.
+    how: dict[str, Any] = {"scheduler": "sync"}
+    if workers > 1:
+        how = {"scheduler": "processes", "num_workers": workers, "chunksize": 1}
+    step = Callback(posttask=lambda *_: progress.advance())
+    try:
+        with dask.config.set({"multiprocessing.context": "spawn"}), step:
+            done = list(dask.compute(*tasks, **how))
+    except BrokenProcessPool as error:
+        raise CanopyError(
+            "a worker process died, probably for want of memory", remedy="use fewer --workers"
+        ) from error
+    for one in done:
+        if one.error:
+            raise one.error
+    return done
+
+
 # ---- after ------------------------------------------------------------------------------------
 def _write(
     out: Path, plan: Plan, grid: Grid, area: AOI | None, clouds: Sequence[LidarFile], options: ChmOptions,
@@ -952,10 +423,10 @@ def _write(
     with CogWriter(
         out, grid, list(BANDS), tags=_tags(plan, clouds, options, dates), overwrite=options.overwrite
     ) as writer:
-        for block in plan.surface_blocks():
-            row, col, height, width = core_of(plan, block)
+        for block in plan.blocks_over_output():
+            row, col, height, width = plan.core_of(block)
             window = grid.window(row - plan.window[0], col - plan.window[1], height, width)
-            heights, count = surface_of(plan, block)
+            heights, count = np.fromfile(plan.spool.path(block, "chm"), np.float32).reshape(2, height, width)
             if area is not None:
                 inside = area.mask(window)
                 heights, count = np.where(inside, heights, np.nan), np.where(inside, count, 0)
@@ -1030,7 +501,10 @@ def _tags(
     return tags | ({"ACQUISITION_DATE": dates} if dates else {})
 
 
+# ---- rasters ----------------------------------------------------------------------------------
 _TILE_PX = 1024
+# Elevations beyond the Earth's are a nodata value that the file does not declare.
+LOWEST_M, HIGHEST_M = -500.0, 9_000.0
 _UNIT_NAMES = {
     "m": "m", "metre": "m", "meter": "m", "metres": "m", "meters": "m",
     "ft": "ft", "foot": "ft", "feet": "ft",
@@ -1055,13 +529,14 @@ def chm_from_rasters(
 
     Raises InputError for rasters that do not overlap, have no CRS, or are not a surface and its terrain.
     """
-    options, progress, out = options or ChmOptions(), progress or NoProgress(), Path(out)
+    options, progress = options or ChmOptions(), progress or NoProgress()
     options.check()
-    check_out(out, options.overwrite)
+    out = check_output(out, [dsm, dtm], overwrite=options.overwrite)[0]
     with contextlib.ExitStack() as stack:
         pair = [stack.enter_context(open_raster(path)) for path in (dsm, dtm)]
         given = options.input_crs if options.input_crs is not None else options.crs
         crss = [_crs_of(ds, given) for ds in pair]
+        _check_datums(pair)
         units = [_unit_of(ds, crs, options.units) for ds, crs in zip(pair, crss, strict=True)]
         grid = _grid_of(pair, crss, options, area)
         tags = {
@@ -1088,6 +563,25 @@ def _crs_of(ds: DatasetReader, given: Any) -> CRS:
             remedy="name it with --crs, e.g. --crs EPSG:26917",
         )
     return to_crs(given if ds.crs is None else ds.crs)
+
+
+def _check_datums(pair: list[DatasetReader]) -> None:
+    """Refuse a surface above the ellipsoid over a terrain above the geoid: tens of metres of false forest."""
+    stated = []
+    for ds in pair:
+        crs = pyproj.CRS.from_user_input(ds.crs) if ds.crs else None
+        parts = crs.sub_crs_list[1:] if crs is not None and crs.is_compound else []
+        if parts:
+            stated.append(parts[0].name)
+        elif crs is not None and len(crs.axis_info) == 3:
+            stated.append("ellipsoidal height")
+    if len(stated) == 2 and stated[0] != stated[1]:
+        raise DataError(
+            f"its heights are {stated[0]}, those of {Path(pair[1].name).name} are {stated[1]}",
+            where=pair[0].name,
+            expected="a DSM and a DTM above the same vertical datum",
+            remedy="bring one to the other's with gdalwarp -t_srs",
+        )
 
 
 def _unit_of(ds: DatasetReader, crs: CRS, units: str) -> float:
@@ -1135,6 +629,7 @@ def _subtract(
 ) -> dict[str, Any]:  # fmt: skip
     facts: dict[str, Any] = {
         "both": 0,
+        "zeros": 0,
         "low": 0,
         "high": 0,
         "valid": 0,
@@ -1148,6 +643,7 @@ def _subtract(
         top, ok_top = _metres(pair[0], crss[0], units[0], tile.core)
         ground, ok_ground = _metres(pair[1], crss[1], units[1], tile.core)
         both = ok_top & ok_ground
+        facts["zeros"] += int((both & (top == 0) & (ground == 0)).sum())
         if area is not None:
             both &= area.mask(tile.core)
         height = top - ground
@@ -1170,13 +666,19 @@ def _subtract(
 def _metres(ds: DatasetReader, crs: CRS, unit: float, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     """Elevation float64 (h, w) in metres and valid (h, w) on a grid."""
     values, valid = read_window(ds, grid, [1], crs=crs)
-    return (values[0].astype(np.float64) * ds.scales[0] + ds.offsets[0]) * unit, valid
+    metres = (values[0].astype(np.float64) * ds.scales[0] + ds.offsets[0]) * unit
+    return metres, valid & (metres > LOWEST_M) & (metres < HIGHEST_M)
 
 
 def _judge(facts: dict[str, Any], dsm: str | Path, dtm: str | Path) -> None:
     """Refuse pairs that cannot be a surface and its terrain."""
     if not facts["both"]:
         raise DataError("no pixel where both rasters have data", where=dsm)
+    if facts["zeros"] > 0.02 * facts["both"]:
+        log.warning(
+            f"note: surface and terrain are both exactly 0 m in {facts['zeros'] / facts['both']:.0%} of the "
+            "pixels; if that means no data there, declare it in the files (gdal_edit.py -a_nodata 0)"
+        )
     for name, where in (("low", "below"), ("high", f"more than {ABOVE_M:g} m above")):
         if facts[name] > facts["both"] / 2:
             raise DataError(

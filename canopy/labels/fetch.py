@@ -2,50 +2,33 @@
 
 A folder that was filled here holds `canopy-data.json`, a record of every file: where from, under which terms,
 how many bytes, the source's checksum and the sha256 of what arrived. A rerun fetches only what is missing.
-
-NASA Earthdata through `earthaccess`: granules of a collection, with the sizes and checksums of CMR.
-
-Searching is anonymous. A login is made when the first file is fetched: EARTHDATA_TOKEN, or EARTHDATA_USERNAME
-and EARTHDATA_PASSWORD, or a netrc file. Files come through canopy's own downloader, so they resume and are
-checked; the token is dropped when the archive redirects to its storage.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from canopy import download as http
-from canopy.download import download, only_one
+from canopy import download
 from canopy.errors import (
     AreaError,
     DataError,
-    FetchError,
-    InputError,
-    MissingDependencyError,
     OutputError,
     refuse_options,
 )
-from canopy.files import file_sha256, redact, replacing, told_as_output
+from canopy.files import file_sha256, replacing, told_as_output
 from canopy.labels.catalog import (
     LabelManifest,
     Product,
     RemoteFile,
     Wish,
-    checksum_of,
     label_source,
-    whole_number,
 )
-from canopy.labels.names import base_name
 from canopy.runtime import NoProgress, Progress, log
 
 RECORD = "canopy-data.json"
@@ -136,7 +119,7 @@ def plan_get(name: str, wish: Wish, *, product: str | None = None) -> Plan:
 
 
 def _planner(protocol: str) -> Planner:
-    """The module of a protocol; imported late, because some need optional libraries."""
+    """The function of a protocol; imported late, because some need optional libraries."""
     if protocol == "neon":
         from canopy.labels.neon import plan_neon
 
@@ -146,20 +129,18 @@ def _planner(protocol: str) -> Planner:
 
         return plan_wfs
     if protocol == "stac":
-        from canopy.labels.threedep import plan_stac
+        from canopy.labels.stac_cmr import plan_stac
 
         return plan_stac
-    if protocol == "earthdata":
-        return plan_earthdata
-    from canopy.labels.threedep import plan_s3
+    from canopy.labels.stac_cmr import plan_earthdata
 
-    return plan_s3
+    return plan_earthdata
 
 
 def _with_size(file: RemoteFile) -> RemoteFile:
     if file.bytes is not None:
         return file
-    return replace(file, bytes=http.size_of(file.url, headers=file.headers(), sign=file.sign))
+    return replace(file, bytes=download.size_of(file.url, headers=file.headers(), sign=file.sign))
 
 
 @dataclass(frozen=True)
@@ -180,8 +161,9 @@ def get_files(
             what the source says; FetchError: a host. Files that are complete stay, and are in the record.
     """
     out_dir = Path(out_dir)
-    _make(out_dir)
-    record = _Record(out_dir)
+    with told_as_output(out_dir, "cannot be made"):
+        out_dir.mkdir(parents=True, exist_ok=True)
+    known, done = _read_record(out_dir), dict[str, dict[str, Any]]()
     missing = [f for f in plan.files if overwrite or not (out_dir / f.path).is_file()]
     _check_room(out_dir, missing)
     progress = progress or NoProgress()
@@ -189,19 +171,25 @@ def get_files(
 
     def work(file: RemoteFile) -> None:
         there = (out_dir / file.path).is_file() and not overwrite
-        path = download(
+        path = download.download(
             file.url, out_dir / file.path, headers=file.headers() if not there else None, sign=file.sign,
             check=file.check, overwrite=overwrite,
         )  # fmt: skip
-        record.add(plan, file, path, fresh=not there)
+        if not (there and known.get(file.path, {}).get("bytes") == path.stat().st_size):
+            done[file.path] = _entry(plan, file, path)
         log.debug("%s: %s", file.path, "kept" if there else "fetched")
         progress.advance()
 
-    with ThreadPoolExecutor(max_workers=plan.manifest.parallel) as pool:
-        jobs = [pool.submit(work, file) for file in plan.files]
-        _, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
-        for job in waiting:
-            job.cancel()
+    try:
+        with ThreadPoolExecutor(max_workers=plan.manifest.parallel) as pool:
+            jobs = [pool.submit(work, file) for file in plan.files]
+            _, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
+            for job in waiting:
+                job.cancel()
+    finally:
+        # Also after an error or Ctrl-C: what is complete is noted. (A killed run: by the next.)
+        if done:
+            _add_to_record(out_dir, done)
     for job in jobs:
         if not job.cancelled():
             job.result()
@@ -219,7 +207,7 @@ def verify_folder(folder: Path | str) -> dict[str, Any]:
         DataError: the folder has no record, or one that cannot be read.
     """
     folder = Path(folder)
-    entries = _Record(folder).entries
+    entries = _read_record(folder)
     if not entries:
         raise DataError(
             "holds no record of downloads", where=folder, expected=f"{RECORD}, written by `canopy data get`"
@@ -236,50 +224,42 @@ def verify_folder(folder: Path | str) -> dict[str, Any]:
     return {"folder": str(folder), "files": len(entries), "problems": problems}
 
 
-class _Record:
-    """The file RECORD of a folder."""
+def _entry(plan: Plan, file: RemoteFile, path: Path) -> dict[str, Any]:
+    return {
+        "source": plan.manifest.name,
+        "product": plan.product,
+        "address": file.address,
+        "date": file.day,
+        "licence": plan.manifest.licence,
+        "bytes": path.stat().st_size,
+        "checksum": file.checksum,
+        "sha256": file_sha256(path),
+    }
 
-    def __init__(self, folder: Path) -> None:
-        self.path, self.lock = folder / RECORD, threading.Lock()
-        self.entries: dict[str, dict[str, Any]] = {}
-        self._load()
 
-    def _load(self) -> None:
-        """What is on disk now. Raises DataError."""
-        if not self.path.is_file():
-            return
-        try:
-            self.entries = dict(json.loads(self.path.read_text())["files"])
-            if any(
-                not _is_inside(name) or not {"bytes", "sha256"} <= set(e) for name, e in self.entries.items()
-            ):
-                raise ValueError("an entry that is not a file of this folder")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"cannot be read ({error})", where=self.path, remedy="move it away and fetch again"
-            ) from None
+def _read_record(folder: Path) -> dict[str, dict[str, Any]]:
+    """What is on record of a folder, by path; empty without a record. Raises DataError."""
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        entries = dict(json.loads(path.read_text())["files"])
+        if any(not _is_inside(name) or not {"bytes", "sha256"} <= set(e) for name, e in entries.items()):
+            raise ValueError("an entry that is not a file of this folder")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"cannot be read ({error})", where=path, remedy="move it away and fetch again"
+        ) from None
+    return entries
 
-    def add(self, plan: Plan, file: RemoteFile, path: Path, *, fresh: bool) -> None:
-        """Note a complete file; the record on disk is always whole."""
-        known = self.entries.get(file.path)
-        if known is not None and not fresh and known["bytes"] == path.stat().st_size:
-            return
-        entry = {
-            "source": plan.manifest.name,
-            "product": plan.product,
-            "address": file.address,
-            "date": file.day,
-            "licence": plan.manifest.licence,
-            "bytes": path.stat().st_size,
-            "checksum": file.checksum,
-            "sha256": file_sha256(path),
-        }
-        with told_as_output(self.path), self.lock, only_one(self.path):
-            self._load()  # another process may be filling the same folder
-            self.entries[file.path] = entry
-            text = json.dumps({"files": dict(sorted(self.entries.items()))}, indent=1)
-            with replacing(self.path) as part:
-                part.write_text(text + "\n")
+
+def _add_to_record(folder: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+    """Note complete files: once for a batch, beside what other processes have noted meanwhile."""
+    path = folder / RECORD
+    with told_as_output(path), download.only_one(path):
+        text = json.dumps({"files": dict(sorted({**_read_record(folder), **entries}.items()))}, indent=1)
+        with replacing(path) as part:
+            part.write_text(text + "\n")
 
 
 def _is_inside(name: str) -> bool:
@@ -287,101 +267,8 @@ def _is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def _make(folder: Path) -> None:
-    with told_as_output(folder, "cannot be made"):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
 def _check_room(folder: Path, files: list[RemoteFile]) -> None:
-    needed, free = sum(file.bytes or 0 for file in files), shutil.disk_usage(folder).free
+    # Usual sizes are too rough to refuse a download that may fit.
+    needed, free = sum(file.bytes or 0 for file in files if not file.about), shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(f"{needed / 1e9:.1f} GB to fetch and {free / 1e9:.1f} GB free", where=folder)
-
-
-_ALGORITHMS = {"md5": "md5", "sha-256": "sha256", "sha256": "sha256"}
-_LOGIN = (
-    "set EARTHDATA_TOKEN, or EARTHDATA_USERNAME and EARTHDATA_PASSWORD, or write ~/.netrc "
-    "(accounts: urs.earthdata.nasa.gov)"
-)
-
-
-def plan_earthdata(
-    manifest: LabelManifest, product: Product, wish: Wish
-) -> tuple[list[RemoteFile], list[str]]:
-    """Granules of a product that touch the area's bounding box, and notes for the user.
-
-    Raises:
-        InputError: no area; AreaError: nothing there; FetchError: the host; MissingDependencyError.
-    """
-    if wish.area is None:
-        raise InputError(f"{manifest.name} is found by area", expected="--bbox, --bounds or --aoi")
-    earthaccess = _earthaccess()
-    query: dict[str, Any] = {"short_name": product.code, "bounding_box": wish.area.bounds_lonlat}
-    if product.version:
-        query["version"] = product.version
-    if wish.datetime:
-        first, slash, last = wish.datetime.partition("/")
-        query["temporal"] = tuple(
-            None if edge in ("", "..") else edge for edge in (first, last if slash else first)
-        )
-    try:
-        granules = earthaccess.search_data(**query)
-    except Exception as error:  # earthaccess passes on whatever its HTTP library raises
-        raise FetchError(
-            f"Earthdata did not answer the search ({redact(error)[:200]})", where=manifest.name
-        ) from None
-    files = [
-        _file(granule, url, product) for granule in granules for url in granule.data_links(access="external")
-    ]
-    wanted = {f.name: f for f in files if re.search(product.match or "", f.name) and wish.names(f.name)}
-    if not wanted:
-        raise AreaError(f"nothing there ({wish.area.describe()})", where=manifest.name)
-    return [wanted[name] for name in sorted(wanted)], []
-
-
-def _earthaccess() -> Any:
-    try:
-        import earthaccess
-    except ImportError:
-        raise MissingDependencyError(
-            "Earthdata needs earthaccess", remedy="install it: pip install earthaccess"
-        ) from None
-    return earthaccess
-
-
-def _file(granule: Mapping[str, Any], url: str, product: Product) -> RemoteFile:
-    name = base_name(url)
-    umm = granule.get("umm") or {}
-    parts = (umm.get("DataGranule") or {}).get("ArchiveAndDistributionInformation") or []
-    facts = next((part for part in parts if part.get("Name") == name), parts[0] if len(parts) == 1 else {})
-    checksum = facts.get("Checksum") or {}
-    kind = _ALGORITHMS.get(str(checksum.get("Algorithm", "")).lower())
-    size = whole_number(facts.get("SizeInBytes"))
-    times = (umm.get("TemporalExtent") or {}).get("RangeDateTime") or {}
-    return RemoteFile(
-        url=url,
-        name=name,
-        bytes=size if size is not None else product.about_bytes,
-        about=size is None and product.about_bytes is not None,
-        checksum=checksum_of(kind, checksum.get("Value")) if kind else None,
-        day=str(times.get("BeginningDateTime", ""))[:10] or None,
-        headers=_bearer,
-    )
-
-
-@lru_cache(maxsize=1)
-def _bearer() -> Mapping[str, str]:
-    """The header of a logged-in session. Raises FetchError with how to log in."""
-    earthaccess = _earthaccess()
-    named = os.environ.get("EARTHDATA_USERNAME") and os.environ.get("EARTHDATA_PASSWORD")
-    strategy = "environment" if os.environ.get("EARTHDATA_TOKEN") or named else "netrc"
-    try:
-        auth = earthaccess.login(strategy=strategy)
-        token = auth.token["access_token"] if auth.authenticated else None
-    except Exception as error:  # of many kinds, some with the answer of the login host in their text
-        raise FetchError(
-            f"no Earthdata login ({type(error).__name__})", where=strategy, remedy=_LOGIN
-        ) from None
-    if not token:
-        raise FetchError("no Earthdata login", where=strategy, remedy=_LOGIN)
-    return {"Authorization": f"Bearer {token}"}

@@ -9,7 +9,7 @@ at the shot.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import pandas
 
 
+# Heights (h, w), NaN for missing, on a window of some grid.
+ReadHeights = Callable[[Grid], np.ndarray]
 DIAMETER_M = 25.0
 _DISC_POINTS = 64
 # Pixels gathered at once, and the side of the windows in which a file is read.
@@ -46,7 +48,7 @@ class _Rule:
 
 
 def pool_over_disc(
-    raster: Raster | np.ndarray | str | Path,
+    raster: Raster | np.ndarray | str | Path | ReadHeights,
     shots: pandas.DataFrame,
     how: str = "mean",
     *,
@@ -58,8 +60,8 @@ def pool_over_disc(
     """A statistic of a raster over every shot's disc, float32 (n,), NaN where the disc is not seen enough.
 
     Args:
-        raster: a `Raster`; an array (height, width) with NaN for missing and its `grid`; or a GeoTIFF's path,
-            which is read in windows.
+        raster: a `Raster`; an array (height, width) with NaN for missing and its `grid`; a GeoTIFF's path, or
+            a function that gives such arrays on windows of `grid`: these two are read in windows.
         shots: table with columns lon and lat, degrees; see `read_shots`.
         how: "mean", "max", or "pNN", the NN-th percentile of the pixels (linear between ranks, as numpy's).
         diameter: of the disc, ground metres.
@@ -74,7 +76,17 @@ def pool_over_disc(
         raise InputError(f"share of valid pixels {min_valid:g}", expected="above 0, at most 1")
     lon, lat = _places(shots)
     if isinstance(raster, str | Path):
-        return _pool_file(Path(raster), lon, lat, rule, band)
+        path = Path(raster)
+
+        def read(window: Grid) -> np.ndarray:
+            part = read_raster(path, window, bands=[band])
+            return np.where(part.valid, part.values[0], np.nan)
+
+        return _pool_windows(read, _grid_of(path), lon, lat, rule)
+    if callable(raster):
+        if grid is None:
+            raise InputError("a function without a grid", expected="the grid of what it reads")
+        return _pool_windows(raster, grid, lon, lat, rule)
     if isinstance(raster, Raster):
         if not 1 <= band <= len(raster.values):
             raise InputError(f"band {band} of {len(raster.values)}")
@@ -172,9 +184,8 @@ def _statistic(picked: np.ndarray, size: np.ndarray, rule: _Rule) -> np.ndarray:
     return np.where(enough, statistic_of(picked, known, rule.percent), np.nan).astype(np.float32)
 
 
-def _pool_file(path: Path, lon: np.ndarray, lat: np.ndarray, rule: _Rule, band: int) -> np.ndarray:
-    """The same from a file, window by window; the windows are read with room for the discs on their edges."""
-    grid = _grid_of(path)
+def _pool_windows(read: ReadHeights, grid: Grid, lon: np.ndarray, lat: np.ndarray, rule: _Rule) -> np.ndarray:
+    """The same window by window; the windows are read with room for the discs on their edges."""
     rows, cols, scale = _pixel_places(grid, lon, lat)
     out = np.full(len(lon), np.nan, np.float32)
     near = np.isfinite(rows) & np.isfinite(cols)
@@ -186,9 +197,7 @@ def _pool_file(path: Path, lon: np.ndarray, lat: np.ndarray, rule: _Rule, band: 
     for i, j, at in _by_window(rows, cols, np.flatnonzero(near)):
         row, col = i * _WINDOW_PX - reach, j * _WINDOW_PX - reach
         side = _WINDOW_PX + 2 * reach
-        window = grid.window(row, col, side, side)
-        raster = read_raster(path, window, bands=[band])
-        values = np.where(raster.valid, raster.values[0], np.nan)
+        values = read(grid.window(row, col, side, side))
         out[at] = _pool(values, rows[at] - row, cols[at] - col, scale[at], rule)
     return out
 

@@ -16,16 +16,17 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 from shapely.geometry import box, shape
 from shapely.ops import transform
 
-from canopy import download as http
+from canopy import download
 from canopy.errors import AreaError, FetchError, InputError
 from canopy.files import host_of, redact
 from canopy.geo.area import AOI
 from canopy.imagery.names import parse_day
 from canopy.labels.catalog import LabelManifest, Product, RemoteFile, WfsLayer, Wish
-from canopy.labels.names import LidarHdTile, base_name
+from canopy.labels.names import base_name, read_name
 
 PAGE = 1000
 _MOST_PAGES = 200
+_EMPTY_TRIES = 3
 
 
 def plan_wfs(manifest: LabelManifest, product: Product, wish: Wish) -> tuple[list[RemoteFile], list[str]]:
@@ -45,17 +46,21 @@ def plan_wfs(manifest: LabelManifest, product: Product, wish: Wish) -> tuple[lis
         raise FetchError(
             f"{host_of(manifest.href)} has none of the layers {names}", where=redact(manifest.href)
         )
-    found = (_file(feature, layer, product, wish) for feature in features)
-    files = {file.name: file for file in found if file is not None}
-    if not files:
+    found = [file for feature in features if (file := _file(feature, layer, product, wish)) is not None]
+    if not found:
         raise AreaError(f"no tile there ({wish.area.describe()})", where=manifest.name)
-    return [files[name] for name in sorted(files)], []
+    # A tile of several deliveries has one file name: the newest one counts, whatever the order of the answer.
+    files = {file.name: file for _, file in sorted(found, key=lambda pair: pair[0])}
+    again = len(found) - len(files)
+    notes = [f"{again} tiles have an older edition, which is left out"] if again else []
+    return [files[name] for name in sorted(files)], notes
 
 
 def _features(href: str, layer: WfsLayer, area: AOI) -> list[Mapping[str, Any]] | None:
     """All features that touch the area's bounding box; None where the service does not know the layer."""
     west, south, east, north = area.lonlat.bounds
     found: list[Mapping[str, Any]] = []
+    total, empty = None, 0
     for _ in range(_MOST_PAGES):
         query = {
             "SERVICE": "WFS",
@@ -73,15 +78,26 @@ def _features(href: str, layer: WfsLayer, area: AOI) -> list[Mapping[str, Any]] 
             return None
         found += page
         # A server may cap a page below what was asked: only its total, or an empty page, says it was all.
-        if not page or (total is not None and len(found) >= total):
+        if total is not None and len(found) >= total:
             return found
-    raise InputError(
-        f"more than {len(found)} tiles there", where=redact(href), remedy="ask for a smaller area"
-    )
+        if not page and (total is None or empty == _EMPTY_TRIES):
+            break
+        empty = 0 if page else empty + 1
+    else:
+        raise InputError(
+            f"more than {len(found)} tiles there", where=redact(href), remedy="ask for a smaller area"
+        )
+    if total is not None:
+        raise FetchError(
+            f"{host_of(href)} says it has {total} tiles there and gives {len(found)}",
+            where=redact(href),
+            remedy="try again later: it does so when it is busy",
+        )
+    return found
 
 
 def _page(url: str) -> tuple[list[Mapping[str, Any]] | None, int | None]:
-    response = http.get(url, what="the list of tiles", absent=(400, 404))
+    response = download.get(url, what="the list of tiles", absent=(400, 404))
     if response.status_code in (400, 404):
         if "unknown" in response.text.lower() or response.status_code == 404:
             return None, None
@@ -99,7 +115,10 @@ def _page(url: str) -> tuple[list[Mapping[str, Any]] | None, int | None]:
     return features, total if isinstance(total, int) else None
 
 
-def _file(feature: Mapping[str, Any], layer: WfsLayer, product: Product, wish: Wish) -> RemoteFile | None:
+def _file(
+    feature: Mapping[str, Any], layer: WfsLayer, product: Product, wish: Wish
+) -> tuple[str, RemoteFile] | None:
+    """When the tile was published or else flown, to sort by, and its file; None where it is not wanted."""
     properties = feature.get("properties") or {}
     value = properties.get(layer.attribute)
     if not isinstance(value, str) or not value:
@@ -112,7 +131,8 @@ def _file(feature: Mapping[str, Any], layer: WfsLayer, product: Product, wish: W
         return None
     about = product.about_bytes
     day = (last or first).isoformat() if last or first else None
-    return RemoteFile(url=url, name=name, bytes=about, about=about is not None, day=day)
+    edition = str(properties.get("date_edition") or day or "")
+    return edition, RemoteFile(url=url, name=name, bytes=about, about=about is not None, day=day)
 
 
 def _mended(url: str) -> str:
@@ -140,9 +160,9 @@ def _day(properties: Mapping[str, Any], key: str) -> Any:
 def _touches(name: str, feature: Mapping[str, Any], wish: Wish) -> bool:
     if wish.area is None:
         return True
-    tile = LidarHdTile.parse(name)
+    tile = read_name(name)
     if tile is not None:
-        return wish.area.to_crs(tile.crs).geometry.intersection(box(*tile.bounds)).area > 0
+        return bool(wish.area.to_crs(tile.crs).geometry.intersection(box(*tile.bounds)).area > 0)
     geometry = feature.get("geometry")
     if not geometry:
         return True

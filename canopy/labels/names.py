@@ -1,134 +1,192 @@
-"""NAIP's file names: a quarter of a 7.5-minute quadrangle of the US Geological Survey.
+"""NEON's field sites, and what the names of lidar tiles say of their place.
 
-File names that say where a tile is, both ways: name -> place and place -> name.
-
-Every tile is a frozen record that is checked when it is made, whose `filename` is the name and whose `bounds`
-(west, south, east, north) are in `crs`. `read_name` finds the grammar of a name.
+Three facts of NEON's airborne platform (AOP) trip people up, so they live in the table
+`data_manifests/labels/neon-sites.csv` and in `neon.yaml` beside it: some sites are published under another
+one (TREE under STEI), the zone of the flights is that of the flight site (BLAN and LEWI fly in 17N), and the
+lowest height a CHM can hold depends on the lidar that flew.
 """
 
 from __future__ import annotations
 
+import csv
+import difflib
+import math
 import re
 from dataclasses import dataclass
-from datetime import date
-from pathlib import PurePosixPath
-from typing import Literal, Protocol
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
-from canopy.errors import InputError
-from canopy.geo.tiles import quadkey_bounds, quadkey_rc
-from canopy.labels.neon import KM, Bounds, NeonTile, require
+from pydantic import Field, field_validator, model_validator
 
-_NAME = re.compile(
-    r"(?:[a-z]{2}_)?m_(?P<lat>\d\d)(?P<lon>\d{3})(?P<quad>\d\d)_(?P<quarter>nw|ne|sw|se)_(?P<zone>\d{1,2})_"
-    r"(?P<gsd>\d{1,3}|h)_(?P<acquired>\d{8})(?:_(?P<published>\d{8}))?(?:\.tif)?"
-)
-_QUARTERS = ("nw", "ne", "sw", "se")
-_STEP = 0.125  # 7.5 minutes
+from canopy.config import Settings, validate_settings
+from canopy.errors import ConfigError, InputError
+from canopy.geo.area import AOI
+from canopy.geo.crs import METRES_PER_DEGREE
+from canopy.runtime import manifests_dir
+
+Split = Literal["train", "val", "test", "none"]
+TABLE = "neon-sites.csv"
+# A flight box is about 10 to 20 km wide and holds the site's tower, not always in its middle.
+REACH_KM = 25.0
 
 
-@dataclass(frozen=True)
-class NaipTile:
-    """A quarter quadrangle.
-
-    The first five digits are the south-east corner of a one-degree block (degrees north and west); its 64
-    quadrangles count from the north-west corner, row by row. Images reach some 300 m beyond the bounds.
+class NeonSite(Settings):
+    """One site.
 
     Attributes:
-        lat, lon_west: of that corner, degrees north and degrees WEST.
-        quad: 1 to 64.
-        quarter: nw, ne, sw or se.
-        zone: UTM zone of the pixels, north.
-        gsd: ground sample distance as written: 1, h (half a metre), 060, 030.
-        acquired, published: days; the second may be missing.
+        site: NEON's four letters.
+        name, state: as NEON writes them.
+        kind: terrestrial, aquatic, or `flight` for a flight box that is no field site.
+        domain: NEON domain, D01 to D20.
+        lat, lon: of the tower or stream station, WGS 84 degrees.
+        utm_zone: zone of the site's own coordinates, such as 17N.
+        published_under: the site whose name its airborne data carry; None: its own.
+        flown: True where airborne data are known to exist, None where we do not know.
+        years: years of flights that we could verify, those of the flight site; there may be more.
+        split: part of the training plan; `none`: not used.
+        unverified: fields that could not be verified in a public source and are empty.
+        notes: what a user should know.
     """
 
-    lat: int
-    lon_west: int
-    quad: int
-    quarter: str
-    zone: int
-    gsd: str
-    acquired: date
-    published: date | None = None
+    site: str = Field(pattern=r"^[A-Z]{4}$")
+    name: str = Field(min_length=1)
+    kind: Literal["terrestrial", "aquatic", "flight"]
+    domain: str = Field(pattern=r"^D(0[1-9]|1\d|20)$")
+    state: str = Field(pattern=r"^[A-Z]{2}$")
+    lat: float | None = Field(ge=-90, le=90)
+    lon: float | None = Field(ge=-180, le=180)
+    utm_zone: str | None = Field(pattern=r"^\d{1,2}[NS]$")
+    published_under: str | None = Field(default=None, pattern=r"^[A-Z]{4}$")
+    flown: bool | None = None
+    years: tuple[int, ...] = ()
+    split: Split
+    unverified: tuple[str, ...] = ()
+    notes: str = ""
 
-    def __post_init__(self) -> None:
-        fits = 1 <= self.quad <= 64 and self.quarter in _QUARTERS and 1 <= self.zone <= 60
-        if not (fits and 0 <= self.lat < 90 and 0 <= self.lon_west < 180):
-            raise InputError(
-                f"quadrangle {self.lat}, {self.lon_west}, {self.quad} {self.quarter}, zone {self.zone}",
-                expected="a quadrangle of 01 to 64, a quarter of nw, ne, sw, se and a zone of 1 to 60",
+    @field_validator("years", "unverified", mode="before")
+    @classmethod
+    def _words(cls, value: object) -> object:
+        return tuple(value.split()) if isinstance(value, str) else value or ()
+
+    @field_validator("years")
+    @classmethod
+    def _years_rise(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)) or any(not 2012 <= year <= 2100 for year in value):
+            raise ValueError("years are not rising four-digit years from 2012 on")
+        return value
+
+    @model_validator(mode="after")
+    def _gaps_are_named(self) -> NeonSite:
+        for name in ("lat", "lon", "utm_zone", "flown", "years"):
+            empty = getattr(self, name) in (None, ())
+            if empty != (name in self.unverified):
+                raise ValueError(f"{name} is {'empty' if empty else 'given'}, which `unverified` denies")
+        return self
+
+    @property
+    def flight_site(self) -> str:
+        """The site whose name its airborne data carry."""
+        return self.published_under or self.site
+
+
+def read_sites(path: Path) -> dict[str, NeonSite]:
+    """Read and check a table of sites.
+
+    Raises:
+        ConfigError: unreadable, a column too many or too few, a value out of range, a site twice, or a flight
+            site that is not in the table.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"cannot be read ({error})", where=path) from error
+    sites: dict[str, NeonSite] = {}
+    for line, row in enumerate(rows, 2):
+        where = f"{path}, line {line}"
+        if None in row or None in row.values():
+            raise ConfigError("has another number of columns than the header", where=where)
+        texts = ("notes", "years", "unverified")  # text even when empty
+        site = validate_settings(
+            NeonSite, {k: v if v or k in texts else None for k, v in row.items()}, where=where
+        )
+        if site.site in sites:
+            raise ConfigError(f"{site.site} is there twice", where=where)
+        sites[site.site] = site
+    for site in sites.values():
+        flight = sites.get(site.flight_site)
+        if flight is None or flight.published_under:
+            raise ConfigError(
+                f"{site.site} is published under {site.published_under!r}",
+                where=path,
+                expected="a site that is published under its own name",
             )
-
-    @classmethod
-    def at(
-        cls, lat: float, lon: float, acquired: date, *, zone: int | None = None, gsd: str = "060"
-    ) -> NaipTile:
-        """The tile that holds a point (degrees; west is negative), in the UTM zone of the point."""
-        block_lat, block_west = int(lat // 1), int(-(lon // 1)) - 1
-        row = 15 - int((lat - block_lat) // (_STEP / 2))
-        col = int((lon + block_west + 1) // (_STEP / 2))
-        quad = row // 2 * 8 + col // 2 + 1
-        zone = zone or int((lon + 180) // 6) + 1
-        return cls(block_lat, block_west, quad, _QUARTERS[row % 2 * 2 + col % 2], zone, gsd, acquired)
-
-    @classmethod
-    def parse(cls, name: str) -> NaipTile | None:
-        """The tile of a file name or STAC item id, or None where it is of another grammar."""
-        found = _NAME.fullmatch(name)
-        if not found:
-            return None
-        try:
-            days = [
-                date.fromisoformat(found[key]) if found[key] else None for key in ("acquired", "published")
-            ]
-        except ValueError:
-            return None
-        if days[0] is None or not 1 <= int(found["quad"]) <= 64:
-            return None
-        return cls(
-            int(found["lat"]), int(found["lon"]), int(found["quad"]), found["quarter"], int(found["zone"]),
-            found["gsd"], days[0], days[1],
-        )  # fmt: skip
-
-    @property
-    def filename(self) -> str:
-        """The file's name."""
-        days = [f"{day:%Y%m%d}" for day in (self.acquired, self.published) if day]
-        place = f"{self.lat:02d}{self.lon_west:03d}{self.quad:02d}_{self.quarter}_{self.zone}"
-        return f"m_{place}_{self.gsd}_{'_'.join(days)}.tif"
-
-    @property
-    def bounds(self) -> tuple[float, float, float, float]:
-        """(west, south, east, north) of the quarter quadrangle, degrees; exact in binary."""
-        row, col = divmod(self.quad - 1, 8)
-        quarter = _QUARTERS.index(self.quarter)
-        west = -self.lon_west - 1 + col * _STEP + quarter % 2 * _STEP / 2
-        north = self.lat + 1 - row * _STEP - quarter // 2 * _STEP / 2
-        return west, north - _STEP / 2, west + _STEP / 2, north
-
-    @property
-    def crs(self) -> str:
-        """CRS of the bounds, NAD 83; that of the pixels is `pixel_crs`."""
-        return "EPSG:4269"
-
-    @property
-    def pixel_crs(self) -> str:
-        """CRS of the pixels: NAD 83, UTM north."""
-        return f"EPSG:{26900 + self.zone}"
+    return sites
 
 
-class TileName(Protocol):
-    """What every grammar gives."""
-
-    @property
-    def filename(self) -> str: ...
-    @property
-    def bounds(self) -> Bounds: ...
-    @property
-    def crs(self) -> str: ...
+_cached = lru_cache(maxsize=4)(read_sites)
 
 
-# ---- IGN LiDAR HD ----------------------------------------------------------------------------
+def neon_sites() -> dict[str, NeonSite]:
+    """All sites by their four letters, sorted. Raises ConfigError."""
+    return _cached(manifests_dir() / "labels" / TABLE)
+
+
+def neon_site(code: str) -> NeonSite:
+    """One site.
+
+    Raises:
+        InputError: no such site; names the nearest ones.
+    """
+    sites = neon_sites()
+    found = sites.get(code.upper())
+    if found is None:
+        close = difflib.get_close_matches(code.upper(), sites, n=3, cutoff=0.5)
+        raise InputError(
+            f"no NEON site {code!r}" + (f": did you mean {' or '.join(close)}?" if close else ""),
+            expected="a four-letter code such as HARV",
+        )
+    return found
+
+
+def aop_crs(code: str) -> str:
+    """CRS of a site's airborne data, such as `EPSG:32617`: the zone of the site that was flown.
+
+    Raises:
+        InputError: no such site, or a flight box whose zone is not known.
+    """
+    site = neon_site(code)
+    zone = neon_site(site.flight_site).utm_zone
+    if zone is None:
+        raise InputError(f"the zone of {site.site}'s flights is not known", remedy="read it from the file")
+    return f"EPSG:{326 if zone.endswith('N') else 327}{int(zone[:-1]):02d}"
+
+
+def sites_near(area: AOI, reach_km: float = REACH_KM) -> list[str]:
+    """Flight sites whose own or shared station lies in an area or within `reach_km` of its bounding box, the
+    nearest first."""
+    west, south, east, north = area.bounds_lonlat
+    width = (east - west) % 360.0
+    found: dict[str, float] = {}
+    for site in neon_sites().values():
+        if site.lat is None or site.lon is None or site.flown is not True:
+            continue
+        past = (site.lon - west) % 360.0  # degrees east of the west edge
+        beside = 0.0 if past <= width else min(past - width, 360.0 - past)
+        above = max(south - site.lat, 0.0, site.lat - north)
+        distance = METRES_PER_DEGREE / 1000 * math.hypot(above, beside * math.cos(math.radians(site.lat)))
+        if distance <= reach_km:
+            found[site.flight_site] = min(distance, found.get(site.flight_site, math.inf))
+    return sorted(found, key=lambda code: (found[code], code))
+
+
+# ---- tiles -----------------------------------------------------------------------------------
+_NEON_LIDAR = re.compile(
+    r"NEON_D(?P<domain>\d\d)_(?P<site>[A-Z]{4})_(?:DP1|DP3)_(?P<east>\d{6})_(?P<north>\d{7})_"
+    r"(?:(?:CHM|DTM|DSM)\.tif|classified_point_cloud(?:_colorized)?\.laz)"
+)
+_NEON_IMAGE = re.compile(r"\d{4}_(?P<site>[A-Z]{4})_\d+_(?P<east>\d{6})_(?P<north>\d{7})_image\.tif")
 IGN_CRS = {
     "LAMB93": "EPSG:2154",
     "RGAF09UTM20": "EPSG:5490",
@@ -138,214 +196,65 @@ IGN_CRS = {
     "RGM23UTM38S": "EPSG:10674",
 }
 _IGN = re.compile(
-    r"LHD_(?P<zone>[A-Z]{3})_(?P<x>\d{4})[_-](?P<y>\d{4})_(?P<kind>PTS|MN[THS])(?:_(?P<state>[OC]))?"
-    r"(?:_(?P<step>\dM\d\d))?_(?P<crs>[A-Z0-9]+)_(?P<datum>[A-Z0-9]+)(?P<end>\.copc\.laz|\.tif)?"
+    r"LHD_[A-Z]{3}_(?P<x>\d{4})[_-](?P<y>\d{4})_(?:PTS|MN[THS])(?:_[OC])?(?:_(?P<step>\dM\d\d))?"
+    r"_(?P<crs>[A-Z0-9]+)_[A-Z0-9]+(?:\.copc\.laz|\.tif)?"
 )
+_KM = 1000
 
 
 @dataclass(frozen=True)
-class LidarHdTile:
-    """A 1 km tile of IGN's LiDAR HD; the name holds its north-west corner in km.
+class Tile:
+    """A 1 km tile of lidar or of its images, as its file's name has it.
 
     Attributes:
-        x_km, y_km: west and NORTH edge, km.
-        kind: PTS (points), MNH (height), MNT (terrain) or MNS (surface).
-        state: O or C in the name, or None.
-        step: pixel side as written, such as 0M50, or None (points).
-        zone: FXX (mainland) or an overseas code.
-        crs_code, datum: as written, such as LAMB93 and IGN69.
+        filename: the name.
+        bounds: (west, south, east, north) of the tile, metres.
+        raster_bounds: of its raster: IGN's are centred on pixel corners, so they begin half a pixel (0.25 m
+            at 0.5 m) west and north of the tile.
+        crs: of the bounds.
+        site: NEON's flight site, or None.
     """
 
-    x_km: int
-    y_km: int
-    kind: Literal["PTS", "MNH", "MNT", "MNS"] = "MNH"
-    state: str | None = "O"
-    step: str | None = "0M50"
-    zone: str = "FXX"
-    crs_code: str = "LAMB93"
-    datum: str = "IGN69"
-
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.x_km < 10_000 and 0 < self.y_km < 10_000,
-            f"tile {self.x_km}, {self.y_km}",
-            "km of four digits",
-        )
-        require(self.crs_code in IGN_CRS, f"CRS {self.crs_code}", ", ".join(IGN_CRS))
-        require(
-            (self.kind == "PTS") == (self.step is None),
-            f"{self.kind} with step {self.step}",
-            "a step for rasters only",
-        )
-
-    @classmethod
-    def at(cls, x: float, y: float, kind: Literal["PTS", "MNH", "MNT", "MNS"] = "MNH") -> LidarHdTile:
-        """The mainland tile that holds a point of EPSG:2154; its south edge belongs to the tile below."""
-        return cls(int(x // KM), -int(-y // KM), kind, *((None, None) if kind == "PTS" else ("O", "0M50")))
-
-    @classmethod
-    def parse(cls, name: str) -> LidarHdTile | None:
-        """The tile of a file name (its ending may be missing), or None where it is of another grammar."""
-        found = _IGN.fullmatch(name)
-        if not found or found["crs"] not in IGN_CRS or (found["kind"] == "PTS") != (found["step"] is None):
-            return None
-        if found["end"] and found["end"].endswith("laz") != (found["kind"] == "PTS"):
-            return None
-        kind: Literal["PTS", "MNH", "MNT", "MNS"] = found["kind"]  # type: ignore[assignment]
-        return cls(
-            int(found["x"]),
-            int(found["y"]),
-            kind,
-            found["state"],
-            found["step"],
-            found["zone"],
-            found["crs"],
-            found["datum"],
-        )
-
-    @property
-    def filename(self) -> str:
-        """The file's name."""
-        parts = [
-            f"LHD_{self.zone}_{self.x_km:04d}_{self.y_km:04d}_{self.kind}",
-            self.state,
-            self.step,
-            self.crs_code,
-            self.datum,
-        ]
-        return "_".join(part for part in parts if part) + (".copc.laz" if self.kind == "PTS" else ".tif")
-
-    @property
-    def bounds(self) -> Bounds:
-        """(west, south, east, north) of the tile, metres."""
-        west, north = self.x_km * KM, self.y_km * KM
-        return west, north - KM, west + KM, north
-
-    @property
-    def raster_bounds(self) -> Bounds:
-        """Bounds of the GeoTIFF: IGN's rasters are centred on pixel corners, so they begin half a pixel
-        (0.25 m at 0.5 m) west and north of the tile."""
-        if self.step is None:
-            return self.bounds
-        half = float(self.step.replace("M", ".")) / 2
-        west, south, east, north = self.bounds
-        return west - half, south + half, east - half, north + half
-
-    @property
-    def crs(self) -> str:
-        """CRS by its code in the name."""
-        return IGN_CRS[self.crs_code]
+    filename: str
+    bounds: tuple[float, float, float, float]
+    raster_bounds: tuple[float, float, float, float]
+    crs: str
+    site: str | None = None
 
 
-# ---- global maps -----------------------------------------------------------------------------
-_ETH = re.compile(
-    r"ETH_GlobalCanopyHeight_10m_2020_(?P<ns>[NS])(?P<lat>\d\d)(?P<ew>[EW])(?P<lon>\d{3})_Map(?P<sd>_SD)?\.tif"
-)
+def read_name(name: str) -> Tile | None:
+    """What a file name (or path, or URL) says about its place, or None where it is of another grammar.
 
+    NEON's names hold the south-west corner in metres, IGN's the NORTH-west corner in km.
 
-@dataclass(frozen=True)
-class EthTile:
-    """A 3-degree tile of the ETH global canopy height map 2020; the name holds its south-west corner.
-
-    Attributes:
-        lat, lon: south-west corner, degrees, multiples of 3.
-        spread: the file of standard deviations.
+    Raises:
+        InputError: a NEON site that does not exist, lies in another domain, or has no files of its own.
     """
-
-    lat: int
-    lon: int
-    spread: bool = False
-
-    def __post_init__(self) -> None:
-        fits = self.lat % 3 == 0 and self.lon % 3 == 0 and -90 <= self.lat <= 87 and -180 <= self.lon <= 177
-        require(fits, f"corner {self.lat}, {self.lon}", "multiples of 3 degrees within -90..87, -180..177")
-
-    @classmethod
-    def at(cls, lat: float, lon: float, spread: bool = False) -> EthTile:
-        """The tile that holds a point."""
-        return cls(int(lat // 3) * 3, int(lon // 3) * 3, spread)
-
-    @classmethod
-    def parse(cls, name: str) -> EthTile | None:
-        """The tile of a file name, or None where it is of another grammar."""
-        found = _ETH.fullmatch(name)
-        if not found:
-            return None
-        lat = int(found["lat"]) * (1 if found["ns"] == "N" else -1)
-        return cls(lat, int(found["lon"]) * (1 if found["ew"] == "E" else -1), bool(found["sd"]))
-
-    @property
-    def filename(self) -> str:
-        """The file's name."""
-        north, east = "N" if self.lat >= 0 else "S", "E" if self.lon >= 0 else "W"
-        corner = f"{north}{abs(self.lat):02d}{east}{abs(self.lon):03d}"
-        return f"ETH_GlobalCanopyHeight_10m_2020_{corner}_Map{'_SD' if self.spread else ''}.tif"
-
-    @property
-    def bounds(self) -> Bounds:
-        """(west, south, east, north), degrees."""
-        return self.lon, self.lat, self.lon + 3, self.lat + 3
-
-    @property
-    def crs(self) -> str:
-        """EPSG:4326."""
-        return "EPSG:4326"
+    base = base_name(name)
+    found = _NEON_LIDAR.fullmatch(base) or _NEON_IMAGE.fullmatch(base)
+    if found:
+        return _neon_tile(base, found)
+    found = _IGN.fullmatch(base)
+    if not found or found["crs"] not in IGN_CRS:
+        return None
+    west, north = int(found["x"]) * _KM, int(found["y"]) * _KM
+    half = float((found["step"] or "0M00").replace("M", ".")) / 2
+    raster = (west - half, north - _KM + half, west + _KM - half, north + half)
+    return Tile(base, (west, north - _KM, west + _KM, north), raster, IGN_CRS[found["crs"]])
 
 
-@dataclass(frozen=True)
-class QuadkeyTile:
-    """A tile of the published canopy height maps of 2024 (v1, zoom 9) and 2026 (v2, zoom 10).
-
-    Attributes:
-        quadkey: 9 or 10 digits of 0 to 3.
-    """
-
-    quadkey: str
-
-    def __post_init__(self) -> None:
-        require(len(self.quadkey) in (9, 10), f"quadkey {self.quadkey!r}", "9 digits (v1) or 10 (v2)")
-        quadkey_rc(self.quadkey)
-
-    @classmethod
-    def parse(cls, name: str) -> QuadkeyTile | None:
-        """The tile of a file name, or None where it is of another grammar."""
-        return cls(name[:-4]) if re.fullmatch(r"[0-3]{9,10}\.tif", name) else None
-
-    @property
-    def version(self) -> int:
-        """1 or 2."""
-        return len(self.quadkey) - 8
-
-    @property
-    def filename(self) -> str:
-        """The file's name."""
-        return f"{self.quadkey}.tif"
-
-    @property
-    def bounds(self) -> Bounds:
-        """(west, south, east, north), metres."""
-        return quadkey_bounds(self.quadkey)
-
-    @property
-    def crs(self) -> str:
-        """EPSG:3857."""
-        return "EPSG:3857"
+def _neon_tile(base: str, found: re.Match[str]) -> Tile:
+    site = neon_site(found["site"])
+    domain = f"D{found.groupdict().get('domain') or site.domain[1:]}"
+    if domain != site.domain:
+        raise InputError(f"{base}: site {site.site} in domain {domain}", expected=site.domain)
+    if site.published_under:
+        raise InputError(f"{base}: {site.site} has no files of its own", expected=site.published_under)
+    west, south = int(found["east"]), int(found["north"])
+    bounds = (west, south, west + _KM, south + _KM)
+    return Tile(base, bounds, bounds, aop_crs(site.site), site.site)
 
 
 def base_name(name: str) -> str:
     """Last part of a path or URL, without a query."""
     return PurePosixPath(name.replace("\\", "/").split("?")[0]).name
-
-
-def read_name(name: str) -> TileName | None:
-    """What a file name (or path, or URL) says about its place, or None where no grammar fits.
-
-    Raises:
-        InputError: it fits a grammar but contradicts itself, such as a NEON site in a wrong domain.
-    """
-    base = base_name(name)
-    for grammar in (NeonTile, LidarHdTile, EthTile, QuadkeyTile, NaipTile):
-        tile: TileName | None = grammar.parse(base)
-        if tile is not None:
-            return tile
-    return None

@@ -1,6 +1,4 @@
-"""Names of embedded models, and what a model file says of itself; light enough to list without torch.
-
-One file per model: weights, configuration, provenance and metrics, as safetensors.
+"""One file per model: weights, configuration, provenance and metrics, as safetensors.
 
 safetensors holds no code, so opening a stranger's file runs nothing. Matrices may be stored as fp16
 (vectors and buffers stay fp32); in memory everything is fp32 again.
@@ -31,13 +29,18 @@ EMBEDDED = {
     "default": "canopy-small-v3.safetensors",
     "canopy-small": "canopy-small-v3.safetensors",
     "canopy-small-v3": "canopy-small-v3.safetensors",
-    "canopy-small-v2": "canopy-small-v2.safetensors",
 }
+# What a training run leaves in its folder, beside `last.ckpt`.
+RUN_MODEL = "model.safetensors"
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
-    """The file behind an embedded name or a path; CheckpointError where there is none."""
+    """The file behind an embedded name, a path, or the folder of a training run, which means its model.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     name = str(name_or_path)
     if name in EMBEDDED:
         path = WEIGHTS_DIR / EMBEDDED[name]
@@ -48,7 +51,12 @@ def resolve_model(name_or_path: str | Path) -> Path:
         return path
     path = Path(name).expanduser()
     if path.is_dir():
-        raise CheckpointError("is a directory", where=path, expected="a .safetensors file")
+        path = path / RUN_MODEL
+        if not path.is_file():
+            raise CheckpointError(
+                f"is a directory without {RUN_MODEL}", where=path.parent,
+                expected="a .safetensors file, or the folder of a finished training run",
+            )  # fmt: skip
     if not path.is_file():
         raise CheckpointError(
             f"no model {name!r}", expected=f"a file, or one of: {', '.join(sorted(EMBEDDED))}"
@@ -65,11 +73,17 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     table = _read_table(path)
     header = table.pop("__metadata__", None) or {}
     if header.get("format") != FORMAT or "config" not in header:
+        ours = {"mean", "std", "centres"} <= set(table)
         raise CheckpointError(
-            "is a safetensors file without canopy's metadata",
+            "holds the weights of a canopy model without the description that canopy writes beside them"
+            if ours
+            else "is a safetensors file without canopy's metadata",
             where=path,
             expected="a file written by canopy",
-            remedy="convert it with: canopy models convert",
+            remedy="use the file that these weights were loaded from; to save changed weights use "
+            "canopy.models.checkpoint.save_checkpoint"
+            if ours
+            else "if it is a published model: canopy models convert",
         )
     if header.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
@@ -88,12 +102,7 @@ def _read_table(path: Path) -> dict[str, Any]:
         first = file.read(8)
         # A header's length may begin like a pickle, but it never fills its upper half.
         if first.startswith(_PICKLES) and first[4:] != bytes(4):
-            raise CheckpointError(
-                "is a PyTorch pickle, which can run code when opened",
-                where=path,
-                expected="a .safetensors model",
-                remedy="convert it with: canopy models convert",
-            )
+            raise pickle_error(path)
         size = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
         if not 2 <= size <= 100_000_000:
             raise CheckpointError("is not a safetensors file", where=path, expected="a canopy model")
@@ -151,6 +160,21 @@ _SHOWN = 8  # lines of a key diff that help before they become noise
 _BUFFERS = ("mean", "std", "centres")
 
 
+def pickle_error(path: Path) -> CheckpointError:
+    """What to say of a pickle where a model is wanted: most are the state of a training run."""
+    run = path.suffix == ".ckpt"
+    beside = path.parent / RUN_MODEL
+    return CheckpointError(
+        "is the state of a training run, not a model" if run else "is a PyTorch pickle, not a canopy model",
+        where=path,
+        expected="a .safetensors model",
+        remedy=f"use {beside}" + ("" if beside.is_file() else ", which a run writes when it has finished")
+        if run
+        else "if it is a published model: canopy models convert; your own weights: "
+        "canopy.models.checkpoint.save_checkpoint",
+    )
+
+
 def save_checkpoint(path: str | Path, model: HeightModel, card: dict[str, Any], *, half: bool = True) -> str:
     """Write `model` and its card atomically; return the file's sha256.
 
@@ -160,23 +184,41 @@ def save_checkpoint(path: str | Path, model: HeightModel, card: dict[str, Any], 
         card: JSON-ready facts: name, date, licence, data ids and hash, metrics.
         half: store matrices as fp16, which halves the file; heights move by millimetres.
     """
-    from safetensors.torch import save_file
+    return write_model(Path(path), model.state_dict(), model.config, card, half=half)
 
-    path = Path(path)
-    state = {
-        k: v.half() if half and v.is_floating_point() and v.ndim > 1 and k not in _BUFFERS else v
-        for k, v in model.state_dict().items()
-    }
+
+def write_model(
+    path: Path, tensors: Mapping[str, Tensor], config: ModelConfig, card: dict[str, Any], *, half: bool
+) -> str:
+    """Write the tensors of a model of this configuration, whole or not at all; return the file's sha256.
+
+    Raises:
+        CheckpointError: a value that is not a number, or none that fp16 can hold.
+        OutputError: the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    stored = {
+        k: (v.half() if half and v.is_floating_point() and v.ndim > 1 and k not in _BUFFERS else v)
+        .detach().cpu().contiguous()
+        for k, v in tensors.items()
+    }  # fmt: skip
+    check_finite(stored, path)
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "config": json.dumps(model.config.to_dict()),
+        "config": json.dumps(config.to_dict()),
         "card": json.dumps(card),
     }
+    data = memoryview(save(stored))
+    # The library writes metadata in an order of its own; the same model shall give the same file.
+    size = 8 + struct.unpack("<Q", data[:8])[0]
+    table = {"__metadata__": header, **json.loads(bytes(data[8:size]))}
     with replacing(path) as part:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part, metadata=header)
-        part.chmod(0o644)  # safetensors writes 0600, which nobody else could read
+        with part.open("wb") as file:
+            file.write(header_bytes(table))
+            file.write(data[size:])
     return file_sha256(path)
 
 
@@ -214,7 +256,23 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"is damaged ({error})", where=path, remedy="download it again") from error
+    check_finite(tensors, path)
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Refuse weights that are not numbers: some runtimes would make a smooth map of them.
+
+    Raises:
+        CheckpointError: names the first tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{name} holds values that are not numbers"
+                + (", or none that fp16 can hold" if tensor.dtype == torch.float16 else ""), where=where,
+                remedy="the weights are damaged: train, convert or download them again",
+            )  # fmt: skip
 
 
 def load_strict(model: torch.nn.Module, state: dict[str, Tensor], where: object) -> None:

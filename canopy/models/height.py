@@ -232,18 +232,21 @@ class HeightModel(nn.Module):
         height, spread = both.split(1, dim=1)
         return height, spread, scores
 
-    def layers(self, rgb: Tensor, outputs: Sequence[str] = ("height_m", "spread_m")) -> Tensor:
+    def layers(
+        self, rgb: Tensor, outputs: Sequence[str] = ("height_m", "spread_m"), *, finite: bool = False
+    ) -> Tensor:
         """The named maps, in metres, (B, len(outputs), H, W) float32.
 
         Args:
             rgb: as for `forward`.
             outputs: "height_m", "spread_m", or "q" and a share, e.g. "q0.05": the height below which this
                 share of the bin weights lies.
+            finite: `rgb` is known to hold no NaN, and is not searched for it.
 
         Raises:
             ConfigError: an unknown name.
         """
-        scores, size = self._scores(rgb)
+        scores, size = self._scores(rgb, finite)
         H, W = rgb.shape[-2:]
         return self.layers_of(scores, outputs, size)[..., :H, :W]
 
@@ -261,10 +264,10 @@ class HeightModel(nn.Module):
             stacked = torch.cat([made[name] for name in outputs], dim=1)
         return _at_size(stacked, size)
 
-    def _scores(self, rgb: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _scores(self, rgb: Tensor, finite: bool = False) -> tuple[Tensor, tuple[int, int]]:
         """Bin scores (B, bins, h, w) of the padded image, float32, and its size."""
-        self._check(rgb)
-        padded = pad_to_multiple(self._moved(rgb), self.config.pad_px)
+        self._check(rgb, finite)
+        padded = pad_to_multiple(self.moved(rgb), self.config.pad_px)
         scores = self.decoder.scores(self.encoder((padded - self.mean) / self.std)).float()
         return scores, (padded.shape[-2], padded.shape[-1])
 
@@ -274,13 +277,14 @@ class HeightModel(nn.Module):
         other.stretch = stretch
         return other
 
-    def _moved(self, rgb: Tensor) -> Tensor:
+    def moved(self, rgb: Tensor) -> Tensor:
+        """The image (B, 3, H, W) with its radiometry moved by `stretch`, if there is one."""
         if self.stretch is None:
             return rgb
         factor, offset = (rgb.new_tensor(v).view(1, -1, 1, 1) for v in self.stretch.factors())
         return rgb * factor + offset
 
-    def _check(self, rgb: Tensor) -> None:
+    def _check(self, rgb: Tensor, finite: bool) -> None:
         bands, patch = len(self.config.bands), self.config.patch_px
         if rgb.ndim != 4 or rgb.shape[1] != bands or not rgb.is_floating_point():
             raise InputError(
@@ -291,7 +295,7 @@ class HeightModel(nn.Module):
             raise InputError(
                 f"the image is {rgb.shape[-2]}x{rgb.shape[-1]} px", expected=f"at least {patch}x{patch} px"
             )
-        if not torch.isfinite(rgb).all():
+        if not finite and not torch.isfinite(rgb).all():
             raise InputError(
                 "the image holds NaN or infinite values",
                 expected="finite RGB in 0..1",

@@ -1,8 +1,4 @@
-"""The hub edition of v2: weights in the layout of the `transformers` package, and their config.json.
-
-Writing a safetensors file one tensor at a time, so that a model larger than memory can be written.
-
-Published canopy-height checkpoints -> canopy's own file: recognised by content, converted exactly.
+"""Published canopy-height checkpoints -> canopy's own file: recognised by content, converted exactly.
 
 Four layouts are known: v1 plain and v1 quantised (one file each), v2 original (a backbone and a head file),
 and v2 as the hub's `transformers` edition. See docs/published-models.md.
@@ -12,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +17,9 @@ import torch
 from torch import Tensor
 
 from canopy import __version__
-from canopy.errors import CheckpointError, ConfigError, InputError
-from canopy.files import file_sha256, replacing
-from canopy.models.checkpoint import FORMAT, FORMAT_VERSION, header_bytes
+from canopy.errors import CheckpointError, ConfigError
+from canopy.files import check_output, file_sha256
+from canopy.models.checkpoint import RUN_MODEL, write_model
 from canopy.models.config import DecoderConfig, ModelConfig
 from canopy.models.decoder import bin_centres
 from canopy.models.height import HeightModel
@@ -31,7 +27,6 @@ from canopy.models.published_tables import (
     MEAN,
     STD,
     ForeignFile,
-    Part,
     config_v1,
     config_v2,
     key_bias_in_use,
@@ -198,58 +193,6 @@ def _as_original(file: ForeignFile) -> ForeignFile:
     return ForeignFile(file.paths, tensors, file.dropped, file.quantised)
 
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to write: its shape is promised first, its values are asked for when their turn comes."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def write_streaming(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
-    """Write `entries` and `metadata` as safetensors; `path` appears only once it is complete.
-
-    Raises:
-        CheckpointError: a tensor came with another shape than promised.
-        OutputError: it cannot be written.
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    # Wide types first, as the reference writer does, so that every tensor starts aligned.
-    ordered = sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize)
-    for name, entry in ordered:
-        end = offset + entry.nbytes
-        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, end]}
-        offset = end
-    with replacing(path) as part:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(header_bytes(header))
-            for name, entry in ordered:
-                file.write(_bytes(name, entry))
-
-
-def _bytes(name: str, entry: Entry) -> memoryview:
-    tensor = entry.read()
-    if tuple(tensor.shape) != entry.shape:
-        raise CheckpointError(f"{name} is {tuple(tensor.shape)}", expected=str(entry.shape))
-    stored = tensor.to(entry.dtype).contiguous()
-    if not bool(torch.isfinite(stored).all()):
-        raise CheckpointError(
-            f"{name} holds values that are not numbers, or none that {_NAMES[entry.dtype]} can hold",
-            remedy="the checkpoint is damaged; or leave --half out",
-        )
-    return stored.numpy().reshape(-1).view("uint8").data
-
-
 _LICENCES = {"v1": "Apache-2.0", "v2": "DINOv3 License"}
 _SOURCES = {
     "v1": "Tolan et al. 2024, HighResCanopyHeight (arXiv 2304.07213)",
@@ -375,7 +318,7 @@ def convert(
     half: bool = False,
     overwrite: bool = False,
 ) -> Converted:
-    """Convert a published checkpoint; memory stays near the size of the input.
+    """Convert a published checkpoint; takes about three times the memory of its weights.
 
     Args:
         checkpoint, backbone, config: see `recognise`.
@@ -389,21 +332,11 @@ def convert(
         InputError: `out` exists.
         OutputError: it cannot be written.
     """
-    path = Path(out).expanduser()
-    if path.exists() and not overwrite:
-        raise InputError(
-            "exists already", where=path, remedy="add --overwrite, or choose another name with -o"
-        )
+    (path,) = check_output(out, (checkpoint, backbone, config), overwrite=overwrite)
     recognised = recognise(checkpoint, backbone=backbone, config=config)
     card = _card(recognised, source)
-    header = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "config": json.dumps(recognised.config.to_dict()),
-        "card": json.dumps(card),
-    }
-    write_streaming(path, _entries(recognised, half), header)
-    return Converted(path, file_sha256(path), recognised, card)
+    sha256 = write_model(path, _tensors(recognised), recognised.config, card, half=half)
+    return Converted(path, sha256, recognised, card)
 
 
 def _opened(paths: list[Path]) -> tuple[str, ForeignFile]:
@@ -442,7 +375,12 @@ def _kind(file: ForeignFile) -> tuple[str, ForeignFile]:
     some = ", ".join(sorted(file.tensors)[:3])
     hint = None
     if {"mean", "std", "centres"} <= set(file.tensors):
-        hint = "it is a canopy model already: use it as it is"
+        hint = (
+            "these are the weights of a canopy model: use the file that canopy wrote; to save changed ones "
+            "use canopy.models.checkpoint.save_checkpoint"
+        )
+    elif any(name.startswith(("model.encoder.", "network.encoder.")) for name in file.tensors):
+        hint = f"it is the state of a training run: use the run's {RUN_MODEL}"
     elif any(re.match(r"(encoder\.)?(layer\.|blocks\.)\d", name) for name in file.tensors):
         hint = "it may be a backbone without a canopy-height head"
     raise CheckpointError(
@@ -499,32 +437,17 @@ def _checked(layout: str, config: ModelConfig, file: ForeignFile) -> dict[str, s
     return spare
 
 
-def _entries(recognised: Recognised, half: bool) -> dict[str, Entry]:
+def _tensors(recognised: Recognised) -> dict[str, Tensor]:
     config, file = recognised.config, recognised.file
-    shapes = _outline(config)
-    entries = {}
-    for name, part in parts(recognised.layout, shapes, file).items():
-        dtype = torch.float16 if half and len(shapes[name]) > 1 else torch.float32
-        entries[name] = Entry(shapes[name], _Reader(part, file.tensors), dtype)
-    buffers = {
+    made = {
+        name: part.combine(*(file.tensors[source].read() for source in part.sources))
+        for name, part in parts(recognised.layout, _outline(config), file).items()
+    }
+    return made | {
         "mean": torch.tensor(config.mean).view(1, -1, 1, 1),
         "std": torch.tensor(config.std).view(1, -1, 1, 1),
         "centres": bin_centres(config.decoder),
     }
-    for name, value in buffers.items():
-        entries[name] = Entry(tuple(value.shape), lambda value=value: value)  # type: ignore[misc]
-    return entries
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads one of our parameters from the original tensors when it is called."""
-
-    part: Part
-    tensors: Mapping[str, Any]
-
-    def __call__(self) -> torch.Tensor:
-        return self.part.combine(*(self.tensors[name].read() for name in self.part.sources))
 
 
 def _card(recognised: Recognised, source: str | None) -> dict[str, Any]:

@@ -1,9 +1,7 @@
-"""The table of published models, `data_manifests/models.yaml`: what `--model` can download by name.
-
-From a model's name or file to a file that `canopy.models.checkpoint` loads.
+"""From a model's name, file, folder or `hf://` address to a loaded model; the table of published models.
 
 Published models are downloaded at first use, checked, converted once, and kept by the sha256 of what they
-were converted from. This lies above `canopy.models`, which never touches the network.
+were converted from.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from pydantic import Field, model_validator
 from canopy.config import Settings, load_settings
 from canopy.errors import CheckpointError, DataError, FetchError
 from canopy.files import file_sha256, replacing
-from canopy.models import checkpoint as registry
+from canopy.models import checkpoint
 from canopy.runtime import cache_dir, log, manifests_dir
 
 if TYPE_CHECKING:
@@ -139,19 +137,22 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
 def resolve_model(name_or_path: str | Path) -> Path:
     """A canopy model file for a name, a file or an `hf://` address; errors as `load_model`."""
     name = str(name_or_path)
-    if name in registry.EMBEDDED:
-        return registry.resolve_model(name)
+    if name in checkpoint.EMBEDDED:
+        return checkpoint.resolve_model(name)
     if name.startswith(_HUB):
         return converted(fetch_hub(name), source=name)
     path = Path(name).expanduser()
     if path.is_dir():
-        return converted(path)
+        trained = path / checkpoint.RUN_MODEL
+        return trained if trained.is_file() and is_canopy_file(trained) else converted(path)
+    if path.suffix == ".ckpt" and path.is_file():
+        raise checkpoint.pickle_error(path)
     if path.is_file():
         return path if is_canopy_file(path) else converted(path)
     table = published_models()
     if name in table:
         return _published(name, table[name])
-    known = [*registry.EMBEDDED, *table]
+    known = [*checkpoint.EMBEDDED, *table]
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     raise CheckpointError(
         f"no model {name!r}" + (f": did you mean {close[0]!r}?" if close else ""),
@@ -167,7 +168,7 @@ def is_canopy_file(path: Path) -> bool:
         if len(first) < 8 or size > 100_000_000:
             return len(first) < 8
         header = file.read(size)
-    return f'"format":"{registry.FORMAT}"'.encode() in header.replace(b": ", b":") or len(header) < size
+    return f'"format":"{checkpoint.FORMAT}"'.encode() in header.replace(b": ", b":") or len(header) < size
 
 
 def converted(checkpoint: Path, *, backbone: Path | None = None, source: str | None = None) -> Path:
@@ -183,6 +184,7 @@ def converted(checkpoint: Path, *, backbone: Path | None = None, source: str | N
     from canopy.models.published import convert
 
     log.info(f"converting {checkpoint.name} once, into {target.parent}")
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         result = convert(checkpoint, target, backbone=backbone, source=source, overwrite=True)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Cutting a region into work tiles whose cores partition the map of the region.
+"""Where a region is predicted and mapped, and the work tiles that partition its map.
 
 Tiles are squares of `tile_px` on the global lattice of the map's grid, clipped to the region. On the grid of
 quadkeys `tile_px` is a power of two, and every tile lies in exactly one quadkey, whose name it has.
@@ -9,23 +9,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import shapely
+from odc.geo import CRS
 
-from canopy.errors import ConfigError
+from canopy.errors import AreaError, ConfigError
 from canopy.geo.area import AOI
+from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
+from canopy.inference.target import (
+    MARGIN_PX,
+    Target,
+    choose_target,
+    one_zone,
+    predict_grid_for,
+    quadkey_output,
+    zone_of,
+)
 
-KINDS = ("quadkey", "utm")
 # A UTM tile of zoom 10 is a square of this side, about what a quadkey of zoom 10 is at the equator.
 UTM_ZOOM_10_M = 40_960.0
 LEAST_TILE_PX = 16
 
 
 @dataclass(frozen=True)
-class TileTask:
+class Tile:
     """One unit of work: `ordinal` counts the region's tiles, (row, col) is its place on the tile lattice."""
 
     ordinal: int
@@ -79,13 +90,6 @@ class Tiling:
         """The pixels that a tile writes."""
         return self.area.window(*self.offset(row, col))
 
-    def cell(self, row: int, col: int, tiles: int) -> Grid:
-        """The square of `tiles` x `tiles` tiles that a tile is in, with half a tile around it."""
-        row0, col0 = self.area.origin_rc
-        side, margin = tiles * self.tile_px, self.tile_px // 2 + 512
-        top, left = row // tiles * side - row0 - margin, col // tiles * side - col0 - margin
-        return self.area.window(top, left, side + 2 * margin, side + 2 * margin)
-
     def name(self, row: int, col: int) -> str:
         """A tile's id: its quadkey, or the CRS and its place on the tile lattice."""
         if self.kind != "quadkey":
@@ -94,7 +98,7 @@ class Tiling:
         half = 1 << zoom >> 1
         return quadkey_at(row + half, col + half, zoom)
 
-    def tiles(self, aoi: AOI) -> Iterator[TileTask]:
+    def tiles(self, aoi: AOI) -> Iterator[Tile]:
         """The tiles that share ground with the area, from north-west to south-east."""
         shape = None
         if not aoi.is_box:
@@ -105,7 +109,7 @@ class Tiling:
             km2 = self._km2_of(row)
             for col in self._cols_hit(row, shape):
                 _, _, height, width = self.offset(row, col)
-                yield TileTask(ordinal, self.name(row, col), row, col, km2 * height * width)
+                yield Tile(ordinal, self.name(row, col), row, col, km2 * height * width)
                 ordinal += 1
 
     def count(self, aoi: AOI) -> int:
@@ -160,3 +164,76 @@ def side_px(kind: str, pixel_m: float, zoom: int, most_px: int) -> int:
             expected=f"at least {LEAST_TILE_PX} px at this ground sample distance",
         )  # fmt: skip
     return round(side)
+
+
+@dataclass(frozen=True)
+class Lattices:
+    """Where a run predicts and what it maps, for every tile alike.
+
+    Attributes:
+        output: the grid of the whole map.
+        predict: the grid of the whole prediction; None where every tile takes the UTM zone of its middle.
+        gsd_m: of the model.
+    """
+
+    output: Grid
+    predict: Grid | None
+    gsd_m: float
+
+    def target(self, window: Grid) -> Target:
+        """The grids of one tile, cut from those of the whole."""
+        if self.predict == self.output:
+            return Target(window, window)
+        whole = self.predict or _zone_grid(zone_of(window), self.gsd_m, self.output)
+        margin = MARGIN_PX + 2 * math.ceil(window.gsd_m / self.gsd_m)
+        bounds = AOI.from_grid(window).to_crs(whole.crs).geometry.bounds
+        top, left = (math.floor(v) - margin for v in whole.rowcol(bounds[0], bounds[3]))
+        bottom, right = (math.ceil(v) + margin for v in whole.rowcol(bounds[2], bounds[1]))
+        top, left = max(0, top), max(0, left)
+        height, width = min(whole.height, bottom) - top, min(whole.width, right) - left
+        return Target(whole.window(top, left, height, width), window, whole)
+
+
+@lru_cache(maxsize=64)
+def _zone_grid(crs: CRS, gsd_m: float, output: Grid) -> Grid:
+    """A grid over all that a UTM zone may have to serve of a map."""
+    west, south, east, north = AOI.from_grid(output).bounds_lonlat
+    middle = 6.0 * (int(str(crs.epsg)[-2:]) - 1) - 177.0
+    strip = shapely.box(max(west, middle - 4.5), south, min(east, middle + 4.5), north)
+    bounds = AOI(strip, to_crs("EPSG:4326"), is_box=True).to_crs(crs).geometry.bounds
+    return Grid.from_bounds(bounds, crs, gsd_m).pad(64)
+
+
+def choose_lattices(
+    kind: str, aoi: AOI, model_gsd_m: float, *, gsd_m: float | None, crs: str | None, native_crs: CRS
+) -> Lattices:
+    """The grids of a run; see `Lattices`.
+
+    Args:
+        kind: `quadkey` or `utm`.
+        gsd_m, crs: of the map, as the user has them; None: the model's, and the area's UTM zone.
+        native_crs: of the imagery.
+
+    Raises:
+        AreaError: an area that the grid cannot hold. ConfigError: options that do not go together.
+    """
+    if kind == "quadkey":
+        if crs not in (None, "quadkey"):
+            raise ConfigError(
+                f"--crs {crs} with --grid quadkey", expected="EPSG:3857, which quadkeys have",
+                remedy="leave --crs out, or add --grid utm",
+            )  # fmt: skip
+        output = quadkey_output(aoi, gsd_m or model_gsd_m)
+        zone = one_zone(aoi, native_crs)
+        return Lattices(output, predict_grid_for(output, zone, model_gsd_m) if zone else None, model_gsd_m)
+    if crs in ("image", "quadkey"):
+        raise ConfigError(f"--crs {crs} with --grid utm", expected="a projected CRS, or none")
+    if crs is None and one_zone(aoi, native_crs) is None:
+        raise AreaError(
+            "the area is too wide for one UTM zone", where=aoi.describe(),
+            remedy="use --grid quadkey, or --crs with a projected CRS made for all of it",
+        )  # fmt: skip
+    target = choose_target(aoi, model_gsd_m, gsd_m=gsd_m, crs=crs, native_crs=native_crs)
+    if not target.output.crs.projected:
+        raise ConfigError(f"--crs {crs} with --grid utm", expected="a projected CRS")
+    return Lattices(target.output, target.predict, model_gsd_m)

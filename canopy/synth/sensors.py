@@ -1,54 +1,32 @@
-"""GEDI-like shots of the synthetic forest, in the layout of a GEDI L2A version 2 granule.
+"""What two sensors see of the synthetic forest: airborne lidar (LAZ) and GEDI-like shots (HDF5).
 
-Relative heights: RH p is the p-th percentile of the true heights above ground of all pixels whose centre lies
-in the 25 m disc at the shot's TRUE position, ground pixels counting with 0 m. (Real RH are percentiles of the
-waveform's energy, Dubayah et al. 2020; here every pixel of the disc returns the same energy, from its top.)
-RH100 is the disc's highest pixel, RH0 its lowest. What real shots suffer from is planted: position errors,
-and shots that each filter flag must catch.
+Lidar: one pulse falls in every cell of `PULSE_CELL_M`; where in it, and what it does, is hashed from the
+cell, so that the file does not depend on the cut of the scene. The first return of a pulse lies on the
+surface of the pixel that it hits (roof, crown or ground) with `RANGE_SIGMA_M` of ranging noise, at most three
+of it: no point but noise (class 7) lies more than that above `chm + dtm` of its pixel.
 
-Airborne lidar of the synthetic forest: a classified LAZ file, block by block.
-
-One pulse falls in every cell of `PULSE_CELL_M`; where in it, and what it does, is hashed from the cell, so
-that the file does not depend on how the scene is cut. The first return of a pulse lies on the surface of the
-pixel that it hits (roof, crown or ground) with `RANGE_SIGMA_M` of ranging noise, at most three of it: no
-point but noise (class 7) lies more than that above `chm + dtm` of its pixel.
-
-The synthetic forest laid on the Earth, and written to disk: imagery, heights, lidar, GEDI, and the truth.
-
-Every scene's plane lies on the Earth as the demo's does, so that scenes of one seed and pixel size show the
-same trees whatever their extent: `canopy data synth --seed 0` gives the middle of the `demo` source.
+GEDI, in the layout of an L2A version 2 granule: relative height RH p is the p-th percentile of the true
+heights above ground of all pixels whose centre lies in the 25 m disc at the shot's TRUE position, ground
+pixels counting with 0 m. (Real RH are percentiles of the waveform's energy, Dubayah et al. 2020; here every
+pixel of the disc returns the same energy, from its top.) RH100 is the disc's highest pixel, RH0 its lowest.
+What real shots suffer from is planted: position errors, and shots that each filter flag must catch.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import date
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from affine import Affine
-from odc.geo import CRS
 
-from canopy import __version__
-from canopy.errors import InputError, MissingDependencyError, OutputError
-from canopy.files import file_sha256, flush
-from canopy.geo.cog import CogWriter
-from canopy.geo.crs import transformer, utm_crs
-from canopy.geo.encoding import BandSpec
+from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid
-from canopy.imagery.named import DAY, LATITUDE, LONGITUDE, SPOT_XY
-from canopy.runtime import NoProgress, Progress
-from canopy.synth.forest import ROOF, TREE, WATER, SceneSpec, SynthTile, hash01, trees_in
-from canopy.synth.render import RgbWriter, render, truth
+from canopy.runtime import Progress
+from canopy.synth.forest import ROOF, TREE, WATER, SceneSpec, hash01
+from canopy.synth.render import truth
 
 DISC_RADIUS_M = 12.5
 BEAMS = ("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011", "BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
@@ -77,17 +55,6 @@ class Shot:
     y: float
     fault: str
     rng: np.random.Generator
-
-
-def require_h5py() -> None:
-    """Raises MissingDependencyError where HDF5 cannot be written."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"GEDI files need {error.name}", remedy="run: pip install 'canopy-height[lidar,gedi]'"
-        ) from error
-    del h5py
 
 
 def disc_heights(spec: SceneSpec, x: float, y: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -230,6 +197,8 @@ RANGE_SIGMA_M = 0.02
 BLOCK_CELLS = 256
 CLASSES = {2: "ground", 3: "low vegetation", 5: "high vegetation", 6: "building", 7: "noise", 9: "water"}
 _HIGH_M = 2.0  # vegetation from here on is class 5, below it class 3
+# Of ground, low and high vegetation, building, noise, water.
+_INTENSITY = np.array([900, 700, 600, 1200, 100, 60], np.uint16)[:, None]
 _EPOCH_S = 4.0e8  # any GPS second will do; returns of a pulse share theirs
 
 
@@ -251,18 +220,6 @@ class Returns:
     def take(self, keep: np.ndarray) -> Returns:
         """The rows of a mask or an index."""
         return Returns(**{name: getattr(self, name)[keep] for name in self.__dataclass_fields__})
-
-
-def require_laspy() -> None:
-    """Raises MissingDependencyError where LAZ cannot be written."""
-    try:
-        import laspy
-        import lazrs  # noqa: F401 - laspy finds it by itself
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"point clouds need {error.name}", remedy="run: pip install 'canopy-height[lidar,gedi]'"
-        ) from error
-    del laspy
 
 
 def blocks(bounds: tuple[float, float, float, float]) -> list[tuple[int, int]]:
@@ -384,296 +341,3 @@ def _record(  # type: ignore[no-untyped-def]
     points.gps_time = chunk.seconds
     points.intensity = np.choose(np.searchsorted([3, 5, 6, 7, 9], chunk.kind, "right"), _INTENSITY)
     return points
-
-
-_INTENSITY = np.array([900, 700, 600, 1200, 100, 60], np.uint16)[:, None]
-
-
-FILES = ("rgb.tif", "chm.tif", "points.laz", "gedi.h5", "scene.json")
-GSD_RANGE_M = (0.1, 5.0)
-MAX_SIDE_M = 10_000.0
-MAX_SIDE_PX = 20_000
-_TILE_PX = 512
-_COVER_M = 2.0
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A scene on the Earth: what stands there, its grid, and the world place (x, y) of the plane's origin."""
-
-    spec: SceneSpec
-    grid: Grid
-    origin_xy: tuple[float, float]
-
-
-def place(spec: SceneSpec, size_m: float) -> Scene:
-    """A square of about `size_m` (whole pixels) round the demo's point, in its UTM zone."""
-    crs: CRS = utm_crs(LONGITUDE, LATITUDE)
-    x, y = transformer("EPSG:4326", crs).transform(LONGITUDE, LATITUDE)
-    origin = round(x) - SPOT_XY[0], round(y) - SPOT_XY[1]
-    side, gsd = max(round(size_m / spec.gsd_m), 1), spec.gsd_m
-    # Whole pixels from the plane's origin, which is the lattice that `render` paints on.
-    col, row = round(SPOT_XY[0] / gsd) - side // 2, round(SPOT_XY[1] / gsd) + side // 2
-    corner = Affine(gsd, 0, origin[0] + col * gsd, 0, -gsd, origin[1] + row * gsd)
-    return Scene(spec, Grid.of(crs, corner, (side, side)), origin)
-
-
-def render_grid(spec: SceneSpec, grid: Grid, origin: tuple[float, float]) -> SynthTile:
-    """Render a north-up grid whose pixels are the scene's.
-
-    Args:
-        spec: the scene.
-        grid: any window of the scene's lattice, however far away.
-        origin: (x, y) of the plane's origin in the grid's CRS.
-
-    Raises:
-        InputError: the grid has other pixels than the scene.
-    """
-    west, north = grid.xy(0, 0)
-    col, row = (west - origin[0]) / spec.gsd_m, (origin[1] - north) / spec.gsd_m
-    same = all(abs(side / spec.gsd_m - 1) < 1e-9 for side in grid.pixel)
-    if not same or abs(col - round(col)) > 1e-3 or abs(row - round(row)) > 1e-3:
-        raise InputError(
-            f"grid {grid} has other pixels than the scene", expected=f"its {spec.gsd_m:g} m lattice"
-        )
-    return render(spec, round(col) * spec.gsd_m, -round(row) * spec.gsd_m, *grid.shape)
-
-
-def write_scene(
-    out_dir: str | Path,
-    seed: int = 0,
-    size_m: float = 1000.0,
-    gsd_m: float = 0.5,
-    *,
-    gedi_jitter_m: float = 0.0,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    tile_px: int = _TILE_PX,
-) -> dict[str, Any]:
-    """Write the five `FILES` of a scene into a folder, all of them or none.
-
-    rgb.tif: uint8 imagery with its acquisition date. chm.tif: true canopy height, float32 metres. points.laz:
-    classified lidar, about 8 points per square metre. gedi.h5: GEDI L2A version 2 layout. scene.json: place,
-    parameters, what was planted, and the checksums of the others. The bytes depend on seed, size, pixel
-    and jitter alone; memory depends on none of them.
-
-    Args:
-        out_dir: made if need be; files of other names in it are left alone.
-        seed: what stands where, 0 or more.
-        size_m: side of the square, metres; rounded to whole pixels.
-        gsd_m: pixel side, metres.
-        gedi_jitter_m: standard deviation, per axis, of the difference between true and reported shot place.
-        overwrite: replace files of these names.
-        tile_px: side of the tiles that are rendered at once.
-
-    Returns:
-        The content of scene.json without the list of shots.
-
-    Raises:
-        InputError: a size out of range, or files that exist; nothing was written.
-        MissingDependencyError: laspy or h5py is not installed.
-        OutputError: the folder or disk does not take the files.
-    """
-    folder, progress = Path(out_dir), progress or NoProgress()
-    _check_numbers(seed, size_m, gsd_m, gedi_jitter_m)
-    require_laspy()
-    require_h5py()
-    _check_folder(folder, overwrite)
-    scene = place(SceneSpec(seed=seed, gsd_m=gsd_m), size_m)
-    with _scratch_in(folder, scene) as scratch:
-        steps = len(list(_windows(scene.grid, tile_px)))
-        plane = _plane(scene)
-        progress.start(steps + len(blocks(plane)) + len(tracks(plane)), "synthetic scene")
-        heights = _write_rasters(scratch, scene, tile_px, progress)
-        where = scene.spec, scene.grid, scene.origin_xy, DAY
-        points = write_points(scratch / "points.laz", *where, progress)
-        gedi = write_gedi(scratch / "gedi.h5", *where, gedi_jitter_m, progress)
-        facts = _facts(scratch, scene)
-        facts["planted"] = {"trees": _count_trees(scene), **heights, "points": points, "gedi": gedi}
-        (scratch / "scene.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        _move(scratch, folder)
-    return facts | {"planted": facts["planted"] | {"gedi": {k: v for k, v in gedi.items() if k != "shots"}}}
-
-
-# --- checks -------------------------------------------------------------------------------------------
-
-
-def _check_numbers(seed: int, size_m: float, gsd_m: float, jitter_m: float) -> None:
-    if not (math.isfinite(gsd_m) and GSD_RANGE_M[0] <= gsd_m <= GSD_RANGE_M[1]):
-        raise InputError(f"pixel side {gsd_m:g} m", where="--gsd", expected="0.1 to 5 metres")
-    limit = min(MAX_SIDE_M, MAX_SIDE_PX * gsd_m)
-    if not (math.isfinite(size_m) and 0 < size_m <= limit):
-        raise InputError(
-            f"side of {size_m:g} m",
-            where="--size-m",
-            expected=f"above 0, at most {limit:g} m at {gsd_m:g} m pixels",
-        )
-    if round(size_m / gsd_m) < 1:
-        raise InputError(
-            f"side of {size_m:g} m", where="--size-m", expected=f"a pixel of {gsd_m:g} m or more"
-        )
-    if not (math.isfinite(jitter_m) and 0 <= jitter_m <= 100):
-        raise InputError(f"jitter {jitter_m:g} m", where="--gedi-jitter-m", expected="0 to 100 metres")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed {seed}", where="--seed", expected="0 to 4294967295")
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError("a file", where=folder, expected="a folder", remedy="give another --out")
-    taken = [name for name in FILES if (folder / name).exists()]
-    if taken and not overwrite:
-        raise InputError(
-            f"{', '.join(taken)} exist" if len(taken) > 1 else f"{taken[0]} exists",
-            where=folder,
-            remedy="use --overwrite to replace, or another --out",
-        )
-    if any((folder / name).is_dir() for name in taken):
-        raise InputError("folders in the place of files", where=folder)
-
-
-@contextlib.contextmanager
-def _scratch_in(folder: Path, scene: Scene) -> Iterator[Path]:
-    """A hidden folder inside `folder`; both vanish on failure, unless `folder` was there before."""
-    new = not folder.exists()
-    scratch: Path | None = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".synth.", suffix=".partial", dir=folder))
-        _check_space(scratch, scene)
-        yield scratch
-    except BaseException as error:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
-        if new:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, OSError) and not isinstance(error, OutputError):
-            reason = error.strerror or " ".join(str(error).split())
-            raise OutputError(f"the scene cannot be written ({reason})", where=folder) from error
-        raise
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _check_space(folder: Path, scene: Scene) -> None:
-    height, width = scene.grid.shape
-    pixels, area = height * width, height * width * scene.spec.gsd_m**2
-    # Both rasters raw and finished, compressed points of some seven bytes, and a little more.
-    needed = int(pixels * (3 + 4) * 2 + area * 10 * 7 + 2**24)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"{free / 1e9:.2f} GB free on the disk, {needed / 1e9:.2f} GB needed",
-            where=folder.parent,
-            remedy="make room, choose another disk, or a smaller scene",
-        )
-
-
-# --- writing ------------------------------------------------------------------------------------------
-
-
-def _plane(scene: Scene) -> tuple[float, float, float, float]:
-    """(west, south, east, north) of the scene in its plane, metres."""
-    west, south, east, north = scene.grid.bounds
-    ox, oy = scene.origin_xy
-    return west - ox, south - oy, east - ox, north - oy
-
-
-def _windows(grid: Grid, side: int) -> Iterator[tuple[int, int, int, int]]:
-    """(row, col, height, width) of the tiles, row by row."""
-    for row in range(0, grid.height, side):
-        for col in range(0, grid.width, side):
-            yield row, col, min(side, grid.height - row), min(side, grid.width - col)
-
-
-@dataclass
-class _Heights:
-    """Running facts of the height raster, exact whatever the order of the tiles."""
-
-    highest: float = 0.0
-    covered: int = 0
-    pixels: int = 0
-    # Millimetres in whole numbers: a sum of floats would depend on how the scene is cut.
-    total_mm: int = 0
-    surfaces: np.ndarray = field(default_factory=lambda: np.zeros(5, np.int64))
-
-    def add(self, tile: SynthTile) -> None:
-        self.highest = max(self.highest, float(tile.chm.max()))
-        self.covered += int((tile.chm >= _COVER_M).sum())
-        self.pixels += tile.chm.size
-        self.total_mm += int(np.rint(tile.chm.astype(np.float64) * 1000).sum())
-        self.surfaces += np.bincount(tile.surface.ravel(), minlength=5)
-
-    def facts(self) -> dict[str, Any]:
-        names = ("ground", "tree", "road", "water", "roof")
-        return {
-            "highest_m": round(self.highest, 3),
-            "mean_m": round(self.total_mm / self.pixels / 1000, 4),
-            "cover": round(self.covered / self.pixels, 6),
-            "surface_px": dict(zip(names, self.surfaces.tolist(), strict=True)),
-        }
-
-
-def _write_rasters(folder: Path, scene: Scene, tile_px: int, progress: Progress) -> dict[str, Any]:
-    """rgb.tif and chm.tif, from the same tiles."""
-    tags = {
-        "ACQUISITION_DATE": DAY.isoformat(),
-        "CANOPY_VERSION": __version__,
-        "CANOPY_SOURCE": f"synthetic scene, seed {scene.spec.seed}",
-    }
-    heights = _Heights()
-    picture = RgbWriter(folder / "rgb.tif", scene.grid, tags)
-    try:
-        with CogWriter(folder / "chm.tif", scene.grid, [BandSpec("canopy_height")], tags=tags) as chm:
-            for row, col, height, width in _windows(scene.grid, tile_px):
-                tile = render_grid(scene.spec, scene.grid.window(row, col, height, width), scene.origin_xy)
-                picture.write(tile.rgb, row, col)
-                chm.write(tile.chm[None], np.ones(tile.chm.shape, bool), row, col)
-                heights.add(tile)
-                progress.advance()
-        picture.close()
-    finally:
-        picture.abort()
-    return heights.facts()
-
-
-def _count_trees(scene: Scene, strip_m: float = 200.0) -> int:
-    """Stems inside the scene, shrubs included, counted in squares."""
-    west, south, east, north = _plane(scene)
-    xs = [*np.arange(west, east, strip_m).tolist(), east]
-    ys = [*np.arange(south, north, strip_m).tolist(), north]
-    return sum(
-        len(trees_in(scene.spec, x0, y0, x1, y1)) for y0, y1 in pairwise(ys) for x0, x1 in pairwise(xs)
-    )
-
-
-def _facts(folder: Path, scene: Scene) -> dict[str, Any]:
-    """scene.json but for what was planted."""
-    grid = scene.grid
-    lon, lat = transformer(grid.crs, "EPSG:4326").transform(*scene.origin_xy)
-    files = {}
-    for path in (folder / name for name in FILES if name != "scene.json"):
-        flush(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    return {
-        "what": "a synthetic forest made by `canopy data synth`; no real place looks like this",
-        "version": __version__,
-        "spec": asdict(scene.spec),
-        "crs": f"EPSG:{grid.crs.epsg}",
-        "bounds": list(grid.bounds),
-        "origin_xy": list(scene.origin_xy),
-        "origin_lat_lon": [round(lat, 7), round(lon, 7)],
-        "height_px": grid.height,
-        "width_px": grid.width,
-        "date": DAY.isoformat(),
-        "vertical": "metres above an arbitrary datum",
-        "points_pulse_spacing_m": PULSE_CELL_M,
-        "files": files,
-    }
-
-
-def _move(scratch: Path, folder: Path) -> None:
-    """Put the finished files in place; scene.json goes last, so that it never describes other files."""
-    (folder / "scene.json").unlink(missing_ok=True)
-    for name in FILES:
-        os.replace(scratch / name, folder / name)

@@ -265,6 +265,28 @@ def write_image(path: Path, rgb: np.ndarray, **more: Any) -> Path:
     return write_raster(path, rgb, **({"photometric": "RGB"} | more))
 
 
+def write_granule(
+    path: Path, lon: np.ndarray, lat: np.ndarray, rh_m: np.ndarray, **columns: np.ndarray
+) -> Path:
+    """A GEDI L2A granule of n shots, dealt to a full and a coverage beam; rh_m is (n, 101)."""
+    import h5py
+
+    n = len(lon)
+    values = {
+        "shot_number": np.arange(n, dtype=np.uint64) + np.uint64(196400000000000000), "lat_lowestmode": lat,
+        "lon_lowestmode": lon, "rh": rh_m.astype(np.float32), "delta_time": 1.1e8 + np.arange(n) * 0.01,
+        "quality_flag": np.ones(n, np.uint8), "degrade_flag": np.zeros(n, np.uint8),
+        "sensitivity": np.full(n, 0.97, np.float32),
+        "land_cover_data/landsat_water_persistence": np.zeros(n, np.uint8),
+        "land_cover_data/urban_proportion": np.zeros(n, np.uint8),
+    } | columns  # fmt: skip
+    with h5py.File(path, "w") as file:
+        for beam, part in (("BEAM0101", slice(0, None, 2)), ("BEAM0001", slice(1, None, 2))):
+            for name, column in values.items():
+                file[f"{beam}/{name}"] = column[part]
+    return path
+
+
 def warped_copy(source: Path, path: Path, crs: str, gsd: float) -> Path:
     """The same image in another CRS, by GDAL; 0 where there is none."""
     from rasterio.warp import Resampling, calculate_default_transform, reproject

@@ -84,3 +84,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     east = support.write_image(folder / "b.tif", right, west=support.WEST + 70, nodata=0)
     support.warped_copy(east, folder / "mixed" / "b.tif", "EPSG:3857", 0.5 / np.cos(np.radians(44.09)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def chips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of `canopy data chips`: eight held-out woods of 96 m, and four for training."""
+    folder = tmp_path_factory.mktemp("chips")
+    rows = ["id,site,kind,rgb_path,chm_path,split"]
+    for number in range(12):
+        rgb, chm = support.forest(192, 192, seed=40 + number)
+        north = support.NORTH + 1000 * number
+        support.write_image(folder / f"{number}_rgb.tif", rgb, north=north)
+        labels = chm.reshape(96, 2, 96, 2).mean(axis=(1, 3))
+        support.write_raster(folder / f"{number}_chm.tif", labels, gsd=1.0, north=north, nodata=float("nan"))
+        split = "val" if number < 8 else "train"
+        rows.append(f"w{number},s{number % 4},lidar,{number}_rgb.tif,{number}_chm.tif,{split}")
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+    words = ("--manifest", "manifest.csv", "-o", "chips", "--size-px", 192, "--json")
+    (folder / "told.json").write_text(support.run(folder, "data", "chips", *words).out)
+    return folder / "chips"

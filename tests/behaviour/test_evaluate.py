@@ -16,8 +16,8 @@ from scipy import ndimage
 from shapely.geometry import Point, box
 
 PERCENTILES = r"p\d\d_error_m|shift_m|drop"
-"""Of histograms of 1 cm in the recorded release; an exact percentile may lie half a bin or more away. The shift
-is measured by correlation, to some centimetres."""
+"""Of histograms of 1 cm in the recorded release; an exact percentile may lie half a bin or more away. The
+shift is measured by correlation, to some centimetres."""
 DISC_TOL_M = 0.02
 """Discs and plots pool the pixels whose centres they hold, or pixels by their share: both are right."""
 PROMISED = "n mae_m rmse_m bias_m r2 block_r2 nmae edge_error cover_iou_2m by_height"

@@ -1,4 +1,7 @@
-"""`canopy map`: tiles of both grids, going on after a kill, shards, a dask scheduler; always the same heights."""
+"""`canopy map`: tiles of both grids, going on after a kill, shards, a dask scheduler; equal heights always.
+
+Every start of a worker imports torch, so runs are few, and each shows several things.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ import numpy as np
 import pytest
 import rasterio
 
-TILING = ("--grid", "utm", "--zoom", 20, "--threads", 1)
+TILING = ("--grid", "utm", "--zoom", 19, "--threads", 1)
 
 
 @pytest.fixture(scope="module")
@@ -88,43 +91,29 @@ def test_planning_writes_nothing(canopy, words, tmp_path) -> None:
     assert plan["tiles"] > 3 and not list(tmp_path.iterdir())
 
 
-def test_quadkeys(canopy, words, tmp_path) -> None:
-    told = canopy(
-        *words,
-        "--grid",
-        "quadkey",
-        "--zoom",
-        18,
-        "--threads",
-        1,
-        "--encoding",
-        "uint16cm",
-        "-o",
-        "run",
-        "--json",
-    )
-    assert told.json["tiles"]["done"] > 3
-    # Warped heights, in centimetres.
-    support.check_heights("map_quadkey", heights(tmp_path / "run"), tol_m=0.03)
-    names = sorted(p.stem for p in (tmp_path / "run" / "tiles").rglob("*.tif"))
-    support.check_values("map_quadkey", {"names": names})
-
-
-def test_going_on_after_a_kill(canopy, whole, words, tmp_path) -> None:
-    program = support.program(*words, *TILING, "-o", "run")
+def test_quadkeys_and_going_on_after_a_kill(canopy, words, tmp_path) -> None:
+    tiling = ("--grid", "quadkey", "--zoom", 18, "--threads", 1, "--encoding", "uint16cm")
     running = subprocess.Popen(
-        program, cwd=tmp_path, env=support.environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        support.program(*words, *tiling, "-o", "run"), cwd=tmp_path, env=support.environment(),
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("tiles/**/*.tif")) and running.poll() is None:
-        assert time.monotonic() < deadline, "no tile within 90 s"
+        assert time.monotonic() < deadline, "no tile within 120 s"
         time.sleep(0.005)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     told = canopy("map", "-o", "run", "--resume", "-q", "--json").json
-    assert told["tiles"]["done"] == json.loads((whole / "told.json").read_text())["tiles"]["done"]
-    same_as(whole, tmp_path / "run")
+    assert told["tiles"]["done"] > 3 and not told["failures"]
+    names = sorted(p.stem for p in (tmp_path / "run" / "tiles").rglob("*.tif"))
+    support.check_values("map_quadkey", {"names": names, "tiles": told["tiles"]})
+    found = heights(tmp_path / "run")
+    support.check_heights("map_quadkey", found, tol_m=0.03)  # heights in centimetres
+    canopy("predict", *words[1:], "--crs", "quadkey", "-o", "once.tif")
+    once = support.metres(tmp_path / "once.tif")
+    if once.shape == found.shape:
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(once))
+        np.testing.assert_allclose(found, once, atol=0.015)
 
 
 def test_shards(canopy, whole, words, tmp_path) -> None:
@@ -160,24 +149,22 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.wait()
 
 
-def test_a_scheduler(canopy, whole, words, scheduler, tmp_path) -> None:
+def test_a_scheduler(canopy, whole, words, scheduler, inputs, tmp_path) -> None:
+    """And what becomes of an image with a damaged block: the sound tiles are made, the exit code is 3."""
     told = canopy(*words, *TILING, "-o", "run", "--scheduler", scheduler, "--json").json
     assert not told["failures"]
     same_as(whole, tmp_path / "run")
-
-
-def test_failed_tiles_exit_3(canopy, inputs, words, tmp_path) -> None:
-    """Of an image that is damaged in the middle the sound tiles are made; the others are in the ledger."""
+    blocks = {"tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate"}
     with rasterio.open(inputs / "wood.tif") as image:
-        support.write_image(
-            tmp_path / "cut.tif", image.read(), nodata=0, tiled=True, blockxsize=64, blockysize=64
-        )
+        support.write_image(tmp_path / "cut.tif", image.read(), nodata=0, **blocks)
     with rasterio.open(tmp_path / "cut.tif") as image:
-        offset = int(image.get_tag_item("BLOCK_OFFSET_4_3", "TIFF", bidx=1))
+        place = [image.get_tag_item(f"BLOCK_{of}_4_3", "TIFF", bidx=1) for of in ("OFFSET", "SIZE")]
     with (tmp_path / "cut.tif").open("r+b") as file:
-        file.truncate(offset)
+        file.seek(int(place[0]))
+        file.write(b"\xff" * int(place[1]))
     given = [tmp_path / "cut.tif" if word == inputs / "wood.tif" else word for word in words]
-    told = canopy(*given, *TILING, "--attempts", 1, "-o", "run", "--json", code=3).json
+    bad = (*TILING, "--attempts", 1, "--scheduler", scheduler, "-o", "bad", "--json")
+    told = canopy(*given, *bad, code=3).json
     assert told["tiles"]["failed"] >= 1 and told["tiles"]["done"] >= 1 and told["failures"]
     support.check_keys("map_failed", told)
 

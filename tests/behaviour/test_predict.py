@@ -15,6 +15,7 @@ from shapely.geometry import MultiPolygon, box
 
 EAST, SOUTH = support.WEST + 150, support.NORTH - 120
 WARPED_TOL_M = 0.02
+TIFF = "image/tiff; application=geotiff"
 
 
 @pytest.fixture
@@ -231,10 +232,11 @@ def test_the_demo(predict, tmp_path) -> None:
 
 def test_a_vrt_by_name(predict, inputs, tmp_path) -> None:
     (tmp_path / "a.tif").write_bytes((inputs / "wood.tif").read_bytes())
+    whole = 'xOff="0" yOff="0" xSize="300" ySize="240"'
     bands = "".join(
-        f'<VRTRasterBand dataType="Byte" band="{i}"><NoDataValue>0</NoDataValue><ColorInterp>{colour}</ColorInterp>'
-        f'<SimpleSource><SourceFilename relativeToVRT="1">a.tif</SourceFilename><SourceBand>{i}</SourceBand>'
-        f'<SrcRect xOff="0" yOff="0" xSize="300" ySize="240"/><DstRect xOff="0" yOff="0" xSize="300" ySize="240"/>'
+        f'<VRTRasterBand dataType="Byte" band="{i}"><NoDataValue>0</NoDataValue>'
+        f'<ColorInterp>{colour}</ColorInterp><SimpleSource><SourceFilename relativeToVRT="1">a.tif'
+        f"</SourceFilename><SourceBand>{i}</SourceBand><SrcRect {whole}/><DstRect {whole}/>"
         f"</SimpleSource></VRTRasterBand>"
         for i, colour in enumerate(("Red", "Green", "Blue"), 1)
     )
@@ -247,7 +249,7 @@ def test_a_vrt_by_name(predict, inputs, tmp_path) -> None:
 
 
 def test_a_catalog_of_items(predict, inputs, tmp_path) -> None:
-    """A static STAC catalog of two scenes that share the ground; the newer one is taken where both have it."""
+    """A static STAC catalog of two scenes that share ground; the newer one is taken where both have it."""
     with rasterio.open(inputs / "whole.tif") as image:
         rgb = image.read()
     links = []
@@ -262,7 +264,7 @@ def test_a_catalog_of_items(predict, inputs, tmp_path) -> None:
             "type": "Feature", "stac_version": "1.0.0", "id": name, "collection": "c", "links": [],
             "geometry": json.loads(outline.to_json())["features"][0]["geometry"],
             "bbox": list(outline.total_bounds), "properties": {"datetime": f"{day}T00:00:00Z"},
-            "assets": {"image": {"href": f"./{name}.tif", "type": "image/tiff; application=geotiff", "roles": ["data"]}},
+            "assets": {"image": {"href": f"./{name}.tif", "type": TIFF, "roles": ["data"]}},
         }  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps(item))
         links.append({"rel": "item", "href": f"./{name}.json", "type": "application/geo+json"})
@@ -313,8 +315,9 @@ def test_from_python(predict, inputs, model, tmp_path) -> None:
 
 
 def test_the_network_alone(model) -> None:
-    import canopy
     import torch
+
+    import canopy
 
     network = canopy.load_model(model)
     assert isinstance(network, canopy.HeightModel) and not network.training

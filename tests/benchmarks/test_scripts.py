@@ -27,29 +27,6 @@ def test_throughput(script, tiny_model, tmp_path, monkeypatch):
     assert ours["diff m"] is None and 0 < loop["diff m"] < loop["max m"] < 100
 
 
-def test_stages(script, tmp_path):
-    from canopy.inference.lattice import Canvas
-
-    stages, untouched = script("stages"), Canvas.add
-    image = stages.common.make_image(tmp_path / "a.tif", 300)
-    found = stages.run_case({"image": str(image), "to": str(tmp_path / "b.tif"), "model": "cheap"})
-    assert Canvas.add is untouched
-    assert all(found["stage_wall_s"][stage] > 0 for stage in stages.STAGES)
-    assert found["pixels"] == 300**2
-    rows = {row["stage"]: row for row in stages.rows_of(found)}
-    parts = sum(rows[stage]["cpu s"] for stage in stages.STAGES)
-    assert parts == pytest.approx(rows["the run"]["cpu s"], rel=0.5, abs=0.1)
-
-
-def test_time_in_another_stage_counts_there(script):
-    import time
-
-    watch = script("stages").Stopwatch()
-    inner = watch.timed("read", lambda: time.sleep(0.05))
-    watch.timed("warp", lambda: (inner(), inner()))()
-    assert watch.wall_s["read"] >= 0.1 > watch.wall_s["warp"] >= 0
-
-
 def test_accuracy_on_the_pack(script, small_model, shared, tmp_path):
     pack, model = str(shared / "data"), ["--model", str(small_model), "--out", str(tmp_path)]
     script("interval_methods").main([pack, *model, "--every", "4", "--methods", "spread"])

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from canopy.calibration.discs import Footprints, read_footprints
-from canopy.calibration.gedi import KNOTS_M, correct_map, curve, fit_correction, held_out
+from canopy.calibration.gedi import Footprints, correct_map, fit_correction, held_out, read_footprints
 from canopy.errors import DataError, InputError
 from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid
@@ -102,9 +101,9 @@ def test_tall_forest_that_is_right_stays(low: float) -> None:
     rng = np.random.default_rng(0)
     heights = rng.uniform(low, 80, 400)
     places = rng.uniform(0, 2000, (400, 2))
-    made = fit_correction(Footprints(heights + rng.normal(0, 2, 400), heights[:, None], places, 98))
+    made = fit_correction(Footprints(heights + rng.normal(0, 2, 400), heights, places))
     at = np.linspace(0, 110, 56)
-    assert np.abs(made.heights(at, 1.0) - at).max() <= 0.1
+    assert np.abs(made(at) - at).max() <= 0.1
     assert made.facts["noise_m"] == pytest.approx(2.0, abs=0.3) and made.facts["outlier_share"] < 0.05
 
 
@@ -134,10 +133,10 @@ def test_standard_errors_cover_the_truth(truth: np.ndarray, tmp_path: Path) -> N
     z = []
     for seed in range(4):
         shots = make_shots(truth, tmp_path / f"{seed}.parquet", count=250, seed=10 + seed)
-        from canopy.labels.gedi import read_shots
+        from canopy.labels.shots import read_shots
 
         made = fit_correction(read_footprints(chm, read_shots(shots)))
-        z.append((made.heights(heights, 1.0) - exact) / made.errors(heights, 0.0))
+        z.append((made(heights) - exact) / made.errors(heights))
     assert np.abs(z).mean() < 2.0  # about 0.8 for perfect errors
     assert (np.abs(z) < 4).mean() > 0.9
 
@@ -148,21 +147,6 @@ def test_few_shots_barely_change_and_too_few_are_refused(tmp_path: Path, truth: 
     with pytest.raises(DataError, match="at least 20"):
         correct_map(chm, few, tmp_path / "out.tif")
     assert not (tmp_path / "out.tif").exists()
-
-
-def test_a_spatial_trend_is_followed(truth: np.ndarray, tmp_path: Path) -> None:
-    x = np.linspace(0, 1, SIDE_PX)
-    chm = make_map(truth * (0.65 + 0.3 * x), tmp_path / "map.tif")
-    shots = make_shots(truth, tmp_path / "shots.parquet", count=400)
-    correct_map(chm, shots, tmp_path / "flat.tif", spacing_m=1e6)
-    correct_map(chm, shots, tmp_path / "trend.tif", spacing_m=300)
-    error = {n: read_raster(tmp_path / f"{n}.tif", bands=[1]).values[0] - truth for n in ("flat", "trend")}
-    tall = truth > 10
-    sides = {
-        n: abs(e[:, :200][tall[:, :200]].mean()) + abs(e[:, -200:][tall[:, -200:]].mean())
-        for n, e in error.items()
-    }
-    assert sides["trend"] < 0.4 * sides["flat"]
 
 
 def test_report_on_held_out_shots(tmp_path: Path, truth: np.ndarray) -> None:
@@ -179,11 +163,6 @@ def test_report_on_held_out_shots(tmp_path: Path, truth: np.ndarray) -> None:
     assert (tmp_path / "out.gedi.png").stat().st_size > 5_000
 
 
-def test_curve_is_one_to_one_with_unit_slopes() -> None:
-    heights = np.array([0.0, 0.3, 7.0, 33.0, 49.0, 58.0])
-    np.testing.assert_allclose(curve(np.ones(len(KNOTS_M) - 1), heights), heights)
-
-
 def test_faults_are_named(tmp_path: Path, truth: np.ndarray) -> None:
     chm = make_map(truth, tmp_path / "map.tif")
     shots = make_shots(truth, tmp_path / "shots.parquet", count=30)
@@ -196,48 +175,11 @@ def test_faults_are_named(tmp_path: Path, truth: np.ndarray) -> None:
 
 
 def test_held_out_needs_enough(truth: np.ndarray, tmp_path: Path) -> None:
-    from canopy.labels.gedi import read_shots
+    from canopy.labels.shots import read_shots
 
     chm = make_map(truth, tmp_path / "map.tif")
     shots = make_shots(truth, tmp_path / "shots.parquet", count=21)
     assert held_out(read_footprints(chm, read_shots(shots)))["n"] >= 0
-
-
-def test_a_smooth_but_unbiased_map_is_not_lifted(tmp_path: Path, truth: np.ndarray) -> None:
-    """Maps of a network are smoother than the canopy; their footprint gap tells that from a bias."""
-    from scipy import ndimage
-
-    from canopy.calibration.collect import Scored
-    from canopy.calibration.intervals import TAG, FootprintGap, gap_of, gaps_to_dict
-
-    smooth = ndimage.gaussian_filter(truth, 4)
-    known = [Scored("t", "s", "val", smooth[:300], np.ones_like(smooth[:300]), truth[:300])]
-    gap = gaps_to_dict(known)
-    assert set(gap) == {"95", "98"} and max(gap["98"]["gap_m"]) > 1
-    shots = make_shots(truth, tmp_path / "shots.parquet")
-    lifted = {}
-    for name, tags in (("plain", {}), ("told", {TAG: json.dumps(gap)})):
-        chm = tmp_path / f"{name}.tif"
-        write_cog(chm, Raster(smooth[None].astype(np.float32), np.isfinite(smooth), GRID), tags=tags)
-        correct_map(chm, shots, tmp_path / f"{name}_out.tif")
-        lifted[name] = float((read_raster(tmp_path / f"{name}_out.tif", bands=[1]).values[0] - truth).mean())
-    assert abs(lifted["told"]) < 0.3 < 1.0 < lifted["plain"]
-    made = gap_of({TAG: json.dumps(gap)}, 98)
-    assert isinstance(made, FootprintGap) and gap_of({}, 98) is None
-    assert (np.diff(made.expected(np.linspace(0, 60, 200))) >= -1e-9).all()
-    with pytest.raises(DataError, match="footprint gap"):
-        gap_of({TAG: "[1"}, 98)
-
-
-def test_held_out_scores_the_estimator_that_is_written() -> None:
-    """Nothing is wrong, so nothing is changed: neither by the correction nor in what is told of it."""
-    rng = np.random.default_rng(3)
-    heights, places = rng.uniform(5, 30, 100), rng.uniform(0, 2000, (100, 2))
-    shots = Footprints(heights + rng.normal(0, 2, 100), heights[:, None], places, 98)
-    made = fit_correction(shots, spacing_m=500)
-    assert made.trend.values.shape == (5, 5) and not made.trend.values.any()
-    scores = held_out(shots, spacing_m=500)
-    assert scores["spline"] == scores["usual"] == scores["before"]
 
 
 def test_the_scalars_error_knows_that_neighbours_are_wrong_together() -> None:
@@ -250,8 +192,7 @@ def test_the_scalars_error_knows_that_neighbours_are_wrong_together() -> None:
         mapped = rng.uniform(5, 30, 400)
         seen = mapped * rng.normal(1, 0.15, 40)[cluster] + rng.normal(0, 1, 400)
         places = centre[cluster] + rng.uniform(0, 50, (400, 2))
-        made = fit_correction(Footprints(seen, mapped[:, None], places, 98), "scalar")
-        assert np.isfinite(made.trend.origin_m).all()
+        made = fit_correction(Footprints(seen, mapped, places), "scalar")
         factors.append(made.facts["factor"])
         errors.append(made.facts["factor_se"])
     assert np.mean(errors) == pytest.approx(np.std(factors, ddof=1), rel=0.3)

@@ -223,7 +223,7 @@ def test_bad_calls_write_nothing(canopy, chips: Path, model_file: Path, calibrat
 
 
 def test_gedi_from_scene_to_corrected_map(canopy, tmp_path: Path) -> None:
-    from canopy.synth.sensors import write_scene
+    from canopy.synth.scene import write_scene
 
     write_scene(tmp_path / "scene", 3, 420.0, 1.0, gedi_jitter_m=10.0)
     ran = canopy("data", "gedi", tmp_path / "scene" / "gedi.h5", "-o", "shots.parquet", "--filter", "loose")

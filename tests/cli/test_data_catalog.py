@@ -81,7 +81,7 @@ def test_too_much_is_asked_about_and_bad_input_writes_nothing(canopy, neon, tmp_
         (("neon", "--bbox", "142.5,-72.17", "--size-m", "300"), "latitude"),
         (("neon", "--site", "HARW"), "did you mean HARV"),
         (("france-lidar-hd", "--site", "HARV", *HERE), "sites are NEON's. Leave --site out"),
-        (("sao-paulo", "--match", "3314", "--datetime", "2017"), "Leave --datetime out"),
+        (("sao-paulo", "--match", "3314"), "is found by area; expected --bbox"),
     ):
         ran = canopy("data", "get", *words, "-o", "out")
         assert ran.code == 2 and message in ran.error_line and "Traceback" not in ran.err

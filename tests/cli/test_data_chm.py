@@ -27,10 +27,16 @@ def cloud(tmp_path) -> Path:
     return lidar_files.write_cloud(tmp_path / "c.laz", x, y, z, np.where(tree, 5, 2))
 
 
-def raster(path: Path, value: float | np.ndarray, crs: str | None = UTM, west: float = WEST) -> Path:
+def raster(
+    path: Path,
+    value: float | np.ndarray,
+    crs: str | None = UTM,
+    west: float = WEST,
+    nodata: float | None = -9999,
+) -> Path:
     pixels = np.broadcast_to(np.float32(value), (1, 20, 30)).astype(np.float32)
     with rasterio.open(
-        path, "w", driver="GTiff", count=1, dtype="float32", height=20, width=30, crs=crs, nodata=-9999,
+        path, "w", driver="GTiff", count=1, dtype="float32", height=20, width=30, crs=crs, nodata=nodata,
         transform=rasterio.Affine(1, 0, west, 0, -1, SOUTH + 20),
     ) as dataset:  # fmt: skip
         dataset.write(pixels)
@@ -126,3 +132,34 @@ def test_json_stays_clean_when_the_cloth_library_talks(tmp_path, capfd):
 def test_help_has_examples(canopy):
     ran = canopy("data", "chm", "--help")
     assert ran.code == 0 and "canopy data chm tile1.laz" in ran.out and "--pit-width-m" in ran.out
+
+
+@pytest.mark.parametrize("fill", [-9999.0, float(np.finfo(np.float32).min), 32767.0])
+def test_undeclared_nodata_in_both_is_no_terrain_of_0_m(canopy, heights, tmp_path, fill):
+    top, ground = np.full((20, 30), 112.0, np.float32), np.full((20, 30), 100.0, np.float32)
+    top[:, :10] = ground[:, :10] = fill
+    ground[0, 20] = fill  # and in one of them
+    dsm, dtm = (
+        raster(tmp_path / "dsm.tif", top, nodata=None),
+        raster(tmp_path / "dtm.tif", ground, nodata=None),
+    )
+    assert canopy("data", "chm", "--dsm", dsm, "--dtm", dtm, "-o", "o.tif").code == 0
+    height = heights(tmp_path / "o.tif")
+    assert np.isnan(height[:, :10]).all() and np.isnan(height[0, 20]) and height[5, 20] == 12
+
+
+def test_zero_in_both_is_told(canopy, tmp_path):
+    top, ground = np.full((20, 30), 112.0, np.float32), np.full((20, 30), 100.0, np.float32)
+    top[:, :10] = ground[:, :10] = 0
+    dsm, dtm = raster(tmp_path / "dsm.tif", top), raster(tmp_path / "dtm.tif", ground)
+    ran = canopy("data", "chm", "--dsm", dsm, "--dtm", dtm, "-o", "o.tif")
+    assert ran.code == 0 and "both exactly 0 m in 33%" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("EPSG:32617+5703", "EPSG:32617+5773"), ("EPSG:4979", "EPSG:4326+5773")]
+)
+def test_two_vertical_datums_are_refused(canopy, tmp_path, one, other):
+    dsm, dtm = raster(tmp_path / "dsm.tif", 112.0, crs=one), raster(tmp_path / "dtm.tif", 100.0, crs=other)
+    ran = canopy("data", "chm", "--dsm", dsm, "--dtm", dtm, "-o", "o.tif")
+    assert ran.code == 2 and "same vertical datum" in ran.error_line and not (tmp_path / "o.tif").exists()

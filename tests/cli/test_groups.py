@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from canopy.cli.options import RegionOptions, takes_groups
+from canopy.cli.options import takes_groups
 from canopy.inference.options import OneMapOptions, PredictOptions
-from canopy.region.plan import RegionSettings
+from canopy.region.options import PINNED, MapOptions
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,7 @@ def test_a_pydantic_model_is_a_group_with_its_help_and_its_kinds() -> None:
     assert run(app, ["--gsd", "wide"]).exit_code == 2
 
 
-def test_a_regions_options_are_those_of_its_settings() -> None:
-    """An option that is added must be known to the settings that it is poured into, with its default."""
-    region = {name: field.default for name, field in RegionSettings.model_fields.items()}
-    for name, field in PredictOptions.model_fields.items():
-        assert region[name] == field.default, name
-    for field in fields(RegionOptions):
-        if field.name != "out":
-            assert region[field.name] == field.default, field.name
+def test_what_a_region_pins_are_its_options() -> None:
+    assert set(PINNED) <= set(MapOptions.model_fields)
+    changed = {name for name in PredictOptions.model_fields if name in MapOptions.__annotations__}
+    assert changed == {"crs"}  # which --grid utm has in another sense

@@ -94,7 +94,7 @@ def test_all_manifests_are_strict_and_complete():
     for name in NAMES:
         made = benchmark(name)
         assert all(leak.source for leak in made.leakage) and all(p.source for p in made.published)
-        for ours in ("default", "canopy-small-v2"):
+        for ours in ("default", "canopy-small-v3"):
             assert all(made.leak_of((ours,), group) is not None for group in made.groups)
     assert benchmark("neon-test").leak_of(("v2",), "all").seen == "yes"
     assert benchmark("california").leak_of(("v2",), "all").seen == "yes"

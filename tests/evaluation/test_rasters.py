@@ -290,7 +290,7 @@ def test_several_references_are_pooled_and_named(write: Callable[..., Path]) -> 
     for name in ("n", "mae_m", "rmse_m", "r2", "cover_iou_2m"):
         assert result.overall[name].value == pytest.approx(whole.overall[name].value, rel=1e-9)
     assert result.overall.n == sum(s.scores.n for s in result.strata)
-    assert set(result.blocks.site) == {0, 1}
+    assert set(result.blocks.site) == {"a", "b"}
 
 
 def test_what_cannot_be_scored(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_real_lidar_before_and_after_its_pits_were_filled(shared: Path) -> None:
     maps, references = ([folder / kind / name for name in names] for kind in ("chm_raw", "chm"))
     result = canopy.evaluate(maps[0], references[0], by=("height",), replicates=100)
     # Filling pits raises heights and nothing else: the raw model lies below, and in the same place.
-    assert result.overall.n > 50_000
+    assert result.overall.n > 40_000
     assert -3 < result.overall["bias_m"].value < 0
     assert result.overall["r"].value > 0.6
     assert result.shift.length_m < 0.3
@@ -332,7 +332,7 @@ def test_real_lidar_before_and_after_its_pits_were_filled(shared: Path) -> None:
 def test_reads_small_windows_and_tells_its_progress(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from canopy.evaluation.maps import HeightSide
+    from canopy.evaluation.maps import HeightMap
 
     class Counted:
         total = done = 0
@@ -344,14 +344,14 @@ def test_reads_small_windows_and_tells_its_progress(
             self.done += steps
 
     largest = 0
-    read = HeightSide.read
+    read = HeightMap.read
 
-    def watched(self: HeightSide, grid: canopy.Grid, stat: str) -> tuple[np.ndarray, np.ndarray]:
+    def watched(self: HeightMap, grid: canopy.Grid, **options: object) -> object:
         nonlocal largest
         largest = max(largest, *grid.shape)
-        return read(self, grid, stat)
+        return read(self, grid, **options)
 
-    monkeypatch.setattr(HeightSide, "read", watched)
+    monkeypatch.setattr(HeightMap, "read", watched)
     monkeypatch.setattr(rasters, "WINDOW_PX", 50)
     progress = Counted()
     paths = write("m.tif", predicted()), write("r.tif", REFERENCE)

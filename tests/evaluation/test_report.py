@@ -7,12 +7,12 @@ import io
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas
 import pytest
 
 from canopy.evaluation import figures
 from canopy.evaluation.evaluate import evaluate
-from canopy.evaluation.report import Page, cell_text, label, ranked, report, strip, write_report
-from canopy.evaluation.scores import Samples
+from canopy.evaluation.report import Page, cell_text, evaluation_page, label, ranked, strip, write_results
 
 
 class Checked(HTMLParser):
@@ -59,7 +59,7 @@ def judged(tmp_path_factory, forest):
 
 
 def test_the_page_is_whole_and_needs_nothing_else(judged, tmp_path):
-    write_report(judged, tmp_path)
+    write_results(judged, tmp_path)
     text = (tmp_path / "report.html").read_text()
     page = Checked(text)
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
@@ -94,11 +94,14 @@ def test_blocks_are_ranked_and_cut_out_of_the_picture(judged):
 
 def test_samples_get_a_map_of_points(judged):
     rng = np.random.default_rng(0)
-    points = Samples(
-        -75 + rng.random(50) / 10, 44 + rng.random(50) / 10, rng.random(50) * 30, rng.random(50) * 30
-    )
+    points = pandas.DataFrame(
+        {
+            "lon": -75 + rng.random(50) / 10, "lat": 44 + rng.random(50) / 10,
+            "reference_m": rng.random(50) * 30, "map_m": rng.random(50) * 30,
+        }
+    )  # fmt: skip
     made = dataclasses.replace(judged, kind="gedi", samples=points, previews=())
-    assert "Map of sample errors" in report(made)
+    assert "Map of sample errors" in evaluation_page(made).html()
 
 
 def test_both_sides_share_one_scale():
@@ -123,9 +126,8 @@ def test_pictures_of_nothing_are_drawn_too():
 
 
 def test_page_escapes_what_files_are_called():
-    page = Page("<b>x</b>", 'a "lead" & more')
+    page = Page("<b>x</b>", "so <i>", 'a "lead" & more', ["<i>"])
     page.table(["a", "b"], [["<script>", None], ["n", 12345]])
-    page.notes(["<i>"])
     text = page.html()
     Checked(text)
     assert "<script>" not in text and "&lt;script&gt;" in text and "12,345" in text

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from canopy.errors import InputError
-from canopy.evaluation.maps import HeightSide, read_stat
+from canopy.evaluation.grids import read_on
+from canopy.evaluation.maps import open_heights
 from canopy.geo.grid import Grid
 from canopy.metrics import percent_of
 
@@ -53,8 +54,9 @@ def test_mean_is_exactly_area_weighted(write: Callable[..., Path], size: float, 
     values = rng.gamma(2, 5, (26, 31)).astype(np.float32)
     values[rng.random(values.shape) < 0.25] = np.nan
     grid = Grid.of(UTM, (size, 0, WEST + dx, 0, -size, NORTH - dy), (9, 8))
-    with HeightSide.open(write("a.tif", values, gsd=0.6)) as side:
-        got, valid = read_stat(side.product, grid, "mean")
+    with open_heights(write("a.tif", values, gsd=0.6)) as side:
+        found = read_on(side, grid, "mean")
+    got, valid = found.height_m, found.valid
     expected, ok = loop_mean(values, 0.6, grid)
     np.testing.assert_array_equal(valid, ok)
     np.testing.assert_allclose(got[ok], expected[ok], rtol=1e-6)
@@ -68,27 +70,27 @@ def test_highest_and_percentile_take_the_pixels_of_an_aligned_grid(write: Callab
     grid = Grid.of(UTM, (3.0, 0, WEST, 0, -3.0, NORTH), (8, 8))
     cells = values.reshape(8, 3, 8, 3).swapaxes(1, 2).reshape(8, 8, 9)
     enough = np.isfinite(cells).sum(-1) >= 4.5
-    with HeightSide.open(write("a.tif", values)) as side:
-        highest, valid = read_stat(side.product, grid, "max")
-        p95, _ = read_stat(side.product, grid, "p95")
+    with open_heights(write("a.tif", values)) as side:
+        found, p95 = read_on(side, grid, "max"), read_on(side, grid, "p95").height_m
+    highest, valid = found.height_m, found.valid
     np.testing.assert_array_equal(valid, enough)
     np.testing.assert_allclose(highest[enough], np.nanmax(cells[enough], -1), rtol=1e-6)
     np.testing.assert_allclose(p95[enough], np.nanpercentile(cells[enough], 95, axis=-1), rtol=1e-6)
 
 
 def test_parts_do_not_show(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from canopy.evaluation import maps as resample
+    from canopy.evaluation import grids as resample
 
     values = np.random.default_rng(2).gamma(2, 5, (60, 70)).astype(np.float32)
     grid = Grid.of(UTM, (1.7, 0, WEST - 3, 0, -1.7, NORTH + 5), (40, 44))
-    with HeightSide.open(write("a.tif", values)) as side:
+    with open_heights(write("a.tif", values)) as side:
         for stat in ("mean", "max"):
-            whole, ok = read_stat(side.product, grid, stat)
+            whole = read_on(side, grid, stat)
             monkeypatch.setattr(resample, "_SOURCE_PX", 20)
-            parts, ok_parts = read_stat(side.product, grid, stat)
+            parts = read_on(side, grid, stat)
             monkeypatch.undo()
-            np.testing.assert_array_equal(ok, ok_parts)
-            np.testing.assert_allclose(whole, parts, atol=1e-9)
+            np.testing.assert_array_equal(whole.valid, parts.valid)
+            np.testing.assert_allclose(whole.height_m, parts.height_m, atol=1e-9)
 
 
 @pytest.mark.parametrize("bad", ["median", "p101", "p", "95", ""])

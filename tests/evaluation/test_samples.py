@@ -207,3 +207,57 @@ def test_sample_blocks_are_large_but_enough() -> None:
     few = block_samples(lon[:30], lat[:30], 200.0)
     assert few.side_m == 200
     assert len(few.number) == 30
+
+
+@pytest.mark.parametrize(("separator", "decimal"), [(",", "."), (";", ","), (";", "."), ("\t", ".")])
+def test_tables_as_spreadsheets_write_them(
+    write: Callable[..., Path], tmp_path: Path, separator: str, decimal: str
+) -> None:
+    """Any delimiter, decimal commas, a byte-order mark, gaps and -9999; what is dropped is counted aloud."""
+    x, y = places(20, seed=3)
+    lon, lat = Transformer.from_crs(UTM, "EPSG:4326", always_xy=True).transform(x, y)
+    height = np.array([disc(a, b, 10).mean() for a, b in zip(x, y, strict=True)])
+    height[3], height[4] = -9999, np.nan
+    table = pandas.DataFrame({"Lon": lon, "Lat": lat, "height": height, "site": "a"})
+    path = tmp_path / "plots.csv"
+    table.to_csv(path, sep=separator, decimal=decimal, index=False, encoding="utf-8-sig")
+    result = canopy.evaluate(write("m.tif", MAP), path, by=("site",), replicates=0)
+    assert result.kind == "plots" and result.overall.n == 18
+    assert result.overall["mae_m"].value < 1e-3
+    assert result.provenance["samples"] == {"in_file": 20, "with_height": 18, "scored": 18}
+    assert any(note.startswith("1 of 20 rows have an impossible height") for note in result.notes)
+    assert any(note.startswith("1 of 20 rows have no number in the column 'height'") for note in result.notes)
+
+
+def test_metres_in_lon_are_told(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "plots.csv").write_text(f"lon;lat;height\n{WEST};{NORTH};3\n")
+    with pytest.raises(DataError, match=r"lon up to 400000.*expected degrees"):
+        canopy.evaluate(write("m.tif", MAP), tmp_path / "plots.csv")
+
+
+def test_plots_of_several_layers_are_asked_for(write: Callable[..., Path], tmp_path: Path) -> None:
+    x, y = places(12, seed=5)
+    for layer, add in (("old", 5.0), ("new", 0.0)):
+        means = [disc(a, b, 10).mean() + add for a, b in zip(x, y, strict=True)]
+        frame = geopandas.GeoDataFrame({"height": means}, geometry=geopandas.points_from_xy(x, y), crs=UTM)
+        frame.to_file(tmp_path / "plots.gpkg", layer=layer)
+    with pytest.raises(InputError, match=r"2 layers \(old, new\).*--layer"):
+        canopy.evaluate(write("m.tif", MAP), tmp_path / "plots.gpkg")
+    for layer, bias in (("old", -5), ("new", 0)):
+        result = canopy.evaluate(write("m.tif", MAP), tmp_path / "plots.gpkg", layer=layer, replicates=0)
+        assert result.overall["bias_m"].value == pytest.approx(bias, abs=1e-3)
+    direct = canopy.evaluate(write("m.tif", MAP), frame, replicates=0)
+    assert direct.kind == "plots" and direct.overall["mae_m"].value < 1e-3
+
+
+def test_many_shots_are_pooled_as_few_are(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Shots of many windows of a map: each gets what it gets alone."""
+    from canopy.evaluation import samples
+    from canopy.evaluation.maps import open_heights
+
+    path, *_ = shots(tmp_path / "shots.csv", 120)
+    chosen = samples.load_gedi(path)
+    with open_heights(write("m.tif", MAP)) as heights:
+        whole = samples.pool_map(heights, chosen, "p98")
+    expected = [np.percentile(disc(a, b, 12.5), 98) for a, b in zip(*places(120), strict=True)]
+    np.testing.assert_allclose(whole, expected, atol=1e-3)

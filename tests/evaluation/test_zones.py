@@ -8,9 +8,10 @@ import pytest
 import shapely
 from pyproj import Transformer
 
-from canopy.errors import InputError
+from canopy.errors import ConfigError, InputError
 from canopy.evaluation import zones
-from canopy.evaluation.zones import ZoneOptions, coverage, zone_stats
+from canopy.evaluation.zones import coverage
+from canopy.evaluation.zones import stats as zone_stats
 from canopy.geo.grid import Grid
 
 WEST, NORTH, UTM = 500_000.0, 4_882_000.0, "EPSG:32618"
@@ -133,16 +134,70 @@ def test_bad_input_is_said_and_nothing_written(write_map, forest, tmp_path):
     path, zone = write_map("map.tif", forest(40)), save(tmp_path, [box(0, 0, 10, 10)])
     points = save(tmp_path, [shapely.Point(WEST, NORTH)], name="points.gpkg")
     for zones_file, out, options, words in (
-        (tmp_path / "no.gpkg", "a.csv", ZoneOptions(), "no such file"),
-        (points, "a.csv", ZoneOptions(), "no polygons"),
-        (zone, "a.xlsx", ZoneOptions(), "not a table's name"),
-        (zone, "no/a.csv", ZoneOptions(), "no such folder"),
-        (zone, "a.csv", ZoneOptions(percentiles=(101,)), "--percentiles"),
-        (zone, "a.csv", ZoneOptions(above_m=(-1,)), "--above"),
+        (tmp_path / "no.gpkg", "a.csv", {}, "no such file"),
+        (points, "a.csv", {}, "no polygons"),
+        (zone, "a.xlsx", {}, "does not end in .csv or .parquet"),
+        (zone, "no/a.csv", {}, "no such directory"),
+        (zone, "a.csv", {"percentiles": (101,)}, "--percentiles"),
+        (zone, "a.csv", {"above_m": (-1,)}, "--above"),
     ):
         with pytest.raises(InputError, match=words):
-            zone_stats(path, zones_file, tmp_path / out, options)
+            zone_stats(path, zones_file, tmp_path / out, **options)
     assert not list(tmp_path.glob("*.csv"))
     (tmp_path / "a.csv").write_text("mine")
     with pytest.raises(InputError, match="exists already"):
         zone_stats(path, zone, tmp_path / "a.csv")
+
+
+def test_statistics_equal_one_call_of_exactextract(write_map, forest, tmp_path):
+    """Crooked polygons over holes, with pixel areas as weights."""
+    from exactextract import exact_extract
+    from exactextract.raster import NumPyRasterSource
+
+    heights = forest(160, 6)
+    heights[60:70, 20:90] = np.nan
+    rng = np.random.default_rng(0)
+    shapes = [shapely.Point(WEST + x, NORTH - y).buffer(r) for x, y, r in rng.uniform(20, 60, (6, 3))]
+    table = zone_stats(write_map("map.tif", heights), save(tmp_path, shapes))
+    frame = geopandas.GeoDataFrame({"i": range(6)}, geometry=shapes, crs=UTM)
+    source = NumPyRasterSource(heights, WEST, NORTH - 160, WEST + 160, NORTH, srs_wkt=frame.crs.to_wkt())
+    found = exact_extract(source, frame, ["mean", "stdev", "min", "max", "quantile(q=0.75)"], output="pandas")
+    np.testing.assert_allclose(table["mean_m"], found["mean"], rtol=1e-6)
+    np.testing.assert_allclose(table["std_m"], found["stdev"], rtol=1e-6)
+    np.testing.assert_allclose(table[["min_m", "max_m"]], found[["min", "max"]], rtol=1e-6)
+    np.testing.assert_allclose(table["p75_m"], found["quantile_75"], atol=0.02)
+
+
+def test_zones_of_an_earlier_run_keep_their_columns(write_map, forest, tmp_path):
+    path, zone = write_map("map.tif", forest(40)), save(tmp_path, [box(0, 0, 10, 10)], stand=["x"])
+    for run in range(1, 4):
+        out = tmp_path / f"{run}.parquet"
+        table = zone_stats(path, zone, out)
+        assert table.columns.is_unique and len(table.columns) == 2 + 19 * run
+        zone = out
+    assert {"mean_m", "mean_m_zone", "mean_m_zone2"} <= set(geopandas.read_parquet(zone).columns)
+
+
+def test_frames_arrays_and_what_must_be_known(write_map, forest):
+    import rioxarray
+
+    heights = forest(60)
+    heights[:10] = -9999
+    path = write_map("map.tif", heights, nodata=None)
+    frame = geopandas.GeoDataFrame({"stand": ["x"]}, geometry=[box(0, 0, 30, 30)], crs=UTM)
+    table = zone_stats(rioxarray.open_rasterio(path), frame, percentiles=(50,), above_m=(2,))
+    assert isinstance(table, geopandas.GeoDataFrame) and table.crs == UTM
+    assert table.n[0] == 600 and table.mean_m[0] == pytest.approx(heights[10:30, :30].mean(dtype=float))
+    assert any("impossible heights" in note for note in table.attrs["notes"])
+    with pytest.raises(ConfigError, match="did you mean 'percentiles'"):
+        zone_stats(path, frame, percentile=(50,))
+
+
+def test_an_input_is_never_written_over(write_map, forest, tmp_path):
+    path, zone = write_map("map.tif", forest(40)), save(tmp_path, [box(0, 0, 10, 10)])
+    table = tmp_path / "z.parquet"
+    geopandas.read_file(zone).to_parquet(table)
+    before = table.read_bytes()
+    with pytest.raises(InputError, match="is one of the inputs"):
+        zone_stats(path, table, table, overwrite=True)
+    assert table.read_bytes() == before

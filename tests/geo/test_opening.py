@@ -15,7 +15,8 @@ from affine import Affine
 from canopy.download import RetryPolicy, gdal_options, use_policy
 from canopy.errors import ImageryError
 from canopy.files import public_name
-from canopy.geo.reading import SourcePlace, open_raster, raster_env
+from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster, raster_env, read_window
 
 NORTH_UP = Affine(1, 0, 500_000, 0, -1, 4_000_000)
 IMAGE = np.full((1, 20, 20), 5, dtype="uint8")
@@ -82,31 +83,39 @@ def test_a_vrt_in_a_tif_is_refused_and_one_beside_its_files_opens(make_tif, tmp_
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "message"),
     [
-        _vrt("../a.tif"),
-        _vrt("/etc/hostname", 0),
-        _vrt("/vsizip/x.zip/a.tif", 0),
-        _vrt("GTIFF_DIR:1:a.tif", 0),
-        _vrt("&lt;VRTDataset/&gt;", 0),
-        _vrt("http://host/more.vrt", 0),
-        _vrt("loop.vrt"),
-        _vrt("a.tif", extra="<PixelFunctionCode>import os</PixelFunctionCode>"),
-        _vrt("a.tif").replace("<VRTRasterBand ", '<VRTRasterBand subClass="VRTRawRasterBand" '),
-        '<!DOCTYPE x [<!ENTITY a "b">]>' + _vrt("&a;"),
-        "<VRTDataset>",
-        "<Other/>",
+        (_vrt("none.tif"), "not there"),
+        (_vrt("/nowhere/a.tif", 0), "not there"),
+        (_vrt("/vsizip/x.zip/a.tif", 0), "virtual path"),
+        (_vrt("GTIFF_DIR:1:a.tif", 0), "GTIFF_DIR"),
+        (_vrt("&lt;VRTDataset/&gt;", 0), "inline XML"),
+        (_vrt("a.tif").replace("<VRTRasterBand ", '<VRTRasterBand subClass="VRTRawRasterBand" '), ""),
+        ("<VRTDataset>", "readable VRT"),
+        ("<Other/>", "readable"),
     ],
 )
-def test_vrts_that_reach_out_or_run_code(make_tif, tmp_path, text):
-    folder = tmp_path / "inner"
-    folder.mkdir()
+def test_vrts_with_sources_that_are_no_files(make_tif, tmp_path, text, message):
     make_tif(IMAGE, NORTH_UP, name="a.tif")
-    make_tif(IMAGE, NORTH_UP, name="inner/a.tif")
-    path = folder / "loop.vrt"
+    path = tmp_path / "some.vrt"
     path.write_text(text)
-    with pytest.raises(ImageryError, match=r"loop\.vrt"):
+    with pytest.raises(ImageryError, match=rf"some\.vrt.*{message}"):
         open_raster(path)
+
+
+def test_a_vrt_of_itself_and_one_with_code_give_no_pixels(make_tif, tmp_path):
+    make_tif(IMAGE, NORTH_UP, name="a.tif")
+    path = tmp_path / "loop.vrt"
+    code = _vrt("a.tif").replace("<VRTRasterBand ", '<VRTRasterBand subClass="VRTDerivedRasterBand" ')
+    code = code.replace(
+        "<SimpleSource>",
+        "<PixelFunctionType>f</PixelFunctionType><PixelFunctionLanguage>Python</PixelFunctionLanguage>"
+        "<PixelFunctionCode>def f(*a, **k): open('touched', 'w')</PixelFunctionCode><SimpleSource>",
+    )
+    for text in (_vrt("loop.vrt"), code):
+        path.write_text(text)
+        with pytest.raises(ImageryError, match=r"loop\.vrt"), open_raster(path) as ds:
+            read_window(ds, SourcePlace.of(ds).grid(), [1])
 
 
 def test_no_georeferencing_is_said(tmp_path):

@@ -11,9 +11,11 @@ from affine import Affine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rasterio.enums import ColorInterp
+from shapely.geometry import box
 
 from canopy.errors import ImageryError, InputError
 from canopy.geo.area import AOI
+from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid
 from canopy.geo.reading import open_raster, read_window
 
@@ -136,7 +138,7 @@ def test_shrinking_removes_what_it_cannot_show(make_tif):
     assert valid.all() and np.abs(got - 127.5).max() < 8
 
 
-@pytest.mark.parametrize("resampling", ["cubic", "bilinear", "nearest", "average"])
+@pytest.mark.parametrize("resampling", [None, "bilinear", "nearest"])
 def test_resampling_on_request(make_tif, resampling):
     path = make_tif(sampled(NORTH_UP, (200, 200)), NORTH_UP)
     grid = Grid.from_bounds((ORIGIN[0] + 20.3, ORIGIN[1] - 99, ORIGIN[0] + 99, ORIGIN[1] - 20), 32610, 0.7)
@@ -146,29 +148,11 @@ def test_resampling_on_request(make_tif, resampling):
             read_window(ds, grid, [1], resampling="lanczos")
     worst = np.abs(got[0] - expected_on(grid)).max()
     assert valid.all()
-    assert worst < {"cubic": 0.002, "bilinear": 0.02, "average": 0.02, "nearest": 0.7}[resampling]
-
-
-def test_cubic_agrees_with_gdal(make_tif, rng):
-    values = rng.uniform(0, 100, (1, 80, 80)).astype("float32")
-    grid = Grid.of(32610, Affine(1, 0, ORIGIN[0] + 20.37, 0, -1, ORIGIN[1] - 20.81), (40, 40))
-    reference = np.zeros(grid.shape, dtype="float32")
-    rasterio.warp.reproject(
-        values[0],
-        reference,
-        src_transform=NORTH_UP,
-        src_crs="EPSG:32610",
-        dst_transform=grid.transform,
-        dst_crs="EPSG:32610",
-        resampling=rasterio.warp.Resampling.cubic,
-    )
-    with open_raster(make_tif(values, NORTH_UP)) as ds:
-        got, _ = read_window(ds, grid, [1], resampling="cubic")
-    assert np.allclose(got[0], reference, atol=1e-3)
+    assert worst < (0.7 if resampling == "nearest" else 0.02)
 
 
 # ---- independence of the window -----------------------------------------------------------------
-@pytest.mark.parametrize("resampling", [None, "cubic"])
+@pytest.mark.parametrize("resampling", [None, "nearest"])
 @pytest.mark.parametrize(
     ("crs", "pixel"), [("EPSG:32611", 0.8), ("EPSG:32610", 2.7), ("EPSG:3857", 5.1), ("EPSG:4326", 7e-6)]
 )
@@ -190,24 +174,12 @@ def test_a_pixel_does_not_depend_on_its_window(make_tif, rng, resampling, crs, p
             assert np.array_equal(got[:, :h, :w], whole[:, r : r + h, c : c + w])
 
 
-def test_large_windows_are_worked_in_chunks_with_the_same_result(make_tif, rng, monkeypatch):
-    from canopy.geo import reading as warp
-
-    values = rng.uniform(0, 50, (1, 300, 300)).astype("float32")
-    grid = Grid.from_bounds((ORIGIN[0], ORIGIN[1] - 300, ORIGIN[0] + 300, ORIGIN[1]), 32610, 1.7)
-    with open_raster(make_tif(values, NORTH_UP)) as ds:
-        whole = read_window(ds, grid, [1])
-        monkeypatch.setattr(warp, "_chunk_px", lambda plan: 37)
-        pieces = read_window(ds, grid, [1])
-    assert np.array_equal(whole[0], pieces[0]) and np.array_equal(whole[1], pieces[1])
-
-
 # ---- validity -----------------------------------------------------------------------------------
 def test_nodata_neither_bleeds_nor_is_filled(make_tif):
     values = np.full((1, 60, 60), 10.0, dtype="float32")
     values[0, :, 30:] = -9999
     grid = Grid.from_bounds((ORIGIN[0] + 5, ORIGIN[1] - 50, ORIGIN[0] + 55, ORIGIN[1] - 5), 32610, 0.83)
-    for resampling in (None, "cubic", "nearest"):
+    for resampling in (None, "nearest"):
         with open_raster(make_tif(values, NORTH_UP, nodata=-9999)) as ds:
             got, valid = read_window(ds, grid, [1], resampling=resampling)
         assert np.allclose(got[0][valid], 10.0, atol=1e-5)
@@ -433,3 +405,58 @@ def test_jpeg_damage_that_gdal_only_logs_is_an_error(make_tif, rng):
     for _ in range(2):  # the second read may not be served from a cache of wrong pixels
         with pytest.raises(ImageryError, match=r"photo\.tif"):
             read_window(ds if not ds.closed else open_raster(path), grid, [1, 2, 3])
+
+
+# ---- against GDAL, and what it costs --------------------------------------------------------------
+@pytest.mark.parametrize(("crs", "pixel"), [("EPSG:2154", 0.6), ("EPSG:32631", 0.7), ("EPSG:3857", 0.9)])
+def test_values_are_gdals_own_bilinear_ones(rng, make_tif, crs, pixel):
+    """rasterio.warp.reproject, exact transformer, kernel of one pixel."""
+    values = rng.uniform(0, 100, (2, 700, 700)).astype("float32")
+    source = Affine(0.8, 0, 500_000, 0, -0.8, 5_000_000)
+    move = pyproj.Transformer.from_crs(32631, crs, always_xy=True)
+    x, y = move.transform(500_070, 4_999_930)
+    grid = Grid.from_bounds((x, y - 350, x + 350, y), crs, pixel)
+    reference = np.full((2, *grid.shape), np.nan, dtype="float32")
+    rasterio.warp.reproject(
+        values,
+        reference,
+        src_transform=source,
+        src_crs="EPSG:32631",
+        dst_transform=grid.transform,
+        dst_crs=crs,
+        dst_nodata=np.nan,
+        resampling=rasterio.warp.Resampling.bilinear,
+        XSCALE="1",
+        YSCALE="1",
+    )
+    with open_raster(make_tif(values, source, "EPSG:32631")) as ds:
+        got, valid = read_window(ds, grid, [1, 2])
+    both = valid & np.isfinite(reference[0])
+    assert both.mean() > 0.9 and (valid != np.isfinite(reference[0])).sum() <= 4
+    # White noise changes by up to 100 a pixel: 0.01 px, what the affine may be off, is 1.
+    assert np.abs(got - reference)[:, both].max() < 1.0
+    assert np.abs(got - reference)[:, both].mean() < 0.1
+
+
+def test_memory_does_not_grow_with_the_shrink():
+    """A map of 250 m pixels from an image of 0.6 m (once 11 GB): at most a piece is asked for at a time."""
+    from canopy.geo.place import SourcePlace
+    from canopy.geo.warp import PIECE_PX, resample
+
+    largest = 0
+
+    def read(row, col, height, width):
+        nonlocal largest
+        largest = max(largest, height * width)
+        return np.ones((1, height, width), "uint8"), np.ones((height, width), bool)
+
+    place = SourcePlace(Affine(0.6, 0, *ORIGIN[:1], 0, -0.6, ORIGIN[1]), to_crs(32610), 9_000, 9_000)
+    for crs, pixel in ((32611, 250.0), (32610, 120.0), (32610, 601.3)):
+        west, south, east, north = (
+            AOI(box(ORIGIN[0], ORIGIN[1] - 5400, ORIGIN[0] + 5400, ORIGIN[1]), 32610)
+            .to_crs(crs)
+            .geometry.bounds
+        )
+        values, valid = resample(place, Grid.from_bounds((west, south, east, north), crs, pixel), read, 1)
+        assert valid.mean() > 0.7 and (values[0][valid] == 1).all()
+    assert 0 < largest <= PIECE_PX**2

@@ -235,7 +235,7 @@ def test_a_grey_image_in_three_bands_is_told_of(make_tif, rgb):
     assert any("grey" in note for note in open_imagery(make_tif(grey, photometric="RGB")).notes)
 
 
-def test_a_crs_for_images_without_one_is_told_where_there_is_one(make_tif, rgb):
+def test_a_crs_that_replaces_another_is_told_of(make_tif, rgb):
     path = make_tif(rgb, photometric="RGB")
     own = f"EPSG:{open_imagery(path).native_crs.epsg}"
     assert any("--input-crs" in note for note in open_imagery(path, crs="EPSG:32610").notes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import os
 import threading
 from datetime import date
 from pathlib import Path
@@ -19,7 +22,7 @@ from canopy.errors import AreaError, ImageryError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
 from canopy.imagery.base import check_coverage
-from canopy.imagery.open import open_imagery
+from canopy.imagery.open import open_imagery, open_pinned
 
 UTM = "EPSG:32619"
 WEST, NORTH = 315_000, 4_884_000
@@ -81,13 +84,25 @@ def test_windows_do_not_change_pixels_on_another_grid(tif, rgb):
 
 def test_no_crs_is_refused_unless_one_is_given(tif, rgb):
     path = tif(rgb, crs=None)
-    with pytest.raises(ImageryError, match=r"image\.tif.*--crs"):
+    with pytest.raises(ImageryError, match=r"image\.tif.*--input-crs"):
         open_imagery(path)
     source = open_imagery(path, crs=UTM)
     assert source.native_crs.epsg == 32619 and source.read(source.native_grid).valid.all()
+    assert open_imagery(path, fallback_crs=UTM).native_crs.epsg == 32619
     placed = tif(rgb, "placed.tif", crs="EPSG:32618")
-    assert open_imagery(placed, crs=UTM).native_crs.epsg == 32618
-    assert open_imagery([path, placed], crs=UTM).native_crs.epsg == 32619
+    assert open_imagery([path, placed], crs=UTM).area().crs.epsg == 32619
+    assert open_imagery(placed, fallback_crs=UTM).native_crs.epsg == 32618
+
+
+def test_input_crs_replaces_what_the_file_says(tif, rgb):
+    """Also a CRS of an engineer's own, which has the name of a real one and places nothing."""
+    local = 'LOCAL_CS["WGS 84 / UTM zone 19N",UNIT["metre",1]]'
+    with pytest.raises(ImageryError, match=r"local\.tif.*places nothing.*--input-crs EPSG"):
+        open_imagery(tif(rgb, "local.tif", crs=local))
+    for name, crs in (("local.tif", local), ("wrong.tif", "EPSG:32618")):
+        source = open_imagery(tif(rgb, name, crs=crs), crs=UTM)
+        assert source.native_crs.epsg == 32619 and source.read(source.native_grid).valid.all()
+        assert any("--input-crs EPSG:32619 in place of" in note for note in source.notes)
 
 
 def test_no_georeference_and_control_points_only_are_refused(tif, rgb, tmp_path):
@@ -234,6 +249,60 @@ def test_a_directory_is_sorted_newest_first(tif, rgb, tmp_path):
     assert earlier.dates == ("2018-01-01",)
     with pytest.raises(ImageryError, match=r"no image of 2020.*2018-01-01"):
         open_imagery(tmp_path / "scenes", datetime="2020")
+
+
+def test_a_link_to_nowhere_in_a_folder_is_named(tif, rgb, tmp_path):
+    tif(rgb, "scenes/a.tif")
+    (tmp_path / "scenes" / "b.tif").symlink_to(tmp_path / "gone.tif")
+    with pytest.raises(ImageryError, match=r"b\.tif: a link to a file that is not there.*hole"):
+        open_imagery(tmp_path / "scenes")
+
+
+def test_coarse_images_among_fine_ones_are_named(tif, rgb):
+    fine, coarse = tif(rgb, "fine.tif"), tif(rgb, "coarse.tif", transform=at(0, 0, 5.0))
+    source = open_imagery([fine, coarse])
+    assert [note for note in source.notes if "coarse.tif: pixels of 5 m among images of 0.5 m" in note]
+    assert open_imagery([fine]).notes == []
+
+
+def test_files_are_closed_with_their_source(tif, rgb):
+    """Explicitly, at the end of a block, with their thread, and when the source is dropped."""
+
+    def held() -> list[str]:
+        links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                 if os.path.lexists(f"/proc/self/fd/{fd}")]  # fmt: skip
+        return [link for link in links if link.endswith("_held.tif")]
+
+    paths = [tif(rgb, f"{i}_held.tif", transform=at(80 * i, 0)) for i in range(5)]
+    grid = Grid.of(UTM, at(0, 0), (64, 400))
+    with open_imagery(paths) as source:
+        whole = source.read(grid)
+        assert whole.valid.all() and held()
+        thread = threading.Thread(target=source.read, args=(grid,))
+        thread.start()
+        thread.join()
+        source.close()
+        assert held() == []
+        np.testing.assert_array_equal(source.read(grid).rgb, whole.rgb)  # opens them again
+        assert held()
+    assert held() == []
+    source.read(grid)
+    del source
+    gc.collect()
+    assert held() == []
+
+
+def test_pinned_files_are_opened_when_they_are_read(tif, rgb):
+    paths = [tif(rgb, "a_20210704.tif"), tif(rgb, "b.tif", transform=at(80, 0))]
+    source = open_imagery(paths)
+    pin = json.loads(json.dumps(source.pinned()))
+    again = open_pinned(pin)
+    for fact in ("name", "native_crs", "native_gsd_m", "native_grid", "dates", "scene_ids", "notes"):
+        assert getattr(again, fact) == getattr(source, fact)
+    assert again.area() == source.area()
+    np.testing.assert_array_equal(again.read(source.native_grid).rgb, source.read(source.native_grid).rgb)
+    paths[1].unlink()
+    assert open_pinned(pin).read(Grid.of(UTM, at(0, 0), (64, 80))).valid.all()
 
 
 def test_an_empty_directory_and_a_missing_file_say_so(tmp_path):

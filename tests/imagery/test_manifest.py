@@ -13,7 +13,7 @@ from canopy.imagery.manifests import all_sources, best_source, known_names, name
 from canopy.imagery.open import open_imagery
 from canopy.imagery.xyz import TileSource
 
-SHIPPED = {"demo", "ign-ortho", "maxar-open-data", "naip", "neon-rgb", "swissimage"}
+SHIPPED = {"demo", "ign-ortho", "maxar-open-data", "naip", "neon-rgb", "swissimage", "vantor-open-data"}
 MINIMAL = """
 name: {name}
 title: Test

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pystac
 import pytest
 from affine import Affine
 from shapely.geometry import box, mapping
@@ -13,10 +16,10 @@ from shapely.geometry import box, mapping
 from canopy.errors import AreaError, FetchError, ImageryError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
-from canopy.imagery import stac
+from canopy.imagery import signing, stac
 from canopy.imagery.base import ReadOptions, check_coverage
-from canopy.imagery.open import open_imagery
-from canopy.imagery.stac import choose_assets, parse_item, resolve
+from canopy.imagery.open import open_imagery, open_pinned
+from canopy.imagery.stac import choose_assets, found_of, in_order, resolve
 
 UTM = "EPSG:32619"
 WEST, NORTH, SIDE = 315_000, 4_884_000, 64
@@ -134,10 +137,19 @@ def test_an_area_elsewhere_or_swapped(catalog):
         check_coverage(open_imagery(catalog, area=area()), AOI.from_bbox([lon, lat], size_m=100))
 
 
-def test_a_document_that_is_missing_is_named(catalog):
+def test_documents_that_are_missing_are_told_of_and_end_nothing(catalog, server):
     far = AOI.from_bounds((10.1, 50.1, 10.2, 50.2))
-    with pytest.raises(ImageryError, match=r"missing\.json.*no such file"):
+    with pytest.raises(AreaError, match=r"no imagery there.*1 documents.*missing\.json"):
         open_imagery(catalog, area=far)
+    (catalog.parent / "aerial" / "east.json").unlink()
+    source = open_imagery(catalog, area=area())
+    assert source.scene_ids == ("new",) and any("east.json" in note for note in source.notes)
+    for path in catalog.parent.rglob("*.json"):
+        server.put(
+            "/stac/" + str(path.relative_to(catalog.parent)), path.read_text().replace("../../img", "..")
+        )
+    with pytest.raises(FetchError, match=r"no such file.*new|new.*no such file"):  # an image is no document
+        open_imagery(server.url + "/stac/catalog.json", area=area())
 
 
 def test_one_bad_item_is_named_and_is_no_hole(catalog, images):
@@ -251,12 +263,36 @@ def test_a_search_answer_that_is_a_web_page(api):
         open_imagery(server.url + "/api", area=area())
 
 
-def test_an_item_without_colour_is_named(api):
+def test_items_without_colour_are_counted_aloud(api):
     server, items, _ = api
-    items[1]["assets"] = {"dem": {"href": "dem.tif", "type": "image/tiff"}}
     query = stac.StacQuery(server.url + "/api", "local", collection="aerial")
-    with pytest.raises(ImageryError, match="'new' has no colour asset"):
+    items[0]["assets"] = {"dem": {"href": "dem.tif", "type": "image/tiff"}}
+    source = stac.open_stac(query, area(), ReadOptions())
+    assert source.notes[0] == "1 of 3 items have no colour asset and are left out, such as old"
+    for entry in items:
+        entry["assets"] = items[0]["assets"]
+    with pytest.raises(ImageryError, match="'old' has no colour asset"):
         stac.open_stac(query, area(), ReadOptions())
+
+
+def test_a_search_that_gives_less_than_it_says_is_tried_again_and_then_refused(api):
+    server, *_ = api
+    whole, tries = server.routes["/api/search"], []
+
+    def short(path, query, body):
+        status, headers, answer = whole(path, query, body)
+        page = json.loads(answer) | {"numberMatched": 3}
+        tries.append(1)
+        if "token" in json.loads(body) and len(tries) < limit:
+            page |= {"features": [], "links": []}
+        return status, headers, json.dumps(page).encode()
+
+    server.routes["/api/search"] = short
+    limit = 4
+    check_mosaic(open_imagery(server.url + "/api", area=area()))
+    limit = 1000
+    with pytest.raises(FetchError, match="says it has 3 items there and gives 1"):
+        open_imagery(server.url + "/api", area=area())
 
 
 def test_signatures_are_made_when_reading_and_made_again_on_403(api, monkeypatch):
@@ -273,7 +309,7 @@ def test_signatures_are_made_when_reading_and_made_again_on_403(api, monkeypatch
             tokens["current"] = server.signature
         return f"{href}?sig={tokens['current']}"
 
-    monkeypatch.setattr(stac, "planetary_computer_sign", sign)
+    monkeypatch.setattr(signing, "planetary_computer_sign", sign)
     query = stac.StacQuery(server.url + "/api", "local", signing="planetary-computer")
     source = stac.open_stac(query, area(), ReadOptions())
     server.signature = "second"
@@ -282,29 +318,52 @@ def test_signatures_are_made_when_reading_and_made_again_on_403(api, monkeypatch
     assert "sig=" not in shown
 
 
-def test_the_real_signer_asks_for_a_token_once_and_again_when_told(server, monkeypatch):
+@pytest.fixture
+def token_service(server, monkeypatch):
+    """Planetary Computer's token service; gives the list of what it was asked."""
     from planetary_computer import sas
     from planetary_computer.settings import Settings
 
-    counts = []
+    asked: list[str] = []
 
     def token(path, query, body):
-        counts.append(path)
-        answer = {"token": f"sig=token{len(counts)}", "msft:expiry": "2099-01-01T00:00:00Z"}
+        asked.append(path)
+        time.sleep(0.05)
+        answer = {"token": f"sig=token{len(asked)}", "msft:expiry": "2099-01-01T00:00:00Z"}
         return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
 
     server.routes["/sas/naipeuwest/naip"] = token
     monkeypatch.setenv("PC_SDK_SAS_URL", server.url + "/sas")
-    Settings.get.cache_clear()
-    sas.TOKEN_CACHE.clear()
-    try:
-        href = "https://naipeuwest.blob.core.windows.net/naip/v002/a.tif"
-        assert stac.planetary_computer_sign(href, False) == href + "?sig=token1"
-        assert stac.planetary_computer_sign(href, False) == href + "?sig=token1"
-        assert stac.planetary_computer_sign(href, True) == href + "?sig=token2"
-    finally:
+    monkeypatch.setattr(signing, "_made", {})
+    for _ in ("before", "after"):
         Settings.get.cache_clear()
         sas.TOKEN_CACHE.clear()
+        if _ == "before":
+            yield asked
+
+
+BLOB = "https://naipeuwest.blob.core.windows.net/naip/v002/a.tif"
+
+
+def test_threads_share_one_token_and_an_old_one_is_renewed(token_service, monkeypatch):
+    with ThreadPoolExecutor(8) as pool:
+        signed = list(pool.map(lambda _: signing.planetary_computer_sign(BLOB, True), range(8)))
+    assert set(signed) == {BLOB + "?sig=token1"} and len(token_service) == 1
+    assert signing.planetary_computer_sign(BLOB, False) == BLOB + "?sig=token1"
+    monkeypatch.setattr(signing, "_YOUNG_S", 0.0)
+    assert signing.planetary_computer_sign(BLOB, True) == BLOB + "?sig=token2"
+
+
+def test_what_needs_no_signature_has_none(token_service, server, caplog):
+    public = "https://ai4edatasetspublicassets.blob.core.windows.net/assets/a.png"
+    for href in ("/data/a.tif", "https://example.org/a.tif", public):
+        assert signing.planetary_computer_sign(href, True) == href
+    assert token_service == []
+    # Some containers are open to all: without the token service they are read as they are.
+    server.fail("/sas/", times=100, status=503)
+    assert signing.planetary_computer_sign(BLOB, False) == BLOB and "no signature" in caplog.text
+    assert signing.signing_of("https://planetarycomputer.microsoft.com/api/stac/v1") == "planetary-computer"
+    assert signing.signing_of("https://example.org/planetarycomputer.microsoft.com") is None
 
 
 # ---- assets ----------------------------------------------------------------------------------
@@ -312,18 +371,25 @@ def bands(*names: str) -> list[dict]:
     return [{"name": f"B{i}", "common_name": name} for i, name in enumerate(names)]
 
 
+def choose(assets: dict[str, dict], preferred: tuple[str, ...] = ()) -> tuple:
+    return choose_assets({key: pystac.Asset.from_dict(asset) for key, asset in assets.items()}, preferred)
+
+
 def test_assets_are_chosen_by_key_then_bands_then_colours():
     tif = {"type": "image/tiff"}
     one = {"data": {"href": "d.tif", "eo:bands": bands("blue", "green", "red", "nir"), **tif}}
-    assert choose_assets(one) == (("d.tif",), (3, 2, 1))
-    assert choose_assets({**one, "visual": {"href": "v.tif", **tif}}) == (("v.tif",), None)
-    assert choose_assets({**one, "x": {"href": "x.tif", **tif}}, ["x"]) == (("x.tif",), None)
+    assert choose(one) == (("d.tif",), (3, 2, 1))
+    assert choose({**one, "visual": {"href": "v.tif", **tif}}) == (("v.tif",), None)
+    assert choose({**one, "x": {"href": "x.tif", **tif}}, ("x",)) == (("x.tif",), None)
     singles = {
         name: {"href": f"{name}.tif", "eo:bands": bands(name), **tif}
         for name in ("blue", "nir", "red", "green")
     }
-    assert choose_assets(singles) == (("red.tif", "green.tif", "blue.tif"), None)
-    assert choose_assets({"overview": {"href": "o.tif", "roles": ["overview"], **tif}}) == ((), None)
+    assert choose(singles) == (("red.tif", "green.tif", "blue.tif"), None)
+    assert choose({"overview": {"href": "o.tif", "roles": ["overview"], **tif}}) == ((), None)
+    # A catalog calls an image a thumbnail: who names it wants it.
+    visual = {"visual": {"href": "v.tif", "roles": ["thumbnail"], **tif}, **one}
+    assert choose(visual) == (("d.tif",), (3, 2, 1)) and choose(visual, ("visual",)) == (("v.tif",), None)
 
 
 def test_three_single_band_assets_make_rgb(make_tif, rgb, tmp_path):
@@ -347,7 +413,7 @@ def test_three_single_band_assets_make_rgb(make_tif, rgb, tmp_path):
 def test_newest_then_least_cloudy_then_by_id(images):
     grid = place(0)
     entries = [
-        parse_item(item(name, grid, day, "a.tif", **more), "here.json")
+        found_of(pystac.Item.from_dict(item(name, grid, day, "a.tif", **more), href="/here.json"))
         for name, day, more in (
             ("c", "2020-01-01", {"eo:cloud_cover": 30}),
             ("b", "2020-01-01", {"eo:cloud_cover": 5}),
@@ -355,8 +421,44 @@ def test_newest_then_least_cloudy_then_by_id(images):
             ("z", "2021-01-01", {"eo:cloud_cover": 90}),
         )
     ]
-    assert [i.item_id for i in sorted(entries, key=lambda i: i.order)] == ["z", "b", "c", "a"]
-    assert [i.item_id for i in stac.visible(entries, None)] == ["z"]
+    records = in_order(entries, None)
+    assert [(r.scene_id, r.hidden) for r in records] == [("z", False), ("b", True), ("c", True), ("a", True)]
+
+
+def test_a_hidden_scene_fills_where_the_newer_one_has_no_pixels(make_tif, tmp_path):
+    """Half a swath in an item whose geometry is the whole box: the older item is seen through the hole."""
+    half = np.full((3, SIDE, SIDE), 100, np.uint8)
+    half[:, :, : SIDE // 2] = 0
+    documents = []
+    for name, values, day in (("new", half, "2021-08-02"), ("old", np.full_like(half, 50), "2016-07-01")):
+        path = make_tif(values, f"{name}.tif", transform=place(0).transform, photometric="RGB", nodata=0)
+        documents.append(item(name, place(0), day, str(path)))
+    path = tmp_path / "items.json"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": documents}))
+    source = open_imagery(path)
+    assert source.scene_ids == ("new",) and source.dates == ("2021-08-02",)
+    assert source.read(place(SIDE // 2)).valid[:, : SIDE // 2].all() and source.scene_ids == ("new",)
+    image = source.read(place(0))
+    assert image.valid.all() and source.scene_ids == ("new", "old")
+    np.testing.assert_allclose(image.rgb[:, :, : SIDE // 2] * 255, 50, atol=1e-4)
+    np.testing.assert_allclose(image.rgb[:, :, SIDE // 2 :] * 255, 100, atol=1e-4)
+
+
+def test_pinned_scenes_are_opened_again_without_a_search(api):
+    server, items, searches = api
+    source = open_imagery(server.url + "/api", area=area())
+    pin = json.loads(json.dumps(source.pinned()))
+    asked = len(searches)
+    items.clear()  # what the host would find now is another thing
+    again = open_pinned(pin)
+    assert again.scene_ids == source.scene_ids and again.notes == source.notes
+    assert again.native_gsd_m == source.native_gsd_m and not again.has_own_extent
+    check_mosaic(again)
+    assert len(searches) == asked and again.pinned() == pin
+    part = open_pinned(pin, area=AOI.from_grid(place(SIDE + 28).window(0, 0, 8, 8)))
+    assert part.scene_ids == ("east",)
+    with pytest.raises(AreaError, match="no imagery there"):
+        open_pinned(pin, area=AOI.from_bbox([0.0, 0.0], size_m=100))
 
 
 def test_bad_json_is_named(tmp_path):

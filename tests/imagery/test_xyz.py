@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 
 import numpy as np
@@ -10,13 +11,13 @@ import pytest
 from affine import Affine
 from rasterio.io import MemoryFile
 
-from canopy import download as http
+from canopy.download import REQUESTS_PER_HOST
 from canopy.errors import FetchError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
 from canopy.imagery.base import ReadOptions
-from canopy.imagery.open import open_imagery
+from canopy.imagery.open import open_imagery, open_pinned
 from canopy.imagery.xyz import TileService, TileSource, choose_zoom, decode_tile, tile_url
 
 LAT, LON = 44.083, -71.296
@@ -125,20 +126,53 @@ def test_a_missing_tile_is_an_error_unless_declared(tiles):
     assert 0.5 < image.valid.mean() < 1 and image.valid[:, 256 * 3].all() and not image.valid[:, 0].any()
 
 
-def test_a_placeholder_declared_by_its_digest_is_nodata(tiles):
+def test_tiles_that_are_no_image_are_nodata(tiles):
+    """A placeholder with a known digest, a blank picture, an empty answer: each a hole of one tile."""
     x, y = tile_number(LAT, LON, ZOOM)
-    nothing = picture(np.full((3, 256, 256), 220, np.uint8))
-    tiles.put(f"/xyz/{ZOOM}/{x}/{y}.png", nothing, "image/png")
-    template = tiles.url + "/xyz/{z}/{x}/{y}.png"
-    plain = open_imagery(template, area=area())
-    grid = plain.lattice.window(y * 256 - 10, x * 256 - 10, 276, 276)
-    assert plain.read(grid).valid.all()
-    digest = hashlib.sha256(nothing).hexdigest()
-    knowing = TileSource(
-        TileService(template, "local", placeholder_sha256=(digest,)), ReadOptions(), area=area()
-    )
-    valid = knowing.read(grid).valid
-    assert not valid[10:266, 10:266].any() and valid.sum() == 276**2 - 256**2
+    template, path = tiles.url + "/xyz/{z}/{x}/{y}.png", f"/xyz/{ZOOM}/{x}/{y}.png"
+    sign = np.full((3, 256, 256), 220, np.uint8)
+    sign[:, 100:120, 60:200] = 90
+    digest = hashlib.sha256(picture(sign)).hexdigest()
+    for answer, digests, hole in (
+        (picture(sign), (), False), (picture(sign), (digest,), True), (b"", (), True),
+        (picture(np.full((3, 256, 256), 255, np.uint8)), (), True),
+    ):  # fmt: skip
+        tiles.put(path, answer, "image/png")
+        source = TileSource(
+            TileService(template, "local", placeholder_sha256=digests), ReadOptions(), area=area()
+        )
+        valid = source.read(source.lattice.window(y * 256 - 10, x * 256 - 10, 276, 276)).valid
+        assert valid[10:266, 10:266].any() != hole and valid.sum() == 276**2 - 256**2 * hole
+    assert any("one neutral colour" in note for note in source.notes)
+    tiles.routes[path] = lambda *_: (204, {}, b"")
+    source = open_imagery(template, area=area())
+    assert not source.read(source.lattice.window(y * 256, x * 256, 256, 256)).valid.any()
+
+
+def test_grey_tiles_get_the_note_of_grey_files_once_and_no_library_speaks(tiles, caplog, recwarn):
+    source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png", area=area())
+    source.read(lattice_window(source))
+    assert not any("grey" in note for note in source.notes)
+    x, y = tile_number(LAT, LON, ZOOM)
+    for dx in range(-2, 3):
+        for dy in range(-2, 3):
+            grey = np.repeat(tile_at(x + dx, y + dy)[:1], 3, axis=0)
+            tiles.put(f"/xyz/{ZOOM}/{x + dx}/{y + dy}.png", picture(grey), "image/png")
+    source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png", area=area())
+    for _ in range(2):
+        source.read(lattice_window(source))
+    assert sum("grey" in note for note in source.notes) == 1 and caplog.text.count("grey") == 1
+    assert not [w for w in recwarn if "canopy/imagery" in w.filename or "DatasetReader" in str(w.source)]
+
+
+def test_pinned_tiles_keep_their_zoom(tiles):
+    source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png", area=area(), nodata=3)
+    again = open_pinned(json.loads(json.dumps(source.pinned())))
+    grid = lattice_window(source)
+    assert again.zoom == source.zoom and again.lattice == source.lattice
+    np.testing.assert_array_equal(again.read(grid).rgb, source.read(grid).rgb)
+    named = open_imagery("swissimage", area=AOI.from_bbox("46.9,7.4"))
+    assert open_pinned(json.loads(json.dumps(named.pinned()))).area() == named.area()
 
 
 def test_busy_and_cut_tiles_are_fetched_again(tiles):
@@ -167,7 +201,7 @@ def test_a_host_never_sees_more_than_its_share(tiles):
     source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png", area=area())
     tiles.fail("/xyz/", times=100, status=200, delay_s=0.03)
     source.read(lattice_window(source, 1000, 1000))
-    assert 1 < tiles.most_busy <= http.REQUESTS_PER_HOST
+    assert 1 < tiles.most_busy <= REQUESTS_PER_HOST
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -14,16 +17,16 @@ from hypothesis import strategies as st
 from canopy.errors import CanopyError, ConfigError, ImageryError
 from canopy.geo.area import AOI
 from canopy.imagery.base import Imagery
-from canopy.inference.engine import predict_grid
+from canopy.inference.engine import predict_grid, reader_count
 from canopy.inference.lattice import Lattice
+from canopy.inference.layers import Extras
+from canopy.inference.predictor import resolve_batch
 
 
 def run(kit, grid, *, model=None, source=None, **options):
     """Heights (h, w) with NaN where invalid, the recorder, and the summary."""
-    sink = kit.Recorder(grid, 2 if options.get("date_band") else 1)
-    summary = predict_grid(
-        model or kit.AnalyticModel(), source or kit.FieldSource(), grid, sink, device="cpu", **options
-    )
+    sink = kit.Recorder(grid, len(options.get("extras", Extras()).bands))
+    summary = predict_grid(model or kit.AnalyticModel(), source or kit.FieldSource(), grid, sink, **options)
     assert (sink.times == 1).all(), "every pixel is written exactly once"
     return np.where(sink.valid, sink.values[0], np.nan), sink, summary
 
@@ -144,7 +147,9 @@ def test_tiny_areas_have_their_exact_shape(kit, shape: tuple[int, int]) -> None:
 
 def test_the_date_band_and_one_writer_thread(kit) -> None:
     grid = kit.utm_grid(0, 0, 120, 120)
-    _, sink, summary = run(kit, grid, source=kit.FieldSource(blobs), date_band=True, workers=4, window_px=32)
+    _, sink, summary = run(
+        kit, grid, source=kit.FieldSource(blobs), extras=Extras(date=True), workers=4, window_px=32
+    )
     assert set(np.unique(sink.values[1][sink.valid])) == {18_000.0}
     assert len(sink.threads) == 1
     assert threading.current_thread().name not in sink.threads
@@ -183,7 +188,7 @@ def test_errors_of_reader_and_writer_come_through_unchanged(kit) -> None:
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        predict_grid(kit.AnalyticModel(), kit.FieldSource(), grid, FullDisk(grid), device="cpu", window_px=48)
+        predict_grid(kit.AnalyticModel(), kit.FieldSource(), grid, FullDisk(grid), window_px=48)
     assert not [t for t in threading.enumerate() if t.name.startswith("canopy-")]
 
 
@@ -246,7 +251,6 @@ def test_a_batch_of_one_that_does_not_fit_is_an_error(kit) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
-        ({"precision": "fp8"}, ConfigError, "auto, fp32, bf16, int8"),
         ({"workers": "many"}, ConfigError, "--workers"),
         ({"batch_size": 0}, ConfigError, "--batch-size"),
         ({"batch_size": "many"}, ConfigError, "--batch-size"),
@@ -255,3 +259,33 @@ def test_a_batch_of_one_that_does_not_fit_is_an_error(kit) -> None:
 def test_impossible_settings_are_refused(kit, options, kind, words) -> None:
     with pytest.raises(kind, match=words):
         run(kit, kit.utm_grid(0, 0, 20, 20), **options)
+
+
+def test_batches_are_full_across_windows(kit) -> None:
+    model, grid = kit.AnalyticModel(), kit.utm_grid(3, 4, 150, 190)
+    sink = kit.Recorder(grid)
+    summary = predict_grid(model, kit.FieldSource(), grid, sink, batch_size=7, window_px=1)
+    assert summary.windows > 50
+    assert model.calls == math.ceil(summary.crops_predicted / 7)
+    assert model.largest_batch == 7
+
+
+def test_automatic_sizes() -> None:
+    assert resolve_batch("auto", "cpu", 256) == resolve_batch("auto", "cpu", 512) == 4
+    assert resolve_batch("auto", "cpu", 1024) == resolve_batch("auto", "cpu", 4096) == 1
+    assert resolve_batch("auto", "cuda", 256) == 64
+    assert resolve_batch("auto", "cuda", 1024) == 4
+    assert resolve_batch(3, "cuda", 1024) == 3
+    assert reader_count("auto", "cpu") == 2
+    assert reader_count(5, "cpu") == reader_count("5") == 5
+    assert 1 <= reader_count("auto", "cuda") <= 8
+
+
+def test_a_gpu_box_needs_no_geographic_library() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys("
+        "['rasterio', 'odc', 'pyproj', 'shapely', 'geopandas', 'scipy', 'rioxarray', 'xarray']))\n"
+        "import canopy.inference.engine, canopy.inference.backends, canopy.models.export"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-800:]

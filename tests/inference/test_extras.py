@@ -39,7 +39,7 @@ def spread_model(kit):
 
 def run(kit, model, grid, extras: Extras, **options):
     sink = kit.Recorder(grid, len(extras.bands))
-    predict_grid(model, kit.FieldSource(), grid, sink, device="cpu", extras=extras, **options)
+    predict_grid(model, kit.FieldSource(), grid, sink, extras=extras, **options)
     return sink.values
 
 

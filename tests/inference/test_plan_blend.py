@@ -156,3 +156,45 @@ def test_the_seam_between_two_crops_of_an_array_is_a_ramp() -> None:
     )
     line = made[0, 10]
     assert (line[:12] == 0).all() and (line[20:] == 1).all() and (np.diff(line[11:21]) > 0).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lattice=st.sampled_from([Lattice(16, 8, 2), Lattice(16, 12, 1), Lattice(16, 16, 0), Lattice(24, 16, 3)]),
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    row=st.integers(-900, 900),
+    window_px=st.sampled_from([1, 40, 1000]),
+    seed=st.integers(0, 99),
+)
+def test_the_canvas_is_the_weighted_sum_of_all_crops(
+    kit, lattice, height, width, row, window_px, seed
+) -> None:
+    """Against a sum over the whole map in numpy, for crops that contradict each other."""
+    plan = plan_windows(kit.utm_grid(row, 7 - row, height, width), lattice, window_px)
+
+    def crop(r: int, c: int) -> np.ndarray:
+        return np.random.default_rng((seed, r + 9999, c + 9999)).normal(10, 5, (2, *[lattice.crop_px] * 2))
+
+    expected = np.zeros((2, height + 200, width + 200))
+    weights = taper(lattice)[:, None] * taper(lattice)
+    inner = slice(lattice.margin_px, lattice.crop_px - lattice.margin_px)
+    canvas, found = Canvas(plan, 2), np.full((2, height, width), np.nan)
+    for window in plan:
+        canvas.begin(window)
+        for i, r in enumerate(window.rows.crops):
+            for j, c in enumerate(window.cols.crops):
+                maps = crop(r, c).astype(np.float32)
+                canvas.add(i, j, torch.from_numpy(maps))
+                top = window.rows.served_from + i * lattice.stride_px + 100
+                left = window.cols.served_from + j * lattice.stride_px + 100
+                size = lattice.served_px
+                expected[:, top : top + size, left : left + size] += weights * maps[:, inner, inner]
+        found[:, slice(*window.rows.final), slice(*window.cols.final)] = canvas.finish().numpy()
+    np.testing.assert_allclose(found, expected[:, 100 : 100 + height, 100 : 100 + width], rtol=0, atol=1e-5)
+
+
+def test_finish_needs_begin(kit) -> None:
+    canvas = Canvas(plan_windows(kit.utm_grid(0, 0, 20, 20), Lattice(16, 8, 2)))
+    with pytest.raises(RuntimeError, match="begin"):
+        canvas.finish()

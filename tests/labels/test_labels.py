@@ -6,7 +6,9 @@ import json
 import random
 import shutil
 import threading
+import time
 import types
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +16,7 @@ from canopy import download as http
 from canopy.download import crc32c, download
 from canopy.errors import AreaError, DataError, FetchError, InputError, OutputError
 from canopy.geo.area import AOI
+from canopy.labels import fetch
 from canopy.labels.catalog import RemoteFile, Wish
 from canopy.labels.fetch import RECORD, get_files, plan_get, verify_folder
 
@@ -153,6 +156,48 @@ def test_a_signature_that_ran_out_is_asked_for_again(neon, server, tmp_path):
     get_files(plan, tmp_path)
     assert server.asked("sig=stale") >= 1 and server.asked("sig=good") == 1
     assert (tmp_path / MONTH / neon.names[0]).read_bytes() == body(neon.names[0])
+
+
+def test_a_signature_of_a_week_ago_is_renewed_whatever_the_hosts_word_for_it(neon, server, tmp_path):
+    """Google's storage says 400 ExpiredToken, Azure 409."""
+    name = neon.names[0]
+    for number, status in enumerate((400, 401, 403, 409)):
+        server.fail("/signed/", times=1, status=status, body=b"<Error><Code>ExpiredToken</Code></Error>")
+        plan = plan_get("neon", Wish(sites=("STEI",), match="297000_5041"))
+        get_files(plan, tmp_path / str(number))
+        assert (tmp_path / str(number) / MONTH / name).read_bytes() == body(name)
+
+
+def test_a_rate_limit_without_retry_after_is_waited_for(neon, server):
+    server.fail("/api/data", times=1, status=429, headers={"x-ratelimit-reset": "0.3"})
+    began = time.monotonic()
+    assert len(plan_get("neon", Wish(sites=("STEI",))).files) == 4
+    assert time.monotonic() - began >= 0.3
+    server.fail("/api/data", times=1, status=429, headers={"x-ratelimit-reset": "3000"})
+    with pytest.raises(FetchError, match="asks to wait 3000 s"):
+        plan_get("neon", Wish(sites=("STEI",)))
+
+
+def test_a_batch_is_noted_once_also_when_it_fails(neon, server, tmp_path, monkeypatch):
+    """Thousands of tiles are no thousands of rewritten records; what came before an error is noted."""
+    written: list[int] = []
+    real = fetch._add_to_record
+    monkeypatch.setattr(fetch, "_add_to_record", lambda *args: (written.append(len(args[1])), real(*args)))
+    wish = Wish(sites=("STEI",))
+    get_files(plan_get("neon", wish), tmp_path / "whole")
+    assert written == [4]
+    server.put(f"/signed/{neon.names[3]}", b"x" * 5000)
+    with pytest.raises(DataError):
+        get_files(plan_get("neon", wish), tmp_path / "part")
+    there = {path.name for path in (tmp_path / "part" / MONTH).glob("*.tif")}
+    noted = json.loads((tmp_path / "part" / RECORD).read_text())["files"]
+    assert {path.rpartition("/")[2] for path in noted} == there == set(neon.names[:3])
+
+
+def test_usual_sizes_do_not_refuse_a_download(neon, tmp_path, monkeypatch):
+    plan = plan_get("neon", Wish(sites=("STEI",), match="297000_5041"))
+    rough = replace(plan, files=tuple(replace(file, bytes=10**15, about=True) for file in plan.files))
+    assert get_files(rough, tmp_path).fetched
 
 
 def test_a_second_run_fetches_nothing_and_a_cut_one_resumes(neon, server, tmp_path):

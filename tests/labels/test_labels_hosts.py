@@ -7,19 +7,20 @@ import json
 import random
 import sys
 import types
-from xml.sax.saxutils import escape
 
 import pytest
+import yaml
 from pyproj import Transformer
 from shapely.geometry import box, mapping, shape
 
-from canopy.errors import AreaError, DataError, FetchError, InputError, MissingDependencyError
+from canopy.errors import AreaError, FetchError, InputError, MissingDependencyError
 from canopy.geo.area import AOI
-from canopy.imagery import stac
-from canopy.labels import fetch as earthdata
+from canopy.imagery import signing
+from canopy.labels import stac_cmr
 from canopy.labels.catalog import Wish
 from canopy.labels.fetch import RECORD, get_files, plan_get, verify_folder
-from canopy.labels.names import LidarHdTile
+from canopy.labels.names import read_name
+from canopy.runtime import bundled_dir
 
 
 def body(name: str, size: int = 5000) -> bytes:
@@ -33,14 +34,12 @@ class Ign:
     def __init__(self, server) -> None:
         self.server, self.cap = server, 2
         self.known = {"IGNF_LIDAR-HD_METADONNEE:metadata"}
-        self.tiles = [LidarHdTile(x, y) for x in (676, 677, 678) for y in (6815, 6816)]
+        corners = [(x, y) for x in (676, 677, 678) for y in (6815, 6816)]
+        self.tiles = [read_name(f"LHD_FXX_{x:04d}_{y:04d}_MNH_O_0M50_LAMB93_IGN69.tif") for x, y in corners]
         to_lonlat = Transformer.from_crs(2154, 4326, always_xy=True)
         self.features = []
-        for tile in self.tiles:
-            name, points = (
-                tile.filename,
-                f"LHD_FXX_{tile.x_km:04d}-{tile.y_km:04d}_PTS_O_LAMB93_IGN69.copc.laz",
-            )
+        for tile, (x, y) in zip(self.tiles, corners, strict=True):
+            name, points = tile.filename, f"LHD_FXX_{x:04d}-{y:04d}_PTS_O_LAMB93_IGN69.copc.laz"
             server.put("/wms-r", body("raster"))
             server.put(f"/laz/{points.replace('-', '_')}", body(points))
             outline = box(*to_lonlat.transform_bounds(*tile.bounds))
@@ -86,7 +85,7 @@ def in_france(west_km: float, south_km: float, east_km: float, north_km: float) 
 
 def test_ign_tiles_are_paged_and_chosen_by_their_names_bounds(ign, server, tmp_path):
     plan = plan_get("france-lidar-hd", Wish(area=in_france(676.1, 6814.1, 677.9, 6815.9)))
-    assert [f.name for f in plan.files] == sorted(t.filename for t in ign.tiles if t.x_km < 678)
+    assert [f.name for f in plan.files] == sorted(t.filename for t in ign.tiles if t.bounds[0] < 678_000)
     assert server.asked("/wfs/ows") >= 2 and all(f.about and f.bytes == 16_000_000 for f in plan.files)
     assert {f.day for f in plan.files} == {"2022-06-03"}
     one = plan_get("france-lidar-hd", Wish(area=in_france(677.2, 6815.2, 677.4, 6815.4)))
@@ -126,6 +125,41 @@ def test_ign_dates_and_empty_places(ign):
         plan_get("france-lidar-hd", Wish())
 
 
+def test_an_answer_that_ends_before_its_own_total_is_no_plan(ign, server):
+    """Under load the service gives empty pages: asked again, and then an error, never a shorter list."""
+    here, whole = in_france(676.1, 6814.1, 677.9, 6815.9), ign.answer
+
+    def empty(path, query, body):
+        status, headers, answer = whole(path, query, body)
+        answer = json.loads(answer)
+        if server.asked("STARTINDEX=2") < limit and answer["features"] and "STARTINDEX=2" in path:
+            answer["features"] = []
+        return status, headers, json.dumps(answer).encode()
+
+    server.routes["/wfs/ows"] = empty
+    limit = 3
+    assert len(plan_get("france-lidar-hd", Wish(area=here)).files) == 4
+    limit = 1000
+    with pytest.raises(FetchError, match="says it has 4 tiles there and gives 2"):
+        plan_get("france-lidar-hd", Wish(area=here))
+
+
+def test_the_newest_edition_of_a_tile_counts_whatever_the_order(ign, server):
+    wish = Wish(area=in_france(677.2, 6815.2, 677.4, 6815.4))
+    (tile,) = [f for f in ign.features if "0677_6816" in f["properties"]["url_mnh"]]
+    editions = []
+    for edition in ("2025-06-13", "2023-04-20"):
+        other = json.loads(json.dumps(tile))
+        other["properties"]["date_edition"] = edition
+        other["properties"]["url_mnh"] = tile["properties"]["url_mnh"].replace("/wms-r?", f"/{edition}?")
+        editions.append(other)
+    for order in (editions, editions[::-1]):
+        ign.features = order
+        plan = plan_get("france-lidar-hd", wish)
+        assert [f.address.rpartition("/")[2] for f in plan.files] == ["2025-06-13"]
+        assert plan.notes == ("1 tiles have an older edition, which is left out",)
+
+
 def test_a_rate_limit_is_waited_for(ign, server, tmp_path):
     server.fail("/wms-r", times=2, status=429, headers={"Retry-After": "0"})
     plan = plan_get("france-lidar-hd", Wish(area=in_france(677.2, 6815.2, 677.4, 6815.4)))
@@ -138,7 +172,7 @@ def dep(server, point_at, monkeypatch):
     """An API with three items, whose files want a signature that runs out."""
     pytest.importorskip("pystac_client")
     monkeypatch.setattr(
-        stac, "planetary_computer_sign", lambda url, fresh: f"{url}?sig={'good' if fresh else 'old'}"
+        signing, "planetary_computer_sign", lambda url, fresh: f"{url}?sig={'good' if fresh else 'old'}"
     )
     server.signature = "good"
     items = []
@@ -186,7 +220,7 @@ def test_stac_items_are_found_signed_again_when_refused_and_checked(dep, server,
 
 
 def test_a_size_that_the_catalogue_leaves_out_is_asked_of_the_host(dep, monkeypatch):
-    monkeypatch.setattr(stac, "planetary_computer_sign", lambda url, fresh: f"{url}?sig=good")
+    monkeypatch.setattr(signing, "planetary_computer_sign", lambda url, fresh: f"{url}?sig=good")
     plan = plan_get("california-3dep", Wish(area=AOI.from_bounds([-119.999, 37.001, -119.995, 37.005])))
     assert [f.bytes for f in plan.files] == [5000] and not plan.files[0].about and plan.unknown == 0
 
@@ -228,15 +262,15 @@ def earthaccess(server, monkeypatch):
         module.asked.append(strategy)
         return types.SimpleNamespace(authenticated=True, token={"access_token": "earth-secret"})
 
-    module.search_data, module.login, module.name = search_data, login, name
+    module.search_data, module.login, module.name, module.granule = search_data, login, name, granule
     monkeypatch.setitem(sys.modules, "earthaccess", module)
-    earthdata._bearer.cache_clear()
+    stac_cmr._bearer.cache_clear()
     monkeypatch.setenv("EARTHDATA_TOKEN", "earth-secret")
     server.signature = "good"
     server.put(f"/signed/{name}", body(name))
     server.routes[f"/archive/{name}"] = lambda *_: (303, {"Location": f"/signed/{name}?sig=good"}, b"")
     yield module
-    earthdata._bearer.cache_clear()
+    stac_cmr._bearer.cache_clear()
 
 
 def test_gedi_granules_are_searched_without_login_and_fetched_with_one(
@@ -244,7 +278,7 @@ def test_gedi_granules_are_searched_without_login_and_fetched_with_one(
 ):
     area = AOI.from_bounds([-55.0, -12.0, -54.9, -11.9])
     plan = plan_get("gedi-l2a", Wish(area=area, datetime="2019-06-01/2019-07-01"))
-    expected = {"short_name": "GEDI02_A", "version": "002", "temporal": ("2019-06-01", "2019-07-01")}
+    expected = {"short_name": "GEDI02_A", "version": "003", "temporal": ("2019-06-01", "2019-07-01")}
     assert (
         earthaccess.asked[0] == expected | {"bounding_box": area.bounds_lonlat}
         and len(earthaccess.asked) == 1
@@ -275,48 +309,53 @@ def test_without_earthaccess_the_remedy_is_named(monkeypatch):
         plan_get("gedi-l2a", Wish(area=AOI.from_bounds([-55.0, -12.0, -54.9, -11.9])))
 
 
-# ---- S3 --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("facts", "size", "about"),
+    [
+        ({"SizeInBytes": 5000, "Size": 1, "SizeUnit": "MB"}, 5000, False),
+        ({"Size": 1062.3, "SizeUnit": "MB"}, 1_062_300_000, True),
+        ({"Size": 123, "SizeUnit": "B"}, 123, False),
+        ({"Size": "NA", "SizeUnit": "MB"}, 1_060_000_000, True),
+        ({}, 1_060_000_000, True),
+    ],
+)
+def test_sizes_of_granules_are_read_in_every_way_that_they_are_written(earthaccess, facts, size, about):
+    part = earthaccess.granule["umm"]["DataGranule"]["ArchiveAndDistributionInformation"][0]
+    for key in ("SizeInBytes", "Checksum"):
+        part.pop(key)
+    part.update(facts, Name="Not provided")
+    plan = plan_get("gedi-l2a", Wish(area=AOI.from_bounds([-55.0, -12.0, -54.9, -11.9])))
+    assert [(f.bytes, f.about) for f in plan.files] == [(size, about)]
+
+
+# ---- GeoSampa --------------------------------------------------------------------------------
 @pytest.fixture
-def bucket(server, point_at):
-    """ListObjectsV2 in pages of two."""
-    names = [f"MDS_color_3314-13{n}.laz" for n in range(5)] + ["index.html"]
-    for name in names:
-        server.put(f"/{name}", body(name))
-
-    def listing(path, query, _body):
-        start = int(query.get("continuation-token", ["0"])[0])
-        more = start + 2 < len(names)
-        rows = "".join(
-            f"<Contents><Key>{escape(n)}</Key><Size>5000</Size><ETag>&quot;{hashlib.md5(body(n)).hexdigest()}&quot;</ETag></Contents>"
-            for n in names[start : start + 2]
-        )
-        token = f"<NextContinuationToken>{start + 2}</NextContinuationToken>" if more else ""
-        text = f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{rows}<IsTruncated>{str(more).lower()}</IsTruncated>{token}</ListBucketResult>'
-        return 200, {"Content-Type": "application/xml"}, text.encode()
-
-    server.routes["/"] = listing
-    point_at("sao-paulo", server.url)
+def geosampa(server, point_at):
+    """A WFS whose features name map sheets; the files lie elsewhere."""
+    features = []
+    for number, west in enumerate((-46.66, -46.65, -46.64, -46.63, -46.62)):
+        server.put(f"/MDS_color_3314-13{number}.laz", body(str(number)))
+        outline = mapping(box(west, -23.59, west + 0.01, -23.58))
+        properties = {"cd_quadricula": f"3314-13{number}"}
+        features.append({"type": "Feature", "geometry": outline, "properties": properties})
+    server.put("/wfs", {"type": "FeatureCollection", "features": features, "numberMatched": 5})
+    manifest = yaml.safe_load((bundled_dir("data_manifests") / "labels" / "sao-paulo.yaml").read_text())
+    manifest["products"]["points"]["href"] = server.url + "/MDS_color_{value}.laz"
+    point_at("sao-paulo", f"{server.url}/wfs", products=manifest["products"])
+    return AOI.from_bounds([-46.665, -23.589, -46.615, -23.581])
 
 
-def test_a_buckets_files_are_listed_by_pages_matched_and_checked(bucket, server, tmp_path):
-    plan = plan_get("sao-paulo", Wish(match="3314-13[34]"))
-    assert [f.name for f in plan.files] == ["MDS_color_3314-133.laz", "MDS_color_3314-134.laz"]
-    assert server.asked("list-type=2") == 3 and all(f.checksum.startswith("md5:") for f in plan.files)
+def test_map_sheets_are_found_by_area_and_fetched_by_their_names(geosampa, tmp_path):
+    part = AOI.from_bounds([-46.649, -23.589, -46.635, -23.581])
+    plan = plan_get("sao-paulo", Wish(area=part))
+    assert [f.name for f in plan.files] == ["MDS_color_3314-131.laz", "MDS_color_3314-132.laz"]
+    assert [f.bytes for f in plan.files] == [5000, 5000]
     assert len(get_files(plan, tmp_path).fetched) == 2
-    with pytest.raises(DataError, match="no file of sao-paulo matches"):
-        plan_get("sao-paulo", Wish(match="9999"))
-    with pytest.raises(InputError, match="--match"):
-        plan_get("sao-paulo", Wish())
+    assert len(plan_get("sao-paulo", Wish(area=geosampa, match="3314-13[34]")).files) == 2
 
 
-def test_a_page_instead_of_a_listing_is_refused(bucket, server):
-    server.routes["/"] = lambda *_: (200, {}, b'<!DOCTYPE x [<!ENTITY a "b">]><ListBucketResult/>')
-    with pytest.raises(FetchError, match="no bucket listing"):
-        plan_get("sao-paulo", Wish(match="3314"))
-
-
-def test_what_changed_after_the_download_is_found(bucket, tmp_path):
-    get_files(plan_get("sao-paulo", Wish(match="3314-13[0123]")), tmp_path)
+def test_what_changed_after_the_download_is_found(geosampa, tmp_path):
+    get_files(plan_get("sao-paulo", Wish(area=geosampa, match="3314-13[0123]")), tmp_path)
     (tmp_path / "MDS_color_3314-130.laz").write_bytes(b"short")
     (tmp_path / "MDS_color_3314-131.laz").write_bytes(bytes(5000))
     (tmp_path / "MDS_color_3314-132.laz").unlink()

@@ -46,9 +46,9 @@ def original(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> bytes:
 @pytest.fixture(autouse=True)
 def known_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the pretended model be a published size, so that no --config is needed."""
-    from canopy.models import published_tables as published_sizes
+    from canopy.models import published_tables
 
-    monkeypatch.setitem(published_sizes.KNOWN, ("v1", 64, 4), ("v1-pretended", 2, (0, 1, 2, 3)))
+    monkeypatch.setitem(published_tables.KNOWN, ("v1", 64, 4), ("v1-pretended", 2, (0, 1, 2, 3)))
 
 
 @pytest.fixture
@@ -205,9 +205,9 @@ def test_a_wrong_table_is_refused(entry: dict, table: Callable[..., None]) -> No
 _HUB = """
 import sys
 from canopy.errors import CanopyError
-from canopy.models import published_sizes
+from canopy.models import published_tables
 from canopy.models.registry import resolve_model
-published_sizes.KNOWN[("v1", 64, 4)] = ("v1-pretended", 2, (0, 1, 2, 3))
+published_tables.KNOWN[("v1", 64, 4)] = ("v1-pretended", 2, (0, 1, 2, 3))
 try:
     print("path", resolve_model(sys.argv[1]))
 except CanopyError as error:

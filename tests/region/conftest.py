@@ -1,8 +1,10 @@
-"""A region small enough for tests: 200 x 240 px of texture, a quick model, an engine in this process."""
+"""A region small enough for tests: 200 x 240 px of texture, a quick model, workers in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,10 @@ from affine import Affine
 
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
+from canopy.region import run as engine
 from canopy.region.ledger import Ledger
-from canopy.region.plan import RegionSettings
-from canopy.region.rehearse import InlineEngine
+from canopy.region.options import MapOptions
+from canopy.region.run import RunResult, prepare_run, start
 from canopy.region.task import TILES
 from canopy.region.tiles import Tiling
 
@@ -42,36 +45,75 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(image: Path, small_model: Path, tmp_path: Path) -> Callable[..., RegionSettings]:
-    """`settings(grid="utm", ...)`: a region of six UTM tiles of 128 px, in `tmp_path/run`."""
+def options(image: Path, small_model: Path, tmp_path: Path) -> Callable[..., MapOptions]:
+    """`options(grid="utm", ...)`: a region of six UTM tiles of 128 px, in `tmp_path/run`."""
 
-    def make(**more: object) -> RegionSettings:
+    def make(**more: object) -> MapOptions:
         given = {
             "out": str(tmp_path / "run"), "images": (str(image),), "model": str(small_model), "grid": "utm",
-            "zoom": 19, "tile_px": 128, "device": "cpu", "threads": 1, "attempts": 2,
+            "zoom": 19, "tile_px": 128, "device": "cpu", "threads": 1, "attempts": 2, "backend": "torch",
         }  # fmt: skip
-        return RegionSettings(**(given | more))
+        return MapOptions(**(given | more))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def inline() -> type[InlineEngine]:
-    """An engine in this process."""
-    return InlineEngine
+def near_cluster() -> Iterator[object]:
+    """A dask cluster in this process: the same scheduler and workers, without the seconds of a spawn."""
+    import torch
+    from distributed import Client, LocalCluster
+
+    before = torch.get_num_threads()
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
-def tiles() -> Tiling:
+def make_run(near_cluster: object, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunResult]:
+    """`make_run(options, resume=..., ...)`: `prepare_run` and `start`, with the workers of `near_cluster`."""
+
+    @contextmanager
+    def near(workers: int) -> Iterator[object]:
+        yield near_cluster
+
+    monkeypatch.setattr(engine, "local_cluster", near)
+
+    def make(options: MapOptions, **more: object) -> RunResult:
+        known = {key: more.pop(key) for key in ("resume", "overwrite") if key in more}
+        region = prepare_run(options, **known)  # type: ignore[arg-type]
+        return start(region, overwrite=bool(known.get("overwrite")), **more)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def tiling() -> Tiling:
     """A tiling of 7 x 5 tiles, clipped on all sides."""
     area = Grid.of(UTM, (0.5, 0, 500_010, 0, -0.5, 4_881_990), (400, 600))
     return Tiling("utm", area, 96)
 
 
 @pytest.fixture
-def ledger(tmp_path: Path, tiles: Tiling) -> Ledger:
+def ledger(tmp_path: Path, tiling: Tiling) -> Iterator[Ledger]:
     """A fresh ledger of those tiles, in a run's folder."""
     (tmp_path / "run" / TILES).mkdir(parents=True)
-    made = Ledger(tmp_path / "run" / "ledger.sqlite")
-    made.add(tiles.tiles(AOI.from_grid(tiles.area)))
-    return made
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as made:
+        made.add("run", ((tile, "pending") for tile in tiling.tiles(AOI.from_grid(tiling.area))))
+        yield made
+
+
+@pytest.fixture
+def hashes() -> Callable[[Path], dict[str, str]]:
+    """`hashes(folder)`: what the tiles of a run hold."""
+
+    def read(folder: Path) -> dict[str, str]:
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (folder / TILES).glob("*.tif")}
+
+    return read

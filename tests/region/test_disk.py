@@ -21,8 +21,7 @@ import rasterio
 
 from canopy.errors import OutputError
 from canopy.region.ledger import Ledger
-from canopy.region.plan import RegionSettings
-from canopy.region.run import prepare_run, start
+from canopy.region.options import MapOptions
 
 ROUNDS = int(os.environ.get("CANOPY_DISK_ROUNDS", "6"))
 SIZE = "64m"  # CogWriter wants 16 MB and more before it starts a tile
@@ -84,7 +83,7 @@ class Filler(threading.Thread):
 def check_readable(folder: Path) -> int:
     """Every file under its final name can be read to its end; returns how many tiles there are."""
     tiles = list((folder / "tiles").glob("*.tif"))
-    for path in [*tiles, *(p for p in (folder / "mosaic", folder / "overview.tif") if p.exists())]:
+    for path in [*tiles, *(p for p in (folder / "mosaic", folder / "index.gti.gpkg") if p.exists())]:
         with rasterio.open(path) as dataset:
             dataset.read()
     for path in folder.rglob("*.json"):
@@ -92,36 +91,33 @@ def check_readable(folder: Path) -> int:
             json.loads(path.read_text(encoding="utf-8"))
     if (folder / "ledger.sqlite").exists():
         with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
-            done = {row.task.id: row.sha256 for row in ledger.rows("done")}
+            done = {tile.id: outcome.sha256 for tile, outcome in ledger.rows("done")}
         for tile, digest in done.items():
             content = (folder / "tiles" / f"{tile}.tif").read_bytes()
             assert hashlib.sha256(content).hexdigest() == digest
     return len(tiles)
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (folder / "tiles").glob("*.tif")}
-
-
 def test_a_disk_that_fills_anywhere_leaves_nothing_broken_and_the_run_goes_on(
-    settings: Callable[..., RegionSettings], inline: type, disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    start(prepare_run(settings(zoom=20)), engine=inline)
-    expected = hashes(settings().folder)
+    options: Callable[..., MapOptions], make_run: Callable, hashes: Callable, disk: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    make_run(options(zoom=20))
+    expected = hashes(options().folder)
     assert len(expected) > 4
     die, stopped = random.Random(1), []
     for number in range(ROUNDS):
-        wish = settings(out=str(disk / f"run-{number}"), zoom=20)
+        wish = options(out=str(disk / f"run-{number}"), zoom=20)
         tiles, wait_s = die.randint(0, len(expected)), die.uniform(0.0, 0.15)
         with Filler(disk, wish.folder, tiles, wait_s):
             try:
-                start(prepare_run(wish), engine=inline)
+                make_run(wish)
             except OutputError as error:
                 assert error.exit_code == 1 and "\n" not in str(error)
                 stopped.append(check_readable(wish.folder))
                 with capsys.disabled() if ROUNDS > 6 else contextlib.nullcontext():
                     print(f"round {number + 1}: full with {tiles}, stopped with {stopped[-1]} tiles: {error}")
-        result = start(prepare_run(wish), engine=inline)
+        result = make_run(wish)
         assert result.exit_code == 0 and hashes(wish.folder) == expected
         check_readable(wish.folder)
         assert not [p.name for p in (wish.folder / "tiles").iterdir() if p.name.startswith(".")]

@@ -1,7 +1,8 @@
-"""The ledger remembers everything that was committed, whoever dies; one driver at a time."""
+"""The ledger remembers everything that was entered, whoever dies; and one process works at a tile."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,209 +12,175 @@ from pathlib import Path
 import pytest
 
 from canopy.errors import DataError, InputError
-from canopy.region import ledger as shards
-from canopy.region.ledger import STALE_S, HeldError, Ledger, RunLock, file_system, live_holder, read_holder
+from canopy.region.ledger import HeldError, Ledger, Outcome, held, ledger_path
 from canopy.region.plan import refuse_changes, run_id, write_pins
-from canopy.region.tiles import TileTask
+from canopy.region.task import remove_leftovers
+from canopy.region.tiles import Tile
 
 
-def finish(ledger: Ledger, ordinal: int, state: str = "done", **more: object) -> None:
-    ledger.finish(ordinal, state, host="h", seconds=1.0, **more)  # type: ignore[arg-type]
+def tiles_of(ledger: Ledger, state: str = "pending") -> list[Tile]:
+    return [tile for tile, _ in ledger.rows(state)]
 
 
 def test_every_pending_tile_comes_once_in_order(ledger: Ledger) -> None:
     total = sum(ledger.counts().values())
-    feed = ledger.pending(batch=4)
     seen = []
-    for task in feed:
-        seen.append(task.ordinal)
-        ledger.begin(task.ordinal)  # what is in work does not come again
-        if task.ordinal % 3 == 0:
-            finish(ledger, task.ordinal)
+    for tile, _ in ledger.rows("pending", page=4):
+        seen.append(tile.ordinal)
+        ledger.begin(tile)  # what is in work does not come again
+        if tile.ordinal % 3 == 0:
+            ledger.finish(tile, Outcome("done"))
     assert seen == list(range(total))
-    assert ledger.counts()["running"] == total - len(range(0, total, 3))
+    running = total - len(range(0, total, 3))
+    assert ledger.counts()["running"] == running
     ledger.reopen()
-    assert ledger.counts()["pending"] == ledger.counts()["pending"] and ledger.counts()["running"] == 0
+    assert ledger.counts()["pending"] == running and ledger.counts()["running"] == 0
 
 
 def test_rows_come_back_as_they_were_entered(ledger: Ledger) -> None:
-    ledger.begin(2)
-    finish(ledger, 2, sha256="ab", size=7, facts={"dates": ["2021-01-01"]})
-    finish(ledger, 3, "failed", reason="the host said no")
-    (row,) = ledger.rows("done")
-    assert (row.task.ordinal, row.attempts, row.sha256, row.bytes) == (2, 1, "ab", 7)
-    assert row.facts == {"dates": ["2021-01-01"]} and row.seconds == 1.0 and row.host == "h"
-    assert [r.reason for r in ledger.rows("failed")] == ["the host said no"]
+    second, third = tiles_of(ledger)[2:4]
+    made = Outcome("done", 1.5, "h", "ab", 7, None, {"dates": ["2021-01-01"]})
+    ledger.finish(second, made)
+    ledger.finish(third, Outcome("failed", reason="the host said no"))
+    assert list(ledger.rows("done")) == [(second, made)]
+    assert [row.reason for _, row in ledger.rows("failed")] == ["the host said no"]
     ledger.reopen(retry_failed=True)
-    assert ledger.counts()["failed"] == 0
+    assert ledger.counts()["failed"] == 0 and ledger.counts()["done"] == 1
 
 
-def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path: Path) -> None:
+def test_the_pace_is_that_of_late(ledger: Ledger) -> None:
+    assert ledger.totals()["km2_per_hour"] == 0.0
+    one, two, *_ = tiles_of(ledger)
+    ledger.finish(one, Outcome("done", 60.0))
+    ledger.finish(two, Outcome("failed", 500.0))
+    totals = ledger.totals()
+    assert 0.9 * one.km2 * 60 < totals["km2_per_hour"] <= one.km2 * 60
+    assert totals["km2_finished"] == pytest.approx(one.km2) and totals["worker_seconds"] == 560.0
+
+
+def test_a_killed_writer_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     code = """
 import os, sys
 from pathlib import Path
-from canopy.region.ledger import Ledger
-from canopy.region.tiles import TileTask
-ledger = Ledger(Path(sys.argv[1]))
-ledger.add(TileTask(i, f"t{i}", 0, i, 1.0) for i in range(50))
-for i in range(30):
-    ledger.begin(i)
-    ledger.finish(i, "done", host="h", seconds=1.0, sha256="x")
-    if i == 19:
-        ledger.commit()
+from canopy.region.ledger import Ledger, Outcome
+from canopy.region.tiles import Tile
+ledger, tiles = Ledger(Path(sys.argv[1])), [Tile(i, f"t{i}", 0, i, 1.0) for i in range(50)]
+ledger.add("run", ((tile, "pending") for tile in tiles))
+for tile in tiles[:30]:
+    ledger.begin(tile)
+    if tile.ordinal < 20:
+        ledger.finish(tile, Outcome("done"))
 os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -9
     with Ledger(path) as ledger:
         ledger.reopen()
-        counts = ledger.counts()
-    assert 20 <= counts["done"] <= 30 and counts["done"] + counts["pending"] == 50
+        assert ledger.counts() == {"pending": 30, "running": 0, "done": 20, "empty": 0, "failed": 0}
 
 
-def test_the_pace_is_that_of_late(ledger: Ledger) -> None:
-    assert ledger.pace() == (0.0, 0.0)
-    tasks = list(ledger.pending())
-    ledger.finish(tasks[0].ordinal, "done", host="h", seconds=60.0)
-    ledger.finish(tasks[1].ordinal, "failed", host="h", seconds=500.0)
-    km2, seconds = ledger.pace()
-    assert km2 == pytest.approx(tasks[0].km2) and 60 <= seconds < 120
-    time.sleep(0.01)
-    assert ledger.pace(over_s=0.005) == (0.0, 0.0)
-
-
-def test_a_ledger_in_a_folder_without_room_can_be_read(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sqlite3
-
-    finish(ledger, 1)
-    ledger.commit()  # in the log, not yet in the file
-    real = sqlite3.connect
-
-    def refuse(name: object, *args: object, **more: object) -> sqlite3.Connection:
-        if "mode=ro" in str(name) and str(ledger.path) in str(name):
-            raise sqlite3.OperationalError("disk I/O error")  # as where its index cannot be made
-        return real(name, *args, **more)  # type: ignore[call-overload, no-any-return]
-
-    monkeypatch.setattr(sqlite3, "connect", refuse)
-    with Ledger(ledger.path, read_only=True) as copy:
-        assert copy.counts() == ledger.counts() and copy.counts()["done"] == 1
-
-
-def test_what_is_no_ledger_is_said_so(tmp_path: Path) -> None:
+def test_another_runs_ledger_and_what_is_no_ledger(ledger: Ledger, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the ledger is another run's"):
+        ledger.add("other", ())
     (tmp_path / "ledger.sqlite").write_text("something else, long enough to be looked at" * 40)
     with pytest.raises(DataError, match="no ledger"):
         Ledger(tmp_path / "ledger.sqlite")
-    assert isinstance(file_system(tmp_path), str)
 
 
-def test_one_driver_at_a_time(tmp_path: Path) -> None:
-    with RunLock(tmp_path / ".lock"):
-        with (
-            pytest.raises(InputError, match="another run is at work here"),
-            RunLock(tmp_path / ".lock"),
-        ):
-            pass
-        with (
-            pytest.raises(HeldError, match="a shard of this run"),
-            RunLock(tmp_path / shards.lock_name((1, 2))),
-        ):
-            shards.refuse_crossing(tmp_path, None)
-    with RunLock(tmp_path / ".lock"):
-        assert live_holder(tmp_path / ".lock")["pid"] == os.getpid()
-    assert live_holder(tmp_path / ".lock") == {}
-
-
-def test_a_shard_starts_beside_shards_of_the_same_count_only(tmp_path: Path) -> None:
-    done = tmp_path / "shards" / "00001-of-00002.complete"
-    done.parent.mkdir()
-    shards.mark_complete(tmp_path, (1, 2))
-    with (
-        pytest.raises(HeldError, match=f"another run is at work here .process {os.getpid()} on"),
-        RunLock(tmp_path / ".lock"),
-    ):
-        shards.refuse_crossing(tmp_path, (1, 2))
-    with (
-        pytest.raises(HeldError, match=r"a shard of this run .*-00001-of-00003"),
-        RunLock(tmp_path / shards.lock_name((1, 3))),
-    ):
-        shards.refuse_crossing(tmp_path, (1, 2))
-    assert done.exists()  # who was refused has changed nothing
-    with RunLock(tmp_path / shards.lock_name((2, 2))):
-        shards.refuse_crossing(tmp_path, (1, 2))
-    assert not done.exists()
-
-
-def test_a_run_on_another_machine_is_seen_by_a_shard(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text('{"host": "elsewhere", "pid": 1, "since": 0}')
-    with pytest.raises(HeldError, match="process 1 on elsewhere"):
-        shards.refuse_crossing(tmp_path, (1, 2))
-
-
-def test_a_holder_on_another_machine_counts_until_it_is_stale(tmp_path: Path) -> None:
-    path = tmp_path / ".lock"
-    path.write_text('{"host": "elsewhere", "pid": 1, "since": 0}')
-    with pytest.raises(InputError, match="process 1 on elsewhere"), RunLock(path):
-        pass
-    old = time.time() - 2 * STALE_S
-    assert live_holder(path)["host"] == "elsewhere"
-    os.utime(path, (old, old))
-    assert live_holder(path) == {}
-    with RunLock(path):
-        pass
-
-
-def test_a_killed_holder_holds_no_longer(tmp_path: Path) -> None:
-    code = """
-import os, sys
-from pathlib import Path
-from canopy.region.ledger import RunLock
-with RunLock(Path(sys.argv[1])):
-    os.kill(os.getpid(), 9)
-"""
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / ".lock")], check=False)
-    assert read_holder(tmp_path / ".lock") and live_holder(tmp_path / ".lock") == {}
-    with RunLock(tmp_path / ".lock"):
-        pass
-
-
-def test_shards_are_gathered(tmp_path: Path) -> None:
-    tasks = [TileTask(i, f"t{i}", 0, i, 1.0) for i in range(10)]
+def test_other_ledgers_are_gathered(tmp_path: Path) -> None:
+    tiles = [Tile(i, f"t{i}", 0, i, 1.0) for i in range(10)]
+    (tmp_path / "shards").mkdir()
     for number in (1, 2):
-        with Ledger(shards.ledger_path(tmp_path, (number, 2))) as part:
-            part.set("run", "r")
-            part.add(task for task in tasks if task.ordinal % 2 == number - 1)
-            for task in tasks[number - 1 : 8 : 2]:
-                finish(part, task.ordinal, "failed" if task.ordinal == 4 else "done", reason="why")
+        with Ledger(ledger_path(tmp_path, (number, 2))) as part:
+            part.add("r", ((tile, "pending") for tile in tiles if tile.ordinal % 2 == number - 1))
+            for tile in tiles[number - 1 : 8 : 2]:
+                part.finish(tile, Outcome("failed" if tile.ordinal == 4 else "done", reason="why"))
+    with Ledger(ledger_path(tmp_path, (1, 3))) as foreign:
+        foreign.add("another", ((tile, "done") for tile in tiles))
     with Ledger(tmp_path / "ledger.sqlite") as whole:
-        whole.set("run", "r")
-        whole.add(tasks)
-        assert shards.gather(whole, tmp_path, whole.path) == 8
+        whole.add("r", ((tile, "pending") for tile in tiles))
+        for path in (tmp_path / "shards").iterdir():
+            whole.gather(path)
         assert whole.counts() == {"pending": 2, "running": 0, "done": 7, "empty": 0, "failed": 1}
-        assert shards.gather(whole, tmp_path, whole.path) == 0
-    shards.mark_complete(tmp_path, (1, 2))
-    assert not shards.all_complete(tmp_path, 2)
-    shards.mark_complete(tmp_path, (2, 2))
-    assert shards.all_complete(tmp_path, 2)
+        (tmp_path / "shards" / "00001-of-00002.sqlite").write_text("damaged" * 400)
+        whole.gather(tmp_path / "shards" / "00001-of-00002.sqlite")  # left out, and no more
+        assert whole.counts()["done"] == 7
 
 
-def test_pins_say_what_changed(tmp_path: Path) -> None:
+# ---- who may work where -----------------------------------------------------------------------
+HOLDER = """
+import sys, time
+from pathlib import Path
+from canopy.region.ledger import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_at_a_run_and_a_killed_one_holds_no_longer(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        for shard in (None, (1, 2)):
+            told = rf"another run is at work here \(process {holder.pid} on"
+            with pytest.raises(HeldError, match=told), held(tmp_path, shard):
+                pass
+        holder.kill()
+    with held(tmp_path):
+        assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / ".lock.json").exists()
+
+
+def test_a_shard_works_beside_shards_of_the_same_count_only(tmp_path: Path) -> None:
+    with held(tmp_path, (1, 2)):
+        for other in (None, (1, 3), (1, 2)):
+            with pytest.raises(HeldError, match="a shard of this run is at work here"), held(tmp_path, other):
+                pass
+        with held(tmp_path, (2, 2)):
+            pass
+
+
+def test_faults_inside_the_block_are_not_taken_for_the_locks(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), held(tmp_path):
+        (tmp_path / "nowhere").read_text()
+    with held(tmp_path):
+        pass
+
+
+def test_leftovers_are_those_of_the_tiles_that_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "tiles"
+    folder.mkdir()
+    (folder / "a.tif").touch()
+    (folder / ".a.tif.1234.part").touch()
+    (folder / ".a.json.77.part").touch()
+    (folder / ".b.tif.canopy-x1").mkdir()
+    (folder / ".b.tif.canopy-x1" / "predicted.tif").touch()
+    assert remove_leftovers(tmp_path, {"a"}) == 2 and (folder / ".b.tif.canopy-x1").exists()
+    assert remove_leftovers(tmp_path) == 1 and [p.name for p in folder.iterdir()] == ["a.tif"]
+
+
+# ---- the run file -----------------------------------------------------------------------------
+def test_the_run_file_says_what_changed(tmp_path: Path) -> None:
     pins = {
-        "canopy": {"version": "1", "format": 1, "created": "now"},
+        "canopy": {"version": "1", "format": 2, "created": "now"},
         "area": {"text": "here", "wkb": "00"},
         "imagery": {"images": ["/a/b.tif"], "sha256": "aa"},
         "model": {"file": "m", "sha256": "m" * 64},
-        "map": {"gsd": None, "threads": 1},
+        "map": {"gsd": None, "zoom": 10},
     }
     assert write_pins(tmp_path, pins) == pins
-    other = {**pins, "canopy": {"version": "1", "format": 1, "created": "later"},
+    time.sleep(0.01)
+    other = {**pins, "canopy": {"version": "1", "format": 2, "created": "later"},
              "imagery": {"images": ["/elsewhere/b.tif"], "sha256": "aa"}}  # fmt: skip
     refuse_changes(pins, other, tmp_path)
     assert run_id(pins) == run_id(other)
     assert write_pins(tmp_path, other) == pins  # the first to begin wins
-    changed = {**pins, "model": {"file": "m", "sha256": "n" * 64}, "map": {"gsd": 1.0, "threads": 1}}
+    changed = {**pins, "model": {"file": "m", "sha256": "n" * 64}, "map": {"gsd": 1.0, "zoom": 10}}
     with pytest.raises(InputError, match=r"model\.sha256 was .* map\.gsd was null and is 1\.0"):
         refuse_changes(pins, changed, tmp_path)
+    moved = {**pins, "area": {"text": "here", "wkb": "01"}}
+    assert run_id(moved) != run_id(pins)
     with pytest.raises(InputError, match="outline"):
-        refuse_changes(pins, {**pins, "area": {"text": "here", "wkb": "01"}}, tmp_path)
+        refuse_changes(pins, moved, tmp_path)

@@ -14,10 +14,10 @@ import pytest
 import rasterio
 
 from canopy.download import RetryPolicy, use_policy
-from canopy.region.plan import RegionSettings
+from canopy.region.options import MapOptions
 from canopy.region.run import prepare_run, start
 
-Make = Callable[..., RegionSettings]
+Make = Callable[..., MapOptions]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def pixels(folder: Path) -> np.ndarray:
 
 
 def test_passing_faults_are_outlasted(
-    settings: Make, inline: type, server, servers: ModuleType, image: Path, tmp_path: Path,
+    options: Make, make_run: Callable, server, servers: ModuleType, image: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    start(prepare_run(settings(out=str(tmp_path / "file"))), engine=inline)
+    make_run(options(out=str(tmp_path / "file")))
     url = server.put("/texture.tif", image.read_bytes(), "image/tiff")
     die, faults = random.Random(4), []
     kinds = [{"status": 429}, {"status": 503}, {"cut_after": 300}, {"delay_s": 0.05}]
@@ -61,24 +61,24 @@ def test_passing_faults_are_outlasted(
         return servers.Fault(re.compile("."), 1, **die.choice(kinds))
 
     server.take_fault = sometimes
-    result = start(prepare_run(settings(images=(url,))), engine=inline)
+    result = make_run(options(images=(url,)))
     assert result.exit_code == 0 and result.counts["failed"] == 0 and faults
     assert pixels(tmp_path / "run").tobytes() == pixels(tmp_path / "file").tobytes()
 
 
 def test_lasting_faults_fail_their_tiles_with_the_reason(
-    settings: Make, inline: type, server, servers: ModuleType, image: Path, tmp_path: Path,
+    options: Make, make_run: Callable, server, servers: ModuleType, image: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    start(prepare_run(settings(out=str(tmp_path / "file"))), engine=inline)
+    make_run(options(out=str(tmp_path / "file")))
     content = image.read_bytes()
     url = server.put("/texture.tif", content, "image/tiff")
     with use_policy(RetryPolicy(attempts=2, first_wait_s=0.01, longest_wait_s=0.05, timeout_s=5.0)):
-        prepared = prepare_run(settings(images=(url,), readers=1))
+        region = prepare_run(options(images=(url,), readers=1))
         bad = range(len(content) // 2, len(content) * 4 // 5)  # pixels; the directory lies at the end
         server.take_fault = lambda path, first: (
             servers.Fault(re.compile("."), 1, 500) if first in bad else None
         )
-        result = start(prepared, engine=inline)
+        result = start(region)
     assert result.exit_code == 3 and 0 < result.counts["failed"] < sum(result.counts.values())
     assert all("127.0.0.1" in reason and "(after 2 tries)" in reason for _, reason in result.failures)
     found, expected = pixels(tmp_path / "run"), pixels(tmp_path / "file")

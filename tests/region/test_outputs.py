@@ -8,27 +8,22 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
 from affine import Affine
-from rasterio.transform import from_origin
 from rio_cogeo import cog_validate
 
-from canopy.geo.crs import to_crs
 from canopy.geo.raster import read_raster
 from canopy.inference.options import OneMapOptions
 from canopy.inference.predict import prepare
-from canopy.region.plan import RegionSettings
-from canopy.region.publish import axis_mapping
-from canopy.region.run import prepare_run, start
+from canopy.region.options import MapOptions
 
 
 def test_outputs_are_valid_and_say_where_they_come_from(
-    settings: Callable[..., RegionSettings], inline: type, tmp_path: Path
+    options: Callable[..., MapOptions], make_run: Callable, tmp_path: Path
 ) -> None:
-    result = start(prepare_run(settings(encoding="uint16cm", date_band=True)), engine=inline)
+    result = make_run(options(encoding="uint16cm", date_band=True))
     folder = tmp_path / "run"
     collection = json.loads((folder / "collection.json").read_text())
     items = [link["href"] for link in collection["links"] if link["rel"] == "item"]
@@ -58,31 +53,15 @@ def test_outputs_are_valid_and_say_where_they_come_from(
     assert read_raster(folder / "mosaic.vrt").valid.any()  # canopy's own reader takes it
 
 
-# Northing first, easting first, both axes to the north or to the south in either order, westing first, feet.
-@pytest.mark.parametrize(
-    "code", [2193, 2180, 31467, 4326, 3035, 32619, 3857, 3031, 3413, 32661, 5041, 32761, 2053, 2065, 2263]
-)
-def test_axes_are_told_as_gdal_tells_them(code: int, tmp_path: Path) -> None:
-    with rasterio.open(
-        tmp_path / "a.tif", "w", driver="GTiff", width=4, height=4, count=1, dtype="uint8",
-        crs=f"EPSG:{code}", transform=from_origin(1, 4, 1, 1),
-    ) as dataset:  # fmt: skip
-        dataset.write(np.ones((1, 4, 4), np.uint8))
-    rasterio.shutil.copy(tmp_path / "a.tif", tmp_path / "a.vrt", driver="VRT")
-    expected = f'<SRS dataAxisToSRSAxisMapping="{axis_mapping(to_crs(code))}">'
-    assert expected in (tmp_path / "a.vrt").read_text()
-
-
 def test_gdal_places_a_mosaic_of_northings_where_its_tiles_are(
-    settings: Callable[..., RegionSettings], inline: type, image: Path, tmp_path: Path
+    options: Callable[..., MapOptions], make_run: Callable, image: Path, tmp_path: Path
 ) -> None:
     new_zealand = tmp_path / "nz.tif"
     with rasterio.open(image) as dataset:
         profile = dataset.profile | {"crs": "EPSG:2193", "transform": Affine(0.5, 0, 1.5e6, 0, -0.5, 5.4e6)}
         with rasterio.open(new_zealand, "w", **profile) as copy:
             copy.write(dataset.read())
-    wish = settings(images=(str(new_zealand),), crs="EPSG:2193", tile_px=256)
-    result = start(prepare_run(wish), engine=inline)
+    result = make_run(options(images=(str(new_zealand),), crs="EPSG:2193", tile_px=256))
     assert result.counts["done"] >= 1
 
     def placed(path: Path) -> tuple[float, ...]:
@@ -138,11 +117,11 @@ def schemas() -> dict[str, str]:
 
 
 def test_stac_validator_takes_every_file(
-    settings: Callable[..., RegionSettings], inline: type, image: Path, small_model: Path, tmp_path: Path
+    options: Callable[..., MapOptions], make_run: Callable, image: Path, small_model: Path, tmp_path: Path
 ) -> None:
     from stac_validator import stac_validator as validator
 
-    start(prepare_run(settings(encoding="uint8m", zoom=18, tile_px=256)), engine=inline)
+    make_run(options(encoding="uint8m", zoom=18, tile_px=256))
     options = OneMapOptions(
         images=(str(image),), model=str(small_model), out=str(tmp_path / "one.tif"), quicklook=True
     )

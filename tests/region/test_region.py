@@ -1,63 +1,50 @@
-"""A region made in tiles is the map made at once, byte for byte; its outputs open; its run goes on, once."""
+"""A region made in tiles is the map made at once; its outputs open; its run goes on and says what changed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
-from affine import Affine
 from shapely.geometry import Point
 
-from canopy.errors import InputError, OutputError
+from canopy.errors import CanopyError, ConfigError, InputError, OutputError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.raster import read_raster
-from canopy.inference.options import OneMapOptions
+from canopy.imagery.open import open_imagery
+from canopy.inference.options import OneMapOptions, PredictOptions
 from canopy.inference.predict import prepare
 from canopy.region.ledger import Ledger
-from canopy.region.plan import RegionSettings, request_of
-from canopy.region.publish import PublishedLayout, write_mosaic, write_published
-from canopy.region.run import RunResult, prepare_run, start, status
-from canopy.region.task import Outcome, tile_path
-from canopy.region.tiles import TileTask
+from canopy.region.options import MapOptions
+from canopy.region.plan import fingerprint
+from canopy.region.publish import write_mosaic
+from canopy.region.run import prepare_run
+from canopy.region.status import region_cost, status
+from canopy.region.task import tile_path
 
-Make = Callable[..., RegionSettings]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    """Heights agree to the last bit at equal threads, and the runs here are pinned to one."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+Make = Callable[..., MapOptions]
 
 
-def run(settings: RegionSettings, inline: type, **more: object) -> RunResult:
-    prepared = prepare_run(settings, **{k: more.pop(k) for k in ("resume", "overwrite") if k in more})  # type: ignore[arg-type]
-    return start(prepared, engine=more.pop("engine", inline), **more)  # type: ignore[arg-type]
-
-
-def at_once(settings: RegionSettings, out: Path) -> np.ndarray:
+def at_once(options: MapOptions, out: Path) -> np.ndarray:
     """The stored pixels of one `canopy predict` over the region."""
-    crs = "quadkey" if settings.grid == "quadkey" else settings.crs
-    given = {**request_of(settings).model_dump(), "out": str(out), "crs": crs}
-    prepare(OneMapOptions(**given), area=settings.area()).run()
+    given = {name: getattr(options, name) for name in PredictOptions.model_fields}
+    crs = "quadkey" if options.grid == "quadkey" else options.crs
+    prepare(OneMapOptions(**given | {"out": str(out), "crs": crs})).run()
     with rasterio.open(out) as dataset:
         return dataset.read()
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (folder / "tiles").glob("*.tif")}
+def check_equal(found: np.ndarray, expected: np.ndarray) -> None:
+    """The same mask, and the same values to a hundredth."""
+    assert found.shape == expected.shape and np.array_equal(np.isnan(found), np.isnan(expected))
+    np.testing.assert_allclose(found, expected, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -69,249 +56,240 @@ def hashes(folder: Path) -> dict[str, str]:
     ],
     ids=["utm", "quadkey", "coarser"],
 )
-def test_a_region_is_the_map_made_at_once(settings: Make, inline: type, tmp_path: Path, more: dict) -> None:
-    wish = settings(**more)
-    result = run(wish, inline)
-    expected = at_once(wish, tmp_path / "once.tif")
+def test_a_region_is_the_map_made_at_once(
+    options: Make, make_run: Callable, tmp_path: Path, more: dict
+) -> None:
+    result = make_run(options(**more))
+    expected = at_once(options(**more), tmp_path / "once.tif")
     assert result.exit_code == 0 and result.counts["done"] >= 2
     with rasterio.open(tmp_path / "run" / "mosaic") as mosaic, rasterio.open(tmp_path / "once.tif") as once:
         assert mosaic.transform == once.transform and mosaic.crs == once.crs and mosaic.units == once.units
         assert mosaic.descriptions == once.descriptions
-        assert mosaic.read().tobytes() == expected.tobytes()
+        check_equal(mosaic.read(), expected)
     assert np.nanstd(expected[0]) > 0.1 and np.isnan(expected[0]).any()
 
 
 def test_a_finished_run_starts_no_worker_and_a_lost_tile_is_made_again(
-    settings: Make, inline: type, tmp_path: Path
+    options: Make, make_run: Callable, hashes: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(settings(), inline)
+    make_run(options())
     before, outputs = hashes(tmp_path / "run"), (tmp_path / "run" / "catalog.json").stat().st_mtime_ns
-
-    def nobody(how: object) -> object:
-        raise AssertionError("a finished run must not start workers")
-
-    again = run(settings(), inline, engine=nobody)
-    assert again.tally.finished == 0 and again.exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("canopy.region.run.Driver", None)  # who would start workers fails
+        again = make_run(options())
+    assert again.tally.counts.total() == 0 and again.exit_code == 0
     assert (tmp_path / "run" / "catalog.json").stat().st_mtime_ns == outputs
     victim, damaged = sorted(before)[:2]
     (tmp_path / "run" / "tiles" / victim).unlink()
     with (tmp_path / "run" / "tiles" / damaged).open("r+b") as file:
         file.seek(-9, os.SEEK_END)
         file.write(b"something")
-    result = run(settings(out=str(tmp_path / "run")), inline, verify=True, resume=True)
-    assert result.tally.done == 2 and hashes(tmp_path / "run") == before
+    result = make_run(MapOptions(out=str(tmp_path / "run")), verify=True, resume=True)
+    assert result.tally.counts["done"] == 2 and hashes(tmp_path / "run") == before
 
 
-def test_a_changed_run_is_refused(settings: Make, inline: type, image: Path, tmp_path: Path) -> None:
-    run(settings(), inline)
+# ---- what a run is pinned to ------------------------------------------------------------------
+def test_going_on_refuses_what_differs_and_takes_the_rest(
+    options: Make, make_run: Callable, image: Path, tmp_path: Path
+) -> None:
+    make_run(options(encoding="uint16cm"))
+    out = str(tmp_path / "run")
     ledger = (tmp_path / "run" / "ledger.sqlite").read_bytes()
-    with pytest.raises(InputError, match=r"map\.encoding was .float32. and is .uint16cm."):
-        prepare_run(settings(encoding="uint16cm"))
+    taken = prepare_run(MapOptions(out=out), resume=True)
+    assert taken.options.encoding == "uint16cm" and taken.options.zoom == 19
+    prepare_run(options(encoding="uint16cm", backend="auto"), resume=True)  # all of it said again
+    for more, message in [
+        ({"encoding": "float32"}, r"map\.encoding was .uint16cm. and is .float32."),  # the default, but said
+        ({"gsd": 1.0}, r"map\.gsd was null and is 1\.0"),
+        ({"model": "default"}, r"model\.sha256 was"),
+        ({"imagery": "demo"}, r"imagery\.sha256|no image"),
+        ({"bounds": "500000,4881950,500060,4882000", "bounds_crs": "EPSG:32618"}, r"area\.text was"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            prepare_run(MapOptions(out=out, **more), resume=True)
+    with pytest.raises(InputError, match=r"map\.encoding was .uint16cm. and is .float32."):
+        prepare_run(options())
     other = tmp_path / "texture.tif"
     shutil.copy(image, other)
-    prepare_run(settings(images=(str(other),)))  # the same imagery in another place
+    prepare_run(options(images=(str(other),), encoding="uint16cm"))  # the same imagery in another place
     with rasterio.open(other, "r+") as dataset:
         dataset.write(np.full((3, 10, 10), 50, np.uint8), window=((0, 10), (0, 10)))
     with pytest.raises(InputError, match=r"imagery\.sha256 was"):
-        prepare_run(settings(images=(str(other),)))
-    with pytest.raises(InputError, match=r"model\.sha256"):
-        prepare_run(settings(model="default"))
+        prepare_run(options(images=(str(other),), encoding="uint16cm"))
     assert (tmp_path / "run" / "ledger.sqlite").read_bytes() == ledger
+    run_file = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run_file["imagery"]["scenes"] == [str(image)] and run_file["settled"]["backend"] == "torch"
+
+
+def test_only_the_images_are_the_imagery(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(image, folder / "a.tif")
+    before = fingerprint([str(folder)], open_imagery(str(folder)))
+    (folder / "map").mkdir()
+    (folder / "map" / "run.json").write_text("{}")
+    (folder / "a.tif.aux.xml").write_text("<PAMDataset/>")
+    assert fingerprint([str(folder)], open_imagery(str(folder))) == before
+    with rasterio.open(folder / "a.tif", "r+") as dataset:
+        dataset.write(np.full((3, 10, 10), 50, np.uint8), window=((0, 10), (0, 10)))
+    assert fingerprint([str(folder)], open_imagery(str(folder))) != before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"batch_size": "many"}, "'many' is no batch size"),
+        ({"batch_size": 0}, "0 is no batch size"),
+        ({"device": "meta"}, "unknown device 'meta'"),
+        ({"device": "xpu", "backend": "torch"}, "unknown device 'xpu'"),
+        ({"shard": "5/3"}, "I/N"),
+    ],
+)
+def test_a_bad_option_is_told_before_any_tile(options: Make, more: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare_run(options(**more))
+
+
+def test_folders_that_are_no_runs(options: Make, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="no run"):
-        prepare_run(settings(out=str(tmp_path / "mine")))
+    for out in (tmp_path / "mine", tmp_path / "mine" / "letter.txt"):
+        with pytest.raises(InputError, match=r"no run|is a file"):
+            prepare_run(options(out=str(out)))
+    with pytest.raises(InputError, match="no run to go on with"):
+        prepare_run(options(), resume=True)
 
 
-def test_shards_make_the_same_run(settings: Make, inline: type, tmp_path: Path) -> None:
-    whole = run(settings(out=str(tmp_path / "whole")), inline)
-    parts = [run(settings(shard=f"{i}/3"), inline) for i in (2, 3, 1)]
+# ---- shards -----------------------------------------------------------------------------------
+def test_shards_make_the_same_run(
+    options: Make, make_run: Callable, hashes: Callable, tmp_path: Path
+) -> None:
+    whole = make_run(options(out=str(tmp_path / "whole")))
+    parts = [make_run(options(shard="2/3")), make_run(options(shard="3/3"))]
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(ConfigError, match="--overwrite with --shard"):  # it would clear the others' tiles
+        make_run(options(shard="1/3"), overwrite=True)
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    parts.append(make_run(options(shard="1/3")))
     assert [bool(part.outputs) for part in parts] == [False, False, True]
     assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
     assert status(tmp_path / "run")["tiles"] == whole.counts
-    assert (tmp_path / "run" / "mosaic").read_bytes() == (tmp_path / "whole" / "mosaic").read_bytes()
+    with rasterio.open(tmp_path / "run" / "mosaic") as run, rasterio.open(tmp_path / "whole/mosaic") as at:
+        assert run.read().tobytes() == at.read().tobytes()
 
 
-def test_failures_are_journaled_and_leave_a_hole_not_a_wrong_pixel(
-    settings: Make, inline: type, tmp_path: Path
+def test_what_shards_have_left_is_taken_over(
+    options: Make, make_run: Callable, hashes: Callable, tmp_path: Path
 ) -> None:
-    prepared = prepare_run(settings())
-    tasks = list(prepared.tiling.tiles(prepared.aoi))
-    bad = tasks[1]
+    make_run(options(shard="1/2"))
+    made = len(hashes(tmp_path / "run"))
+    result = make_run(MapOptions(out=str(tmp_path / "run")), resume=True)
+    assert 0 < made < result.counts["done"] and result.tally.counts["done"] == result.counts["done"] - made
 
-    def broken(task: TileTask) -> Outcome | None:
-        return Outcome(task, "failed", "h", reason="the host is gone") if task.id == bad.id else None
 
-    result = start(prepared, engine=lambda how: inline(how, broken))
-    assert result.exit_code == 3 and result.failures == [(bad.id, "the host is gone")]
-    top, left, height, width = prepared.tiling.offset(bad.row, bad.col)
+# ---- faults -----------------------------------------------------------------------------------
+def test_damaged_imagery_fails_its_tiles_only_and_leaves_a_hole_not_a_wrong_pixel(
+    options: Make, make_run: Callable, image: Path, tmp_path: Path
+) -> None:
+    with rasterio.open(image) as dataset:
+        pixels, profile = dataset.read(), dataset.profile | {"compress": "deflate"}
+    broken = tmp_path / "broken.tif"
+    with rasterio.open(broken, "w", **profile) as dataset:
+        dataset.write(pixels)
+    whole = broken.read_bytes()
+    with broken.open("r+b") as file:  # the header is whole and opens; the last blocks are not there
+        file.truncate(len(whole) * 2 // 3)
+    result = make_run(options(images=(str(broken),)))
+    assert result.exit_code == 3 and 0 < result.counts["failed"] < sum(result.counts.values())
+    assert result.tally.retried == 0  # bad input stays bad
+    assert all("broken.tif" in reason for _, reason in result.failures)
+    expected = at_once(options(), tmp_path / "once.tif")
     with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
-        hole = mosaic.read(1, window=((top, top + height), (left, left + width)))
-        assert np.isnan(hole).all() and np.isfinite(mosaic.read(1)).any()
-    assert run(settings(), inline).exit_code == 3  # failures stay until asked to be tried again
-    assert run(settings(), inline, retry_failed=True).exit_code == 0
+        found = mosaic.read()
+    made = np.isfinite(found)
+    np.testing.assert_allclose(found[made], expected[made], atol=0.01)
+    assert made.any() and (np.isfinite(expected) & ~made).any()
+    for tile, _ in result.failures:
+        assert not tile_path(tmp_path / "run", tile).exists()
+    assert make_run(options(images=(str(broken),))).exit_code == 3  # failures stay until asked for
+    again = make_run(options(images=(str(broken),)), retry_failed=True)
+    assert again.exit_code == 3 and again.tally.counts["failed"] == len(result.failures)
 
 
-def test_tiles_without_imagery_cost_nothing(settings: Make, inline: type, tmp_path: Path) -> None:
-    engines = []
-
-    def engine(how: object) -> object:
-        engines.append(inline(how))
-        return engines[-1]
-
+def test_tiles_without_imagery_cost_nothing(
+    options: Make, make_run: Callable, hashes: Callable, tmp_path: Path
+) -> None:
     # The area is larger than the image: tiles beyond it never become a task.
-    area = "499990,4881850,500300,4882100"
-    result = run(settings(bounds=area, bounds_crs="EPSG:32618"), inline, engine=engine)
+    result = make_run(options(bounds="499990,4881850,500300,4882100", bounds_crs="EPSG:32618"))
     assert result.counts["empty"] > 0 and result.counts["failed"] == 0
-    assert len(engines[0].made) < sum(result.counts.values())
+    assert result.tally.counts.total() < sum(result.counts.values())
     assert len(hashes(tmp_path / "run")) == result.counts["done"]
 
 
-def test_a_polygon_is_mapped_inside_only(settings: Make, inline: type, tmp_path: Path) -> None:
+def test_an_area_without_a_valid_pixel_is_a_run_too(
+    options: Make, make_run: Callable, tmp_path: Path
+) -> None:
+    result = make_run(options(bounds="500052,4881964,500063,4881969", bounds_crs="EPSG:32618"))
+    assert result.counts["empty"] == 1 == sum(result.counts.values()) and result.exit_code == 0
+    with rasterio.open(tmp_path / "run" / "mosaic.vrt") as mosaic:
+        assert np.isnan(mosaic.read()).all()
+
+
+def test_a_polygon_is_mapped_inside_only(options: Make, make_run: Callable, tmp_path: Path) -> None:
     import geopandas
 
     disc = Point(500_060, 4_881_950).buffer(40)
     geopandas.GeoDataFrame(geometry=[disc], crs="EPSG:32618").to_file(tmp_path / "disc.gpkg")
-    run(settings(aoi=str(tmp_path / "disc.gpkg")), inline)
+    make_run(options(aoi=str(tmp_path / "disc.gpkg")))
     found = read_raster(tmp_path / "run" / "mosaic.vrt")
     inside = AOI(disc, to_crs("EPSG:32618")).mask(found.grid)
     assert found.valid[inside].any() and not found.valid[~inside].any()
 
 
-def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
-    settings: Make, inline: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = shutil.disk_usage, []
-
-    def full(path: object) -> object:
-        calls.append(path)
-        return real(path)._replace(free=0) if len(calls) >= 3 else real(path)  # type: ignore[type-var]
-
-    monkeypatch.setattr("canopy.geo.cog.shutil.disk_usage", full)
-    with pytest.raises(OutputError, match=r"free on the disk.*run the same command again"):
-        run(settings(), inline)
-    monkeypatch.setattr("canopy.geo.cog.shutil.disk_usage", real)
-    assert len(hashes(tmp_path / "run")) == 2
-    for path in (tmp_path / "run" / "tiles").glob("*.tif"):
-        rasterio.open(path).read()
-    assert run(settings(), inline).exit_code == 0
-    assert not [p for p in (tmp_path / "run" / "tiles").iterdir() if p.name.startswith(".")]
-
-
-def test_many_tiles_are_found_through_an_index(settings: Make, inline: type, tmp_path: Path) -> None:
-    prepared = prepare_run(settings())
-    start(prepared, engine=inline)
+def test_many_tiles_are_found_through_an_index(options: Make, make_run: Callable, tmp_path: Path) -> None:
+    make_run(options(encoding="uint16cm"))
     with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
-        expected = mosaic.read()
+        expected, scales = mosaic.read(), mosaic.scales
     with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
-        write_mosaic(ledger, prepared, tmp_path / "run", most_vrt=1)
-    assert (tmp_path / "run" / "index.gti.gpkg").is_file()
+        region = prepare_run(MapOptions(out=str(tmp_path / "run")), resume=True)
+        write_mosaic(ledger, region, most_vrt=1)
+    assert "tiles/" not in (tmp_path / "run" / "mosaic").read_text()
     with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
-        assert mosaic.read().tobytes() == expected.tobytes()
+        assert mosaic.read().tobytes() == expected.tobytes() and mosaic.scales == scales
 
 
-def test_overviews_of_the_whole_region_show_it(settings: Make, tmp_path: Path, inline: type) -> None:
-    from canopy.region import publish as module
-
-    prepared = prepare_run(settings())
-    start(prepared, engine=inline)
-    folder = tmp_path / "run"
-    assert not (folder / "overview.tif").exists()  # 240 px need none
-    made = module.write_overview(
-        folder / "mosaic", folder / "overview.tif", prepared.tiling.area, "float32", prepared.bands
-    )
-    assert not made
-
-
-@pytest.mark.parametrize("name", ["v1", "v2"])
-def test_the_published_layout(settings: Make, inline: type, tmp_path: Path, name: str) -> None:
-    prepared = prepare_run(settings(grid="quadkey", zoom=20))
-    start(prepared, engine=inline)
-    # Smaller tiles than the real zooms 9 and 10, on the same pixel.
-    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
-        folder = write_published(ledger, prepared, PublishedLayout(name, 16))
-    fine = read_raster(tmp_path / "run" / "mosaic.vrt")
-    features = json.loads((folder / "tiles.geojson").read_text())["features"]
-    assert features and len(list((folder / "chm").glob("*.tif"))) == len(features)
-    mapped = 0
-    for feature in features:
-        quadkey = feature["properties"]["tile"]
-        with rasterio.open(folder / "chm" / f"{quadkey}.tif") as dataset:
-            assert (
-                dataset.dtypes == ("uint8",) and dataset.crs.to_epsg() == 3857 and dataset.shape == (512, 512)
-            )
-            assert dataset.transform.a == pytest.approx(1.194329, abs=1e-6)
-            heights, transform = dataset.read(1), dataset.transform
-        valid = heights != 255
-        mapped += int(valid.sum())
-        if name == "v1":
-            with rasterio.open(folder / "msk" / f"{quadkey}.tif.msk") as dataset:
-                assert np.array_equal(dataset.read(1) == 255, ~valid)
-            dated = json.loads((folder / "metadata" / f"{quadkey}.geojson").read_text())["features"][0]
-            assert dated["properties"]["acq_date"] in ("2021-06-15", None)
-        else:
-            with rasterio.open(folder / "metadata" / f"{quadkey}.tif") as dataset:
-                years = dataset.read(1)
-            assert (years[valid] == 21).all() and (years[~valid] == 255).all()
-        if valid.any():
-            row, col = (int(v) for v in np.argwhere(valid)[valid.sum() // 2])
-            x, y = transform * (col, row)
-            r, c = (round(v) for v in fine.grid.rowcol(x, y))
-            k = round(transform.a / fine.grid.pixel[0])
-            block, known = fine.values[0, r : r + k, c : c + k], fine.valid[r : r + k, c : c + k]
-            assert heights[row, col] == np.rint(block[known].mean())
-    assert mapped > 1000
-
-
-def test_an_image_that_is_cut_short_fails_its_tiles_only(
-    settings: Make, inline: type, image: Path, tmp_path: Path
-) -> None:
-    with rasterio.open(image) as dataset:
-        pixels, profile = dataset.read(), dataset.profile
-    profile |= {"compress": "deflate", "transform": Affine(0.5, 0, 500_000, 0, -0.5, 4_882_000)}
-    broken = tmp_path / "broken.tif"
-    with rasterio.open(broken, "w", **profile) as dataset:
-        dataset.write(pixels)
-    with broken.open("r+b") as file:  # the header is whole and opens; the last blocks are not there
-        file.truncate(broken.stat().st_size * 2 // 3)
-    result = run(settings(images=(str(broken),)), inline)
-    assert result.exit_code == 3 and 0 < result.counts["failed"] < sum(result.counts.values())
-    assert all("broken.tif" in reason for _, reason in result.failures)
-    for tile, _ in result.failures:
-        assert not tile_path(tmp_path / "run", tile).exists()
-
-
-def test_more_images_than_one_mosaic_may_have_are_opened_in_parts(
-    settings: Make, inline: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_more_images_than_one_mosaic_may_have_are_opened_by_tile(
+    options: Make, make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from canopy.imagery.stac import TooManyItemsError
-    from canopy.inference import predict as job
+    from canopy.inference import predict
 
     area = {"bounds": "500000,4881900,500120,4882000", "bounds_crs": "EPSG:32618"}
-    run(settings(out=str(tmp_path / "whole"), **area), inline)
-    real, asked = job.open_source, []
+    make_run(options(out=str(tmp_path / "whole"), **area))
+    real = predict.open_source
 
-    def limited(options: OneMapOptions, gsd_m: float, area: AOI) -> object:
-        asked.append(area)
-        if len(asked) in (1, 3):  # the whole area: by the driver, and by the worker
+    def limited(wish: PredictOptions, gsd_m: float, place: AOI | None) -> object:
+        if place is not None and place.describe() == options(**area).area().describe():
             raise TooManyItemsError("more than 2000 items there")
-        return real(options, gsd_m, area)
+        return real(wish, gsd_m, place)
 
-    monkeypatch.setattr(job, "open_source", limited)
-    monkeypatch.setattr("canopy.region.plan.PLACE_M", 20.0)
-    result = run(settings(**area), inline)
-    assert result.exit_code == 0 and len(asked) > 4
-    assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
+    monkeypatch.setattr(predict, "open_source", limited)
+    result = make_run(options(**area))
+    assert result.exit_code == 0 and any("more images" in note for note in result.notes)
+    with rasterio.open(tmp_path / "run" / "mosaic") as run, rasterio.open(tmp_path / "whole/mosaic") as at:
+        check_equal(run.read(), at.read())
 
 
 def test_short_memory_halves_the_batch_once_for_all_tiles(
-    settings: Make, inline: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: Make, make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
     from canopy.inference.backends import TorchRunner
 
-    expected = at_once(settings(backend="torch"), tmp_path / "once.tif")
+    expected = at_once(options(), tmp_path / "once.tif")
     real, refused = TorchRunner.forward, []
 
     def forward(self: TorchRunner, crops: torch.Tensor) -> torch.Tensor:
@@ -321,10 +299,54 @@ def test_short_memory_halves_the_batch_once_for_all_tiles(
         return real(self, crops)
 
     monkeypatch.setattr(TorchRunner, "forward", forward)
-    result = run(settings(batch_size=4, backend="torch"), inline)
+    result = make_run(options(batch_size=4))
     assert result.exit_code == 0 and refused == [4, 2]
     with Ledger(tmp_path / "run" / "ledger.sqlite", read_only=True) as ledger:
-        notes = [row.facts["notes"] for row in ledger.rows("done") if "notes" in row.facts]
+        notes = [row.facts["notes"] for _, row in ledger.rows("done") if "notes" in row.facts]
     assert len(notes) == 1 and "batch size reduced to 1" in notes[0][-1]
     with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
-        np.testing.assert_allclose(mosaic.read(), expected, atol=1e-3)
+        check_equal(mosaic.read(), expected)
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
+    options: Make, make_run: Callable, hashes: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = shutil.disk_usage, []
+
+    def full(path: object) -> object:
+        calls.append(path)
+        return real(path)._replace(free=0) if len(calls) >= 3 else real(path)  # type: ignore[type-var]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("canopy.geo.cog.shutil.disk_usage", full)
+        with pytest.raises(OutputError, match=r"free on the disk.*run the same command again"):
+            make_run(options())
+    assert len(hashes(tmp_path / "run")) == 2
+    for path in (tmp_path / "run" / "tiles").glob("*.tif"):
+        rasterio.open(path).read()
+    assert make_run(options()).exit_code == 0
+    assert not [p for p in (tmp_path / "run" / "tiles").iterdir() if p.name.startswith(".")]
+
+
+def test_a_worker_that_does_not_find_the_run_ends_it(
+    options: Make, make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("canopy.region.run.run_id", lambda pins: "another")
+    with pytest.raises(InputError, match="Workers need the same folder"):
+        make_run(options())
+    counts = dict(sqlite3.connect(tmp_path / "run" / "ledger.sqlite").execute("SELECT state, 1 FROM tiles"))
+    assert set(counts) <= {"pending", "running"}
+
+
+def test_no_scheduler_there(options: Make, make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("canopy.region.workers.CONNECT_S", 1.0)
+    with pytest.raises(CanopyError, match="no scheduler with a worker there"):
+        make_run(options(scheduler="tcp://127.0.0.1:1"))
+
+
+def test_the_cost_is_that_of_the_crops(options: Make, make_run: Callable) -> None:
+    one, two = region_cost(prepare_run(options(price=2.0))), region_cost(prepare_run(options(workers=2)))
+    assert one.crops == two.crops > one.tiles and two.hours == pytest.approx(two.worker_hours / 2)
+    assert one.money == pytest.approx(2 * one.worker_hours)
+    made = make_run(options())
+    assert made.counts["done"] == one.tiles and made.totals["km2"] == pytest.approx(one.km2)

@@ -22,17 +22,8 @@ from canopy.imagery.open import open_imagery
 from canopy.runtime import NoProgress
 from canopy.synth.forest import ROOF, TREE, WATER, SceneSpec
 from canopy.synth.render import render, truth
-from canopy.synth.sensors import (
-    BEAMS,
-    CLASSES,
-    COVERAGE,
-    FILES,
-    place,
-    render_grid,
-    write_gedi,
-    write_points,
-    write_scene,
-)
+from canopy.synth.scene import FILES, place, render_grid, write_scene
+from canopy.synth.sensors import BEAMS, CLASSES, COVERAGE, write_gedi, write_points
 
 SIZE_M = 100.0
 
