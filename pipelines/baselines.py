@@ -1,80 +1,21 @@
-"""Score a model beside the training mean and a ridge regression on the same pixels of a chips folder.
+"""Scores of a model beside two baselines that every model must beat, and the text of its card.
 
-The regression sees what a forester without a network would measure per pixel: colour, greenness, and the
-mean and roughness of brightness around it at three scales, with all squares and products.
-
-`--publish MODEL.safetensors` stores the scores in a copy of the model. A model that was trained on the val
-rows too cannot be judged by them: `--unseen SIBLING` names the same training without them, whose val scores
-and calibration the copy gets instead.
+The training mean, and a ridge regression that sees what a forester without a network would measure per
+pixel: colour, greenness, and the mean and roughness of brightness around it at three scales, with all
+squares and products.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from canopy.config import named_values
-from canopy.errors import CanopyError
-
 OVERLAP_PX = 64
 WINDOWS_M = (3, 9, 21)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("chips", type=Path, help="folder of canopy data chips")
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--splits", default="val", help="val,test,test_hard; test is for reports only")
-    parser.add_argument(
-        "--unseen", metavar="SIBLING", help="model file: val scores and calibration of this one"
-    )
-    parser.add_argument("--crop-px", type=int, help="score, and publish, with this crop side")
-    parser.add_argument("--overlap-px", type=int, help="publish with this overlap of crops")
-    parser.add_argument("--margin-px", type=int, help="publish with this margin of crops")
-    parser.add_argument("--publish", type=Path, help="write the model with these scores here")
-    parser.add_argument("--json", type=Path, help="write all scores here")
-    parser.add_argument("--note", action="append", default=[], metavar="KEY=TEXT", help="facts for the card")
-    args = parser.parse_args()
-    try:
-        _run(args)
-    except CanopyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def _run(args: argparse.Namespace) -> None:
-    from canopy.calibration.intervals import CARD_KEY as GAP
-    from canopy.inference.layers import CARD_KEY as QUALITY
-    from canopy.models.checkpoint import load_model, save_checkpoint
-    from canopy.models.heads import CARD_KEY as INTERVALS
-
-    notes = named_values(args.note, "--note")
-    model = load_model(args.model)
-    lattice = {name: getattr(args, name) for name in ("crop_px", "overlap_px", "margin_px")}
-    model.config = dataclasses.replace(model.config, **{k: v for k, v in lattice.items() if v is not None})
-    scores = beside_baselines(model, args.chips, args.splits.split(","))
-    sibling = load_model(args.unseen) if args.unseen else None
-    if sibling:
-        scores |= beside_baselines(sibling, args.chips, ["val"])
-    for split, tables in scores.items():
-        print(f"{split}\n{markdown(tables)}\n")
-    if args.json:
-        args.json.write_text(json.dumps(scores, indent=1))
-    if args.publish:
-        card = {**model.card, **notes, "scores": {**model.card.get("scores", {}), **scores}}
-        if sibling:
-            card |= {key: sibling.card[key] for key in (INTERVALS, GAP, QUALITY) if key in sibling.card}
-        for split in scores:
-            card[split] = scores[split]["model"]
-        save_checkpoint(args.publish, model, json.loads(json.dumps(card)))
+TITLES = {"val": "Validation rows", "test": "Test rows", "test_hard": "Hard test rows"}
 
 
 def beside_baselines(model: Any, chips: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -172,5 +113,20 @@ def markdown(scores: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def card_text(facts: dict[str, Any]) -> str:
+    """The model card of what `canopy.models.checkpoint.describe` says, with its card's scores."""
+    card, data = facts["card"], facts["card"]["data"]
+    lines = [
+        f"- parameters: {facts['parameters'] / 1e6:.1f} M; file {facts['bytes'] / 1e6:.1f} MB",
+        f"- licence: {card['licence']}",
+        f"- trained: {card['date']}, {card['minutes']} minutes, {card['steps']} steps; `{card['command']}`",
+        f"- data: {data['train_chips']} training and {data['val_chips']} validation chips",
+        f"- sha256 of the chips' ids: `{data['sha256'][:16]}`",
+        f"- input: {', '.join(facts['bands'])} in 0..1 at {facts['gsd_m']} m, crops of {facts['crop_px']} px",
+    ]
+    parts = [f"# {card['name']}", "Canopy height in metres from RGB aerial imagery.", "## Facts"]
+    parts.append("\n".join(lines))
+    for split, tables in card["scores"].items():
+        parts += [f"## {TITLES.get(split, split)}", markdown(tables)]
+    parts.append("Every row counts the same pixels for all columns: 1 m cells with both image and lidar.")
+    return "\n\n".join(parts) + "\n"
