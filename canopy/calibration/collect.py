@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M, predict_whole, scored_pixels
+from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M, predict_chip
 from canopy.errors import ConfigError, DataError
 from canopy.runtime import NoProgress, Progress
 
@@ -85,9 +85,9 @@ def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str
         store = read_store(path)
         chips, identity = store.of_split(*splits), store.data_sha256
     elif (path / "manifest.csv").is_file():
-        from canopy.chips.write import cut_pack
+        from canopy.chips.cut import read_pack
 
-        chips, identity = cut_pack(path, tuple(splits))
+        chips, identity = read_pack(path, tuple(splits))
     elif path.is_dir():
         from canopy.chips.store import ChipShards
 
@@ -99,7 +99,7 @@ def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str
                     where=path, expected=f"{IMAGE_GSD_M:g} and {LABEL_GSD_M:g} m",
                     remedy=f"cut chips with canopy data chips --gsd {IMAGE_GSD_M:g}",
                 )  # fmt: skip
-        chips, identity = [shards[i].as_chip() for i in range(len(shards))], shards.fingerprint
+        chips, identity = list(shards), shards.fingerprint
     else:
         raise DataError("no such data", where=path, expected="a data pack, a chips folder or a chips file")
     if not chips:
@@ -139,7 +139,7 @@ def places_of(data: str | Path) -> dict[str, tuple[float, float]]:
             return {}
         boxes = {row["id"]: [row[name] for name in _PLACE] for row in rows if row["crs"]}
     elif path.is_dir():
-        from canopy.chips.store import read_index
+        from canopy.chips.index import read_index
 
         boxes = {r.id: [r.crs, r.west, r.south, r.east, r.north] for r in read_index(path) if r.crs}
     else:
@@ -174,7 +174,7 @@ def predict_chips(
     for chip in chips:
         with torch.inference_mode():
             layers = _predict(model, chip, batch)
-        gone = ~scored_pixels(chip)
+        gone = ~chip.scored
         layers[:, gone] = np.nan
         truth = np.where(gone, np.nan, chip.chm_m).astype(np.float32)
         yield Scored(chip.row.id, chip.row.site, chip.row.split, layers[0], layers[1], truth)
@@ -190,15 +190,7 @@ def _predict(model: HeightModel, chip: Chip, batch: int) -> np.ndarray:
 
     # A crop beyond the chip would show the network nothing but filling.
     side = min(model.config.crop_px, max(_LEAST_CROP_PX, -(-max(chip.rgb.shape[1:]) // 64) * 64))
-    return predict_whole(network, chip, side, lambda n: _starts(n, side), side * _OVERLAP_SHARE, batch)
-
-
-def _starts(length: int, side: int) -> list[int]:
-    """First pixels of the crops along an axis, evenly spread."""
-    if length <= side:
-        return [0]
-    count = int(np.ceil((length - side) / (side * (1 - _OVERLAP_SHARE)))) + 1
-    return [round(start) for start in np.linspace(0, length - side, count)]
+    return predict_chip(network, chip, side, side * _OVERLAP_SHARE, batch)
 
 
 def cells_of(scored: Sequence[Scored], block_m: int = BLOCK_M) -> Cells:

@@ -13,7 +13,7 @@ reaches the ground, nothing can lie below it, and the whole risk goes to the upp
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,10 +29,6 @@ from canopy.models.heads import (
     dense_hats,
     hats,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 HEIGHT_CLASSES_M = (0.0, 0.5, 2.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0)
 _KNOTS_M = (0.0, 0.25, 0.5, 1, 2, 4, 7, 10, 13, 16, 18, 20, 22, 24, 26, 28, 30, 33, 36, 40)

@@ -46,13 +46,6 @@ def test_evaluate(script, tmp_path):
     assert found["pixels"] == 700**2 and found["peak_mb"] > 50 and found["cpu_s"] > 0
 
 
-def test_chips(script, tmp_path):
-    chips = script("chips")
-    rows = chips.measure(tmp_path, 512, 4, workers=False)
-    assert rows[0]["samples"] == 4 and len(rows) == 5
-    assert all(row["samples/s"] > 0 and row["samples"] >= 4 for row in rows)
-
-
 def test_lidar(script, tmp_path):
     pytest.importorskip("laspy")
     found = script("lidar").measure(20_000, 1, tmp_path)

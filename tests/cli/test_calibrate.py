@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from canopy.calibration.apply import calibrate_model, rewrite_card
 from canopy.calibration.area import area_model_of
-from canopy.chips.store import Chip, ChipRow, read_store, write_store
+from canopy.chips.index import ChipRow
+from canopy.chips.store import Chip, read_store, write_store
 from canopy.models.checkpoint import describe
 
 
