@@ -20,11 +20,21 @@ import numpy as np
 from canopy.calibration.collect import Scored, load_chips, predict_chips
 from canopy.calibration.gedi import correct_map
 from canopy.calibration.intervals import TAG, gaps_to_dict
+from canopy.geo.cog import CogWriter
 from canopy.geo.crs import transformer
+from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
-from canopy.geo.raster import Raster, read_raster, write_cog
+from canopy.geo.raster import Raster, read_raster
 from canopy.labels.footprint import pool_over_disc
 from canopy.models.checkpoint import load_model
+
+
+def write_cog(path, raster, **options):
+    """A whole raster as a map of one band; its sha256."""
+    with CogWriter(path, raster.grid, [BandSpec("canopy_height")], **options) as writer:
+        writer.write(raster.values, raster.valid)
+    return writer.sha256
+
 
 JITTER_M, NOISE_M, OUTLIERS, PER_HA = 10.0, 1.0, 0.1, 1.5
 

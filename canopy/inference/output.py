@@ -278,14 +278,6 @@ def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[
     return item.to_dict(include_self_link=False, transform_hrefs=False)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all; OutputError where that is impossible."""
-    with replacing(path) as part:
-        part.write_text(
-            json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-
-
 def _assets(facts: MapFacts) -> dict[str, Any]:
     assets: dict[str, Any] = {
         "canopy_height": {

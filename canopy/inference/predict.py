@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from canopy.errors import AreaError, InputError
-from canopy.files import check_output
+from canopy.files import check_output, write_json
 from canopy.geo.area import AOI
 from canopy.geo.reading import raster_env
 from canopy.inference import output
@@ -24,7 +24,7 @@ from canopy.inference.estimate import Estimate, estimate, refuse_too_large, seco
 from canopy.inference.lattice import Lattice, Plan, plan_windows
 from canopy.inference.layers import Extras, band_specs, extras_of
 from canopy.inference.options import OneMapOptions, PredictOptions
-from canopy.inference.output import MapFacts, map_item, write_json
+from canopy.inference.output import MapFacts, map_item
 from canopy.inference.predictor import resolve_batch
 from canopy.inference.target import Target, choose_target, scale_notes
 from canopy.models.height import parse_radiometry
