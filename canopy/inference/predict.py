@@ -5,7 +5,6 @@ Nothing is written before `MapPrediction.run`, and nothing that can be known bef
 
 from __future__ import annotations
 
-import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from canopy.errors import AreaError, ImageryError, InputError
+from canopy.errors import AreaError, InputError
 from canopy.files import check_output, write_json
 from canopy.geo.area import AOI
 from canopy.geo.reading import raster_env
@@ -282,13 +281,14 @@ def prepare(
     *,
     area: AOI | None = None,
     model: HeightModel | None = None,
-    source: ImagerySource | None = None,
+    source: ImagerySource | xr.DataArray | None = None,
     dry_run: bool = False,
 ) -> MapPrediction:
     """Open, check and plan a map; cheap, and nothing is written.
 
     Args:
-        area, model, source: stand in for the area, model and imagery that the options name.
+        area, model, source: stand in for the area, model and imagery that the options name; a source may be
+            an array with a CRS.
         dry_run: the map will only be told about, so its output may exist already.
 
     Raises:
@@ -298,7 +298,8 @@ def prepare(
     parse_radiometry(options.radiometry)  # before a model is fetched for it
     area = area or options.area()
     model, model_name = load_named(model or options.model)
-    source = source or open_source(options, model.config.gsd_m, area)
+    if source is None or hasattr(source, "dims"):
+        source = open_source(options, model.config.gsd_m, area, source)  # type: ignore[arg-type]
     aoi = area or source.area()
     if aoi is None:
         raise AreaError(
@@ -350,13 +351,15 @@ def _check_output(options: OneMapOptions, dry_run: bool) -> output.OutputFiles |
     return files
 
 
-def open_source(options: PredictOptions, gsd_m: float, area: AOI | None) -> ImagerySource:
-    """The imagery, to be read at `gsd_m`: files, a named source or address, or the best one known here."""
+def open_source(
+    options: PredictOptions, gsd_m: float, area: AOI | None, array: xr.DataArray | None = None
+) -> ImagerySource:
+    """The imagery, to be read at `gsd_m`: an array, files, a named source or address, or the best known."""
     from canopy.imagery.open import open_imagery
 
     if options.images and options.imagery:
         raise InputError("images and --imagery", expected="one of them", remedy="leave one of them out")
-    what = options.imagery or options.images or _best_for(area)
+    what: Any = array if array is not None else options.imagery or options.images or _best_for(area)
     return open_imagery(
         what[0] if isinstance(what, tuple) and len(what) == 1 else what,
         area=area,
@@ -446,52 +449,21 @@ def predict(
     >>> import canopy
     >>> chm = canopy.predict("image.tif")  # doctest: +SKIP
     """
-    from canopy.imagery.base import ImagerySource
-
     named = isinstance(model, (str, Path))
-    given = dict(options)
-    if named:
-        given["model"] = model
-    source = image if isinstance(image, ImagerySource) else None
-    with ExitStack() as stack:
-        if source is None and image is not None:
-            if hasattr(image, "dims"):
-                image = _array_file(image, stack)  # type: ignore[arg-type]
-            images = [image] if isinstance(image, (str, Path)) else image
-            given["images"] = tuple(str(one) for one in images)  # type: ignore[union-attr]
-        job = prepare(
-            OneMapOptions.of(given, "canopy.predict"),
-            area=area,
-            model=None if named else model,  # type: ignore[arg-type]
-            source=source,
-        )
-        for note in job.notes:
-            log.warning(note)
-        result = job.run(progress)
+    given = dict(options) | ({"model": model} if named else {})
+    source = None
+    if image is not None and isinstance(image, (str, Path, Sequence)):
+        images = [image] if isinstance(image, (str, Path)) else image
+        given["images"] = tuple(str(one) for one in images)
+    else:
+        source = image
+    job = prepare(
+        OneMapOptions.of(given, "canopy.predict"),
+        area=area,
+        model=None if named else model,  # type: ignore[arg-type]
+        source=source,
+    )
+    for note in job.notes:
+        log.warning(note)
+    result = job.run(progress)
     return result.files.tif if result.files else result.data  # type: ignore[return-value]
-
-
-def _array_file(array: xr.DataArray, stack: ExitStack) -> Path:
-    """A DataArray as a temporary GeoTIFF, which is read like any other: nodata, scale and bands included.
-
-    Raises:
-        ImageryError: it has no CRS, or is no image.
-    """
-    import rioxarray  # noqa: F401  (registers the .rio accessor)
-
-    name = str(array.name or "array")
-    if array.ndim != 3 or {"x", "y"} & {str(array.dims[0])}:
-        raise ImageryError(f"has dimensions {array.dims}", where=name, expected="(band, y, x)")
-    if array.rio.crs is None:
-        raise ImageryError(
-            "the array has no CRS", where=name, remedy="give it one: array.rio.write_crs('EPSG:...')"
-        )
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="canopy-"))
-    path = Path(folder) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.tif"
-    colours = {"photometric": "RGB"} if array.sizes[array.dims[0]] == 3 else {}
-    # A scale or names of bands that were read from a file would be applied or written a second time.
-    kept = {"_FillValue"} & set(array.attrs)
-    bare = array.assign_attrs({}).copy(deep=False)
-    bare.attrs = {key: array.attrs[key] for key in kept}
-    bare.rio.to_raster(path, tiled=True, **colours)
-    return path

@@ -319,7 +319,7 @@ def test_arrays_and_opened_imagery_are_images(make_image, model_file, tmp_path) 
     array = rioxarray.open_rasterio(image)
     np.testing.assert_allclose(canopy.predict(array, **options), chm, atol=1e-5)
     np.testing.assert_allclose(canopy.predict(canopy.open_imagery(image), **options), chm, atol=1e-5)
-    for wrong, said in ((array[0], "band, y, x"), (array.drop_vars("spatial_ref"), "has no CRS")):
+    for wrong, said in ((array[0], "red, green and blue"), (array.drop_vars("spatial_ref"), "CRS")):
         with pytest.raises(canopy.InputError, match=said):
             canopy.predict(wrong, **options)
     with pytest.raises(canopy.InputError, match="did you mean 'gsd'"):
