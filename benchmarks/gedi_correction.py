@@ -35,6 +35,7 @@ def write_cog(path, raster, **options):
         writer.write(raster.values, raster.valid)
     return writer.sha256
 
+
 JITTER_M, NOISE_M, OUTLIERS, PER_HA = 10.0, 1.0, 0.1, 1.5
 
 

@@ -1,20 +1,26 @@
-"""The scripts of pipelines/: what they make of their words."""
+"""The chains of record run from end to end on smoke configs, and a second run does nothing twice."""
 
 from __future__ import annotations
 
+import csv
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rasterio
 
-MATRIX = "set: {steps: 1}\nshares: [1.0]\nseeds: [0]\nruns: [{name: mean, baseline: constant}]\n"
+UTM = "EPSG:32618"
+HEAD = ("id", "kind", "site", "split", "rgb_path", "chm_path")
 
 
 @pytest.fixture
 def script(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`script("experiments", ...)`: the exit code of a script's main."""
+    """`script("county_report", ...)`: the exit code of a script's main, in the checkout."""
+    monkeypatch.syspath_prepend(str(repo / "pipelines"))
+    monkeypatch.chdir(repo)
 
     def run(name: str, *words: object) -> int:
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
@@ -24,25 +30,108 @@ def script(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return run
 
 
-def test_words_that_are_no_pairs_are_refused(script, tmp_path, capsys) -> None:
-    matrix = tmp_path / "matrix.yaml"
-    matrix.write_text(MATRIX)
-    words = (tmp_path, "-o", tmp_path / "out", "--matrix", matrix, "--list")
-    assert script("experiments", *words, "--var", "dinov2=a=b.safetensors") == 0
-    assert script("experiments", *words, "--var", "dinov2") == 2
-    assert script("score_pack", tmp_path, "--note", "no pair") == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told == [
-        "error: --var: cannot read 'dinov2'; expected NAME=VALUE",
-        "error: --note: cannot read 'no pair'; expected NAME=VALUE",
-    ]
+def write_tif(path: Path, values: np.ndarray, number: int) -> None:
+    """(bands, h, w) over 128 m, two kilometres from the next."""
+    side = 128 / values.shape[2]
+    place = rasterio.Affine(side, 0, 500_000 + 2_000 * number, 0, -side, 4_882_000)
+    with rasterio.open(
+        path, "w", driver="GTiff", count=len(values), dtype=values.dtype, crs=UTM, transform=place,
+        height=values.shape[1], width=values.shape[2],
+    ) as dataset:  # fmt: skip
+        dataset.write(values)
 
 
-def test_a_region_takes_its_settings_before_and_after_its_flags(script, repo, tmp_path, capsys) -> None:
-    config = tmp_path / "region.yaml"
-    config.write_text("imagery: demo\nzoom: 14\n")
-    place = ("bbox=44.083,-71.296", "size_m=100")
-    out = f"out={tmp_path / 'map'}"
-    assert script("predict_region", config, place[0], "--dry-run", place[1], out) == 0
-    assert "100 x 100 m" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiles of the procedural forest as a data pack: pairs for training, validation and tests, and images."""
+    from canopy.synth.forest import random_spec
+    from canopy.synth.render import render
+
+    folder, rows = tmp_path_factory.mktemp("pack"), []
+    (folder / "ssl").mkdir()
+    for number in range(13):
+        tile = render(random_spec(4000 + number), 0.0, 0.0, 256, 256)
+        rgb, chm = np.maximum(tile.rgb, 1), tile.chm.reshape(128, 2, 128, 2).max(axis=(1, 3))
+        split = "val" if number < 8 else "test" if number == 12 else "train"
+        for turn in range(8 if split == "train" else 1):
+            name = f"t{number}_{turn}"
+            turned = [
+                np.ascontiguousarray(np.rot90(v, turn % 4, (1, 2))[:, :, :: 1 if turn < 4 else -1])
+                for v in (rgb, chm[None].astype(np.float32))
+            ]
+            write_tif(folder / f"{name}_rgb.tif", turned[0], len(rows))
+            write_tif(folder / f"{name}_chm.tif", turned[1], len(rows))
+            rows.append((name, "lidar", f"forest {number}", split, f"{name}_rgb.tif", f"{name}_chm.tif"))
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([HEAD, *rows])
+    with (folder / "ssl" / "manifest_ssl.csv").open("w", newline="") as file:
+        images = [(f"s{r[0]}", "somewhere", "train", r[4], 2020) for r in rows if r[3] == "train"]
+        csv.writer(file).writerows([("id", "place", "split", "rgb_path", "year"), *images])
+    return folder
+
+
+@pytest.mark.slow
+def test_the_default_models_chain(script: Callable, pack: Path, tmp_path: Path, capsys) -> None:
+    words = (pack, "-o", tmp_path / "run", "--synth", 4, "--pretrain", "configs/pretrain/smoke.yaml",
+             "--train", "configs/finetune/smoke.yaml")  # fmt: skip
+    assert script("default_model", *words) == 0
+    told = capsys.readouterr().out
+    assert "$" not in told and told.count("canopy data chips") == 3 and "canopy pretrain" in told
+    card = (tmp_path / "run" / "model-card.md").read_text()
+    assert "## Facts" in card and "Test rows" in card
+    from canopy.models.checkpoint import describe
+
+    made = describe(tmp_path / "run" / "default.safetensors")["card"]
+    assert "interval" in str(made) and made["scores"]["val"]["model"]["all"]["mae_m"] > 0
+    assert script("default_model", *words) == 0  # all but the card is there
+    assert "canopy " not in capsys.readouterr().out
+
+
+def test_what_a_pack_lacks_is_told(script: Callable, tmp_path: Path, capsys) -> None:
+    assert script("default_model", tmp_path, "-o", tmp_path / "run") == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_tables_of_benchmarks(
+    script: Callable, pack: Path, small_model: Path, tmp_path: Path, capsys
+) -> None:
+    words = ("-o", tmp_path / "out", "--model", small_model, "--replicates", 0)
+    assert script("benchmark_tables", *words, "--benchmark", f"pack={pack}") == 0
+    page = (tmp_path / "out" / "benchmarks.md").read_text()
+    assert page.startswith("# Benchmarks") and "| small `" in page
+    assert script("benchmark_tables", *words, "--benchmark", "pack") == 2
+    assert "cannot read 'pack'; expected NAME=VALUE" in capsys.readouterr().err
+
+
+def test_a_county_from_imagery_to_report(
+    script: Callable, pack: Path, small_model: Path, repo: Path, tmp_path: Path, capsys
+) -> None:
+    import geopandas
+    from shapely.geometry import box
+
+    config = tmp_path / "county.yaml"
+    config.write_text(
+        "grid: utm\nzoom: 18\nencoding: uint16cm\ndevice: cpu\nbackend: torch\ndate_band: true\n"
+    )
+    stands = [box(500_000, 4_881_872, 500_064, 4_882_000), box(500_064, 4_881_900, 500_128, 4_882_000)]
+    geopandas.GeoDataFrame({"stand": [1, 2]}, geometry=stands, crs=UTM).to_file(tmp_path / "stands.gpkg")
+    words = (config, f"images=[{pack / 't0_0_rgb.tif'}]", f"model={small_model}", f"out={tmp_path / 'map'}",
+             "--zones", tmp_path / "stands.gpkg", "--reference", pack / "t0_0_chm.tif")  # fmt: skip
+    assert script("county_report", *words, "--dry-run") == 0
     assert not (tmp_path / "map").exists()
+    assert script("county_report", *words) == 0
+    report = tmp_path / "map-report"
+    assert len(list(csv.DictReader((report / "stats.csv").open()))) == 2
+    assert (report / "scores" / "report.html").is_file() and "scores" in (report / "index.md").read_text()
+    before = (report / "stats.csv").stat().st_mtime_ns
+    assert script("county_report", *words) == 0
+    assert (report / "stats.csv").stat().st_mtime_ns == before
+
+
+def test_the_configs_of_regions_are_options_of_canopy_map(repo: Path) -> None:
+    from canopy.config import load_settings
+    from canopy.region.options import MapOptions
+
+    configs = sorted((repo / "configs" / "region").glob("*.yaml"))
+    assert len(configs) >= 3
+    assert all(load_settings(MapOptions, path).folder.name for path in configs)

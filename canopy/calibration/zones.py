@@ -17,6 +17,7 @@ from canopy.geo.vector import read_zones
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
+    import geopandas
     import pandas
     from shapely.geometry.base import BaseGeometry
 
@@ -28,7 +29,11 @@ _SHAPE_PX = 256
 
 
 def zone_intervals(
-    map_path: str | Path, zones: str | Path, level: float = 0.9, *, progress: Progress | None = None
+    map_path: str | Path,
+    zones: str | Path | geopandas.GeoDataFrame,
+    level: float = 0.9,
+    *,
+    progress: Progress | None = None,
 ) -> pandas.DataFrame:
     """Columns mean_lower_m, mean_upper_m and mean_sd_m, one row per feature of `zones`, in its order.
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from canopy.cli.options import AreaOptions, Json, Overwrite, Quiet, Verbose, print_json, takes_groups
+from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json, takes_groups
+from canopy.inference.options import AreaOptions
 
 if TYPE_CHECKING:
     from canopy.evaluation.change import Comparison
@@ -68,7 +69,7 @@ def compare(
     from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
-    area = place.choose()
+    area = place.area()
     with progress_bar(quiet or json_) as progress:
         found = compare_maps(
             a, b, out, area=area, overwrite=overwrite, inputs=[place.aoi], progress=progress, mode=mode,
@@ -150,8 +151,10 @@ def stats(
         bands = None
         if interval is not None:
             from canopy.calibration.zones import zone_intervals
+            from canopy.geo.vector import read_vector
 
-            bands = zone_intervals(height_map, zones, interval, progress=progress)
+            polygons = zones if layer is None else read_vector(zones, layer, polygons=True)
+            bands = zone_intervals(height_map, polygons, interval, progress=progress)
         table = zone_stats(
             height_map, zones, out, overwrite=overwrite, extra=bands, progress=progress, percentiles=shares,
             above_m=heights, nodata=nodata, band=band, layer=layer,

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from canopy.cli.options import (
-    AreaOptions,
     Json,
     Overwrite,
     Quiet,
@@ -31,6 +30,7 @@ from canopy.cli.options import (
 )
 from canopy.errors import InputError
 from canopy.files import check_output
+from canopy.inference.options import AreaOptions
 from canopy.runtime import Progress, log, progress_bar, setup_logging
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def get(
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
-    area = place.choose()
+    area = place.area()
     wish = Wish(area=area, datetime=datetime, sites=tuple(site or ()), match=match)
     if area is not None and not (quiet or json_):
         typer.echo(area.describe(), err=True)
@@ -514,7 +514,7 @@ def chm(
             context, *_OF_POINTS, where="--dsm", because="two rasters have no points, classes or returns"
         )
     check_output(out, [files, dsm, dtm, place.inputs], overwrite=overwrite)
-    area = place.choose()
+    area = place.area()
     with progress_bar(quiet or json_) as progress:
         if dsm is not None and dtm is not None:
             facts = chm_from_rasters(dsm, dtm, out, options, area=area, progress=progress)
@@ -597,7 +597,7 @@ def gedi(
     percents = check_rh(_numbers(rh))
     filter_named(filter_)
     check_shots_name(out, [*files, *(l2b or ()), *(l4a or ()), *place.inputs], overwrite)
-    area = place.choose()
+    area = place.area()
     where = area.describe() if area else "all of the granules"
     if dry_run:
         _print_granules(survey(files, filter_), where, json)

@@ -7,55 +7,87 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from canopy.cli.options import (
-    Band,
-    Benchmark,
-    BlockM,
-    By,
-    Column,
-    DataDir,
-    Dem,
-    FloorM,
-    Group,
-    Json,
-    Kind,
-    Layer,
-    Map,
-    MapDate,
-    Overwrite,
-    Quiet,
-    RadiusM,
-    Reference,
-    ReferenceBand,
-    ReferenceDate,
-    ReferenceNodata,
-    Replicates,
-    Seed,
-    Sensor,
-    Shift,
-    Slope,
-    Stat,
-    Verbose,
-    print_json,
-    refuse_given,
-)
-from canopy.cli.options import EvaluateBackend as Backend
-from canopy.cli.options import EvaluateDevice as Device
-from canopy.cli.options import EvaluateModel as Model
-from canopy.cli.options import EvaluateNodata as Nodata
-from canopy.cli.options import EvaluateOut as Out
-from canopy.cli.options import EvaluatePrecision as Precision
+from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json, refuse_given
 from canopy.files import replacing
+from canopy.inference.options import HELP_BACKEND, HELP_PRECISION
 
 if TYPE_CHECKING:
     from canopy.evaluation.benchmark import BenchmarkResult, Judged, Predict
     from canopy.evaluation.scores import Evaluation, Score
     from canopy.inference.backends import Choice
     from canopy.models.height import HeightModel
+
+
+_HELP_MAP = "Height GeoTIFF, folder of tiles, or a published v1 or v2 map."
+_HELP_REFERENCE = "Height raster (may be repeated), table of GEDI shots, or field plots."
+_HELP_BY = (
+    "site, height, cover, slope, a column, NAME=classes.tif, NAME=zones.gpkg:COLUMN; several with commas."
+)
+_HELP_STAT = "What a pixel, footprint or plot takes. Default: mean; for GEDI the column's percentile."
+_HELP_FLOOR = "Heights below this count as 0 on both sides (NEON's height models: 2, or 0.667 m)."
+_HELP_BENCHMARK = "Named benchmark: neon-test, sao-paulo, california, france, open-canopy, pack."
+_HELP_DATA = "Folder of the benchmark's files; `canopy data get` fills it."
+_SCORING = "Benchmarks"
+_HELP_BLOCK = "Side of the blocks resampled for intervals, m. Default: up to 250 m, so that 25 are left."
+
+Map = Annotated[str | None, typer.Argument(metavar="MAP.tif", help=_HELP_MAP)]
+Reference = Annotated[list[str] | None, typer.Option("--reference", help=_HELP_REFERENCE)]
+Kind = Annotated[
+    str | None, typer.Option("--kind", metavar="chm|gedi|plots", help="Default: told from the file.")
+]
+By = Annotated[list[str] | None, typer.Option("--by", metavar="WAY,WAY", help=_HELP_BY)]
+Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")]
+Stat = Annotated[str | None, typer.Option("--stat", metavar="mean|max|p95", help=_HELP_STAT)]
+FloorM = Annotated[float | None, typer.Option("--floor-m", help=_HELP_FLOOR)]
+Sensor = Annotated[
+    str | None, typer.Option("--sensor", help="The floor by NEON's lidar: gemini, riegl or galaxy.")
+]
+Column = Annotated[str | None, typer.Option("--column", help="Heights of a table, e.g. rh_98.")]
+RadiusM = Annotated[
+    float | None, typer.Option("--radius-m", help="Of plots that are points. Default 10; GEDI 12.5.")
+]
+Slope = Annotated[Path | None, typer.Option("--slope", help="Raster of slope in degrees.")]
+Dem = Annotated[Path | None, typer.Option("--dem", help="Elevation raster, for slope.")]
+Shift = Annotated[bool, typer.Option("--shift/--no-shift", help="Measure the shift.")]
+BlockM = Annotated[float | None, typer.Option("--block-m", help=_HELP_BLOCK)]
+Replicates = Annotated[int, typer.Option("--replicates", help="Of the bootstrap; 0: no intervals.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the bootstrap.")]
+Nodata = Annotated[float | None, typer.Option("--nodata", help="Missing in the map.")]
+ReferenceNodata = Annotated[
+    float | None, typer.Option("--reference-nodata", help="Missing in the reference.")
+]
+Band = Annotated[
+    str | None, typer.Option("--band", metavar="N|NAME", help="The map's height band, if it has several.")
+]
+ReferenceBand = Annotated[
+    str | None, typer.Option("--reference-band", metavar="N|NAME", help="The reference's, likewise.")
+]
+Layer = Annotated[str | None, typer.Option("--layer", help="Of a vector file with several (plots).")]
+MapDate = Annotated[str | None, typer.Option("--map-date", help="2021, 2021-07 or 2021-07-04.")]
+ReferenceDate = Annotated[str | None, typer.Option("--reference-date", help="Likewise.")]
+Benchmark = Annotated[
+    str | None, typer.Option("--benchmark", metavar="NAME", help=_HELP_BENCHMARK, rich_help_panel=_SCORING)
+]
+Model = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", help="Name or file; may be repeated. Default: default.", rich_help_panel=_SCORING
+    ),
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", metavar="DIR", help=_HELP_DATA, rich_help_panel=_SCORING)
+]
+Group = Annotated[
+    list[str] | None,
+    typer.Option("--group", help="Only this group of the benchmark; repeat.", rich_help_panel=_SCORING),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.", rich_help_panel=_SCORING)]
+Backend = Annotated[str, typer.Option("--backend", help=HELP_BACKEND, rich_help_panel=_SCORING)]
+Precision = Annotated[str, typer.Option("--precision", help=HELP_PRECISION, rich_help_panel=_SCORING)]
 
 
 _OF_MAPS = (
@@ -118,7 +150,7 @@ def evaluate(
       canopy evaluate --benchmark pack --model default --model first.safetensors --data-dir ../shared/data
     """
     from canopy.errors import InputError
-    from canopy.evaluation.evaluate import evaluate as judge
+    from canopy.evaluation.evaluate import evaluate as score
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
@@ -136,7 +168,7 @@ def evaluate(
         raise InputError("nothing to score" if map_ is None else "no reference", remedy=f"give {missing}")
     ways = tuple(word.strip() for words in by or () for word in words.split(",") if word.strip())
     with progress_bar(quiet or json_) as progress:
-        result = judge(
+        result = score(
             map_, reference, out=out, overwrite=overwrite, progress=progress, kind=kind, by=ways, stat=stat,
             floor_m=floor_m, sensor=sensor, column=column, radius_m=radius_m, slope=slope, dem=dem,
             shift=shift, block_m=block_m, replicates=replicates, seed=seed, nodata=nodata,

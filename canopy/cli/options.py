@@ -1,16 +1,7 @@
-"""The options that say which area, the same for every command that has one.
+"""Options that several commands share, and how a command takes a whole group of them.
 
-Options and output that every command shares.
-
-Options in groups: a command takes a dataclass, a user types its fields as options.
-
-Commands that map something share most of what they can be asked; each option is declared once, as a field.
-
-The options of `canopy evaluate`, one name each: what a user types, and what --help says of it.
-
-The options that only `canopy map` has: what a user types, and what --help says of it.
-
-Arguments that `canopy train` and `canopy pretrain` share, and what they do around a run.
+What a prediction, a region or an area is asked for is declared once, as fields of a pydantic model with help
+texts (`canopy.inference.options`, `canopy.region.options`); `takes_groups` makes a command's options of them.
 """
 
 from __future__ import annotations
@@ -21,77 +12,17 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
 from canopy.errors import refuse_options
-from canopy.inference.options import HELP_BACKEND, HELP_PRECISION
 from canopy.runtime import setup_logging
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
-    from canopy.geo.area import AOI
-
-
-_PANEL = "Area"
-
-Bbox = Annotated[
-    str | None,
-    typer.Option(
-        "--bbox",
-        metavar="LAT,LON[,LAT,LON]",
-        help="Latitude first: a point (see --size-m) or two opposite corners.",
-        rich_help_panel=_PANEL,
-    ),
-]
-SizeM = Annotated[
-    float | None,
-    typer.Option(
-        "--size-m",
-        help="Side of the square around --bbox LAT,LON, metres; 1000 if not given.",
-        rich_help_panel=_PANEL,
-    ),
-]
-Bounds = Annotated[
-    str | None,
-    typer.Option("--bounds", metavar="W,S,E,N", help="West, south, east, north.", rich_help_panel=_PANEL),
-]
-BoundsCrs = Annotated[str, typer.Option("--bounds-crs", help="CRS of --bounds.", rich_help_panel=_PANEL)]
-Aoi = Annotated[
-    str | None,
-    typer.Option(
-        "--aoi",
-        metavar="FILE",
-        help="Polygons of any vector file; outside is nodata.",
-        rich_help_panel=_PANEL,
-    ),
-]
-
-
-@dataclass(frozen=True)
-class AreaOptions:
-    """Which area; see `canopy.cli.options`."""
-
-    bbox: Bbox = None
-    size_m: SizeM = None
-    bounds: Bounds = None
-    bounds_crs: BoundsCrs = "EPSG:4326"
-    aoi: Aoi = None
-
-    @property
-    def inputs(self) -> list[str]:
-        """The files that the area is read from."""
-        return [self.aoi] if self.aoi else []
-
-    def choose(self) -> AOI | None:
-        """The area that was asked for; None if none was. Raises AreaError."""
-        from canopy.geo.area import choose_area
-
-        return choose_area(**asdict(self))
 
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say only what went wrong.")]
@@ -215,76 +146,6 @@ def _typed_as(annotation: Any) -> Any:
 
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and say what would be done; stop there.")]
-
-
-_HELP_MAP = "Height GeoTIFF, folder of tiles, or a published v1 or v2 map."
-_HELP_REFERENCE = "Height raster (may be repeated), table of GEDI shots, or field plots."
-_HELP_BY = (
-    "site, height, cover, slope, a column, NAME=classes.tif, NAME=zones.gpkg:COLUMN; several with commas."
-)
-_HELP_STAT = "What a pixel, footprint or plot takes. Default: mean; for GEDI the column's percentile."
-_HELP_FLOOR = "Heights below this count as 0 on both sides (NEON's height models: 2, or 0.667 m)."
-_HELP_BENCHMARK = "Named benchmark: neon-test, sao-paulo, california, france, open-canopy, pack."
-_HELP_DATA = "Folder of the benchmark's files; `canopy data get` fills it."
-_SCORING = "Benchmarks"
-_HELP_BLOCK = "Side of the blocks resampled for intervals, m. Default: up to 250 m, so that 25 are left."
-
-Map = Annotated[str | None, typer.Argument(metavar="MAP.tif", help=_HELP_MAP)]
-Reference = Annotated[list[str] | None, typer.Option("--reference", help=_HELP_REFERENCE)]
-Kind = Annotated[
-    str | None, typer.Option("--kind", metavar="chm|gedi|plots", help="Default: told from the file.")
-]
-By = Annotated[list[str] | None, typer.Option("--by", metavar="WAY,WAY", help=_HELP_BY)]
-EvaluateOut = Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")]
-Stat = Annotated[str | None, typer.Option("--stat", metavar="mean|max|p95", help=_HELP_STAT)]
-FloorM = Annotated[float | None, typer.Option("--floor-m", help=_HELP_FLOOR)]
-Sensor = Annotated[
-    str | None, typer.Option("--sensor", help="The floor by NEON's lidar: gemini, riegl or galaxy.")
-]
-Column = Annotated[str | None, typer.Option("--column", help="Heights of a table, e.g. rh_98.")]
-RadiusM = Annotated[
-    float | None, typer.Option("--radius-m", help="Of plots that are points. Default 10; GEDI 12.5.")
-]
-Slope = Annotated[Path | None, typer.Option("--slope", help="Raster of slope in degrees.")]
-Dem = Annotated[Path | None, typer.Option("--dem", help="Elevation raster, for slope.")]
-Shift = Annotated[bool, typer.Option("--shift/--no-shift", help="Measure the shift.")]
-BlockM = Annotated[float | None, typer.Option("--block-m", help=_HELP_BLOCK)]
-Replicates = Annotated[int, typer.Option("--replicates", help="Of the bootstrap; 0: no intervals.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the bootstrap.")]
-EvaluateNodata = Annotated[float | None, typer.Option("--nodata", help="Missing in the map.")]
-ReferenceNodata = Annotated[
-    float | None, typer.Option("--reference-nodata", help="Missing in the reference.")
-]
-Band = Annotated[
-    str | None, typer.Option("--band", metavar="N|NAME", help="The map's height band, if it has several.")
-]
-ReferenceBand = Annotated[
-    str | None, typer.Option("--reference-band", metavar="N|NAME", help="The reference's, likewise.")
-]
-Layer = Annotated[str | None, typer.Option("--layer", help="Of a vector file with several (plots).")]
-MapDate = Annotated[str | None, typer.Option("--map-date", help="2021, 2021-07 or 2021-07-04.")]
-ReferenceDate = Annotated[str | None, typer.Option("--reference-date", help="Likewise.")]
-Benchmark = Annotated[
-    str | None, typer.Option("--benchmark", metavar="NAME", help=_HELP_BENCHMARK, rich_help_panel=_SCORING)
-]
-EvaluateModel = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model", help="Name or file; may be repeated. Default: default.", rich_help_panel=_SCORING
-    ),
-]
-DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", metavar="DIR", help=_HELP_DATA, rich_help_panel=_SCORING)
-]
-Group = Annotated[
-    list[str] | None,
-    typer.Option("--group", help="Only this group of the benchmark; repeat.", rich_help_panel=_SCORING),
-]
-EvaluateDevice = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda or mps.", rich_help_panel=_SCORING)
-]
-EvaluateBackend = Annotated[str, typer.Option("--backend", help=HELP_BACKEND, rich_help_panel=_SCORING)]
-EvaluatePrecision = Annotated[str, typer.Option("--precision", help=HELP_PRECISION, rich_help_panel=_SCORING)]
 
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What differs from the defaults.")]

@@ -378,6 +378,11 @@ def open_heights(
     Raises ImageryError for what cannot be read as a height map, naming the file.
     """
     if not isinstance(source, str | Path | Sequence):
+        if type(source).__name__ != "DataArray":
+            raise ImageryError(
+                f"a {type(source).__name__} is no height map",
+                expected="a path, a list of paths, or an xarray DataArray with a CRS",
+            )
         folder = tempfile.TemporaryDirectory(prefix="canopy-array-")
         try:
             made = HeightMap(

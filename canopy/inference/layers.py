@@ -29,11 +29,11 @@ import numpy as np
 
 from canopy.errors import CheckpointError, ConfigError
 from canopy.geo.encoding import BandSpec
-from canopy.models.heads import IntervalTable, table_of
 
 if TYPE_CHECKING:
     from canopy.geo.area import AOI
     from canopy.inference.options import PredictOptions
+    from canopy.models.heads import IntervalTable
     from canopy.models.height import HeightModel
 
 
@@ -106,6 +106,8 @@ def extras_of(options: PredictOptions, model: HeightModel, aoi: AOI | None = Non
     """
     table = quality = None
     if options.interval is not None:
+        from canopy.models.heads import table_of
+
         table = table_of(model.card, () if aoi is None else _corners(aoi))
         table.check_level(options.interval)
     if options.quality_band:

@@ -47,27 +47,8 @@ def option(default: Any, help: str, **typed: Any) -> Any:
     return Field(default=default, description=help, json_schema_extra=typed or None)
 
 
-class PredictOptions(Settings):
-    """What to map, from which imagery, with which model and how: alike for one map and for a region's tiles.
-
-    The area is said by `bbox`, `bounds` or `aoi`; by default it is all the imagery. Values of `crs`: a CRS,
-    `image` or `quadkey`; it also stands in for the CRS of images that carry none, unless `input_crs` is
-    given.
-    """
-
-    images: tuple[str, ...] = option(
-        (), "RGB images; several are mosaicked.", metavar="[IMAGE]...", argument=True
-    )
-    imagery: str | None = option(None, _HELP_IMAGERY, metavar="NAME")
-    datetime: str | None = option(None, "Acquisitions to use, as STAC has it.", metavar="FROM/TO")
-    input_crs: str | None = option(
-        None, "CRS of the images, in place of what they say. Default where they say none: --crs."
-    )
-    bands: str | tuple[int, ...] | None = option(
-        None, "Band numbers of red, green, blue, from 1.", metavar="R,G,B"
-    )
-    nodata: float | None = option(None, "Image value that means missing where all bands have it.")
-    scale: float | None = option(None, "Image value that means white; needed unless uint8.")
+class AreaOptions(Settings):
+    """Which area: `bbox`, `bounds` or `aoi`; none of them says nothing."""
 
     bbox: str | tuple[float, ...] | None = option(
         None, "Latitude first: a point (see --size-m) or two opposite corners.",
@@ -83,6 +64,52 @@ class PredictOptions(Settings):
     aoi: str | None = option(
         None, "Polygons of any vector file; outside is nodata.", metavar="FILE", panel="Area"
     )
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], where: str) -> Self:
+        """Options as a caller named them.
+
+        Raises:
+            InputError: an unknown name; the nearest known one is told. ConfigError: a value of another type.
+        """
+        for name in given:
+            check_known(name, list(cls.model_fields), f"option of {where}")
+        return validate_settings(cls, given, where)
+
+    def area(self) -> AOI | None:
+        """The area that was asked for; None if none was. Raises AreaError."""
+        from canopy.geo.area import choose_area
+
+        return choose_area(
+            bbox=self.bbox, size_m=self.size_m, bounds=self.bounds, bounds_crs=self.bounds_crs, aoi=self.aoi
+        )
+
+    @property
+    def inputs(self) -> list[str]:
+        """The files that the area is read from."""
+        return [self.aoi] if self.aoi else []
+
+
+class PredictOptions(AreaOptions):
+    """What to map, from which imagery, with which model and how: alike for one map and for a region's tiles.
+
+    Without an area it is all of the imagery. Values of `crs`: a CRS, `image` or `quadkey`; it also stands in
+    for the CRS of images that carry none, unless `input_crs` is given.
+    """
+
+    images: tuple[str, ...] = option(
+        (), "RGB images; several are mosaicked.", metavar="[IMAGE]...", argument=True
+    )
+    imagery: str | None = option(None, _HELP_IMAGERY, metavar="NAME")
+    datetime: str | None = option(None, "Acquisitions to use, as STAC has it.", metavar="FROM/TO")
+    input_crs: str | None = option(
+        None, "CRS of the images, in place of what they say. Default where they say none: --crs."
+    )
+    bands: str | tuple[int, ...] | None = option(
+        None, "Band numbers of red, green, blue, from 1.", metavar="R,G,B"
+    )
+    nodata: float | None = option(None, "Image value that means missing where all bands have it.")
+    scale: float | None = option(None, "Image value that means white; needed unless uint8.")
 
     model: str = option("default", "See canopy models list.", metavar="NAME|FILE")
     gsd: float | None = option(None, "Ground metres per pixel of the map. Default: the model's.")
@@ -111,25 +138,6 @@ class PredictOptions(Settings):
         if isinstance(value, int):
             return f"EPSG:{value}"
         return value.to_wkt() if hasattr(value, "to_wkt") else value
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any], where: str) -> Self:
-        """Options as a caller named them.
-
-        Raises:
-            InputError: an unknown name; the nearest known one is told. ConfigError: a value of another type.
-        """
-        for name in given:
-            check_known(name, list(cls.model_fields), f"option of {where}")
-        return validate_settings(cls, given, where)
-
-    def area(self) -> AOI | None:
-        """The area that was asked for; None if none was. Raises AreaError."""
-        from canopy.geo.area import choose_area
-
-        return choose_area(
-            bbox=self.bbox, size_m=self.size_m, bounds=self.bounds, bounds_crs=self.bounds_crs, aoi=self.aoi
-        )
 
 
 class OneMapOptions(PredictOptions):

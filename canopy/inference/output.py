@@ -26,7 +26,6 @@ from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.geo.encoding import ENCODINGS, encoding_named
 from canopy.geo.grid import Grid
 from canopy.inference.layers import Extras
-from canopy.models.heads import CARD_KEY
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -117,6 +116,8 @@ def extra_tags(extras: Extras, card: Mapping[str, Any]) -> dict[str, str]:
     """Tags that say what the bands beside heights mean."""
     tags: dict[str, str] = {}
     if extras.interval is not None:
+        from canopy.models.heads import CARD_KEY
+
         tags["CANOPY_INTERVAL"] = f"{extras.level:g}"
         calibration = card.get(CARD_KEY, {})
         if "new_place" in calibration:

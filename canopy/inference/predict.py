@@ -27,7 +27,6 @@ from canopy.inference.layers import Extras, band_specs, extras_of
 from canopy.inference.options import OneMapOptions, PredictOptions
 from canopy.inference.output import MapFacts, map_item
 from canopy.inference.predictor import resolve_batch
-from canopy.inference.radiometry import with_radiometry
 from canopy.inference.target import Target, choose_target, scale_notes
 from canopy.models.height import parse_radiometry
 from canopy.runtime import Progress, log
@@ -325,7 +324,11 @@ def prepare(
     cost = estimate(plan, target, pace, len(extras.bands), options.encoding)
     refuse_too_large(cost, options.max_pixels, aoi.describe(), in_memory=files is None)
     notes += [*choice.notes, *scale_notes(source.native_gsd_m, model.config.gsd_m)]
-    model, radiometry, more = with_radiometry(model, source, aoi, options.radiometry)
+    radiometry, more = "none", list[str]()
+    if options.radiometry != "none":
+        from canopy.inference.radiometry import with_radiometry
+
+        model, radiometry, more = with_radiometry(model, source, aoi, options.radiometry)
     # Models need not be a `HeightModel`, and others know no stretch.
     stretch = getattr(model, "stretch", None)
     return MapPrediction(
@@ -402,11 +405,13 @@ def coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
 
 def load_named(model: str | Path | HeightModel) -> tuple[HeightModel, str]:
     """The model and the name that tags give it."""
-    from canopy.models.registry import load_model
+    from canopy.models.checkpoint import EMBEDDED, load_model
 
     name = None
     if isinstance(model, (str, Path)):
         name = Path(model).name
+        if str(model) not in EMBEDDED:  # others may have to be fetched or converted
+            from canopy.models.registry import load_model
         model = load_model(model)
     return model, str(model.card.get("name") or name or "unnamed")
 

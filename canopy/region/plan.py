@@ -12,7 +12,7 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +38,7 @@ RUN_FILE = "run.json"
 FORMAT = 2
 _SAMPLE = 1 << 20
 # Where something lies may differ from machine to machine; what it is may not.
-_FREE = (
-    "canopy.created", "area.wkb", "imagery.images", "imagery.imagery", "imagery.scenes", "model.file",
-)  # fmt: skip
+_FREE = ("canopy.created", "area.wkb", "imagery.images", "imagery.imagery", "imagery.pin", "model.file")
 
 Pins = dict[str, Any]
 
@@ -106,7 +104,7 @@ def open_region(options: MapOptions, pins: Pins | None = None) -> Region:
     aoi = options.area() or (area_of(pins) if pins else None)
     model, model_name = load_named(options.model)
     gsd_m = model.config.gsd_m
-    source, by_tile = _open_imagery(options, aoi, gsd_m)
+    source, by_tile = _open_imagery(options, aoi, gsd_m, pins)
     aoi = aoi or source.area()
     if aoi is None:
         raise AreaError("which area?", where=source.name, expected="--bbox, --bounds or --aoi")
@@ -184,14 +182,22 @@ def _open_source(options: MapOptions, gsd_m: float, aoi: AOI | None) -> ImageryS
     return open_source(options, gsd_m, aoi)
 
 
-def _open_imagery(options: MapOptions, aoi: AOI | None, gsd_m: float) -> tuple[ImagerySource, bool]:
+def _open_imagery(
+    options: MapOptions, aoi: AOI | None, gsd_m: float, pins: Pins | None
+) -> tuple[ImagerySource, bool]:
     """The imagery of the whole area, or that of one place in it where there is too much for one mosaic.
+
+    A run that goes on has the list of its scenes, and nothing is searched again.
 
     Raises:
         InputError: as `open_source`; with `--radiometry match`, which has to measure all of it.
     """
+    from canopy.imagery.open import open_pinned
     from canopy.imagery.stac import TooManyItemsError
 
+    known = pins["imagery"] if pins else {"pin": None}
+    if known["pin"] and [*options.images] == known["images"] and options.imagery == known["imagery"]:
+        return open_pinned(known["pin"]), False
     try:
         return _open_source(options, gsd_m, aoi), False
     except TooManyItemsError:
@@ -226,7 +232,7 @@ def _pins(
         "imagery": {
             "images": list(options.images),
             "imagery": options.imagery,
-            "scenes": None if by_tile else list(source.scene_ids),
+            "pin": None if by_tile else source.pinned(),
             "sha256": fingerprint(names, source),
         },
         "model": {"file": options.model, "name": model_name, "sha256": model.sha256 or "unsaved"},
@@ -266,23 +272,26 @@ def area_of(pins: Pins) -> AOI:
 def fingerprint(names: Sequence[str], source: ImagerySource) -> str:
     """Hash of what the imagery is: scenes by name, local files by size and by their first and last MiB.
 
-    Of a folder only the opened images count: maps, or the notes of a viewer, may lie there too. What is no
-    absolute path is a name.
+    Of a folder or a catalog on disk only its scenes count: maps, the notes of a viewer, and scenes that are
+    published later may lie there too. What is no absolute path is a name.
     """
     digest = hashlib.sha256()
-    for name in dict.fromkeys([*names, *source.scene_ids, *_assets(source)]):
+    layers = getattr(source, "layers", ())
+    ids = [layer.scene_id for layer in layers] or source.scene_ids
+    names = [name for name in names if not Path(name).is_absolute()]
+    for name in dict.fromkeys([*names, *ids, *_assets(layers)]):
         path = Path(name)
         if path.is_absolute() and path.is_file():
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             digest.update(_ends(path))
-        elif not (path.is_absolute() and path.is_dir()):
+        else:
             digest.update(f"{name}\0".encode())
     return digest.hexdigest()
 
 
-def _assets(source: ImagerySource) -> Iterator[str]:
+def _assets(layers: Iterable[Any]) -> Iterator[str]:
     """The local files of scenes that have another name: those of a STAC catalog on disk."""
-    for layer in getattr(source, "layers", ()):
+    for layer in layers:
         for scene in getattr(layer, "scenes", (layer,)):
             href = str(getattr(scene, "href", ""))
             if Path(href).is_absolute():
@@ -326,7 +335,7 @@ def refuse_changes(old: Pins, new: Pins, folder: Path) -> None:
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, item in value.items():
-        if isinstance(item, Mapping):
+        if isinstance(item, Mapping) and f"{prefix}{key}" not in _FREE:
             yield from _leaves(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item

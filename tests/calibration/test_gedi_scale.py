@@ -25,6 +25,7 @@ def write_cog(path, raster, **options):
         writer.write(raster.values, raster.valid)
     return writer.sha256
 
+
 SIDE_PX = 800
 GRID = Grid.of("EPSG:32617", (1.0, 0, 400_000.0, 0, -1.0, 4_200_000.0), (SIDE_PX, SIDE_PX))
 

@@ -22,6 +22,7 @@ def write_cog(path, raster, **options):
         writer.write(raster.values, raster.valid)
     return writer.sha256
 
+
 UTM = Grid.of("EPSG:32616", (2.0, 0, 700_000, 0, -2.0, 4_200_000), (120, 150))
 
 

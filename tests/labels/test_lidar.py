@@ -29,6 +29,7 @@ def write_cog(path, raster, **options):
         writer.write(raster.values, raster.valid)
     return writer.sha256
 
+
 _spec = importlib.util.spec_from_file_location("lidar_files", Path(__file__).parent / "lidar_files.py")
 lidar_files = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(lidar_files)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import rasterio.warp
 from shapely.geometry import Point
 
 from canopy.errors import CanopyError, ConfigError, InputError, OutputError
@@ -118,7 +119,44 @@ def test_going_on_refuses_what_differs_and_takes_the_rest(
         prepare_run(options(images=(str(other),), encoding="uint16cm"))
     assert (tmp_path / "run" / "ledger.sqlite").read_bytes() == ledger
     run_file = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run_file["imagery"]["scenes"] == [str(image)] and run_file["settled"]["backend"] == "torch"
+    assert run_file["imagery"]["pin"]["kind"] == "scenes" and run_file["settled"]["backend"] == "torch"
+
+
+def test_a_scene_that_is_published_meanwhile_changes_nothing(
+    options: Make, make_run: Callable, image: Path, tmp_path: Path
+) -> None:
+    """Workers and later starts read the pinned list; a new search would find the newer scene on top."""
+    with rasterio.open(image) as dataset:
+        west, south, east, north = rasterio.warp.transform_bounds(dataset.crs, 4326, *dataset.bounds)
+    outline = [[west, south], [east, south], [east, north], [west, north], [west, south]]
+
+    def item(name: str, path: Path, day: str) -> None:
+        facts = {
+            "type": "Feature", "stac_version": "1.0.0", "id": name, "bbox": [west, south, east, north],
+            "geometry": {"type": "Polygon", "coordinates": [outline]}, "links": [],
+            "properties": {"datetime": f"{day}T10:00:00Z"},
+            "assets": {"visual": {"href": str(path), "type": "image/tiff; application=geotiff"}},
+        }  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts))
+        links = [{"rel": "item", "href": f"./{p.name}"} for p in sorted(tmp_path.glob("scene-*.json"))]
+        catalog = {"type": "Catalog", "stac_version": "1.0.0", "id": "c", "description": "d", "links": links}
+        (tmp_path / "catalog.json").write_text(json.dumps(catalog))
+
+    item("scene-old", image, "2021-06-15")
+    wish = {
+        "images": (), "imagery": str(tmp_path / "catalog.json"),
+        "bounds": "500000,4881900,500120,4882000", "bounds_crs": "EPSG:32618",
+    }  # fmt: skip
+    make_run(options(out=str(tmp_path / "whole"), **wish))
+    make_run(options(shard="1/2", **wish))
+    black = tmp_path / "black.tif"
+    with rasterio.open(image) as dataset, rasterio.open(black, "w", **dataset.profile) as copy:
+        copy.write(np.full_like(dataset.read(), 20))
+    item("scene-new", black, "2024-06-15")
+    result = make_run(options(**wish))
+    assert result.exit_code == 0 and result.tally.counts["done"] > 0
+    with rasterio.open(tmp_path / "run" / "mosaic") as run, rasterio.open(tmp_path / "whole/mosaic") as at:
+        check_equal(run.read(), at.read())
 
 
 def test_only_the_images_are_the_imagery(

@@ -183,7 +183,9 @@ def test_what_is_exported_is_what_was_probed_and_a_finished_run_takes_no_step(
 def test_two_processes_train_together_and_resume(repo, views_dir, tmp_path):
     words = [
         sys.executable,
-        "pipelines/pretrain.py",
+        "-m",
+        "canopy",
+        "pretrain",
         "configs/pretrain/smoke.yaml",
         f"data.chips={views_dir}",
     ]
