@@ -2,7 +2,7 @@
 
 Left to itself GDAL chooses kernel widths, approximations and chunks from the window it is given. Here the way
 from target to source is settled first, on 512 px cells of the target's global lattice: exact PROJ coordinates
-of nine points, and the affine through them (cells are quartered until it holds to 0.01 px). GDAL then only
+of nine points, and the affine through them (cells are quartered until it holds to 0.002 px). GDAL then only
 samples, with a fixed kernel, in pixel space:
 
 * shrinking by more than 1.5: the mean over the target pixel, as a block mean on the source's own lattice
@@ -33,7 +33,7 @@ from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace, lattice_ratio, shrink_factor
 
 CELL_PX, LEAST_CELL_PX = 512, 16
-POSITION_TOL_PX = 0.01
+POSITION_TOL_PX = 0.002
 AVERAGE_ABOVE = 1.5
 KERNELS = {"bilinear": Resampling.bilinear, "nearest": Resampling.nearest}
 # Source pixels are read and averaged in pieces of about this side: memory does not grow with the shrink.

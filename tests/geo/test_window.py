@@ -433,7 +433,7 @@ def test_values_are_gdals_own_bilinear_ones(rng, make_tif, crs, pixel):
         got, valid = read_window(ds, grid, [1, 2])
     both = valid & np.isfinite(reference[0])
     assert both.mean() > 0.9 and (valid != np.isfinite(reference[0])).sum() <= 4
-    # White noise changes by up to 100 a pixel: 0.01 px, what the affine may be off, is 1.
+    # White noise changes by up to 100 a pixel: 0.01 px, what GDAL may be off beside it, is 1.
     assert np.abs(got - reference)[:, both].max() < 1.0
     assert np.abs(got - reference)[:, both].mean() < 0.1
 
