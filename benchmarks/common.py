@@ -238,7 +238,7 @@ def _multipliers(side: int) -> dict[str, Callable[[], Any]]:
         "numpy": lambda: np.matmul(*numbers),
     }
     if _version("openvino") is not None:
-        from canopy.models.export import core, load_openvino
+        from canopy.runtime import load_openvino, openvino_core
 
         openvino = load_openvino()
         from openvino import opset13
@@ -247,7 +247,7 @@ def _multipliers(side: int) -> dict[str, Callable[[], Any]]:
         product = opset13.matmul(given, opset13.constant(numbers[1]), False, False)
         options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
         model = openvino.Model([product], [given])
-        request = core().compile_model(model, "CPU", options).create_infer_request()
+        request = openvino_core().compile_model(model, "CPU", options).create_infer_request()
         ways["openvino"] = lambda: request.infer([numbers[0]])
     return ways
 

@@ -18,8 +18,8 @@ import numpy as np
 import rasterio
 from scipy import ndimage
 
+from canopy.calibration.apply import crops_described, fit_domain
 from canopy.calibration.collect import load_chips
-from canopy.calibration.intervals import crops_described, fit_domain
 from canopy.inference.layers import CARD_KEY, QualityRules, rules_of
 
 MODEL_GSD_M = 0.5

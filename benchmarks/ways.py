@@ -126,7 +126,8 @@ def _job_in_int8(case: dict[str, Any]) -> None:
 
     import canopy
     from canopy.calibration.quantize import quantize
-    from canopy.chips.store import Chip, ChipRow, write_store
+    from canopy.chips.index import ChipRow
+    from canopy.chips.store import Chip, write_store
     from canopy.errors import ConfigError
 
     try:

@@ -92,17 +92,6 @@ def validate_settings(schema: type[S], raw: Mapping[str, Any], where: object) ->
         raise ConfigError(_first_fault(schema, error), where=where) from error
 
 
-def named_values(words: Iterable[str], option: str) -> dict[str, str]:
-    """`NAME=VALUE` words of an option that may be repeated, as a dict. Raises ConfigError for other words."""
-    found = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not name or not equals:
-            raise ConfigError(f"cannot read {word!r}", where=option, expected="NAME=VALUE")
-        found[name] = value
-    return found
-
-
 def _apply(raw: dict[str, Any], override: str) -> None:
     """Set one dotted `key=value` in the nested mapping; the value is parsed as YAML."""
     key, separator, text = override.partition("=")

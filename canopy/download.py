@@ -1,23 +1,11 @@
-"""How GDAL speaks HTTP: the one place where its options stand. Light, because downloads need no GDAL.
+"""Files and answers from hosts that fail: whole or not at all, patiently, with errors that say who did what.
 
-Talking to hosts that fail: retries with back-off, a cap per host, and errors that say who did what.
+`download` fetches a URL into a file: it goes to `NAME.part`, resumes there after an interruption if the host
+still has the same version, is checked for length and digest, flushed to disk, and only then gets its name.
+`get` is the same patience for answers that fit into memory. Both retry with back-off, heed Retry-After, ask a
+host few things at a time, and never show a signature: what is said goes through `redact`.
 
-GDAL's own retry covers a few statuses and no cut connections, so the application retries too: `get` for plain
-requests, and `diagnose` to find out why GDAL could not read a URL and how long to wait before trying again.
-Signed URLs never reach a message: everything shown goes through `redact`.
-
-Download files once, completely, and verified.
-
-A download goes to `NAME.part`, resumes there after an interruption if the host still has the same version,
-is checked for length and sha256, flushed to disk, and only then gets its name. Whoever sees the name sees the
-whole file.
-
-CRC-32C (Castagnoli), the checksum that Google's storage and so NEON publish for their files.
-
-Python's `zlib` has only the other CRC-32. A plain loop over bytes would run at 5 MB/s, so many equal slices
-of the data go through the byte-wise table in step, as one NumPy array, and their remainders are joined at
-the end: the remainder of `A + B` is that of A pushed through len(B) zero bytes, xor that of B. Pushing is
-linear over GF(2), so one 32 x 32 bit matrix, kept as four tables of 256, does it.
+GDAL reads remote rasters itself; its HTTP options stand here too, and `diagnose` finds out why it failed.
 """
 
 from __future__ import annotations
@@ -34,47 +22,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
+from filelock import FileLock
 
 from canopy.errors import DataError, FetchError
 from canopy.files import file_sha256, flush, host_of, redact, told_as_output
 from canopy.runtime import log
 
 HTTP_TIMEOUT_S = 30.0
-
-
-def http_options(timeout_s: float = HTTP_TIMEOUT_S) -> dict[str, str]:
-    """GDAL configuration for HTTP: few and large requests, no directory listings, no stale errors.
-
-    `timeout_s`: silence on a connection that counts as a failure; a whole request may take four times that.
-    """
-    return {
-        "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-        "GDAL_HTTP_CONNECTTIMEOUT": "15",
-        "GDAL_HTTP_TIMEOUT": str(round(4 * timeout_s)),
-        "GDAL_HTTP_LOW_SPEED_TIME": str(round(timeout_s)),
-        "GDAL_HTTP_LOW_SPEED_LIMIT": "1",
-        # The application retries: only it sees Retry-After and cut bodies.
-        "GDAL_HTTP_MAX_RETRY": "0",
-        "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
-        "GDAL_HTTP_USERAGENT": "canopy-height",
-        "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
-        "CPL_VSIL_CURL_USE_HEAD": "NO",
-        # GDAL remembers a failed request and would answer a retry from memory without asking the host again.
-        "CPL_VSIL_CURL_NON_CACHED": "/vsicurl/",
-        "VSI_CACHE": "TRUE",
-        "VSI_CACHE_SIZE": str(8 * 2**20),
-    }
-
-
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 REQUESTS_PER_HOST = 8
 # How hosts refuse a signature that ran out: S3 and Azure with 403, Azure also 409, Google's storage 400.
 UNSIGNED = frozenset({400, 401, 403, 409})
 SECRET_HEADERS = ("x-api-token", "authorization")
+# A try that brought this much starts the count anew: a slow line is not a dead one, but a host that sends a
+# byte a try is.
+_PROGRESS_BYTES = 1 << 14
+T = TypeVar("T")
 
 Signer = Callable[[str, bool], str]
 """`sign(url, fresh)` -> a URL that may be read now; `fresh` asks for a new signature."""
@@ -169,6 +136,31 @@ def _keep_tokens_home(request: httpx.Request) -> None:
             request.headers.pop(name, None)
 
 
+# ---- GDAL ---------------------------------------------------------------------------------------
+def http_options(timeout_s: float = HTTP_TIMEOUT_S) -> dict[str, str]:
+    """GDAL configuration for HTTP: few and large requests, no directory listings, no stale errors.
+
+    `timeout_s`: silence on a connection that counts as a failure; a whole request may take four times that.
+    """
+    return {
+        "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+        "GDAL_HTTP_CONNECTTIMEOUT": "15",
+        "GDAL_HTTP_TIMEOUT": str(round(4 * timeout_s)),
+        "GDAL_HTTP_LOW_SPEED_TIME": str(round(timeout_s)),
+        "GDAL_HTTP_LOW_SPEED_LIMIT": "1",
+        # The application retries: only it sees Retry-After and cut bodies.
+        "GDAL_HTTP_MAX_RETRY": "0",
+        "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
+        "GDAL_HTTP_USERAGENT": "canopy-height",
+        "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
+        "CPL_VSIL_CURL_USE_HEAD": "NO",
+        # GDAL remembers a failed request and would answer a retry from memory without asking the host again.
+        "CPL_VSIL_CURL_NON_CACHED": "/vsicurl/",
+        "VSI_CACHE": "TRUE",
+        "VSI_CACHE_SIZE": str(8 * 2**20),
+    }
+
+
 def gdal_options() -> dict[str, str]:
     """GDAL configuration for HTTP with the patience of the policy in force."""
     return http_options(_policy.timeout_s)
@@ -180,6 +172,7 @@ def local_proxy_options(url: str) -> dict[str, Any]:
     return {"GDAL_HTTP_PROXY": ""} if host in ("127.0.0.1", "localhost", "[::1]") else {}
 
 
+# ---- what a host said ---------------------------------------------------------------------------
 def retry_after_s(response: httpx.Response) -> float | None:
     """Seconds asked for by a Retry-After header (a number or a date) or a rate limit's reset, or None."""
     text = response.headers.get("retry-after")
@@ -202,59 +195,6 @@ def is_html(response: httpx.Response, body: bytes) -> bool:
     if "html" in response.headers.get("content-type", ""):
         return True
     return body.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html"))
-
-
-def get(
-    url: str,
-    *,
-    headers: Mapping[str, str] | None = None,
-    sign: Signer | None = None,
-    what: str = "the file",
-    absent: tuple[int, ...] = (),
-) -> httpx.Response:
-    """GET with retries; the body is read whole and is complete.
-
-    Args:
-        url: where from; shown without its query.
-        headers: extra request headers.
-        sign: makes the URL readable; asked for a fresh signature after a refusal.
-        what: the thing asked for, for messages.
-        absent: statuses returned to the caller instead of raised (a tile server's 404).
-
-    Raises:
-        FetchError: no answer, a refusal, or a web page instead of data, after the retries.
-    """
-    problem, retry_after = "", None
-    for attempt in range(_policy.attempts):
-        if attempt:
-            pause(url, attempt - 1, problem, retry_after)
-        retry_after = None
-        try:
-            with host_slot(url):
-                target = sign(url, attempt > 0) if sign else url
-                response = client().get(target, headers=headers, timeout=_policy.timeout_s)
-        except httpx.InvalidURL as error:
-            raise FetchError(f"not a usable URL ({redact(error)})", where=redact(url)) from None
-        except httpx.RequestError as error:
-            problem = f"{host_of(url)} did not answer ({_reason(error)})"
-            if attempt and is_unknown_host(error):
-                raise gave_up(url, problem, attempt + 1) from None
-            continue
-        if response.status_code in absent:
-            return response
-        if response.status_code in TRANSIENT or (sign and response.status_code in UNSIGNED):
-            problem = f"{host_of(url)} answered {response.status_code} {response.reason_phrase}"
-            retry_after = retry_after_s(response)
-            continue
-        raise_if_refused(response, url, what)
-        if is_html(response, response.content[:64]):
-            raise html_error(url, what)
-        return response
-    raise gave_up(url, problem)
-
-
-def _reason(error: Exception) -> str:
-    return redact(error).strip() or type(error).__name__
 
 
 def is_unknown_host(error: BaseException | str) -> bool:
@@ -288,13 +228,53 @@ def html_error(url: str, what: str) -> FetchError:
     )
 
 
-def gave_up(url: str, problem: str, attempts: int | None = None) -> FetchError:
+def gave_up(url: str, problem: str, attempts: int) -> FetchError:
     """All attempts failed."""
     return FetchError(
-        f"{redact(problem)}; gave up after {attempts or _policy.attempts} attempts",
+        f"{redact(problem)}; gave up after {attempts} attempts",
         where=redact(url),
         remedy="check the network and the address, or try again later",
     )
+
+
+class _Again(Exception):  # noqa: N818  (no error yet)
+    """A try that failed in a way that may pass; `moved`: it brought something."""
+
+    def __init__(self, problem: str, retry_after_s: float | None = None, moved: bool = False) -> None:
+        super().__init__(problem)
+        self.problem, self.retry_after_s, self.moved = problem, retry_after_s, moved
+
+
+def _raise_for_status(
+    response: httpx.Response, url: str, what: str, *, signed: bool, first: bytes | None = None
+) -> None:
+    """`_Again` for a status that may pass, FetchError for a refusal or a web page in place of data."""
+    if response.status_code in TRANSIENT or (signed and response.status_code in UNSIGNED):
+        said = f"{host_of(url)} answered {response.status_code} {response.reason_phrase}"
+        raise _Again(said, retry_after_s(response))
+    raise_if_refused(response, url, what)
+    if first is not None and is_html(response, first):
+        raise html_error(url, what)
+
+
+def _persist(url: str, one_try: Callable[[int], T]) -> T:
+    """What `one_try(number)` returns, tried until it raises neither `_Again` nor a connection's fault."""
+    failures = number = 0
+    while True:
+        try:
+            with host_slot(url):
+                return one_try(number)
+        except httpx.InvalidURL as error:
+            raise FetchError(f"not a usable URL ({redact(error)})", where=redact(url)) from None
+        except httpx.RequestError as error:
+            again = _Again(f"{host_of(url)} did not answer ({redact(error).strip() or type(error).__name__})")
+        except _Again as error:
+            again = error
+        number += 1
+        failures = 1 if again.moved else failures + 1
+        if failures >= _policy.attempts or (failures > 1 and is_unknown_host(again.problem)):
+            raise gave_up(url, again.problem, number)
+        pause(url, failures - 1, again.problem, again.retry_after_s)
 
 
 def pause(url: str, attempt: int, problem: str, retry_after: float | None = None) -> None:
@@ -310,23 +290,56 @@ def pause(url: str, attempt: int, problem: str, retry_after: float | None = None
     time.sleep(wait)
 
 
+# ---- asking -------------------------------------------------------------------------------------
+def get(
+    url: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    sign: Signer | None = None,
+    what: str = "the file",
+    absent: tuple[int, ...] = (),
+) -> httpx.Response:
+    """GET with retries; the body is read whole and is complete.
+
+    Args:
+        url: where from; shown without its query.
+        headers: extra request headers.
+        sign: makes the URL readable; asked for a fresh signature after a refusal.
+        what: the thing asked for, for messages.
+        absent: statuses returned to the caller instead of raised (a tile server's 404).
+
+    Raises:
+        FetchError: no answer, a refusal, or a web page instead of data, after the retries.
+    """
+
+    def one_try(number: int) -> httpx.Response:
+        target = sign(url, number > 0) if sign else url
+        response = client().get(target, headers=headers, timeout=_policy.timeout_s)
+        if response.status_code not in absent:
+            _raise_for_status(response, url, what, signed=sign is not None, first=response.content[:64])
+        return response
+
+    return _persist(url, one_try)
+
+
+@contextmanager
+def _beginning(
+    url: str, count: int, headers: Mapping[str, str] | None = None
+) -> Iterator[tuple[httpx.Response, bytes]]:
+    """A host's answer to being asked for the first bytes of a URL, and those bytes."""
+    wanted = {**(headers or {}), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+    request = client().stream("GET", url, headers=wanted, timeout=_policy.timeout_s)
+    with host_slot(url), request as response:
+        yield response, next(response.iter_bytes(count), b"")
+
+
 def size_of(url: str, *, headers: Mapping[str, str] | None = None, sign: Signer | None = None) -> int | None:
-    """Bytes of what a URL gives, asked with a one-byte range request; None where the host does not say."""
+    """Bytes of what a URL gives; None where the host does not say."""
     try:
-        with (
-            host_slot(url),
-            client().stream(
-                "GET",
-                sign(url, False) if sign else url,
-                headers={**(headers or {}), "Range": "bytes=0-0", "Accept-Encoding": "identity"},
-                timeout=_policy.timeout_s,
-            ) as response,
-        ):
+        with _beginning(sign(url, False) if sign else url, 1, headers) as (response, _):
             if not response.is_success:
                 return None
-            named = "content-range" if response.status_code == 206 else "content-length"
-            total = response.headers.get(named, "").rpartition("/")[2]
-            return int(total) if total.isdigit() else None
+            return _total(response)
     except (httpx.TransportError, httpx.InvalidURL):
         return None
 
@@ -334,13 +347,8 @@ def size_of(url: str, *, headers: Mapping[str, str] | None = None, sign: Signer 
 def first_bytes(url: str, count: int = 64) -> bytes:
     """The beginning of what a URL gives, or nothing where it does not answer well; never an error."""
     try:
-        with (
-            host_slot(url),
-            client().stream(
-                "GET", url, headers={"Range": f"bytes=0-{count - 1}"}, timeout=_policy.timeout_s
-            ) as response,
-        ):
-            return next(response.iter_bytes(count), b"") if response.is_success else b""
+        with _beginning(url, count) as (response, first):
+            return first if response.is_success else b""
     except (httpx.RequestError, httpx.InvalidURL):
         return b""
 
@@ -356,24 +364,14 @@ def diagnose(url: str, *, what: str = "the image", can_sign: bool = False) -> tu
         FetchError: retrying cannot help: no such file, a web page, no range requests, no access.
     """
     try:
-        with (
-            host_slot(url),
-            client().stream(
-                "GET", url, headers={"Range": "bytes=0-63"}, timeout=_policy.timeout_s
-            ) as response,
-        ):
-            first = next(response.iter_bytes(64), b"")
+        with _beginning(url, 64) as (response, first):
+            _raise_for_status(response, url, what, signed=can_sign, first=first)
+    except _Again as again:
+        return again.problem, again.retry_after_s
     except httpx.InvalidURL as error:
         raise FetchError(f"not a usable URL ({redact(error)})", where=redact(url)) from None
     except httpx.RequestError as error:
-        return f"{host_of(url)} did not answer ({_reason(error)})", None
-    if response.status_code in TRANSIENT or (can_sign and response.status_code in UNSIGNED):
-        return f"{host_of(url)} answered {response.status_code} {response.reason_phrase}", retry_after_s(
-            response
-        )
-    raise_if_refused(response, url, what)
-    if is_html(response, first):
-        raise html_error(url, what)
+        return f"{host_of(url)} did not answer ({redact(error).strip() or type(error).__name__})", None
     if response.status_code != 206:
         raise FetchError(
             f"{host_of(url)} does not answer range requests",
@@ -383,6 +381,7 @@ def diagnose(url: str, *, what: str = "the image", can_sign: bool = False) -> tu
     return "", None
 
 
+# ---- files --------------------------------------------------------------------------------------
 def download(
     url: str,
     dest: Path | str,
@@ -425,11 +424,14 @@ def download(
                 return target  # another process was faster
             if overwrite or (sha256 is None and part.version() is None):
                 part.drop()  # nothing could tell that the rest belongs to it
-            _fetch_into(url, part, headers or {}, sign)
-            if sha256 is not None:
-                _check_digest(part, sha256.lower(), url)
-            if check is not None:
-                _discard_unless(check, part)
+            _persist(url, lambda number: _one_try(url, part, headers or {}, sign, number > 0))
+            try:
+                _check_digest(part.path, sha256, url)
+                if check is not None:
+                    check(part.path)
+            except DataError:
+                part.drop()
+                raise
             flush(part.path)
             os.replace(part.path, target)
             part.drop()
@@ -486,108 +488,60 @@ def _version_of(response: httpx.Response) -> str | None:
     return etag if etag.startswith('"') else response.headers.get("last-modified")
 
 
-@contextlib.contextmanager
+@contextmanager
 def only_one(target: Path) -> Iterator[None]:
-    """Let one process at a time write `target`'s .part file (on systems that have flock)."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
+    """Let one process at a time write `target`."""
     lock = target.with_name(f".{target.name}.lock")
-    while True:
-        with open(lock, "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            # Who waited may hold the lock of a file that its owner has removed since: then try anew.
-            try:
-                if not os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
-                    continue
-            except FileNotFoundError:
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            # Still held: who waits sees that the file is gone, and locks a new one.
+            with contextlib.suppress(OSError):
+                lock.unlink()
 
 
-def _check_digest(part: _Part, expected: str, url: str) -> None:
-    got = file_sha256(part.path)
-    if got == expected:
+def _check_digest(path: Path, expected: str | None, url: str) -> None:
+    if expected is None or (got := file_sha256(path)) == expected.lower():
         return
-    part.drop()
     raise DataError(
         f"sha256 is {got}",
         where=redact(url),
-        expected=expected,
+        expected=expected.lower(),
         remedy="the file changed at its source or was damaged on the way; the download was discarded",
     )
 
 
-def _discard_unless(check: Callable[[Path], None], part: _Part) -> None:
-    try:
-        check(part.path)
-    except DataError:
-        part.drop()
-        raise
-
-
-def _fetch_into(url: str, part: _Part, headers: Mapping[str, str], sign: Signer | None) -> None:
-    """Append to `part` until it holds the whole body."""
-    rules, problem, retry_after, failures = policy(), "", None, 0
-    signed_anew = False
-    while failures < rules.attempts:
-        if failures:
-            pause(url, failures - 1, problem, retry_after)
-        have = part.size()
-        try:
-            with host_slot(url):
-                target = sign(url, signed_anew) if sign else url
-                problem, retry_after = _one_try(url, target, part, have, headers, sign is not None)
-        except httpx.InvalidURL as error:
-            raise FetchError(f"not a usable URL ({redact(error)})", where=redact(url)) from None
-        except httpx.RequestError as error:
-            problem, retry_after = f"{host_of(url)} cut the connection ({redact(error)})", None
-        if not problem:
-            return
-        signed_anew = sign is not None
-        # A try that moved the file forward starts the count anew: a slow line is not a dead one.
-        grown = part.size() > have
-        failures = 1 if grown else failures + 1
-    raise gave_up(url, problem)
-
-
-def _one_try(
-    url: str, target: str, part: _Part, have: int, headers: Mapping[str, str], can_sign: bool
-) -> tuple[str, float | None]:
-    """One request: a problem worth another try (empty: the file is complete) and the wait asked for."""
+def _one_try(url: str, part: _Part, headers: Mapping[str, str], sign: Signer | None, fresh: bool) -> None:
+    """Append to `part` until it holds the whole body; raises `_Again` where it does not yet."""
+    have, version = part.size(), part.version()
     # `identity`: Content-Length must count the bytes that reach the file.
-    wanted, version = {**headers, "Accept-Encoding": "identity"}, part.version()
+    wanted = {**headers, "Accept-Encoding": "identity"}
     if have:
         wanted |= {"Range": f"bytes={have}-"} | ({"If-Range": version} if version else {})
-    request = client().stream("GET", target, headers=wanted, timeout=policy().timeout_s)
-    with request as response:
-        if response.status_code in TRANSIENT or (can_sign and response.status_code in UNSIGNED):
-            return f"{host_of(url)} answered {response.status_code}", retry_after_s(response)
-        if response.status_code == 416:
-            total = _total(response.headers.get("content-range", ""))
-            if total == have:
-                return "", None
-            part.drop()
-            return "the file changed at its source", None
-        raise_if_refused(response, url, "the file")
-        resumed = response.status_code == 206
-        if resumed and version and _version_of(response) not in (None, version):
-            part.drop()  # a host that knows no If-Range
-            return "the file changed at its source", None
-        total = _total(response.headers.get("content-range", "")) if resumed else _length(response)
-        _append(response, part, have if resumed else 0, url)
+    target = sign(url, fresh) if sign else url
+    try:
+        with client().stream("GET", target, headers=wanted, timeout=_policy.timeout_s) as response:
+            if response.status_code == 416 and _total(response) == have:
+                return
+            if response.status_code != 416:
+                _raise_for_status(response, url, "the file", signed=sign is not None)
+            resumed = response.status_code == 206
+            another = resumed and version and _version_of(response) not in (None, version)
+            if another or response.status_code == 416:  # the first: by a host that knows no If-Range
+                part.drop()
+                raise _Again("the file changed at its source")
+            total = _total(response)
+            _append(response, part, have if resumed else 0, url)
+    except httpx.RequestError as error:
+        moved = part.size() - have >= _PROGRESS_BYTES
+        raise _Again(f"{host_of(url)} cut the connection ({redact(error)})", moved=moved) from None
     size = part.size()
     if total is not None and size != total:
         if size > total:
             part.drop()
-        return f"{host_of(url)} sent {size} of {total} bytes", None
-    return "", None
+        moved = size - have >= _PROGRESS_BYTES and size < total
+        raise _Again(f"{host_of(url)} sent {size} of {total} bytes", moved=moved)
 
 
 def _append(response: httpx.Response, part: _Part, offset: int, url: str) -> None:
@@ -604,16 +558,18 @@ def _append(response: httpx.Response, part: _Part, offset: int, url: str) -> Non
             file.write(chunk)
 
 
-def _total(content_range: str) -> int | None:
-    total = content_range.rpartition("/")[2]
-    return int(total) if total.isdigit() else None
-
-
-def _length(response: httpx.Response) -> int | None:
-    text = response.headers.get("content-length", "")
+def _total(response: httpx.Response) -> int | None:
+    """Bytes of the whole body, of which a part may have been asked for."""
+    partial = response.status_code in (206, 416)
+    text = response.headers.get("content-range" if partial else "content-length", "").rpartition("/")[2]
     return int(text) if text.isdigit() else None
 
 
+# ---- CRC-32C ------------------------------------------------------------------------------------
+# The checksum that Google's storage, and so NEON, publish. Python's `zlib` has only the other CRC-32, and a
+# plain loop over bytes would run at 5 MB/s: many equal slices of the data go through the byte-wise table in
+# step, as one NumPy array, and their remainders are joined at the end. The remainder of `A + B` is that of A
+# pushed through len(B) zero bytes, xor that of B; pushing is linear over GF(2), kept as four tables of 256.
 _POLYNOMIAL = 0x82F63B78  # RFC 3720 (iSCSI), bits reversed
 _LANES = 4096
 _BLOCK = 8 << 20

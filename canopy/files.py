@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from canopy.errors import CanopyError, ImageryError, InputError, OutputError
@@ -37,6 +39,13 @@ def replacing(path: str | Path, what: str = "cannot be written", remedy: str | N
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write indented JSON, whole or not at all. NaN is refused rather than written; dates become texts."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False, default=str)
+    with replacing(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

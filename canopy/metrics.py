@@ -14,10 +14,10 @@ the rounding of float64). p is the map, r the reference, e = p - r, all in metre
     cover at t = pixels higher than t: iou = tp / (tp + fp + fn), precision, recall, f1
     pNN_error = NN-th percentile of p minus that of r (linear between ranks; heights in whole millimetres)
 
-Sources: block-R2 and edge error: Tolan et al. 2024 (RSE 300:113888); nMAE, cover and the
-height bins: Fogel et al. 2025 (Open-Canopy, CVPR; its code divides by 1 + r). See docs/evaluation.md.
+Sources: block-R2 and edge error: Tolan et al. 2024 (RSE 300:113888); nMAE, cover and the height bins: Fogel
+et al. 2025 (Open-Canopy, CVPR; its code divides by 1 + r). See docs/evaluation.md.
 
-The statistics that can stand for many pixels: mean, highest, percentile; named as `--stat` names them.
+`percent_of` and `statistic_of` are the statistics that can stand for many pixels, named as `--stat` has them.
 """
 
 from __future__ import annotations

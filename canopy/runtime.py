@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -10,7 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
 from canopy.errors import CanopyError, ConfigError, InputError
 
@@ -167,3 +169,27 @@ class _RichBar:
 
     def advance(self, steps: int = 1) -> None:
         self._progress.advance(self._task, steps)
+
+
+def load_openvino() -> ModuleType:
+    """The module `openvino`, kept from sending anything home.
+
+    Importing it, and every conversion, would report to a web analytics service, from processes forked off
+    background threads, and leave an identity in the user's home folder. Where its telemetry package cannot be
+    imported, openvino and NNCF use stubs of their own that do nothing.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """This process's only `openvino.Core`.
+
+    Each Core's CPU plugin gives the calling thread a signal stack of its own and unmaps it when it is
+    destroyed, whichever thread that happens in and whichever stack is in use by then. After two Cores that
+    were not destroyed in reverse order, the next signal (Ctrl-C, a child's end) is a segmentation fault.
+    """
+    return load_openvino().Core()

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from baselines import beside_baselines, card_text
 from steps import run, step
 
 from canopy.errors import DataError
@@ -80,14 +81,13 @@ def chain(args: argparse.Namespace) -> None:
 def write_card(model: Path, chips: Path, out: Path) -> None:
     """Score a model on all splits, keep the scores in its file, and write model-card.md."""
     from canopy.models.checkpoint import describe, load_model, save_checkpoint
-    from canopy.training.fit import model_card, score_with_baselines
 
     loaded = load_model(model)
-    scores = score_with_baselines(loaded, chips, ("val", "test", "test_hard"))
+    scores = beside_baselines(loaded, chips, ("val", "test", "test_hard"))
     card = {**loaded.card, "scores": scores} | {split: tables["model"] for split, tables in scores.items()}
     save_checkpoint(out / "default.safetensors", loaded, json.loads(json.dumps(card)))
     with replacing(out / "model-card.md") as part:
-        part.write_text(model_card(describe(out / "default.safetensors")), encoding="utf-8")
+        part.write_text(card_text(describe(out / "default.safetensors")), encoding="utf-8")
     print(f"{out / 'default.safetensors'}: the model; {out / 'model-card.md'}: its card")
 
 

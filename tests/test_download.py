@@ -57,6 +57,14 @@ def test_cut_connections_resume_where_they_stopped(server, tmp_path):
     assert starts == [0, 50_000, 100_000, 150_000, 200_000, 250_000]
 
 
+def test_a_host_that_sends_a_byte_a_try_is_given_up_on(server, tmp_path):
+    url = server.put("/a.bin", BODY)
+    server.cut("/a.bin", times=1000, after=1)
+    with pytest.raises(FetchError, match="gave up after 4 attempts"):
+        download(url, tmp_path / "a.bin")
+    assert server.asked("a.bin") == 4
+
+
 def test_an_interrupted_run_resumes_in_the_next(server, tmp_path):
     (tmp_path / "a.bin.part").write_bytes(BODY[:123_456])
     download(server.put("/a.bin", BODY), tmp_path / "a.bin", sha256=DIGEST)

@@ -259,8 +259,7 @@ class _Errors:
 def _bands(chip: Scored, table: Tables) -> tuple[np.ndarray, np.ndarray]:
     k = chip.known
     table = table if isinstance(table, IntervalTable) else table[chip.id]
-    hint = table.hint_of(chip.hint_m, BAND_LEVEL)
-    return table.bounds(np.where(k, chip.height_m, 0), np.where(k, hint, 0), BAND_LEVEL)
+    return table.bounds(np.where(k, chip.height_m, 0), np.where(k, chip.spread_m, 0), BAND_LEVEL)
 
 
 def _fit_correlation(tiles: Sequence[_Errors], pull: float) -> tuple[float, np.ndarray, float]:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M, predict_whole, scored_pixels
+from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M, predict_chip
 from canopy.errors import ConfigError, DataError
-from canopy.models.heads import hint_names, views_of
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ class Scored:
     Attributes:
         id, site, split: of the chip.
         height_m: predicted height, the mean of the cell's pixels.
-        hint_m: what a method takes the width of bands from, likewise: (h, w) spread, or (2 l, h, w)
-            quantiles, in the order of `hint_names`.
+        spread_m: the network's spread, likewise.
         truth_m: lidar.
     """
 
@@ -44,7 +42,7 @@ class Scored:
     site: str
     split: str
     height_m: np.ndarray
-    hint_m: np.ndarray
+    spread_m: np.ndarray
     truth_m: np.ndarray
 
     @property
@@ -55,16 +53,16 @@ class Scored:
 
 @dataclass(frozen=True)
 class Cells:
-    """The known cells of several chips in rows; all arrays (n,), hints perhaps (2 l, n).
+    """The known cells of several chips in rows; all arrays (n,).
 
     Attributes:
-        height_m, hint_m, truth_m: metres.
+        height_m, spread_m, truth_m: metres.
         block: number of the exchangeable block that a cell lies in, counted over all chips.
         chip: number of its chip.
     """
 
     height_m: np.ndarray
-    hint_m: np.ndarray
+    spread_m: np.ndarray
     truth_m: np.ndarray
     block: np.ndarray
     chip: np.ndarray
@@ -87,9 +85,9 @@ def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str
         store = read_store(path)
         chips, identity = store.of_split(*splits), store.data_sha256
     elif (path / "manifest.csv").is_file():
-        from canopy.chips.write import cut_pack
+        from canopy.chips.cut import read_pack
 
-        chips, identity = cut_pack(path, tuple(splits))
+        chips, identity = read_pack(path, tuple(splits))
     elif path.is_dir():
         from canopy.chips.store import ChipShards
 
@@ -101,7 +99,7 @@ def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str
                     where=path, expected=f"{IMAGE_GSD_M:g} and {LABEL_GSD_M:g} m",
                     remedy=f"cut chips with canopy data chips --gsd {IMAGE_GSD_M:g}",
                 )  # fmt: skip
-        chips, identity = [shards[i].as_chip() for i in range(len(shards))], shards.fingerprint
+        chips, identity = list(shards), shards.fingerprint
     else:
         raise DataError("no such data", where=path, expected="a data pack, a chips folder or a chips file")
     if not chips:
@@ -141,7 +139,7 @@ def places_of(data: str | Path) -> dict[str, tuple[float, float]]:
             return {}
         boxes = {row["id"]: [row[name] for name in _PLACE] for row in rows if row["crs"]}
     elif path.is_dir():
-        from canopy.chips.store import read_index
+        from canopy.chips.index import read_index
 
         boxes = {r.id: [r.crs, r.west, r.south, r.east, r.north] for r in read_index(path) if r.crs}
     else:
@@ -164,7 +162,7 @@ def _lonlat(name: str, box: Sequence[Any], where: Path) -> tuple[float, float]:
 
 
 def predict_chips(
-    model: HeightModel, chips: Sequence[Chip], *, method: str = "spread", batch: int = 4,
+    model: HeightModel, chips: Sequence[Chip], *, batch: int = 4,
     progress: Progress | None = None,
 ) -> Iterator[Scored]:  # fmt: skip
     """Predict every chip as the map's engine would, and put its lidar beside it."""
@@ -175,40 +173,24 @@ def predict_chips(
     model = model.eval()
     for chip in chips:
         with torch.inference_mode():
-            layers = _predict(model, chip, method, batch)
-        gone = ~scored_pixels(chip)
+            layers = _predict(model, chip, batch)
+        gone = ~chip.scored
         layers[:, gone] = np.nan
         truth = np.where(gone, np.nan, chip.chm_m).astype(np.float32)
-        hint = layers[1] if len(layers) == 2 else layers[1:]
-        yield Scored(chip.row.id, chip.row.site, chip.row.split, layers[0], hint, truth)
+        yield Scored(chip.row.id, chip.row.site, chip.row.split, layers[0], layers[1], truth)
         progress.advance()
 
 
-def _predict(model: HeightModel, chip: Chip, method: str, batch: int) -> np.ndarray:
-    """Height and hints (l, h, w) at 1 m of a chip, from crops that overlap by three eighths or more."""
+def _predict(model: HeightModel, chip: Chip, batch: int) -> np.ndarray:
+    """Height and spread (2, h, w) at 1 m of a chip, from crops that overlap by three eighths or more."""
     import torch
 
-    from canopy.inference.predictor import over_views
-
-    outputs = ("height_m", *hint_names(method))
-
-    def once(crops: np.ndarray) -> np.ndarray:
-        return model.layers(torch.from_numpy(crops), outputs).float().numpy()
-
     def network(crops: np.ndarray) -> np.ndarray:
-        return over_views(once, crops, views_of(method))
+        return model.layers(torch.from_numpy(crops), ("height_m", "spread_m")).float().numpy()
 
     # A crop beyond the chip would show the network nothing but filling.
     side = min(model.config.crop_px, max(_LEAST_CROP_PX, -(-max(chip.rgb.shape[1:]) // 64) * 64))
-    return predict_whole(network, chip, side, lambda n: _starts(n, side), side * _OVERLAP_SHARE, batch)
-
-
-def _starts(length: int, side: int) -> list[int]:
-    """First pixels of the crops along an axis, evenly spread."""
-    if length <= side:
-        return [0]
-    count = int(np.ceil((length - side) / (side * (1 - _OVERLAP_SHARE)))) + 1
-    return [round(start) for start in np.linspace(0, length - side, count)]
+    return predict_chip(network, chip, side, side * _OVERLAP_SHARE, batch)
 
 
 def cells_of(scored: Sequence[Scored], block_m: int = BLOCK_M) -> Cells:
@@ -225,13 +207,13 @@ def cells_of(scored: Sequence[Scored], block_m: int = BLOCK_M) -> Cells:
         across = -(-known.shape[1] // block_m)
         _, block = np.unique(rows // block_m * across + cols // block_m, return_inverse=True)
         parts.append(
-            (chip.height_m[known], chip.hint_m[..., known], chip.truth_m[known], block + blocks,
+            (chip.height_m[known], chip.spread_m[known], chip.truth_m[known], block + blocks,
              np.full(len(rows), number))
         )  # fmt: skip
         blocks += int(block.max()) + 1 if len(block) else 0
     if not any(len(part[0]) for part in parts):
         raise DataError("no cell with both image and lidar")
-    return Cells(*(np.concatenate(column, axis=-1) for column in zip(*parts, strict=True)))
+    return Cells(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def halves(scored: Sequence[Scored]) -> tuple[list[Scored], list[Scored]]:

@@ -106,7 +106,7 @@ def read_footprints(map_path: str | Path, shots: pandas.DataFrame, rh: int = 98)
 def map_grid(path: str | Path) -> Grid:
     """The grid of a north-up map. Raises DataError for rotated ones."""
     from canopy.geo.place import SourcePlace
-    from canopy.geo.raster import open_raster
+    from canopy.geo.reading import open_raster
 
     with open_raster(path) as dataset:
         return SourcePlace.of(dataset).grid()
@@ -363,7 +363,10 @@ def _write(
     overwrite: bool, progress: Progress | None,
 ) -> str:  # fmt: skip
     """Correct window by window; returns the file's SHA-256."""
-    from canopy.geo.raster import BandSpec, CogWriter, open_raster, read_raster
+    from canopy.geo.cog import CogWriter
+    from canopy.geo.encoding import BandSpec
+    from canopy.geo.raster import read_raster
+    from canopy.geo.reading import open_raster
 
     progress = progress or NoProgress()
     with open_raster(map_path) as dataset:

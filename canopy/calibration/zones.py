@@ -10,13 +10,14 @@ import numpy as np
 from canopy.calibration.area import AREA_LEVELS, AreaModel, area_model_of
 from canopy.calibration.gedi import map_grid
 from canopy.errors import ConfigError, DataError, InputError
-from canopy.geo.area import read_zones
 from canopy.geo.crs import to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import tiles_over
+from canopy.geo.vector import read_zones
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
+    import geopandas
     import pandas
     from shapely.geometry.base import BaseGeometry
 
@@ -28,7 +29,11 @@ _SHAPE_PX = 256
 
 
 def zone_intervals(
-    map_path: str | Path, zones: str | Path, level: float = 0.9, *, progress: Progress | None = None
+    map_path: str | Path,
+    zones: str | Path | geopandas.GeoDataFrame,
+    level: float = 0.9,
+    *,
+    progress: Progress | None = None,
 ) -> pandas.DataFrame:
     """Columns mean_lower_m, mean_upper_m and mean_sd_m, one row per feature of `zones`, in its order.
 
@@ -64,7 +69,7 @@ def zone_intervals(
 
 def _open(path: Path) -> tuple[AreaModel, list[int]]:
     """The map's area model and the numbers of its three height bands."""
-    from canopy.geo.raster import open_raster
+    from canopy.geo.reading import open_raster
 
     with open_raster(path) as dataset:
         tags, names = dataset.tags(), list(dataset.descriptions)

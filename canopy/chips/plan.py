@@ -1,27 +1,18 @@
-"""Train, validation and test split by place: whole sites held out, blocks of ground, a buffer between.
+"""From a manifest of image and height pairs to the chips to cut: windows, splits, ids and shards.
 
-Neighbouring chips share trees, light and camera, so a random split flatters a model. Here a chip's split
-follows from where its centre lies, and what is trained on near a test chip is dropped, with the reason.
-
-From a manifest of image and height pairs to the chips to cut: windows, splits, ids and shards.
-
-Only headers are read here, and every file once for its hash; pixels come later (`canopy.chips.cutting`).
+Only headers are read here, and every file once for its hash; pixels come later (`canopy.chips.cut`).
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from canopy.chips.splits import Place, SplitRules, assign, distance_to_test, drop_near_test
 from canopy.chips.targets import RULES, sensor_floor
 from canopy.errors import DataError, InputError
 from canopy.files import check_name, file_sha256
@@ -30,174 +21,7 @@ from canopy.geo.grid import Grid
 from canopy.imagery.base import ImagerySource
 from canopy.imagery.open import open_imagery
 
-TEST, TRAIN, VAL = "test", "train", "val"
-TOO_CLOSE = "too close to a test chip"
-
-
-@dataclass(frozen=True)
-class Place:
-    """A chip's ground: bounds (west, south, east, north) in `crs`, site, and split ('' = not given)."""
-
-    site: str
-    crs: Any
-    bounds: tuple[float, float, float, float]
-    split: str = ""
-
-    @property
-    def is_test(self) -> bool:
-        """Any split whose name begins with 'test' is for final scores."""
-        return self.split.startswith(TEST)
-
-
-@dataclass(frozen=True)
-class SplitRules:
-    """How to split what has no split yet.
-
-    Attributes:
-        block_m: side of the square blocks that go to one split as a whole.
-        val, test: share of the blocks.
-        held_out: site names or patterns (`*`) that are test as a whole.
-        buffer_m: train chips closer than this to a test chip are dropped.
-        seed: other seeds, other blocks.
-    """
-
-    block_m: float = 1000.0
-    val: float = 0.1
-    test: float = 0.1
-    held_out: tuple[str, ...] = ()
-    buffer_m: float = 50.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (self.block_m > 0 and self.buffer_m >= 0 and self.val >= 0 and self.test >= 0):
-            raise DataError("negative split settings", expected="block > 0; shares and buffer >= 0")
-        if self.val + self.test >= 1:
-            raise DataError(f"val {self.val} and test {self.test} leave nothing to train on")
-
-
-def assign(places: Sequence[Place], rules: SplitRules) -> list[Place]:
-    """Fill in missing splits. Given ones are kept, also against `held_out`: they must not contradict it.
-
-    The same ground gets the same split whatever site, file or date it came from: blocks are counted from
-    the equator and Greenwich, and which split a block falls to follows from its numbers and the seed.
-
-    Raises:
-        DataError: a held-out site has chips that were given as train or val, or matches no site.
-    """
-    sites = {p.site for p in places}
-    for pattern in rules.held_out:
-        if not any(fnmatchcase(site, pattern) for site in sites):
-            raise DataError(
-                f"no site is called {pattern!r}", expected=f"one of {', '.join(sorted(sites))[:300]}"
-            )
-    out = []
-    for place, (lon, lat) in zip(places, _centres(places), strict=True):
-        held_out = any(fnmatchcase(place.site, pattern) for pattern in rules.held_out)
-        if held_out and place.split and not place.is_test:
-            raise DataError(f"site {place.site!r} is held out, but has chips given as {place.split}")
-        split = place.split or (TEST if held_out else _split_of_block(lon, lat, rules))
-        out.append(replace(place, split=split))
-    return out
-
-
-def _split_of_block(lon: float, lat: float, rules: SplitRules) -> str:
-    from canopy.geo.crs import METRES_PER_DEGREE
-
-    row = int(np.floor(lat * METRES_PER_DEGREE / rules.block_m))
-    # One scale per row of blocks, so that blocks stay square and their edges meet.
-    scale = METRES_PER_DEGREE * np.cos(np.radians(row * rules.block_m / METRES_PER_DEGREE))
-    col = int(np.floor(lon * max(scale, 1.0) / rules.block_m))
-    digest = hashlib.sha256(f"{rules.seed}/{rules.block_m:g}/{row}/{col}".encode()).digest()
-    draw = int.from_bytes(digest[:8], "big") / 2**64
-    return TEST if draw < rules.test else VAL if draw < rules.test + rules.val else TRAIN
-
-
-def drop_near_test(places: Sequence[Place], buffer_m: float) -> list[str]:
-    """For each chip '' or `TOO_CLOSE`: train chips within `buffer_m` of any test chip must go."""
-    distance = distance_to_test(places, buffer_m)
-    return [
-        TOO_CLOSE if p.split == TRAIN and d <= buffer_m else "" for p, d in zip(places, distance, strict=True)
-    ]
-
-
-def count_near_test(places: Sequence[Place], buffer_m: float) -> int:
-    """How many train chips lie within `buffer_m` of a test chip; 0 after `drop_near_test`."""
-    return sum(bool(reason) for reason in drop_near_test(places, buffer_m))
-
-
-def distance_to_test(places: Sequence[Place], reach_m: float) -> np.ndarray:
-    """Metres (n,) from each chip's edge to the nearest test chip's; infinity beyond `reach_m` and for
-    test chips themselves. Overlap is 0. Exact whatever CRSs the chips are in."""
-    from scipy.spatial import cKDTree
-
-    out = np.full(len(places), np.inf)
-    tests = [i for i, p in enumerate(places) if p.is_test]
-    others = [i for i, p in enumerate(places) if not p.is_test]
-    if not tests or not others:
-        return out
-    points, radius = _on_sphere(places)
-    tree = cKDTree(points[tests])
-    # Chords are a little shorter than arcs and the sphere is not the ellipsoid: 1 % and 1 m in hand.
-    reach = 1.01 * (reach_m + radius[others] + radius[tests].max()) + 1.0
-    for i, near in zip(others, tree.query_ball_point(points[others], reach), strict=True):
-        for k in near:
-            out[i] = min(out[i], _gap_m(places[i], places[tests[k]]))
-    return np.where(out <= reach_m, out, np.inf)
-
-
-def _centres(places: Sequence[Place]) -> list[tuple[float, float]]:
-    """Longitude and latitude of every chip's centre; one transformation per CRS."""
-    from canopy.geo.crs import transformer
-
-    out: list[tuple[float, float]] = [(0.0, 0.0)] * len(places)
-    by_crs: dict[str, list[int]] = {}
-    for i, place in enumerate(places):
-        by_crs.setdefault(str(place.crs), []).append(i)
-    for members in by_crs.values():
-        bounds = np.array([places[i].bounds for i in members])
-        x, y = (bounds[:, 0] + bounds[:, 2]) / 2, (bounds[:, 1] + bounds[:, 3]) / 2
-        lon, lat = transformer(places[members[0]].crs, "EPSG:4326").transform(x, y)
-        for i, point in zip(members, zip(lon, lat, strict=True), strict=True):
-            if not np.isfinite(point).all():
-                raise DataError("a chip lies outside its CRS's domain", where=places[i].site)
-            out[i] = float(point[0]), float(point[1])
-    return out
-
-
-def _on_sphere(places: Sequence[Place]) -> tuple[np.ndarray, np.ndarray]:
-    """Centres (n, 3) in metres from the Earth's centre, and half diagonals (n,) in metres."""
-    from canopy.geo.crs import METRES_PER_DEGREE, metres_per_unit, to_crs
-
-    lon, lat = np.radians(np.array(_centres(places))).T
-    points = 6_371_000 * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
-    radius = []
-    for place in places:
-        unit = METRES_PER_DEGREE if to_crs(place.crs).geographic else metres_per_unit(place.crs)
-        w, s, e, n = place.bounds
-        radius.append(unit * np.hypot(e - w, n - s) / 2)
-    return points, np.array(radius)
-
-
-def _gap_m(a: Place, b: Place) -> float:
-    """Shortest distance of two rectangles of ground, metres, in the UTM zone of the first."""
-    from shapely.geometry import box
-
-    from canopy.geo.crs import project, to_crs, utm_crs
-
-    zone = to_crs(a.crs)
-    if zone != to_crs(b.crs) or not _is_utm(zone):
-        zone = utm_crs(*_centres([a])[0])
-    shapes = [project(box(*p.bounds), p.crs, zone) for p in (a, b)]
-    return float(shapes[0].distance(shapes[1]))
-
-
-def _is_utm(crs: Any) -> bool:
-    from canopy.geo.crs import utm_zone
-
-    return utm_zone(crs) is not None
-
-
-FORMAT = 1  # raise it when the same inputs would give other bytes
+FORMAT = 2  # raise it when the same inputs would give other bytes
 LABEL_FACTOR = 2  # image pixels to a label pixel, as the chips store and the models have it
 _BLOCK_CHIPS = 4  # chips to a side that are read, and registered, together
 _CHIPS_PER_SHARD = 64
@@ -302,7 +126,7 @@ def read_pairs(manifest: str | Path, limit: int | None = None) -> list[Pair]:
         DataError: a missing file or column, an id used twice or unfit for a name, or bad values.
     """
     path = Path(manifest)
-    rows = list(_rows(path))[:limit]
+    rows = _rows(path)[:limit]
     if not rows:
         raise DataError("has no rows", where=path)
     missing = [c for c in ("rgb_path", "chm_path") if c not in rows[0]]
@@ -321,25 +145,21 @@ def read_pairs(manifest: str | Path, limit: int | None = None) -> list[Pair]:
     return list(pairs.values())
 
 
-def _rows(path: Path) -> Iterator[dict[str, str]]:
+def _rows(path: Path) -> list[dict[str, str]]:
+    import pandas
+
     if not path.is_file():
         raise DataError("no such manifest", where=path)
-    if path.suffix == ".parquet":
-        import pandas
-
-        try:
-            table = pandas.read_parquet(path)
-        except (ValueError, OSError) as error:
-            raise DataError("is not a Parquet table", where=path) from error
-        for record in table.to_dict("records"):
-            yield {str(k): "" if v is None or v != v else str(v) for k, v in record.items()}
-        return
+    kind = "Parquet" if path.suffix == ".parquet" else "CSV"
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file):
-                yield {k: v or "" for k, v in row.items() if k is not None}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"is not a CSV table ({error})", where=path) from error
+        if kind == "Parquet":
+            table = pandas.read_parquet(path)
+        else:
+            table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (ValueError, OSError) as error:
+        raise DataError(f"is not a {kind} table ({error})", where=path) from error
+    records = table.to_dict("records")
+    return [{str(k): "" if v is None or v != v else str(v) for k, v in row.items()} for row in records]
 
 
 def _pair(row: Mapping[str, str], manifest: Path) -> Pair:

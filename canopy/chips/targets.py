@@ -122,7 +122,7 @@ def chm_target(
         InputError: an unknown rule.
         ImageryError: the file is missing, damaged, or has no place.
     """
-    from canopy.geo.raster import open_raster
+    from canopy.geo.reading import open_raster
 
     if rule not in RULES:
         raise InputError(f"rule {rule!r}", expected=" or ".join(RULES))
@@ -154,7 +154,7 @@ def _read(dataset: Any, grid: Grid, rule: str) -> tuple[np.ndarray, np.ndarray]:
     from affine import Affine
 
     from canopy.geo.grid import Grid
-    from canopy.geo.raster import SourcePlace
+    from canopy.geo.place import SourcePlace
     from canopy.geo.reading import read_window
 
     place = SourcePlace.of(dataset)

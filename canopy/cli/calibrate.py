@@ -82,14 +82,6 @@ def interval(
         Path, typer.Option("--data", help="A data pack, a chips folder (canopy data chips) or a chips file.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="MODEL2", help="Model file to write.")],
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            metavar="spread|quantiles|flips",
-            help="Where widths come from. Default: the model's present one, or spread.",
-        ),
-    ] = None,
     kept_from: Annotated[
         list[Path] | None,
         typer.Option(
@@ -119,14 +111,14 @@ def interval(
     Example: canopy calibrate interval default --data pack -o calibrated.safetensors
     Example: canopy calibrate interval default --data my_chips --splits train,val -o mine.safetensors
     """
-    from canopy.calibration.intervals import calibrate_model
+    from canopy.calibration.apply import calibrate_model
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
     check_output(out, [model, data, kept_from], overwrite=overwrite)
     with progress_bar(quiet or json_) as progress:
         facts = calibrate_model(
-            model, data, out, method=method, kept_from=kept_from or (), splits=_names(splits),
+            model, data, out, kept_from=kept_from or (), splits=_names(splits),
             report_splits=_names(report), overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if json_:

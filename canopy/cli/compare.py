@@ -151,8 +151,10 @@ def stats(
         bands = None
         if interval is not None:
             from canopy.calibration.zones import zone_intervals
+            from canopy.geo.vector import read_vector
 
-            bands = zone_intervals(height_map, zones, interval, progress=progress)
+            polygons = zones if layer is None else read_vector(zones, layer, polygons=True)
+            bands = zone_intervals(height_map, polygons, interval, progress=progress)
         table = zone_stats(
             height_map, zones, out, overwrite=overwrite, extra=bands, progress=progress, percentiles=shares,
             above_m=heights, nodata=nodata, band=band, layer=layer,

@@ -34,7 +34,8 @@ from canopy.inference.options import AreaOptions
 from canopy.runtime import Progress, log, progress_bar, setup_logging
 
 if TYPE_CHECKING:
-    from canopy.chips.plan import CutRules, SplitRules
+    from canopy.chips.plan import CutRules
+    from canopy.chips.splits import SplitRules
     from canopy.labels.fetch import Plan
     from canopy.labels.gedi import Granule, ShotsReport
 
@@ -324,7 +325,7 @@ class CutOptions:
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How chips without a split get one, see `canopy.chips.plan.SplitRules`."""
+    """How chips without a split get one, see `canopy.chips.splits.SplitRules`."""
 
     buffer_m: Annotated[
         float, typer.Option("--buffer-m", help="Drop train chips closer than this to a test chip.")
@@ -341,7 +342,7 @@ class SplitOptions:
     seed: Annotated[int, typer.Option("--seed", help="Of the splits, or of the first synthetic chip.")] = 0
 
     def rules(self) -> SplitRules:
-        from canopy.chips.plan import SplitRules
+        from canopy.chips.splits import SplitRules
 
         held_out = tuple(self.hold_out or ())
         return SplitRules(self.block_m, self.val, self.test, held_out, self.buffer_m, self.seed)
@@ -429,7 +430,7 @@ def _pairs(
 def _synth(
     out_dir: Path, count: int, cut: CutOptions, split: SplitOptions, overwrite: bool, progress: Progress
 ) -> tuple[dict[str, Any], str]:
-    from canopy.chips.write import write_synth
+    from canopy.chips.synthetic import write_synth
 
     seed = _FIRST_SEED + split.seed
     summary = write_synth(out_dir, count, cut.size_px, seed, overwrite=overwrite, progress=progress)

@@ -150,7 +150,7 @@ def evaluate(
       canopy evaluate --benchmark pack --model default --model first.safetensors --data-dir ../shared/data
     """
     from canopy.errors import InputError
-    from canopy.evaluation.evaluate import evaluate as judge
+    from canopy.evaluation.evaluate import evaluate as score
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
@@ -168,7 +168,7 @@ def evaluate(
         raise InputError("nothing to score" if map_ is None else "no reference", remedy=f"give {missing}")
     ways = tuple(word.strip() for words in by or () for word in words.split(",") if word.strip())
     with progress_bar(quiet or json_) as progress:
-        result = judge(
+        result = score(
             map_, reference, out=out, overwrite=overwrite, progress=progress, kind=kind, by=ways, stat=stat,
             floor_m=floor_m, sensor=sensor, column=column, radius_m=radius_m, slope=slope, dem=dem,
             shift=shift, block_m=block_m, replicates=replicates, seed=seed, nodata=nodata,

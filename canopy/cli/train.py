@@ -1,7 +1,4 @@
-"""`canopy train`: parse, call, print.
-
-`canopy pretrain`: parse, call, print.
-"""
+"""`canopy train` and `canopy pretrain`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -36,9 +33,9 @@ def train(
 ) -> None:
     """Train a height model on the chips of `canopy data chips`.
 
-    RUN_DIR gets config.yaml (all settings), train.csv, val.csv, tensorboard/, last.ckpt and, at the end,
-    model.safetensors, which every --model takes. One line is said per validation. An interrupted run goes on
-    with --resume; a finished one goes on when steps or minutes are raised.
+    RUN_DIR gets config.yaml (all settings), log/metrics.csv and log/tensorboard, last.ckpt, best-STEP.ckpt
+    and, at the end, model.safetensors, which every --model takes. One line is said per validation. An
+    interrupted run goes on with --resume; a finished one goes on when steps or minutes are raised.
 
     Example: canopy train configs/finetune/small.yaml data.chips=chips minutes=30 -o runs/first
     """
@@ -101,11 +98,12 @@ def pretrain(
     from canopy.training.settings import PretrainSettings
 
     settings = settings_of(PretrainSettings, config, overrides, quiet, verbose)
-    from canopy.training import fit as pretrain_run
+    from canopy.training.fit import ENCODER
+    from canopy.training.fit import pretrain as run
     from canopy.training.run_folder import first_process
 
     with progress_bar(quiet or json_) as progress:
-        card = pretrain_run.pretrain(
+        card = run(
             settings,
             run_dir,
             resume=resume,
@@ -117,9 +115,9 @@ def pretrain(
         return  # one of several has the word
     shown = {k: card[k] for k in ("objective", "steps", "minutes", "images_seen", "probe")}
     if json_:
-        where = {"fast_dev_run": True} if fast_dev_run else {"encoder": str(run_dir / pretrain_run.ENCODER)}
+        where = {"fast_dev_run": True} if fast_dev_run else {"encoder": str(run_dir / ENCODER)}
         print_json({**where, "run_dir": str(run_dir), **shown})
     elif not quiet and fast_dev_run:
         typer.echo(f"{config}: two steps, probe and export work")
     elif not quiet:
-        typer.echo(run_dir / pretrain_run.ENCODER)
+        typer.echo(run_dir / ENCODER)

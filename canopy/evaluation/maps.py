@@ -186,11 +186,7 @@ class HeightMap:
         """Ground sample distance in metres at the centre of its first file."""
         if self.lattice is not None:
             return self.lattice.gsd_m
-        # Rotated or south-up: of a north-up pixel of the same area at the same centre.
-        place = self.tiles[0].place
-        side = abs(place.transform.determinant) ** 0.5
-        x, y = place.xy(place.height / 2, place.width / 2)
-        return Grid.from_bounds((x, y, x + side, y + side), place.crs, side).gsd_m
+        return self.tiles[0].place.gsd_m
 
     @cached_property
     def dates(self) -> tuple[str, ...]:
@@ -382,6 +378,11 @@ def open_heights(
     Raises ImageryError for what cannot be read as a height map, naming the file.
     """
     if not isinstance(source, str | Path | Sequence):
+        if type(source).__name__ != "DataArray":
+            raise ImageryError(
+                f"a {type(source).__name__} is no height map",
+                expected="a path, a list of paths, or an xarray DataArray with a CRS",
+            )
         folder = tempfile.TemporaryDirectory(prefix="canopy-array-")
         try:
             made = HeightMap(

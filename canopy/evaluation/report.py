@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from canopy.evaluation import figures
 from canopy.evaluation.scores import Evaluation, HeightBin, Score, Scores
-from canopy.files import check_output, replacing, told_as_output
+from canopy.files import check_output, replacing, told_as_output, write_json
 
 if TYPE_CHECKING:
     import pandas
@@ -598,12 +597,6 @@ def write_csv(path: Path, table: pandas.DataFrame | Sequence[Mapping[str, Any]])
     frame = table if isinstance(table, pandas.DataFrame) else pandas.DataFrame(list(table))
     with replacing(path) as part:
         frame.to_csv(part, index=False, float_format="%.9g")
-
-
-def write_json(path: Path, plain: Mapping[str, Any]) -> None:
-    """Indented JSON; NaN is refused rather than written."""
-    text = json.dumps(plain, indent=2, allow_nan=False, default=str) + "\n"
-    _write(path, text.encode())
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -19,9 +19,9 @@ from canopy.evaluation.grids import own_grid
 from canopy.evaluation.maps import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, HeightMap
 from canopy.evaluation.strata import LEAST_WANTED, MOST, Stratifier, missing_column, stratifiers
 from canopy.evaluation.zones import geodesic_area_m2, pixels_in
-from canopy.geo.area import read_vector
 from canopy.geo.crs import to_crs, transformer, utm_crs
 from canopy.geo.grid import Grid
+from canopy.geo.vector import read_vector
 from canopy.labels.footprint import pool_over_disc
 from canopy.metrics import percent_of, statistic_of
 from canopy.runtime import NoProgress, Progress

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import shapely
@@ -23,11 +23,12 @@ from shapely.geometry.base import BaseGeometry
 from canopy.errors import AreaError, InputError
 from canopy.evaluation.grids import pixel_metres
 from canopy.files import public_name
-from canopy.geo.area import SCALE_SLACK, read_zones
+from canopy.geo.area import SCALE_SLACK
 from canopy.geo.crs import METRES_PER_DEGREE, project, transformer
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
+from canopy.geo.vector import read_zones
 from canopy.metrics import BLOCK_PX, HEIGHT_BINS_M, height_bin
 
 # Heights of forests are alike over some hundred metres; larger blocks would leave too few in a small area.
@@ -122,33 +123,22 @@ _SLOPE_REACH_M = 10.0
 _RASTERS = (".tif", ".tiff", ".vrt", ".jp2")
 
 
-class Stratifier(Protocol):
-    """One way of cutting."""
+class Stratifier:
+    """One way of cutting. `by`: its name; `names`: of the codes so far."""
 
     by: str
+    names: Sequence[str]
+    _dataset: DatasetReader | None = None
 
     def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         """Codes (h, w), -1 for none, of a window whose corner is the corner of a 50 px cell."""
-        ...
+        raise NotImplementedError
 
     def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
         """Codes (n,) of places in degrees."""
-        ...
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the codes so far."""
-        ...
-
-    def close(self) -> None:
-        """Close its file."""
-        ...
-
-
-class _Files:
-    """What the ways have in common that read a raster: it is open until `close`."""
-
-    _dataset: DatasetReader | None = None
+        raise InputError(
+            f"samples have no {self.by}", where=f"--by {self.by}", remedy="name a column or a raster"
+        )
 
     def _open(self, path: str | Path) -> DatasetReader:
         self._dataset = open_raster(path)
@@ -156,11 +146,12 @@ class _Files:
         return self._dataset
 
     def close(self) -> None:
+        """Close its file."""
         if self._dataset is not None:
             self._dataset.close()
 
 
-class BySite(_Files):
+class BySite(Stratifier):
     """By the reference raster that a pixel is from."""
 
     by = "site"
@@ -173,11 +164,8 @@ class BySite(_Files):
             self.names.append(site)
         return np.full(grid.shape, self.names.index(site), np.int64)
 
-    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        raise InputError("samples without a column 'site'", where="--by site")
 
-
-class ByHeight(_Files):
+class ByHeight(Stratifier):
     """By reference height: 0-2, 2-5, ... 60+."""
 
     by = "height"
@@ -193,7 +181,7 @@ class ByHeight(_Files):
         return height_bin(reference_m)
 
 
-class ByCover(_Files):
+class ByCover(Stratifier):
     """By canopy cover of the 50 x 50 px cell round a pixel: share of the reference above 2 m."""
 
     by = "cover"
@@ -206,11 +194,8 @@ class ByCover(_Files):
         classes = np.searchsorted(COVER_SHARES, tall / np.maximum(known, 1), side="right")
         return classes[cell]
 
-    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        raise InputError("samples have no cover", where="--by cover", remedy="name a column or a raster")
 
-
-class BySlope(_Files):
+class BySlope(Stratifier):
     """By the slope of the ground, from an elevation model (over 20 m) or a raster of degrees."""
 
     by = "slope"
@@ -249,21 +234,17 @@ class BySlope(_Files):
         return np.where(np.isfinite(slope), np.searchsorted(SLOPE_DEG, slope, side="right"), -1)
 
 
-class ByRaster(_Files):
+class ByRaster(Stratifier):
     """By a raster of whole numbers; every pixel takes the class that its centre lies in."""
 
     def __init__(self, by: str, path: str | Path) -> None:
-        self.by, self._file = by, self._open(path)
+        self.by, self.names, self._file = by, (), self._open(path)
         if np.dtype(self._file.dtypes[0]).kind not in "iub":
             raise InputError(
                 f"a raster of {self._file.dtypes[0]}", where=public_name(path),
                 expected="classes as whole numbers",
             )  # fmt: skip
         self._codes: dict[int, int] = {}
-
-    @property
-    def names(self) -> Sequence[str]:
-        return [str(value) for value in self._codes]
 
     def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         values, known = read_window(self._file, grid, [1], resampling="nearest")
@@ -276,11 +257,12 @@ class ByRaster(_Files):
         found, inverse = np.unique(values, return_inverse=True)
         new = [int(v) for v in found if np.isfinite(v) and int(v) not in self._codes]
         self._codes |= {v: len(self._codes) + i for i, v in enumerate(new)}
+        self.names = [str(value) for value in self._codes]
         codes = np.array([self._codes[int(v)] if np.isfinite(v) else -1 for v in found], np.int64)
         return codes[inverse].reshape(values.shape)
 
 
-class ByPolygons(_Files):
+class ByPolygons(Stratifier):
     """By the polygon that a pixel's centre lies in: `FILE` (polygons 1, 2, ...) or `FILE:COLUMN`."""
 
     def __init__(self, by: str, path: str | Path, column: str | None) -> None:

@@ -25,10 +25,10 @@ from canopy.errors import ConfigError, InputError
 from canopy.evaluation.grids import own_grid, pixel_areas_m2
 from canopy.evaluation.maps import HeightMap, open_heights
 from canopy.files import check_output, replacing
-from canopy.geo.area import read_zones
 from canopy.geo.crs import geod_of, to_crs, to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import tiles_over
+from canopy.geo.vector import read_zones
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:

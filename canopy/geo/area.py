@@ -1,13 +1,8 @@
-"""Which pixel centres lie inside polygons, the same for every window of one lattice.
+"""AOI: the area to map, and the only place where latitude and longitude can be told apart.
 
-AOI: the area to map, and the only place where latitude and longitude can be told apart.
-
-`--bbox` is LAT,LON because that is how people write places; `--bounds` is west, south, east, north as
-GDAL, rasterio and STAC have it. Everywhere else in canopy coordinates are x, y.
-
-Which of the area options was given: the rule shared by every command and by the Python API.
-
-Polygons out of any vector file, checked and repaired.
+`--bbox` is LAT,LON because that is how people write places; `--bounds` is west, south, east, north as GDAL,
+rasterio and STAC have it. Everywhere else in canopy coordinates are x, y. `choose_area` holds the rule of
+which option may be given, shared by every command and by the Python API.
 """
 
 from __future__ import annotations
@@ -22,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import shapely
+from affine import Affine
 from odc.geo import CRS
+from rasterio.features import geometry_mask
 from shapely.geometry import MultiPolygon, Polygon, box
-from shapely.geometry.base import BaseGeometry
 
 from canopy.errors import AreaError
-from canopy.files import check_name
 from canopy.geo.crs import (
     centre_lonlat,
     geod_of,
@@ -42,48 +37,7 @@ from canopy.geo.crs import (
     utm_crs,
 )
 from canopy.geo.grid import Grid
-
-
-def fill_polygons(geometry: Polygon | MultiPolygon, grid: Grid) -> np.ndarray:
-    """Bool (height, width): pixel centres inside `geometry` (valid polygons in the grid's CRS).
-
-    Even-odd scanlines over all rings. Crossings are computed in lattice pixels, counted from the CRS
-    origin, so a pixel's answer has the same bits whichever window asks; GDAL's rasterizer works in
-    window pixels and may differ on ties.
-    """
-    row0, col0, row_phase, col_phase = grid.lattice
-    px, py = grid.pixel
-    height, width = grid.shape
-    edges = _edges(geometry)
-    # Into lattice space with pixel CENTRES on the integers.
-    cols = edges[:, 0::2] / px - col_phase - 0.5
-    rows = -edges[:, 1::2] / py - row_phase - 0.5
-    low, high = rows.min(axis=1), rows.max(axis=1)
-    # An edge owns the centres with low <= row < high: each crossing is counted once.
-    first = np.clip(np.ceil(low), row0, row0 + height).astype(np.int64)
-    last = np.clip(np.ceil(high), row0, row0 + height).astype(np.int64)
-    keep = last > first
-    first, count = first[keep], (last - first)[keep]
-    edge = np.repeat(np.flatnonzero(keep), count)
-    row = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
-    share = (row - rows[edge, 0]) / (rows[edge, 1] - rows[edge, 0])
-    crossing = cols[edge, 0] + share * (cols[edge, 1] - cols[edge, 0])
-    col = np.clip(np.ceil(crossing), col0, col0 + width).astype(np.int64) - col0
-    toggles = np.zeros((height, width + 1), dtype=np.uint8)
-    np.bitwise_xor.at(toggles, (row - row0, col), 1)
-    return np.bitwise_xor.accumulate(toggles, axis=1)[:, :width].astype(bool)
-
-
-def _edges(geometry: Polygon | MultiPolygon) -> np.ndarray:
-    """Ring edges as float64 (n, 4): x0, y0, x1, y1, each written in one direction only."""
-    rings = shapely.get_rings(shapely.get_parts(geometry))
-    xy, ring = shapely.get_coordinates(rings, return_index=True)
-    within = ring[1:] == ring[:-1]
-    start, end = xy[:-1][within], xy[1:][within]
-    # Shared edges of neighbouring polygons must give the same crossing: sort the end points.
-    flip = (start[:, 1] > end[:, 1])[:, None]
-    return np.hstack([np.where(flip, end, start), np.where(flip, start, end)])
-
+from canopy.geo.vector import read_polygons
 
 WGS84 = "EPSG:4326"
 # Side of the square around a single point when nothing else is said: a square kilometre.
@@ -158,10 +112,9 @@ class AOI:
         return cls(box(west, south, east, north), crs, is_box=True)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> AOI:
-        """Every polygon of a vector file, united. Raises AreaError; see `canopy.geo.area`."""
-
-        geometry, crs = read_polygons(path)
+    def from_file(cls, path: str | Path, layer: str | None = None) -> AOI:
+        """Every polygon of a vector file (of one of its layers), united. Raises AreaError as `read_zones`."""
+        geometry, crs = read_polygons(path, layer)
         return cls(geometry, crs)
 
     @classmethod
@@ -285,7 +238,14 @@ class AOI:
         """
         if self.is_box:
             return np.ones(grid.shape, dtype=bool)
-        return fill_polygons(self.to_crs(grid.crs).geometry, grid)
+        # In lattice pixels counted from the window: shifts by whole numbers, so ties do not flip.
+        row0, col0, row_phase, col_phase = grid.lattice
+        phase, size = np.array([col_phase, -row_phase]), np.array(grid.pixel)
+        corner = np.array([col0, -row0], dtype=float)
+        shape = shapely.transform(
+            self.to_crs(grid.crs).geometry, lambda xy: np.round(xy / size - phase, 6) - corner
+        )
+        return np.asarray(geometry_mask([shape], grid.shape, Affine.scale(1, -1), invert=True))
 
 
 @lru_cache(maxsize=64)
@@ -351,6 +311,7 @@ def choose_area(
     bounds: str | Sequence[float] | None = None,
     bounds_crs: Any = None,
     aoi: str | Path | None = None,
+    layer: str | None = None,
 ) -> AOI | None:
     """The area of whichever option was given; None if none was.
 
@@ -368,142 +329,4 @@ def choose_area(
         return AOI.from_bbox(bbox, size_m)
     if bounds is not None:
         return AOI.from_bounds(bounds, bounds_crs or "EPSG:4326")
-    return AOI.from_file(aoi) if aoi is not None else None
-
-
-PARQUET = {".parquet", ".geoparquet", ".pq"}
-GEOJSON = {".json", ".geojson"}
-
-
-def read_polygons(path: str | Path) -> tuple[Polygon | MultiPolygon, CRS]:
-    """Union of the polygons of a file and their CRS (x, y order).
-
-    Holes and several parts are kept; self-crossing rings are repaired; points and lines are left out.
-    Raises AreaError for a missing, unreadable or empty file, no polygons, no CRS, or coordinates in
-    degrees that only make sense with latitude and longitude swapped. Longitudes come out in -180..180.
-    """
-    where = check_name(path, AreaError)
-    frame = read_vector(path, polygons=True)
-    shapes = [g for g in frame.geometry if g is not None and not g.is_empty]
-    if not shapes:
-        raise AreaError("the file has no features", where=path, expected="at least one polygon")
-    crs = _crs_of(frame, Path(where))
-    parts = [p for shape in shapes for p in _polygons(shape)]
-    if not parts:
-        kinds = sorted({g.geom_type for g in shapes})
-        raise AreaError(f"only {', '.join(kinds)} in the file", where=path, expected="polygons with an area")
-    area = shapely.force_2d(shapely.union_all(parts))
-    return _in_degrees(area, crs, where), crs
-
-
-def read_zones(source: Any, layer: str | None = None):  # type: ignore[no-untyped-def]
-    """Every feature of a file or GeoDataFrame: (its table, its CRS, areas).
-
-    The areas are one repaired 2-D polygon per row, None without one. AreaError as `read_polygons` raises it.
-    """
-    given = not isinstance(source, str | Path)
-    path = "zones" if given else source
-    where = str(path)
-    frame = source if given else read_vector(source, layer, polygons=True)
-    if not len(frame):
-        raise AreaError("the file has no features", where=path, expected="at least one polygon")
-    crs = _crs_of(frame, Path(where))
-    areas = []
-    for shape in frame.geometry:
-        parts = [] if shape is None or shape.is_empty else _polygons(shape)
-        area = shapely.force_2d(shapely.union_all(parts)) if parts else None
-        areas.append(None if area is None else _in_degrees(area, crs, where))
-    if all(area is None for area in areas):
-        raise AreaError("no polygons in the file", where=path, expected="polygons with an area")
-    return frame, crs, areas
-
-
-def read_vector(name: str | Path, layer: str | None = None, *, polygons: bool = False):  # type: ignore[no-untyped-def]
-    """A vector file as a GeoDataFrame; of a file of several layers the one named.
-
-    `polygons`: without a name, the only layer that can hold polygons. Raises AreaError.
-    """
-    import geopandas
-
-    path = Path(check_name(name, AreaError))
-    if not path.exists():
-        raise AreaError("no such file", where=name, expected="a vector file such as GeoJSON or GeoPackage")
-    try:
-        if path.suffix.lower() in PARQUET:
-            return geopandas.read_parquet(path)
-        return geopandas.read_file(path, layer=_layer(path, layer, polygons))
-    except AreaError:
-        raise
-    except Exception as error:  # each driver has its own kind of exception
-        raise AreaError(
-            f"not a readable vector file ({type(error).__name__})",
-            where=path,
-            expected="GeoJSON, GeoPackage, Shapefile, KML or GeoParquet",
-        ) from error
-
-
-def _layer(path: Path, wanted: str | None, polygons: bool) -> str | None:
-    """The layer to read; None where there is but one."""
-    import geopandas
-
-    layers = geopandas.list_layers(path)
-    names = [str(name) for name in layers["name"]]
-    if wanted is not None:
-        if wanted not in names:
-            raise AreaError(f"no layer {wanted!r}", where=path, expected=f"one of {', '.join(names)}")
-        return wanted
-    if len(layers) < 2:
-        return None
-    kinds = layers["geometry_type"].fillna("None")
-    fitting = layers["name"][
-        kinds.str.contains("Polygon|Unknown|Collection" if polygons else "Polygon|Point")
-    ]
-    if len(fitting) == 1:
-        return str(fitting.iloc[0])
-    raise AreaError(
-        f"holds {len(layers)} layers ({', '.join(names)})", where=path,
-        expected="one layer of a fitting kind",
-        remedy=f"name it with --layer, or save it alone: ogr2ogr one.gpkg {path.name} LAYER",
-    )  # fmt: skip
-
-
-def _crs_of(frame, path: Path) -> CRS:  # type: ignore[no-untyped-def]
-    if frame.crs is not None:
-        return to_crs(frame.crs)
-    if path.suffix.lower() in GEOJSON:  # RFC 7946: longitude and latitude on WGS84
-        return to_crs("EPSG:4326")
-    raise AreaError(
-        "the file names no coordinate reference system",
-        where=path,
-        remedy="add one (a .prj file, or save it as GeoPackage)",
-    )
-
-
-def _polygons(shape: BaseGeometry) -> list[BaseGeometry]:
-    """The parts with an area, self-crossing ones repaired."""
-    if not shape.is_valid:
-        shape = shapely.make_valid(shape)
-    if isinstance(shape, Polygon | MultiPolygon):
-        return [shape] if shape.area > 0 else []
-    return [q for p in getattr(shape, "geoms", ()) for q in _polygons(p)]
-
-
-def _in_degrees(area: BaseGeometry, crs: CRS, path: str) -> BaseGeometry:
-    """The area; in degrees with longitudes in -180..180 and cut there (some data count from 0 to 360)."""
-    west, south, east, north = area.bounds
-    if not crs.geographic:
-        return area
-    if max(abs(south), abs(north)) > 90:
-        wrong = south if abs(south) > 90 else north
-        swapped = max(abs(west), abs(east)) <= 90
-        raise AreaError(
-            f"latitude {wrong:g} is beyond 90 degrees",
-            where=path,
-            expected="longitude first, then latitude",
-            remedy="the two look swapped: exchange them in the file"
-            if swapped
-            else "name the file's CRS in it",
-        )
-    if max(abs(west), abs(east)) > 360:
-        raise AreaError(f"longitude {max(west, east, key=abs):g} is beyond 360 degrees", where=path)
-    return to_lonlat(area, crs, crs) if max(abs(west), abs(east)) > 180 else area
+    return AOI.from_file(aoi, layer) if aoi is not None else None

@@ -1,11 +1,4 @@
-"""A checksum per 512 px block that pixels may enter in any order and in windows of any size.
-
-Each pixel adds (stored bits - nodata bits) x (an odd 64-bit number of its place in the block), modulo
-2^64. Sums do not care about order, a pixel never written adds nothing, and as odd numbers have an
-inverse any single changed pixel changes the sum. It guards against damage, not against malice.
-
-CogWriter: windows in, a verified Cloud-Optimized GeoTIFF out, or nothing at all.
-"""
+"""CogWriter: windows in, a Cloud-Optimized GeoTIFF out that has been read back, or nothing at all."""
 
 from __future__ import annotations
 
@@ -13,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -31,72 +24,11 @@ from canopy.geo.grid import Grid
 from canopy.geo.reading import raster_env
 
 BLOCK = 512
-
-
-def _place_factors() -> np.ndarray:
-    """Odd uint64 numbers (512, 512) from the splitmix64 sequence."""
-    z = np.arange(1, BLOCK * BLOCK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).reshape(BLOCK, BLOCK)
-
-
-class BlockChecksums:
-    """Sums per (band, block row, block column), and which pixels have been added.
-
-    Memory: eight bytes per block and band, and one bit per pixel of blocks begun but not finished.
-    """
-
-    def __init__(self, bands: int, height: int, width: int, dtype: str, nodata: float) -> None:
-        self.height, self.width = height, width
-        self.sums = np.zeros((bands, -(-height // BLOCK), -(-width // BLOCK)), dtype=np.uint64)
-        self._bits = np.dtype(f"u{np.dtype(dtype).itemsize}")
-        self._empty = np.array(nodata, dtype=dtype).view(self._bits).astype(np.uint64)
-        self._factors = _place_factors()
-        self._begun: dict[tuple[int, int], np.ndarray] = {}
-        self._full = np.zeros(self.sums.shape[1:], dtype=bool)
-
-    def blocks(self, row: int, col: int, height: int, width: int) -> Iterator[tuple[int, int, tuple, tuple]]:
-        """(block row, block col, slices within the block, slices within the window)."""
-        for i in range(row // BLOCK, -(-(row + height) // BLOCK)):
-            top, bottom = max(row, i * BLOCK), min(row + height, (i + 1) * BLOCK)
-            for j in range(col // BLOCK, -(-(col + width) // BLOCK)):
-                left, right = max(col, j * BLOCK), min(col + width, (j + 1) * BLOCK)
-                inner = np.s_[top - i * BLOCK : bottom - i * BLOCK, left - j * BLOCK : right - j * BLOCK]
-                outer = np.s_[top - row : bottom - row, left - col : right - col]
-                yield i, j, inner, outer
-
-    def add(self, stored: np.ndarray, row: int, col: int) -> None:
-        """Add a window of stored numbers (b, h, w). Raises OutputError when a pixel comes twice."""
-        for i, j, inner, outer in self.blocks(row, col, *stored.shape[1:]):
-            self._claim(i, j, inner)
-            self.sums[:, i, j] += self.sums_of(stored[:, *outer], inner)
-
-    def sums_of(self, stored: np.ndarray, inner: tuple) -> np.ndarray:
-        """uint64 (b,): the sums of one window inside one block."""
-        bits = np.ascontiguousarray(stored).view(self._bits).astype(np.uint64) - self._empty
-        return (bits * self._factors[inner]).sum(axis=(1, 2), dtype=np.uint64)
-
-    def _claim(self, i: int, j: int, inner: tuple) -> None:
-        shape = min(BLOCK, self.height - i * BLOCK), min(BLOCK, self.width - j * BLOCK)
-        taken = self._begun.setdefault((i, j), np.zeros(shape, dtype=bool))
-        if self._full[i, j] or taken[inner].any():
-            self._begun.pop((i, j), None)
-            raise OutputError(
-                f"pixels of block ({i}, {j}) were written twice", expected="windows that do not overlap"
-            )
-        taken[inner] = True
-        if taken.all():
-            self._full[i, j] = True
-            del self._begun[i, j]
-
-
-COMPRESSIONS = ("deflate", "zstd")
 OVERVIEWS = ("average", "mode")
 # The uncompressed scratch file, its overviews, and the result stand side by side for a moment.
 SCRATCH_FACTOR = 2.4
-# Level 6 takes twice as long as 3 for files 2 % (float32) to 4 % (uint16cm) smaller; see docs/performance.md.
-LEVELS = {"deflate": "3", "zstd": "3"}
+# Deflate's level 6 takes twice as long as 3 for files 2 % (float32) to 4 % (uint16cm) smaller.
+LEVEL = 3
 SCRATCH_EXTRA = 16 * 2**20
 
 
@@ -104,11 +36,11 @@ class CogWriter:
     """Write a raster window by window; a context manager.
 
     The pixels go to a tiled scratch file in a hidden `.NAME.*.partial` folder beside `path`. On a clean
-    exit that becomes a COG (512 px blocks, predictor, averaged overviews), every block of it is read
-    back and compared with what was written, the file is hashed and flushed to disk, and only then
-    renamed to `path`. On an exception everything is removed and `path` is as before. Memory does not
-    depend on the raster's size. What is never written is nodata. The bytes depend on the pixels, grid,
-    bands and tags alone, not on the order or size of the windows.
+    exit GDAL's COG driver makes the map of it (512 px blocks, deflate, averaged overviews), which is opened
+    again, read once from end to end, hashed, flushed to disk, and only then renamed to `path`. On an
+    exception everything is removed and `path` is as before. Memory does not depend on the raster's size.
+    What is never written is nodata. The bytes depend on the pixels, grid, bands and tags alone, not on the
+    order or size of the windows.
 
     Args:
         path: the file to make.
@@ -118,16 +50,16 @@ class CogWriter:
             (1 m, 0 to 254 m, nodata 255). A valid value outside the range is clipped into it.
         tags: texts for the file's metadata; keep wall-clock time out of them.
         overwrite: replace an existing file (at the end, atomically).
-        compress: "deflate" or "zstd".
         overviews: "average", or "mode" for class codes, which have no mean.
 
     Attributes:
+        sha256: of the finished file; None before.
         companions: set before the end, it is called with the finished file in its hidden folder and its
             sha256, and makes further files beside it, whose names it returns. They take their places
-            beside `path` with it; what it raises leaves `path` as it was.
+            beside `path` right after it; what it raises leaves `path` as it was.
 
-    Raises InputError at once for an existing file, bad bands or encoding; OutputError for a folder
-    that cannot be written, a disk without room, or a read-back that differs.
+    Raises InputError at once for an existing file, bad bands or encoding; OutputError for a folder that
+    cannot be written, a disk without room, or a file that does not hold what was written.
     """
 
     def __init__(
@@ -139,7 +71,6 @@ class CogWriter:
         encoding: str = "float32",
         tags: Mapping[str, object] | None = None,
         overwrite: bool = False,
-        compress: str = "deflate",
         overviews: str = "average",
     ) -> None:
         self.path, self.grid, self.bands = Path(path), grid, list(bands)
@@ -148,19 +79,16 @@ class CogWriter:
         self.companions: Callable[[Path, str], Sequence[str]] | None = None
         if not self.bands:
             raise InputError("no bands to write", where=path)
-        if compress not in COMPRESSIONS:
-            raise InputError(f"compression {compress!r}", expected=" or ".join(COMPRESSIONS))
         if overviews not in OVERVIEWS:
             raise InputError(f"overviews {overviews!r}", expected=" or ".join(OVERVIEWS))
-        self._compress, self._overviews = compress, overviews
+        self._overviews = overviews
         self.encoding.check(self.bands)
         self._scales = [self.encoding.scale_of(b) for b in self.bands]
         self._tags = {k: str(v) for k, v in sorted((tags or {}).items())}
         self._check_path(overwrite)
         self._check_space()
-        self._sums = BlockChecksums(
-            len(self.bands), grid.height, grid.width, self.encoding.dtype, self.encoding.nodata
-        )
+        # Of all stored numbers: a disk that fills up may lose blocks, which read back as nodata, in silence.
+        self._sum = 0
         self._dataset: rasterio.io.DatasetWriter | None = None
         self._folder: Path | None = None
         try:
@@ -235,7 +163,7 @@ class CogWriter:
         """Store values (bands, h, w) where valid, nodata elsewhere, at (row_off, col_off).
 
         `valid` is (h, w), or (bands, h, w) for bands that are missing in different places.
-        Windows lie inside the grid and do not overlap. To be called from one thread.
+        Windows lie inside the grid and do not overlap (closing fails if they did). For one thread.
         """
         if self._dataset is None:
             raise OutputError("the writer is closed", where=self.path)
@@ -258,7 +186,7 @@ class CogWriter:
                 f"valid pixels that are not finite near row {row_off}, column {col_off}", where=self.path
             )
         stored = self.encoding.encode(values, valid, self._scales)
-        self._sums.add(stored, row_off, col_off)
+        self._sum += self._sum_of(stored)
         try:
             with raster_env():
                 self._dataset.write(stored, window=Window(col_off, row_off, w, h))
@@ -282,7 +210,7 @@ class CogWriter:
             flush(result)
             self.sha256 = file_sha256(result)
             names = self.companions(result, self.sha256) if self.companions else ()
-            for name in (*names, result.name):
+            for name in (result.name, *names):
                 os.replace(self._folder / name, self.path.with_name(name))
             _sync_folder(self.path.parent)
         except CanopyError:
@@ -325,8 +253,8 @@ class CogWriter:
             result,
             driver="COG",
             BLOCKSIZE=BLOCK,
-            COMPRESS=self._compress.upper(),
-            LEVEL=LEVELS[self._compress],
+            COMPRESS="DEFLATE",
+            LEVEL=str(LEVEL),
             PREDICTOR="YES",
             OVERVIEWS="FORCE_USE_EXISTING",
             BIGTIFF="IF_SAFER",
@@ -335,26 +263,30 @@ class CogWriter:
         )
 
     def _verify(self, result: Path) -> None:
-        """Read every block of the file and its overviews; compare the full-size ones with the sums."""
+        """Read the file and its overviews to the end; it must hold what was written, at its place."""
+        total = 0
         with rasterio.open(result, driver="GTiff") as made:
-            same = made.shape == self.grid.shape and made.count == len(self.bands)
-            if not same or made.dtypes[0] != self.encoding.dtype:
-                raise OutputError("the finished file has another shape or dtype", where=self.path)
+            if made.shape != self.grid.shape or made.count != len(self.bands) or not made.crs:
+                raise OutputError("the finished file has another shape, or no CRS", where=self.path)
             for _, window in made.block_windows(1):
-                got = made.read(window=window)
-                i, j = int(window.row_off) // BLOCK, int(window.col_off) // BLOCK
-                sums = self._sums.sums_of(got, np.s_[: got.shape[1], : got.shape[2]])
-                if not np.array_equal(sums, self._sums.sums[:, i, j]):
-                    raise OutputError(
-                        f"block ({i}, {j}) read back differently from what was written",
-                        where=self.path,
-                        remedy="nothing was kept; check the disk and run again",
-                    )
+                total += self._sum_of(made.read(window=window))
             levels = len(made.overviews(1))
+        if (total - self._sum) % 2**64:
+            raise OutputError(
+                "reads back differently from what was written",
+                where=self.path,
+                remedy="nothing was kept; check the disk and run again",
+            )
         for level in range(levels):
             with rasterio.open(result, driver="GTiff", overview_level=level) as overview:
                 for _, window in overview.block_windows(1):
                     overview.read(window=window)
+
+    def _sum_of(self, stored: np.ndarray) -> int:
+        """Sum of stored numbers as whole numbers, counted from nodata: pixels never written add nothing."""
+        whole = np.dtype(f"u{stored.itemsize}")
+        nodata = int(np.array(self.encoding.nodata, dtype=stored.dtype).view(whole))
+        return int(stored.view(whole).sum(dtype=np.uint64)) - nodata * stored.size
 
     def _failure(self, what: str, error: BaseException) -> OutputError:
         reason = " ".join(str(error.__cause__ or error).split())[:160]

@@ -1,6 +1,6 @@
 """Coordinate reference systems: reading them, choosing one for an output, moving shapes between them.
 
-Everything here is in x, y order (longitude first). The order of users' texts is settled in `aoi`.
+Everything here is in x, y order (longitude first). The order of users' texts is settled in `area`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ METRES_PER_DEGREE = 111_195.0
 
 @lru_cache(maxsize=256)
 def _parse(text: str) -> CRS:
-    return CRS(text)
+    # `EPSG:32610+5773` is known to pyproj alone.
+    return CRS(pyproj.CRS(text).to_wkt() if "+" in text[:20] else text)
 
 
 def to_crs(value: Any) -> CRS:
     """Anything that names a CRS -> a horizontal odc `CRS`.
 
-    Accepts odc, pyproj and rasterio objects, EPSG codes and texts. A compound CRS (with heights) gives
-    its horizontal part. Raises InputError when there is none or it cannot be read.
+    Accepts odc, pyproj and rasterio objects, EPSG codes and texts. A CRS with heights, compound or of three
+    axes, gives its horizontal part: this is the one place where that happens, and no map is written with
+    another. Raises InputError when there is none or it cannot be read.
     """
-    if isinstance(value, CRS) and not value.proj.is_compound and len(value.proj.axis_info) < 3:
+    if isinstance(value, CRS) and not _has_heights(value):
         return value
     if value is None or value == "":
         raise InputError("no coordinate reference system", remedy="name one with --crs, e.g. EPSG:32610")
@@ -47,7 +49,7 @@ def to_crs(value: Any) -> CRS:
             crs = _parse(value.to_wkt() if hasattr(value, "to_wkt") else str(value))
         if crs.proj.is_compound:
             crs = _parse(crs.proj.sub_crs_list[0].to_wkt())
-        if len(crs.proj.axis_info) == 3 and not crs.proj.is_geocentric:  # heights are no part of a map's CRS
+        if _has_heights(crs):
             crs = _parse(crs.proj.to_2d().to_wkt())
     except (CRSError, ValueError, TypeError) as error:
         raise InputError(
@@ -57,6 +59,11 @@ def to_crs(value: Any) -> CRS:
     # An EPSG code is the shorter and the more equal name: files spell the same CRS in many ways.
     epsg = crs.epsg
     return _parse(f"EPSG:{epsg}") if epsg is not None and _parse(f"EPSG:{epsg}") == crs else crs
+
+
+@lru_cache(maxsize=256)
+def _has_heights(crs: CRS) -> bool:
+    return crs.proj.is_compound or ((crs.proj.is_projected or crs.geographic) and len(crs.proj.axis_info) > 2)
 
 
 def ground_crs(value: Any, where: object) -> CRS:

@@ -91,6 +91,13 @@ class SourcePlace:
         t = ~self.transform
         return t.d * x + t.e * y + t.f, t.a * x + t.b * y + t.c
 
+    @property
+    def gsd_m(self) -> float:
+        """Ground sample distance in metres at the centre; of rotated pixels, that of a square as large."""
+        side = abs(self.transform.determinant) ** 0.5
+        x, y = self.xy(self.height / 2, self.width / 2)
+        return Grid.of(self.crs, Affine(side, 0, x - side / 2, 0, -side, y + side / 2), (1, 1)).gsd_m
+
     def in_turn_of(self, grid: Grid) -> SourcePlace:
         """The same place, moved by whole turns round the Earth to where `grid` counts them."""
         period = x_period(self.crs)

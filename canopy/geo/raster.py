@@ -1,38 +1,18 @@
-"""Raster: pixels, validity and place together; and the doors to files (reading, warping, writing)."""
+"""Raster: the pixels, validity and place of a height map together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rasterio.enums import ColorInterp
 
 from canopy.errors import InputError
-from canopy.geo.cog import CogWriter
-from canopy.geo.encoding import ENCODINGS, BandSpec
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
-from canopy.geo.reading import open_raster, raster_env, read_window
-
-if TYPE_CHECKING:
-    import xarray
-
-
-__all__ = [
-    "ENCODINGS",
-    "BandSpec",
-    "CogWriter",
-    "Raster",
-    "SourcePlace",
-    "open_raster",
-    "raster_env",
-    "read_raster",
-    "read_window",
-    "write_cog",
-]
+from canopy.geo.reading import open_raster, read_window
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,26 +30,6 @@ class Raster:
             raise InputError(
                 f"valid {self.valid.dtype} {self.valid.shape} on a grid of {self.grid.shape}", expected="bool"
             )
-
-    def to_xarray(self, name: str | None = None) -> xarray.DataArray:
-        """As a DataArray (band, y, x) with pixel-centre coordinates, CRS (rioxarray) and NaN as nodata."""
-        import rioxarray  # noqa: F401  (registers the .rio accessor)
-        import xarray
-
-        px, py = self.grid.pixel
-        west, _, _, north = self.grid.bounds
-        array = xarray.DataArray(
-            np.where(self.valid, self.values, np.float32(np.nan)),
-            dims=("band", "y", "x"),
-            coords={
-                "band": np.arange(1, len(self.values) + 1),
-                "y": north - (np.arange(self.grid.height) + 0.5) * py,
-                "x": west + (np.arange(self.grid.width) + 0.5) * px,
-            },
-            name=name,
-        )
-        array = array.rio.write_crs(self.grid.crs.to_wkt())
-        return array.rio.write_transform(self.grid.transform).rio.write_nodata(np.nan, encoded=False)
 
 
 def read_raster(
@@ -92,29 +52,3 @@ def read_raster(
     if (scales != 1).any() or (offsets != 0).any():
         values = np.where(valid, values * scales + offsets, 0).astype(np.float32)
     return Raster(values, valid, grid)
-
-
-def write_cog(
-    path: str | Path,
-    raster: Raster,
-    bands: Sequence[BandSpec] | None = None,
-    *,
-    encoding: str = "float32",
-    tags: Mapping[str, object] | None = None,
-    overwrite: bool = False,
-    compress: str = "deflate",
-) -> str:
-    """Write a whole Raster with `CogWriter` (same rules and errors); returns the file's SHA-256.
-
-    `bands` default to `canopy_height` in metres for one band, `band_1`... for several.
-    """
-    if bands is None:
-        count = len(raster.values)
-        bands = [BandSpec("canopy_height" if count == 1 else f"band_{i + 1}") for i in range(count)]
-    writer = CogWriter(
-        path, raster.grid, bands, encoding=encoding, tags=tags, overwrite=overwrite, compress=compress
-    )
-    with writer:
-        writer.write(raster.values, raster.valid, 0, 0)
-    assert writer.sha256 is not None
-    return writer.sha256

@@ -28,7 +28,6 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
-from canopy.download import http_options
 from canopy.errors import ImageryError
 from canopy.files import check_name, gdal_name, is_url, public_name
 from canopy.geo.grid import Grid
@@ -60,6 +59,8 @@ def raster_env(name: str | Path = "") -> rasterio.Env:
     }
     # Whoever reads remote files with a patience of their own has set it around this.
     if is_url(str(name).removeprefix("/vsicurl/")) and not _speaks_http():
+        from canopy.download import http_options
+
         options |= http_options()
     return rasterio.Env(**options)
 

@@ -35,18 +35,15 @@ def tiles_over(grid: Grid, tile_px: int, halo_px: int = 0) -> list[Tile]:
     overlapping areas share tiles. `read` reaches `halo_px` beyond its core on every side, also beyond
     the grid. The id is the lattice tile, `r{row}_c{col}`.
     """
-    return list(iter_tiles(grid, tile_px, halo_px))
-
-
-def iter_tiles(grid: Grid, tile_px: int, halo_px: int = 0) -> Iterator[Tile]:
-    """The tiles of `tiles_over`, one at a time."""
     if tile_px < 1 or halo_px < 0:
         raise InputError(f"tiles of {tile_px} px with a halo of {halo_px} px", expected="at least 1 and 0")
     row0, col0 = grid.origin_rc
+    tiles = []
     for i, top, bottom in _cuts(row0, grid.height, tile_px):
         for j, left, right in _cuts(col0, grid.width, tile_px):
             core = grid.window(top - row0, left - col0, bottom - top, right - left)
-            yield Tile(f"r{i}_c{j}", core, core.pad(halo_px) if halo_px else core)
+            tiles.append(Tile(f"r{i}_c{j}", core, core.pad(halo_px) if halo_px else core))
+    return tiles
 
 
 def _cuts(start: int, length: int, step: int) -> Iterator[tuple[int, int, int]]:

@@ -353,17 +353,26 @@ class _Warp:
         return (out if k == 1 else _block_sums(out, k) / np.float32(k * k)), inside
 
     def _inside(self, leaf: _Leaf) -> np.ndarray | None:
-        """Where the centres of a leaf's pixels lie within the source's frame (None: everywhere)."""
+        """Where the centres of a leaf's pixels lie within the source's frame (None: everywhere).
+
+        Among an even number of samples a centre lies between two: it is inside where one of them is.
+        """
         p = leaf.position
         row = leaf.top - leaf.origin[0] + np.arange(leaf.height)[:, None] + 0.5
         col = leaf.left - leaf.origin[1] + np.arange(leaf.width) + 0.5
-        inside = None
-        for (a, b, c), size in (((p.a, p.b, p.c), self._place.width), ((p.d, p.e, p.f), self._place.height)):
-            ends = [a * col[i] + b * row[j, 0] + c for i in (0, -1) for j in (0, -1)]
-            if min(ends) < 0 or max(ends) > size:
-                at = a * col + b * row + c
-                within = (at >= -FRAME_TOL_PX) & (at <= size + FRAME_TOL_PX)
-                inside = within if inside is None else inside & within
+        corners = [p @ (col[i], row[j, 0]) for i in (0, -1) for j in (0, -1)]
+        sizes, reach = (self._place.width, self._place.height), abs(p.a) + abs(p.b) + abs(p.d) + abs(p.e)
+        if all(
+            min(v) >= reach and max(v) <= n - reach
+            for v, n in zip(zip(*corners, strict=True), sizes, strict=True)
+        ):
+            return None
+        inside = np.zeros((leaf.height, leaf.width), dtype=bool)
+        for shift in (0.0,) if self._samples % 2 else (-0.5 / self._samples, 0.5 / self._samples):
+            x = p.a * (col + shift) + p.b * (row + shift) + p.c
+            y = p.d * (col + shift) + p.e * (row + shift) + p.f
+            within = (x >= -FRAME_TOL_PX) & (x <= sizes[0] + FRAME_TOL_PX)
+            inside |= within & (y >= -FRAME_TOL_PX) & (y <= sizes[1] + FRAME_TOL_PX)
         return inside
 
 

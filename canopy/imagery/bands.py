@@ -1,10 +1,8 @@
-"""Which bands of a raster are red, green and blue, and what value is white.
+"""Which bands of a raster are red, green and blue, what value is white, and what is checked about an image.
 
-Both follow what the file declares (colour interpretation, band descriptions, data type) and what the user
-says, never the image's own statistics: a stretch taken from the pixels would make one tile brighter than
-the next.
-
-What is checked about an image, and about the options for it, before its pixels are read.
+Bands and white follow what the file declares (colour interpretation, band descriptions, data type) and what
+the user says, never the image's own statistics: a stretch taken from the pixels would make one tile brighter
+than the next.
 """
 
 from __future__ import annotations
@@ -27,10 +25,9 @@ from canopy.errors import ImageryError, InputError
 from canopy.files import RASTER_SUFFIXES, redact
 from canopy.geo.crs import ground_crs
 from canopy.geo.reading import open_raster
-from canopy.imagery.base import ReadOptions
+from canopy.imagery.base import COLOURS, ReadOptions
 from canopy.imagery.names import parse_range
 
-COLOURS = ("red", "green", "blue")
 _BY_DESCRIPTION = {
     "red": ("red", "r", "band_red", "red_band", "visible_red"),
     "green": ("green", "g", "band_green", "green_band", "visible_green"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
-from shapely.geometry import MultiPolygon, Polygon, box, shape
+from shapely.geometry import MultiPolygon, Polygon, box
 from shapely.geometry.base import BaseGeometry
 
 from canopy.config import Named, check_known, load_named
@@ -39,8 +39,7 @@ class ImageryManifest(Named):
         gsd_m: ground sample distance of the imagery, metres.
         licence, attribution: the terms; shown with results.
         dates: first and last acquisition, `2010/2023`.
-        coverage: [west, south, east, north], a list of such boxes, WKT or a GeoJSON geometry, all in
-            EPSG:4326.
+        coverage: [west, south, east, north], a list of such boxes, or WKT, all in EPSG:4326.
         notes: what a user should know.
         rank: order among sources that cover an area, 1 = first choice; None: never chosen by itself.
         tile_px, min_zoom, max_zoom: layout of web tiles.
@@ -60,9 +59,7 @@ class ImageryManifest(Named):
     licence: str
     attribution: str
     dates: str
-    coverage: (
-        str | tuple[float, float, float, float] | list[tuple[float, float, float, float]] | dict[str, Any]
-    )
+    coverage: str | tuple[float, float, float, float] | list[tuple[float, float, float, float]]
     notes: str = ""
     rank: int | None = Field(default=None, ge=1)
     tile_px: int = Field(default=256, gt=0)
@@ -114,7 +111,7 @@ def coverage_geometry(value: Any) -> BaseGeometry:
     """A coverage entry as a shapely geometry in EPSG:4326.
 
     Raises:
-        ValueError: it is none of a box, a list of boxes, WKT or GeoJSON.
+        ValueError: it is none of a box, a list of boxes or WKT.
     """
     import shapely
 
@@ -123,11 +120,6 @@ def coverage_geometry(value: Any) -> BaseGeometry:
             return shapely.from_wkt(value)
         except shapely.errors.ShapelyError as error:
             raise ValueError(f"coverage is not WKT: {error}") from None
-    if isinstance(value, dict):
-        try:
-            return shape(value)
-        except Exception as error:  # shapely raises many kinds on malformed GeoJSON
-            raise ValueError(f"coverage is not a GeoJSON geometry: {error}") from None
     boxes = [value] if value and not isinstance(value[0], (list, tuple)) else value
     if any(west >= east or south >= north for west, south, east, north in boxes):
         raise ValueError("coverage box is not [west, south, east, north]")

@@ -1,9 +1,7 @@
-"""Sources of the manifests, opened by name.
+"""Sources of the manifests, opened by name; among them the demo, a synthetic forest shown as aerial imagery.
 
-The demo source: a synthetic forest shown as if it were aerial imagery of a real place.
-
-The scene of seed 0 is laid on the UTM lattice so that a spot with a road, a river and a meadow comes to
-lie at the demo's point. Nothing is stored: every window is rendered when it is read.
+The demo's scene, of seed 0, is laid on the UTM lattice so that a spot with a road, a river and a meadow comes
+to lie at the demo's point. Nothing is stored: every window is rendered when it is read.
 """
 
 from __future__ import annotations

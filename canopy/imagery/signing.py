@@ -51,7 +51,7 @@ def planetary_computer_sign(href: str, fresh: bool) -> str:
         raise MissingDependencyError(
             "Planetary Computer imagery needs planetary-computer",
             where=host_of(href),
-            remedy="pip install 'canopy-height[stac]'",
+            remedy="install it: pip install 'canopy-height[stac]'",
         ) from None
     parts = urlsplit(href)
     container = parts.path.lstrip("/").split("/", 1)[0]

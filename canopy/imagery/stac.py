@@ -8,7 +8,6 @@ the map.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,18 +18,13 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pystac
-import requests
 import shapely
 from pystac.utils import make_absolute_href
-from pystac_client import Client
-from pystac_client.exceptions import APIError
-from pystac_client.stac_api_io import StacApiIO
 from shapely.geometry import MultiPolygon, Polygon, box, shape
 from shapely.geometry.base import BaseGeometry
-from urllib3.util.retry import Retry
 
 from canopy import download
-from canopy.errors import AreaError, FetchError, ImageryError, InputError
+from canopy.errors import AreaError, FetchError, ImageryError, InputError, MissingDependencyError
 from canopy.files import host_of, is_url, redact
 from canopy.geo.area import AOI
 from canopy.imagery.bands import check_options
@@ -223,9 +217,31 @@ def _search_once(
     href: str, collection: str | None, area: AOI, options: ReadOptions
 ) -> tuple[list[dict[str, Any]], int]:
     """Items as JSON, and how many the host says there are."""
+    try:
+        from pystac_client import Client
+        from pystac_client.exceptions import APIError
+        from pystac_client.stac_api_io import StacApiIO
+        from requests import RequestException
+        from urllib3.util.retry import Retry
+    except ImportError:
+        raise MissingDependencyError(
+            "STAC APIs need pystac-client",
+            where=redact(href),
+            remedy="install it: pip install 'canopy-height[stac]'",
+        ) from None
+    rules, host = download.policy(), host_of(href)
+    retry = Retry(
+        total=rules.attempts - 1,
+        backoff_factor=rules.first_wait_s,
+        backoff_max=rules.longest_wait_s,
+        status_forcelist=sorted(download.TRANSIENT),
+        allowed_methods=None,
+    )
+    io = StacApiIO(max_retries=retry, timeout=rules.timeout_s)
+    io.session.trust_env = not download.local_proxy_options(href)
     documents, promised = list[dict[str, Any]](), 0
-    with _host_errors(href):
-        found = Client.open(href, stac_io=_io(href)).search(
+    try:
+        found = Client.open(href, stac_io=io).search(
             bbox=area.bounds_lonlat,
             collections=[collection] if collection else None,
             datetime=options.datetime,
@@ -235,37 +251,13 @@ def _search_once(
             documents += page["features"]
             total = page.get("numberMatched") or (page.get("context") or {}).get("matched")
             promised = total if isinstance(total, int) else promised
-    return documents, promised
-
-
-@contextlib.contextmanager
-def _host_errors(href: str) -> Iterator[None]:
-    """Whatever the STAC libraries raise becomes an error that names the host and hides signatures."""
-    host = host_of(href)
-    try:
-        yield
-    except (APIError, requests.RequestException) as error:
+    except (APIError, RequestException) as error:
         shown = redact(error)[:200]
         raise FetchError(f"{host} did not answer the search ({shown})", where=redact(href)) from None
     except (KeyError, TypeError, ValueError, AttributeError, pystac.STACError) as error:
         shown = redact(error)[:200]
         raise ImageryError(f"{host} answers no valid STAC ({shown})", where=redact(href)) from None
-
-
-def _io(href: str) -> StacApiIO:
-    """HTTP with the patience of all of canopy's requests."""
-    rules = download.policy()
-    retry = Retry(
-        total=rules.attempts - 1,
-        backoff_factor=rules.first_wait_s,
-        backoff_max=rules.longest_wait_s,
-        status_forcelist=sorted(download.TRANSIENT),
-        allowed_methods=None,
-    )
-    io = StacApiIO(max_retries=retry, timeout=rules.timeout_s)
-    if download.local_proxy_options(href):
-        io.session.trust_env = False
-    return io
+    return documents, promised
 
 
 def walk(

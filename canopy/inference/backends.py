@@ -11,7 +11,6 @@ the others wait, and a file appears whole or not at all.
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import importlib.util
 import json
@@ -31,7 +30,7 @@ import numpy as np
 
 from canopy.errors import CanopyError, CheckpointError, ConfigError, InputError, OutputError
 from canopy.files import replacing
-from canopy.runtime import cache_dir, log, pick_device
+from canopy.runtime import cache_dir, log, openvino_core, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +46,8 @@ _PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime"}
 # int8 models keep their other operations in fp32.
 _HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
 _FORMAT, _CARD = "canopy-converted", "card.json"
+# Raise whenever conversion changes: cached conversions of before are then made anew.
+_CONVERSION = 2
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same content gives the same bytes
 
 
@@ -168,8 +169,6 @@ def _openvino_scores(files: Mapping[str, bytes], precision: str) -> Callable[[np
     """One stream, and torch's number of threads: with another number the last bits may differ."""
     import torch
 
-    from canopy.models.export import core
-
     hint = _HINTS[precision]
     settings = {
         # Without these two, processors that have bf16 would use it for fp32 models.
@@ -180,8 +179,8 @@ def _openvino_scores(files: Mapping[str, bytes], precision: str) -> Callable[[np
         # Several workers would all be pinned to the same cores.
         "ENABLE_CPU_PINNING": False,
     }
-    model = core().read_model(model=files["model.xml"], weights=files["model.bin"])
-    request = core().compile_model(model, "CPU", settings).create_infer_request()
+    model = openvino_core().read_model(model=files["model.xml"], weights=files["model.bin"])
+    request = openvino_core().compile_model(model, "CPU", settings).create_infer_request()
 
     def scores(crop: np.ndarray) -> np.ndarray:
         request.infer({0: crop}, share_inputs=True)
@@ -253,19 +252,22 @@ class Choice:
 
         bf16 is made of the fp32 conversion when it is opened.
         """
-        from canopy.models import export
-
         if self.quantised is not None:
             return read_network(self.quantised)
         facts = {
             "backend": self.backend,
-            "conversion": export.CONVERSION,
+            "conversion": _CONVERSION,
             "runtime": version(_PACKAGES[self.backend]),
             "weights_sha256": self.weights_sha256,
             "crop_px": model.config.crop_px,
         }
-        make = export.to_onnx if self.backend == "onnx" else export.to_openvino
-        return _cached(self.name, _TITLES[self.backend], facts, functools.partial(make, model))
+
+        def make() -> Mapping[str, bytes]:
+            from canopy.models.export import to_onnx, to_openvino
+
+            return to_onnx(model) if self.backend == "onnx" else to_openvino(model)
+
+        return _cached(self.name, _TITLES[self.backend], facts, make)
 
 
 def settle(
@@ -295,7 +297,7 @@ def settle(
             expected="a HeightModel", remedy="use --backend torch",
         )  # fmt: skip
     _check_runtime(chosen, kind, device)
-    from canopy.models.export import weights_sha256
+    from canopy.models.checkpoint import weights_sha256
 
     name = re.sub(r"[^\w.-]+", "-", str(model.card.get("name") or "model"))[:40]
     choice = Choice(chosen, kind, "cpu", name, weights_sha256(model))

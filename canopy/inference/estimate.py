@@ -83,8 +83,8 @@ def estimate(plan: Plan, target: Target, crop_seconds: float, bands: int, encodi
     )
 
 
-def seconds_per_crop(model: HeightModel, runner: Runner, views: int = 1) -> float:
-    """About how long a crop takes on a runtime, in so many views; 0 for models whose work is not known."""
+def seconds_per_crop(model: HeightModel, runner: Runner) -> float:
+    """About how long a crop takes on a runtime; 0 for models whose work is not known."""
     import torch
 
     from canopy.models.height import HeightModel
@@ -94,7 +94,7 @@ def seconds_per_crop(model: HeightModel, runner: Runner, views: int = 1) -> floa
     kind = runner.device.type
     rate = _RATE.get(kind, _RATE["cpu"]) * (torch.get_num_threads() if kind == "cpu" else 1)
     rate *= _FASTER.get(runner.precision, 1.0) * _FASTER_RUNTIME.get(runner.backend, 1.0)
-    return views * operations_per_crop(model.config) / rate
+    return operations_per_crop(model.config) / rate
 
 
 @functools.lru_cache(maxsize=8)

@@ -29,11 +29,11 @@ import numpy as np
 
 from canopy.errors import CheckpointError, ConfigError
 from canopy.geo.encoding import BandSpec
-from canopy.models.heads import IntervalTable, table_of
 
 if TYPE_CHECKING:
     from canopy.geo.area import AOI
     from canopy.inference.options import PredictOptions
+    from canopy.models.heads import IntervalTable
     from canopy.models.height import HeightModel
 
 
@@ -64,12 +64,7 @@ class Extras:
     @property
     def outputs(self) -> tuple[str, ...]:
         """What the network is to give, by name (`HeightModel.layers`): heights first."""
-        return ("height_m", *(self.interval.hints(self.level) if self.interval else ()))
-
-    @property
-    def views(self) -> int:
-        """Over how many views of a crop the spread is taken (`canopy.inference.predictor`)."""
-        return self.interval.views if self.interval else 1
+        return ("height_m", "spread_m") if self.interval else ("height_m",)
 
     @property
     def layers(self) -> int:
@@ -89,8 +84,7 @@ class Extras:
         if self.interval is not None:
             # Where there is nothing a layer may hold anything; it is masked later.
             clean = np.maximum(np.nan_to_num(layers[:given]).astype(np.float64), 0.0)
-            hint = clean[1] if given == 2 else clean[1:]
-            bands += self.interval.bounds(clean[0], hint, self.level)
+            bands += self.interval.bounds(clean[0], clean[1], self.level)
         if self.date:
             bands.append(days.astype(np.float32))
         if self.quality is not None:
@@ -106,6 +100,8 @@ def extras_of(options: PredictOptions, model: HeightModel, aoi: AOI | None = Non
     """
     table = quality = None
     if options.interval is not None:
+        from canopy.models.heads import table_of
+
         table = table_of(model.card, () if aoi is None else _corners(aoi))
         table.check_level(options.interval)
     if options.quality_band:

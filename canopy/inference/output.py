@@ -26,7 +26,6 @@ from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.geo.encoding import ENCODINGS, encoding_named
 from canopy.geo.grid import Grid
 from canopy.inference.layers import Extras
-from canopy.models.heads import CARD_KEY
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -117,6 +116,8 @@ def extra_tags(extras: Extras, card: Mapping[str, Any]) -> dict[str, str]:
     """Tags that say what the bands beside heights mean."""
     tags: dict[str, str] = {}
     if extras.interval is not None:
+        from canopy.models.heads import CARD_KEY
+
         tags["CANOPY_INTERVAL"] = f"{extras.level:g}"
         calibration = card.get(CARD_KEY, {})
         if "new_place" in calibration:
@@ -125,8 +126,6 @@ def extra_tags(extras: Extras, card: Mapping[str, Any]) -> dict[str, str]:
         # Bands of another level would be read with the wrong widths.
         if area is not None and extras.level == AREA_LEVEL:
             tags["CANOPY_AREA_MODEL"] = json.dumps({k: v for k, v in area.items() if k != "facts"})
-    if card.get("footprint_gap"):
-        tags["CANOPY_FOOTPRINT_GAP"] = json.dumps(card["footprint_gap"])  # for canopy calibrate gedi
     if extras.quality is not None:
         tags["CANOPY_QUALITY_BITS"] = extras.quality.describe()
     return tags
@@ -275,14 +274,6 @@ def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[
     for name, asset in _assets(facts).items():
         item.add_asset(name, pystac.Asset.from_dict(asset))
     return item.to_dict(include_self_link=False, transform_hrefs=False)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all; OutputError where that is impossible."""
-    with replacing(path) as part:
-        part.write_text(
-            json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
 
 
 def _assets(facts: MapFacts) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from canopy.errors import AreaError, ImageryError, InputError
-from canopy.files import check_output
+from canopy.files import check_output, write_json
 from canopy.geo.area import AOI
-from canopy.geo.raster import raster_env
+from canopy.geo.reading import raster_env
 from canopy.inference import output
 from canopy.inference.backends import Runner, settle
 from canopy.inference.engine import RunSummary, Sink, predict_grid, reader_count
@@ -25,9 +25,8 @@ from canopy.inference.estimate import Estimate, estimate, refuse_too_large, seco
 from canopy.inference.lattice import Lattice, Plan, plan_windows
 from canopy.inference.layers import Extras, band_specs, extras_of
 from canopy.inference.options import OneMapOptions, PredictOptions
-from canopy.inference.output import MapFacts, map_item, write_json
+from canopy.inference.output import MapFacts, map_item
 from canopy.inference.predictor import resolve_batch
-from canopy.inference.radiometry import with_radiometry
 from canopy.inference.target import Target, choose_target, scale_notes
 from canopy.models.height import parse_radiometry
 from canopy.runtime import Progress, log
@@ -224,7 +223,7 @@ class MapPrediction(Prediction):
         return Result(None, summary, self, data=sink.to_xarray(self.tags()))
 
     def _to_files(self, progress: Progress | None) -> Result:
-        from canopy.geo.raster import CogWriter
+        from canopy.geo.cog import CogWriter
 
         files, options = self.files, self.options
         if files is None:
@@ -321,11 +320,15 @@ def prepare(
     choice = settle(model, options.backend, options.precision, options.device)
     runner = choice.open(model, extras.outputs)
     resolve_batch(options.batch_size, runner.device.type)  # what is no number is told now
-    pace = seconds_per_crop(model, runner, extras.views)
+    pace = seconds_per_crop(model, runner)
     cost = estimate(plan, target, pace, len(extras.bands), options.encoding)
     refuse_too_large(cost, options.max_pixels, aoi.describe(), in_memory=files is None)
     notes += [*choice.notes, *scale_notes(source.native_gsd_m, model.config.gsd_m)]
-    model, radiometry, more = with_radiometry(model, source, aoi, options.radiometry)
+    radiometry, more = "none", list[str]()
+    if options.radiometry != "none":
+        from canopy.inference.radiometry import with_radiometry
+
+        model, radiometry, more = with_radiometry(model, source, aoi, options.radiometry)
     # Models need not be a `HeightModel`, and others know no stretch.
     stretch = getattr(model, "stretch", None)
     return MapPrediction(
@@ -402,11 +405,13 @@ def coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
 
 def load_named(model: str | Path | HeightModel) -> tuple[HeightModel, str]:
     """The model and the name that tags give it."""
-    from canopy.models.registry import load_model
+    from canopy.models.checkpoint import EMBEDDED, load_model
 
     name = None
     if isinstance(model, (str, Path)):
         name = Path(model).name
+        if str(model) not in EMBEDDED:  # others may have to be fetched or converted
+            from canopy.models.registry import load_model
         model = load_model(model)
     return model, str(model.card.get("name") or name or "unnamed")
 

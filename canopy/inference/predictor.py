@@ -1,16 +1,10 @@
-"""The network on one device: crops in, layers out, in batches that fit its memory.
-
-Also the views of a crop, its flips and quarter turns: how far the network contradicts itself on one ground.
-"""
+"""The network on one device: crops in, layers out, in batches that fit its memory."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from canopy.errors import ConfigError
 from canopy.inference.layers import Extras
@@ -52,7 +46,7 @@ class Predictor:
             from canopy.inference.backends import TorchRunner
 
             runner = TorchRunner(model, outputs=extras.outputs)
-        self.runner, self.device, self._views = runner, runner.device, extras.views
+        self.runner, self.device = runner, runner.device
         self.batch_size = resolve_batch(batch_size, self.device.type, model.config.crop_px)
         self.crops = 0
         self.notes: list[str] = []
@@ -99,16 +93,8 @@ class Predictor:
         short = 0 if self.runner.alone else max(0, whole - len(crops))
         if short:
             crops = torch.cat([crops, crops[-1:].expand(short, -1, -1, -1)])
-        layers = self.runner.forward(crops) if self._views == 1 else self._run_views(crops)
+        layers = self.runner.forward(crops)
         return layers[: len(layers) - short]
-
-    def _run_views(self, crops: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        def network(turned: np.ndarray) -> np.ndarray:
-            return self.runner.forward(torch.from_numpy(turned).to(self.device)).cpu().numpy()
-
-        return torch.from_numpy(over_views(network, crops.cpu().numpy(), self._views)).to(self.device)
 
     def _now(self) -> float | torch.cuda.Event:
         """A moment; a GPU's own, which nobody has to wait for."""
@@ -136,37 +122,6 @@ class Predictor:
         log.warning(note)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def over_views(network: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, views: int) -> np.ndarray:
-    """What the network gives for crops; with several views, their height and the spread over all views.
-
-    That spread is the standard deviation of the mixture of the views' bin weights about the height of the
-    crop as it is: the mean over the views of s_v^2 + (h_v - h)^2, rooted.
-
-    Args:
-        network: crops (n, 3, h, w) -> layers (n, l, h, w); heights and spreads, with several views.
-        crops: square ones, (n, 3, side, side).
-        views: 1 to 8 of the square's symmetries, the crop as it is first.
-    """
-    made = network(crops)
-    if views == 1:
-        return made
-    height, square = made[:, 0], made[:, 1].astype(np.float64) ** 2
-    for view in range(1, views):
-        other = _turn(network(_turn(crops, view)), view, back=True)
-        square += other[:, 1].astype(np.float64) ** 2 + (other[:, 0].astype(np.float64) - height) ** 2
-    return np.stack([height, np.sqrt(square / views).astype(np.float32)], axis=1)
-
-
-def _turn(maps: np.ndarray, view: int, *, back: bool = False) -> np.ndarray:
-    """View 0..7 of (n, c, side, side): quarter turns, mirrored from 4 on; `back` undoes it."""
-    turns, mirrored = view % 4, view >= 4
-    if back:
-        maps = maps[..., ::-1] if mirrored else maps
-        return np.rot90(maps, -turns, (-2, -1))
-    turned = np.rot90(maps, turns, (-2, -1))
-    return np.ascontiguousarray(turned[..., ::-1] if mirrored else turned)
 
 
 def resolve_batch(batch_size: int | str, device_type: str, crop_px: int = 256) -> int:

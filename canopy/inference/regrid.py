@@ -22,7 +22,7 @@ from rasterio.windows import Window
 from canopy.errors import OutputError
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
-from canopy.geo.raster import raster_env
+from canopy.geo.reading import raster_env
 from canopy.inference.engine import RunSummary, Sink, Source
 from canopy.inference.layers import Extras
 from canopy.runtime import Progress

@@ -131,13 +131,7 @@ class LabelManifest(Named):
     citation: str = Field(min_length=1)
     doi: str | None = None
     checksum: Literal["crc32c", "md5", "sha256", "per file"] | None
-    coverage: (
-        str
-        | tuple[float, float, float, float]
-        | list[tuple[float, float, float, float]]
-        | dict[str, Any]
-        | None
-    )
+    coverage: str | tuple[float, float, float, float] | list[tuple[float, float, float, float]] | None
     sites: tuple[str, ...] = ()
     partners: tuple[Partner, ...] = Field(min_length=1)
     unverified: tuple[str, ...] = ()

@@ -34,7 +34,8 @@ from canopy.geo.cog import CogWriter
 from canopy.geo.crs import metres_per_unit, output_crs, project, to_crs, to_lonlat
 from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
-from canopy.geo.raster import SourcePlace, open_raster, read_window
+from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster, read_window
 from canopy.geo.tiles import tiles_over
 from canopy.labels.points import METRES, RECORD, Blocks, LidarFile, Spool, Tally, bounds_in, fill, open_lidar
 from canopy.labels.surface import (

@@ -6,6 +6,7 @@ safetensors holds no code, so opening a stranger's file runs nothing. Matrices m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -297,3 +298,34 @@ def state_diff(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[st
         if k in found and found[k].shape != expected[k].shape
     ]
     return missing + extra + shapes
+
+
+def weights_sha256(model: HeightModel) -> str:
+    """Hash of what a model computes: its configuration and every tensor, in float32.
+
+    Not the file's: a model may have been changed since it was loaded, and must not get another's conversion.
+
+    Raises:
+        CheckpointError: a weight that is not a number.
+    """
+    state = model.state_dict()
+    check_finite(state, model.path or "the model")
+    # Only what differs from the defaults: a field that is added later changes nothing of older models.
+    told = _differences(model.config.to_dict(), ModelConfig().to_dict())
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _differences(told: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in told.items():
+        if isinstance(value, dict):
+            value = _differences(value, usual.get(key) or {})
+            if value:
+                found[key] = value
+        elif key not in usual or value != usual[key]:
+            found[key] = value
+    return found

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import hashlib
 import io
-import json
 import logging
 import sys
 import tempfile
@@ -20,7 +17,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,50 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from canopy.errors import CanopyError
-from canopy.models.checkpoint import check_finite
-from canopy.models.config import ModelConfig
 from canopy.models.height import HeightModel, pad_to_multiple
+from canopy.runtime import load_openvino, openvino_core
 
-# Raise whenever conversion changes: cached conversions of before are then made anew.
-CONVERSION = 2
 OPSET = 18
 # The bin scores decide the heights and cost 1 % of the work: their layer stays as it is in int8.
 _LAST_LAYER = r".*decoder\.head\.conv3.*"
 _tracing = threading.Lock()
-_one_core = threading.Lock()
 
 
 class ConversionError(CanopyError):
     """A runtime cannot take a model over."""
-
-
-def load_openvino() -> ModuleType:
-    """The module `openvino`, kept from sending anything home.
-
-    Importing it, and every conversion, would report to a web analytics service, from processes forked off
-    background threads, and leave an identity in the user's home folder. Where its telemetry package cannot be
-    imported, openvino and NNCF use stubs of their own that do nothing.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
-
-
-def core() -> Any:
-    """This process's only `openvino.Core`.
-
-    Each Core's CPU plugin gives the calling thread a signal stack of its own and unmaps it when it is
-    destroyed, whichever thread that happens in and whichever stack is in use by then. After two Cores that
-    were not destroyed in reverse order, the next signal (Ctrl-C, a child's end) is a segmentation fault.
-    """
-    with _one_core:
-        return _made_core()
-
-
-@functools.cache
-def _made_core() -> Any:
-    return load_openvino().Core()
 
 
 class Scores(nn.Module):
@@ -173,7 +136,7 @@ def to_int8(fp32: Mapping[str, bytes], crops: np.ndarray, transformer: bool) -> 
     import nncf
 
     nncf.set_log_level(logging.ERROR)
-    network = core().read_model(model=fp32["model.xml"], weights=fp32["model.bin"])
+    network = openvino_core().read_model(model=fp32["model.xml"], weights=fp32["model.bin"])
     # Its bars go to stdout, which is for results.
     verbose = sys.stderr.isatty() and logging.getLogger("canopy").isEnabledFor(logging.INFO)
     with contextlib.redirect_stdout(sys.stderr if verbose else io.StringIO()):
@@ -201,42 +164,11 @@ def _centred(quantised: Any, network: Any, crops: np.ndarray) -> Any:
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    fp32, int8 = (core().compile_model(m, "CPU", settings) for m in (network, quantised))
+    fp32, int8 = (openvino_core().compile_model(m, "CPU", settings) for m in (network, quantised))
     shifts = [(fp32(c[None])[0] - int8(c[None])[0]).mean(axis=(0, 2, 3), dtype=np.float64) for c in crops]
     shift = np.mean(shifts, axis=0).astype(np.float32).reshape(1, -1, 1, 1)
     moved = opset13.add(quantised.get_results()[0].input_value(0), opset13.constant(shift))
     return openvino.Model([opset13.result(moved)], quantised.get_parameters(), "scores")
-
-
-def weights_sha256(model: HeightModel) -> str:
-    """Hash of what a model computes: its configuration and every tensor, in float32.
-
-    Not the file's: a model may have been changed since it was loaded, and must not get another's conversion.
-
-    Raises:
-        CheckpointError: a weight that is not a number.
-    """
-    state = model.state_dict()
-    check_finite(state, model.path or "the model")
-    # Only what differs from the defaults: a field that is added later changes nothing of older models.
-    told = _differences(model.config.to_dict(), ModelConfig().to_dict())
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
-def _differences(told: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    found = {}
-    for key, value in told.items():
-        if isinstance(value, dict):
-            value = _differences(value, usual.get(key) or {})
-            if value:
-                found[key] = value
-        elif key not in usual or value != usual[key]:
-            found[key] = value
-    return found
 
 
 # ---- tracing --------------------------------------------------------------------------------------------

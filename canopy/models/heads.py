@@ -21,7 +21,6 @@ FLAT_M = 0.25
 # Calibration data this near make a place a seen one.
 NEAR_KM = 10.0
 LonLat = tuple[float, float]
-METHODS = ("spread", "quantiles", "flips")
 LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.98)
 
 
@@ -46,11 +45,6 @@ class NewPlace:
 class IntervalTable:
     """Distances from a predicted height to the ends of its interval, on a lattice of knots.
 
-    With the methods "spread" and "flips" they are taken from the height, and the hint is the network's
-    spread in metres; "flips" takes it over eight views of the image (`canopy.inference.predictor`). With
-    "quantiles" they are taken from two quantiles of the bin weights, outwards, and may be negative; the hint
-    is both.
-
     Attributes:
         levels: (l,) shares of truths inside, rising.
         height_m: (k,) knots of predicted height, rising.
@@ -58,7 +52,6 @@ class IntervalTable:
         spread: (v,) knots of log((s + 0.1) / (typical + 0.1)), rising.
         below_m, above_m: (l, k, v) distances.
         facts: JSON-ready: what it was fitted on and how it did elsewhere.
-        method: one of `METHODS`.
         new_place: for bands of places that calibration has not seen; None for those it has.
     """
 
@@ -69,7 +62,6 @@ class IntervalTable:
     below_m: np.ndarray
     above_m: np.ndarray
     facts: dict[str, Any]
-    method: str = "spread"
     new_place: NewPlace | None = None
 
     @property
@@ -77,37 +69,21 @@ class IntervalTable:
         """`seen`, or `new` for bands of places that calibration has not seen."""
         return "seen" if self.new_place is None else "new"
 
-    def hints(self, level: float) -> tuple[str, ...]:
-        """Names of the network's outputs that the bands need beside heights."""
-        return hint_names(self.method, (level,))
-
-    @property
-    def views(self) -> int:
-        """How many views of the image the hint is taken over."""
-        return views_of(self.method)
-
-    def hint_of(self, hints_m: np.ndarray, level: float) -> np.ndarray:
-        """The hint for a stored level among those for all of them, as calibration data hold them."""
-        if self.method != "quantiles":
-            return hints_m
-        at = 2 * int(np.argmin(np.abs(self.levels - level)))
-        return hints_m[at : at + 2]
-
-    def bounds(self, height_m: np.ndarray, hint_m: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    def bounds(
+        self, height_m: np.ndarray, spread_m: np.ndarray, level: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper ends in metres, float32, shaped like `height_m`; 0 <= lower <= height <= upper.
 
-        `hint_m`: the outputs of `hints(level)`: shaped like `height_m`, or (2, ...) of that for quantiles.
-
-        Levels between the stored ones are interpolated.
+        `spread_m` is the network's spread, shaped like `height_m`. Levels between the stored ones are
+        interpolated.
 
         Raises:
             ConfigError: a level outside the stored ones.
         """
         below, above = (self._at_level(t, level) for t in (self.below_m, self.above_m))
         k, v = len(self.height_m), len(self.spread)
-        quantiles = self.method == "quantiles"
-        low, high = (np.array(hint_m[n] if quantiles else height_m, np.float64) for n in (0, 1))
-        relative = np.zeros(height_m.shape) if quantiles else self.relative(height_m, hint_m)
+        low, high = (np.array(height_m, np.float64) for _ in range(2))
+        relative = self.relative(height_m, spread_m)
         for i, wi in hats(self.height_m, height_m):
             for j, wj in hats(self.spread, relative):
                 place = np.minimum(i, k - 1), np.minimum(j, v - 1)
@@ -151,7 +127,7 @@ class IntervalTable:
         rounded = {
             name: np.round(getattr(self, name), 4 if name == "spread" else 2).tolist() for name in arrays
         }
-        return {"version": VERSION, "method": self.method, **rounded, "facts": self.facts}
+        return {"version": VERSION, "method": "spread", **rounded, "facts": self.facts}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> IntervalTable:
@@ -159,12 +135,11 @@ class IntervalTable:
         try:
             names = ("levels", "height_m", "typical_m", "spread", "below_m", "above_m")
             given: dict[str, Any] = {name: np.asarray(raw[name], np.float64) for name in names}
-            # Files of before there were several methods name none.
-            table = cls(**given, facts=dict(raw.get("facts", {})), method=str(raw.get("method", "spread")))
+            table = cls(**given, facts=dict(raw.get("facts", {})))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the model's interval calibration cannot be used: {error}") from error
         shape = len(table.levels), len(table.height_m), len(table.spread)
-        known = raw.get("version") == VERSION and table.method in METHODS
+        known = raw.get("version") == VERSION and raw.get("method", "spread") == "spread"
         if not known or table.below_m.shape != shape or table.above_m.shape != shape:
             raise CheckpointError(
                 "the model's interval calibration has another form", remedy="run canopy calibrate interval"
@@ -207,18 +182,6 @@ def _is_near(places: Sequence[LonLat], lonlat: LonLat) -> bool:
     x, y = np.radians(lonlat)
     half = np.sin((lat - y) / 2) ** 2 + np.cos(lat) * np.cos(y) * np.sin((lon - x) / 2) ** 2
     return bool((2 * 6371.0 * np.arcsin(np.sqrt(half))).min() <= NEAR_KM)
-
-
-def hint_names(method: str, levels: Sequence[float] = LEVELS) -> tuple[str, ...]:
-    """The network's outputs that a method needs beside heights; quantiles by level, lower before upper."""
-    if method != "quantiles":
-        return ("spread_m",)
-    return tuple(f"q{share:.6g}" for level in levels for share in ((1 - level) / 2, (1 + level) / 2))
-
-
-def views_of(method: str) -> int:
-    """How many views of the image a method's spread is taken over."""
-    return 8 if method == "flips" else 1
 
 
 def hats(knots: np.ndarray, x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from canopy.errors import ConfigError, InputError
-from canopy.models.cnn import CnnEncoder, UNetDecoder
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.decoder import Decoder, bin_centres, bin_weights, moments, quantiles
 from canopy.models.encoder import Encoder
+
+if TYPE_CHECKING:
+    from canopy.models.cnn import CnnEncoder, UNetDecoder
 
 EMPTY_VALUE = 0.4  # close to the mean of aerial imagery: an empty crop looks like nothing in particular
 
@@ -335,6 +337,8 @@ def _at_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def _build(config: ModelConfig) -> tuple[Encoder | CnnEncoder, Decoder | UNetDecoder]:
     bands = len(config.bands)
     if config.encoder.family == "cnn":
+        from canopy.models.cnn import CnnEncoder, UNetDecoder
+
         network = CnnEncoder(config.encoder, bands)
         return network, UNetDecoder(config.decoder, network.channels)
     return Encoder(config.encoder, bands), Decoder(config.decoder, config.encoder.dim, config.encoder.stem)

@@ -24,7 +24,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from canopy.errors import OutputError
-from canopy.files import replacing
+from canopy.files import replacing, write_json
 from canopy.inference import output
 from canopy.region.ledger import Ledger, Outcome
 from canopy.region.plan import Pins, Region, area_of, read_pins
@@ -190,7 +190,7 @@ def write_catalog(ledger: Ledger, region: Region) -> Path:
 
 
 def _write(thing: Any) -> None:
-    output.write_json(Path(thing.get_self_href()), thing.to_dict(include_self_link=False))
+    write_json(Path(thing.get_self_href()), thing.to_dict(include_self_link=False))
 
 
 def _moment(text: str) -> datetime.datetime:

@@ -83,7 +83,7 @@ def region_cost(region: Region) -> RegionCost:
     local = options.scheduler == "local"
     workers = len(local_devices(options.device, options.workers)) if local else options.workers or 1
     runner = region.choice.open(region.model, region.extras.outputs)
-    crop_seconds = seconds_per_crop(region.model, runner, region.extras.views)
+    crop_seconds = seconds_per_crop(region.model, runner)
     if runner.device.type == "cpu":  # the estimate is that of all threads of this machine
         crop_seconds *= local_threads(1) / (options.threads or local_threads(workers))
     worker_s = crops * crop_seconds + OVERHEAD_S_PER_PX * (pixels + predicted)

@@ -145,7 +145,8 @@ class TileMaker:
         Raises:
             CanopyError: nothing is left at the tile's place then but what was there before.
         """
-        from canopy.geo.raster import CogWriter, raster_env
+        from canopy.geo.cog import CogWriter
+        from canopy.geo.reading import raster_env
         from canopy.inference.layers import band_specs
         from canopy.inference.output import bare_name
         from canopy.inference.predict import Prediction

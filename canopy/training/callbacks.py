@@ -1,8 +1,7 @@
-"""NaN guard of every training: a step that is not finite is left out and named; the third ends the run.
+"""What happens around a training's steps: how far it is, bad steps, averaged weights, probes of features.
 
-Is the representation alive? Spread and effective rank.
-
-A cheap measure of frozen features: ridge regression from patch features to the patch's mean height.
+A probe is a cheap measure of frozen features: ridge regression from patch features to the patch's mean
+height, and the features' effective rank, which tells whether the representation is alive.
 """
 
 from __future__ import annotations
@@ -11,18 +10,24 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from pytorch_lightning.callbacks import Timer, WeightAveraging
+from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils import get_total_norm
 
+from canopy.chips.data import evenly
 from canopy.chips.store import Chip, ChipShards
 from canopy.errors import CanopyError, DataError
 from canopy.models.encoder import Encoder
 from canopy.models.height import fill_invalid
-from canopy.runtime import log
+from canopy.runtime import Progress, log
+from canopy.training.optim import TrainingModule, ema_decay
 from canopy.training.run_folder import distributed
 
 
@@ -30,13 +35,66 @@ class TrainingError(CanopyError):
     """A training that cannot go on. Its last checkpoint is good."""
 
 
-class NanGuard:
+class Schedule(Timer):
+    """Tells the module how far the run is, and ends it.
+
+    Progress is the larger of steps done / steps allowed and minutes run / minutes allowed; the minutes are
+    those of all parts of a resumed run, validations included, and of the slowest process.
+
+    Args:
+        steps, minutes: allowed; `minutes` None: only the steps count.
+        bar: told about per cent of the run.
+        what: on the bar.
+    """
+
+    def __init__(
+        self, steps: int, minutes: float | None, bar: Progress | None = None, what: str = ""
+    ) -> None:
+        super().__init__(duration=None, interval="step", verbose=False)
+        self.steps, self.minutes, self.bar, self.what, self._shown = steps, minutes, bar, what, 0
+
+    def progress(self, trainer: pl.Trainer) -> float:
+        """Share of the run that is done, 0..1. All processes must ask."""
+        done = trainer.global_step / self.steps
+        if self.minutes:
+            share = self.time_elapsed() / (60 * self.minutes)
+            elapsed = torch.tensor(share, device=trainer.strategy.root_device)
+            if distributed():
+                dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+            done = max(done, float(elapsed))
+        return min(1.0, done)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        trainer.should_stop = self.progress(trainer) >= 1.0  # a finished run takes no further step
+        if self.bar and trainer.is_global_zero:
+            self.bar.start(100, f"{self.what}, per cent")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        pl_module.progress = self.progress(trainer)  # type: ignore[assignment]
+        pl_module.log("minutes", self.time_elapsed() / 60)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        done = self.progress(trainer)
+        # Lightning validates before it stops: the last weights, after the lowest rates, tend to be the best.
+        trainer.should_stop = trainer.should_stop or done >= 1.0
+        if self.bar and trainer.is_global_zero:
+            self.bar.advance(int(100 * done) - self._shown)
+            self._shown = int(100 * done)
+
+
+class NanGuard(pl.Callback):
     """Decides whether a step is taken, and sees that one left out leaves no trace.
 
     A step is left out where a loss, the gradient's norm (a finite loss may have a gradient that is not) or a
     running statistic is not finite. Two such steps are forgiven (after DINOv2's training loop, which
     tolerates two as well); those longer ago than `memory` steps are forgotten, so that a long run does not
-    end for rare accidents.
+    end for rare accidents. Of several processes all decide alike.
+
+    Raises:
+        TrainingError: more than `forgiven` bad steps within `memory` steps.
     """
 
     def __init__(self, forgiven: int = 2, memory: int = 1000) -> None:
@@ -44,30 +102,32 @@ class NanGuard:
         self.skipped: list[int] = []
         self._kept: list[Tensor] = []
 
-    def before(self, module: nn.Module) -> None:
-        """Remember the buffers that a forward pass of `module` may change."""
-        self._kept = [buffer.detach().clone() for buffer in module.buffers()]
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._kept = [buffer.detach().clone() for buffer in pl_module.buffers()]
 
-    def passes(self, module: nn.Module, step: int, **values: float) -> bool:
-        """Whether the step may be taken. If not, gradients are dropped and buffers are as they were `before`.
-
-        Of several processes all decide alike.
-
-        Args:
-            module: whose step it is; gradients are in place.
-            step: number of the step, for messages.
-            values: what must be finite, by name.
-
-        Raises:
-            TrainingError: more than `forgiven` bad steps within `memory` steps.
-        """
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
+        pl_module.log("grad_norm", norm)
+        values = {name: float(value) for name, value in pl_module.losses.items()} | {"gradient": float(norm)}
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        if not _all_finite(module.buffers()):
+        if not _all_finite(pl_module.buffers()):
             bad.append("a running statistic is not finite")
-        if not _anywhere(bool(bad), module):
-            return True
-        self._undo(module)
-        what = ", ".join(bad) or "another process's values are not finite"
+        pl_module.left_out = _anywhere(bool(bad), norm.device)
+        if pl_module.left_out:
+            self._leave_out(pl_module, ", ".join(bad) or "another process's values are not finite")
+
+    @torch.no_grad()
+    def _leave_out(self, module: TrainingModule, what: str) -> None:
+        for buffer, kept in zip(module.buffers(), self._kept, strict=True):
+            buffer.copy_(kept)
+        for parameter in module.parameters():
+            parameter.grad = None  # the optimiser passes over it
+        step = module.global_step
         self.skipped = [s for s in self.skipped if s > step - self.memory] + [step]
         if len(self.skipped) > self.forgiven:
             raise TrainingError(
@@ -75,22 +135,12 @@ class NanGuard:
                 remedy="lower lr, or look at the chips of these steps; --resume goes on from last.ckpt",
             )
         log.warning("step %d is left out: %s", step, what)
-        return False
 
-    @torch.no_grad()
-    def _undo(self, module: nn.Module) -> None:
-        for buffer, kept in zip(module.buffers(), self._kept, strict=True):
-            buffer.copy_(kept)
-        for parameter in module.parameters():
-            parameter.grad = None
-
-    def state_dict(self) -> dict[str, list[int]]:
-        """For a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
         return {"skipped": list(self.skipped)}
 
-    def load_state_dict(self, state: dict[str, list[int]]) -> None:
-        """From a checkpoint."""
-        self.skipped = [int(s) for s in state["skipped"]]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = [int(s) for s in state_dict["skipped"]]
 
 
 def _all_finite(buffers: Iterable[Tensor]) -> bool:
@@ -98,13 +148,72 @@ def _all_finite(buffers: Iterable[Tensor]) -> bool:
     return not found or bool(torch.stack(torch._foreach_norm(found, math.inf)).isfinite().all())
 
 
-def _anywhere(bad: bool, module: nn.Module) -> bool:
+def _anywhere(bad: bool, device: torch.device) -> bool:
     """Whether it is so in any process."""
     if not distributed():
         return bad
-    flag = torch.tensor(float(bad), device=next(module.parameters()).device)
+    flag = torch.tensor(float(bad), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
+
+
+class AveragedWeights(WeightAveraging):
+    """Lightning's running average of the weights: what is validated, and `state_dict` in checkpoints."""
+
+    def __init__(self, final_decay: float) -> None:
+        def average(averaged: Any, current: Any, count: Any) -> None:
+            decay = ema_decay(int(count), final_decay)
+            if averaged[0].is_floating_point():
+                torch._foreach_lerp_(averaged, current, 1.0 - decay)
+            else:  # how many batches a norm has seen
+                torch._foreach_copy_(averaged, current)
+
+        super().__init__(multi_avg_fn=average)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Both stay what they are: the run may be resumed from a checkpoint that is written after its end."""
+
+
+class Probe(pl.Callback):
+    """Scores frozen features at the start, every so many steps, and at the end.
+
+    Attributes:
+        scores, at: of the last probe, and its step.
+    """
+
+    def __init__(self, probe: HeightProbe, every: int) -> None:
+        self.probe, self.every = probe, every
+        self.scores: dict[str, float] = {}
+        self.at = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self.run(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            self.run(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.at != trainer.global_step:
+            self.run(trainer, pl_module)
+
+    def run(self, trainer: pl.Trainer, module: Any) -> None:
+        """Score the module's useful encoder, and log it; the first process alone."""
+        self.at = trainer.global_step
+        if trainer.is_global_zero:
+            precision = module.settings.precision
+            self.scores = self.probe.score(module.useful_encoder(), module.normalised, precision)
+            for each in trainer.loggers:
+                each.log_metrics({f"probe/{k}": v for k, v in self.scores.items()}, step=self.at)
+                each.save()
+            log.info("step %d probe: %s", self.at, " ".join(f"{k} {v:.3g}" for k, v in self.scores.items()))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores, "at": self.at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scores, self.at = dict(state_dict["scores"]), int(state_dict["at"])
 
 
 _MOST_ROWS = 1024  # of a singular value decomposition, so that it takes milliseconds
@@ -222,16 +331,9 @@ def open_probe(places: Path | Sequence[Path], patch: int, chips: int, gsd_m: flo
             i for i, r in enumerate(shards.rows)
             if r.split == split and r.label_share > 0 and r.kind not in ("neon", "synth")
         ]  # fmt: skip
-        parts.append(Patches.of([shards[i].as_chip() for i in _spread(wanted, chips)], patch))
+        parts.append(Patches.of([shards[wanted[i]] for i in evenly(len(wanted), chips)], patch))
     train, val = parts
     return HeightProbe(train, val) if train.images and val.images else None
-
-
-def _spread(numbers: Sequence[int], count: int) -> list[int]:
-    if not numbers:
-        return []
-    at = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
-    return [numbers[i] for i in np.unique(at)]
 
 
 def patch_means(height_m: np.ndarray, image_valid: np.ndarray, side: int) -> np.ndarray:

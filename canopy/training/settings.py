@@ -1,30 +1,22 @@
-"""What the settings of pretraining and of fine-tuning share.
+"""Every setting of a fine-tuning and of a pretraining run, typed.
 
-Every setting of a fine-tuning run, typed; a config file holds only what differs from these defaults.
-
-Every setting of a pretraining run, typed; a config file holds only what differs from these defaults.
+A config file holds only what differs from these defaults.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from canopy.chips.data import ViewRules
+from canopy.chips.augment import AugmentSettings
+from canopy.chips.data import ChipPlaces, DataSettings
 from canopy.config import Settings
 from canopy.models.config import ModelConfig
 from canopy.training.optim import SHAPES, ramp
-
-
-def _several(value: Any) -> Any:
-    return (value,) if isinstance(value, str | Path) else value
-
-
-# One folder of `canopy data chips`, or a list of them: `data.chips=[chips,synth]`.
-ChipPlaces = Annotated[tuple[Path, ...], BeforeValidator(_several), Field(min_length=1)]
+from canopy.training.ssl_data import PretrainDataSettings, ViewRules
 
 
 def shown(places: Sequence[Path] | None) -> list[str] | None:
@@ -37,8 +29,10 @@ class RunSettings(Settings):
 
     Attributes:
         threads: of torch, in each process.
+        strategy: of several processes; auto is ddp, each holds everything.
         devices, nodes: processes on each machine, and machines. Batches are per process.
-        compile: torch.compile what takes the time; costs minutes at the start.
+        compile: torch.compile the transformer blocks; costs minutes at the start.
+        tensorboard: log there too, where it is installed.
         model: what differs from `ModelConfig`'s defaults.
         licence: of the weights, for the card; whose they are only you can say.
     """
@@ -49,7 +43,9 @@ class RunSettings(Settings):
     threads: int = Field(default=1, ge=1)
     devices: int = Field(default=1, ge=1)
     nodes: int = Field(default=1, ge=1)
+    strategy: Literal["auto", "ddp"] = "auto"
     compile: bool = False
+    tensorboard: bool = True
     log_every: int = Field(default=25, ge=1)
     model: dict[str, Any] = Field(default_factory=dict)
     licence: str = "not stated"
@@ -69,50 +65,6 @@ class RunSettings(Settings):
     def architecture(self) -> ModelConfig:
         """The model's config with its defaults."""
         return ModelConfig.from_dict(self.model)
-
-
-class DataSettings(Settings):
-    """Where the labels are and how often each kind is seen.
-
-    `chips`: a folder of `canopy data chips`, or a list of them. `bare_share`, `tall_share`: chance of a chip
-    of that height category; `neon_share`, `synth_share`: chance of a plot or a synthetic chip, where there
-    are any.
-    `label_share`: share of the training chips that may be used; a smaller share is a subset of a larger
-    one, `label_seed` draws another. `include_val`: train on the val chips too, but for those within the
-    folder's buffer of a test chip; their scores are then called "seen". `val_chips`: validate on at most so
-    many, evenly spaced (the final scores count all).
-    `val_sites`: beginnings of sites' names; validation is then on all train and val chips of these sites, and
-    training on the others: what a model knows of places it has not seen, without looking at a test chip.
-    """
-
-    chips: ChipPlaces = (Path("chips"),)
-    bare_share: float = Field(default=0.1, ge=0, le=1)
-    tall_share: float = Field(default=0.2, ge=0, le=1)
-    neon_share: float = Field(default=0.12, ge=0, lt=1)
-    synth_share: float = Field(default=0.12, ge=0, lt=1)
-    label_share: float = Field(default=1.0, gt=0, le=1)
-    label_seed: int = 0
-    include_val: bool = False
-    val_chips: int | None = Field(default=None, ge=1)
-    val_sites: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _apart(self) -> DataSettings:
-        if self.val_sites and self.include_val:
-            raise ValueError("val_sites are there to be unseen: no include_val")
-        return self
-
-
-class AugmentSettings(Settings):
-    """See canopy.chips.augment.AugmentConfig."""
-
-    colour: float = 1.0
-    gsd_low: float = 0.8
-    gsd_high: float = 1.25
-    gsd_chance: float = 0.5
-    hide_chance: float = 0.15
-    black_chance: float = 0.15
-    turn: bool = True
 
 
 class Ramp(Settings):
@@ -149,7 +101,7 @@ class LossSettings(Settings):
     `height_weight`: pairs (height in metres, factor), joined by straight lines: what a label pixel of that
     height counts. Tall trees are rare, so that without it every error on them is cheap.
     `expect_heights`: a fresh head starts at the training heights' distribution (`start.expect_heights`).
-    `footprint_*`: see `footprint_loss.footprint_loss`.
+    `footprint_*`: see `losses.footprint_loss`.
     """
 
     charbonnier: Weight = 1.0
@@ -197,15 +149,13 @@ class FinetuneSettings(RunSettings):
         default=0, ge=0
     )  # processes that make batches ahead; what they make does not depend on it
     device: str = "cpu"
-    strategy: Literal["auto", "ddp"] = "auto"  # of several devices: auto is ddp
-    init_from: Path | None = None  # encoder.safetensors of a pretraining, a model file, or a last.ckpt
+    init_from: str | None = None  # encoder.safetensors of a pretraining, a model's name or file, a last.ckpt
     init_part: Literal["auto", "all", "encoder"] = "auto"  # auto: whatever the file is made for
     freeze_encoder: bool = False
     encoder_lr_scale: float = Field(default=1.0, gt=0)
     layer_decay: float = Field(
         1.0, gt=0, le=1
     )  # each transformer block learns this much slower than the next
-    tensorboard: bool = True  # where it is installed
     validate_every: int = Field(default=250, ge=1)
     patience: int = Field(default=0, ge=0)  # validations without a better MAE before the run stops; 0 = never
     export: Literal["auto", "best", "last"] = "auto"  # auto: best, or last where val was trained on
@@ -231,56 +181,12 @@ class FinetuneSettings(RunSettings):
         return self.export == "best" or (self.export == "auto" and not self.data.include_val)
 
 
-class PretrainDataSettings(Settings):
-    """What is looked at.
-
-    Attributes:
-        chips: a folder made by `canopy data chips`, or a list; splits: which of its chips.
-        site_power: a site counts as its number of chips to this power: 1 draws chips alike, 0 sites alike.
-        workers: processes that prepare views ahead.
-    """
-
-    chips: ChipPlaces = (Path("chips"),)
-    splits: tuple[str, ...] = ("train",)
-    site_power: float = Field(default=0.5, ge=0, le=1)
-    workers: int = Field(default=0, ge=0)
-
-
-class ViewSettings(Settings):
-    """See canopy.chips.data.ViewRules; areas are shares of a chip."""
-
-    global_px: int = Field(default=224, gt=0)
-    local_px: int = Field(default=96, gt=0)
-    globals: int = Field(default=2, ge=2)
-    locals: int = Field(default=8, ge=0)
-    global_area: tuple[float, float] = (0.32, 1.0)
-    local_area: tuple[float, float] = (0.05, 0.32)
-    aspect: float = Field(default=4 / 3, ge=1)
-    colour: float = Field(default=0.8, ge=0)
-
-    @field_validator("global_area", "local_area")
-    @classmethod
-    def _shares_rise(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1] <= 1:
-            raise ValueError("two rising shares of the chip are needed, above 0 and at most 1")
-        return value
-
-
 class FinalSettings(Settings):
     """The last `share` of the run sees larger views (DINOv2's high-resolution phase); 0 leaves it out."""
 
     share: float = Field(default=0.0, ge=0, lt=1)
     global_px: int = Field(default=448, gt=0)
     local_px: int = Field(default=192, gt=0)
-
-
-class GramSettings(Settings):
-    """DINOv3's Gram anchoring: from progress `after` on, patches keep the likenesses that the teacher of an
-    earlier time saw; it is renewed every `renew_every` steps (0: never). Weight 0 leaves it out."""
-
-    weight: float = Field(default=0.0, ge=0)
-    after: float = Field(default=0.7, ge=0, lt=1)
-    renew_every: int = Field(default=10_000, ge=0)
 
 
 class DinoSettings(Settings):
@@ -307,7 +213,6 @@ class DinoSettings(Settings):
     dino_weight: float = Field(default=1.0, ge=0)
     ibot_weight: float = Field(default=1.0, ge=0)
     koleo_weight: float = Field(default=0.1, ge=0)
-    gram: GramSettings = GramSettings()
 
 
 class MaeSettings(Settings):
@@ -353,8 +258,6 @@ class PretrainSettings(RunSettings):
         layer_decay: factor on the learning rate from each layer to the one below; patch_lr: another one on
             all that lies before the first block.
         keep_every: also keep the checkpoint of every n-th step for good (0: only the last).
-        strategy: of several processes: ddp (each holds everything) or fsdp (weights, gradients, the
-            optimiser's moments and the teacher are spread over all, see `canopy.training.optim`).
         model: the height model whose encoder is pretrained.
     """
 
@@ -373,11 +276,10 @@ class PretrainSettings(RunSettings):
     layer_decay: float = Field(default=0.9, gt=0, le=1)
     patch_lr: float = Field(default=0.2, gt=0, le=1)
     device: Literal["cpu", "cuda", "auto"] = "cpu"
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     checkpoint_every: int = Field(default=250, ge=1)
     keep_every: int = Field(default=0, ge=0)
     data: PretrainDataSettings = PretrainDataSettings()
-    views: ViewSettings = ViewSettings()
+    views: ViewRules = ViewRules()
     final: FinalSettings = FinalSettings()
     dino: DinoSettings = DinoSettings()
     mae: MaeSettings = MaeSettings()
@@ -387,13 +289,13 @@ class PretrainSettings(RunSettings):
     def _views_divide_into_patches(self) -> PretrainSettings:
         if self.processes > 1 and self.device == "auto":
             raise ValueError("several devices need device=cuda or device=cpu to be said")
-        if self.strategy == "fsdp" and self.compile:
-            raise ValueError("fsdp and compile have not been tried together: choose one")
         if self.architecture.encoder.family == "cnn":
             raise ValueError("only transformers can be pretrained (model.encoder.family vit or rope)")
+        if self.views.globals < 2 and self.objective == "dinov2":
+            raise ValueError("views.globals: DINOv2 compares at least two")
         patch = self.architecture.patch_px
         rules = self.rules(), self.rules(final=True)
-        for side in {r.global_px for r in rules} | {r.local_px for r in rules if r.locals_}:
+        for side in {r.global_px for r in rules} | {r.local_px for r in rules if r.locals}:
             if side % patch:
                 raise ValueError(f"views of {side} px do not divide into patches of {patch} px")
         if self.objective == "mae" and any(r.global_px % (patch * self.mae.unit) for r in rules):
@@ -407,11 +309,12 @@ class PretrainSettings(RunSettings):
 
     def rules(self, final: bool = False) -> ViewRules:
         """How views are cut, in the main or in the final phase. MAE sees one view of each image."""
-        v, late = self.views, self.final if final and self.final.share else None
-        wide, near = (late.global_px, late.local_px) if late else (v.global_px, v.local_px)
-        if self.objective == "mae":
-            side = wide if late else self.mae.view_px or wide
-            return ViewRules(
-                side, side, 1, 0, self.mae.area or v.global_area, v.local_area, v.aspect, v.colour
-            )
-        return ViewRules(wide, near, v.globals, v.locals, v.global_area, v.local_area, v.aspect, v.colour)
+        late = self.final if final and self.final.share else None
+        sizes = {"global_px": late.global_px, "local_px": late.local_px} if late else {}
+        rules = self.views.model_copy(update=sizes)
+        if self.objective == "dinov2":
+            return rules
+        side = rules.global_px if late else self.mae.view_px or rules.global_px
+        area = self.mae.area or rules.global_area
+        one = {"global_px": side, "local_px": side, "globals": 1, "locals": 0, "global_area": area}
+        return rules.model_copy(update=one)

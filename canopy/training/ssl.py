@@ -1,87 +1,66 @@
-"""What both pretext tasks share, as a thin LightningModule: clock, schedules, guard, logs, exact resume.
+"""Self-supervised pretraining of the encoder, two pretext tasks.
 
 DINOv2 (Oquab et al. 2023, arXiv 2304.07193): a student learns to predict its own running average.
-
-Masked autoencoding (He et al. 2021, arXiv 2111.06377) of the same encoder: the second pretext task.
+Masked autoencoding (He et al. 2021, arXiv 2111.06377): a light decoder paints what was hidden.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn import functional
 
-from canopy.chips.data import Views
 from canopy.models.config import ModelConfig
 from canopy.models.encoder import Encoder, Tokens
 from canopy.runtime import log
-from canopy.training import losses
-from canopy.training.callbacks import HeightProbe, NanGuard, effective_rank, feature_std
+from canopy.training import ssl_losses as losses
+from canopy.training.callbacks import effective_rank, feature_std
 from canopy.training.optim import (
-    average_rest,
-    clip_norm,
+    TrainingModule,
     follow,
     layer_factor,
     layer_of,
     learning_rate,
     parameter_groups,
     ramp,
-    set_rates,
-    shard,
-    share_buffers,
-    whole_state,
 )
-from canopy.training.run_folder import STATE, STATE_FORMAT, longest, saved_state
 from canopy.training.settings import DinoSettings, PretrainSettings
-from canopy.training.ssl_data import ViewStream, loader
-from canopy.training.ssl_heads import PixelDecoder, PrototypeHead
+from canopy.training.ssl_data import Views, ViewStream
 
 Terms = dict[str, Tensor]
+_NORM_BATCHES = 8
 
 
-class PretrainModule(pl.LightningModule, ABC):
+class PretrainModule(TrainingModule):
     """Base of `DinoModule` and `MaeModule`; a subclass gives `terms`, `weights`, and `useful_encoder`.
 
-    Progress is the larger of steps done / steps allowed and minutes trained / minutes allowed; every schedule
-    is a function of it. What is random in a step (stochastic depth, MAE's masks) is drawn from a generator
-    seeded by (seed, step, process), and the views are a function of the step too. So a checkpoint needs no
-    generator states, and a run that was killed and resumed gives the weights of one that was not, bit for
-    bit on a CPU, unless `minutes` bound it.
+    Views are a function of the step, as all that is random: unless `minutes` bound it, a run that was killed
+    and resumed gives the weights of one that was not, bit for bit on a CPU.
 
     Attributes:
-        stream: where views come from; knows how many batches were used.
-        probe: measures frozen features, or None.
-        probed, probed_at: scores of the last probe, and its step.
-        looked_at: class features (n, dim) and patch features (n, dim) of the last step, for the monitor.
+        stream: where views come from.
+        looked_at: class features (n, dim) and patch features (n, dim) of the last step, for the log.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, settings: PretrainSettings, stream: ViewStream, probe: HeightProbe | None) -> None:
-        super().__init__()
-        self.settings, self.stream, self.probe = settings, stream, probe
+    def __init__(self, settings: PretrainSettings, stream: ViewStream) -> None:
+        super().__init__(settings.seed)
+        self.settings, self.stream = settings, stream
         self.config = settings.architecture
         self.register_buffer("mean", torch.tensor(self.config.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.config.std).view(1, -1, 1, 1), persistent=False)
-        self.guard, self._taken = NanGuard(), True
-        self.trained_s = 0.0
         self.looked_at: tuple[Tensor, Tensor] | None = None
-        self.probed: dict[str, float] = {}
-        self.probed_at = -1
-        self._tick = self._logged = time.monotonic()
-        self._images = 0
-        self._losses: Terms = {}
-        self._spread = False
+        self._logged, self._images = time.monotonic(), 0
 
     # ---- what a pretext task gives ---------------------------------------------------------------
     @abstractmethod
@@ -94,38 +73,16 @@ class PretrainModule(pl.LightningModule, ABC):
 
     @abstractmethod
     def useful_encoder(self) -> Encoder:
-        """The encoder as it would be exported now, in eval mode. All processes must ask."""
+        """The encoder as it would be exported now, in eval mode."""
 
     @abstractmethod
     def trained(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimiser moves."""
 
-    def before_step(self) -> None:
-        """Called with gradients in place, before they are clipped."""
-
     def after_step(self) -> None:
         """Called after the weights moved."""
 
     # ---- the run -----------------------------------------------------------------------------------
-    @property
-    def progress(self) -> float:
-        """Share of the run done, 0..1."""
-        s = self.settings
-        by_time = self.trained_s / (60 * s.minutes) if s.minutes else 0.0
-        return min(1.0, max(self.global_step / s.steps, by_time))
-
-    def setup(self, stage: str) -> None:
-        self.stream.split(self.global_rank, self.trainer.world_size)
-
-    def configure_model(self) -> None:
-        """Spread what is large over the processes, once they have met (strategy fsdp)."""
-        if self.settings.strategy == "fsdp" and not self._spread and self.device_mesh is not None:
-            shard(self, self.device_mesh["data_parallel"])
-            self._spread = True
-
-    def train_dataloader(self) -> DataLoader[Views]:
-        return loader(self.stream, self.settings.data.workers, pin=self.device.type == "cuda")
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         s, depth = self.settings, self.config.encoder.depth
 
@@ -134,134 +91,121 @@ class PretrainModule(pl.LightningModule, ABC):
             return first * layer_factor(name, depth, s.layer_decay)
 
         groups = parameter_groups(self.trained(), factor)
-        return torch.optim.AdamW(groups, lr=s.lr, betas=s.betas, weight_decay=0.0)  # see set_rates
+        return torch.optim.AdamW(groups, lr=s.lr, betas=s.betas, weight_decay=0.0)
+
+    def rates(self) -> tuple[float, float]:
+        s = self.settings
+        rate = learning_rate(self.progress, s.lr, s.lr_end, s.warmup)
+        return rate, ramp(self.progress, s.weight_decay, s.weight_decay_end, shape="cosine")
 
     def normalised(self, rgb: Tensor) -> Tensor:
         """RGB (..., 3, H, W) in 0..1 as the encoder wants it."""
         return (rgb - self.mean) / self.std
 
-    def on_train_start(self) -> None:
-        self._tick = self._logged = time.monotonic()
-        self.trainer.should_stop = self.progress >= 1.0  # a finished run takes no further step
-        if self.global_step == 0:
-            self.run_probe()
-
-    def on_train_end(self) -> None:
-        self.probe_at_last()
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        s, progress = self.settings, self.progress
-        rate = learning_rate(progress, s.lr, s.lr_end, s.warmup)
-        decay = ramp(progress, s.weight_decay, s.weight_decay_end, shape="cosine")
-        set_rates(self.trainer.optimizers[0], rate, decay)
-        if s.final.share and progress >= 1 - s.final.share:
+        super().on_train_batch_start(batch, batch_idx)
+        share = self.settings.final.share
+        if share and self.progress >= 1 - share:
             self.stream.go_late()
-        entropy = np.random.SeedSequence((s.seed, self.global_step, self.global_rank))
-        torch.manual_seed(int(entropy.generate_state(1)[0]))
 
     def training_step(self, batch: Views, batch_idx: int) -> Tensor:
-        self.guard.before(self)
-        terms = self.terms(Views(*batch))
-        weights = self.weights()
+        terms, weights = self.terms(Views(*batch)), self.weights()
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-        self._losses = {f"loss/{k}": v.detach() for k, v in terms.items()} | {"loss": total.detach()}
+        self.losses = {f"loss/{k}": v.detach() for k, v in terms.items()} | {"loss": total.detach()}
+        self.log_dict(self.losses | {"step": torch.tensor(self.global_step + 1.0)})
         self._images += len(batch[0]) * self.trainer.world_size
         return total
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip here and not in Lightning, because the guard wants to know the norm."""
-        if self._spread:
-            average_rest(p for _, p in self.trained())
-        self.before_step()
-        trained, most = [p for _, p in self.trained()], self.settings.clip_norm or math.inf
-        clip = clip_norm if self._spread else torch.nn.utils.clip_grad_norm_
-        found = {name: float(value) for name, value in self._losses.items()}
-        found["gradient"] = float(clip(trained, most))
-        self._taken = self.guard.passes(self, self.global_step, **found)
-        if self._taken:
-            self.log_dict(self._losses)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         # Here and not in on_train_batch_end: checkpoints are written before that hook, and must hold this.
-        if self._taken:  # one left out has no gradients: the optimiser did nothing
+        if not self.left_out:
             self.after_step()
-        self.stream.advance()
-        self.trained_s += longest(time.monotonic() - self._tick, self.device)
-        self._tick = time.monotonic()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        s = self.settings
-        if self.global_step % s.log_every == 0:
-            self._report()
-        if s.probe.every and self.global_step % s.probe.every == 0:
-            self.run_probe()
-        if self.progress >= 1.0:
-            self.trainer.should_stop = True
-        self._tick = time.monotonic()  # neither logs nor probes count as training
-
-    def _report(self) -> None:
+        if self.global_step % self.settings.log_every:
+            return
         now = time.monotonic()
-        rate = self._images / max(now - self._logged, 1e-9)
+        facts = {"images_per_s": self._images / max(now - self._logged, 1e-9), "progress": self.progress}
         self._logged, self._images = now, 0
-        facts = {"images_per_s": rate, "progress": self.progress, "minutes": self.trained_s / 60}
-        facts["lr"] = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
-        facts["weight_decay"] = max(
-            group["weight_decay"] for group in self.trainer.optimizers[0].param_groups
-        )
-        if self.looked_at is not None:
-            names = ("class", "patch")
-            facts |= {f"std/{k}": feature_std(x) for k, x in zip(names, self.looked_at, strict=True)}
-            facts |= {f"rank/{k}": effective_rank(x) for k, x in zip(names, self.looked_at, strict=True)}
+        facts["lr"], facts["weight_decay"] = self.rates()
+        for name, features in zip(("class", "patch"), self.looked_at or (), strict=False):
+            facts |= {f"std/{name}": feature_std(features), f"rank/{name}": effective_rank(features)}
         self.log_dict(facts)
-        losses = self.trainer.logged_metrics | self.trainer.callback_metrics
-        shown = {k: float(v) for k, v in losses.items() if k.startswith("loss")}
-        shown |= {k: v for k, v in facts.items() if k in ("std/class", "rank/patch", "images_per_s")}
-        line = " ".join(f"{k} {v:.3g}" for k, v in shown.items())
-        self._say(f"step {self.global_step} {self.trained_s / 60:.1f} min: {line}")
+        if self.trainer.is_global_zero:
+            said = {k: float(v) for k, v in self.losses.items()} | facts
+            log.info("step %d: %s", self.global_step, " ".join(f"{k} {v:.3g}" for k, v in said.items()))
 
-    def run_probe(self) -> None:
-        """Score the frozen features on the probe's chips, and log it."""
-        if self.probe is None or not self.settings.probe.every:
-            return
-        self.probed_at = self.global_step
-        encoder = self.useful_encoder()  # all processes, for their shares
-        if self.global_rank:
-            return
-        scores = self.probe.score(encoder, self.normalised, self.settings.precision)
-        self.probed = scores
-        for each in self.loggers:
-            each.log_metrics({f"probe/{k}": v for k, v in scores.items()}, step=self.global_step)
-            each.save()
-        line = " ".join(f"{k} {v:.3g}" for k, v in scores.items())
-        self._say(f"step {self.global_step} probe: {line}")
 
-    def probe_at_last(self) -> None:
-        """Score what will be exported, unless the last probe did."""
-        if self.probed_at != self.global_step:
-            self.run_probe()
+class PrototypeHead(nn.Module):
+    """Features (..., dim) -> scores (..., prototypes) in -1..1: an MLP, then cosines to learnt prototypes.
 
-    def _say(self, line: str) -> None:
-        if self.global_rank == 0:
-            log.info(line)
+    DINO's head (Caron et al. 2021, arXiv 2104.14294, app. C): three layers with GELU, a bottleneck brought
+    to length 1, prototypes of length 1 (weight normalisation with its gain held at 1).
+    """
 
-    # ---- checkpoints -------------------------------------------------------------------------------
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[STATE] = {
-            "format": STATE_FORMAT,
-            "trained_s": self.trained_s,
-            "stream": self.stream.state_dict(),
-            "guard": self.guard.state_dict(),
-            "probed": self.probed,
-            "probed_at": self.probed_at,
-        }
+    def __init__(self, dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = saved_state(checkpoint)
-        self.trained_s = float(state["trained_s"])
-        self.stream.load_state_dict(state["stream"])
-        self.guard.load_state_dict(state["guard"])
-        self.probed, self.probed_at = dict(state["probed"]), int(state["probed_at"])
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.normalize(self.mlp(x).float(), dim=-1, eps=1e-6)
+        # Cosines in float32: temperatures of 0.04 would blow up the rounding of bfloat16 to a tenth.
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x, functional.normalize(self.prototypes.float(), dim=-1, eps=1e-6))
+
+
+class PixelDecoder(nn.Module):
+    """Tokens of the visible patches -> pixels of all patches (He et al. 2021, arXiv 2111.06377, section 3).
+
+    A narrow transformer over all positions, hidden ones filled with one learnt token; positions are fixed
+    sines, so any image size works.
+    """
+
+    def __init__(self, dim: int, width: int, depth: int, heads: int, out: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.pixels = nn.Linear(width, out)
+
+    def forward(self, visible: Tensor, keep: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Visible tokens (B, k, dim) at the patch numbers keep (B, k) -> (B, rows * cols, out)."""
+        B, patches = len(visible), grid[0] * grid[1]
+        known = self.embed(visible)
+        at = keep[..., None].expand(-1, -1, known.shape[-1])
+        x = self.mask_token.to(known.dtype).expand(B, patches, -1).scatter(1, at, known)
+        x = x + sine_positions(grid, x.shape[-1]).to(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.pixels(self.norm(x))
+
+
+def sine_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed positions (rows * cols, width): sines and cosines of the row in one half, of the column in the
+    other (Vaswani et al. 2017, arXiv 1706.03762, section 3.5). Raises ValueError unless 4 divides width."""
+    if width % 4:
+        raise ValueError(f"positions of width {width}, expected a multiple of 4")
+    rates = torch.exp(-math.log(10_000.0) * torch.arange(width // 4) / (width // 4))
+    rows, cols = (torch.arange(n).float()[:, None] * rates for n in grid)
+    y, x = (torch.cat([a.sin(), a.cos()], dim=1) for a in (rows, cols))
+    return torch.cat([y[:, None].expand(-1, grid[1], -1), x[None].expand(grid[0], -1, -1)], dim=2).flatten(
+        0, 1
+    )
 
 
 class Network(nn.Module):
@@ -297,7 +241,7 @@ class Targets(NamedTuple):
 
 
 class DinoModule(PretrainModule):
-    """Student, EMA teacher, DINO on class tokens, iBOT on masked patches, KoLeo, optional Gram anchoring.
+    """Student, EMA teacher, DINO on class tokens, iBOT on masked patches, KoLeo.
 
     The teacher runs in training mode. It has no stochastic depth, so that only means that a stem's batch
     norms use the statistics of the batch, and keep running ones of whole views, which the export needs.
@@ -305,20 +249,15 @@ class DinoModule(PretrainModule):
 
     centre_class: Tensor
     centre_patch: Tensor
-    anchor_ready: Tensor
 
-    def __init__(self, settings: PretrainSettings, stream: ViewStream, probe: HeightProbe | None) -> None:
-        super().__init__(settings, stream, probe)
+    def __init__(self, settings: PretrainSettings, stream: ViewStream) -> None:
+        super().__init__(settings, stream)
         dino = settings.dino
         self.student = Network(self.config, dino, self.config.encoder.drop_path)
         self.mask_token = nn.Parameter(torch.zeros(self.config.encoder.dim))
         self.teacher = Network(self.config, dino, 0.0)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
-        self.anchor: Encoder | None = None
-        if dino.gram.weight:
-            self.anchor = Encoder(self.teacher.encoder.config, len(self.config.bands)).requires_grad_(False)
-        self.register_buffer("anchor_ready", torch.zeros((), dtype=torch.bool))
         self.register_buffer("centre_class", torch.zeros(1, dino.class_prototypes))
         self.register_buffer("centre_patch", torch.zeros(1, dino.patch_prototypes))
 
@@ -328,7 +267,7 @@ class DinoModule(PretrainModule):
 
     def weights(self) -> dict[str, float]:
         d = self.settings.dino
-        return {"dino": d.dino_weight, "ibot": d.ibot_weight, "koleo": d.koleo_weight, "gram": d.gram.weight}
+        return {"dino": d.dino_weight, "ibot": d.ibot_weight, "koleo": d.koleo_weight}
 
     # ---- one step ------------------------------------------------------------------------------------
     def terms(self, views: Views) -> Terms:
@@ -350,8 +289,6 @@ class DinoModule(PretrainModule):
         out["ibot"] = losses.ibot_loss(hidden, targets.patches, image, len(wide), d.student_temperature)
         # DINOv2 sums over the views.
         out["koleo"] = torch.stack([losses.koleo_loss(x) for x in first.split(B)]).sum()
-        if self.anchor is not None and bool(self.anchor_ready):
-            out["gram"] = losses.gram_loss(patches, self._anchored(wide))
         return out
 
     @torch.no_grad()
@@ -375,13 +312,8 @@ class DinoModule(PretrainModule):
         centre.copy_(losses.updated_centre(centre, scores))
         return out
 
-    @torch.no_grad()
-    def _anchored(self, wide: Tensor) -> Tensor:
-        assert self.anchor is not None
-        return self.anchor.eval().tokens(wide).patches
-
     # ---- around it -----------------------------------------------------------------------------------
-    def before_step(self) -> None:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.progress < self.settings.dino.freeze_last:
             for head in (self.student.class_head, self.student.patch_head):
                 head.prototypes.grad = None
@@ -389,21 +321,11 @@ class DinoModule(PretrainModule):
     def after_step(self) -> None:
         d = self.settings.dino
         follow(self.teacher, self.student, ramp(self.progress, d.momentum, d.momentum_end, shape="cosine"))
-        if self.anchor is None or self.progress < d.gram.after:
-            return
-        every = d.gram.renew_every
-        if not self.anchor_ready or (every and self.global_step % every == 0):
-            self.anchor.load_state_dict(self.teacher.encoder.state_dict())
-            share_buffers(self.anchor)  # it works with its running statistics, which must be the same for all
-            self.anchor_ready.fill_(True)
 
     def useful_encoder(self) -> Encoder:
         encoder = Encoder(self.config.encoder, len(self.config.bands))
-        encoder.load_state_dict(whole_state(self.teacher.encoder))
+        encoder.load_state_dict(self.teacher.encoder.state_dict())
         return encoder.to(self.device).eval()
-
-
-_NORM_BATCHES = 8
 
 
 class MaeModule(PretrainModule):
@@ -416,8 +338,8 @@ class MaeModule(PretrainModule):
     probe and the export what they measure on some batches of them.
     """
 
-    def __init__(self, settings: PretrainSettings, stream: ViewStream, probe: HeightProbe | None) -> None:
-        super().__init__(settings, stream, probe)
+    def __init__(self, settings: PretrainSettings, stream: ViewStream) -> None:
+        super().__init__(settings, stream)
         e, m = self.config.encoder, settings.mae
         self.encoder = Encoder(e, len(self.config.bands))
         self.norm = nn.Identity() if e.norm_taps else nn.LayerNorm(e.dim)
@@ -447,7 +369,7 @@ class MaeModule(PretrainModule):
     @torch.no_grad()
     def useful_encoder(self) -> Encoder:
         encoder = Encoder(self.config.encoder, len(self.config.bands)).to(self.device)
-        encoder.load_state_dict(whole_state(self.encoder))
+        encoder.load_state_dict(self.encoder.state_dict())
         if encoder.stem is not None:
             wide = [self.stream.make(i).wide[:, 0].to(self.device) for i in range(_NORM_BATCHES)]
             measure_norms(encoder.stem, [self.normalised(x) for x in wide])

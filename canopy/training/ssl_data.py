@@ -1,22 +1,90 @@
-"""The stream of views that pretraining consumes: by process, and in two phases of different sizes."""
+"""What pretraining looks at: global and local views of an image with block masks, in an endless stream.
+
+Views are pure functions of an image and a generator. Crops: DINO (Caron et al. 2021, arXiv 2104.14294); block
+masks: BEiT (Bao et al. 2021, arXiv 2106.08254), as iBOT and DINOv2 use them.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.nn import functional
 
-from canopy.chips.data import ViewBatches, ViewRules, Views
-from canopy.chips.store import ChipShards, site_weights
-from canopy.training.settings import PretrainSettings
+from canopy.chips.augment import Rng, turn, vary_colour
+from canopy.chips.data import BatchStream, ChipPlaces
+from canopy.chips.store import ChipShards
+from canopy.config import Settings
+from canopy.errors import DataError, InputError
+from canopy.models.height import fill_invalid
 
 
-class ViewStream(ViewBatches):
-    """`ViewBatches` with larger views at the end.
+class PretrainDataSettings(Settings):
+    """What is looked at.
+
+    Attributes:
+        chips: a folder made by `canopy data chips`, or a list; splits: which of its chips.
+        site_power: a site counts as its number of chips to this power: 1 draws chips alike, 0 sites alike.
+        workers: processes that prepare views ahead.
+    """
+
+    chips: ChipPlaces = (Path("chips"),)
+    splits: tuple[str, ...] = ("train",)
+    site_power: float = Field(default=0.5, ge=0, le=1)
+    workers: int = Field(default=0, ge=0)
+
+
+class ViewRules(Settings):
+    """How views are cut; areas are shares of a chip's.
+
+    Attributes:
+        global_px, local_px: sides of the views as the network sees them; globals, locals: how many.
+        global_area, local_area: from what share of the image a view is cut.
+        aspect: most that a view's sides may differ, as a ratio.
+        colour: strength of the colour changes, see `augment.vary_colour`.
+    """
+
+    global_px: int = Field(default=224, gt=0)
+    local_px: int = Field(default=96, gt=0)
+    globals: int = Field(default=2, ge=1)
+    locals: int = Field(default=8, ge=0)
+    global_area: tuple[float, float] = (0.32, 1.0)
+    local_area: tuple[float, float] = (0.05, 0.32)
+    aspect: float = Field(default=4 / 3, ge=1)
+    colour: float = Field(default=0.8, ge=0)
+
+    @field_validator("global_area", "local_area")
+    @classmethod
+    def _shares_rise(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("two rising shares of the chip are needed, above 0 and at most 1")
+        return value
+
+
+class Views(NamedTuple):
+    """Views of B images: wide (B, globals, 3, G, G), near (B, locals, 3, L, L) in 0..1, and masks
+    (B * globals, rows, cols) over the patches of the wide views, True = masked."""
+
+    wide: Tensor
+    near: Tensor
+    masks: Tensor
+
+
+class ViewStream(BatchStream[Views]):
+    """Batches of views; labels are not looked at. Larger views at the end, where wanted.
 
     Batches from number `late_from` on have the late rules. A run that is bounded by minutes does not know
     that number; it calls `go_late()`, which also reaches worker processes, for the batches they have not
     made yet.
+
+    Args:
+        shards: chips to draw from; batch: images; rules, late_rules: of the views.
+        late_from: number of the first late batch; None: there is none.
+        chances: (n,) of each chip, summing to 1; None draws all alike.
     """
 
     def __init__(
@@ -24,51 +92,136 @@ class ViewStream(ViewBatches):
         shards: ChipShards,
         batch: int,
         rules: ViewRules,
-        late_rules: ViewRules,
+        late_rules: ViewRules | None = None,
         *,
-        late_from: int,
-        patch_px: int,
-        seed: int,
+        late_from: int | None = None,
+        patch_px: int = 16,
+        seed: int = 0,
         chances: np.ndarray | None = None,
     ) -> None:
-        super().__init__(shards, batch, rules, patch_px=patch_px, seed=seed, chances=chances)
-        self.phases, self.late_from = (rules, late_rules), late_from
+        super().__init__(shards, batch, seed)
+        self.rules, self.late_rules, self.late_from = rules, late_rules or rules, late_from
+        self.patch_px, self.chances = patch_px, chances
+        for side in (self.rules.global_px, self.late_rules.global_px):
+            if side % patch_px:
+                raise DataError(f"views of {side} px", expected=f"a multiple of {patch_px}")
         self._late = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     def go_late(self) -> None:
         """Begin the final phase now."""
         self._late[0] = True
 
-    def make(self, number: int) -> Views:
-        late = number >= self.late_from or bool(self._late[0])
-        self.rules = self.phases[late]
-        return super().make(number)
+    def drawn(self, number: int) -> Views:
+        late = self.late_from is not None and number >= self.late_from * self.world
+        rules = self.late_rules if late or bool(self._late[0]) else self.rules
+        rng = np.random.default_rng((self.seed, number, 1))
+        wide, near = [], []
+        for _ in range(self.batch):
+            chip = self.shards[int(rng.choice(len(self.shards), p=self.chances))]
+            crops = multi_crop(chip.rgb.astype(np.float32) / 255, chip.image_valid, rng, rules)
+            wide.append(crops[0])
+            near.append(crops[1])
+        side = rules.global_px // self.patch_px
+        masks = batch_masks(self.batch * rules.globals, (side, side), rng)
+        return Views(*(torch.from_numpy(x) for x in (np.stack(wide), np.stack(near), masks)))
 
 
-def open_stream(settings: PretrainSettings) -> ViewStream:
-    """The stream of a run. Raises DataError where there are no chips, or chips of another scale."""
-    late_from = round(settings.steps * (1 - settings.final.share)) if settings.final.share else settings.steps
-    shards = ChipShards(settings.data.chips, splits=settings.data.splits)
-    shards.require_gsd(settings.architecture.gsd_m)
-    return ViewStream(
-        shards,
-        settings.images,
-        settings.rules(),
-        settings.rules(final=True),
-        late_from=late_from,
-        patch_px=settings.architecture.patch_px,
-        seed=settings.seed,
-        chances=site_weights(shards.rows, settings.data.site_power),
+def multi_crop(
+    rgb: np.ndarray, valid: np.ndarray, rng: Rng, rules: ViewRules
+) -> tuple[np.ndarray, np.ndarray]:
+    """Global and local crops of one image, each turned, recoloured and resized on its own.
+
+    Args:
+        rgb: float (3, H, W) in 0..1; valid: bool (H, W). Missing pixels are filled.
+
+    Returns:
+        float32 (globals, 3, G, G) and (locals, 3, L, L), in 0..1.
+    """
+    if rgb.ndim != 3 or valid.shape != rgb.shape[1:]:
+        raise InputError(f"image {rgb.shape} and validity {valid.shape} do not match")
+    full = fill_invalid(np.ascontiguousarray(rgb), valid)
+    wide = [view(full, rules.global_px, rules.global_area, rng, rules) for _ in range(rules.globals)]
+    near = [view(full, rules.local_px, rules.local_area, rng, rules) for _ in range(rules.locals)]
+    shapes = (0, 3, rules.global_px, rules.global_px), (0, 3, rules.local_px, rules.local_px)
+    return tuple(  # type: ignore[return-value]
+        np.stack(v) if v else np.zeros(s, np.float32) for v, s in zip((wide, near), shapes, strict=True)
     )
 
 
-def loader(stream: ViewStream, workers: int, *, pin: bool = False) -> DataLoader[Views]:
-    """Batches of the stream, made ahead by `workers` processes."""
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin,
-        # A forked child would inherit torch's threads in whatever state they are.
-        multiprocessing_context="spawn" if workers else None,
-    )
+def view(rgb: np.ndarray, side_px: int, area: tuple[float, float], rng: Rng, rules: ViewRules) -> np.ndarray:
+    """One crop: float32 (3, side_px, side_px)."""
+    top, left, height, width = crop_box(rgb.shape[1:], area, rules.aspect, rng)
+    crop = _resize(rgb[:, top : top + height, left : left + width], side_px)
+    crop = turn(crop, int(rng.integers(4)), bool(rng.integers(2)))
+    crop = vary_colour(np.ascontiguousarray(crop), rng, rules.colour * rng.random())
+    return np.ascontiguousarray(crop, np.float32)
+
+
+def crop_box(
+    shape: tuple[int, ...], area: tuple[float, float], aspect: float, rng: Rng
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random box inside (H, W) with a share of its area in `area`."""
+    H, W = shape
+    share = rng.uniform(*area)
+    lean = np.exp(rng.uniform(-np.log(aspect), np.log(aspect)) / 2)
+    height = int(np.clip(round(np.sqrt(share) * H * lean), 1, H))
+    width = int(np.clip(round(share * H * W / height), 1, W))
+    return int(rng.integers(0, H - height + 1)), int(rng.integers(0, W - width + 1)), height, width
+
+
+def _resize(rgb: np.ndarray, side_px: int) -> np.ndarray:
+    tensor = torch.from_numpy(np.ascontiguousarray(rgb, np.float32))[None]
+    size = (side_px, side_px)
+    return functional.interpolate(tensor, size=size, mode="bilinear", antialias=True)[0].clamp(0, 1).numpy()
+
+
+def block_mask(shape: tuple[int, int], ratio: float, rng: Rng, *, least: int = 4) -> np.ndarray:
+    """Mask exactly round(ratio * rows * cols) patches, in blocks as far as they fit.
+
+    Args:
+        shape: (rows, cols) of the patch grid.
+        ratio: share to mask, 0..1.
+        least: patches in the smallest block.
+
+    Returns:
+        bool (rows, cols), True = masked.
+    """
+    rows, cols = shape
+    if not 0 <= ratio <= 1 or rows < 1 or cols < 1:
+        raise InputError(f"mask of {ratio} on {rows} x {cols} patches", expected="a share in 0..1")
+    wanted = round(ratio * rows * cols)
+    mask = np.zeros(shape, bool)
+    for _ in range(40):
+        room = wanted - int(mask.sum())
+        if room < least:
+            break
+        size = rng.uniform(least, max(room, least))
+        lean = np.exp(rng.uniform(np.log(0.3), -np.log(0.3)) / 2)
+        h = int(np.clip(round(np.sqrt(size) * lean), 1, rows))
+        w = int(np.clip(round(np.sqrt(size) / lean), 1, cols))
+        top, left = int(rng.integers(0, rows - h + 1)), int(rng.integers(0, cols - w + 1))
+        block = mask[top : top + h, left : left + w]
+        if 0 < (~block).sum() <= room:
+            block[:] = True
+    free = np.flatnonzero(~mask)
+    rest = rng.choice(free, wanted - int(mask.sum()), replace=False)  # the count is exact, by single patches
+    mask.flat[rest] = True
+    return mask
+
+
+def batch_masks(
+    count: int,
+    shape: tuple[int, int],
+    rng: Rng,
+    *,
+    chance: float = 0.5,
+    ratios: tuple[float, float] = (0.1, 0.5),
+) -> np.ndarray:
+    """Masks bool (count, rows, cols) for a batch: a share `chance` of them masked, their ratios spread evenly
+    over `ratios`, so that a batch always has the same number of masked patches; order shuffled."""
+    masked = round(count * chance)
+    steps = np.linspace(*ratios, masked + 1)
+    out = np.zeros((count, *shape), bool)
+    for i, k in enumerate(rng.permutation(count)[:masked]):
+        out[k] = block_mask(shape, (steps[i] + steps[i + 1]) / 2, rng)
+    return out

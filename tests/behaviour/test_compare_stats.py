@@ -72,7 +72,7 @@ def test_dates(canopy, maps, tmp_path) -> None:
     support.check_report("compare_dates", told, loose=PERCENTILE)
     assert told["mode"] == "dates"
     support.check_heights("compare_change", support.metres(tmp_path / "out" / "change.tif"))
-    support.check_values("compare_change", support.georeference(tmp_path / "out" / "change.tif"))
+    support.check_grid("compare_change", tmp_path / "out" / "change.tif")
     with rasterio.open(tmp_path / "out" / "classes.tif") as dataset:
         classes = dataset.read(1)
     counts = {str(value): int((classes == value).sum()) for value in np.unique(classes)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 
 import behaviour_support as support
 import numpy as np
@@ -17,7 +18,11 @@ IMAGES = (
     "ky_baldrock_r00c04", "ky_natbridge_r00c01", "or_autzen_r04c00", "neon_mlbs_4", "neon_osbs_6",
     "neon_osbs_25",
 )  # fmt: skip
-SIDE_M = 128.0
+
+
+def path_of(shared: Path, name: str) -> Path:
+    """An image of the data pack."""
+    return shared / "data" / "pairs" / "rgb" / f"{name}.tif"
 
 
 @pytest.fixture(scope="module")
@@ -28,39 +33,44 @@ def network():
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_heights(shared, network, name: str) -> None:
-    """The middle of an image, as a forward pass takes a second; NEON's plots whole, of 0.1 m."""
-    import canopy
+def test_the_network(shared, network, name: str) -> None:
+    """Heights of whole images, as they are (NEON's at 0.1 m, for which it is not meant)."""
+    import torch
 
-    path = shared / "data" / "pairs" / "rgb" / f"{name}.tif"
-    with rasterio.open(path) as image:
-        west, south, east, north = image.bounds
-        crs = image.crs.to_wkt()
-    x, y, half = (west + east) / 2, (south + north) / 2, SIDE_M / 2
-    area = (
-        {"bounds": (x - half, y - half, x + half, y + half), "bounds_crs": crs}
-        if east - west > SIDE_M
-        else {}
-    )
-    chm = canopy.predict(path, model=network, backend="torch", device="cpu", **area)
-    support.check_heights(f"default_{name}", chm.values, stride=6 if area else 1)
+    with rasterio.open(path_of(shared, name)) as image:
+        rgb = torch.from_numpy(image.read()[None].astype(np.float32) / 255)
+    with torch.inference_mode():
+        heights = network(rgb)[0, 0].numpy()
+    support.check_heights(f"default_{name}", heights, stride=8)
 
 
-def test_the_recorded_heights_are_sane(shared) -> None:
-    """Goldens are heights of trees: they follow the lidar."""
+def test_goldens_are_sane(shared) -> None:
+    """The recorded heights are those of trees: they follow the lidar."""
     with (shared / "data" / "manifest.csv").open(newline="") as file:
         lidar = {row["id"]: float(row["chm_mean_m"]) for row in csv.DictReader(file)}
-    means = {}
-    for name in IMAGES:
+    means = []
+    for name in IMAGES[:7]:
         with np.load(support.GOLDENS / f"default_{name}.npz") as golden:
-            means[name] = float(golden["mm"][golden["mm"] >= 0].mean()) / 1000
-    assert np.corrcoef([means[n] for n in IMAGES], [lidar[n] for n in IMAGES])[0, 1] > 0.6
+            means.append(float(golden["mm"].mean()) / 1000)
+    assert np.corrcoef(means, [lidar[name] for name in IMAGES[:7]])[0, 1] > 0.6
 
 
-def test_bands_and_a_picture_of_the_default(shared, tmp_path) -> None:
-    image = shared / "data" / "pairs" / "rgb" / "neon_mlbs_4.tif"
+def test_a_map_of_half_a_metre(shared, network) -> None:
+    """A corner of a tile: a forward pass takes seconds."""
+    import canopy
+
+    path = path_of(shared, IMAGES[0])
+    with rasterio.open(path) as image:
+        west, _, _, north = image.bounds
+        area = {"bounds": (west, north - 90, west + 110, north), "bounds_crs": image.crs.to_wkt()}
+    chm = canopy.predict(path, model=network, backend="torch", device="cpu", **area)
+    support.check_heights("default_map", chm.values)
+
+
+def test_a_map_of_a_tenth_of_a_metre(shared, tmp_path) -> None:
+    """With all its bands and a picture."""
     words = ("--interval", 0.9, "--quality-band", "--quicklook", "--backend", "torch", "-o", "chm.tif")
-    support.run(tmp_path, "predict", image, *words)
+    support.run(tmp_path, "predict", path_of(shared, "neon_mlbs_4"), *words)
     for band in (1, 2, 3):
         support.check_heights(f"default_bands_{band}", support.metres(tmp_path / "chm.tif", band), stride=1)
     with Image.open(tmp_path / "chm.png") as picture:

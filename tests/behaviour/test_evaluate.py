@@ -15,7 +15,7 @@ from pyproj import Transformer
 from scipy import ndimage
 from shapely.geometry import Point, box
 
-PERCENTILES = r"p\d\d_error_m|shift_m|drop"
+PERCENTILES = r"p\d\d_error_m|shift|drop"
 """Of histograms of 1 cm in the recorded release; an exact percentile may lie half a bin or more away. The
 shift is measured by correlation, to some centimetres."""
 DISC_TOL_M = 0.02
@@ -120,8 +120,9 @@ def test_the_other_way_round_and_other_options(canopy, stand) -> None:
     told = canopy("evaluate", stand / "utm17.tif", "--reference", stand / "lidar.tif", *words).json
     # Warped heights: the kernel may change, by centimetres.
     support.check_report(
-        "evaluate_warped", brief(told)["overall"], loose=r"_m\b|r2|edge|nmae|cover|\br\b", by=0.03
-    )
+        "evaluate_warped", brief(told)["overall"], skip=r"ci95|by_height.*\.n$",
+        loose=r"_m\b|r2|edge|nmae|cover|\br\b", by=0.03,
+    )  # fmt: skip
     with support.rasterio.open(stand / "lidar.tif") as dataset:
         heights = dataset.read(1)
     support.write_raster(stand / "moved.tif", heights, gsd=1.0, nodata=float("nan"), west=support.WEST + 3)

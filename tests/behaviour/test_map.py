@@ -31,9 +31,12 @@ def words(inputs, model) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run in one go, and what it printed in whole.json."""
+    """The folder of a run in two shards, and what the gathering of them printed in told.json."""
     folder = tmp_path_factory.mktemp("whole")
-    ran = support.run(folder, *words, *TILING, "-o", "run", "--json")
+    for shard in ("1/2", "2/2"):
+        ran = support.run(folder, *words, *TILING, "-o", "run", "--shard", shard, "--json").json
+        assert ran["this_start"]["done"] >= 1 and not ran["failures"]
+    ran = support.run(folder, "map", "-o", "run", "--resume", "-q", "--json")
     (folder / "told.json").write_text(ran.out)
     return folder
 
@@ -55,10 +58,10 @@ def same_as(whole: Path, run: Path) -> None:
     np.testing.assert_allclose(a, b, atol=0.01)
 
 
-def test_a_run(canopy, whole, words, tmp_path) -> None:
+def test_a_run_in_shards(canopy, whole, words, tmp_path) -> None:
     told, run = json.loads((whole / "told.json").read_text()), whole / "run"
     support.check_keys("map_utm", told)
-    assert told["tiles"]["done"] == told["this_start"]["done"] > 3 and not told["failures"]
+    assert told["tiles"]["done"] > 3 and told["this_start"]["done"] == 0 and not told["failures"]
     support.check_heights("map_utm", heights(run))
     with rasterio.open(run / "mosaic") as mosaic:
         support.check_values(
@@ -108,19 +111,12 @@ def test_quadkeys_and_going_on_after_a_kill(canopy, words, tmp_path) -> None:
     names = sorted(p.stem for p in (tmp_path / "run" / "tiles").rglob("*.tif"))
     support.check_values("map_quadkey", {"names": names, "tiles": told["tiles"]})
     found = heights(tmp_path / "run")
-    support.check_heights("map_quadkey", found, tol_m=0.03)  # heights in centimetres
+    support.check_heights("map_quadkey", found, tol_m=0.03, mask_share=0.003)  # warped; in centimetres
     canopy("predict", *words[1:], "--crs", "quadkey", "-o", "once.tif")
     once = support.metres(tmp_path / "once.tif")
     if once.shape == found.shape:
         np.testing.assert_array_equal(np.isnan(found), np.isnan(once))
         np.testing.assert_allclose(found, once, atol=0.015)
-
-
-def test_shards(canopy, whole, words, tmp_path) -> None:
-    for shard in ("1/2", "2/2"):
-        canopy(*words, *TILING, "-o", "run", "--shard", shard)
-    canopy("map", "-o", "run", "--resume", "-q")  # gathers what the shards made
-    same_as(whole, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,14 @@ import rasterio
 from shapely.geometry import MultiPolygon, box
 
 EAST, SOUTH = support.WEST + 150, support.NORTH - 120
-WARPED_TOL_M = 0.02
+WARPED = {"mask_share": 0.003}
+"""Where pixels are interpolated, GDAL's bilinear kernel in float32 gives the recorded heights to 0.006 m (in
+uint8 only to 0.39 m, 0.02 m in the mean), but another mask beside nodata: in 0 to 0.17 % of the pixels."""
+EXACT = "gsd1", "gsd2"
+SHRUNK = {"mean_m": 0.15, "mask_share": 0.02}
+"""Where warped imagery is finer than the model's pixels, kernels that are all right differ: from the recorded
+heights GDAL's bilinear moved these by 0.13 m in the mean (99 %: 0.8 m), its average by 0.07 m, and masks by
+0.8 and 1.4 %. The default model moved by 0.22 and 0.08 m."""
 TIFF = "image/tiff; application=geotiff"
 
 
@@ -28,7 +35,7 @@ def predict(canopy, model):
 
 def kept(name: str, path: Path, **options: float) -> None:
     """Grid and heights of a map are those recorded."""
-    support.check_values(name, support.georeference(path))
+    support.check_grid(name, path)
     support.check_heights(name, support.metres(path), **options)
 
 
@@ -76,7 +83,7 @@ def test_the_map_is_a_valid_cog_and_says_where_it_comes_from(predict, inputs, mo
 )
 def test_other_grids(predict, inputs, tmp_path, name: str, words: tuple[object, ...]) -> None:
     predict(inputs / "wood.tif", *words)
-    kept(f"predict_to_{name}", tmp_path / "chm.tif", stride=3, tol_m=WARPED_TOL_M)
+    kept(f"predict_to_{name}", tmp_path / "chm.tif", stride=3, **({} if name in EXACT else WARPED))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +98,7 @@ def test_other_grids(predict, inputs, tmp_path, name: str, words: tuple[object, 
 )
 def test_other_images(predict, inputs, tmp_path, name: str, image: str, words: tuple[object, ...]) -> None:
     predict(inputs / image, *words)
-    kept(f"predict_from_{name}", tmp_path / "chm.tif", stride=3, tol_m=WARPED_TOL_M)
+    kept(f"predict_from_{name}", tmp_path / "chm.tif", stride=3, **(WARPED if name == "mixed" else SHRUNK))
 
 
 def test_an_odd_grid_is_kept(predict, inputs, tmp_path) -> None:
@@ -99,7 +106,7 @@ def test_an_odd_grid_is_kept(predict, inputs, tmp_path) -> None:
     with rasterio.open(inputs / "whole.tif") as image:
         support.write_image(tmp_path / "odd.tif", image.read()[:, :150, :150], transform=placed)
     predict("odd.tif", "--crs", "image")
-    kept("predict_odd", tmp_path / "chm.tif", tol_m=WARPED_TOL_M)
+    kept("predict_odd", tmp_path / "chm.tif", **WARPED)
 
 
 def test_bands_scale_and_mask(predict, inputs, tmp_path) -> None:
@@ -190,7 +197,7 @@ def test_interval_quality_and_dates(predict, banded, inputs, tmp_path, words: tu
     predict(inputs / "wood.tif", *all_bands, *words, network=banded)
     name = "predict_bands_" + "_".join(str(word).strip("-").replace(":", "") for word in words)
     path = tmp_path / "chm.tif"
-    support.check_values(name, support.georeference(path))
+    support.check_grid(name, path)
     with rasterio.open(path) as made:
         assert {"CANOPY_INTERVAL", "CANOPY_QUALITY_BITS"} <= set(made.tags())
         scales, bands = made.scales, dict(zip(made.descriptions, made.read(masked=True), strict=True))
@@ -198,9 +205,7 @@ def test_interval_quality_and_dates(predict, banded, inputs, tmp_path, words: tu
     height, lower, upper, quality, day = (bands[name] for name in names)
     for band, values in enumerate((height, lower, upper)):
         found = values.astype(float).filled(np.nan) * scales[band]
-        support.check_heights(
-            f"{name}_{band + 1}", found, stride=6, tol_m=WARPED_TOL_M if "--crs" in words else 0.02
-        )
+        support.check_heights(f"{name}_{band + 1}", found, stride=6, **(WARPED if "--crs" in words else {}))
     valid = ~np.ma.getmaskarray(height)
     assert (lower[valid] <= height[valid] + 1e-4).all() and (upper[valid] >= height[valid] - 1e-4).all()
     # Shares of pixels with a flag: one on the edge of a limit may change sides.
@@ -215,7 +220,7 @@ def test_interval_quality_and_dates(predict, banded, inputs, tmp_path, words: tu
 @pytest.mark.parametrize(("encoding", "step"), [("uint16cm", 0.01), ("uint8m", 1.0)])
 def test_compact_encodings(predict, inputs, tmp_path, encoding: str, step: float) -> None:
     predict(inputs / "wood.tif", "--encoding", encoding)
-    support.check_values(f"predict_{encoding}", support.georeference(tmp_path / "chm.tif"))
+    support.check_grid(f"predict_{encoding}", tmp_path / "chm.tif")
     predict(inputs / "wood.tif", out="plain.tif")
     found, exact = support.metres(tmp_path / "chm.tif"), support.metres(tmp_path / "plain.tif")
     np.testing.assert_array_equal(np.isnan(found), np.isnan(exact))

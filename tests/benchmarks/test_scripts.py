@@ -27,15 +27,6 @@ def test_throughput(script, tiny_model, tmp_path, monkeypatch):
     assert ours["diff m"] is None and 0 < loop["diff m"] < loop["max m"] < 100
 
 
-def test_accuracy_on_the_pack(script, small_model, shared, tmp_path):
-    pack, model = str(shared / "data"), ["--model", str(small_model), "--out", str(tmp_path)]
-    script("interval_methods").main([pack, *model, "--every", "4", "--methods", "spread"])
-    assert 0 < results(tmp_path, "interval_methods")["spread"]["overall"]["coverage"] <= 1
-    script("gedi_correction").main([pack, *model, "--splits", "test_hard"])
-    (found,) = results(tmp_path, "gedi_correction").values()
-    assert found["held_out_shots"] >= 20 and found["before"]["pixel_mae_m"] > 0
-
-
 def test_memory(script, tmp_path):
     memory = script("memory")
     with pytest.raises(SystemExit):
@@ -53,13 +44,6 @@ def test_evaluate(script, tmp_path):
     assert set(whole) == {"benchmark", "machine", "settings", "results"}
     found = whole["results"]["sizes"]["700"]
     assert found["pixels"] == 700**2 and found["peak_mb"] > 50 and found["cpu_s"] > 0
-
-
-def test_chips(script, tmp_path):
-    chips = script("chips")
-    rows = chips.measure(tmp_path, 512, 4, workers=False)
-    assert rows[0]["samples"] == 4 and len(rows) == 5
-    assert all(row["samples/s"] > 0 and row["samples"] >= 4 for row in rows)
 
 
 def test_lidar(script, tmp_path):

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from canopy.calibration.apply import calibrate_model
 from canopy.calibration.collect import load_chips, places_of
-from canopy.calibration.intervals import calibrate_model
-from canopy.chips.store import NO_SHOTS, Chip, ChipRow, IndexRow, row_of_chip, write_index, write_shard
+from canopy.chips.index import ChipRow, write_index
+from canopy.chips.store import Chip, described, write_store
 from canopy.errors import ConfigError, DataError
 from canopy.models.checkpoint import load_model, save_checkpoint
 
@@ -51,8 +52,8 @@ def test_chips_of_other_pixels_are_refused(tmp_path: Path) -> None:
     chip = Chip(
         ChipRow("a", "s", "lidar", "val"), np.ones((3, 64, 64), np.uint8), np.ones((32, 32), np.float32)
     )
-    write_shard(tmp_path / "val.safetensors", [(chip, NO_SHOTS)], "x")
-    row: IndexRow = row_of_chip(chip, "val.safetensors")
+    write_store(tmp_path / "val.safetensors", [chip], "x")
+    row = described(chip, "val.safetensors")
     write_index(tmp_path, [row])
     assert len(load_chips(tmp_path, ("val",))[0]) == 1
     write_index(tmp_path, [replace(row, gsd_m=1.0, label_gsd_m=2.0)])

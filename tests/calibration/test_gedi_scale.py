@@ -11,10 +11,20 @@ import rasterio
 
 from canopy.calibration.gedi import Footprints, correct_map, fit_correction, held_out, read_footprints
 from canopy.errors import DataError, InputError
+from canopy.geo.cog import CogWriter
 from canopy.geo.crs import transformer
+from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
-from canopy.geo.raster import Raster, read_raster, write_cog
+from canopy.geo.raster import Raster, read_raster
 from canopy.labels.footprint import pool_over_disc
+
+
+def write_cog(path, raster, **options):
+    """A whole raster as a map of one band; its sha256."""
+    with CogWriter(path, raster.grid, [BandSpec("canopy_height")], **options) as writer:
+        writer.write(raster.values, raster.valid)
+    return writer.sha256
+
 
 SIDE_PX = 800
 GRID = Grid.of("EPSG:32617", (1.0, 0, 400_000.0, 0, -1.0, 4_200_000.0), (SIDE_PX, SIDE_PX))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from statistics import NormalDist
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopy.calibration.collect import Scored, cells_of, halves
+from canopy.calibration.collect import cells_of, halves
 from canopy.calibration.intervals import LEVELS, coverage, effective_blocks, fit_intervals
 from canopy.errors import CheckpointError, ConfigError, DataError
 from canopy.models.heads import CARD_KEY, IntervalTable, hats, table_of
@@ -33,44 +32,11 @@ def test_coverage_on_unseen_tiles(table: IntervalTable, make_tiles, level: float
         assert found["overall"]["below"] > 0.02 and found["overall"]["above"] > 0.02
 
 
-def quantile_tiles(tiles: list[Scored], wrong: float = 0.6) -> list[Scored]:
-    """The same tiles with quantiles for hints: normal ones round the height, too close to it by `wrong`."""
-    z = [side * NormalDist().inv_cdf((1 + level) / 2) for level in LEVELS for side in (-1, 1)]
-    return [
-        replace(t, hint_m=np.stack([np.maximum(t.height_m + wrong * v * t.hint_m, 0) for v in z]))
-        for t in tiles
-    ]
-
-
-def test_quantiles_are_conformalised(make_tiles) -> None:
-    made = fit_intervals(cells_of(quantile_tiles(make_tiles(14))), method="quantiles")
-    again = table_of({CARD_KEY: json.loads(json.dumps(made.to_dict()))})
-    cells = cells_of(quantile_tiles(make_tiles(10, seed=1)))
-    for level in (0.5, 0.9, 0.95):
-        found = coverage(again, cells, level)
-        assert found["overall"]["coverage"] == pytest.approx(level, abs=0.03)
-        if level == 0.9:
-            assert all(0.85 <= row["coverage"] <= 0.96 for row in found["by_height"].values())
-    lower, upper = made.bounds(cells.height_m, made.hint_of(cells.hint_m, 0.9), 0.9)
-    assert (lower >= 0).all() and (lower <= cells.height_m).all() and (upper >= cells.height_m).all()
-    assert made.hints(0.9) == ("q0.05", "q0.95") and made.views == 1
-
-
-def test_hints_of_the_other_methods(table: IntervalTable) -> None:
-    assert table.hints(0.9) == ("spread_m",) and table.views == 1
-    flips = replace(table, method="flips")
-    assert flips.hints(0.5) == ("spread_m",) and flips.views == 8
-    old = {k: v for k, v in table.to_dict().items() if k != "method"}
-    assert IntervalTable.from_dict(old).method == "spread"  # a file of before there were others
-    with pytest.raises(CheckpointError, match="another form"):
-        IntervalTable.from_dict(table.to_dict() | {"method": "guess"})
-
-
-def test_a_hint_that_no_cell_of_a_height_has(make_tiles) -> None:
+def test_a_spread_that_no_cell_of_a_height_has(make_tiles) -> None:
     """Bare ground whose spread is always nothing, beside forest whose spread never is."""
     bare = [
         replace(t, height_m=np.where(np.isnan(t.truth_m), np.nan, 0).astype(np.float32),
-                hint_m=np.where(np.isnan(t.truth_m), np.nan, 1e-3 * (1 + t.hint_m)).astype(np.float32),
+                spread_m=np.where(np.isnan(t.truth_m), np.nan, 1e-3 * (1 + t.spread_m)).astype(np.float32),
                 truth_m=np.where(np.isnan(t.truth_m), np.nan, 0.1).astype(np.float32))
         for t in make_tiles(6, seed=3)
     ]  # fmt: skip

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from canopy.calibration.collect import Scored, cells_of
-from canopy.calibration.intervals import (
+from canopy.calibration.intervals import coverage
+from canopy.calibration.new_places import (
     Unseen,
     areas_in_new_places,
-    coverage,
     fit_new_place,
     kept_from,
     trained_on,
     unseen_places,
     verify_new_place,
 )
-from canopy.chips.store import ChipRow
+from canopy.chips.index import ChipRow
 from canopy.errors import CheckpointError, DataError
 from canopy.models.heads import CARD_KEY, IntervalTable, table_of
 

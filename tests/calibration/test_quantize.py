@@ -13,7 +13,8 @@ import torch
 from scipy import ndimage
 
 from canopy.calibration.quantize import calibration_crops, quantize
-from canopy.chips.store import Chip, ChipRow, read_store, write_store
+from canopy.chips.index import ChipRow
+from canopy.chips.store import Chip, read_store, write_store
 from canopy.errors import ConfigError, DataError, InputError
 from canopy.inference.backends import read_card, settle
 from canopy.models.checkpoint import load_model, resolve_model, save_checkpoint

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from canopy.chips.store import Chip, ChipRow
+from canopy.chips.index import ChipRow
+from canopy.chips.store import Chip
 
 
 @pytest.fixture

@@ -10,21 +10,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopy.chips.augment import AugmentConfig, turn, turn_points
-from canopy.chips.data import MAX_SHOTS, make_crop
-from canopy.chips.store import IndexRow, ShardChip
+from canopy.chips.augment import MAX_SHOTS, AugmentSettings, make_crop, turn, turn_points
+from canopy.chips.index import ChipRow
+from canopy.chips.store import Chip
 
-SHAPE_ONLY = AugmentConfig(colour=0, hide_chance=0, black_chance=0)
+SHAPE_ONLY = AugmentSettings(colour=0, hide_chance=0, black_chance=0)
 
 
-def chip(side=64, shots=(), kind="lidar", seed=0) -> ShardChip:
+def chip(side=64, shots=(), kind="lidar", seed=0) -> Chip:
     """Heights that can be read off the red channel."""
     rng = np.random.default_rng(seed)
     chm = rng.uniform(1, 30, (side, side)).round(2).astype(np.float32)
     red = (chm * 8).astype(np.uint8).repeat(2, 0).repeat(2, 1)
     rgb = np.stack([red, red // 2 + 1, np.full_like(red, 40)])
-    row = IndexRow("a", "p", "s", kind, "train", gsd_m=0.5, label_gsd_m=1.0, shots=len(shots))
-    return ShardChip(row, rgb, chm, np.ones_like(chm), np.array(shots, np.float32).reshape(-1, 4))
+    row = ChipRow("a", "s", kind, "train", gsd_m=0.5, label_gsd_m=1.0, shots=len(shots))
+    return Chip(row, rgb, chm, np.array(shots, np.float32).reshape(-1, 4))
+
+
+def unlabelled(base: Chip) -> Chip:
+    """The same without heights."""
+    return replace(base, chm_m=np.full_like(base.chm_m, np.nan))
 
 
 @settings(max_examples=40, deadline=None)
@@ -39,7 +44,7 @@ def test_points_turn_with_their_pixels(turns, flip, row, col):
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), side=st.sampled_from([24, 40, 64, 90]))
 def test_image_and_heights_move_together(seed, side):
-    config = replace(SHAPE_ONLY, gsd_chance=0.0)
+    config = SHAPE_ONLY.model_copy(update={"gsd_chance": 0.0})
     sample = make_crop(chip(side), 64, np.random.default_rng(seed), config)
     assert sample.rgb.shape == (3, 64, 64) and sample.target.shape == sample.weight.shape == (1, 32, 32)
     known = sample.weight[0] > 0
@@ -50,12 +55,13 @@ def test_image_and_heights_move_together(seed, side):
 
 def test_weights_travel_and_unknown_heights_have_none():
     base = chip()
-    weight = np.where(base.chm_m > 15, 0.5, 0.0).astype(np.float32)
+    floored = replace(base.row, weight=0.5, floor_m=15.0)
     chm = np.where(base.chm_m > 25, np.nan, base.chm_m)
-    sample = make_crop(replace(base, weight=weight, chm_m=chm), 64, np.random.default_rng(3), SHAPE_ONLY)
+    sample = make_crop(replace(base, row=floored, chm_m=chm), 64, np.random.default_rng(3), SHAPE_ONLY)
     known = sample.weight > 0
-    assert sample.target[known].min() > 15 and sample.target[known].max() <= 25
-    assert len(sample.weight[known].unique()) == 1  # all have half a pixel's worth, boosted alike
+    assert sample.target[known].max() <= 25
+    high, low = (sample.weight[known & part].unique() for part in (sample.target > 15, sample.target < 15))
+    assert len(high) == len(low) == 1 and high / low == pytest.approx(16)  # below the floor 1 / (1 + 15)
 
 
 @settings(max_examples=40, deadline=None)
@@ -65,13 +71,8 @@ def test_a_shot_stays_on_its_tree(seed):
     chm = np.zeros_like(base.chm_m)
     chm[30, 33] = 29.0  # one tree under the shot
     unknown = np.hypot(*np.mgrid[-30:34, -33:31]) < 14
-    weight = np.where(unknown & (chm == 0), 0, 1).astype(np.float32)
-    sample = make_crop(
-        replace(base, chm_m=chm, weight=weight),
-        96,
-        np.random.default_rng(seed),
-        replace(SHAPE_ONLY, gsd_chance=0.5),
-    )
+    chm[unknown & (chm == 0)] = np.nan
+    sample = make_crop(replace(base, chm_m=chm), 96, np.random.default_rng(seed), SHAPE_ONLY)
     if not (sample.shots[:, 3] > 0).any():
         return  # its disc was cut
     row, col, metres, worth, radius = sample.shots[0].tolist()
@@ -82,8 +83,7 @@ def test_a_shot_stays_on_its_tree(seed):
 
 
 def test_hidden_image_hides_shots_and_labels():
-    base = chip(64, [(32, 32, 20, 1.0)])
-    base = replace(base, weight=np.zeros_like(base.weight))
+    base = unlabelled(chip(64, [(32, 32, 20, 1.0)]))
     rgb = base.rgb.copy()
     rgb[:, 60:64, 60:64] = 0
     whole = make_crop(base, 128, np.random.default_rng(0), None)
@@ -93,15 +93,13 @@ def test_hidden_image_hides_shots_and_labels():
 
 def test_too_many_shots_are_thinned_and_the_shape_is_fixed():
     many = [(20 + 0.3 * i, 30, 10 + i, 1.0) for i in range(60)]
-    sample = make_crop(
-        replace(chip(64, many), weight=np.zeros((64, 64), np.float32)), 128, np.random.default_rng(0), None
-    )
+    sample = make_crop(unlabelled(chip(64, many)), 128, np.random.default_rng(0), None)
     assert sample.shots.shape == (MAX_SHOTS, 5) and (sample.shots[:, 3] > 0).sum() == MAX_SHOTS
     assert len(set(sample.shots[:, 2].tolist())) == MAX_SHOTS
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_crop_is_a_function_of_the_generator(seed):
-    one, two = (make_crop(chip(), 48, np.random.default_rng(seed), AugmentConfig()) for _ in range(2))
+    one, two = (make_crop(chip(), 48, np.random.default_rng(seed), AugmentSettings()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert all(bool(torch.isfinite(part).all()) for part in one)

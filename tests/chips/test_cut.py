@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import rasterio
 
-from canopy.chips.write import cut_pack, mark_missing
+from canopy.chips.cut import read_pack
+from canopy.chips.screen import mark_missing
 from canopy.errors import DataError
 
 
@@ -34,7 +35,7 @@ def pack(shared, tmp_path):
 
 
 def test_pairs_lie_on_one_grid(pack, shared):
-    chips, digest = cut_pack(pack)
+    chips, digest = read_pack(pack)
     assert len(chips) == 2 and len(digest) == 64
     for chip in chips:
         h, w = chip.chm_m.shape
@@ -47,7 +48,7 @@ def test_pairs_lie_on_one_grid(pack, shared):
     with rasterio.open(shared / f"data/pairs/rgb/{plot.row.id}.tif") as file:
         fine = file.read().astype(float).reshape(3, 40, 5, 40, 5).mean(axis=(2, 4))
     assert np.abs(plot.rgb - fine).max() <= 1.5
-    assert cut_pack(pack)[1] == digest
+    assert read_pack(pack)[1] == digest
 
 
 def test_heights_of_other_pixels_are_refused(pack):
@@ -56,12 +57,12 @@ def test_heights_of_other_pixels_are_refused(pack):
     for size in ("2.0", "one", ""):
         manifest.write_text(text.replace(",0.5,1.0,", f",0.5,{size},"))
         with pytest.raises(DataError, match=r"chm_res_m is .*expected 1"):
-            cut_pack(pack)
+            read_pack(pack)
 
 
 def test_missing_manifest_and_columns(tmp_path):
     with pytest.raises(DataError, match=r"no manifest.csv"):
-        cut_pack(tmp_path)
+        read_pack(tmp_path)
     (tmp_path / "manifest.csv").write_text("id,site\n1,a\n")
     with pytest.raises(DataError, match="rgb_path"):
-        cut_pack(tmp_path)
+        read_pack(tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from canopy.chips.write import screen
+from canopy.chips.screen import screen
 from canopy.synth.forest import random_spec
 from canopy.synth.render import render
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ import torch
 from affine import Affine
 from torch.utils.data import DataLoader
 
-from canopy.chips import write
-from canopy.chips import write as cutting
-from canopy.chips.augment import AugmentConfig
-from canopy.chips.data import ChipBatches, ViewBatches, ViewRules
-from canopy.chips.plan import CutRules, SplitRules, _year, edges, plan_shards, read_pairs
-from canopy.chips.store import ChipShards, category, read_index, read_store, sampling_weights
+from canopy.chips import cut
+from canopy.chips.augment import AugmentSettings
+from canopy.chips.data import ChipDataset
+from canopy.chips.index import read_index
+from canopy.chips.plan import CutRules, _year, edges, plan_shards, read_pairs
+from canopy.chips.splits import SplitRules
+from canopy.chips.store import ChipShards, read_store
 from canopy.chips.write import write_chips
 from canopy.errors import DataError, InputError
 from canopy.geo.crs import transformer
@@ -107,7 +109,7 @@ def test_train_chips_near_the_test_pair_are_dropped_with_the_reason(folder):
     assert len(kept) + len([r for r in rows if r.reason]) == 20
     far = [r for r in kept if r.pair == "p3"]
     assert far and all(r.test_distance_m == pytest.approx(84, abs=1) for r in far)
-    summary = write.json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["train_chips_within_buffer_of_test"] == 0
     assert summary["rejected_by_reason"]["too close to a test chip"] == 2
 
@@ -115,7 +117,7 @@ def test_train_chips_near_the_test_pair_are_dropped_with_the_reason(folder):
 def test_a_rerun_cuts_nothing_and_changes_nothing(folder, manifest, monkeypatch):
     before = digests(folder)
     stamps = {p: p.stat().st_mtime_ns for p in (folder / "shards").iterdir()}
-    monkeypatch.setattr(cutting, "_cut_block", lambda *_: pytest.fail("cut twice"))
+    monkeypatch.setattr(cut, "_cut_block", lambda *_: pytest.fail("cut twice"))
     assert write_chips(manifest, folder, RULES)["cut_now"] == 0
     assert digests(folder) == before
     assert {p: p.stat().st_mtime_ns for p in (folder / "shards").iterdir()} == stamps
@@ -227,7 +229,7 @@ def test_no_geo_library_is_needed_to_read(folder):
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(['rasterio', 'geopandas', 'pyproj', 'odc', 'shapely']))\n"
-        "from canopy.chips import screen, streams, targets, views\n"
+        "from canopy.chips import screen, synthetic, targets\n"
         "from canopy.chips.store import ChipShards\n"
         f"print(len(ChipShards({str(folder)!r})[0].rgb))\n"
     )
@@ -235,68 +237,44 @@ def test_no_geo_library_is_needed_to_read(folder):
     assert done.returncode == 0 and done.stdout.strip() == "3", done.stderr[-500:]
 
 
-def test_batches_do_not_depend_on_workers_and_go_on_where_they_stopped(folder):
-    def stream() -> ChipBatches:
-        return ChipBatches(ChipShards(folder, splits=["train"]), 3, 64, AugmentConfig(), seed=5)
+def stream(folder: Path, rows=None, batch=3, side=64, augment=None, **more) -> ChipDataset:
+    shards = ChipShards(folder, splits=["train"])
+    return ChipDataset(shards.subset(rows) if rows else shards, batch, side, augment, **more)
 
+
+def test_batches_do_not_depend_on_workers_and_begin_where_they_should(folder):
     def take(dataset, count, workers=0):
         loader = iter(DataLoader(dataset, batch_size=None, num_workers=workers))
         return [next(loader) for _ in range(count)]
 
-    plain = take(stream(), 5)
-    for a, b in zip(plain, take(stream(), 5, workers=2), strict=True):
+    def augmented() -> ChipDataset:
+        return stream(folder, augment=AugmentSettings(), seed=5)
+
+    plain = take(augmented(), 5)
+    later = augmented()
+    later.first = 3
+    ahead = take(augmented(), 5, workers=2) + take(later, 2)
+    for a, b in zip(plain + plain[3:], ahead, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    half = stream()
-    half.advance(3)
-    later = stream()
-    later.load_state_dict(half.state_dict())
-    for a, b in zip(plain[3:], take(later, 2), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    with pytest.raises(DataError, match="seed"):
-        later.load_state_dict(half.state_dict() | {"seed": 6})
     assert plain[0].rgb.shape == (3, 3, 64, 64) and plain[0].target.shape == (3, 1, 32, 32)
+    whole = stream(folder, batch=4).make(5)  # two processes see together what one does
+    parts = [stream(folder, batch=2) for _ in range(2)]
+    for rank, part in enumerate(parts):
+        part.rank, part.world = rank, 2
+    for one, two in zip(whole, zip(*(part.make(5) for part in parts), strict=True), strict=True):
+        assert torch.equal(one, torch.cat(two))
 
 
 def test_shots_count_only_where_lidar_knows_nothing(folder):
-    shards = ChipShards(folder)
-    holder = [r for r in shards.rows if r.shots]
-    batch = ChipBatches(ChipShards(folder).subset(holder), 1, 128, None).make(0)
+    rows = ChipShards(folder, splits=["train"]).rows
+    holder = [r for r in rows if r.shots]
+    batch = stream(folder, holder, 1, 128).make(0)
     row, col, metres, weight, radius = batch.shots[0, 0].tolist()
     assert (row, col) == pytest.approx((30, 30), abs=0.05) and metres == pytest.approx(17.25)
     assert weight == 1 and radius == pytest.approx(12.5, rel=0.01)  # its disc has no lidar
     assert batch.shots.shape == (1, 16, 5) and (batch.shots[0, 1:, 3] == 0).all()
-    without = ChipBatches(ChipShards(folder).subset(holder), 1, 128, None, with_shots=False).make(0)
-    assert (without.shots[..., 3] == 0).all()
-    assert (
-        ChipBatches(ChipShards(folder).subset([r for r in shards.rows if not r.shots]), 2, 64, None)
-        .make(0)
-        .shots[..., 3]
-        == 0
-    ).all()
-
-
-def test_whole_chips_and_views(folder):
-    shards = ChipShards(folder)
-    chip = shards[0]
-    assert chip.rgb.shape == (3, 128, 128) and chip.chm_m.shape == chip.weight.shape == (64, 64)
-    views = ViewBatches(shards, 2, ViewRules(global_px=64, local_px=32, locals_=2), seed=1).make(7)
-    assert views.wide.shape == (2, 2, 3, 64, 64) and views.near.shape == (2, 2, 3, 32, 32)
-    assert views.masks.shape == (4, 4, 4) and views.masks.dtype == torch.bool
-
-
-def test_height_categories_get_their_shares(folder):
-    from dataclasses import replace
-
-    base = ChipShards(folder).rows[0]
-    rows = [replace(base, id=f"b{i}", height_p95_m=1.0) for i in range(3)]
-    rows += [replace(base, id=f"t{i}", height_p95_m=40.0) for i in range(5)]
-    rows += [replace(base, id=f"o{i}", height_p95_m=15.0, site="ab"[i % 2]) for i in range(20)]
-    weights = sampling_weights(rows)
-    share = {k: weights[[category(r) == k for r in rows]].sum() for k in ("bare", "tall", "other")}
-    assert share == pytest.approx({"bare": 0.1, "tall": 0.2, "other": 0.7})
-    assert sampling_weights(rows[3:])[:5].sum() == pytest.approx(0.2 / 0.9)
-    with pytest.raises(DataError):
-        sampling_weights(rows, bare=0.9, tall=0.3)
+    assert (stream(folder, holder, 1, 128, with_shots=False).make(0).shots[..., 3] == 0).all()
+    assert (stream(folder, [r for r in rows if not r.shots], 2).make(0).shots[..., 3] == 0).all()
 
 
 def test_real_tiles_and_plots_are_cut_and_their_labels_moved_onto_the_trees(shared, tmp_path):
@@ -316,6 +294,30 @@ def test_real_tiles_and_plots_are_cut_and_their_labels_moved_onto_the_trees(shar
     assert tile.shift_sure and tile.shift_applied and tile.shift_right_m == pytest.approx(-5.4, abs=0.5)
     assert (plot.height_px, plot.width_px, plot.floor_m) == (40, 40, 2.0)
     assert (tmp_path / "out" / "contact_sheet.png").stat().st_size > 5000
+
+
+def test_rows_without_a_height_file_are_cut_resampled_and_screened(tmp_path):
+    rng = np.random.default_rng(0)
+    images = {"sharp": rng.integers(40, 200, (3, 150, 150)), "cloud": np.full((3, 150, 150), 240)}
+    lines = ["id,rgb_path,chm_path,site"]
+    for i, (name, values) in enumerate(images.items()):
+        where = Affine(0.6, 0, 400_000 + 500 * i, 0, -0.6, 4_000_000)
+        with rasterio.open(
+            tmp_path / f"{name}.tif", "w", driver="GTiff", count=3, dtype="uint8", height=150, width=150,
+            crs="EPSG:26917", transform=where,
+        ) as file:  # fmt: skip
+            file.write(values.astype(np.uint8))
+        lines.append(f"{name},{name}.tif,,here")
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    summary = write_chips(
+        tmp_path / "list.csv", tmp_path / "out", CutRules(size_px=256), SplitRules(val=0, test=0)
+    )
+    assert summary["chips"] == 1 and summary["rejected_by_reason"] == {"cloud": 1}
+    shards = ChipShards(tmp_path / "out", splits=("train",))
+    chip = shards[0]
+    assert chip.row.pair == "sharp" and chip.row.gsd_m == pytest.approx(0.5, abs=0.01)
+    assert chip.rgb.shape == (3, 180, 180)  # 150 px of 0.6 m
+    assert np.isnan(chip.chm_m).all() and (chip.weight == 0).all() and np.isnan(chip.row.height_p95_m)
 
 
 def test_shards_are_planned_by_split(manifest):

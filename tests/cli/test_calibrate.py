@@ -13,9 +13,10 @@ import pytest
 import rasterio
 from safetensors.numpy import load_file
 
+from canopy.calibration.apply import calibrate_model, rewrite_card
 from canopy.calibration.area import area_model_of
-from canopy.calibration.intervals import calibrate_model, rewrite_card
-from canopy.chips.store import Chip, ChipRow, read_store, write_store
+from canopy.chips.index import ChipRow
+from canopy.chips.store import Chip, read_store, write_store
 from canopy.models.checkpoint import describe
 
 
@@ -88,24 +89,6 @@ def test_calibrate_then_predict(
         np.testing.assert_allclose(made.read(1), height, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["quantiles", "flips"])
-def test_other_methods_travel_with_the_model(
-    canopy, chips: Path, model_file: Path, make_image, tmp_path: Path, method: str
-) -> None:
-    ran = canopy("calibrate", "interval", model_file, "--data", chips, "-o", "m.safetensors", "--report", "",
-                 "--method", method)  # fmt: skip
-    assert ran.code == 0, ran.err
-    ran = canopy("predict", make_image(), "--model", "m.safetensors", "--interval", 0.9, "--quality-band",
-                 "-o", "m.tif")  # fmt: skip
-    assert ran.code == 0, ran.err
-    with rasterio.open(tmp_path / "m.tif") as made:
-        assert made.descriptions == ("canopy_height", "height_lower", "height_upper", "quality")
-        height, lower, upper, quality = made.read()
-    assert (lower <= height + 1e-4).all() and (upper >= height - 1e-4).all() and (quality >= 64).all()
-    ran = canopy("calibrate", "interval", model_file, "--data", chips, "-o", "x.safetensors", "--method", "x")
-    assert ran.code == 2 and "spread, quantiles, flips" in ran.error_line
-
-
 def test_models_kept_from_places_widen_bands_elsewhere(
     canopy, chips: Path, model_file: Path, make_image, tmp_path: Path
 ) -> None:
@@ -154,10 +137,6 @@ def test_calibrating_again_says_what_was_seen_and_keeps_bands_of_new_places(
     after = describe(tmp_path / "m.safetensors")["card"]["intervals"]
     assert after["new_place"] == new_place and after["places"] == []
     assert after["facts"]["seen_in_training"] == 2 and told.items() <= after["facts"].items()
-    ran = canopy(
-        "calibrate", "interval", model, "--data", chips, "-o", "x.safetensors", "--method", "quantiles"
-    )
-    assert ran.code == 2 and "--kept-from" in ran.error_line and not (tmp_path / "x.safetensors").exists()
 
 
 def test_a_place_of_ones_own_changes_bands_and_not_the_domain(

@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from pyproj import Transformer
-from rio_cogeo.cogeo import cog_validate
 
 
 @pytest.fixture
@@ -26,30 +24,6 @@ def predict(canopy, model_file):
         return done
 
     return run
-
-
-def test_the_map_is_a_valid_cog_with_its_facts(predict, make_image, heights, model_file) -> None:
-    image = make_image("m_4407101_ne_18_060_20210715.tif", photometric="RGB")
-    done = predict(image)
-    valid, errors, _ = cog_validate("chm.tif")
-    assert valid, errors
-    with rasterio.open("chm.tif") as made:
-        assert made.shape == (100, 120)
-        assert made.descriptions == ("canopy_height",)
-        assert made.units == ("m",)
-        assert np.isnan(made.nodata)
-        assert made.crs.to_epsg() == 32618
-        tags = made.tags()
-    assert tags["CANOPY_MODEL"] == "small-random"
-    assert tags["CANOPY_MODEL_SHA256"] == hashlib.sha256(model_file.read_bytes()).hexdigest()
-    assert tags["CANOPY_IMAGERY"] == image.name
-    assert tags["CANOPY_DATES"] == "2021-07-15"
-    assert float(tags["CANOPY_GSD_M"]) == pytest.approx(0.5, rel=1e-3)
-    assert str(image.parent) not in json.dumps(tags), "folders have no place in a file that is passed on"
-    made = heights("chm.tif")
-    assert np.isfinite(made).all()
-    assert made.std() > 0.1, "a constant map would make other tests say nothing"
-    assert "chm.tif: 120 x 100 px, mean height" in done.out
 
 
 def test_the_same_input_gives_the_same_bytes(predict, make_image, heights) -> None:
@@ -127,41 +101,8 @@ def test_json_is_one_object_and_nothing_else(predict, make_image) -> None:
     assert "tile" in done.err, "the area is echoed on stderr"
 
 
-def test_dry_run_stops_after_the_echo(predict, make_image, tmp_path) -> None:
-    image = make_image(photometric="RGB")
-    done = predict(image, "--dry-run", "--bbox", "44.0909,-74.9996", "--size-m", "20")
-    assert "N, 75.0" in done.err or "N, 74.9" in done.err
-    assert " W, 20 x 20 m, 1 tile, under 1 min" in done.err
-    plan = json.loads(predict(image, "--dry-run", "--json").out)
-    assert (plan["width"], plan["height"], plan["tiles"]) == (120, 100, 1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["image.tif"]
-    Path("chm.tif").write_text("mine")  # it would not be touched, so it is in nobody's way
-    predict(image, "--dry-run")
-    assert Path("chm.tif").read_text() == "mine"
-
-
 def test_quiet_says_only_the_result(predict, make_image) -> None:
     assert predict(make_image(photometric="RGB"), "-q").err == ""
-
-
-def test_outputs_are_kept_unless_overwrite(predict, make_image) -> None:
-    image = make_image(photometric="RGB")
-    for name in ("chm.tif", "chm.json", "chm.png"):
-        Path(name).write_text("mine")
-        done = predict(image, "--quicklook", code=2)
-        assert name in done.error_line and "--overwrite" in done.error_line
-        assert Path(name).read_text() == "mine"
-        Path(name).unlink()
-    predict(image)
-    predict(image, code=2)
-    predict(image, "--overwrite")
-    predict(image, "--overwrite", out="image.tif", code=2)
-    predict(image, out="nowhere/chm.tif", code=2)
-    predict(image, out="chm.png", code=2)
-    Path("tiles").mkdir()
-    Path("tiles/a.tif").write_bytes(image.read_bytes())
-    predict("tiles", "--overwrite", out="tiles/a.tif", code=2)
-    predict("tiles", out="tiles/chm.tif")
 
 
 def test_a_map_without_its_item_is_no_map(predict, make_image, tmp_path) -> None:
@@ -183,53 +124,6 @@ def test_the_default_name_follows_the_image(canopy, model_file, make_image) -> N
     assert Path("forest_chm.tif").is_file()
 
 
-# ---- areas ------------------------------------------------------------------------------------
-def test_one_area_said_four_ways_gives_the_same_heights(predict, make_image, tmp_path) -> None:
-    image = make_image(photometric="RGB")
-    predict(image, out="image_area.tif")
-    lonlat = Transformer.from_crs(32618, 4326, always_xy=True)
-    (west, east), (south, north) = lonlat.transform([500_000.0, 500_060.0], [4_881_950.0, 4_882_000.0])
-    predict(image, "--bbox", f"{south},{west},{north},{east}", out="bbox.tif")
-    predict(image, "--bounds", f"{west},{south},{east},{north}", out="bounds.tif")
-    predict(
-        image, "--bounds", "500000,4881950,500060,4882000", "--bounds-crs", "EPSG:32618", out="metres.tif"
-    )
-    ring = [
-        [500_000, 4_881_950],
-        [500_060, 4_881_950],
-        [500_060, 4_882_000],
-        [500_000, 4_882_000],
-        [500_000, 4_881_950],
-    ]
-    polygon = [list(lonlat.transform(*point)) for point in ring]
-    Path("area.geojson").write_text(json.dumps({"type": "Polygon", "coordinates": [polygon]}))
-    predict(image, "--aoi", "area.geojson", out="aoi.tif")
-    with rasterio.open("image_area.tif") as made:
-        expected = made.read(1)
-    for name in ("bbox", "bounds", "metres", "aoi"):
-        with rasterio.open(f"{name}.tif") as made:
-            window = rasterio.windows.from_bounds(500_000, 4_881_950, 500_060, 4_882_000, made.transform)
-            found = made.read(1, window=window.round(), boundless=True, fill_value=np.nan)
-        both = np.isfinite(found)
-        assert both.mean() > 0.95, name
-        np.testing.assert_allclose(found[both], expected[both], atol=1e-3, err_msg=name)
-
-
-def test_a_polygon_is_masked_with_its_hole(predict, make_image, heights) -> None:
-    import geopandas
-    from shapely.geometry import box
-
-    image = make_image(photometric="RGB")
-    outer, hole = box(500_010, 4_881_960, 500_050, 4_881_990), box(500_020, 4_881_970, 500_030, 4_881_980)
-    geopandas.GeoDataFrame(geometry=[outer.difference(hole)], crs=32618).to_file("area.gpkg")
-    predict(image, "--aoi", "area.gpkg")
-    made = heights("chm.tif")
-    assert made.shape == (60, 80)
-    expected = np.ones(made.shape, bool)
-    expected[20:40, 20:40] = False
-    np.testing.assert_array_equal(np.isfinite(made), expected)
-
-
 def test_negative_numbers_after_a_space_and_one_area_only(predict, make_image) -> None:
     image = make_image(photometric="RGB")
     done = predict(image, "--bbox", "-23.55,-46.63", "--size-m", "500", code=2)
@@ -238,17 +132,6 @@ def test_negative_numbers_after_a_space_and_one_area_only(predict, make_image) -
     assert "--bbox" in line and "--bounds" in line
     # A point alone is the middle of a square kilometre.
     assert "1.0 x 1.0 km" in predict(image, "--bbox", "44.09,-75", "--dry-run").err
-
-
-# ---- grids and encodings ----------------------------------------------------------------------
-def test_crs_image_keeps_the_grid_exactly(predict, make_image, heights) -> None:
-    # 0.6 m pixels at an odd phase: the model works at 0.5 m, the map keeps the image's pixels.
-    placed = rasterio.Affine(0.6, 0, 500_000.17, 0, -0.6, 4_882_000.23)
-    predict(make_image(transform=placed, photometric="RGB"), "--crs", "image")
-    with rasterio.open("chm.tif") as made:
-        assert made.transform == placed
-        assert made.shape == (100, 120)
-    assert np.isfinite(heights("chm.tif")).mean() > 0.95
 
 
 def test_an_image_in_degrees_keeps_its_grid_if_asked_to(predict, make_image, heights) -> None:
@@ -308,20 +191,6 @@ def test_a_finer_map_interpolates_and_keeps_validity(predict, make_image, height
     assert hole.mean() == pytest.approx((~mask).mean(), abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("encoding", "dtype", "step"), [("uint16cm", "uint16", 0.01), ("uint8m", "uint8", 1.0)]
-)
-def test_compact_encodings(predict, make_image, heights, encoding: str, dtype: str, step: float) -> None:
-    image = make_image(photometric="RGB")
-    predict(image, out="plain.tif")
-    predict(image, "--encoding", encoding, out="compact.tif")
-    with rasterio.open("compact.tif") as made:
-        assert made.dtypes[0] == dtype
-    np.testing.assert_allclose(heights("compact.tif"), heights("plain.tif"), atol=step * 0.51)
-    band = json.loads(Path("compact.json").read_text())["assets"]["canopy_height"]["raster:bands"][0]
-    assert (band["data_type"], band["scale"]) == (dtype, step)
-
-
 @pytest.mark.parametrize("encoding", ["float32", "uint16cm"])
 def test_the_date_band_holds_days(predict, make_image, encoding: str) -> None:
     import datetime
@@ -349,26 +218,6 @@ def test_impossible_options_exit_2(predict, make_image, tmp_path, words: tuple[s
     done = predict(make_image(photometric="RGB"), *words, code=2)
     assert done.error_line.startswith("canopy: ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["image.tif"]
-
-
-# ---- from Python, and the cost of help --------------------------------------------------------
-def test_python_api(make_image, model_file, heights, tmp_path) -> None:
-    import canopy
-
-    image = make_image(photometric="RGB")
-    model = canopy.load_model(model_file)
-    chm = canopy.predict(image, model=model)
-    assert chm.dims == ("y", "x")
-    assert chm.rio.crs.to_epsg() == 32618
-    assert chm.rio.bounds() == (500_000, 4_881_950, 500_060, 4_882_000)
-    assert chm.attrs["units"] == "m"
-    path = canopy.predict(image, model=model, out=tmp_path / "chm.tif")
-    np.testing.assert_allclose(heights(path), chm.values, atol=1e-5)
-    with pytest.raises(canopy.InputError, match="exists"):
-        canopy.predict(image, model=model, out=tmp_path / "chm.tif")
-    dated = canopy.predict([image], model=model, date_band=True, bbox=(44.0909, -74.9996), size_m=10)
-    assert dated.dims == ("band", "y", "x")
-    assert list(dated.band.values) == ["canopy_height", "acquisition_date"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
@@ -427,3 +276,51 @@ def test_a_coarse_map_of_a_polygon_equals_that_of_the_whole(predict, make_image,
     inside = np.isfinite(disc)
     assert 150 < inside.sum() < 200
     np.testing.assert_allclose(disc[inside], expected[inside], atol=1e-3)
+
+
+# ---- inputs are never outputs -----------------------------------------------------------------
+@pytest.mark.parametrize("name", ["stand.json", "stand.png", "stand.tif"])
+def test_no_input_is_ever_overwritten(predict, make_image, tmp_path, name: str) -> None:
+    """The AOI, the image and the model file, under the name of the map, of its item or of its picture."""
+    import shutil
+
+    import geopandas
+    from shapely.geometry import Point
+
+    image = make_image(photometric="RGB")
+    aoi = tmp_path / "aoi.geojson"
+    geopandas.GeoDataFrame(geometry=[Point(500_030, 4_881_975).buffer(15)], crs=32618).to_crs(4326).to_file(
+        aoi
+    )
+    taken = tmp_path / name
+    shutil.copy(image if name.endswith(".tif") else aoi, taken)
+    before = taken.read_bytes()
+    words = (taken,) if name.endswith(".tif") else (image, "--aoi", taken)
+    done = predict(*words, "--quicklook", "--overwrite", out="stand.tif", code=2)
+    assert name in done.error_line and "input" in done.error_line
+    assert taken.read_bytes() == before
+
+
+def test_a_very_long_name_is_refused_at_once(predict, make_image) -> None:
+    done = predict(make_image(photometric="RGB"), out="x" * 250 + ".tif", code=2)
+    assert "bytes" in done.error_line and "240" in done.error_line
+
+
+# ---- from Python ------------------------------------------------------------------------------
+def test_arrays_and_opened_imagery_are_images(make_image, model_file, tmp_path) -> None:
+    import rioxarray
+
+    import canopy
+
+    image = make_image(photometric="RGB")
+    options = {"model": model_file, "device": "cpu", "backend": "torch"}
+    chm = canopy.predict(image, **options)
+    assert chm.dims == ("y", "x") and chm.rio.crs.to_epsg() == 32618 and np.isfinite(chm.values).any()
+    array = rioxarray.open_rasterio(image)
+    np.testing.assert_allclose(canopy.predict(array, **options), chm, atol=1e-5)
+    np.testing.assert_allclose(canopy.predict(canopy.open_imagery(image), **options), chm, atol=1e-5)
+    for wrong, said in ((array[0], "band, y, x"), (array.drop_vars("spatial_ref"), "has no CRS")):
+        with pytest.raises(canopy.InputError, match=said):
+            canopy.predict(wrong, **options)
+    with pytest.raises(canopy.InputError, match="did you mean 'gsd'"):
+        canopy.predict(image, gds=2)

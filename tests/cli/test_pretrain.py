@@ -6,25 +6,19 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-from canopy.chips.store import IndexRow, write_index
+from canopy.chips.index import ChipRow
+from canopy.chips.store import Chip
+from canopy.chips.synthetic import write_made
 
 
 @pytest.fixture
 def chips(tmp_path):
     """Four chips without heights: there is nothing to probe."""
-    rng = np.random.default_rng(0)
-    tensors, rows = {}, []
-    for i in range(4):
-        tensors[f"c{i}/rgb"] = rng.integers(1, 255, (3, 48, 48)).astype(np.uint8)
-        tensors[f"c{i}/chm"] = np.full((24, 24), 65535, np.uint16)
-        rows.append(
-            IndexRow(f"c{i}", f"c{i}", "s", "lidar", "train", "all.safetensors", gsd_m=0.5, label_share=0.0)
-        )
-    (tmp_path / "chips").mkdir()
-    save_file(tensors, tmp_path / "chips" / "all.safetensors")
-    write_index(tmp_path / "chips", rows)
+    rng, nothing = np.random.default_rng(0), np.full((24, 24), np.nan, np.float32)
+    rows = [ChipRow(f"c{i}", "s", "lidar", "train") for i in range(4)]
+    chips = [Chip(row, rng.integers(1, 255, (3, 48, 48)).astype(np.uint8), nothing) for row in rows]
+    write_made(tmp_path / "chips", chips, "made up")
     return tmp_path / "chips"
 
 

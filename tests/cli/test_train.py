@@ -23,7 +23,7 @@ spec.loader.exec_module(chips)
 
 @pytest.fixture
 def config(tmp_path):
-    folder = chips.write_shards(tmp_path / "chips", ["train"] * 3 + ["val"])
+    folder = chips.write_folder(tmp_path / "chips", ["train"] * 3 + ["val"])
     path = tmp_path / "tiny.yaml"
     path.write_text(chips.TINY + f"data: {{chips: {folder}}}\n")
     return path
@@ -43,7 +43,7 @@ def test_train_then_resume_with_json(config, tmp_path):
 
 
 def test_weights_that_nothing_judged_are_said_to_be(tmp_path):
-    folder = chips.write_shards(tmp_path / "chips", ["train"] * 3)
+    folder = chips.write_folder(tmp_path / "chips", ["train"] * 3)
     path = tmp_path / "tiny.yaml"
     path.write_text(chips.TINY + f"data: {{chips: {folder}}}\n")
     done = call(path, "steps=1", "licence=CC-BY-4.0", "-o", tmp_path / "run")

@@ -12,12 +12,10 @@ import rasterio
 from pyproj import Geod, Transformer
 
 from canopy.errors import InputError
-from canopy.evaluation import change as compare_maps
 from canopy.evaluation.change import compare as compare_with_report
-from canopy.evaluation.maps import open_heights
 from canopy.evaluation.report import comparison_page
 from canopy.geo.area import AOI
-from canopy.geo.raster import open_raster, read_window
+from canopy.geo.reading import open_raster, read_window
 
 FILES = {"compare.json", "summary.csv", "cover.csv", "by_height.csv", "blocks.csv", "report.html"}
 
@@ -279,12 +277,6 @@ def test_published_tiles_against_a_utm_map(write_map, tmp_path):
     # a Web-Mercator pixel is 1.19433 m x cos(latitude) on the ground
     assert found["b"]["gsd_m"] == pytest.approx(1.19433 * np.cos(np.radians(44)), rel=0.02)
     assert found["grid"]["gsd_m"] == pytest.approx(1.0, rel=0.2)
-
-
-def test_choose_mode_needs_dates(pair):
-    with open_heights(pair[0]) as a, open_heights(pair[1]) as b:
-        assert compare_maps.choose_mode(a, b, "auto")[0] == "products"
-        assert compare_maps.choose_mode(a, b, "dates") == ("dates", "asked for")
 
 
 def test_arrays_in_and_arrays_out(pair, tmp_path):

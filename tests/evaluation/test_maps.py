@@ -313,6 +313,9 @@ def test_arrays_are_read_as_files_are(write_map, forest):
 def test_an_array_without_its_place_is_refused():
     import xarray
 
+    with pytest.raises(ImageryError, match="a ndarray is no height map; expected a path"):
+        open_heights(np.zeros((4, 5)))
+
     bare = xarray.DataArray(np.zeros((4, 5)), dims=("y", "x"), coords={"y": [4, 3, 2, 1], "x": range(5)})
     with pytest.raises(ImageryError, match=r"no coordinate reference system.*write_crs"):
         open_heights(bare)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 from pyproj import Transformer
-from shapely.geometry import Point, Polygon, box
+from shapely.geometry import Point, box
 
 import canopy
 from canopy.errors import DataError, InputError
@@ -124,16 +124,6 @@ def test_plots_as_points_and_polygons(write: Callable[..., Path], tmp_path: Path
     assert result.kind == "plots"
     assert result.overall.n == 6
     assert result.overall["mae_m"].value < 5e-3
-
-
-def test_polygons_cover_pixels_by_share() -> None:
-    grid = Grid.of(UTM, (2, 0, WEST, 0, -2, NORTH), (10, 12))
-    triangle = Polygon([(WEST + 1, NORTH - 1), (WEST + 21, NORTH - 3), (WEST + 9, NORTH - 19)])
-    share = coverage(triangle, grid)
-    assert share.sum() * 4 == pytest.approx(triangle.area)
-    fine = Grid.of(UTM, (0.02, 0, WEST, 0, -0.02, NORTH), (1000, 1200))
-    counted = coverage(triangle, fine).reshape(10, 100, 12, 100).mean(axis=(1, 3))
-    np.testing.assert_allclose(share, counted, atol=0.02)
 
 
 def test_a_large_polygon_is_as_exact_as_a_small_one(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from shapely.geometry import MultiPolygon, Point, Polygon, box
 
 from canopy.errors import AreaError
-from canopy.geo.area import AOI, read_zones
+from canopy.geo.area import AOI
 from canopy.geo.crs import output_crs
 from canopy.geo.grid import Grid
+from canopy.geo.vector import read_vector, read_zones
 
 
 # ---- texts ------------------------------------------------------------------------------------
@@ -326,3 +327,38 @@ def test_of_several_layers_the_one_with_polygons_is_read(tmp_path):
     geopandas.GeoDataFrame(geometry=[square], crs="EPSG:4326").to_file(path, layer="other")
     with pytest.raises(AreaError, match=r"3 layers.*stand.*ogr2ogr"):
         AOI.from_file(path)
+    assert AOI.from_file(path, "other").geometry.equals(square)
+    with pytest.raises(AreaError, match=r"no layer 'nobody'.*trees, stand, other"):
+        AOI.from_file(path, "nobody")
+
+
+OGR_VRT = """<OGRVRTDataSource><OGRVRTLayer name="s"><SrcDataSource>{source}</SrcDataSource>
+<SrcLayer>secret</SrcLayer></OGRVRTLayer></OGRVRTDataSource>"""
+
+
+@pytest.mark.parametrize("name", ["x.vrt", "x.geojson", "x.kml", "x.gpkg", "x.json", "x.xml", "x.csv"])
+def test_no_file_makes_gdal_open_another(tmp_path, name):
+    secret = tmp_path / "elsewhere" / "secret.gpkg"
+    secret.parent.mkdir()
+    geopandas.GeoDataFrame(geometry=[box(0, 0, 1, 1)], crs=4326).to_file(secret)
+    path = tmp_path / name
+    for text in (OGR_VRT.format(source=secret), "\n" + OGR_VRT.format(source="PG:dbname=x")):
+        path.write_text(text)
+        with pytest.raises(AreaError, match="not a readable vector file"):
+            AOI.from_file(path)
+    path.write_text('{"type": "gdal_streamed_alg", "command_line": "gdal vector pipeline ! read a"}')
+    with pytest.raises(AreaError, match="not a readable vector file"):
+        AOI.from_file(path)
+
+
+@pytest.mark.parametrize("driver", ["FlatGeobuf", "OpenFileGDB"])
+def test_more_formats_and_points(tmp_path, driver):
+    path = tmp_path / ("a.fgb" if driver == "FlatGeobuf" else "a.gdb")
+    geopandas.GeoDataFrame({"a": [1]}, geometry=[box(0, 0, 1, 1)], crs=4326).to_file(path, driver=driver)
+    assert AOI.from_file(path).geometry.equals(box(0, 0, 1, 1))
+    plots = tmp_path / "plots.gpkg"
+    geopandas.GeoDataFrame(geometry=[box(0, 0, 1, 1)], crs=4326).to_file(plots, layer="stand")
+    geopandas.GeoDataFrame({"h": [3.0]}, geometry=[Point(1, 2)], crs=4326).to_file(plots, layer="plots")
+    assert read_vector(plots, "plots")["h"].tolist() == [3.0]
+    with pytest.raises(AreaError, match=r"stand, plots.*--layer"):
+        read_vector(plots)

@@ -73,15 +73,6 @@ def test_a_window_that_misses_the_image_is_empty(tif, rgb):
     assert not source.read(source.native_grid.window(1000, 1000, 8, 8)).valid.any()
 
 
-def test_windows_do_not_change_pixels_on_another_grid(tif, rgb):
-    source = open_imagery(tif(rgb))
-    grid = source.area().grid("EPSG:3857", 0.6)
-    whole = source.read(grid)
-    part = source.read(grid.window(11, 9, 23, 31))
-    np.testing.assert_array_equal(part.rgb, whole.rgb[:, 11:34, 9:40])
-    np.testing.assert_array_equal(part.valid, whole.valid[11:34, 9:40])
-
-
 def test_no_crs_is_refused_unless_one_is_given(tif, rgb):
     path = tif(rgb, crs=None)
     with pytest.raises(ImageryError, match=r"image\.tif.*--input-crs"):
@@ -454,14 +445,3 @@ def test_real_imagery_reads_as_rasterio_reads_it(shared):
         with rasterio.open(path) as dataset:
             expected = dataset.read()
         np.testing.assert_allclose(source.read(source.native_grid).rgb * 255, expected, atol=1e-4)
-
-
-def test_real_neighbours_mosaic_without_gaps(shared):
-    folder = shared / "data" / "pairs" / "rgb"
-    files = sorted(folder.glob("ky_magoffin_r0[12]c0[123].tif"))
-    source = open_imagery(files)
-    assert len(files) == 6
-    _, _, col, row = *source.area().geometry.bounds[:2], 310_805 + 200, 4_170_471 + 90
-    grid = Grid.of("EPSG:32617", Affine(0.61, 0, col, 0, -0.61, row), (300, 500))
-    image = source.read(grid)
-    assert image.valid.all() and image.rgb.std() > 0.02

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from affine import Affine
 from shapely.geometry import box, mapping
 
-from canopy.errors import AreaError, FetchError, ImageryError, InputError
+from canopy.errors import AreaError, FetchError, ImageryError, InputError, MissingDependencyError
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
 from canopy.imagery import signing, stac
@@ -239,6 +240,14 @@ def test_an_api_given_by_its_url(api):
     check_mosaic(open_imagery(server.url + "/api", area=area()))
     with pytest.raises(InputError, match="searched by area"):
         open_imagery(server.url + "/api")
+
+
+def test_without_pystac_client_the_remedy_is_named(api, catalog, monkeypatch):
+    server, *_ = api
+    monkeypatch.setitem(sys.modules, "pystac_client", None)
+    with pytest.raises(MissingDependencyError, match=r"[Pp]ip install 'canopy-height\[stac\]'"):
+        open_imagery(server.url + "/api", area=area())
+    check_mosaic(open_imagery(catalog, area=area()))  # static catalogs need no more than the core
 
 
 def test_a_busy_search_is_repeated_and_a_dead_one_named(api):

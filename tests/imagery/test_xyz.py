@@ -8,10 +8,8 @@ import math
 
 import numpy as np
 import pytest
-from affine import Affine
 from rasterio.io import MemoryFile
 
-from canopy.download import REQUESTS_PER_HOST
 from canopy.errors import FetchError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
@@ -197,13 +195,6 @@ def test_a_tile_that_is_a_web_page_or_junk_names_host_and_tile(tiles):
         assert "secret" not in str(caught.value) and "secret" not in source.name
 
 
-def test_a_host_never_sees_more_than_its_share(tiles):
-    source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png", area=area())
-    tiles.fail("/xyz/", times=100, status=200, delay_s=0.03)
-    source.read(lattice_window(source, 1000, 1000))
-    assert 1 < tiles.most_busy <= REQUESTS_PER_HOST
-
-
 @pytest.mark.parametrize(
     "template",
     ["https://h/{z}/{x}.png", "https://h/{q}/{s}.png", "tiles/{z}/{x}/{y}.png", "https://h/{z}/{y}"],
@@ -288,14 +279,3 @@ def test_pictures_of_every_kind_decode():
 def test_sixteen_bit_tiles_are_refused():
     with pytest.raises(FetchError, match="uint16"):
         decode_tile(picture(np.zeros((3, 256, 256), np.uint16)), 256, "tile", "http://h/")
-
-
-def test_the_lattice_is_the_standard_web_mercator_one():
-    source = TileSource(TileService("https://h/{z}/{x}/{y}.png", "h"), ReadOptions(), area=area())
-    assert source.lattice.bounds == pytest.approx((-HALF_WORLD_M, -HALF_WORLD_M, HALF_WORLD_M, HALF_WORLD_M))
-    assert source.native_gsd_m == pytest.approx(
-        source.lattice.pixel[0] * math.cos(math.radians(LAT)), rel=1e-3
-    )
-    assert source.lattice.transform.almost_equals(
-        Affine(source.lattice.pixel[0], 0, -HALF_WORLD_M, 0, -source.lattice.pixel[0], HALF_WORLD_M)
-    )

@@ -21,7 +21,7 @@ import canopy
 from canopy.errors import CanopyError, CheckpointError, ConfigError, InputError, OutputError
 from canopy.inference import backends
 from canopy.inference.backends import read_card, read_network, settle, write_network
-from canopy.models.export import weights_sha256
+from canopy.models.checkpoint import weights_sha256
 from canopy.models.height import HeightModel, Stretch
 
 OUTPUTS = ("height_m", "spread_m", "q0.05", "q0.95")

@@ -26,7 +26,7 @@ def model():
 def heights_of(model, source, grid: Grid, **options: object) -> np.ndarray:
     """Heights (h, w) in metres, NaN where invalid."""
     sink = ArraySink(grid)
-    predict_grid(model, source, grid, sink, device="cpu", **options)  # type: ignore[arg-type]
+    predict_grid(model, source, grid, sink, **options)  # type: ignore[arg-type]
     return sink.values[0]
 
 

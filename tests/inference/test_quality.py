@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from canopy.calibration.intervals import crops_described, fit_domain
+from canopy.calibration.apply import crops_described, fit_domain
 from canopy.errors import CheckpointError, ConfigError, DataError
 from canopy.inference.layers import (
     BITS,

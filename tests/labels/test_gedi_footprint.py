@@ -8,10 +8,20 @@ import pyproj
 import pytest
 
 from canopy.errors import InputError
+from canopy.geo.cog import CogWriter
 from canopy.geo.crs import transformer
+from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
-from canopy.geo.raster import Raster, write_cog
+from canopy.geo.raster import Raster
 from canopy.labels.footprint import pool_over_disc
+
+
+def write_cog(path, raster, **options):
+    """A whole raster as a map of one band; its sha256."""
+    with CogWriter(path, raster.grid, [BandSpec("canopy_height")], **options) as writer:
+        writer.write(raster.values, raster.valid)
+    return writer.sha256
+
 
 UTM = Grid.of("EPSG:32616", (2.0, 0, 700_000, 0, -2.0, 4_200_000), (120, 150))
 

@@ -15,10 +15,20 @@ from pyproj import Transformer
 
 from canopy.errors import AreaError, DataError, InputError, OutputError
 from canopy.geo.area import AOI
-from canopy.geo.raster import read_raster, write_cog
+from canopy.geo.cog import CogWriter
+from canopy.geo.encoding import BandSpec
+from canopy.geo.raster import read_raster
 from canopy.labels import points as lidar_points
 from canopy.labels.chm import ChmOptions, Policy, chm_from_points
 from canopy.synth.scene import write_scene
+
+
+def write_cog(path, raster, **options):
+    """A whole raster as a map of one band; its sha256."""
+    with CogWriter(path, raster.grid, [BandSpec("canopy_height")], **options) as writer:
+        writer.write(raster.values, raster.valid)
+    return writer.sha256
+
 
 _spec = importlib.util.spec_from_file_location("lidar_files", Path(__file__).parent / "lidar_files.py")
 lidar_files = importlib.util.module_from_spec(_spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +116,57 @@ def test_newer_files_say_so(saved):
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(CheckpointError, match=r"no model 'defualt'.*default"):
         load_model("defualt")
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_the_same_model_gives_the_same_file(small_model: Path, tmp_path: Path, half: bool) -> None:
+    model = load_model(small_model)
+    first = save_checkpoint(tmp_path / "a.safetensors", model, {"name": "a", "b": 1, "c": 2}, half=half)
+    assert (
+        save_checkpoint(tmp_path / "b.safetensors", model, {"name": "a", "b": 1, "c": 2}, half=half) == first
+    )
+    assert load_model(tmp_path / "a.safetensors").card["name"] == "a"
+
+
+def test_weights_that_are_no_numbers_are_neither_written_nor_loaded(
+    small_model: Path, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(small_model, "pt") as file:
+        facts = file.metadata()
+    tensors = load_file(small_model)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors", facts)
+    with pytest.raises(CheckpointError, match="not numbers"):
+        load_model(tmp_path / "nan.safetensors")
+    model = load_model(small_model)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = float("inf")
+    with pytest.raises(CheckpointError, match="not numbers"):
+        save_checkpoint(tmp_path / "inf.safetensors", model, {})
+    assert not (tmp_path / "inf.safetensors").exists()
+
+
+def test_what_people_hand_over_instead_of_a_model(small_model: Path, tmp_path: Path) -> None:
+    """Field case 16: every refusal names the file to give instead, and a run's folder is its model."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from canopy.models.registry import load_model as load_any
+
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(small_model, run / "model.safetensors")
+    assert load_any(run).sha256 == load_model(small_model).sha256
+    torch.save({"state_dict": {"model.encoder.x": torch.zeros(1)}, "epoch": 3}, run / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"state of a training run.*run/model\.safetensors"):
+        load_any(run / "last.ckpt")
+    save_file(load_file(small_model), tmp_path / "bare.safetensors")
+    torch.save(load_file(small_model), tmp_path / "bare.pth")
+    for name in ("bare.safetensors", "bare.pth"):
+        with pytest.raises(CheckpointError, match=r"(?s)weights of a canopy model.*save_checkpoint"):
+            load_any(tmp_path / name)

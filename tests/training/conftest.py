@@ -1,15 +1,19 @@
-"""Small chips folders as `canopy data chips` writes them, without its geo libraries' work."""
+"""One small chips folder and one tiny run for all tests of training."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from canopy.chips.store import NO_HEIGHT, Chip, ChipRow, IndexRow, write_index, write_shard
+from canopy.chips.index import ChipRow
+from canopy.chips.store import Chip
+from canopy.chips.synthetic import write_made
 
 # Trains in a second.
 TINY = """
@@ -31,7 +35,21 @@ model:
 """
 
 
-def made_up_chip(name: str, split: str, seed: int, side_m: int = 32) -> Chip:
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def readable_chip(name: str, split: str, seed: int, side_m: int = 24, site: str = "site0", **row) -> Chip:
+    """Heights that can be read off the brightness; the first two columns are unknown."""
+    rng = np.random.default_rng(seed)
+    chm = np.kron(rng.uniform(0, 30, (side_m // 8, side_m // 8)), np.ones((8, 8))).astype(np.float32)
+    rgb = np.stack([(chm * 8).clip(1, 255).astype(np.uint8).repeat(2, 0).repeat(2, 1)] * 3)
+    chm[:, :2] = np.nan
+    return Chip(ChipRow(name, site, row.pop("kind", "lidar"), split, **row), rgb, chm)
+
+
+def blobs(name: str, split: str, seed: int, side_m: int = 32) -> Chip:
     """Bright ground and dark blobs of trees, whose height can be seen."""
     rng = np.random.default_rng(seed)
     rows, cols = np.mgrid[:side_m, :side_m]
@@ -46,91 +64,69 @@ def made_up_chip(name: str, split: str, seed: int, side_m: int = 32) -> Chip:
     return Chip(ChipRow(name, f"site{seed % 2}", "lidar", split), rgb, chm)
 
 
+def write_folder(folder: Path, splits: list[str]) -> Path:
+    """Chips c0, c1, ... of pairs p0, p1, ..., of two sites in turn."""
+    chips = [
+        readable_chip(f"c{i}", split, i, site=f"site{i % 2}", pair=f"p{i}") for i, split in enumerate(splits)
+    ]
+    write_made(folder, chips, "made up")
+    return folder
+
+
 @pytest.fixture(scope="session")
-def views_dir(tmp_path_factory) -> Path:
-    """Twelve train and four val chips of 64 px, with heights."""
-    folder = tmp_path_factory.mktemp("views")
-    (folder / "shards").mkdir()
-    index = []
-    for split, count in (("train", 12), ("val", 4)):
-        chips = [made_up_chip(f"{split}{i}", split, seed=i + 100 * (split == "val")) for i in range(count)]
-        shots = np.zeros((0, 4), np.float32)
-        write_shard(folder / "shards" / f"{split}.safetensors", [(chip, shots) for chip in chips], "source")
-        index += [
-            IndexRow(
-                c.row.id, c.row.id, c.row.site, "lidar", split, f"shards/{split}.safetensors",
-                height_px=64, width_px=64, gsd_m=0.5, label_gsd_m=1.0, label_share=1.0,
-                height_p95_m=float(np.percentile(c.chm_m, 95)),
-            )
-            for c in chips
-        ]  # fmt: skip
-    write_index(folder, index)
-    return folder
+def shards(tmp_path_factory) -> Path:
+    """Four training, two val and one test chip; not to be changed."""
+    return write_folder(tmp_path_factory.mktemp("shards") / "chips", ["train"] * 4 + ["val"] * 2 + ["test"])
 
 
-def write_shards(
-    folder: Path, splits: list[str], side_m: int = 24, shots: int = 0, kind: str = "lidar"
-) -> Path:
-    """Chips whose heights can be read off their brightness, one shard, as `canopy data chips` leaves them."""
-    from safetensors.numpy import save_file
-
-    rng = np.random.default_rng(0)
-    tensors, rows = {}, []
-    for i, split in enumerate(splits):
-        chm = np.kron(rng.uniform(0, 30, (side_m // 8, side_m // 8)), np.ones((8, 8)))
-        rgb = np.stack([(chm * 8).clip(1, 255).astype(np.uint8).repeat(2, 0).repeat(2, 1)] * 3)
-        name = f"c{i}"
-        tensors[f"{name}/rgb"] = rgb
-        tensors[f"{name}/chm"] = np.where(np.arange(side_m) < 2, NO_HEIGHT, chm * 100).astype(np.uint16)
-        if shots:
-            places = rng.uniform(13, side_m - 13, (shots, 2)) if side_m > 26 else np.full((shots, 2), 12.0)
-            tensors[f"{name}/shots"] = np.column_stack([places, np.full((shots, 2), [20.0, 1.0])]).astype(
-                np.float32
-            )
-        rows.append(
-            IndexRow(
-                name,
-                f"p{i}",
-                f"site{i % 2}",
-                kind,
-                split,
-                "shards/a.safetensors",
-                gsd_m=0.5,
-                label_gsd_m=1.0,
-                height_px=2 * side_m,
-                width_px=2 * side_m,
-                shots=shots,
-                height_p95_m=float(np.percentile(chm, 95)),
-            )
-        )
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "shards" / "a.safetensors")
-    write_index(folder, rows)
-    return folder
-
-
-@pytest.fixture
-def shards(tmp_path) -> Path:
-    """Four training, two val and one test chip."""
-    return write_shards(tmp_path / "chips", ["train"] * 4 + ["val"] * 2 + ["test"])
-
-
-@pytest.fixture
-def config(tmp_path, shards) -> Path:
+@pytest.fixture(scope="session")
+def config(tmp_path_factory, shards) -> Path:
     """A config file that trains on `shards`."""
-    path = tmp_path / "tiny.yaml"
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(TINY + f"data: {{chips: {shards}}}\n")
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_run(config, tmp_path_factory) -> Path:
+    """RUN_DIR of a whole run of six steps; not to be changed."""
+    from canopy.config import load_settings
+    from canopy.training.fit import finetune
+    from canopy.training.settings import FinetuneSettings
+
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    finetune(load_settings(FinetuneSettings, config), run, command=f"canopy train {config} -o {run}")
+    return run
+
+
+@pytest.fixture(scope="session")
+def views_dir(tmp_path_factory) -> Path:
+    """Twelve train and four val chips of 64 px, with heights."""
+    folder = tmp_path_factory.mktemp("views")
+    counts = {"train": 12, "val": 4}
+    names = [(split, i) for split, count in counts.items() for i in range(count)]
+    chips = [blobs(f"{split}{i}", split, seed=i + 100 * (split == "val")) for split, i in names]
+    write_made(folder, chips, "made up")
+    return folder
+
+
+def table(run: Path) -> list[dict[str, str]]:
+    """All lines that a run's calls have logged."""
+    logs = sorted(run.glob("log*/metrics.csv"), key=lambda p: (len(p.parent.name), p))
+    out: list[dict[str, str]] = []
+    for path in logs:
+        with path.open(newline="") as file:
+            out += csv.DictReader(file)
+    return out
+
+
 @pytest.fixture
-def rows() -> Callable[..., list[IndexRow]]:
+def rows() -> Callable[..., list[ChipRow]]:
     """`rows(n, **changes)`: index rows."""
 
-    def make(count: int, **changes: object) -> list[IndexRow]:
-        base = IndexRow("", "", "site", "lidar", "train", gsd_m=0.5, label_gsd_m=1.0, height_p95_m=20.0)
-        return [
-            dataclasses.replace(base, id=f"{changes.get('kind', 'l')}{i}", **changes) for i in range(count)
-        ]
+    def make(count: int, **changes: object) -> list[ChipRow]:
+        base = ChipRow("", "site", "lidar", "train", gsd_m=0.5, label_gsd_m=1.0, height_p95_m=20.0)
+        names = [f"{changes.get('kind', 'l')}{i}" for i in range(count)]
+        return [dataclasses.replace(base, id=name, pair=name, **changes) for name in names]
 
     return make

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
+import runpy
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from canopy.chips.store import Chip, ChipRow, read_index, write_index, write_store
+from canopy.chips.data import DataSettings, chances, choose_chips, evenly, label_subset, some_heights
+from canopy.chips.index import read_index, write_index
+from canopy.chips.store import ChipShards, write_store
 from canopy.errors import DataError
 from canopy.training.callbacks import open_probe
-from canopy.training.data import chances, label_subset, open_data, some_heights, split_chips
-from canopy.training.settings import DataSettings
 
-spec = importlib.util.spec_from_file_location("chips_for_training", Path(__file__).with_name("conftest.py"))
-assert spec and spec.loader
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
+write_folder = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["write_folder"]
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """Four training, two val and one test chip, which a test may change."""
+    return write_folder(tmp_path / "chips", ["train"] * 4 + ["val"] * 2 + ["test"])
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -53,47 +56,44 @@ def test_rare_heights_are_drawn_more_often_but_not_over_and_over(rows):
 
 
 def test_val_is_apart_or_seen(shards):
-    apart, seen = (open_data(DataSettings(chips=shards, include_val=seen), 0.5) for seen in (False, True))
+    apart, seen = (choose_chips(DataSettings(chips=shards, include_val=seen), 0.5) for seen in (False, True))
     assert [len(apart.train), len(apart.val), len(seen.train), len(seen.val)] == [4, 2, 6, 2]
     assert not apart.val_seen and seen.val_seen and apart.sha256 != seen.sha256
     assert {c.row.id for c in apart.val} == {"c4", "c5"} and apart.facts()["val_ids"] == ["p4", "p5"]
-    assert len(split_chips(shards, "test")) == 1 and len(split_chips(shards, "other")) == 0
-    assert [c.row.id for c in seen.val.some(1)] == ["c4"] and seen.val.some(None) is seen.val
+    assert evenly(7, 3) == [0, 3, 6] and evenly(2, None) == evenly(2, 5) == [0, 1]
 
 
 def test_whole_sites_are_left_out(shards):
-    held = open_data(DataSettings(chips=shards, val_sites=["SITE1"]), 0.5)
+    held = choose_chips(DataSettings(chips=shards, val_sites=["SITE1"]), 0.5)
     assert {r.site for r in held.train.rows} == {"site0"} and len(held.train) == 2
     assert [c.row.id for c in held.val] == ["c1", "c3", "c5"] and not held.val_seen
     assert {c.row.site for c in held.val} == {"site1"}  # train and val chips of it, never its test chips
-    assert held.sha256 != open_data(DataSettings(chips=shards), 0.5).sha256
+    assert held.sha256 != choose_chips(DataSettings(chips=shards), 0.5).sha256
     with pytest.raises(DataError, match="0 sites"):
-        open_data(DataSettings(chips=shards, val_sites=["nowhere"]), 0.5)
+        choose_chips(DataSettings(chips=shards, val_sites=["nowhere"]), 0.5)
     with pytest.raises(DataError, match=r"'site' begins the name of 2 sites.*site0; site1"):
-        open_data(DataSettings(chips=shards, val_sites=["site"]), 0.5)
+        choose_chips(DataSettings(chips=shards, val_sites=["site"]), 0.5)
     with pytest.raises(DataError, match="no training chips"):
-        open_data(DataSettings(chips=shards, val_sites=["site0", "site1"]), 0.5)
+        choose_chips(DataSettings(chips=shards, val_sites=["site0", "site1"]), 0.5)
     with pytest.raises(ValueError, match="unseen"):
         DataSettings(val_sites=["site0"], include_val=True)
 
 
 def test_no_chips_no_run(tmp_path):
     with pytest.raises(DataError, match="no such chips"):
-        open_data(DataSettings(chips=tmp_path / "none"), 0.5)
+        choose_chips(DataSettings(chips=tmp_path / "none"), 0.5)
     with pytest.raises(DataError, match="no training chips"):
-        open_data(DataSettings(chips=made.write_shards(tmp_path / "chips", ["val"])), 0.5)
-    only = open_data(DataSettings(chips=made.write_shards(tmp_path / "train", ["train"])), 0.5)
+        choose_chips(DataSettings(chips=write_folder(tmp_path / "chips", ["val"])), 0.5)
+    only = choose_chips(DataSettings(chips=write_folder(tmp_path / "train", ["train"])), 0.5)
     assert len(only.val) == 0 and list(only.val) == []
 
 
 def test_a_chips_file_is_like_a_folder(shards, tmp_path):
-    folder = open_data(DataSettings(chips=shards), 0.5)
-    chips = [Chip(ChipRow(c.row.id, c.row.site, c.row.kind, s), c.rgb, c.chm_m)
-             for s in ("train", "val") for c in split_chips(shards, s)]  # fmt: skip
-    write_store(tmp_path / "chips.safetensors", chips, "hash")
-    file = open_data(DataSettings(chips=tmp_path / "chips.safetensors"), 0.5)
+    folder = choose_chips(DataSettings(chips=shards), 0.5)
+    write_store(tmp_path / "chips.safetensors", list(ChipShards(shards)), "hash")
+    file = choose_chips(DataSettings(chips=tmp_path / "chips.safetensors"), 0.5)
     for a, b in zip(folder.val, file.val, strict=True):
-        assert a.row == b.row and np.array_equal(a.chm_m, b.chm_m, equal_nan=True)
+        assert a.row.id == b.row.id and np.array_equal(a.chm_m, b.chm_m, equal_nan=True)
     assert np.array_equal(some_heights(folder.train), some_heights(file.train))
 
 
@@ -105,42 +105,42 @@ def rewrite(folder: Path, changes: dict[str, dict[str, object]]) -> Path:
 
 
 def test_chips_and_model_must_be_of_one_scale(shards, tmp_path):
-    coarse = made.write_shards(tmp_path / "coarse", ["train", "val"])
+    coarse = write_folder(tmp_path / "coarse", ["train", "val"])
     rewrite(coarse, {name: {"id": f"x{name}", "gsd_m": 1.0, "label_gsd_m": 2.0} for name in ("c0", "c1")})
     words = r"coarse: chips of 1 m a pixel.*0\.5 m, as the model.*--gsd 0\.5, or .*model\.gsd_m"
     with pytest.raises(DataError, match=words):
-        open_data(DataSettings(chips=coarse), 0.5)
+        choose_chips(DataSettings(chips=coarse), 0.5)
     with pytest.raises(DataError, match=r"chips: chips of 0\.5 m a pixel.*1 m, as the model"):
-        open_data(DataSettings(chips=shards), 1.0)
-    assert len(open_data(DataSettings(chips=coarse), 1.0).train) == 1
-    assert len(open_data(DataSettings(chips=coarse), None).train) == 1  # what has no scale of its own
+        choose_chips(DataSettings(chips=shards), 1.0)
+    assert len(choose_chips(DataSettings(chips=coarse), 1.0).train) == 1
+    assert len(choose_chips(DataSettings(chips=coarse), None).train) == 1  # what has no scale of its own
     with pytest.raises(DataError, match=r"coarse: chips of 1 m a pixel.*as the other chips"):
-        open_data(DataSettings(chips=[shards, coarse]), None)
+        choose_chips(DataSettings(chips=[shards, coarse]), None)
     with pytest.raises(DataError, match="as the model"):
         open_probe(coarse, 16, 4, 0.5)
     near = {
         f"c{i}": {"gsd_m": gsd} for i, gsd in enumerate((0.4910, 0.5090, 0.5))
     }  # whole multiples of pixels
-    assert len(open_data(DataSettings(chips=rewrite(shards, near)), 0.5).train) == 4
+    assert len(choose_chips(DataSettings(chips=rewrite(shards, near)), 0.5).train) == 4
 
 
 def test_val_chips_beside_test_chips_are_never_trained_on(shards):
     rewrite(shards, {"c4": {"test_distance_m": 50.0}, "c5": {"test_distance_m": 50.01}})
-    seen = open_data(DataSettings(chips=shards, include_val=True), 0.5)
+    seen = choose_chips(DataSettings(chips=shards, include_val=True), 0.5)
     assert [r.id for r in seen.train.rows] == ["c0", "c1", "c2", "c3", "c5"]
     assert {c.row.id for c in seen.val} == {"c4", "c5"}  # it may still be looked at
     (shards / "settings.json").write_text(json.dumps({"splits": {"buffer_m": 500.0}}))
-    assert len(open_data(DataSettings(chips=shards, include_val=True), 0.5).train) == 4
+    assert len(choose_chips(DataSettings(chips=shards, include_val=True), 0.5).train) == 4
 
 
 def test_chips_without_labels_are_not_trained_on(shards):
     rewrite(
         shards, {name: {"label_share": 0.0} for name in ("c0", "c1", "c4")} | {"c2": {"label_share": 0.3}}
     )
-    assert [r.id for r in open_data(DataSettings(chips=shards), 0.5).train.rows] == ["c2", "c3"]
+    assert [r.id for r in choose_chips(DataSettings(chips=shards), 0.5).train.rows] == ["c2", "c3"]
     rewrite(shards, {"c1": {"shots": 2}})  # weak labels are labels
-    data = open_data(DataSettings(chips=shards), 0.5)
+    data = choose_chips(DataSettings(chips=shards), 0.5)
     assert [r.id for r in data.train.rows] == ["c1", "c2", "c3"] and {c.row.id for c in data.val} == {"c5"}
     rewrite(shards, {f"c{i}": {"label_share": 0.0, "shots": 0} for i in range(6)})
     with pytest.raises(DataError, match=r"no training chips.*labelled"):
-        open_data(DataSettings(chips=shards), 0.5)
+        choose_chips(DataSettings(chips=shards), 0.5)

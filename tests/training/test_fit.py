@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
+from canopy.chips.synthetic import write_synth
 from canopy.config import load_settings
 from canopy.errors import CheckpointError, ConfigError, DataError
 from canopy.models.checkpoint import load_model
@@ -21,10 +24,9 @@ from canopy.training.callbacks import TrainingError
 from canopy.training.fit import finetune
 from canopy.training.settings import FinetuneSettings
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+helpers = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
+table = helpers["table"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def settings(config, *overrides) -> FinetuneSettings:
@@ -36,52 +38,47 @@ def state(run) -> dict:
 
 
 def same(a, b) -> bool:
-    """Whether two checkpoints agree to the bit, but for the clock."""
+    """Whether two parts of checkpoints agree to the bit."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "trained_s")
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def same_run(a, b) -> bool:
-    return all(
-        same(state(a)[k], state(b)[k]) for k in ("state_dict", "optimizer_states", "canopy", "global_step")
-    )
+def skipped(saved: dict) -> list[int]:
+    return next(v["skipped"] for k, v in saved["callbacks"].items() if "NanGuard" in k)
 
 
-def table(path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_train_export_and_go_on(config, tmp_path):
-    run = tmp_path / "run"
-    exported = finetune(settings(config), run, command="test")
-    card = load_model(exported).card
+def test_a_run_leaves_its_settings_its_log_and_a_model(tiny_run):
+    card = load_model(tiny_run / "model.safetensors").card
     assert card["steps"] == 6 and card["exported"].startswith("best")
     assert card["data"]["train_ids"] == ["p0", "p1", "p2", "p3"] and card["data"]["val_chips"] == 2
-    assert card["val"]["all"]["n"] == 2 * 24 * 22 and "chips" in card["settings"]["data"]["chips"]
-    assert str(tmp_path) not in json.dumps(card)
-    train, val = table(run / "train.csv"), table(run / "val.csv")
+    assert card["val"]["all"]["n"] == 2 * 24 * 22 and card["settings"]["data"]["chips"] == ["chips"]
+    assert str(tiny_run.parent) not in json.dumps(card) and card["command"].endswith("-o run")
+    lines = table(tiny_run)
+    train, val = [r for r in lines if r["loss"]], [r for r in lines if r["val_mae_m"]]
     assert [int(r["step"]) for r in train] == [1, 2, 3, 4, 5, 6]
-    assert all(math.isfinite(float(value)) for r in train for value in r.values())
-    assert {r["site"] for r in val} == {"site0", "site1", "all but plots", "all"} and len(val) == 3 * 4
-    assert yaml.safe_load((run / "config.yaml").read_text())["batch"] == 2
+    # Also those that are written first or count later: a ramp begins at 0.
+    terms = ("loss", "charbonnier", "gradient", "two_hot", "footprint", "mae_m", "lr", "grad_norm", "minutes")
+    assert all(math.isfinite(float(row[name])) for row in train for name in terms)
+    assert float(train[0]["footprint"]) == 0 and sorted({int(r["step"]) for r in val}) == [2, 4, 6]
+    assert all(float(r["val/site0/mae_m"]) > 0 and float(r["val/all/mae_m"]) > 0 for r in val)
+    assert yaml.safe_load((tiny_run / "config.yaml").read_text())["batch"] == 2
     step = int(card["exported"].split()[-1])
-    maes = {int(r["step"]): float(r["mae_m"]) for r in val if r["site"] == "all"}
-    assert maes[step] == min(maes.values()) and (run / f"best-{step:07d}.safetensors").is_file()
+    maes = {int(r["step"]): float(r["val_mae_m"]) for r in val}
+    assert maes[step] == min(maes.values()) and (tiny_run / f"best-{step:07d}.ckpt").is_file()
     assert card["val"]["all"]["mae_m"] == pytest.approx(maes[step], abs=0.02)  # fp16 weights
 
+
+def test_a_folder_is_begun_once_and_resumed_with_its_own_settings(config, tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="holds a run already"):
-        finetune(settings(config), run)
+        finetune(settings(config), tiny_run)
     with pytest.raises(ConfigError, match=r"other settings: loss\.l1, lr"):
-        finetune(settings(config, "lr=0.01", "loss.l1=1"), run, resume=True)
-    finetune(settings(config, "steps=8"), run, resume=True)
-    assert load_model(exported).card["steps"] == 8
-    assert [int(r["step"]) for r in table(run / "train.csv")] == [*range(1, 9)]
+        finetune(settings(config, "lr=0.01", "loss.l1=1"), tiny_run, resume=True)
     with pytest.raises(ConfigError, match="no run to resume"):
         finetune(settings(config), tmp_path / "elsewhere", resume=True)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 KILLED = """
@@ -89,55 +86,70 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from canopy.config import load_settings
-from canopy.training.height import HeightModule
+from canopy.training.callbacks import Schedule
 from canopy.training.fit import finetune
 from canopy.training.settings import FinetuneSettings
-config, run, stop, where = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+config, run, stop = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
-after, save = HeightModule._after, torch.save
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-def stepped(self, *args):
-    after(self, *args)
-    if where == "after" and self.global_step == stop:
-        die()
-def torn(obj, file, *args, **kwargs):
-    if where == "saving" and obj["global_step"] == stop:
-        Path(run, ".last.ckpt.part").write_bytes(b"half")
-        die()
-    return save(obj, file, *args, **kwargs)
-HeightModule._after, torch.save = stepped, torn
-finetune(load_settings(FinetuneSettings, config), run, resume=(run / "last.ckpt").exists())
+after = Schedule.on_train_batch_end
+def stepped(self, trainer, *args, **kwargs):
+    after(self, trainer, *args, **kwargs)
+    if trainer.global_step == stop:
+        os.kill(os.getpid(), signal.SIGKILL)
+Schedule.on_train_batch_end = stepped
+finetune(load_settings(FinetuneSettings, config), run)
 """
 
 
-def test_killed_at_any_step_and_resumed_it_ends_in_the_same_bits(config, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    finetune(settings(config), whole)
-    # Checkpoints are written at steps 2, 4 and 6: once between two of them, once in the middle of one.
-    for stop, where in ((3, "after"), (4, "saving")):
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(config), str(cut), str(stop), where],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert done.returncode == -signal.SIGKILL, done.stderr[-800:]
-        assert state(cut)["global_step"] == 2
+def test_killed_and_resumed_it_ends_in_the_same_bits(config, tiny_run, tmp_path):
+    cut = tmp_path / "cut"
+    done = subprocess.run(  # checkpoints are written at steps 2, 4 and 6
+        [sys.executable, "-c", KILLED, str(config), str(cut), "3"],
+        env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr[-800:]
+    assert state(cut)["global_step"] == 2 and not (cut / "model.safetensors").exists()
     finetune(settings(config), cut, resume=True)
-    assert same_run(whole, cut)
-    for name in ("train.csv", "val.csv"):
-        one, two = (
-            [{k: v for k, v in row.items() if k != "minutes"} for row in table(run / name)]
-            for run in (whole, cut)
+    whole, resumed = state(tiny_run), state(cut)
+    for name in ("state_dict", "current_model_state", "optimizer_states", "global_step"):
+        assert same(whole[name], resumed[name]), name
+    losses = [
+        {r["step"]: (r["loss"], r["val_mae_m"]) for r in table(run) if int(r["step"]) > 3}
+        for run in (tiny_run, cut)
+    ]
+    assert losses[0] == losses[1]
+    weights = (load_model(run / "model.safetensors").state_dict() for run in (tiny_run, cut))
+    assert same(*map(dict, weights))
+    finetune(settings(config, "steps=8"), cut, resume=True)  # a finished run goes on
+    assert load_model(cut / "model.safetensors").card["steps"] == 8
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(config, tiny_run, tmp_path):
+    finetune(settings(config, "workers=2"), tmp_path / "b")
+    assert same(state(tiny_run)["state_dict"], state(tmp_path / "b")["state_dict"])
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
+    # No batch norms, which see one process's images, and nothing drawn at random by process.
+    plain = ["model.encoder.stem=[]", "model.decoder.detail=false", "model.decoder.unit_norm=false"]
+    plain += ["model.encoder.drop_path=0", "loss.ranked=0.1", "steps=4", "export=last"]
+    finetune(settings(config, *plain, "batch=4"), tmp_path / "one")
+    words = [sys.executable, "-m", "canopy", "train", str(config), *plain, "devices=2"]
+    for more in ([], ["steps=6", "--resume"]):
+        words_now = [*words, *more, "-o", str(tmp_path / "two"), "-q"]
+        done = subprocess.run(
+            words_now, env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=900
         )
-        assert one == two
-    weights = (load_model(run / "model.safetensors").state_dict().values() for run in (whole, cut))
-    assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
-
-
-def test_workers_change_nothing(config, tmp_path):
-    finetune(settings(config, "steps=2"), tmp_path / "a")
-    finetune(settings(config, "steps=2", "workers=2"), tmp_path / "b")
-    assert same(state(tmp_path / "a")["state_dict"], state(tmp_path / "b")["state_dict"])
+        assert done.returncode == 0, done.stderr[-1500:]
+        if not more:
+            alone, both = (state(tmp_path / name)["current_model_state"] for name in ("one", "two"))
+            for name, value in alone.items():
+                torch.testing.assert_close(both[name], value, rtol=2e-4, atol=2e-5, msg=name)
+            one, two = ([r for r in table(tmp_path / name) if r["val_n"]] for name in ("one", "two"))
+            assert [r["val_n"] for r in one] == [r["val_n"] for r in two]  # each chip counts once
+    assert state(tmp_path / "two")["global_step"] == 6
 
 
 WITHOUT_GEO = """
@@ -145,14 +157,10 @@ import sys
 blocked = ["rasterio", "geopandas", "pyproj", "odc", "shapely", "rioxarray", "xarray", "fiona"]
 sys.modules.update(dict.fromkeys(blocked))
 from pathlib import Path
-from canopy.chips.write import write_synth
 from canopy.config import load_settings
-from canopy.training.fit import finetune
-from canopy.training.fit import pretrain
-from canopy.training.settings import PretrainSettings
-from canopy.training.settings import FinetuneSettings
+from canopy.training.fit import finetune, pretrain
+from canopy.training.settings import FinetuneSettings, PretrainSettings
 config, smoke, out = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-write_synth(out / "synth", 2, 64)
 chips = load_settings(FinetuneSettings, config).data.chips[0]
 first = [f"data.chips={out}/synth", "probe.every=0", "steps=1"]
 pretrain(load_settings(PretrainSettings, smoke, first), out / "p")
@@ -163,9 +171,10 @@ finetune(load_settings(FinetuneSettings, config, second), out / "f")
 
 def test_pretraining_and_training_run_without_geo_libraries(config, repo, tmp_path):
     smoke = repo / "configs" / "pretrain" / "smoke.yaml"
+    write_synth(tmp_path / "synth", 2, 64)
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_GEO, str(config), str(smoke), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
+        env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-1500:]
     card = load_model(tmp_path / "f" / "model.safetensors").card
@@ -173,36 +182,39 @@ def test_pretraining_and_training_run_without_geo_libraries(config, repo, tmp_pa
     assert card["settings"]["data"]["chips"] == ["chips", "synth"]
 
 
-def test_two_processes_do_not_share_a_folder(config, tmp_path):
-    from canopy.training.run_folder import locked
+def test_two_processes_do_not_share_a_folder(config, tiny_run):
+    code = "import sys, pathlib; from canopy.config import load_settings\n"
+    code += "from canopy.training.run_folder import held\n"
+    code += "from canopy.training.settings import FinetuneSettings\n"
+    code += "s = load_settings(FinetuneSettings, sys.argv[2])\n"
+    code += "with held(pathlib.Path(sys.argv[1]), s, True, frozenset()): pass"
+    words = [sys.executable, "-c", code, str(tiny_run), str(config)]
+    from canopy.training.run_folder import held
 
-    run = tmp_path / "run"
-    code = "import sys, pathlib; from canopy.training.run_folder import locked\n"
-    code += "with locked(pathlib.Path(sys.argv[1])): pass"
-    with locked(run):
-        done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
+    with held(tiny_run, settings(config), True, frozenset()):
+        done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode and "another process trains here" in done.stderr
-    assert subprocess.run([sys.executable, "-c", code, str(run)]).returncode == 0
+    assert subprocess.run(words).returncode == 0
 
 
 def test_bad_steps_are_left_out_and_the_third_stops_the_run(config, tmp_path, monkeypatch):
-    from canopy.training import losses as height_losses
+    from canopy.training import losses
 
-    real, calls = height_losses.charbonnier, []
+    real, calls = losses.charbonnier, []
 
     def poisoned(pred, *args):
         calls.append(1)
         return real(pred, *args) * (float("nan") if len(calls) in bad else 1.0)
 
-    monkeypatch.setattr("canopy.training.losses.charbonnier", poisoned)
+    monkeypatch.setattr(losses, "charbonnier", poisoned)
     bad = {2, 4}
     finetune(settings(config), tmp_path / "two")
     saved = state(tmp_path / "two")
-    assert len(calls) == 8 and saved["global_step"] == 6 and saved["canopy"]["guard"] == {"skipped": [1, 3]}
+    assert len(calls) == saved["global_step"] == 6 and skipped(saved) == [1, 3]
     assert all(bool(torch.isfinite(v).all()) for v in saved["state_dict"].values())
     calls.clear()
     bad = {1, 2, 3}
-    with pytest.raises(TrainingError, match=r"loss is nan.* at step 2, .* \[0, 1\]"):
+    with pytest.raises(TrainingError, match=r"loss is nan, charbonnier is nan.* at step 2, .* \[0, 1\]"):
         finetune(settings(config), tmp_path / "three")
 
 
@@ -218,7 +230,7 @@ def test_an_overflow_in_the_stem_poisons_nothing(config, tmp_path, monkeypatch):
     monkeypatch.setattr(HeightModule, "terms", blinding)
     finetune(settings(config), tmp_path / "run")
     saved = state(tmp_path / "run")
-    assert saved["canopy"]["guard"] == {"skipped": [2]} and saved["global_step"] == 6
+    assert skipped(saved) == [2] and saved["global_step"] == 6
     assert all(bool(torch.isfinite(v).all()) for v in saved["state_dict"].values())
 
 
@@ -228,14 +240,21 @@ def test_early_stop_keeps_the_best(config, tmp_path, monkeypatch):
     def scores(*args, **kwargs):
         return {"all": {"n": 1, "mae_m": next(maes), "r": 0.5, "bias_m": 0.0}}
 
-    monkeypatch.setattr("canopy.training.height.score_chips", scores)
+    monkeypatch.setattr("canopy.training.height.table_of", scores)
     run = tmp_path / "run"
     finetune(settings(config, "steps=20", "patience=2"), run)
-    assert state(run)["global_step"] == 8 and state(run)["canopy"]["best"]["step"] == 4
-    assert [p.name for p in run.glob("best-*")] == ["best-0000004.safetensors"]
-    assert load_model(run / "model.safetensors").card["exported"].endswith("step 4")
-    finetune(settings(config, "steps=30", "patience=2"), run, resume=True)  # it stays stopped
     assert state(run)["global_step"] == 8
+    assert [p.name for p in run.glob("best-*")] == ["best-0000004.ckpt"]
+    assert load_model(run / "model.safetensors").card["exported"].endswith("step 4")
+
+
+def test_minutes_end_a_run_which_is_then_validated(config, tmp_path):
+    run = tmp_path / "run"
+    finetune(settings(config, "minutes=0.001", "steps=100000", "validate_every=1000"), run)
+    card = load_model(run / "model.safetensors").card
+    assert 0 < card["steps"] < 1000 and card["exported"].endswith(f"step {card['steps']}")
+    finetune(settings(config, "minutes=0.001", "steps=100000", "validate_every=1000"), run, resume=True)
+    assert load_model(run / "model.safetensors").card["steps"] == card["steps"]  # it is over
 
 
 def test_val_may_be_trained_on_and_is_then_called_seen(config, tmp_path):
@@ -248,28 +267,29 @@ def test_val_may_be_trained_on_and_is_then_called_seen(config, tmp_path):
         settings(config, "data.include_val=true", "patience=3")
 
 
-def test_starting_from_other_weights(config, tmp_path):
-    from safetensors.torch import load_file, save_file
+def test_without_val_chips_the_last_weights_are_exported(config, shards, tmp_path):
+    folder = helpers["write_folder"](tmp_path / "chips", ["train"] * 3)
+    run = tmp_path / "run"
+    finetune(settings(config, f"data.chips={folder}", "steps=3"), run)
+    card = load_model(run / "model.safetensors").card
+    assert card["exported"] == "last" and "val" not in card and state(run)["global_step"] == 3
 
-    first = finetune(settings(config, "steps=2"), tmp_path / "first")
-    tensors = load_file(first)
+
+def test_starting_from_other_weights(config, tiny_run, tmp_path):
+    tensors = load_file(tiny_run / "model.safetensors")
     encoder = {k: v for k, v in tensors.items() if k.startswith("encoder.")}
     save_file(encoder, tmp_path / "encoder.safetensors", metadata={"card": '{"objective": "dinov2"}'})
     frozen = settings(config, "steps=3", f"init_from={tmp_path}/encoder.safetensors", "freeze_encoder=true")
     card = load_model(finetune(frozen, tmp_path / "frozen")).card
     assert card["started_from"] == {"file": "encoder.safetensors", "objective": "dinov2"}
-    after = state(tmp_path / "frozen")["state_dict"]
+    after = state(tmp_path / "frozen")["current_model_state"]
     assert all(torch.equal(after[f"model.{k}"], v.float()) for k, v in encoder.items())
-    moved = [
-        k
-        for k in tensors
-        if k.startswith("decoder.") and not torch.equal(after[f"model.{k}"], tensors[k].float())
-    ]
-    assert moved
-    for name, part in (("first/model.safetensors", "all"), ("first/last.ckpt", "encoder")):
-        more = settings(config, "steps=1", f"init_from={tmp_path}/{name}", f"init_part={part}")
-        finetune(more, tmp_path / part)
-
+    decoder = [k for k in tensors if k.startswith("decoder.")]
+    assert any(not torch.equal(after[f"model.{k}"], tensors[k].float()) for k in decoder)
+    for name, part in (("model.safetensors", "all"), ("last.ckpt", "encoder")):
+        finetune(
+            settings(config, "steps=1", f"init_from={tiny_run}/{name}", f"init_part={part}"), tmp_path / part
+        )
     spoiled = dict(encoder)
     spoiled["encoder.new"] = spoiled.pop(next(iter(encoder)))
     save_file(spoiled, tmp_path / "spoiled.safetensors")
@@ -277,14 +297,44 @@ def test_starting_from_other_weights(config, tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
     for name, words in (
-        ("spoiled.safetensors", r"2 differences.*missing.*unexpected new"),
-        ("other.safetensors", "holds no encoder"),
-        ("junk.safetensors", "damaged"),
-        ("junk.ckpt", "no checkpoint"),
-        ("none.safetensors", "no such file"),
+        (f"{tmp_path}/spoiled.safetensors", r"2 differences.*missing.*unexpected new"),
+        (f"{tmp_path}/other.safetensors", "holds no encoder"),
+        (f"{tmp_path}/junk.safetensors", "damaged"),
+        (f"{tmp_path}/junk.ckpt", "no checkpoint"),
+        (f"{tmp_path}/none.safetensors", "no such file"),
+        ("default", "differences"),  # a model's name: that of another size
+        ("nobody", "no model 'nobody'"),
     ):
         with pytest.raises(CheckpointError, match=words):
-            finetune(settings(config, f"init_from={tmp_path}/{name}"), tmp_path / "bad" / name)
+            finetune(settings(config, f"init_from={name}"), tmp_path / "bad" / Path(name).name)
+
+
+def test_encoders_in_timms_names(shared):
+    from canopy.models.config import ModelConfig
+    from canopy.models.height import HeightModel
+    from canopy.training.start import describe_start, start_from
+
+    folder = shared / "data" / "encoders"
+    half = {"head": "half", "bins": 8, "bin_max": 4.0, "weights": "softmax"}
+    lite = {"family": "cnn", "network": "tf_efficientnet_lite2", "patch": 32}
+    vit = {"family": "vit", "dim": 384, "depth": 12, "heads": 6, "patch": 14, "pos_grid": 37}
+    vit |= {"taps": [5, 7, 8, 11], "norm_taps": True}
+    for file, encoder, mean, std in (
+        ("tf_efficientnet_lite2_imagenet", lite, [0.5] * 3, [0.5] * 3),
+        ("vit_small_patch14_dinov2_imgfocus", vit, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ):
+        path = folder / f"{file}.safetensors"
+        raw = {"encoder": encoder, "decoder": half, "mean": mean, "std": std}
+        model = HeightModel(ModelConfig.from_dict(raw))
+        assert start_from(model, path) == "encoder"
+        found = load_file(path)
+        name = "conv_stem.weight" if encoder is lite else "blocks.3.attn.qkv.weight"
+        ours = model.encoder.state_dict()[("net." if encoder is lite else "vit.") + name]
+        assert torch.equal(ours, found[name].float())
+        assert describe_start(path)["licence"] and describe_start(path)["timm"]
+        other = HeightModel(ModelConfig.from_dict(raw | {"mean": [0.1] * 3}))
+        with pytest.raises(CheckpointError, match=r"images of mean .*Set model\.mean"):
+            start_from(other, path)
 
 
 def test_fast_dev_run_leaves_nothing(config, tmp_path):
@@ -299,14 +349,12 @@ def test_settings_name_the_nearest_known_key(config):
         settings(config, "loss.shift_reach=2")
     with pytest.raises(ConfigError, match=r"'dpth'.*'depth'"):
         settings(config, "model.encoder.dpth=2")
-    for wrong in (
-        "precision=16-mixed",
-        "data.label_share=0",
-        "loss.height_weight=[[5,1],[3,1]]",
-        "init_part=all",
-    ):
+    for wrong in ("precision=16-mixed", "data.label_share=0", "loss.height_weight=[[5,1],[3,1]]"):
         with pytest.raises(ConfigError):
             settings(config, wrong)
+    for wrong in ("device=auto", "device=cuda:1"):
+        with pytest.raises(ConfigError, match="device=cuda or device=cpu"):
+            settings(config, "devices=2", wrong)
 
 
 def test_every_shipped_config_is_valid(repo):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,20 +15,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from canopy.chips.data import Views
 from canopy.config import load_settings, validate_settings
 from canopy.errors import ConfigError, DataError
 from canopy.models.config import EncoderConfig, ModelConfig, from_plain
 from canopy.models.height import HeightModel
 from canopy.training.callbacks import TrainingError
-from canopy.training.fit import pretrain
+from canopy.training.fit import pretrain, view_stream
 from canopy.training.optim import follow
-from canopy.training.run_folder import locked
 from canopy.training.settings import PretrainSettings
 from canopy.training.ssl import DinoModule, MaeModule, PretrainModule, measure_norms, random_masks
-from canopy.training.ssl_data import open_stream
+from canopy.training.ssl_data import Views
 
-STEPS = 12
+STEPS = 9
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -45,26 +44,24 @@ pretrain(PretrainSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 
 
 def smoke(repo: Path, chips: Path, *more: str) -> PretrainSettings:
-    changes = [f"data.chips={chips}", f"steps={STEPS}", "log_every=4", "probe.every=0", *more]
-    return load_settings(PretrainSettings, repo / "configs" / "pretrain" / "smoke.yaml", changes)
+    changes = [f"data.chips={chips}", f"steps={STEPS}", "log_every=4", "probe.every=0", "tensorboard=false"]
+    return load_settings(PretrainSettings, repo / "configs" / "pretrain" / "smoke.yaml", [*changes, *more])
 
 
 def module_of(settings: PretrainSettings) -> tuple[PretrainModule, Views]:
     torch.manual_seed(0)
-    stream = open_stream(settings)
+    stream = view_stream(settings)
     kind = MaeModule if settings.objective == "mae" else DinoModule
-    return kind(settings, stream, None), stream.make(0)
+    return kind(settings, stream), stream.make(0)
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
     a, b = (torch.load(d / "last.ckpt", weights_only=True) for d in (one, other))
     assert a["global_step"] == b["global_step"] == STEPS
-    assert a["canopy"]["stream"] == b["canopy"]["stream"]
     assert a["state_dict"].keys() == b["state_dict"].keys()
     for name, value in a["state_dict"].items():
         assert torch.equal(value, b["state_dict"][name]), name
     left, right = (ckpt["optimizer_states"][0] for ckpt in (a, b))
-    assert left["param_groups"] == right["param_groups"]
     for key, state in left["state"].items():
         assert all(torch.equal(v, right["state"][key][k]) for k, v in state.items())
     first, second = (load_file(d / "encoder.safetensors") for d in (one, other))
@@ -81,13 +78,12 @@ def uninterrupted(request, repo, views_dir, tmp_path_factory) -> tuple[PretrainS
     return settings, folder
 
 
-@pytest.mark.parametrize("step", [3, 7, 11])  # just saved, in between, in the final phase
-def test_stopped_anywhere_and_resumed_is_bitwise_the_same(uninterrupted, tmp_path, monkeypatch, step):
+def test_stopped_in_the_final_phase_and_resumed_is_bitwise_the_same(uninterrupted, tmp_path, monkeypatch):
     settings, whole = uninterrupted
     step_of = PretrainModule.optimizer_step
 
     def failing(self, *args, **kwargs):
-        if self.global_step == step:
+        if self.global_step == 8:
             raise RuntimeError("power cut")
         step_of(self, *args, **kwargs)
 
@@ -108,7 +104,7 @@ def test_killed_by_sigkill_and_resumed_is_bitwise_the_same(uninterrupted, tmp_pa
     settings = settings.model_copy(update={"data": data})
     died = subprocess.run(
         [sys.executable, "-c", KILLED, settings.model_dump_json(), str(tmp_path)],
-        capture_output=True, text=True, timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert died.returncode == -signal.SIGKILL, died.stderr[-800:]
     assert (tmp_path / "last.ckpt").exists() and not (tmp_path / "encoder.safetensors").exists()
@@ -116,53 +112,32 @@ def test_killed_by_sigkill_and_resumed_is_bitwise_the_same(uninterrupted, tmp_pa
     assert_equal_runs(whole, tmp_path)
 
 
-def test_a_finished_run_goes_on_when_steps_are_raised(repo, views_dir, tmp_path):
-    pretrain(smoke(repo, views_dir, "steps=2", "views.locals=0"), tmp_path)
-    card = pretrain(smoke(repo, views_dir, "steps=3", "views.locals=0"), tmp_path, resume=True)
-    assert card["steps"] == 3 and {p.name for p in tmp_path.glob("log*")} == {"log", "log2"}
-
-
-def test_resume_needs_a_run_and_a_run_needs_room(repo, views_dir, tmp_path):
-    settings = smoke(repo, views_dir, "steps=1")
-    with pytest.raises(ConfigError, match="no run to resume"):
-        pretrain(settings, tmp_path / "new", resume=True)
-    pretrain(settings, tmp_path)
-    with pytest.raises(ConfigError, match="holds a run"):
-        pretrain(settings, tmp_path)
-    with pytest.raises(DataError, match="no such chips"):
-        pretrain(smoke(repo, tmp_path / "none"), tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    with locked(tmp_path), pytest.raises(ConfigError, match="another process trains here"):
-        pretrain(settings, tmp_path, resume=True)
-
-
-def test_a_run_goes_on_with_the_settings_it_was_started_with(repo, views_dir, tmp_path):
-    pretrain(smoke(repo, views_dir, "steps=1", "views.locals=0"), tmp_path)
-    before = (tmp_path / "config.yaml").read_text()
-    changes = [
-        "lr=0.5",
-        "views.locals=1",
-        "dino.koleo_weight=0.3",
-        "dino.hidden=8",
-        "data.splits=[train, val]",
-    ]
-    with pytest.raises(
-        ConfigError, match=r"data\.splits, dino\.hidden, dino\.koleo_weight, lr, views\.locals"
-    ):
-        pretrain(smoke(repo, views_dir, "steps=2", *changes), tmp_path, resume=True)
-    assert (tmp_path / "config.yaml").read_text() == before
-    watched = ["log_every=1", "probe.every=2", "data.workers=0", "checkpoint_every=1"]
-    settings = smoke(repo, views_dir, "steps=2", "views.locals=0", *watched)
-    assert pretrain(settings, tmp_path, resume=True)["steps"] == 2
-    (views := tmp_path / "fewer").mkdir()  # the same folder with other chips in it
+def test_a_run_goes_on_with_the_settings_and_chips_it_was_started_with(repo, views_dir, tmp_path):
+    chips, run = tmp_path / "chips", tmp_path / "run"
+    chips.mkdir()
     for name in ("index.csv", "shards"):
-        (views / name).symlink_to(views_dir / name)
-    run = tmp_path / "other"
-    pretrain(smoke(repo, views, "steps=1"), run)
-    (views / "index.csv").unlink()
-    (views / "index.csv").write_text("".join((views_dir / "index.csv").open().readlines()[:-6]))
-    with pytest.raises(DataError, match="the saved position has chips"):
-        pretrain(smoke(repo, views, "steps=2"), run, resume=True)
+        (chips / name).symlink_to(views_dir / name)
+    with pytest.raises(ConfigError, match="no run to resume"):
+        pretrain(smoke(repo, chips), run, resume=True)
+    with pytest.raises(DataError, match="no such chips"):
+        pretrain(smoke(repo, tmp_path / "none"), run)
+    assert not run.exists()
+    pretrain(smoke(repo, chips, "steps=1", "views.locals=0"), run)
+    before = (run / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="holds a run"):
+        pretrain(smoke(repo, chips), run)
+    changes = ["lr=0.5", "views.locals=1", "dino.koleo_weight=0.3", "data.splits=[train, val]"]
+    with pytest.raises(ConfigError, match=r"data\.splits, dino\.koleo_weight, lr, views\.locals"):
+        pretrain(smoke(repo, chips, "steps=2", *changes), run, resume=True)
+    assert (run / "config.yaml").read_text() == before
+    watched = ["log_every=1", "probe.every=2", "checkpoint_every=1"]
+    longer = smoke(repo, chips, "steps=2", "views.locals=0", *watched)
+    assert pretrain(longer, run, resume=True)["steps"] == 2
+    assert {p.name for p in run.glob("log*")} == {"log", "log2"}
+    (chips / "index.csv").unlink()  # the same folder with other chips in it
+    (chips / "index.csv").write_text("".join((views_dir / "index.csv").open().readlines()[:-6]))
+    with pytest.raises(DataError, match="the run has chips"):
+        pretrain(smoke(repo, chips, "steps=3", "views.locals=0"), run, resume=True)
 
 
 @pytest.mark.parametrize("bound", ["steps=3", "minutes=0.001"])
@@ -181,15 +156,8 @@ def test_what_is_exported_is_what_was_probed_and_a_finished_run_takes_no_step(
 
 @pytest.mark.slow
 def test_two_processes_train_together_and_resume(repo, views_dir, tmp_path):
-    words = [
-        sys.executable,
-        "-m",
-        "canopy",
-        "pretrain",
-        "configs/pretrain/smoke.yaml",
-        f"data.chips={views_dir}",
-    ]
-    words += ["devices=2", "strategy=ddp", "probe.every=2", "dino.gram.weight=0", "-q", "--json"]
+    words = [sys.executable, "-m", "canopy", "pretrain", "configs/pretrain/smoke.yaml"]
+    words += [f"data.chips={views_dir}", "devices=2", "probe.every=2", "-q", "--json"]
     words += ["-o", str(tmp_path / "run")]
     for steps, more in ((2, []), (4, ["--resume"])):
         ran = subprocess.run(
@@ -197,9 +165,6 @@ def test_two_processes_train_together_and_resume(repo, views_dir, tmp_path):
         )
         assert ran.returncode == 0, ran.stderr[-800:]
         assert json.loads(ran.stdout.strip())["steps"] == steps  # one process has the word
-    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
-    stream = state["canopy"]["stream"]
-    assert stream["world"] == 2 and stream["position"] == 4
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------------
@@ -223,21 +188,19 @@ def test_the_export_fits_a_height_model_by_name_and_shape(uninterrupted):
 def test_a_run_logs_losses_spread_rank_and_probe(uninterrupted):
     settings, folder = uninterrupted
     columns = set((folder / "log" / "metrics.csv").read_text().splitlines()[0].split(","))
-    terms = {"dinov2": {"loss/dino", "loss/ibot", "loss/koleo", "loss/gram"}, "mae": {"loss/mae"}}
+    terms = {"dinov2": {"loss/dino", "loss/ibot", "loss/koleo"}, "mae": {"loss/mae"}}
     wanted = terms[settings.objective] | {"images_per_s", "lr", "std/class", "rank/patch", "probe/mae_m"}
     assert wanted <= columns
-    assert list((folder / "log" / "tensorboard").iterdir())
     assert load_settings(PretrainSettings, folder / "config.yaml") == settings
 
 
 # ---- DINOv2 --------------------------------------------------------------------------------------------
 def test_only_the_student_gets_gradients(repo, views_dir):
     module, views = module_of(smoke(repo, views_dir))
-    module.anchor_ready.fill_(True)
     terms = module.terms(views)
-    assert set(terms) == {"dino", "ibot", "koleo", "gram"}
+    assert set(terms) == {"dino", "ibot", "koleo"}
     sum(terms.values()).backward()
-    assert all(p.grad is None for p in [*module.teacher.parameters(), *module.anchor.parameters()])
+    assert all(p.grad is None for p in module.teacher.parameters())
     assert all(p.grad is not None for _, p in module.trained())
     trained = {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
     assert trained == {id(p) for _, p in module.trained()}
@@ -332,15 +295,10 @@ def spoiling(monkeypatch, how: str, bad: set[int]) -> dict[int, dict[str, torch.
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_two_bad_steps_are_left_out(repo, views_dir, tmp_path, monkeypatch, caplog, how):
+def test_two_bad_steps_are_left_out_and_leave_no_trace(repo, views_dir, tmp_path, monkeypatch, how):
     kept = spoiling(monkeypatch, how, {4, 5})
-    caplog.set_level("WARNING", logger="canopy")
-    monkeypatch.setattr("canopy.runtime.log.propagate", True)
-    assert pretrain(smoke(repo, views_dir), tmp_path)["steps"] == STEPS
-    assert "step 4 is left out" in caplog.text
-    assert ("ibot is nan" in caplog.text) == (how == "loss")
-    assert ("gradient is nan" in caplog.text) == (how == "gradient")
-    for name, value in kept[4].items():  # they leave no trace
+    assert pretrain(smoke(repo, views_dir, "steps=7"), tmp_path)["steps"] == 7
+    for name, value in kept[4].items():
         assert torch.equal(value, kept[6][name]), name
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert all(bool(torch.isfinite(v).all()) for v in saved["state_dict"].values())
@@ -360,7 +318,8 @@ def test_the_third_bad_step_stops_the_run_also_after_a_resume(repo, views_dir, t
         ({"views": {"global_px": 100}}, "patches of 16"),
         ({"views": {"local_area": [0.5, 0.2]}}, "rising"),
         ({"objective": "simclr"}, "dinov2"),
-        ({"dino": {"gram": {"wait": 1}}}, "dino.gram.wait"),
+        ({"dino": {"wait": 1}}, "dino.wait"),
+        ({"views": {"globals": 1}}, "at least two"),
         ({"model": {"encoder": {"dim": 30, "heads": 4}}}, "30"),
         ({"batch": 1}, "batch"),
         ({"objective": "mae", "mae": {"unit": 4}}, "mae.unit 4"),

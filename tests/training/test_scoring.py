@@ -1,4 +1,4 @@
-"""Scores against plain numpy; baselines and crops cover every pixel."""
+"""Scores against plain numpy; crops cover every pixel."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from canopy.chips.store import Chip, ChipRow
+from canopy.chips.index import ChipRow
+from canopy.chips.store import Chip
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
-from canopy.training.scoring import fit_baselines, pixel_features, plain, predict_chip, score, scored_pixels
+from canopy.training.scoring import heights_of, plain, score
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def chips():
 
 def test_rows_pool_the_pixels_of_a_site(chips):
     table = score(chips, lambda chip: np.where(np.isnan(chip.chm_m), 99, chip.chm_m * 0.5 + 1))
-    truth = np.concatenate([c.chm_m[scored_pixels(c)] for c in chips[:2]])
+    truth = np.concatenate([c.chm_m[c.scored] for c in chips[:2]])
     assert list(table) == ["a", "p", "all but plots", "plots", "all"]
     row = table["a"]
     assert row["n"] == truth.size == 2 * (30 - 3 - 3) * 40  # 5 missing image rows touch 3 label rows
@@ -39,6 +40,8 @@ def test_rows_pool_the_pixels_of_a_site(chips):
     assert row["rmse_m"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-5)
     assert row["bias_m"] == pytest.approx(error.mean(), rel=1e-5)
     assert row["r"] == pytest.approx(1.0)
+    assert plain(score(chips, lambda chip: np.full(chip.chm_m.shape, 3.0)))["all"]["r"] is None
+    assert score([], lambda chip: chip.chm_m) == {}
 
 
 def test_blocks_edges_and_heights_pool_over_chips(chips):
@@ -49,43 +52,18 @@ def test_blocks_edges_and_heights_pool_over_chips(chips):
     low = high = ()
     blocks = []
     for c in big:
-        known = scored_pixels(c)
         error = np.tile(noise[c.row.id], (2, 2))
-        low = np.append(low, error[known & (c.chm_m < 2)])
-        high = np.append(high, error[known & (c.chm_m >= 20) & (c.chm_m < 30)])
-        for r in range(0, 60, 50):
-            for k in range(0, 80, 50):
-                part = known[r : r + 50, k : k + 50]
-                if part.sum() >= 1250:
-                    t, e = (x[r : r + 50, k : k + 50][part].mean() for x in (c.chm_m, error))
-                    blocks.append((t, e))
+        low = np.append(low, error[c.scored & (c.chm_m < 2)])
+        high = np.append(high, error[c.scored & (c.chm_m >= 20) & (c.chm_m < 30)])
+        for place in (np.s_[r : r + 50, k : k + 50] for r in (0, 50) for k in (0, 50)):
+            part = c.scored[place]
+            if part.sum() >= 1250:
+                blocks.append([x[place][part].mean() for x in (c.chm_m, error)])
     truth, error = np.array(blocks).T
-    assert row["bias_0-2_m"] == pytest.approx(low.mean()) and row["bias_20-30_m"] == pytest.approx(
-        high.mean()
-    )
-    assert np.isnan(row["bias_60+_m"])
+    assert row["bias_0-2_m"] == pytest.approx(low.mean())
+    assert row["bias_20-30_m"] == pytest.approx(high.mean()) and np.isnan(row["bias_60+_m"])
     expected = 1 - (error**2).sum() / ((truth - truth.mean()) ** 2).sum()
     assert row["block_r2"] == pytest.approx(expected, rel=1e-4) and row["edge_error"] > 0.1
-
-
-def test_no_chips_no_rows():
-    assert score([], lambda chip: chip.chm_m) == {}
-
-
-def test_a_constant_has_no_correlation(chips):
-    table = plain(score(chips, lambda chip: np.full(chip.chm_m.shape, 3.0)))
-    assert table["all"]["r"] is None
-
-
-def test_regression_learns_what_colour_tells(chips):
-    baselines = fit_baselines(chips)
-    known = scored_pixels(chips[0])
-    assert baselines.mean_m == pytest.approx(
-        np.concatenate([c.chm_m[scored_pixels(c)] for c in chips]).mean(), rel=1e-5
-    )
-    error = np.abs(baselines.regression(chips[0]) - chips[0].chm_m)[known].mean()
-    assert error < 0.6 * np.abs(baselines.constant(chips[0]) - chips[0].chm_m)[known].mean()
-    assert np.isfinite(pixel_features(chips[0])).all()
 
 
 @pytest.mark.parametrize("overlap", [0, 16])
@@ -96,5 +74,5 @@ def test_crops_cover_chips_of_any_size(chips, overlap):
     )
     model = HeightModel(config).eval()
     for side in (32, 64, 128):
-        heights = predict_chip(model, chips[0], side, overlap)
+        heights = heights_of(model, chips[0], side, overlap)
         assert heights.shape == chips[0].chm_m.shape and np.isfinite(heights).all()

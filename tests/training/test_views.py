@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopy.chips.data import ViewRules, batch_masks, block_mask, crop_box, multi_crop
 from canopy.errors import InputError
+from canopy.training.ssl_data import ViewRules, batch_masks, block_mask, crop_box, multi_crop
 
-RULES = ViewRules(global_px=64, local_px=32, globals_=2, locals_=3)
+RULES = ViewRules(global_px=64, local_px=32, globals=2, locals=3)
 
 
 def test_crops_have_their_sizes_and_repeat():
@@ -21,9 +21,9 @@ def test_crops_have_their_sizes_and_repeat():
     assert all(np.array_equal(a, b) for a, b in zip(once, twice, strict=True))
     assert all(v.min() >= 0 and v.max() <= 1 and np.isfinite(v).all() for v in once)
     assert not np.array_equal(once[0][0], once[0][1])
-    assert multi_crop(rgb, valid, np.random.default_rng(4), ViewRules(locals_=0))[1].shape[0] == 0
+    assert multi_crop(rgb, valid, np.random.default_rng(4), ViewRules(locals=0))[1].shape[0] == 0
     with pytest.raises(InputError):
-        multi_crop(rgb, valid[1:], np.random.default_rng(0))
+        multi_crop(rgb, valid[1:], np.random.default_rng(0), RULES)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,336 @@
+"""`canopy calibrate interval`: give a model file its interval calibration; its tensors stay as they are.
+
+With it goes the reference of the quality flag "out of domain": how training images look, and how far is too
+far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from canopy import __version__
+from canopy.calibration.area import AreaModel, area_coverage, fit_areas
+from canopy.calibration.collect import (
+    BLOCK_M,
+    Scored,
+    cells_of,
+    check_gsd,
+    halves,
+    load_chips,
+    places_of,
+    predict_chips,
+)
+from canopy.calibration.intervals import coverage, fit_intervals, pooled
+from canopy.calibration.new_places import (
+    areas_in_new_places,
+    fit_new_place,
+    score_unseen,
+    trained_on,
+    verify_new_place,
+)
+from canopy.errors import CheckpointError, DataError
+from canopy.files import check_output, file_sha256, replacing
+from canopy.inference.layers import CARD_KEY as DOMAIN_KEY
+from canopy.inference.layers import DESCRIPTORS, descriptor
+from canopy.models.checkpoint import header_bytes, read_header, resolve_model
+from canopy.models.heads import CARD_KEY as INTERVAL_KEY
+from canopy.models.heads import (
+    IntervalTable,
+    table_of,
+)
+from canopy.runtime import Progress, log
+
+if TYPE_CHECKING:
+    from canopy.chips.store import Chip
+    from canopy.models.height import HeightModel
+
+
+_VERIFIED = (0.5, 0.8, 0.9, 0.95)
+_Way = tuple[IntervalTable, list[Scored], list[Scored]]
+
+
+def calibrate_model(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    kept_from: Sequence[str | Path] = (),
+    splits: Sequence[str] = ("val",),
+    report_splits: Sequence[str] = ("test", "test_hard"),
+    domain_split: str | None = "train",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Calibrate a model's intervals on held-out chips and write the model with the calibration in its card.
+
+    The chips of `splits` are dealt into two halves by site; a calibration of each is verified on the other,
+    so that every block is scored once by a calibration that has not seen it. The one that is stored uses
+    both halves. `report_splits` are only reported.
+
+    Args:
+        model: an embedded name or a file.
+        data: a data pack, a chips folder or a chips file.
+        out: the file to write; may be the model itself with `overwrite`.
+        kept_from: models of the same training that were kept from some sites of the data: they tell how much
+            wider bands must be in new places (`canopy.calibration.new_places`). Without any, what the model's
+            card says of new places stays.
+        domain_split: its images become the reference of the quality flag "out of domain", if the model was
+            trained on them or has no reference yet; None skips it.
+
+    Returns:
+        The report, JSON-ready; it is also in the card under "intervals" -> "facts". `seen_in_training` is the
+        number of chips that the model was trained on, None where its card does not say.
+
+    Raises:
+        InputError: bad names, data or model; nothing was written.
+    """
+    from canopy.models.checkpoint import load_model
+
+    source, target = resolve_model(model), Path(out)
+    check_output(target, [data, *kept_from], overwrite=overwrite, suffixes=(".safetensors",))
+    network = load_model(source)
+    check_gsd(network, source)
+    before = network.card.get(INTERVAL_KEY, {})
+    chips, identity = load_chips(data, splits)
+    places, seen = _places(data, chips), _seen_in_training(network, chips)
+    scored = list(predict_chips(network, chips, progress=progress))
+    log.info(f"{len(scored)} chips predicted")
+    ways = _both_ways(scored)
+    table, facts = _fit(scored, ways)
+    facts |= {
+        "version": __version__, "data": identity, "splits": list(splits), "block_m": BLOCK_M,
+        "chips": len(scored), "seen_in_training": seen,
+        "model_sha256": file_sha256(source), "tensors_sha256": tensors_sha256(source),
+    }  # fmt: skip
+    raw = table.to_dict()
+    area = _areas(scored, table, ways, facts)
+    raw |= {"area": area.to_dict()} if area is not None else {}
+    raw |= _new_place(data, places, kept_from, before, facts, progress)
+    facts["elsewhere"] = _elsewhere(network, data, report_splits, raw, progress)
+    additions: dict[str, Any] = {INTERVAL_KEY: raw | {"facts": facts}}
+    if domain_split is not None:
+        additions |= _domain(network, data, domain_split, splits)
+    sha256 = rewrite_card(source, target, additions)
+    return {"model": str(model), "output": str(target), "sha256": sha256, **facts}
+
+
+def _places(data: str | Path, chips: Sequence[Chip]) -> list[tuple[float, float]]:
+    """Where the chips lie: (lon, lat) to about a kilometre, each once."""
+    where = places_of(data)
+    found = (where[chip.row.id] for chip in chips if chip.row.id in where)
+    return sorted({(round(lon, 2), round(lat, 2)) for lon, lat in found})
+
+
+def _seen_in_training(network: HeightModel, chips: Sequence[Chip]) -> int | None:
+    """How many of the chips the model was trained on, with a warning; None where its card does not say."""
+    seen = trained_on(network.card, [chip.row for chip in chips])
+    if seen:
+        log.warning(
+            f"warning: the model was trained on {len(seen)} of these {len(chips)} chips, so its bands will "
+            "be too narrow elsewhere: calibrate on chips that it has not seen (--data, --splits), or take "
+            "the calibration of a sibling that has not seen them (docs/uncertainty.md)"
+        )
+    return None if seen is None else len(seen)
+
+
+def _new_place(
+    data: str | Path, places: list[tuple[float, float]], kept_from: Sequence[str | Path],
+    before: dict[str, Any], facts: dict[str, Any], progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The card's part about new places, and where this calibration has been; empty where nothing is known."""
+    if kept_from:
+        unseen = score_unseen(kept_from, data, progress)
+        new = fit_new_place(unseen)
+        area, facts["areas_in_new_places"] = areas_in_new_places(unseen)
+        facts["new_places"] = verify_new_place(unseen)
+        raw = new.to_dict() | ({"area": area.to_dict()} if area is not None else {})
+    elif "new_place" in before:
+        raw, told = before["new_place"], before.get("facts", {})
+        facts |= {key: told[key] for key in ("new_places", "areas_in_new_places") if key in told}
+    else:
+        return {}
+    if not places:
+        log.warning("note: the data do not say where they lie: every map gets the bands of new places")
+    return {"new_place": raw, "places": places}
+
+
+def _fit(scored: list[Scored], ways: list[_Way]) -> tuple[IntervalTable, dict[str, Any]]:
+    """The table of all chips, and what tables of the halves do on each other."""
+    table = fit_intervals(cells_of(scored))
+    parts: dict[float, list[dict[str, Any]]] = {level: [] for level in _VERIFIED}
+    for made, _, two in ways:
+        cells = cells_of(two)
+        for level in _VERIFIED:
+            parts[level].append(coverage(made, cells, level))
+    verified = [pooled(tables) for tables in parts.values() if tables]
+    return table, {"verified_on_unseen_halves": verified}
+
+
+def _both_ways(scored: list[Scored]) -> list[_Way]:
+    """Each half with its own table, and the other half to verify it on."""
+    one, two = halves(scored)
+    if min(len(one), len(two)) < 2:
+        raise DataError(
+            f"{len(scored)} held-out chips", expected="at least 4", remedy="give more with --data"
+        )
+    return [(fit_intervals(cells_of(a)), a, b) for a, b in ((one, two), (two, one))]
+
+
+def _areas(scored: list[Scored], table: IntervalTable, ways: list[_Way], facts: dict[str, Any]) -> Any:
+    """The area model of all chips, with its coverage on unseen halves; None where tiles are too few."""
+    try:
+        rows: dict[str, list[dict[str, float]]] = {}
+        for made, one, two in ways:
+            for size, row in area_coverage(two, made, fit_areas(one, made)).items():
+                rows.setdefault(size, []).append(row)
+        model = fit_areas(scored, table)
+    except DataError as error:
+        log.warning(f"note: no intervals for areas: {error}")
+        return None
+    facts["areas_on_unseen_halves"] = {size: _pool_rows(parts) for size, parts in rows.items()}
+    return model
+
+
+def _pool_rows(parts: list[dict[str, float]]) -> dict[str, float]:
+    n = sum(p["n"] for p in parts)
+    return {"n": n} | {
+        k: round(sum(p[k] * p["n"] for p in parts) / n, 4) for k in ("coverage", "mean_width_m")
+    }
+
+
+def _elsewhere(
+    network: Any, data: str | Path, splits: Sequence[str], raw: dict[str, Any], progress: Progress | None
+) -> dict[str, Any]:
+    """Coverage on splits that play no part in the calibration, with the bands of new places if there are."""
+    found: dict[str, Any] = {}
+    seen = IntervalTable.from_dict(raw)
+    table = table_of({INTERVAL_KEY: raw | {"places": ()}})
+    area = (raw["new_place"] if table.place == "new" else raw).get("area")
+    for split in splits:
+        try:
+            chips, _ = load_chips(data, (split,))
+        except DataError:
+            continue
+        scored = list(predict_chips(network, chips, progress=progress))
+        cells = cells_of(scored)
+        found[split] = coverage(table, cells)
+        if table.place == "new":
+            found[split]["as_seen"] = coverage(seen, cells)["overall"]
+        if area is not None:
+            found[split]["areas"] = area_coverage(scored, table, AreaModel.from_dict(area))
+    return found
+
+
+def _domain(network: HeightModel, data: str | Path, split: str, held_out: Sequence[str]) -> dict[str, Any]:
+    """The reference of the flag "out of domain".
+
+    Empty, so that the card's own stays, where the model was not trained on these images (lidar of another
+    place says nothing of its domain), or where they are too few.
+    """
+    try:
+        inside, _ = load_chips(data, (split,))
+        if DOMAIN_KEY in network.card and not trained_on(network.card, [chip.row for chip in inside]):
+            return {}
+        unseen, _ = load_chips(data, held_out)
+        return {DOMAIN_KEY: fit_domain([c.rgb for c in inside], [c.rgb for c in unseen])}
+    except DataError as error:
+        log.warning(f"note: the quality flag's domain stays as it was: {error}")
+        return {}
+
+
+def tensors_sha256(path: Path) -> str:
+    """Hash of a model file's tensor bytes, without its header: the same before and after a calibration."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        file.seek(8 + size)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def rewrite_card(source: Path, target: Path, additions: dict[str, Any]) -> str:
+    """Copy a model file with `additions` in its card, tensor bytes untouched; returns the new file's sha256.
+
+    Raises:
+        CheckpointError: the source is no model file. OutputError: the target cannot be written.
+    """
+    header, table = read_header(source)
+    card = json.loads(header.get("card", "{}")) | additions
+    before = tensors_sha256(source)
+    with replacing(target) as part:
+        with source.open("rb") as old, part.open("wb") as new:
+            size = int.from_bytes(old.read(8), "little")
+            old.seek(8 + size)
+            new.write(header_bytes({"__metadata__": header | {"card": json.dumps(card)}} | table))
+            while block := old.read(1 << 20):
+                new.write(block)
+        if tensors_sha256(part) != before:
+            raise CheckpointError("tensors changed while the file was written", where=target)
+        part.chmod(0o644)
+    return file_sha256(target)
+
+
+# --- the domain ----------------------------------------------------------------------------------------
+
+
+_CROP_PX, _STEP_PX = 384, 128
+_LEAST_SIDE_PX, _LEAST_VALID = 256, 0.9
+# A covariance of fifteen numbers from a few hundred overlapping crops: some of the unit matrix steadies it.
+_RIDGE = 0.05
+_QUANTILE = 0.97
+
+
+def fit_domain(inside: Sequence[np.ndarray], unseen: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Fit the reference on training images, and set the limit on held-out images of the same places.
+
+    Args:
+        inside: uint8 (3, H, W) images the model was trained on, 0,0,0 alone where there is none.
+        unseen: held-out images; 97 % of them (mean over their crops) stay within the limit.
+
+    Returns:
+        JSON-ready: centre, scale, root, limit, and what they were made of.
+
+    Raises:
+        DataError: too few images of 256 px and more.
+    """
+    trained = [d for image in inside for d in crops_described(image)]
+    held_out = [np.array(found) for image in unseen if (found := crops_described(image))]
+    if len(trained) < 2 * DESCRIPTORS or not held_out:
+        raise DataError(
+            f"{len(trained)} training crops and {len(held_out)} held-out images describe no domain",
+            expected=f"at least {2 * DESCRIPTORS} crops and one image, of {_LEAST_SIDE_PX} px or more",
+        )
+    table = np.array(trained)
+    centre, scale = table.mean(axis=0), table.std(axis=0) + 1e-6
+    mixed = np.cov(((table - centre) / scale).T) * (1 - _RIDGE) + _RIDGE * np.eye(DESCRIPTORS)
+    root = np.linalg.cholesky(np.linalg.inv(mixed)).T
+    distances = [
+        float(np.linalg.norm(((crops - centre) / scale) @ root.T, axis=1).mean()) for crops in held_out
+    ]
+    return {
+        "centre": np.round(centre, 6).tolist(), "scale": np.round(scale, 6).tolist(),
+        "root": np.round(root, 4).tolist(), "limit": round(float(np.quantile(distances, _QUANTILE)), 4),
+        "training_crops": len(table), "held_out_images": len(held_out),
+    }  # fmt: skip
+
+
+def crops_described(image: np.ndarray) -> list[np.ndarray]:
+    """Descriptors of an image's overlapping crops; none of images that are small or have large holes."""
+    h, w = image.shape[1:]
+    if min(h, w) < _LEAST_SIDE_PX:
+        return []
+    side = min(_CROP_PX, h, w)
+    found = []
+    for row in range(0, h - side + 1, _STEP_PX):
+        for col in range(0, w - side + 1, _STEP_PX):
+            crop = image[:, row : row + side, col : col + side]
+            if (crop.max(axis=0) > 0).mean() >= _LEAST_VALID:
+                found.append(descriptor(crop.astype(np.float32) / 255.0))
+    return found
