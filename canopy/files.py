@@ -75,6 +75,7 @@ def file_sha256(path: str | Path) -> str:
 
 # `replacing` writes beside the final name, under a name that is 15 bytes longer; file systems allow 255.
 _LONGEST_NAME_BYTES = 240
+_CATALOGS = ("catalog.json", "collection.json")
 _SHAPEFILE = (".shp", ".shx", ".dbf", ".prj", ".cpg")
 
 
@@ -92,7 +93,7 @@ def check_output(
     Args:
         out: every file that will be written, the main one first, or one folder.
         inputs: whatever the command reads: files, folders, URLs, lists of them; None and objects that are
-            no names (arrays, tables) are passed by. A folder stands for all files in it, a shapefile for its
+            no names (arrays, tables) are passed by. A folder stands for the files in it, a shapefile for its
             parts.
         overwrite: whether what exists may be replaced; an input never may.
         folder: `out` is a folder that will hold the results, and must be new or empty unless `overwrite`.
@@ -159,7 +160,11 @@ def _input_files(inputs: Iterable[object]) -> Iterator[Path]:
         path = Path(one).expanduser()
         if path.is_dir():
             yield path
-            yield from (inside for inside in path.rglob("*") if inside.is_file())
+            # Of a folder of images only those directly in it are read; of catalogs and geodatabases all.
+            deep = path.suffix.lower() == ".gdb" or any((path / name).is_file() for name in _CATALOGS)
+            yield from (
+                inside for inside in (path.rglob("*") if deep else path.iterdir()) if inside.is_file()
+            )
         elif path.suffix.lower() in _SHAPEFILE:
             yield from (path.with_suffix(suffix) for suffix in _SHAPEFILE)
         else:

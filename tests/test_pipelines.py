@@ -49,10 +49,11 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder, rows = tmp_path_factory.mktemp("pack"), []
     (folder / "ssl").mkdir()
-    for number in range(13):
+    for number in range(14):
         tile = render(random_spec(4000 + number), 0.0, 0.0, 256, 256)
         rgb, chm = np.maximum(tile.rgb, 1), tile.chm.reshape(128, 2, 128, 2).max(axis=(1, 3))
-        split = "val" if number < 8 else "test" if number == 12 else "train"
+        split = "val" if number < 8 else {12: "test", 13: "test_hard"}.get(number, "train")
+        kind = "neon" if number in (1, 3) else "other"
         for turn in range(8 if split == "train" else 1):
             name = f"t{number}_{turn}"
             turned = [
@@ -61,7 +62,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
             write_tif(folder / f"{name}_rgb.tif", turned[0], len(rows))
             write_tif(folder / f"{name}_chm.tif", turned[1], len(rows))
-            rows.append((name, "lidar", f"forest {number}", split, f"{name}_rgb.tif", f"{name}_chm.tif"))
+            rows.append((name, kind, f"forest {number}", split, f"{name}_rgb.tif", f"{name}_chm.tif"))
     with (folder / "manifest.csv").open("w", newline="") as file:
         csv.writer(file).writerows([HEAD, *rows])
     with (folder / "ssl" / "manifest_ssl.csv").open("w", newline="") as file:
