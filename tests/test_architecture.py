@@ -45,11 +45,7 @@ def imported(path: Path) -> set[str]:
 def test_imports_run_downward(path: Path) -> None:
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if own in ("__init__", "__main__"):
-<<<<<<< HEAD
-        return  # the public API exports lazily from every layer
-=======
         return  # the public API exports lazily from every layer, and `python -m canopy` is the command line
->>>>>>> region
     for part in {name.split(".")[1] for name in imported(path)} - {own}:
         assert (own, part) not in FORBIDDEN, f"{path.name} may not import canopy.{part}"
         assert RANK[part] <= RANK[own], f"canopy.{own} is below canopy.{part} and may not import it"
