@@ -138,7 +138,7 @@ def test_bad_wishes_write_nothing(canopy, neon, tmp_path) -> None:
 def test_lists_and_descriptions(canopy, neon) -> None:
     told = canopy("data", "list", "--json").json
     assert {"naip", "ign-ortho", "demo"} <= set(told["imagery"])
-    support.check_values("data_list", {kind: sorted(rows) for kind, rows in told.items()})
+    support.check_keys("data_list", {kind: dict.fromkeys(rows) for kind, rows in told.items()})
     assert all(row["licence"] for rows in told.values() for row in rows.values())
     for name in ("neon", "naip", "HARV", "france-lidar-hd"):
         support.check_keys(f"describe_{name}", canopy("data", "describe", name, "--json").json)
