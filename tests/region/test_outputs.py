@@ -100,7 +100,7 @@ def check_stac(folder: Path) -> None:
 def schemas() -> dict[str, str]:
     """Addresses to files: STAC's own schemas, which pystac has; extensions' where CANOPY_STAC_SCHEMAS is.
 
-    benchmarks/region_outputs.py fills such a folder.
+    A file there has its address as its name, `_` for `/`: stac-extensions.github.io_NAME_VERSION_schema.json.
     """
     import pystac
 
