@@ -16,7 +16,7 @@ from pathlib import Path
 
 from steps import canopy, run
 
-from canopy.config import named_values
+from canopy.errors import ConfigError
 from canopy.files import replacing
 
 
@@ -34,7 +34,10 @@ def main() -> int:
 def chain(args: argparse.Namespace) -> None:
     models = [word for name in args.model for word in ("--model", name)]
     tables = []
-    for name, folder in named_values(args.benchmark, "--benchmark").items():
+    for given in args.benchmark:
+        name, equals, folder = given.partition("=")
+        if not (name and equals and folder):
+            raise ConfigError(f"{given!r} is no NAME=DIR", where="--benchmark")
         out = args.out / name
         canopy(
             "evaluate", "--benchmark", name, "--data-dir", folder, *models,
