@@ -355,7 +355,7 @@ def resolve(href: str, base: str) -> str:
         return f"https://{parts.netloc}.s3.amazonaws.com{parts.path}"
     if href.startswith("file://") and not is_url(base):
         href = unquote(urlsplit(href).path)
-    target = str(make_absolute_href(href, base))
+    target = str(make_absolute_href(href, base if is_url(base) else str(Path(base).absolute())))
     if is_url(base) and not is_url(target):
         raise ImageryError(f"a remote catalog points at {redact(href)}", where=redact(base))
     if "://" in target and not is_url(target):
