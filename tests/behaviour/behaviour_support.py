@@ -144,7 +144,8 @@ def check_report(name: str, found: Any, *, skip: str = "ci95", loose: str = "$^"
                  rel: float = 1e-6) -> None:  # fmt: skip
     """A JSON object has the keys it had, and its numbers are those it had, to `rel`.
 
-    Numbers whose dotted name fits `skip` are not compared; those that fit `loose` may differ by `by` and 0.5 %.
+    Numbers whose dotted name fits `skip` are not compared; those that fit `loose` may differ by `by`
+    and 0.5 %.
     """
     check_keys(name, found)
     numbers = {key: value for key, value in _leaves(found) if not re.search(skip, key)}
