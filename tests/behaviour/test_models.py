@@ -103,6 +103,7 @@ def test_lists_and_facts(canopy, model) -> None:
     assert "default" in canopy("models", "info", "defualt", code=2).error_line
 
 
+@pytest.mark.slow
 def test_another_backend_and_int8(canopy, chips, model, inputs, tmp_path) -> None:
     """OpenVINO gives the heights of torch; its int8 network, made of chips, nearly those."""
     pytest.importorskip("openvino")
