@@ -101,7 +101,7 @@ def test_the_tables_of_benchmarks(
     page = (tmp_path / "out" / "benchmarks.md").read_text()
     assert page.startswith("# Benchmarks") and "| small `" in page
     assert script("benchmark_tables", *words, "--benchmark", "pack") == 2
-    assert "cannot read 'pack'; expected NAME=VALUE" in capsys.readouterr().err
+    assert "'pack' is no NAME=DIR" in capsys.readouterr().err
 
 
 def test_a_county_from_imagery_to_report(

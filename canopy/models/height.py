@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -56,6 +55,8 @@ def fill_invalid(rgb: np.ndarray, valid: np.ndarray) -> np.ndarray:
     Raises:
         InputError: where the shapes do not match.
     """
+    from scipy import ndimage
+
     if rgb.ndim != 3 or valid.shape != rgb.shape[1:]:
         raise InputError(
             f"image {rgb.shape} and validity {valid.shape} do not match", expected="(C, H, W) and (H, W)"
