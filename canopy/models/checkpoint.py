@@ -12,15 +12,18 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from canopy.errors import CheckpointError, ConfigError
 from canopy.files import file_sha256, replacing
 from canopy.models.config import ModelConfig
-from canopy.models.height import HeightModel
+
+# torch takes seconds to import, and listing models needs none of it.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from canopy.models.height import HeightModel
 
 FORMAT = "canopy-height"
 FORMAT_VERSION = "1"
@@ -232,6 +235,8 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
     Raises:
         CheckpointError: no such file, not a canopy model, truncated, or weights that do not fit.
     """
+    from canopy.models.height import HeightModel
+
     path = resolve_model(name_or_path)
     header, _ = read_header(path)
     try:
@@ -267,6 +272,8 @@ def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
     Raises:
         CheckpointError: names the first tensor.
     """
+    import torch
+
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
@@ -308,6 +315,8 @@ def weights_sha256(model: HeightModel) -> str:
     Raises:
         CheckpointError: a weight that is not a number.
     """
+    import torch
+
     state = model.state_dict()
     check_finite(state, model.path or "the model")
     # Only what differs from the defaults: a field that is added later changes nothing of older models.

@@ -151,7 +151,7 @@ def test_12_masked_cloud_is_nodata_never_zero(predict, make_image, heights) -> N
 # ---- 13-21: place and size --------------------------------------------------------------------
 def test_13_no_crs(predict, make_image, heights) -> None:
     image = make_image(pixels=rgb(), crs=None, photometric="RGB")
-    assert "--crs" in predict(image, code=2).error_line
+    assert "--input-crs" in predict(image, code=2).error_line
     predict(image, "--crs", "EPSG:32618")
     first = heights("chm.tif")
     predict(image, "--input-crs", "EPSG:32618", "--overwrite")
