@@ -33,6 +33,8 @@ EMBEDDED = {
     "default": "canopy-small-v3.safetensors",
     "canopy-small": "canopy-small-v3.safetensors",
     "canopy-small-v3": "canopy-small-v3.safetensors",
+    "canopy-lite": "canopy-lite-v4.safetensors",
+    "canopy-lite-v4": "canopy-lite-v4.safetensors",
 }
 # What a training run leaves in its folder, beside `last.ckpt`.
 RUN_MODEL = "model.safetensors"
