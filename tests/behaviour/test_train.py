@@ -55,7 +55,7 @@ def test_a_run_goes_on(trained, chips) -> None:
 
 
 def test_a_pretraining_that_goes_on_and_starts_a_training(canopy, chips, tmp_path) -> None:
-    words = ("pretrain", PRETRAIN, f"data.chips={chips}", "dino.gram.weight=0", "-o", "out")
+    words = ("pretrain", PRETRAIN, f"data.chips={chips}", "-o", "out")
     told = canopy(*words, "steps=2", "--json").json
     support.check_keys("pretrain", told)
     assert told["steps"] == 2 and told["objective"] == "dinov2"

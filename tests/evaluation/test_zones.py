@@ -135,7 +135,7 @@ def test_bad_input_is_said_and_nothing_written(write_map, forest, tmp_path):
     points = save(tmp_path, [shapely.Point(WEST, NORTH)], name="points.gpkg")
     for zones_file, out, options, words in (
         (tmp_path / "no.gpkg", "a.csv", {}, "no such file"),
-        (points, "a.csv", {}, "no polygons"),
+        (points, "a.csv", {}, "only Point in the file"),
         (zone, "a.xlsx", {}, "does not end in .csv or .parquet"),
         (zone, "no/a.csv", {}, "no such directory"),
         (zone, "a.csv", {"percentiles": (101,)}, "--percentiles"),
