@@ -19,6 +19,7 @@ from canopy.cli.options import (
     settings_of,
 )
 from canopy.cli.options import RunResume as Resume
+from canopy.files import check_output
 
 
 def train(
@@ -43,6 +44,9 @@ def train(
     from canopy.training.settings import FinetuneSettings
 
     settings = settings_of(FinetuneSettings, config, overrides, quiet, verbose)
+    settled = run_dir / "config.yaml"
+    if not resume and settled.exists():  # a run writes its own
+        check_output(settled, [config], overwrite=True)
     from canopy.training.fit import finetune
     from canopy.training.run_folder import first_process
 
@@ -98,6 +102,9 @@ def pretrain(
     from canopy.training.settings import PretrainSettings
 
     settings = settings_of(PretrainSettings, config, overrides, quiet, verbose)
+    settled = run_dir / "config.yaml"
+    if not resume and settled.exists():  # a run writes its own
+        check_output(settled, [config], overwrite=True)
     from canopy.training.fit import ENCODER
     from canopy.training.fit import pretrain as run
     from canopy.training.run_folder import first_process

@@ -33,6 +33,15 @@ def call(*args):
     return CliRunner().invoke(app, ["train", *map(str, args)])
 
 
+def test_a_config_is_not_written_over_by_its_own_run(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    own = config.rename(tmp_path / "run" / "config.yaml")
+    before = own.read_text()
+    done = call(own, "steps=2", "-o", tmp_path / "run")
+    assert done.exit_code == 2 or "is one of the inputs" in str(done.exception)
+    assert own.read_text() == before
+
+
 def test_train_then_resume_with_json(config, tmp_path):
     done = call(config, "steps=2", "-o", tmp_path / "run")
     assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "run" / "model.safetensors")
