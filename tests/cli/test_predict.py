@@ -232,8 +232,10 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(repo, model_file, tmp_path) -> No
         str(model_file),
     ]
     running = subprocess.Popen(
-        program, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(repo)}
-    )
+        program, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(repo)},
+        # A shell's background jobs ignore the signal, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".chm.tif.*")) and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
