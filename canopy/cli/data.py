@@ -549,14 +549,15 @@ def _print(facts: dict[str, Any], json_: bool, quiet: bool) -> None:
 
 _HELP_FILTER = (
     "strict: quality_flag 1, degrade_flag 0, sensitivity above 0.95 (0.98 in the tropics), little water, not "
-    "urban. loose: sensitivity at least 0.5, a2 above 0.7, ground within 150 m of the elevation model. none."
+    "urban, and all of loose. loose: sensitivity at least 0.5, a2 above 0.7, ground within 150 m of the "
+    "elevation model. none."
 )
 
 
 @takes_groups
 def gedi(
     files: Annotated[list[Path], typer.Argument(metavar="FILE.h5...", help="GEDI L2A granules.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="SHOTS.parquet", help="GeoParquet to write.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="SHOTS.parquet", help="GeoParquet, or .gpkg.")],
     place: AreaOptions,
     rh: Annotated[
         str, typer.Option("--rh", metavar="NN,NN", help="Relative heights to keep, 0 to 100.")

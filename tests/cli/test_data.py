@@ -69,7 +69,7 @@ def test_a_missing_library_is_named_with_its_remedy(canopy, monkeypatch, tmp_pat
 
     monkeypatch.setattr(builtins, "__import__", without)
     ran = canopy("data", "synth", "-o", "s", "--size-m", "20")
-    assert ran.code == 2 and "pip install 'canopy-height[" in ran.error_line
+    assert ran.code == 2 and "pip install 'canopy-height[gedi]'" in ran.error_line
     assert not (tmp_path / "s").exists()
 
 
