@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from affine import Affine
 from rasterio.enums import ColorInterp
 
 from canopy.download import RetryPolicy, use_policy
-from canopy.runtime import bundled_dir
+from canopy.runtime import bundled_dir, log
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,6 +42,15 @@ def shared() -> Path:
             pytest.fail(f"{message}, and CI must not skip")
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def log_as_a_library() -> Iterator[None]:
+    """A command sends canopy's log to the stderr of its own run; the next test starts without that."""
+    yield
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
 
 
 @pytest.fixture(scope="session", autouse=True)
