@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from canopy.errors import ConfigError, InputError
+from canopy.runtime import manifests_dir
 
 
 class Settings(BaseModel):
@@ -56,17 +57,23 @@ def load_settings(schema: type[S], path: str | Path, overrides: Iterable[str] = 
     return validate_settings(schema, raw, where=path)
 
 
-def load_named(schema: type[N], path: Path) -> N:
-    """Read a manifest, whose name must be its file's.
+def manifest_names(kind: str) -> list[str]:
+    """Names of all manifests of a kind: `imagery`, `labels` or `benchmarks`, sorted."""
+    return sorted(path.stem for path in (manifests_dir() / kind).glob("*.yaml"))
+
+
+def load_manifest(schema: type[N], kind: str, name: str, what: str, besides: str = "") -> N:
+    """The manifest of a kind that has this name, which must be its file's.
 
     Raises:
-        ConfigError: as `load_settings`, or the name is another one.
+        InputError: no such manifest, as `check_known`.
+        ConfigError: as `load_settings`, or the name in it is another one.
     """
+    check_known(name, manifest_names(kind), what, besides)
+    path = manifests_dir() / kind / f"{name}.yaml"
     manifest = load_settings(schema, path)
-    if manifest.name != path.stem:
-        raise ConfigError(
-            f"is named {manifest.name!r}", where=path, expected=f"{path.stem!r}, the file's name"
-        )
+    if manifest.name != name:
+        raise ConfigError(f"is named {manifest.name!r}", where=path, expected=f"{name!r}, the file's name")
     return manifest
 
 

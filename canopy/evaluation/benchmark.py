@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from canopy import __version__
-from canopy.config import Named, Settings, check_known, load_named
+from canopy.config import Named, Settings, load_manifest, manifest_names
 from canopy.errors import CanopyError, DataError, InputError
 from canopy.evaluation.evaluate import Options, score_rasters
 from canopy.evaluation.maps import open_heights
@@ -236,7 +236,7 @@ def benchmarks_dir() -> Path:
 
 def known_benchmarks() -> list[str]:
     """Names, sorted."""
-    return sorted(path.stem for path in benchmarks_dir().glob("*.yaml"))
+    return manifest_names("benchmarks")
 
 
 def benchmark(name: str) -> BenchmarkManifest:
@@ -246,8 +246,7 @@ def benchmark(name: str) -> BenchmarkManifest:
         InputError: no such benchmark; names the nearest one and lists all.
         ConfigError: its file breaks the schema.
     """
-    check_known(name, known_benchmarks(), "benchmark")
-    return load_named(BenchmarkManifest, benchmarks_dir() / f"{name}.yaml")
+    return load_manifest(BenchmarkManifest, "benchmarks", name, "benchmark")
 
 
 PACK_COLUMNS = {"id", "kind", "site", "split", "rgb_path", "chm_path"}

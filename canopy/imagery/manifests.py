@@ -7,19 +7,51 @@ from __future__ import annotations
 
 import os
 import string
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from shapely.geometry import MultiPolygon, Polygon, box
 from shapely.geometry.base import BaseGeometry
 
-from canopy.config import Named, check_known, load_named
+from canopy.config import Named, load_manifest, manifest_names
 from canopy.errors import DataError, InputError
 from canopy.geo.area import AOI
-from canopy.runtime import manifests_dir
 
 Kind = Literal["file", "dir", "stac", "xyz", "demo"]
+
+
+def coverage_geometry(value: Any) -> BaseGeometry:
+    """A coverage entry as a shapely geometry in EPSG:4326.
+
+    Raises:
+        ValueError: it is none of a box, a list of boxes or WKT.
+    """
+    import shapely
+
+    if isinstance(value, str):
+        try:
+            return shapely.from_wkt(value)
+        except shapely.errors.ShapelyError as error:
+            raise ValueError(f"coverage is not WKT: {error}") from None
+    boxes = [value] if value and not isinstance(value[0], (list, tuple)) else value
+    if any(west >= east or south >= north for west, south, east, north in boxes):
+        raise ValueError("coverage box is not [west, south, east, north]")
+    return shapely.union_all([box(*bounds) for bounds in boxes])
+
+
+def _an_area(value: Any) -> Any:
+    geometry = coverage_geometry(value)
+    if geometry.is_empty or not geometry.is_valid or not isinstance(geometry, (Polygon, MultiPolygon)):
+        raise ValueError("coverage is not a valid area")
+    west, south, east, north = geometry.bounds
+    if west < -180 or east > 180 or south < -90 or north > 90:
+        raise ValueError("coverage is outside -180..180, -90..90 (west, south, east, north)")
+    return value
+
+
+Box = tuple[float, float, float, float]
+Coverage = Annotated[str | Box | list[Box], AfterValidator(_an_area)]
+"""Where a source has something, in EPSG:4326: [west, south, east, north], a list of such boxes, or WKT."""
 
 
 class ImageryManifest(Named):
@@ -39,7 +71,7 @@ class ImageryManifest(Named):
         gsd_m: ground sample distance of the imagery, metres.
         licence, attribution: the terms; shown with results.
         dates: first and last acquisition, `2010/2023`.
-        coverage: [west, south, east, north], a list of such boxes, or WKT, all in EPSG:4326.
+        coverage: where it has imagery; see `Coverage`.
         notes: what a user should know.
         rank: order among sources that cover an area, 1 = first choice; None: never chosen by itself.
         tile_px, min_zoom, max_zoom: layout of web tiles.
@@ -59,7 +91,7 @@ class ImageryManifest(Named):
     licence: str
     attribution: str
     dates: str
-    coverage: str | tuple[float, float, float, float] | list[tuple[float, float, float, float]]
+    coverage: Coverage
     notes: str = ""
     rank: int | None = Field(default=None, ge=1)
     tile_px: int = Field(default=256, gt=0)
@@ -67,17 +99,6 @@ class ImageryManifest(Named):
     max_zoom: int = Field(default=19, ge=0, le=24)
     absent_statuses: tuple[int, ...] = ()
     placeholder_sha256: tuple[str, ...] = ()
-
-    @field_validator("coverage")
-    @classmethod
-    def _coverage_is_an_area(cls, value: Any) -> Any:
-        geometry = coverage_geometry(value)
-        if geometry.is_empty or not geometry.is_valid or not isinstance(geometry, (Polygon, MultiPolygon)):
-            raise ValueError("coverage is not a valid area")
-        west, south, east, north = geometry.bounds
-        if west < -180 or east > 180 or south < -90 or north > 90:
-            raise ValueError("coverage is outside -180..180, -90..90 (west, south, east, north)")
-        return value
 
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> ImageryManifest:
@@ -107,52 +128,19 @@ class ImageryManifest(Named):
             ) from None
 
 
-def coverage_geometry(value: Any) -> BaseGeometry:
-    """A coverage entry as a shapely geometry in EPSG:4326.
-
-    Raises:
-        ValueError: it is none of a box, a list of boxes or WKT.
-    """
-    import shapely
-
-    if isinstance(value, str):
-        try:
-            return shapely.from_wkt(value)
-        except shapely.errors.ShapelyError as error:
-            raise ValueError(f"coverage is not WKT: {error}") from None
-    boxes = [value] if value and not isinstance(value[0], (list, tuple)) else value
-    if any(west >= east or south >= north for west, south, east, north in boxes):
-        raise ValueError("coverage box is not [west, south, east, north]")
-    return shapely.union_all([box(*bounds) for bounds in boxes])
-
-
-def imagery_dir() -> Path:
-    """Folder of the imagery manifests."""
-    return manifests_dir() / "imagery"
-
-
 def known_names() -> list[str]:
     """Names of all sources, sorted."""
-    return sorted(path.stem for path in imagery_dir().glob("*.yaml"))
-
-
-def load_manifest(path: Path) -> ImageryManifest:
-    """Read and check one manifest.
-
-    Raises:
-        ConfigError: unreadable, a field that is unknown, missing or wrong, or a name that is not the file's.
-    """
-    return load_named(ImageryManifest, path)
+    return manifest_names("imagery")
 
 
 def named_source(name: str) -> ImageryManifest:
     """The manifest of a source.
 
     Raises:
-        InputError: no such source; names the nearest one and lists all.
+        InputError: no such source; names the nearest one and lists all. ConfigError: its file is wrong.
     """
-    check_known(name, known_names(), "file, directory or named source", besides="a path, a URL, or ")
-    return load_manifest(imagery_dir() / f"{name}.yaml")
+    what = "file, directory or named source"
+    return load_manifest(ImageryManifest, "imagery", name, what, besides="a path, a URL, or ")
 
 
 def all_sources() -> list[ImageryManifest]:

@@ -13,20 +13,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
-from shapely.geometry import MultiPolygon, Polygon
+from pydantic import Field, model_validator
 from shapely.geometry.base import BaseGeometry
 
-from canopy.config import Named, Settings, check_known, load_named
+from canopy.config import Named, Settings, load_manifest, manifest_names
 from canopy.download import Signer, file_crc32c
 from canopy.errors import DataError, InputError
 from canopy.files import file_sha256, redact
 from canopy.geo.area import AOI
-from canopy.imagery.manifests import coverage_geometry
+from canopy.imagery.manifests import Coverage, coverage_geometry
 from canopy.imagery.names import parse_range
-from canopy.runtime import manifests_dir
 
 Protocol = Literal["neon", "wfs", "stac", "earthdata"]
 
@@ -131,22 +129,12 @@ class LabelManifest(Named):
     citation: str = Field(min_length=1)
     doi: str | None = None
     checksum: Literal["crc32c", "md5", "sha256", "per file"] | None
-    coverage: str | tuple[float, float, float, float] | list[tuple[float, float, float, float]] | None
+    coverage: Coverage | None
     sites: tuple[str, ...] = ()
     partners: tuple[Partner, ...] = Field(min_length=1)
     unverified: tuple[str, ...] = ()
     verified: tuple[str, ...] = Field(min_length=1)
     notes: str = ""
-
-    @field_validator("coverage")
-    @classmethod
-    def _coverage_is_an_area(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        geometry = coverage_geometry(value)
-        if geometry.is_empty or not geometry.is_valid or not isinstance(geometry, (Polygon, MultiPolygon)):
-            raise ValueError("coverage is not a valid area")
-        return value
 
     @model_validator(mode="after")
     def _parts_fit(self) -> LabelManifest:
@@ -177,33 +165,18 @@ class LabelManifest(Named):
         return name, self.products[name]
 
 
-def labels_dir() -> Path:
-    """Folder of the label manifests."""
-    return manifests_dir() / "labels"
-
-
 def known_labels() -> list[str]:
     """Names of all label sources, sorted."""
-    return sorted(path.stem for path in labels_dir().glob("*.yaml"))
-
-
-def load_label_manifest(path: Path) -> LabelManifest:
-    """Read and check one manifest.
-
-    Raises:
-        ConfigError: unreadable, a field that is unknown, missing or wrong, or a name that is not the file's.
-    """
-    return load_named(LabelManifest, path)
+    return manifest_names("labels")
 
 
 def label_source(name: str) -> LabelManifest:
     """The manifest of a label source.
 
     Raises:
-        InputError: no such source; names the nearest one and lists all.
+        InputError: no such source; names the nearest one and lists all. ConfigError: its file is wrong.
     """
-    check_known(name, known_labels(), "label source")
-    return load_label_manifest(labels_dir() / f"{name}.yaml")
+    return load_manifest(LabelManifest, "labels", name, "label source")
 
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
