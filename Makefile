@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_AREA := --bbox 44.083,-71.296 --size-m 1000
+# Tests run in N processes of one thread; a file's tests stay together, and share what is dear to make.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(or $(N),2) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lock clean
+.PHONY: help setup demo test-quick test check bench lock clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## create .venv from the lock and install canopy into it
 
@@ -32,8 +34,11 @@ demo: $(STAMP)  ## map the embedded demo area; leaves demo/chm.tif and demo/chm.
 	@echo "demo/chm.png  the same as a picture: bright = tall trees, dark = bare ground, roads and water"
 	@echo "The scene is a synthetic forest with exact truth; \`$(BIN)/canopy data synth -o demo/truth\` writes the truth beside it."
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -q
+test-quick: $(STAMP)  ## the tests for every commit: what the commands do, under two minutes on two cores
+	$(TESTS) -m "not slow" tests/behaviour tests/cli tests/geo tests/test_*.py
+
+test: $(STAMP)  ## all tests: some ten minutes on two cores (N=8: on eight)
+	$(TESTS)
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check .

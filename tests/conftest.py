@@ -55,8 +55,11 @@ def log_as_a_library() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def converted_models(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Models that tests convert are kept for the session, and not in the user's cache."""
-    os.environ.setdefault("CANOPY_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """Models that tests convert are kept for the session (for all its processes), out of the user's cache."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ.setdefault("CANOPY_CACHE", str(folder / "cache"))
 
 
 @pytest.fixture(scope="session")

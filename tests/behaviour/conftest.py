@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,23 +14,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import behaviour_support as support
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Converted networks and downloads stay out of the user's cache."""
-    os.environ.setdefault("CANOPY_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of real imagery beside a developer's checkout; CI has it."""
-    folder = support.ROOT.parent / "shared"
-    if not (folder / "data" / "manifest.csv").is_file():
-        if os.environ.get("CI") == "true":
-            pytest.fail("the shared data folder is not beside this checkout, and CI must not skip")
-        pytest.skip("the shared data folder is not beside this checkout")
-    return folder
 
 
 @pytest.fixture
