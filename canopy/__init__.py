@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AOI": "canopy.geo.area",
     "Grid": "canopy.geo.grid",
-    "Raster": "canopy.geo.raster",
+    "Raster": "canopy.geo.reading",
     "HeightModel": "canopy.models.height",
     "load_model": "canopy.models.registry",
     "open_imagery": "canopy.imagery.open",
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from canopy.evaluation.zones import stats
     from canopy.geo.area import AOI
     from canopy.geo.grid import Grid
-    from canopy.geo.raster import Raster
+    from canopy.geo.reading import Raster
     from canopy.imagery.open import open_imagery
     from canopy.inference.predict import predict
     from canopy.models.height import HeightModel

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from canopy.geo.raster import read_raster
+from canopy.geo.reading import read_raster
 from canopy.imagery.named import DemoSource
 
 

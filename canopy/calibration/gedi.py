@@ -363,10 +363,8 @@ def _write(
     overwrite: bool, progress: Progress | None,
 ) -> str:  # fmt: skip
     """Correct window by window; returns the file's SHA-256."""
-    from canopy.geo.cog import CogWriter
-    from canopy.geo.encoding import BandSpec
-    from canopy.geo.raster import read_raster
-    from canopy.geo.reading import open_raster
+    from canopy.geo.cog import BandSpec, CogWriter
+    from canopy.geo.reading import open_raster, read_raster
 
     progress = progress or NoProgress()
     with open_raster(map_path) as dataset:

@@ -85,7 +85,7 @@ def _one(
 ) -> dict[str, float]:
     """The interval of one polygon in the map's CRS."""
     from canopy.evaluation.zones import coverage, window_of
-    from canopy.geo.raster import read_raster
+    from canopy.geo.reading import read_raster
 
     nothing = dict.fromkeys(("mean_lower_m", "mean_upper_m", "mean_sd_m"), float("nan"))
     window = None if shape is None or shape.is_empty else window_of(grid, shape, grid.bounds)

@@ -34,9 +34,8 @@ from canopy.evaluation.maps import HeightMap, HeightWindow, dates_text, open_hei
 from canopy.evaluation.report import write_comparison
 from canopy.files import check_output, told_as_output
 from canopy.geo.area import AOI
-from canopy.geo.cog import CogWriter
+from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.crs import transformer
-from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
 from canopy.geo.tiles import tiles_over
 from canopy.metrics import HEIGHT_BINS_M, height_bin

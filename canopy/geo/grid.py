@@ -48,7 +48,7 @@ class Grid:
             raise InputError(
                 f"rotated or sheared geotransform (b={affine.b:g}, d={affine.d:g})",
                 expected="a north-up grid",
-                remedy="read it through canopy.geo.raster.read_window, which warps it",
+                remedy="read it through canopy.geo.reading.read_window, which warps it",
             )
         values = (affine.a, affine.c, affine.e, affine.f)
         if not all(math.isfinite(v) for v in values) or affine.a <= 0 or affine.e >= 0:

@@ -6,7 +6,6 @@ A `SourcePlace` may be rotated, sheared or south-up, which a `Grid` never is.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -119,26 +118,20 @@ def lattice_ratio(place: SourcePlace, grid: Grid) -> int | None:
 
     The answer holds for the whole lattice, not only for this window.
     """
-    return _lattice_ratio(place, grid.crs, grid.pixel, grid.lattice[2:])
-
-
-@lru_cache(maxsize=1024)
-def _lattice_ratio(
-    place: SourcePlace, crs: CRS, pixel: tuple[float, float], phase: tuple[float, float]
-) -> int | None:
-    if not place.is_north_up or not _same_place(place, crs):
+    if not place.is_north_up or not _same_place(place, grid.crs):
         return None
     source_px, source_py = place.transform.a, -place.transform.e
-    ratio = round(pixel[0] / source_px)
+    ratio = round(grid.pixel[0] / source_px)
     # The drift over the whole dataset must stay below the tolerance, not only that of one pixel.
     longest = max(place.height, place.width)
-    for target, source in zip(pixel, (source_px, source_py), strict=True):
+    for target, source in zip(grid.pixel, (source_px, source_py), strict=True):
         if ratio < 1 or abs(target / source / ratio - 1) * longest > PHASE_TOL_PX:
             return None
     # Where the source's corner lies on the target's lattice, in source pixels from a target corner.
-    col = (place.transform.c / pixel[0] - phase[1]) * ratio
-    row = (-place.transform.f / pixel[1] - phase[0]) * ratio
-    # Rounding of `phase` (1e-6 target px) is far inside the tolerance.
+    _, _, row_phase, col_phase = grid.lattice
+    col = (place.transform.c / grid.pixel[0] - col_phase) * ratio
+    row = (-place.transform.f / grid.pixel[1] - row_phase) * ratio
+    # Rounding of the phases (1e-6 target px) is far inside the tolerance.
     return ratio if max(abs(col - round(col)), abs(row - round(row))) < PHASE_TOL_PX else None
 
 
@@ -155,22 +148,18 @@ def _same_place(place: SourcePlace, crs: CRS) -> bool:
     return bool(np.all(np.abs(tx - x) < limit_x) and np.all(np.abs(ty - y) < limit_y))
 
 
-@lru_cache(maxsize=1024)
-def shrink_factor(place: SourcePlace, crs: CRS, pixel: tuple[float, float]) -> float:
+def shrink_factor(place: SourcePlace, grid: Grid) -> float:
     """Source pixels per target pixel (geometric mean of both axes) at the source's centre."""
     row, col = place.height / 2, place.width / 2
     x, y = place.xy(np.array([row, row, row + 1]), np.array([col, col + 1, col]))
-    x, y = transformer(place.crs, crs).transform(x, y)
+    x, y = transformer(place.crs, grid.crs).transform(x, y)
     jacobian = np.array([[x[1] - x[0], x[2] - x[0]], [y[1] - y[0], y[2] - y[0]]])
-    area = abs(np.linalg.det(jacobian)) / (pixel[0] * pixel[1])
+    target_px, source_px = (grid.pixel[0] * grid.pixel[1]) ** 0.5, abs(place.transform.determinant) ** 0.5
+    area = abs(np.linalg.det(jacobian))
     if not np.isfinite(area) or area == 0:
         # A source so large that its centre is out of the target's domain: compare sizes on the ground.
-        sizes = [
-            side * (metres_per_unit(c) if c.projected else METRES_PER_DEGREE)
-            for side, c in (
-                ((pixel[0] * pixel[1]) ** 0.5, crs),
-                (abs(place.transform.determinant) ** 0.5, place.crs),
-            )
-        ]
-        return float(round(sizes[0] / sizes[1], 6))
-    return float(round(area**-0.5, 6))
+        unit_m, source_unit_m = (
+            metres_per_unit(crs) if crs.projected else METRES_PER_DEGREE for crs in (grid.crs, place.crs)
+        )
+        return float(round(target_px * unit_m / (source_px * source_unit_m), 6))
+    return float(round(target_px / area**0.5, 6))

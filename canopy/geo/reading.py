@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -28,7 +29,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
-from canopy.errors import ImageryError
+from canopy.errors import ImageryError, InputError
 from canopy.files import check_name, gdal_name, is_url, public_name
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
@@ -267,6 +268,46 @@ def read_window(
         # The wrong pixels are in GDAL's block cache now, and a second read would not complain.
         ds.close()
         raise
+
+
+# ---- whole rasters ----------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Raster:
+    """values: float32 (bands, h, w); valid: bool (h, w), True = usable; grid: where the pixels are."""
+
+    values: np.ndarray
+    valid: np.ndarray
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 3 or self.values.shape[1:] != self.grid.shape:
+            raise InputError(f"values {self.values.shape} on a grid of {self.grid.shape}")
+        if self.valid.shape != self.grid.shape or self.valid.dtype != bool:
+            raise InputError(
+                f"valid {self.valid.dtype} {self.valid.shape} on a grid of {self.grid.shape}", expected="bool"
+            )
+
+
+def read_raster(
+    path: str | Path, window: Grid | None = None, *, bands: Sequence[int] | None = None
+) -> Raster:
+    """A north-up GeoTIFF (any of our encodings, or anybody's map) as float32 in the band's unit.
+
+    Scale and offset are applied; a pixel is valid where every read band is. `window` may be any grid:
+    pixels are copied when it shares the file's lattice and resampled otherwise. `bands` are 1-based,
+    by default all but an alpha band. Raises ImageryError.
+    """
+    with open_raster(path) as dataset:
+        place = SourcePlace.of(dataset)
+        grid = window if window is not None else place.grid()
+        colors = enumerate(dataset.colorinterp, 1)
+        indexes = list(bands) if bands else [i for i, c in colors if c != ColorInterp.alpha]
+        values, valid = read_window(dataset, grid, indexes)
+        scales = np.array([dataset.scales[i - 1] for i in indexes])[:, None, None]
+        offsets = np.array([dataset.offsets[i - 1] for i in indexes])[:, None, None]
+    if (scales != 1).any() or (offsets != 0).any():
+        values = np.where(valid, values * scales + offsets, 0).astype(np.float32)
+    return Raster(values, valid, grid)
 
 
 # ---- source pixels ----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from canopy.errors import CheckpointError, ConfigError
-from canopy.geo.encoding import BandSpec
+from canopy.geo.cog import BandSpec
 
 if TYPE_CHECKING:
     from canopy.geo.area import AOI

@@ -22,8 +22,8 @@ import numpy as np
 from canopy import __version__
 from canopy.errors import ConfigError, InputError
 from canopy.files import is_url, redact, replacing
+from canopy.geo.cog import ENCODINGS, encoding_named
 from canopy.geo.crs import METRES_PER_DEGREE
-from canopy.geo.encoding import ENCODINGS, encoding_named
 from canopy.geo.grid import Grid
 from canopy.inference.layers import Extras
 

@@ -30,9 +30,8 @@ from canopy import __version__
 from canopy.errors import AreaError, CanopyError, DataError, InputError, OutputError
 from canopy.files import check_output
 from canopy.geo.area import AOI
-from canopy.geo.cog import CogWriter
+from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.crs import metres_per_unit, output_crs, project, to_crs, to_lonlat
-from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window

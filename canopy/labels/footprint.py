@@ -21,8 +21,7 @@ from canopy.geo.area import SCALE_SLACK
 from canopy.geo.crs import geod_of, to_crs, transformer
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
-from canopy.geo.raster import Raster, read_raster
-from canopy.geo.reading import open_raster
+from canopy.geo.reading import Raster, open_raster, read_raster
 from canopy.metrics import percent_of, statistic_of
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ def write_mosaic(ledger: Ledger, region: Region, most_vrt: int = VRT_MOST_TILES)
     import rasterio
     import rasterio.shutil
 
-    from canopy.geo.encoding import encoding_named
+    from canopy.geo.cog import encoding_named
 
     folder, path = region.options.folder, region.options.folder / f"{MOSAIC}.vrt"
     tiles = [tile for tile, _ in ledger.rows("done")]
@@ -80,7 +80,7 @@ def _write_index(path: Path, region: Region, tiles: list[Tile]) -> None:
     import geopandas
     import shapely
 
-    from canopy.geo.encoding import encoding_named
+    from canopy.geo.cog import encoding_named
 
     area, count = region.tiling.area, len(region.bands)
     stored = encoding_named(region.options.encoding)

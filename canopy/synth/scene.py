@@ -30,9 +30,8 @@ from rasterio.windows import Window
 from canopy import __version__
 from canopy.errors import InputError, OutputError
 from canopy.files import file_sha256, flush
-from canopy.geo.cog import CogWriter
+from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.crs import transformer, utm_crs
-from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
 from canopy.imagery.named import DAY, LATITUDE, LONGITUDE, SPOT_XY
 from canopy.labels.points import require_lidar

@@ -11,11 +11,10 @@ import rasterio
 
 from canopy.calibration.gedi import Footprints, correct_map, fit_correction, held_out, read_footprints
 from canopy.errors import DataError, InputError
-from canopy.geo.cog import CogWriter
+from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.crs import transformer
-from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
-from canopy.geo.raster import Raster, read_raster
+from canopy.geo.reading import Raster, read_raster
 from canopy.labels.footprint import pool_over_disc
 
 

@@ -17,10 +17,9 @@ from affine import Affine
 from rio_cogeo import cog_validate
 
 from canopy.errors import ImageryError, InputError, OutputError
-from canopy.geo.cog import CogWriter
-from canopy.geo.encoding import BandSpec
+from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.grid import Grid
-from canopy.geo.raster import Raster, read_raster
+from canopy.geo.reading import Raster, read_raster
 
 HEIGHT = [BandSpec("canopy_height")]
 
@@ -311,7 +310,7 @@ import resource, signal, sys
 import numpy as np
 from canopy.errors import OutputError
 from canopy.geo.cog import CogWriter
-from canopy.geo.encoding import BandSpec
+from canopy.geo.cog import BandSpec
 from canopy.geo.grid import Grid
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from canopy.errors import InputError
-from canopy.geo.cog import CogWriter
-from canopy.geo.encoding import BandSpec
+from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.grid import Grid
 from canopy.inference import output
 from canopy.inference.output import MapFacts, map_item, round_length, write_quicklook

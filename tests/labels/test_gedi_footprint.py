@@ -8,11 +8,10 @@ import pyproj
 import pytest
 
 from canopy.errors import InputError
-from canopy.geo.cog import CogWriter
+from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.crs import transformer
-from canopy.geo.encoding import BandSpec
 from canopy.geo.grid import Grid
-from canopy.geo.raster import Raster
+from canopy.geo.reading import Raster
 from canopy.labels.footprint import pool_over_disc
 
 

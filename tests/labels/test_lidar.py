@@ -15,9 +15,8 @@ from pyproj import Transformer
 
 from canopy.errors import AreaError, DataError, InputError, OutputError
 from canopy.geo.area import AOI
-from canopy.geo.cog import CogWriter
-from canopy.geo.encoding import BandSpec
-from canopy.geo.raster import read_raster
+from canopy.geo.cog import BandSpec, CogWriter
+from canopy.geo.reading import read_raster
 from canopy.labels import points as lidar_points
 from canopy.labels.chm import ChmOptions, Policy, chm_from_points
 from canopy.synth.scene import write_scene

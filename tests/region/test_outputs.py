@@ -14,7 +14,7 @@ import rasterio.shutil
 from affine import Affine
 from rio_cogeo import cog_validate
 
-from canopy.geo.raster import read_raster
+from canopy.geo.reading import read_raster
 from canopy.inference.options import OneMapOptions
 from canopy.inference.predict import prepare
 from canopy.region.options import MapOptions

@@ -18,7 +18,7 @@ from shapely.geometry import Point
 from canopy.errors import CanopyError, ConfigError, InputError, OutputError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
-from canopy.geo.raster import read_raster
+from canopy.geo.reading import read_raster
 from canopy.imagery.open import open_imagery
 from canopy.inference.options import OneMapOptions, PredictOptions
 from canopy.inference.predict import prepare
