@@ -1,7 +1,7 @@
 """Pixels of one grid on another, so that a pixel does not depend on the window it was asked in.
 
 Left to itself GDAL chooses kernel widths, approximations and chunks from the window it is given. Here the way
-from target to source is settled first, on 512 px cells of the target's global lattice: the affine through
+from target to source is settled first, on 256 px cells of the target's global lattice: the affine through
 exact positions of nine points. GDAL then only samples, with a fixed kernel, in pixel space. Where a cell is
 bent (huge pixels, a pole, the antimeridian) SciPy samples, at the exact position of each pixel.
 
@@ -32,8 +32,8 @@ from canopy.geo.crs import transformer, x_period
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace, lattice_ratio, shrink_factor
 
-CELL_PX = 512
-POSITION_TOL_PX = 0.01
+CELL_PX = 256
+POSITION_TOL_PX = 0.002
 AVERAGE_ABOVE = 1.5
 KERNELS = {"bilinear": Resampling.bilinear, "nearest": Resampling.nearest}
 # Source pixels are read and averaged in pieces of about this side: memory does not grow with the shrink.
