@@ -103,6 +103,7 @@ def make_tif(tmp_path: Path) -> Callable[..., Path]:
         descriptions: tuple[str, ...] = (),
         tags: dict[str, str] | None = None,
         colormap: dict[int, tuple[int, ...]] | None = None,
+        mask: np.ndarray | None = None,
         **profile: object,
     ) -> Path:
         path = tmp_path / name
@@ -125,6 +126,8 @@ def make_tif(tmp_path: Path) -> Callable[..., Path]:
                 dataset.set_band_description(index, text)
             if colormap:
                 dataset.write_colormap(1, colormap)
+            if mask is not None:
+                dataset.write_mask(mask)
             dataset.update_tags(**(tags or {}))
         return path
 

@@ -62,10 +62,14 @@ def test_as_a_process_of_its_own(inputs, model, tmp_path) -> None:
     version = shell("--version")
     assert version.returncode == 0 and version.stdout.startswith("canopy ") and version.stderr == ""
     code = (
-        "import sys; sys.argv = ['canopy', 'predict', '--help']\nfrom canopy.cli.main import main\n"
-        "try: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'xarray', 'matplotlib'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+        "import sys\nfrom canopy.cli.main import main\n"
+        "for words, light in (['--help'], {'pydantic'}), (['predict', '--help'], set()):\n"
+        "    sys.argv = ['canopy', *words]\n"
+        "    try: main()\n"
+        "    except SystemExit: pass\n"
+        "    heavy = {'torch', 'xarray', 'matplotlib', 'geopandas', 'rasterio', 'numpy'} | light\n"
+        "    heavy &= set(sys.modules)\n"
+        "    if heavy: sys.exit(f'{words} imported {heavy}')\n"
     )
     light = subprocess.run(
         [support.sys.executable, "-c", code], env=support.environment(), capture_output=True, text=True

@@ -294,6 +294,8 @@ def test_a_catalog_of_items(predict, inputs, tmp_path) -> None:
 
 # ---- Python -----------------------------------------------------------------------------------
 def test_from_python(predict, inputs, model, tmp_path) -> None:
+    import rioxarray
+
     import canopy
 
     network = canopy.load_model(model)
@@ -301,6 +303,11 @@ def test_from_python(predict, inputs, model, tmp_path) -> None:
     assert chm.dims == ("y", "x") and chm.rio.crs.to_epsg() == 32618 and chm.attrs["units"] == "m"
     assert chm.rio.bounds() == (support.WEST, SOUTH, EAST, support.NORTH)
     support.check_heights("predict_aligned", chm.values, stride=2)
+    for image in (rioxarray.open_rasterio(inputs / "wood.tif"), canopy.open_imagery(inputs / "wood.tif")):
+        found = canopy.predict(image, model=network, backend="torch")
+        np.testing.assert_allclose(found.values, chm.values, atol=1e-5)
+    with pytest.raises(canopy.InputError, match="did you mean 'gsd'"):
+        canopy.predict(inputs / "wood.tif", gds=2)
     path = canopy.predict(inputs / "wood.tif", model=network, backend="torch", out=tmp_path / "chm.tif")
     np.testing.assert_allclose(support.metres(path), chm.values, atol=1e-5)
     with pytest.raises(canopy.InputError, match="exists"):

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from rasterio.enums import ColorInterp
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,37 @@ def canopy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     return run
 
 
+@pytest.fixture
+def refused(canopy: Callable, tmp_path: Path) -> Callable[..., str]:
+    """`refused("predict", ...)`: the one line of a command that exits with 2 and writes nothing."""
+
+    def run(*words: object) -> str:
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        ran = canopy(*words)
+        assert ran.code == 2, ran.err
+        assert ran.out == "" and "Traceback" not in ran.err
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before, "it wrote something"
+        return ran.error_line
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def model_file(small_model: Path) -> Path:
     """A model small enough to run in milliseconds."""
     return small_model
 
 
-UTM = "EPSG:32618"
-WEST, NORTH, GSD = 500_000.0, 4_882_000.0, 0.5
+@pytest.fixture
+def predict(canopy: Callable, model_file: Path) -> Callable[..., Ran]:
+    """`predict("a.tif", ..., out="chm.tif")`: `canopy predict`, which must do it."""
+
+    def run(*words: object, out: str = "chm.tif") -> Ran:
+        done = canopy("predict", *words, "--model", model_file, "-o", out, "--overwrite")
+        assert done.code == 0, done.err
+        return done
+
+    return run
 
 
 def texture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -69,38 +91,18 @@ def texture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture
-def make_image(tmp_path: Path) -> Callable:
-    """`make_image("a.tif", pixels, ...)` writes a GeoTIFF; 100 x 120 px of 0.5 m in UTM 18N by default."""
+def rgb() -> np.ndarray:
+    """The picture of `make_image`."""
+    return texture(100, 120)
 
-    def make(
-        name: str = "image.tif",
-        pixels: np.ndarray | None = None,
-        *,
-        crs: str | None = UTM,
-        transform: rasterio.Affine | None = None,
-        colours: tuple[str, ...] | None = None,
-        descriptions: tuple[str, ...] | None = None,
-        colormap: dict | None = None,
-        mask: np.ndarray | None = None,
-        **profile: object,
-    ) -> Path:
-        pixels = texture(100, 120) if pixels is None else pixels
-        path = tmp_path / name
-        transform = transform or rasterio.Affine(GSD, 0, WEST, 0, -GSD, NORTH)
-        with rasterio.open(
-            path, "w", driver="GTiff", count=len(pixels), dtype=pixels.dtype, height=pixels.shape[1],
-            width=pixels.shape[2], crs=crs, transform=transform, **profile,
-        ) as dataset:  # fmt: skip
-            if colours:
-                dataset.colorinterp = [getattr(ColorInterp, colour) for colour in colours]
-            for index, text in enumerate(descriptions or (), 1):
-                dataset.set_band_description(index, text)
-            if colormap:
-                dataset.write_colormap(1, colormap)
-            dataset.write(pixels)
-            if mask is not None:
-                dataset.write_mask(mask)
-        return path
+
+@pytest.fixture
+def make_image(make_tif: Callable[..., Path]) -> Callable[..., Path]:
+    """`make_image("a.tif", pixels, ...)`: `make_tif` with 100 x 120 px of 0.5 m in UTM 18N by default."""
+
+    def make(name: str = "image.tif", pixels: np.ndarray | None = None, **given: object) -> Path:
+        place = {"crs": "EPSG:32618", "transform": rasterio.Affine(0.5, 0, 500_000, 0, -0.5, 4_882_000)}
+        return make_tif(texture(100, 120) if pixels is None else pixels, name, **place | given)
 
     return make
 

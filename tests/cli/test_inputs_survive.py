@@ -17,6 +17,7 @@ STAND = {
 CASES = [
     "predict image.tif -o image.tif | image.tif",
     "predict image.tif --aoi stand.json -o stand.tif | stand.json",
+    "predict image.tif --aoi stand.png --quicklook -o stand.tif | stand.png",
     "predict --imagery pictures -o pictures/image.tif | pictures/image.tif",
     "map run/tiles/image.tif --grid utm -o run | run/tiles/image.tif",
     "map image.tif --aoi run/tiles/stand.json --grid utm -o run | run/tiles/stand.json",

@@ -1,34 +1,68 @@
-"""`canopy models list|info`: names, facts, and one clear line for what is not a model."""
+"""`canopy models list | info | convert`: names, facts, and one clear line for what is not a model."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
+
+import pytest
+import torch
 
 
-def test_list_names_the_default(canopy):
-    ran = canopy("models", "list")
-    assert ran.code == 0 and ran.out.startswith("default")
-    models = json.loads(canopy("models", "list", "--json").out)["models"]
-    assert models["default"]["gsd_m"] > 0 and models["default"]["card"]["licence"]
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> Path:
+    """A folder with a small v1 checkpoint, its sizes, and odd, hostile and truncated ones."""
+    spec = importlib.util.spec_from_file_location("originals", repo / "tests" / "models" / "originals.py")
+    assert spec is not None and spec.loader is not None
+    originals = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(originals)
+    folder = tmp_path_factory.mktemp("v1")
+    state = originals.v1_state(64, 4, (8, 16, 32, 64), fusion=16, hidden=8)
+    torch.save({"state_dict": state}, folder / "a.pth")
+    torch.save({"state_dict": state | {"backbone.blocks.2.norm1.bias": torch.zeros(3)}}, folder / "odd.pth")
+    torch.save({"state_dict": state, "x": torch.nn.Identity()}, folder / "hostile.pth")
+    content = (folder / "a.pth").read_bytes()
+    (folder / "cut.pth").write_bytes(content[: len(content) // 2])
+    (folder / "sizes.json").write_text(json.dumps({"num_heads": 2, "taps": [0, 1, 2, 3]}))
+    return folder / "a.pth"
 
 
-def test_info_of_a_file(canopy, model_file):
-    ran = canopy("models", "info", model_file)
-    assert ran.code == 0
-    assert "small-random" in ran.out and "red, green, blue at 0.5 m, crops of 64 px" in ran.out
-    facts = json.loads(canopy("models", "info", model_file, "--json").out)
-    assert facts["crop_px"] == 64 and len(facts["sha256"]) == 64
+def test_lists_and_facts_are_text_too(canopy, model_file) -> None:
+    listed = canopy("models", "list").out
+    assert listed.startswith("default") and "SSLhuge_satellite.pth" in listed and "DINOv3 License" in listed
+    told = canopy("models", "info", model_file).out
+    assert "small-random" in told and "red, green, blue at 0.5 m, crops of 64 px" in told
+    told = canopy("models", "info", "default").out
+    assert "val scores at 1 m" in told and "NEON" in told
+    assert "Apache-2.0" in canopy("models", "info", "v1-huge").out
 
 
-def test_info_of_the_default_shows_scores_by_site(canopy):
-    ran = canopy("models", "info", "default")
-    assert ran.code == 0 and "val scores at 1 m" in ran.out and "NEON" in ran.out
+def test_convert_says_what_it_found(canopy, checkpoint: Path, tmp_path: Path) -> None:
+    words = ("models", "convert", checkpoint, "--config", checkpoint.with_name("sizes.json"))
+    done = canopy(*words, "-o", "m.safetensors", "--json")
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
+    assert said["found"] == "v1, plain: v1-64x4"
+    assert set(said["dropped"]) == {"backbone.mask_token", "backbone.norm.weight", "backbone.norm.bias"}
+    replaced = canopy(*words, "-o", "m.safetensors", "--overwrite")
+    assert replaced.code == 0 and "found v1, plain: v1-64x4" in replaced.out
 
 
-def test_unknown_and_foreign_models_are_refused(canopy, tmp_path):
-    ran = canopy("models", "info", "defualt")
-    assert ran.code == 2 and "default" in ran.error_line
-    page = tmp_path / "page.safetensors"
-    page.write_text("<html>not found</html>" * 9)
-    ran = canopy("models", "info", page)
-    assert ran.code == 2 and "not a safetensors file" in ran.error_line
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("odd.pth", "backbone.blocks.2.norm1.bias is (3,), expected (64,)"),
+        ("hostile.pth", "needs torch.nn.modules.linear.Identity"),
+        ("cut.pth", "truncated or damaged"),
+        ("gone.pth", "no such file"),
+    ],
+)
+def test_what_cannot_be_converted(refused, name: str, says: str, checkpoint: Path) -> None:
+    words = ("--config", checkpoint.with_name("sizes.json"), "-o", "m.safetensors")
+    assert says in refused("models", "convert", checkpoint.with_name(name), *words)
+
+
+def test_what_is_no_model(refused, tmp_path) -> None:
+    (tmp_path / "page.safetensors").write_text("<html>not found</html>" * 9)
+    assert "not a safetensors file" in refused("models", "info", "page.safetensors")

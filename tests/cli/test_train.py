@@ -1,67 +1,53 @@
-"""`canopy train` as users run it."""
+"""`canopy train` and `canopy pretrain` as users run them; tests/behaviour has what they leave."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from canopy.cli.main import app
-from canopy.errors import ConfigError
+from canopy.chips.index import ChipRow
+from canopy.chips.store import Chip
+from canopy.chips.synthetic import write_made
 from canopy.models.checkpoint import describe
 
-spec = importlib.util.spec_from_file_location(
-    "training_conftest", Path(__file__).parents[1] / "training" / "conftest.py"
-)
-assert spec and spec.loader
-chips = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(chips)
+SMOKE = "configs/finetune/smoke.yaml"
 
 
 @pytest.fixture
-def config(tmp_path):
-    folder = chips.write_folder(tmp_path / "chips", ["train"] * 3 + ["val"])
-    path = tmp_path / "tiny.yaml"
-    path.write_text(chips.TINY + f"data: {{chips: {folder}}}\n")
-    return path
+def chips(tmp_path) -> Path:
+    """Four training chips with heights; nothing to judge by."""
+    rng = np.random.default_rng(0)
+    made = [
+        Chip(
+            ChipRow(f"c{i}", "s", "lidar", "train"),
+            rng.integers(1, 255, (3, 64, 64)).astype(np.uint8),
+            rng.uniform(0, 20, (32, 32)).astype(np.float32),
+        )
+        for i in range(4)
+    ]
+    write_made(tmp_path / "chips", made, "made up")
+    return tmp_path / "chips"
 
 
-def call(*args):
-    return CliRunner().invoke(app, ["train", *map(str, args)])
-
-
-def test_a_config_is_not_written_over_by_its_own_run(config, tmp_path):
-    (tmp_path / "run").mkdir()
-    own = config.rename(tmp_path / "run" / "config.yaml")
-    before = own.read_text()
-    done = call(own, "steps=2", "-o", tmp_path / "run")
-    assert done.exit_code == 2 or "is one of the inputs" in str(done.exception)
-    assert own.read_text() == before
-
-
-def test_train_then_resume_with_json(config, tmp_path):
-    done = call(config, "steps=2", "-o", tmp_path / "run")
-    assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "run" / "model.safetensors")
-    assert "step 2" in done.stderr and "val MAE" in done.stderr
-    more = call(config, "steps=4", "-o", tmp_path / "run", "--resume", "--json", "-q")
-    facts = json.loads(more.stdout)
-    assert facts["steps"] == 4 and facts["val"]["all"]["mae_m"] > 0 and more.stderr == ""
-
-
-def test_weights_that_nothing_judged_are_said_to_be(tmp_path):
-    folder = chips.write_folder(tmp_path / "chips", ["train"] * 3)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(chips.TINY + f"data: {{chips: {folder}}}\n")
-    done = call(path, "steps=1", "licence=CC-BY-4.0", "-o", tmp_path / "run")
-    assert done.exit_code == 0 and "no val chips" in done.stderr
+def test_weights_that_nothing_judged_are_said_to_be(canopy, repo, chips, tmp_path) -> None:
+    words = (f"data.chips={chips}", "steps=1", "licence=CC-BY-4.0", "tensorboard=false", "-o", "run")
+    done = canopy("train", repo / SMOKE, *words)
+    assert done.code == 0 and "no val chips" in done.err
+    assert done.out.strip() == str(Path("run") / "model.safetensors")
     card = describe(tmp_path / "run" / "model.safetensors")["card"]
     assert card["licence"] == "CC-BY-4.0" and "val" not in card
 
 
-def test_a_card_names_no_folders():
+def test_a_config_is_not_written_over_by_its_own_run(refused, repo, chips, tmp_path) -> None:
+    own = tmp_path / "run" / "config.yaml"
+    own.parent.mkdir()
+    own.write_text((repo / SMOKE).read_text())
+    assert "one of the inputs" in refused("train", own, f"data.chips={chips}", "steps=2", "-o", "run")
+
+
+def test_a_card_names_no_folders() -> None:
     from canopy.training.run_folder import without_folders
 
     given = "canopy train configs/a.yaml data.chips=/home/me/chips -o /runs/x '/a b/c' ../y lr=1e-3"
@@ -69,18 +55,19 @@ def test_a_card_names_no_folders():
     assert without_folders('"/somewhere/x.yaml" a=/b') == '"x.yaml" a=b'
 
 
-def test_fast_dev_run(config, tmp_path):
-    done = call(config, "-o", tmp_path / "run", "--fast-dev-run")
-    assert done.exit_code == 0 and "work" in done.stdout and not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("train", "device=tpu"), "tpu"),
+        (("pretrain", "views.global_px=40"), "patches of 16"),
+        (("pretrain", "device=cuda"), "CUDA"),
+    ],
+)
+def test_settings_that_cannot_be(refused, repo, chips, words, says) -> None:
+    import torch
 
-
-def test_bad_input_is_one_line_and_writes_nothing(config, tmp_path):
-    for args in (
-        (config, "lr=quick"),
-        (config, "learning_rate=1"),
-        (tmp_path / "none.yaml",),
-        (config, "device=tpu"),
-    ):
-        done = call(*args, "-o", tmp_path / "run")
-        assert isinstance(done.exception, ConfigError | ValueError) and not (tmp_path / "run").exists()
-    assert "canopy train" in call("--help").stdout
+    if says == "CUDA" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    folder = {"train": "finetune", "pretrain": "pretrain"}[words[0]]
+    config = repo / "configs" / folder / "smoke.yaml"
+    assert says in refused(words[0], config, f"data.chips={chips}", *words[1:], "-o", "out")
