@@ -34,11 +34,12 @@ PONDS = (
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("pack", type=Path)
+    parser.add_argument("chips", type=Path, help="its pairs, cut by canopy data chips")
     parser.add_argument("--every", type=int, default=6, help="take every n-th town image")
     parser.add_argument("--generated", type=int, default=40, help="deserts and lakes to generate, each")
     options = parser.parse_args(argv)
     images = {
-        s: [c.rgb for c in load_chips(options.pack, (s,))[0]] for s in ("train", "val", "test", "test_hard")
+        s: [c.rgb for c in load_chips(options.chips, (s,))[0]] for s in ("train", "val", "test", "test_hard")
     }
     rules = rules_of({CARD_KEY: fit_domain(images.pop("train"), images["val"])})
     groups = {name: [_ratio(rules, image) for image in found] for name, found in images.items()}

@@ -126,8 +126,8 @@ def _job_in_int8(case: dict[str, Any]) -> None:
 
     import canopy
     from canopy.calibration.quantize import quantize
-    from canopy.chips.index import ChipRow
-    from canopy.chips.store import Chip, write_store
+    from canopy.chips.store import Chip, ChipRow
+    from canopy.chips.write import write_folder
     from canopy.errors import ConfigError
 
     try:
@@ -141,8 +141,8 @@ def _job_in_int8(case: dict[str, Any]) -> None:
         Chip(ChipRow(f"c{i}", "made-up", "synth", s), np.roll(rgb, 37 * i, 1), chm)
         for i, s in enumerate(splits)
     ]
-    path = Path(case["to"]).with_suffix(".chips.safetensors")
-    write_store(path, chips, "made-up")
+    path = Path(case["to"]).with_suffix(".chips")
+    write_folder(path, chips)
     quantize(canopy.load_model(case["model"]), path, crops=INT8_CROPS)
     _job(case)
 

@@ -75,7 +75,7 @@ def calibrate_model(
 
     Args:
         model: an embedded name or a file.
-        data: a data pack, a chips folder or a chips file.
+        data: a chips folder (`canopy data chips`).
         out: the file to write; may be the model itself with `overwrite`.
         kept_from: models of the same training that were kept from some sites of the data: they tell how much
             wider bands must be in new places (`canopy.calibration.new_places`). Without any, what the model's
@@ -98,7 +98,7 @@ def calibrate_model(
     check_gsd(network, source)
     before = network.card.get(INTERVAL_KEY, {})
     chips, identity = load_chips(data, splits)
-    places, seen = _places(data, chips), _seen_in_training(network, chips)
+    places, seen = places_of(chips), _seen_in_training(network, chips)
     scored = list(predict_chips(network, chips, progress=progress))
     log.info(f"{len(scored)} chips predicted")
     ways = _both_ways(scored)
@@ -118,13 +118,6 @@ def calibrate_model(
         additions |= _domain(network, data, domain_split, splits)
     sha256 = rewrite_card(source, target, additions)
     return {"model": str(model), "output": str(target), "sha256": sha256, **facts}
-
-
-def _places(data: str | Path, chips: Sequence[Chip]) -> list[tuple[float, float]]:
-    """Where the chips lie: (lon, lat) to about a kilometre, each once."""
-    where = places_of(data)
-    found = (where[chip.row.id] for chip in chips if chip.row.id in where)
-    return sorted({(round(lon, 2), round(lat, 2)) for lon, lat in found})
 
 
 def _seen_in_training(network: HeightModel, chips: Sequence[Chip]) -> int | None:

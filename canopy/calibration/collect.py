@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from canopy.chips.store import IMAGE_GSD_M, LABEL_GSD_M, predict_chip
+from canopy.chips.store import IMAGE_GSD_M, ChipShards, predict_chip
 from canopy.errors import ConfigError, DataError
 from canopy.runtime import NoProgress, Progress
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 BLOCK_M = 32
 _OVERLAP_SHARE = 3 / 8
 _LEAST_CROP_PX = 256
-_PLACE = ("crs", "xmin", "ymin", "xmax", "ymax")
 _GSD_SHARE = 0.05
 
 
@@ -69,42 +68,15 @@ class Cells:
 
 
 def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str]:
-    """Chips of the named splits, and a text that identifies the data.
-
-    Args:
-        data: a data pack (folder with manifest.csv), a chips folder (`canopy data chips`), or a chips file.
+    """Chips of the named splits of a chips folder (`canopy data chips`), and a text that identifies them.
 
     Raises:
-        DataError: it is none of these, has nothing of the splits, or its images are not of 0.5 m or its
-            heights not of 1 m, by which distances and blocks are counted.
+        DataError: it is none, has nothing of the splits, or its images are not of 0.5 m, by which distances
+            and blocks are counted.
     """
-    path = Path(data)
-    if path.is_file():
-        from canopy.chips.store import read_store
-
-        store = read_store(path)
-        chips, identity = store.of_split(*splits), store.data_sha256
-    elif (path / "manifest.csv").is_file():
-        from canopy.chips.cut import read_pack
-
-        chips, identity = read_pack(path, tuple(splits))
-    elif path.is_dir():
-        from canopy.chips.store import ChipShards
-
-        shards = ChipShards(path, splits=splits)
-        for row in shards.rows:
-            if not (_same(row.gsd_m, IMAGE_GSD_M) and _same(row.label_gsd_m, LABEL_GSD_M)):
-                raise DataError(
-                    f"chip {row.id} has pixels of {row.gsd_m:g} m and heights of {row.label_gsd_m:g} m",
-                    where=path, expected=f"{IMAGE_GSD_M:g} and {LABEL_GSD_M:g} m",
-                    remedy=f"cut chips with canopy data chips --gsd {IMAGE_GSD_M:g}",
-                )  # fmt: skip
-        chips, identity = list(shards), shards.fingerprint
-    else:
-        raise DataError("no such data", where=path, expected="a data pack, a chips folder or a chips file")
-    if not chips:
-        raise DataError(f"no chips of {', '.join(splits)}", where=path, remedy="choose other --splits")
-    return chips, identity
+    shards = ChipShards(data, splits=splits)
+    shards.require_gsd(IMAGE_GSD_M)
+    return list(shards), shards.fingerprint
 
 
 def check_gsd(model: HeightModel, where: object) -> None:
@@ -121,44 +93,16 @@ def _same(gsd_m: float, wanted_m: float) -> bool:
     return abs(gsd_m / wanted_m - 1) <= _GSD_SHARE
 
 
-def places_of(data: str | Path) -> dict[str, tuple[float, float]]:
-    """(lon, lat) of the middle of every chip of a data pack or chips folder, by id.
-
-    Empty for a chips file, and for a pack whose manifest lacks crs, xmin, ymin, xmax or ymax.
-
-    Raises:
-        DataError: a place that cannot be read.
-    """
-    import csv
-
-    path = Path(data)
-    if (path / "manifest.csv").is_file():
-        with (path / "manifest.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or not rows[0].keys() >= {"id", *_PLACE}:
-            return {}
-        boxes = {row["id"]: [row[name] for name in _PLACE] for row in rows if row["crs"]}
-    elif path.is_dir():
-        from canopy.chips.index import read_index
-
-        boxes = {r.id: [r.crs, r.west, r.south, r.east, r.north] for r in read_index(path) if r.crs}
-    else:
-        return {}
-    return {name: _lonlat(name, box, path) for name, box in boxes.items()}
-
-
-def _lonlat(name: str, box: Sequence[Any], where: Path) -> tuple[float, float]:
-    """The middle of a box (crs, west, south, east, north). Raises DataError."""
+def places_of(chips: Sequence[Chip]) -> list[tuple[float, float]]:
+    """Where chips lie: (lon, lat) to about a kilometre, each once; those that do not say are left out."""
     from canopy.geo.crs import transformer
 
-    try:
-        crs, (west, south, east, north) = box[0], map(float, box[1:])
-        lon, lat = transformer(crs, "EPSG:4326").transform((west + east) / 2, (south + north) / 2)
-    except (TypeError, ValueError) as error:  # an unreadable CRS is a ValueError too
-        raise DataError(f"chip {name} has no usable place ({error})", where=where) from error
-    if not np.isfinite([lon, lat]).all():
-        raise DataError(f"chip {name} lies nowhere in {crs}", where=where)
-    return float(lon), float(lat)
+    found = set()
+    for row in (chip.row for chip in chips if chip.row.crs):
+        x, y = (row.west + row.east) / 2, (row.south + row.north) / 2
+        lon, lat = transformer(row.crs, "EPSG:4326").transform(x, y)
+        found.add((round(lon, 2), round(lat, 2)))
+    return sorted(found)
 
 
 def predict_chips(

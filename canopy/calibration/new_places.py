@@ -40,8 +40,7 @@ from canopy.models.heads import (
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
-    from canopy.chips.index import ChipRow
-    from canopy.chips.store import Chip
+    from canopy.chips.store import Chip, ChipRow
 
 
 _PLACE_KNOTS_M = (0.0, 1.0, 4.0, 9.0, 14.0, 19.0, 24.0, 30.0)

@@ -49,7 +49,7 @@ def quantize(
 
     Args:
         model: of `load_model`.
-        data: a data pack, a chips folder or a chips file; `train` calibrates, `val` judges.
+        data: a chips folder; `train` calibrates, `val` judges.
         out: the file to write; by default in the cache, where `--precision int8` looks for it.
         crops: how many to calibrate on, spread evenly over the training chips; by default by their size.
 

@@ -22,8 +22,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from canopy.chips.augment import AugmentSettings, Sample, make_crop
-from canopy.chips.index import ChipRow
-from canopy.chips.store import ChipShards
+from canopy.chips.store import ChipRow, ChipShards
 from canopy.config import Settings
 from canopy.errors import DataError
 
@@ -48,7 +47,7 @@ class DataSettings(Settings):
     of that height category; `neon_share`, `synth_share`: chance of a plot or a synthetic chip, where there
     are any.
     `label_share`: share of the training chips that may be used; a smaller share is a subset of a larger
-    one, `label_seed` draws another. `include_val`: train on the val chips too, but for those within the
+    one. `include_val`: train on the val chips too, but for those within the
     folder's buffer of a test chip; their scores are then called "seen". `val_chips`: validate on at most so
     many, evenly spaced (the final scores count all).
     `val_sites`: beginnings of sites' names; validation is then on all train and val chips of these sites, and
@@ -61,7 +60,6 @@ class DataSettings(Settings):
     neon_share: float = Field(default=0.12, ge=0, lt=1)
     synth_share: float = Field(default=0.12, ge=0, lt=1)
     label_share: float = Field(default=1.0, gt=0, le=1)
-    label_seed: int = 0
     include_val: bool = False
     val_chips: int | None = Field(default=None, ge=1)
     val_sites: tuple[str, ...] = ()
@@ -119,7 +117,7 @@ def choose_chips(settings: DataSettings, gsd_m: float | None) -> ChosenChips:
     train, val = ([r for r in chips.rows if r.split == s and r.is_labelled] for s in ("train", "val"))
     if settings.val_sites:
         train, val = hold_out(train, val, settings.val_sites)
-    train = label_subset(train, settings.label_share, settings.label_seed)
+    train = label_subset(train, settings.label_share)
     if settings.include_val:
         train = [*train, *(row for row in val if not chips.near_test(row))]
     if not train:
@@ -150,17 +148,15 @@ def hold_out(
     return [row for row in train if row.site not in held], unseen
 
 
-def label_subset(rows: Sequence[ChipRow], share: float, seed: int = 0) -> list[ChipRow]:
+def label_subset(rows: Sequence[ChipRow], share: float) -> list[ChipRow]:
     """Of every kind of chip (lidar, plot, synthetic) the first `share`, at least one, in an order that a hash
     of their ids gives. So the subset of a smaller share lies inside that of a larger one. Rows keep their
     order.
     """
-    if share >= 1:
-        return list(rows)
     chosen: set[str] = set()
     for kind in {row.kind for row in rows}:
         members = [row for row in rows if row.kind == kind]
-        members.sort(key=lambda r: hashlib.sha256(f"{seed}:{r.id}".encode()).digest())
+        members.sort(key=lambda r: hashlib.sha256(f"0:{r.id}".encode()).digest())
         chosen |= {r.id for r in members[: max(1, math.ceil(share * len(members) - 1e-9))]}
     return [row for row in rows if row.id in chosen]
 

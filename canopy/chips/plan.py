@@ -1,6 +1,9 @@
 """From a manifest of image and height pairs to the chips to cut: windows, splits, ids and shards.
 
 Only headers are read here, and every file once for its hash; pixels come later (`canopy.chips.cut`).
+
+Neighbouring chips share trees, light and camera, so a random split flatters a model. A chip's split follows
+from where its centre lies, and what would be trained on near a test chip is dropped, with the reason.
 """
 
 from __future__ import annotations
@@ -9,57 +12,31 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from canopy.chips.splits import Place, SplitRules, assign, distance_to_test, drop_near_test
-from canopy.chips.targets import RULES, sensor_floor
-from canopy.errors import DataError, InputError
+import numpy as np
+import pandas
+import pyproj
+import shapely
+
+from canopy.chips.options import CutOptions, SplitOptions
+from canopy.chips.targets import sensor_floor
+from canopy.errors import DataError
 from canopy.files import check_name, file_sha256
-from canopy.geo.crs import utm_crs
+from canopy.geo.crs import METRES_PER_DEGREE, transformer, utm_crs
 from canopy.geo.grid import Grid
 from canopy.imagery.base import ImagerySource
 from canopy.imagery.open import open_imagery
 
-FORMAT = 2  # raise it when the same inputs would give other bytes
+FORMAT = 3  # raise it when the same inputs would give other chips
 LABEL_FACTOR = 2  # image pixels to a label pixel, as the chips store and the models have it
-_BLOCK_CHIPS = 4  # chips to a side that are read, and registered, together
-_CHIPS_PER_SHARD = 64
+TEST, TRAIN, VAL = "test", "train", "val"
+TOO_CLOSE = "too close to a test chip"
+_BLOCK_CHIPS = 4  # chips to a side that are read, registered and stored together
 _NEON_FLOOR_M = 2.0  # where a NEON label's sensor is not told: the higher of the two
-
-
-@dataclass(frozen=True)
-class CutRules:
-    """How chips are cut; equal rules and files give equal bytes.
-
-    Attributes:
-        size_px: side of a chip's image; the last of a row may be half or one and a half times as long.
-        gsd_m: ground metres per image pixel.
-        rule: how several label pixels become one, see `targets.chm_target`.
-        register: measure the shift between image and label, and undo it up to `most_shift_m`; beyond,
-            the chips are rejected.
-        most_shift_m: crowns lean that far in ordinary aerial images of mountains.
-        rh: relative height of GEDI shots.
-    """
-
-    size_px: int = 256
-    gsd_m: float = 0.5
-    rule: str = "mean"
-    register: bool = True
-    most_shift_m: float = 10.0
-    rh: int = 98
-
-    def __post_init__(self) -> None:
-        if self.size_px < 32 or self.size_px % 2:
-            raise InputError(f"chips of {self.size_px} px", expected="an even number, at least 32")
-        if not 0.05 <= self.gsd_m <= 10:
-            raise InputError(f"ground sample distance of {self.gsd_m} m", expected="0.05 to 10")
-        if self.rule not in RULES:
-            raise InputError(f"label rule {self.rule!r}", expected=" or ".join(RULES))
-        if not 0 < self.most_shift_m <= 12:
-            raise InputError(f"largest shift of {self.most_shift_m} m", expected="above 0, at most 12")
-        if not 0 <= self.rh <= 100:
-            raise InputError(f"relative height {self.rh}", expected="0 to 100")
+_MERCATOR = "EPSG:3395"  # conformal on the ellipsoid: one scale in all directions
 
 
 @dataclass(frozen=True)
@@ -82,39 +59,58 @@ class Pair:
 
 @dataclass(frozen=True)
 class PlannedChip:
-    """A window (row, col, height, width) of a pair's image grid, with its split and, if so, why not."""
+    """A window (row, col, height, width) of a pair's image grid.
+
+    Attributes:
+        bounds: west, south, east, north in `crs`.
+        split: '' = not given yet; any that begins with 'test' is for final scores.
+        reason: why it is not to be cut, or ''.
+        test_distance_m: to the nearest test chip; NaN where none is near.
+    """
 
     id: str
     window: tuple[int, int, int, int]
-    place: Place
+    site: str
+    crs: str
+    bounds: tuple[float, float, float, float]
+    split: str = ""
     reason: str = ""
     test_distance_m: float = float("nan")
 
-
-@dataclass(frozen=True)
-class Block:
-    """Neighbouring chips of one pair that are read and registered together."""
-
-    pair: Pair
-    grid: Grid
-    chips: tuple[PlannedChip, ...]
+    @property
+    def is_test(self) -> bool:
+        return self.split.startswith(TEST)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What is cut into one file. `key` names it and stands for everything that decides its bytes."""
+    """Neighbouring chips of one pair and split: read and registered together, written into one file.
 
-    split: str
-    key: str
-    blocks: tuple[Block, ...]
-    rules: CutRules = field(default_factory=CutRules)
+    `key` stands for everything that decides the file's content.
+    """
+
+    pair: Pair
+    grid: Grid
+    chips: tuple[PlannedChip, ...]
+    options: CutOptions
+
+    @property
+    def key(self) -> str:
+        pair = self.pair
+        facts = [pair.id, pair.site, pair.kind, pair.licence, [(c.id, c.reason) for c in self.chips]]
+        return _digest(facts)
 
     @property
     def name(self) -> str:
         """File name without suffix."""
-        return f"{self.split}-{self.key}"
+        return f"{self.chips[0].split}-{self.key}"
 
 
+def _digest(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+# ---- the manifest -----------------------------------------------------------------------------------
 def read_pairs(manifest: str | Path, limit: int | None = None) -> list[Pair]:
     """Pairs of a CSV or Parquet manifest; paths in it are relative to it.
 
@@ -146,8 +142,6 @@ def read_pairs(manifest: str | Path, limit: int | None = None) -> list[Pair]:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    import pandas
-
     if not path.is_file():
         raise DataError("no such manifest", where=path)
     kind = "Parquet" if path.suffix == ".parquet" else "CSV"
@@ -247,14 +241,15 @@ def edges(length: int, size: int) -> list[int]:
     return [i * size for i in range(count)] + [length]
 
 
-def _blocks(pair: Pair, rules: CutRules) -> Iterator[Block]:
+def _blocks(pair: Pair, options: CutOptions) -> Iterator[Shard]:
+    """The chips of a pair, not split yet, in blocks of neighbours."""
     source = open_imagery(pair.rgb, crs=pair.crs or None)
-    if source.native_gsd_m > 1.51 * rules.gsd_m:  # 0.75 m on a map is a little more on the ground
+    if source.native_gsd_m > 1.51 * options.gsd_m:  # 0.75 m on a map is a little more on the ground
         raise DataError(
-            f"an image of {source.native_gsd_m:.2g} m for chips of {rules.gsd_m:g} m", where=pair.rgb
+            f"an image of {source.native_gsd_m:.2g} m for chips of {options.gsd_m:g} m", where=pair.rgb
         )
-    grid = image_grid(source, rules.gsd_m)
-    rows, cols = (edges(n, rules.size_px) for n in grid.shape)
+    grid = image_grid(source, options.gsd_m)
+    rows, cols = (edges(n, options.size_px) for n in grid.shape)
     for i in range(0, len(rows) - 1, _BLOCK_CHIPS):
         for j in range(0, len(cols) - 1, _BLOCK_CHIPS):
             cells = [
@@ -262,53 +257,110 @@ def _blocks(pair: Pair, rules: CutRules) -> Iterator[Block]:
                 for a in range(i, min(i + _BLOCK_CHIPS, len(rows) - 1))
                 for b in range(j, min(j + _BLOCK_CHIPS, len(cols) - 1))
             ]
-            yield Block(pair, grid, tuple(_chip(pair, grid, cell, rules) for cell in cells))
+            yield Shard(pair, grid, tuple(_chip(pair, grid, cell, options) for cell in cells), options)
 
 
-def _chip(pair: Pair, grid: Grid, cell: tuple[int, int, int, int], rules: CutRules) -> PlannedChip:
-    facts = [FORMAT, asdict(rules), pair.sha256, pair.crs, pair.gap_years, pair.floor_m, cell]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+def _chip(pair: Pair, grid: Grid, cell: tuple[int, int, int, int], options: CutOptions) -> PlannedChip:
+    facts = [FORMAT, options.model_dump(), pair.sha256, pair.crs, pair.gap_years, pair.floor_m, cell]
     crs = f"EPSG:{grid.crs.epsg}" if grid.crs.epsg else grid.crs.to_wkt()
-    place = Place(pair.site, crs, grid.window(*cell).bounds, pair.split)
-    return PlannedChip(f"{pair.id}-{cell[0]}-{cell[1]}-{digest}", cell, place)
+    name = f"{pair.id}-{cell[0]}-{cell[1]}-{_digest(facts)}"
+    return PlannedChip(name, cell, pair.site, crs, grid.window(*cell).bounds, pair.split)
 
 
-def plan_shards(pairs: Sequence[Pair], rules: CutRules, splits: SplitRules) -> list[Shard]:
-    """All chips of all pairs with split, distance to test and buffer applied, grouped into shards.
+def plan_shards(pairs: Sequence[Pair], options: CutOptions, splits: SplitOptions) -> list[Shard]:
+    """All chips of all pairs with split, distance to test and buffer applied, one shard per block and split.
 
     Raises:
         DataError, ImageryError: an image that cannot be opened or is coarser than the chips.
     """
-    blocks = [block for pair in pairs for block in _blocks(pair, rules)]
-    chips = [chip for block in blocks for chip in block.chips]
-    places = assign([chip.place for chip in chips], splits)
-    reasons = drop_near_test(places, splits.buffer_m)
-    distances = distance_to_test(places, max(4 * splits.buffer_m, 1000.0))
-    done = iter(
-        replace(
-            chip, place=place, reason=reason, test_distance_m=float(d) if d < float("inf") else float("nan")
-        )
-        for chip, place, reason, d in zip(chips, places, reasons, distances, strict=True)
-    )
-    by_split: dict[str, list[Block]] = {}
+    blocks = [block for pair in pairs for block in _blocks(pair, options)]
+    settled = iter(settle([chip for block in blocks for chip in block.chips], splits))
+    shards = []
     for block in blocks:
-        settled = [next(done) for _ in block.chips]
-        for split in dict.fromkeys(chip.place.split for chip in settled):
-            part = tuple(chip for chip in settled if chip.place.split == split)
-            by_split.setdefault(split, []).append(replace(block, chips=part))
-    return [shard for split, parts in by_split.items() for shard in _shards(split, parts, rules)]
+        chips = [next(settled) for _ in block.chips]
+        for split in dict.fromkeys(chip.split for chip in chips):
+            part = tuple(chip for chip in chips if chip.split == split)
+            shards.append(replace(block, chips=part))
+    return shards
 
 
-def _shards(split: str, blocks: Sequence[Block], rules: CutRules) -> Iterator[Shard]:
-    group: list[Block] = []
-    for i, block in enumerate(blocks):
-        group.append(block)
-        full = sum(len(b.chips) for b in group) >= _CHIPS_PER_SHARD
-        if full or i == len(blocks) - 1:
-            facts = [
-                (b.pair.id, b.pair.site, b.pair.kind, b.pair.licence, [(c.id, c.reason) for c in b.chips])
-                for b in group
-            ]
-            key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-            yield Shard(split, key, tuple(group), rules)
-            group = []
+# ---- splits by place --------------------------------------------------------------------------------
+def settle(chips: Sequence[PlannedChip], options: SplitOptions) -> list[PlannedChip]:
+    """Fill in missing splits, distances to test, and the reason of train chips within the buffer.
+
+    Given splits are kept, also against `held_out`: they must not contradict it. The same ground gets the same
+    split whatever site, file or date it came from: blocks are counted from the equator and Greenwich, and
+    which split a block falls to follows from its numbers and the seed.
+
+    Raises:
+        DataError: a held-out site has chips that were given as train or val, or matches no site.
+    """
+    sites = {chip.site for chip in chips}
+    for pattern in options.held_out:
+        if not any(fnmatchcase(site, pattern) for site in sites):
+            raise DataError(
+                f"no site is called {pattern!r}", expected=f"one of {', '.join(sorted(sites))[:300]}"
+            )
+    lon, lat = transformer(_MERCATOR, "EPSG:4326").transform(*_corners(chips).mean(axis=1).T)
+    out = []
+    for chip, x, y in zip(chips, lon, lat, strict=True):
+        held_out = any(fnmatchcase(chip.site, pattern) for pattern in options.held_out)
+        if held_out and chip.split and not chip.is_test:
+            raise DataError(f"site {chip.site!r} is held out, but has chips given as {chip.split}")
+        split = chip.split or (TEST if held_out else _split_of_block(x, y, options))
+        out.append(replace(chip, split=split))
+    distances = distance_to_test(out, max(4 * options.buffer_m, 1000.0))
+    return [
+        replace(
+            chip,
+            test_distance_m=float(distance),
+            reason=TOO_CLOSE if chip.split == TRAIN and distance <= options.buffer_m else "",
+        )
+        for chip, distance in zip(out, distances, strict=True)
+    ]
+
+
+def _split_of_block(lon: float, lat: float, options: SplitOptions) -> str:
+    row = int(np.floor(lat * METRES_PER_DEGREE / options.block_m))
+    # One scale per row of blocks, so that blocks stay square and their edges meet.
+    scale = METRES_PER_DEGREE * np.cos(np.radians(row * options.block_m / METRES_PER_DEGREE))
+    col = int(np.floor(lon * max(scale, 1.0) / options.block_m))
+    digest = hashlib.sha256(f"{options.seed}/{options.block_m:g}/{row}/{col}".encode()).digest()
+    draw = int.from_bytes(digest[:8], "big") / 2**64
+    return TEST if draw < options.test else VAL if draw < options.test + options.val else TRAIN
+
+
+def distance_to_test(chips: Sequence[PlannedChip], reach_m: float) -> np.ndarray:
+    """Metres (n,) from each chip's edge to the nearest test chip's, 0 where they overlap; NaN beyond
+    `reach_m` and for test chips themselves. Whatever CRSs they are in; not across the date line."""
+    out = np.full(len(chips), np.nan)
+    test = np.array([chip.is_test for chip in chips], bool)
+    if not test.any() or test.all():
+        return out
+    corners = _corners(chips)
+    shapes = shapely.polygons(corners)
+    _, distance = shapely.STRtree(shapes[test]).query_nearest(
+        shapes[~test], return_distance=True, all_matches=False
+    )
+    lon, lat = transformer(_MERCATOR, "EPSG:4326").transform(*corners[~test].mean(axis=1).T)
+    stretch = (
+        pyproj.Proj(_MERCATOR).get_factors(lon, lat).meridional_scale
+    )  # the map's metres to the ground's
+    distance = distance / stretch
+    out[~test] = np.where(distance <= reach_m, distance, np.nan)
+    return out
+
+
+def _corners(chips: Sequence[PlannedChip]) -> np.ndarray:
+    """Corners (n, 4, 2) of chips, x and y in world Mercator."""
+    out = np.empty((len(chips), 4, 2))
+    crs_of = np.array([chip.crs for chip in chips], object)
+    bounds = np.array([chip.bounds for chip in chips], float)
+    for crs in dict.fromkeys(crs_of):
+        members = np.flatnonzero(crs_of == crs)
+        x, y = transformer(crs, _MERCATOR).transform(bounds[members][:, [0, 2, 2, 0]],
+                                                     bounds[members][:, [1, 1, 3, 3]])  # fmt: skip
+        out[members] = np.stack([x, y], axis=-1)
+        if not np.isfinite(out[members]).all():
+            raise DataError("a chip lies outside its CRS's domain", where=chips[int(members[0])].site)
+    return out

@@ -4,7 +4,7 @@ Both sides are reduced to structures of a few pixels and correlated for every di
 transforms. `ShiftMeter` adds up windows and gives the displacement of the highest point, with what speaks for
 it: how well the structures correlate there, how far that point stands out, whether single windows agree.
 
-Two height rasters are correlated as they are (`measure_shift`). An image does not look like a height map: a
+Two height rasters are correlated as they are. An image does not look like a height map: a
 crown is bright on one side and dark on the other, and throws a shadow, so correlating the two directly is
 wrong by a metre or more, towards the sun. `image_shift` therefore explains the image's log brightness by what
 heights would show under any sun, all in one least-squares fit per displacement: vegetation, the slope's two
@@ -13,26 +13,23 @@ directions and its steepness, and shadows cast from eight directions. NumPy and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from scipy import fft, ndimage
-
-from canopy.errors import InputError
 
 LIMIT_M = 10.0
 _FINE_PX, _COARSE_PX = 0.6, 5.5  # standard deviations between which structures are looked at
 _LEAST_VALID, _LEAST_SIDE_PX = 0.2, 24
 _AWAY_M = 5.0  # a rival displacement lies at least so far away
 _VEGETATION_M = 2.0
-_FITTING_GSD_M, _COARSEST_GSD_M = 0.5, 2.0
+_FITTING_GSD_M = 0.5
 _LEAST_SIDE_M = 48.0
 _SHADOW_DIRECTIONS, _SHADOW_ELEVATION_DEG = 8, 35.0
 
 
-@dataclass(frozen=True)
-class Demand:
+class Demand(NamedTuple):
     """What a displacement needs before it may be acted upon; see `Shift` for the words."""
 
     fit: float = 0.2
@@ -136,7 +133,7 @@ class ShiftMeter:
             windows=len(distances),
         )
         edge = abs(down) > self._reach[0] - 0.5 or abs(right) > self._reach[1] - 0.5
-        return Shift(**{**found.__dict__, "doubt": self._doubt(found, edge)})
+        return replace(found, doubt=self._doubt(found, edge))
 
     def _doubt(self, found: Shift, at_edge: bool) -> str | None:
         needed = self.demand
@@ -149,18 +146,6 @@ class ShiftMeter:
         if found.agreement < needed.agreement:
             return f"single windows disagree ({found.agreement:.0%} find it, needed {needed.agreement:.0%})"
         return None
-
-
-def measure_shift(
-    windows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    pixel_m: tuple[float, float],
-    limit_m: float = LIMIT_M,
-) -> Shift | None:
-    """Displacement of height rasters in windows (moving, fixed, valid), each (h, w); see `ShiftMeter`."""
-    meter = ShiftMeter(pixel_m, limit_m)
-    for moving, fixed, valid in windows:
-        meter.add(moving, fixed, valid)
-    return meter.result()
 
 
 def image_shift(
@@ -178,14 +163,7 @@ def image_shift(
     Returns:
         The displacement, or None where there is nothing to measure: less than 48 m or 20 % of the tile
         known, or no height structure. Look at `is_sure` before using it.
-
-    Raises:
-        InputError: the shapes differ or the pixels are coarser than 2 m.
     """
-    if rgb.ndim != 3 or rgb.shape[1:] != height_m.shape or valid.shape != height_m.shape:
-        raise InputError(f"image {rgb.shape}, heights {height_m.shape} and validity {valid.shape} differ")
-    if not 0 < gsd_m <= _COARSEST_GSD_M:
-        raise InputError(f"pixels of {gsd_m:g} m", expected="at most 2 m, to see crowns")
     if min(height_m.shape) * gsd_m < _LEAST_SIDE_M or valid.mean() < _LEAST_VALID:
         return None
     known = height_m[valid]
@@ -217,6 +195,7 @@ def peak_of(surface: np.ndarray) -> tuple[float, float, float]:
 
 
 def _vertex(line: np.ndarray, at: int) -> float:
+    """Where the parabola through a point and its two neighbours is highest, relative to the point."""
     if not 0 < at < len(line) - 1:
         return 0.0
     before, here, after = (float(v) for v in line[at - 1 : at + 2])

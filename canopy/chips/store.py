@@ -1,8 +1,8 @@
-"""Chips and the shards they lie in; no geo library needed.
+"""A chips folder: its index, the chips and the shards they lie in; no geo library needed.
 
-A shard is a safetensors file. For each chip ID it holds `ID/rgb` uint8 (3, 2h, 2w), where 0,0,0 alone means
-no image, `ID/chm` uint16 (h, w) in centimetres, 65535 = no height, and perhaps `ID/shots` float32 (n, 4). Its
-metadata has where the chips come from and a hash of their sources, so that a shard can be used alone.
+index.csv (and index.parquet) has one row per chip, cut or rejected. A shard is a safetensors file. For each
+chip ID it holds `ID/rgb` uint8 (3, 2h, 2w), where 0,0,0 alone means no image, `ID/chm` uint16 (h, w) in
+centimetres, 65535 = no height, and perhaps `ID/shots` float32 (n, 4).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from canopy.chips.index import ChipRow, cut_rows, height_facts, read_index
+from canopy.chips.options import BUFFER_M
 from canopy.chips.targets import pixel_weight
 from canopy.errors import DataError
 from canopy.files import replacing
@@ -28,10 +27,118 @@ from canopy.models.height import fill_invalid
 
 NO_HEIGHT = 65535
 IMAGE_GSD_M, LABEL_GSD_M = 0.5, 1.0  # of chips that say nothing else
+INDEX_CSV, INDEX_PARQUET, SHARDS, SETTINGS = "index.csv", "index.parquet", "shards", "settings.json"
 NO_SHOTS = np.zeros((0, 4), np.float32)
-BUFFER_M = 50.0  # between training and test chips, where a folder says nothing else
 _GSD_TOLERANCE = 0.03
-_FORMAT = "canopy-chips"
+_NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class ChipRow:
+    """One chip of the index, cut or rejected.
+
+    Attributes:
+        id: unique; the end is a hash of the files, the window and the settings it was cut with.
+        site, kind, split: from the manifest; kind is 'lidar', 'neon' or 'synth'.
+        pair: the manifest's id; the chip's own where there is none.
+        shard: file within the folder, '' where rejected.
+        reason: why rejected, '' where cut.
+        row, col, height_px, width_px: window on the pair's image grid.
+        gsd_m, label_gsd_m: ground metres per image and per label pixel.
+        crs, west, south, east, north: where it is.
+        weight: worth of its labels, 0..1; floor_m: heights below are only known as 0..floor.
+        shots: number of GEDI shots stored with it.
+        height_mean_m, height_p95_m, height_max_m: over known label pixels; cover: share above 2 m.
+        image_share, label_share, cloud_share, contrast, sharpness, match: see `canopy.chips.cut.screen`.
+        shift_down_m, shift_right_m, shift_sure: where labels lay relative to the image, see `register`;
+        shift_applied: whether that was undone.
+        test_distance_m: to the nearest test chip, as far as it was looked for; NaN beyond.
+        licence: of the pair.
+    """
+
+    id: str
+    site: str
+    kind: str
+    split: str
+    pair: str = ""
+    shard: str = ""
+    reason: str = ""
+    row: int = 0
+    col: int = 0
+    height_px: int = 0
+    width_px: int = 0
+    gsd_m: float = IMAGE_GSD_M
+    label_gsd_m: float = LABEL_GSD_M
+    crs: str = ""
+    west: float = _NAN
+    south: float = _NAN
+    east: float = _NAN
+    north: float = _NAN
+    weight: float = 1.0
+    floor_m: float = 0.0
+    shots: int = 0
+    height_mean_m: float = _NAN
+    height_p95_m: float = _NAN
+    height_max_m: float = _NAN
+    cover: float = _NAN
+    image_share: float = _NAN
+    label_share: float = _NAN
+    cloud_share: float = _NAN
+    contrast: float = _NAN
+    sharpness: float = _NAN
+    match: float = _NAN
+    shift_down_m: float = _NAN
+    shift_right_m: float = _NAN
+    shift_sure: bool = False
+    shift_applied: bool = False
+    test_distance_m: float = _NAN
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.pair:
+            object.__setattr__(self, "pair", self.id)
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether anything is measured: heights, or GEDI shots. Images alone are for pretraining."""
+        return self.label_share != 0 or self.shots > 0  # NaN: not counted, as by hand-made indexes
+
+
+_TYPES = {field.name: str(field.type) for field in dataclasses.fields(ChipRow)}
+
+
+def write_index(folder: Path, rows: Sequence[ChipRow]) -> None:
+    """Write index.csv, and index.parquet where pyarrow is installed; each whole or not at all."""
+    import pandas
+
+    table = pandas.DataFrame([dataclasses.asdict(row) for row in rows], columns=list(_TYPES))
+    with replacing(folder / INDEX_CSV) as part:
+        table.to_csv(part, index=False, lineterminator="\n")
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        return
+    with replacing(folder / INDEX_PARQUET) as part:
+        table.to_parquet(part, index=False)
+
+
+def read_index(folder: str | Path) -> list[ChipRow]:
+    """Rows of a chips folder, rejected chips included. Raises DataError where there is no readable index."""
+    import pandas
+
+    path = Path(folder) / INDEX_CSV
+    if not path.is_file():
+        what = "no index.csv" if path.parent.is_dir() else "no such chips"
+        raise DataError(what, where=folder, expected="a folder made by canopy data chips")
+    texts = {name: str for name, kind in _TYPES.items() if kind == "str"}
+    try:
+        table = pandas.read_csv(path, dtype=texts)
+        table = table[list(_TYPES)].fillna(dict.fromkeys(texts, "")).astype(_TYPES)
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"is no index of chips ({error})", where=path, remedy="cut the chips again"
+        ) from error
+    return [ChipRow(**row) for row in table.to_dict("records")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,51 +165,34 @@ class Chip:
     @property
     def weight(self) -> np.ndarray:
         """Float32 (h, w), what each label pixel is worth, 0 where unknown."""
-        known = np.isfinite(self.chm_m)
-        return pixel_weight(np.where(known, self.chm_m, 0), known, self.row.weight, self.row.floor_m)
+        return pixel_weight(self.chm_m, self.row.weight, self.row.floor_m)
 
     @property
     def scored(self) -> np.ndarray:
         """Bool (h, w): height known and all of its image pixels present."""
-        v = self.image_valid
-        return np.isfinite(self.chm_m) & v[0::2, 0::2] & v[1::2, 0::2] & v[0::2, 1::2] & v[1::2, 1::2]
+        h, w = self.chm_m.shape
+        return np.isfinite(self.chm_m) & self.image_valid.reshape(h, 2, w, 2).all(axis=(1, 3))
 
 
-def described(chip: Chip, shard: str, licence: str = "") -> ChipRow:
-    """The row of a chip that was not cut from a manifest's pair: what can be read off it."""
+def described(chip: Chip, **facts: Any) -> Chip:
+    """The chip with what can be read off it in its row, and `facts`."""
     known = chip.chm_m[np.isfinite(chip.chm_m)]
-    gsd = {} if chip.row.gsd_m == chip.row.gsd_m else {"gsd_m": IMAGE_GSD_M, "label_gsd_m": LABEL_GSD_M}
-    facts: dict[str, Any] = gsd | (height_facts(known) or {"height_p95_m": 0.0})
-    return dataclasses.replace(
-        chip.row,
-        shard=shard,
-        height_px=chip.rgb.shape[1],
-        width_px=chip.rgb.shape[2],
-        shots=len(chip.shots),
-        image_share=float(chip.image_valid.mean()),
-        label_share=known.size / max(chip.chm_m.size, 1),
-        licence=licence,
-        **facts,
-    )
+    facts["shots"] = len(chip.shots)
+    facts["height_px"], facts["width_px"] = chip.rgb.shape[1:]
+    facts["image_share"] = round(float(chip.image_valid.mean()), 4)
+    facts["label_share"] = round(known.size / max(chip.chm_m.size, 1), 4)
+    if known.size:
+        facts["height_mean_m"] = round(float(known.mean()), 3)
+        facts["height_p95_m"] = round(float(np.percentile(known, 95)), 3)
+        facts["height_max_m"] = round(float(known.max()), 3)
+        facts["cover"] = round(float((known > 2).mean()), 4)
+    return dataclasses.replace(chip, row=dataclasses.replace(chip.row, **facts))
 
 
-@dataclass(frozen=True)
-class ChipStore:
-    """All chips of one shard, in memory, with the hash of the data they were cut from."""
-
-    chips: tuple[Chip, ...]
-    data_sha256: str
-
-    def of_split(self, *splits: str) -> list[Chip]:
-        """Chips of the named splits, in file order."""
-        return [c for c in self.chips if c.row.split in splits]
-
-
-def write_store(path: str | Path, chips: Sequence[Chip], source: str) -> None:
+def write_shard(path: Path, chips: Sequence[Chip]) -> None:
     """Write chips to one shard, heights rounded to centimetres; equal bytes for equal chips."""
     from safetensors.numpy import save_file
 
-    path = Path(path)
     tensors: dict[str, np.ndarray] = {}
     for chip in chips:
         known = np.isfinite(chip.chm_m)
@@ -111,58 +201,16 @@ def write_store(path: str | Path, chips: Sequence[Chip], source: str) -> None:
         tensors[f"{chip.row.id}/rgb"] = np.ascontiguousarray(chip.rgb)
         if len(chip.shots):
             tensors[f"{chip.row.id}/shots"] = chip.shots.astype(np.float32)
-    rows = [{k: getattr(chip.row, k) for k in ("id", "site", "kind", "split")} for chip in chips]
-    facts = json.dumps({"rows": rows, "data_sha256": source})
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
-        # One entry alone: the library puts several in random order.
-        save_file(tensors, part, metadata={_FORMAT: facts})
+        save_file(tensors, part)
         part.chmod(0o644)  # it writes 0600, which nobody else could read
-
-
-def read_store(path: str | Path) -> ChipStore:
-    """Read a shard; DataError where it is missing or not one."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise DataError("no such chips file", where=path, expected="a shard of canopy data chips")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            facts = _facts(file.metadata() or {}, path)
-            chips = []
-            for row in (ChipRow(**row) for row in facts["rows"]):
-                shots = f"{row.id}/shots" in set(file.keys())
-                chip = Chip(
-                    row,
-                    file.get_tensor(f"{row.id}/rgb"),
-                    _metres(file.get_tensor(f"{row.id}/chm")),
-                    file.get_tensor(f"{row.id}/shots") if shots else NO_SHOTS,
-                )
-                chips.append(dataclasses.replace(chip, row=described(chip, path.name)))
-    except SafetensorError as error:
-        raise DataError(f"is damaged ({error})", where=path, remedy="build it again") from error
-    return ChipStore(tuple(chips), facts["data_sha256"])
-
-
-def _facts(header: dict[str, str], path: Path) -> dict[str, Any]:
-    """What a shard says of its chips; shards of earlier versions have it in several entries."""
-    if _FORMAT in header:
-        return dict(json.loads(header[_FORMAT]))
-    if header.get("format") != _FORMAT:
-        raise DataError("is not a chips file", where=path)
-    return {"rows": json.loads(header["rows"]), "data_sha256": header["data_sha256"]}
-
-
-def _metres(cm: np.ndarray) -> np.ndarray:
-    return np.where(cm == NO_HEIGHT, np.nan, cm / 100.0).astype(np.float32)
 
 
 class ChipShards:
     """Chips by number, read when asked for; picklable, and safe in forked and spawned workers.
 
     Args:
-        places: folders made by `canopy data chips`, or single shards of one (chips files); one or several.
+        places: folders made by `canopy data chips`, one or several.
         splits: only these splits; None takes all.
 
     Raises:
@@ -175,30 +223,23 @@ class ChipShards:
         wanted = [places] if isinstance(places, str | Path) else places
         self.rows: list[ChipRow] = []
         self._folders: dict[str, Path] = {}
-        self._sources: list[str] = []
-        for place in map(Path, wanted):
-            if place.is_file():
-                store = read_store(place)
-                self._sources.append(store.data_sha256)
-                rows, folder = [chip.row for chip in store.chips], place.parent
-            else:
-                rows, folder = cut_rows(read_index(place)), place
+        for folder in map(Path, wanted):
+            rows = [row for row in read_index(folder) if not row.reason]
             for row in rows:
                 if row.id in self._folders:
-                    raise DataError(f"chip {row.id} is also in {self._folders[row.id]}", where=place)
+                    raise DataError(f"chip {row.id} is also in {self._folders[row.id]}", where=folder)
                 self._folders[row.id] = folder
             self.rows += [row for row in rows if splits is None or row.split in splits]
         if not self.rows:
             names = ", ".join(map(str, wanted))
-            raise DataError("no chips", where=names, expected=f"some of {', '.join(splits or ['any split'])}")
-        self._buffers: dict[Path, float] = {}
-        self._handles: dict[Path, Any] = {}
-        self._owner = os.getpid()
+            of = f" of {', '.join(splits)}" if splits else ""
+            raise DataError(f"no chips{of}", where=names, remedy="name other chips or splits")
+        self._buffers = {folder: _buffer_m(folder) for folder in map(Path, wanted)}
 
     def subset(self, rows: Sequence[ChipRow]) -> ChipShards:
         """The same with these of its rows, perhaps none."""
         other = copy(self)
-        other.rows, other._handles = list(rows), {}
+        other.rows = list(rows)
         return other
 
     def require_gsd(self, gsd_m: float | None) -> None:
@@ -221,51 +262,43 @@ class ChipShards:
                 )
 
     def near_test(self, row: ChipRow) -> bool:
-        """Whether a chip lies within its folder's buffer (`canopy data chips --buffer-m`) of a test chip. A
-        chips file has no index, and does not know."""
-        folder = self._folders[row.id]
-        if folder not in self._buffers:
-            try:
-                settings = json.loads((folder / "settings.json").read_text())
-                self._buffers[folder] = float(settings["splits"]["buffer_m"])
-            except (OSError, ValueError, KeyError, TypeError):
-                self._buffers[folder] = BUFFER_M
-        return row.test_distance_m <= self._buffers[folder]
+        """Whether a chip lies within its folder's buffer (`canopy data chips --buffer-m`) of a test chip."""
+        return row.test_distance_m <= self._buffers[self._folders[row.id]]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> Chip:
+        from safetensors import SafetensorError, safe_open
+
         row = self.rows[number]
-        shots = self._tensor(row, "shots") if row.shots else NO_SHOTS
-        return Chip(row, self._tensor(row, "rgb"), _metres(self._tensor(row, "chm")), shots)
+        path = self._folders[row.id] / row.shard
+        try:
+            with safe_open(path, framework="numpy") as file:
+                cm = file.get_tensor(f"{row.id}/chm")
+                shots = file.get_tensor(f"{row.id}/shots") if row.shots else NO_SHOTS
+                chm = np.where(cm == NO_HEIGHT, np.nan, cm / 100.0).astype(np.float32)
+                return Chip(row, file.get_tensor(f"{row.id}/rgb"), chm, shots)
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"chip {row.id} cannot be read ({error})", where=path, remedy="run canopy data chips again"
+            ) from error
 
     def __iter__(self) -> Iterator[Chip]:
         return (self[i] for i in range(len(self)))
 
     @property
     def fingerprint(self) -> str:
-        """Hash of which chips these are, in which order; ids and a file's hash stand for pixels."""
-        facts = [*self._sources, *(row.id for row in self.rows)]
-        return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+        """Hash of which chips these are, in which order; ids stand for pixels."""
+        return hashlib.sha256("\n".join(row.id for row in self.rows).encode()).hexdigest()[:16]
 
-    def _tensor(self, row: ChipRow, name: str) -> np.ndarray:
-        from safetensors import SafetensorError, safe_open
 
-        if self._owner != os.getpid():
-            self._handles, self._owner = {}, os.getpid()
-        path = self._folders[row.id] / row.shard
-        try:
-            if path not in self._handles:
-                self._handles[path] = safe_open(path, framework="numpy")
-            return self._handles[path].get_tensor(f"{row.id}/{name}")
-        except (SafetensorError, OSError) as error:
-            raise DataError(
-                f"chip {row.id} cannot be read ({error})", where=path, remedy="run canopy data chips again"
-            ) from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_handles": {}}
+def _buffer_m(folder: Path) -> float:
+    """The buffer that a folder's chips were split with."""
+    try:
+        return float(json.loads((folder / SETTINGS).read_text())["splits"]["buffer_m"])
+    except (OSError, ValueError, KeyError, TypeError):  # chips that were not cut from pairs
+        return BUFFER_M
 
 
 # ---- whole chips ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`canopy data chips`: plan, cut what is not there yet, and say what there is.
+"""`canopy data chips`: plan, cut what is not there yet, and say what there is; or draw synthetic chips.
 
 What there is: counts and shifts by split and site (summary.json), and a sheet of samples to look at.
 """
@@ -7,24 +7,38 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canopy.chips.cut import UNREADABLE, cut_shard, read_rows
-from canopy.chips.index import SHARDS, ChipRow, begin_folder, check_folder, cut_rows, write_index
-from canopy.chips.plan import FORMAT, CutRules, Shard, plan_shards, read_pairs
-from canopy.chips.splits import Place, SplitRules, drop_near_test
-from canopy.chips.store import ChipShards
-from canopy.errors import InputError, OutputError
-from canopy.files import replacing
-from canopy.runtime import NoProgress, Progress
+from canopy.chips.options import CutOptions, SplitOptions
+from canopy.chips.store import (
+    INDEX_CSV,
+    SETTINGS,
+    SHARDS,
+    Chip,
+    ChipRow,
+    ChipShards,
+    described,
+    write_index,
+    write_shard,
+)  # fmt: skip
+from canopy.errors import DataError, InputError
+from canopy.files import replacing, told_as_output, write_json
+from canopy.runtime import NoProgress, Progress, log
 
+if TYPE_CHECKING:
+    from canopy.chips.plan import Shard
+
+SYNTH_SITE = "procedural forest"
+_SYNTH_FORMAT = 1  # raise it when the same seeds would give other chips
+_PER_SHARD = 64
 _EDGES_M = (0, 2, 5, 10, 15, 20, 25, 30, 35, 200)
 _SAMPLES = 24
 _NO_LABEL = "#c9c9c9"
@@ -33,8 +47,8 @@ _NO_LABEL = "#c9c9c9"
 def write_chips(
     manifest: str | Path,
     folder: str | Path,
-    rules: CutRules | None = None,
-    splits: SplitRules | None = None,
+    options: CutOptions | None = None,
+    splits: SplitOptions | None = None,
     *,
     limit: int | None = None,
     workers: int = 1,
@@ -45,16 +59,15 @@ def write_chips(
 
     `folder` gets shards/*.safetensors (see `canopy.chips.store`), index.csv and index.parquet, summary.json
     and contact_sheet.png. Running again cuts only what is missing: after a kill, or after rows were added to
-    the manifest. Two runs of equal inputs give equal shards, byte for byte, however often they were
-    interrupted.
+    the manifest.
 
     Args:
         manifest: see `plan.read_pairs`.
         folder: created where it is not there.
-        rules, splits: how to cut and to split.
+        options, splits: how to cut and to split.
         limit: only the manifest's first rows.
         workers: processes.
-        overwrite: replace what was cut with other rules.
+        overwrite: replace what was cut with other options.
         progress: told about shards.
 
     Returns:
@@ -64,43 +77,57 @@ def write_chips(
         InputError: bad settings or inputs, or the folder holds chips of other settings; nothing is written.
         OutputError: the folder cannot be written.
     """
-    rules, splits, progress = rules or CutRules(), splits or SplitRules(), progress or NoProgress()
+    from canopy.chips.cut import UNREADABLE, read_rows
+    from canopy.chips.plan import FORMAT, plan_shards, read_pairs
+
+    options, splits, progress = options or CutOptions(), splits or SplitOptions(), progress or NoProgress()
     folder = Path(folder)
     if workers < 1 or (limit is not None and limit < 1):
         raise InputError("workers and limit must be at least 1")
-    settings = {"format": FORMAT, "rules": asdict(rules), "splits": asdict(splits)}
-    settings = json.loads(json.dumps(settings))
+    settings = {"format": FORMAT, "rules": options.model_dump(), "splits": splits.model_dump()}
     check_folder(folder, settings, overwrite)
-    shards = plan_shards(read_pairs(manifest, limit), rules, splits)
+    shards = plan_shards(read_pairs(manifest, limit), options, splits)
     begin_folder(folder, settings)
     progress.start(len(shards), "cutting shards")
-    done = []
-    for cut_now in _cut_all(shards, folder, workers):
-        done.append(cut_now)
+    cut_now = 0
+    for done in _cut_all(shards, folder, workers):
+        cut_now += done
         progress.advance()
-    rows = _collect(shards, folder)
+    # Distances are the plan's: a longer manifest may have added test chips beside what was cut before.
+    distance = {chip.id: round(chip.test_distance_m, 2) for shard in shards for chip in shard.chips}
+    rows = [
+        replace(row, test_distance_m=distance[row.id])
+        for shard in shards
+        for row in read_rows(shard, folder) or []
+    ]
     if overwrite:
-        _remove_others({shard.name for shard in shards}, folder)
+        ours = {shard.name for shard in shards}
+        for path in (folder / SHARDS).glob("*"):
+            if path.suffix in (".json", ".safetensors") and path.stem not in ours:
+                path.unlink(missing_ok=True)
     write_index(folder, rows)
-    # Counted again on what was written, not on what was planned. Test chips that were rejected count too.
-    kept = [r for r in rows if not r.reason or r.split.startswith("test")]
-    places = [Place(r.site, r.crs, (r.west, r.south, r.east, r.north), r.split) for r in kept]
+    near = [r for r in rows if not r.reason and r.split == "train" and r.test_distance_m <= splits.buffer_m]
     summary = summarise(rows) | {
-        "train_chips_within_buffer_of_test": sum(map(bool, drop_near_test(places, splits.buffer_m))),
+        "train_chips_within_buffer_of_test": len(near),
         "buffer_m": splits.buffer_m,
         "shards": len(shards),  # those all of whose chips were rejected hold an index alone
         "settings": settings,
     }
-    with replacing(folder / "summary.json") as part:
-        part.write_text(json.dumps(summary, indent=2) + "\n")
+    if "train" in summary["by_split"] and "val" not in summary["by_split"]:
+        log.warning(
+            "note: no val chips: training on these will not be validated; give the manifest a column "
+            "`split`, or choose a larger --val or a smaller --block-m"
+        )
+    write_json(folder / "summary.json", summary)
     draw_contact_sheet(folder, rows)
-    return summary | {"cut_now": sum(done), "unreadable": sum(r.reason.startswith(UNREADABLE) for r in rows)}
+    return summary | {"cut_now": cut_now, "unreadable": sum(r.reason.startswith(UNREADABLE) for r in rows)}
 
 
 def _cut_all(shards: list[Shard], folder: Path, workers: int) -> Iterator[bool]:
+    from canopy.chips.cut import cut_shard
+
     if workers == 1 or len(shards) < 2:
-        for shard in shards:
-            yield cut_shard(shard, folder)
+        yield from (cut_shard(shard, folder) for shard in shards)
         return
     from multiprocessing import get_context
 
@@ -110,28 +137,122 @@ def _cut_all(shards: list[Shard], folder: Path, workers: int) -> Iterator[bool]:
             yield job.result()
 
 
-def _collect(shards: list[Shard], folder: Path) -> list[ChipRow]:
+def check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """See that chips of `settings` may be written to a folder. Raises InputError, DataError."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError("is a file", where=folder, expected="a folder")
+    known = folder / SETTINGS
+    if overwrite or not folder.exists():
+        return
+    if not known.is_file():
+        if any(folder.iterdir()):
+            raise InputError("holds other files", where=folder, remedy="name another folder or --overwrite")
+        return
+    try:
+        before = json.loads(known.read_text())
+    except ValueError as error:
+        raise DataError("is damaged", where=known, remedy="use --overwrite") from error
+    if before != settings:
+        raise InputError(
+            "holds chips cut with other settings", where=folder, remedy="name another folder or --overwrite"
+        )
+
+
+def begin_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Create a chips folder, note its settings, and clear away what a killed run has left half-written."""
+    with told_as_output(folder):
+        (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS, settings)
+        for leftover in folder.glob("**/.*.part"):
+            leftover.unlink(missing_ok=True)
+
+
+# ---- chips that need no cutting -----------------------------------------------------------------------
+def write_folder(folder: Path, chips: Iterable[Chip], licence: str = "") -> list[ChipRow]:
+    """Write chips, each with a unique id, as `canopy data chips` would have left them; the index's rows."""
+    (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     rows: list[ChipRow] = []
-    for shard in shards:
-        found = read_rows(shard, folder)
-        if found is None:
-            raise OutputError(
-                "a shard was written and cannot be read back", where=folder / SHARDS / shard.name
-            )
-        rows += found
+    waiting: dict[str, list[Chip]] = {}
+
+    def flush(split: str) -> None:
+        name = f"{SHARDS}/{split}-{len(list(folder.glob(f'{SHARDS}/{split}-*'))):04d}.safetensors"
+        members = [described(chip, shard=name, licence=licence) for chip in waiting.pop(split)]
+        write_shard(folder / name, members)
+        rows.extend(chip.row for chip in members)
+
+    for chip in chips:
+        waiting.setdefault(chip.row.split, []).append(chip)
+        if len(waiting[chip.row.split]) == _PER_SHARD:
+            flush(chip.row.split)
+    for split in list(waiting):
+        flush(split)
+    write_index(folder, rows)
     return rows
 
 
-def _remove_others(ours: set[str], folder: Path) -> None:
-    for path in (folder / SHARDS).glob("*"):
-        if path.suffix in (".json", ".safetensors") and path.stem not in ours:
-            path.unlink(missing_ok=True)
+def synth_chips(count: int, side_px: int = 512, first_seed: int = 1000) -> Iterator[Chip]:
+    """Training chips of the procedural forest, each another place, sun and camera; heights are cell maxima.
+
+    Seeds start far from 0, the demo's, so that the demo scene is new to a model trained on these.
+    """
+    from canopy.synth.forest import random_spec
+    from canopy.synth.render import render
+
+    half = side_px // 2
+    for seed in range(first_seed, first_seed + count):
+        tile = render(random_spec(seed), 0.0, 0.0, side_px, side_px)
+        chm = tile.chm.reshape(half, 2, half, 2).max(axis=(1, 3)).astype(np.float32)
+        yield Chip(ChipRow(f"synth_{seed}", SYNTH_SITE, "synth", "train"), np.maximum(tile.rgb, 1), chm)
+
+
+def write_synth(
+    folder: str | Path,
+    count: int,
+    side_px: int = 512,
+    first_seed: int = 1000,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """A chips folder of the procedural forest, to train on beside real chips: `data.chips=[chips,synth]`.
+
+    A folder that holds these very chips is left as it is.
+
+    Returns:
+        chips, folder's settings, and `cut_now`, whether they were made by this call.
+
+    Raises:
+        InputError: bad numbers, or the folder holds something else.
+        OutputError: it cannot be written.
+    """
+    folder, progress = Path(folder), progress or NoProgress()
+    if count < 1 or side_px < 32 or side_px % 2:
+        raise InputError(f"{count} chips of {side_px} px", expected="at least 1, of an even number >= 32")
+    drawn = {"count": count, "size_px": side_px, "first_seed": first_seed}
+    settings = {"format": _SYNTH_FORMAT, "synth": drawn}
+    check_folder(folder, settings, overwrite)
+    known = folder / SETTINGS
+    same = known.is_file() and json.loads(known.read_text()) == settings
+    if same and (folder / INDEX_CSV).is_file():
+        return {"chips": count, "settings": settings, "cut_now": False}
+    for old in [folder / INDEX_CSV, *folder.glob(f"{SHARDS}/*")]:
+        old.unlink(missing_ok=True)
+    begin_folder(folder, settings)
+    progress.start(count, "drawing the procedural forest")
+
+    def told() -> Iterator[Chip]:
+        for chip in synth_chips(count, side_px, first_seed):
+            yield chip
+            progress.advance()
+
+    write_folder(folder, told(), "Apache-2.0")
+    return {"chips": count, "settings": settings, "cut_now": True}
 
 
 # ---- what there is ----------------------------------------------------------------------------------------
 def summarise(rows: Sequence[ChipRow]) -> dict[str, Any]:
     """Counts by split, site, reason and height, and the shifts measured at each site."""
-    kept = cut_rows(rows)
+    kept = [row for row in rows if not row.reason]
     # Reasons may end in a file's own message; the kind is what is counted.
     reasons = Counter(row.reason.split(":")[0] for row in rows if row.reason)
     return {
@@ -142,10 +263,10 @@ def summarise(rows: Sequence[ChipRow]) -> dict[str, Any]:
             split: {
                 "chips": len(part),
                 "sites": len({row.site for row in part}),
-                "hectares": round(sum(_hectares(row) for row in part), 2),
+                "hectares": round(sum(r.height_px * r.width_px * r.gsd_m**2 for r in part) / 1e4, 2),
                 "gedi_shots": sum(row.shots for row in part),
                 "by_height_p95_m": _by_height(part),
-                "nearest_test_m": _least([row.test_distance_m for row in part]),
+                "nearest_test_m": _of_known(np.min, [row.test_distance_m for row in part]),
             }
             for split in sorted({row.split for row in kept})
             if (part := [row for row in kept if row.split == split])
@@ -154,35 +275,21 @@ def summarise(rows: Sequence[ChipRow]) -> dict[str, Any]:
     }
 
 
-def split_note(summary: dict[str, Any]) -> str | None:
-    """What somebody should know who is about to train on these chips: that nothing would be validated."""
-    splits = summary["by_split"]
-    if "train" not in splits or "val" in splits:
-        return None
-    return (
-        "no val chips: training on these will not be validated; give the manifest a column `split`, or "
-        "choose a larger --val or a smaller --block-m"
-    )
-
-
 def _site(site: str, rows: Sequence[ChipRow]) -> dict[str, Any]:
     here = [row for row in rows if row.site == site]
-    kept = cut_rows(here)
-    # One measurement serves all chips of a block: count it once.
+    kept = [row for row in here if not row.reason]
+    # One measurement serves all chips of a shard: count it once.
     shifts = {(r.pair, r.shift_down_m, r.shift_right_m): r for r in here if r.shift_sure}.values()
+    median = partial(_of_known, np.median)
     return {
         "chips": dict(sorted(Counter(row.split for row in kept).items())),
         "rejected": len(here) - len(kept),
-        "height_p95_m": _median([row.height_p95_m for row in kept]),
+        "height_p95_m": median([row.height_p95_m for row in kept]),
         "shifts_measured": len(shifts),
-        "shift_down_m": _median([row.shift_down_m for row in shifts]),
-        "shift_right_m": _median([row.shift_right_m for row in shifts]),
-        "shift_length_m": _median([float(np.hypot(r.shift_down_m, r.shift_right_m)) for r in shifts]),
+        "shift_down_m": median([row.shift_down_m for row in shifts]),
+        "shift_right_m": median([row.shift_right_m for row in shifts]),
+        "shift_length_m": median([float(np.hypot(r.shift_down_m, r.shift_right_m)) for r in shifts]),
     }
-
-
-def _hectares(row: ChipRow) -> float:
-    return row.height_px * row.width_px * row.gsd_m**2 / 1e4
 
 
 def _by_height(rows: Sequence[ChipRow]) -> dict[str, int]:
@@ -191,14 +298,9 @@ def _by_height(rows: Sequence[ChipRow]) -> dict[str, int]:
     return {name: int(count) for name, count in zip(names, counts, strict=True)}
 
 
-def _median(values: Sequence[float]) -> float | None:
+def _of_known(statistic: Any, values: Sequence[float]) -> float | None:
     known = [v for v in values if np.isfinite(v)]
-    return round(float(np.median(known)), 2) if known else None
-
-
-def _least(values: Sequence[float]) -> float | None:
-    known = [v for v in values if np.isfinite(v)]
-    return round(min(known), 2) if known else None
+    return round(float(statistic(known)), 2) if known else None
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -223,26 +325,25 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def draw_contact_sheet(folder: Path, rows: Sequence[ChipRow]) -> None:
-    """`folder/contact_sheet.png`: image and heights of chips drawn evenly from all sites and splits."""
+    """`folder/contact_sheet.png`: image and heights of chips spread evenly over splits and sites."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    chosen = _spread(cut_rows(rows))
-    if not chosen:
+    kept = sorted((row for row in rows if not row.reason), key=lambda row: (row.split, row.site))
+    if not kept:
         return
+    chosen = kept[:: -(-len(kept) // _SAMPLES)]
     across = min(4, len(chosen))
     down = -(-len(chosen) // across)
     figure = Figure(figsize=(4.2 * across, 2.45 * down + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = np.atleast_2d(figure.subplots(down, 2 * across, squeeze=False))
+    axes = figure.subplots(down, 2 * across, squeeze=False)
     colours = colormaps["viridis"].with_extremes(bad=_NO_LABEL)
     shards = ChipShards(folder).subset(chosen)
     top = float(np.nanmax([5.0, *(row.height_p95_m for row in chosen)]))
     for cell in axes.flat:
         cell.set_axis_off()
-    for i, row in enumerate(chosen):
-        chip = shards[i]
+    for i, chip in enumerate(shards):
+        row = chip.row
         left, right = axes[i // across, 2 * (i % across) : 2 * (i % across) + 2]
         left.imshow(np.moveaxis(chip.rgb, 0, 2), interpolation="nearest")
         picture = right.imshow(chip.chm_m, cmap=colours, vmin=0, vmax=top, interpolation="nearest")
@@ -251,17 +352,3 @@ def draw_contact_sheet(folder: Path, rows: Sequence[ChipRow]) -> None:
     figure.colorbar(picture, ax=axes, shrink=0.5, label="canopy height (m)", extend="max")
     with replacing(folder / "contact_sheet.png") as part:
         figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
-
-
-def _spread(rows: Sequence[ChipRow]) -> list[ChipRow]:
-    """Up to 24 chips, site by site and split by split in turn."""
-    groups: dict[tuple[str, str], list[ChipRow]] = {}
-    for row in rows:
-        groups.setdefault((row.split, row.site), []).append(row)
-    # Within a group every n-th, so that several pictures of one site are not neighbours.
-    each = -(-_SAMPLES // max(len(groups), 1))
-    queues = [members[:: max(1, len(members) // each)] for members in groups.values()]
-    out: list[ChipRow] = []
-    for turn in range(max((len(q) for q in queues), default=0)):
-        out += [queue[turn] for queue in queues if turn < len(queue)]
-    return out[:_SAMPLES]

@@ -78,9 +78,7 @@ def _gedi_text(report: dict[str, Any]) -> str:
 @app.command("interval")
 def interval(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name or .safetensors file.")],
-    data: Annotated[
-        Path, typer.Option("--data", help="A data pack, a chips folder (canopy data chips) or a chips file.")
-    ],
+    data: Annotated[Path, typer.Option("--data", help="A chips folder (canopy data chips).")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="MODEL2", help="Model file to write.")],
     kept_from: Annotated[
         list[Path] | None,
@@ -108,7 +106,7 @@ def interval(
     reference of --quality-band's out-of-domain flag. With lidar of your own place as --data, bands hold
     there. Chips that the model was trained on make them too narrow: it says how many there are.
 
-    Example: canopy calibrate interval default --data pack -o calibrated.safetensors
+    Example: canopy calibrate interval default --data chips -o calibrated.safetensors
     Example: canopy calibrate interval default --data my_chips --splits train,val -o mine.safetensors
     """
     from canopy.calibration.apply import calibrate_model

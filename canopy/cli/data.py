@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from canopy.chips.options import CutOptions, SplitOptions
 from canopy.cli.options import (
     Json,
     Overwrite,
@@ -34,8 +34,6 @@ from canopy.inference.options import AreaOptions
 from canopy.runtime import Progress, log, progress_bar, setup_logging
 
 if TYPE_CHECKING:
-    from canopy.chips.plan import CutRules
-    from canopy.chips.splits import SplitRules
     from canopy.labels.fetch import Plan
     from canopy.labels.gedi import Granule, ShotsReport
 
@@ -290,62 +288,9 @@ def _verified(name: str) -> list[str]:
     return wanted
 
 
-_OF_PAIRS = (
-    "gsd", "label_rule", "register", "max_shift_m", "rh", "buffer_m", "block_m", "val", "test", "hold_out",
-    "limit", "workers",
-)  # fmt: skip
+_OF_PAIRS = {*CutOptions.model_fields, *SplitOptions.model_fields, "limit", "workers"} - {"size_px", "seed"}
 _OF_CHIPS = ("index.csv", "index.parquet", "summary.json", "contact_sheet.png")
 _FIRST_SEED = 1000  # far from 0, the demo's
-
-
-@dataclass(frozen=True)
-class CutOptions:
-    """How chips are cut, see `canopy.chips.plan.CutRules`."""
-
-    size_px: Annotated[int, typer.Option("--size-px", help="Side of a chip's image, pixels.")] = 256
-    gsd: Annotated[
-        float, typer.Option("--gsd", help="Ground metres per image pixel; labels get twice it.")
-    ] = 0.5
-    label_rule: Annotated[
-        str, typer.Option("--label-rule", help="Several label pixels become one: mean or max.")
-    ] = "mean"
-    register: Annotated[
-        bool, typer.Option("--register/--no-register", help="Measure and undo the shift of labels.")
-    ] = True
-    max_shift_m: Annotated[
-        float, typer.Option("--max-shift-m", help="Undo shifts up to this; reject chips beyond it.")
-    ] = 10.0
-    rh: Annotated[int, typer.Option("--rh", help="Relative height of GEDI shots (column gedi_path).")] = 98
-
-    def rules(self) -> CutRules:
-        from canopy.chips.plan import CutRules
-
-        return CutRules(self.size_px, self.gsd, self.label_rule, self.register, self.max_shift_m, self.rh)
-
-
-@dataclass(frozen=True)
-class SplitOptions:
-    """How chips without a split get one, see `canopy.chips.splits.SplitRules`."""
-
-    buffer_m: Annotated[
-        float, typer.Option("--buffer-m", help="Drop train chips closer than this to a test chip.")
-    ] = 50.0
-    block_m: Annotated[
-        float, typer.Option("--block-m", help="Blocks that go to one split as a whole, where none is given.")
-    ] = 1000.0
-    val: Annotated[float, typer.Option("--val", help="Share of blocks for validation.")] = 0.1
-    test: Annotated[float, typer.Option("--test", help="Share of blocks for testing.")] = 0.1
-    hold_out: Annotated[
-        list[str] | None,
-        typer.Option("--hold-out", help="Site (or pattern) that is test as a whole; repeat."),
-    ] = None
-    seed: Annotated[int, typer.Option("--seed", help="Of the splits, or of the first synthetic chip.")] = 0
-
-    def rules(self) -> SplitRules:
-        from canopy.chips.splits import SplitRules
-
-        held_out = tuple(self.hold_out or ())
-        return SplitRules(self.block_m, self.val, self.test, held_out, self.buffer_m, self.seed)
 
 
 @takes_groups
@@ -415,22 +360,19 @@ def _pairs(
     overwrite: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], str]:
-    from canopy.chips.write import split_note, table, write_chips
+    from canopy.chips.write import table, write_chips
 
     summary = write_chips(
-        manifest, out_dir, cut.rules(), split.rules(),
+        manifest, out_dir, cut, split,
         limit=limit, workers=workers, overwrite=overwrite, progress=progress,
     )  # fmt: skip
-    note = split_note(summary)
-    if note:
-        log.warning(f"note: {note}")
     return summary, f"{table(summary)}\n{summary['cut_now']} of {summary['shards']} shards cut now"
 
 
 def _synth(
     out_dir: Path, count: int, cut: CutOptions, split: SplitOptions, overwrite: bool, progress: Progress
 ) -> tuple[dict[str, Any], str]:
-    from canopy.chips.synthetic import write_synth
+    from canopy.chips.write import write_synth
 
     seed = _FIRST_SEED + split.seed
     summary = write_synth(out_dir, count, cut.size_px, seed, overwrite=overwrite, progress=progress)
@@ -593,7 +535,7 @@ def gedi(
     """
     from canopy.labels.gedi import check_rh, extract_shots, filter_named, survey
     from canopy.labels.shots import check_shots_name
-    from canopy.runtime import log, progress_bar, setup_logging
+    from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
     percents = check_rh(_numbers(rh))

@@ -82,9 +82,7 @@ _HELP_OUT = (
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name or .safetensors file.")],
-    data: Annotated[
-        Path, typer.Option("--data", help="A data pack, a chips folder (canopy data chips) or a chips file.")
-    ],
+    data: Annotated[Path, typer.Option("--data", help="A chips folder (canopy data chips).")],
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="MODEL.int8.zip", help=_HELP_OUT)] = None,
     crops: Annotated[
         int | None, typer.Option("--crops", min=8, help="Crops to calibrate on. Default: by their size.")

@@ -14,10 +14,11 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
+from canopy.config import validate_settings
 from canopy.errors import refuse_options
 from canopy.runtime import setup_logging
 
@@ -91,7 +92,9 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
             values = {parameter.name: given.pop(parameter.name) for parameter in parameters}
             kind: Any = hints[name]
             checked = hasattr(kind, "model_fields")
-            filled[name] = kind.of(_said(values), "the command") if checked else kind(**values)
+            filled[name] = (
+                validate_settings(kind, _said(values), "the command") if checked else kind(**values)
+            )
         command(**given, **filled)
 
     run.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
@@ -126,7 +129,8 @@ def _of_model(kind: Any) -> list[inspect.Parameter]:
                 metavar=typed.get("metavar"), help=field.description,
                 rich_help_panel=typed.get("panel"), show_default=typed.get("shown", True),
             )  # fmt: skip
-        many = typed.get("argument", False)
+        repeated = get_origin(field.annotation) is list
+        many = typed.get("argument", False) or repeated
         parameters.append(
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=None if many else field.default,

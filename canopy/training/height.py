@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from canopy.chips.augment import Sample
 from canopy.chips.data import ChipDataModule
-from canopy.chips.index import ChipRow
+from canopy.chips.store import ChipRow
 from canopy.models.decoder import bin_weights
 from canopy.models.height import HeightModel
 from canopy.runtime import log

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from canopy import metrics
-from canopy.chips.index import ChipRow
-from canopy.chips.store import Chip, predict_chip
+from canopy.chips.store import Chip, ChipRow, predict_chip
 from canopy.models.height import HeightModel
 
 Table = dict[str, dict[str, float]]

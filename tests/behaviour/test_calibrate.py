@@ -121,7 +121,7 @@ def test_means_of_polygons_get_intervals(canopy, banded, inputs, tmp_path) -> No
 def test_bad_calls_write_nothing(canopy, biased, chips, model, inputs, tmp_path) -> None:
     interval, image = ("calibrate", "interval", model, "--data"), inputs / "wood.tif"
     for words, says in (
-        ((*interval, "nowhere", "-o", "x.safetensors"), "no such data"),
+        ((*interval, "nowhere", "-o", "x.safetensors"), "no such chips"),
         ((*interval, chips, "-o", "x.tif"), ".safetensors"),
         ((*interval, chips, "--splits", "test", "-o", "x.safetensors"), "no chips"),
         (("calibrate", "gedi", biased / "map.tif", "--shots", "none.parquet", "-o", "x.tif"), "no such file"),

@@ -19,7 +19,7 @@ from canopy.calibration.new_places import (
     unseen_places,
     verify_new_place,
 )
-from canopy.chips.index import ChipRow
+from canopy.chips.store import ChipRow
 from canopy.errors import CheckpointError, DataError
 from canopy.models.heads import CARD_KEY, IntervalTable, table_of
 

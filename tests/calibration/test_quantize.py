@@ -13,8 +13,8 @@ import torch
 from scipy import ndimage
 
 from canopy.calibration.quantize import calibration_crops, quantize
-from canopy.chips.index import ChipRow
-from canopy.chips.store import Chip, read_store, write_store
+from canopy.chips.store import Chip, ChipRow, ChipShards
+from canopy.chips.write import write_folder
 from canopy.errors import ConfigError, DataError, InputError
 from canopy.inference.backends import read_card, settle
 from canopy.models.checkpoint import load_model, resolve_model, save_checkpoint
@@ -41,7 +41,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chips_file(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Path:
+def chips_dir(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Path:
     """Twelve chips of 96 px; their lidar is what the model sees, and some noise."""
     rng, model = np.random.default_rng(1), load_model(model_file)
     chips = []
@@ -56,8 +56,8 @@ def chips_file(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Pa
         height = np.maximum(height, 0).astype(np.float32)
         side = 20 if number == 11 else 48  # one chip is smaller than a crop
         chips.append(Chip(row, np.ascontiguousarray(rgb[:, : 2 * side, : 2 * side]), height[:side, :side]))
-    path = tmp_path_factory.mktemp("chips") / "chips.safetensors"
-    write_store(path, chips, "ab" * 32)
+    path = tmp_path_factory.mktemp("chips") / "chips"
+    write_folder(path, chips)
     return path
 
 
@@ -67,9 +67,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_it_is_made_judged_found_and_the_same_each_time(model_file, chips_file, cache, tmp_path) -> None:
+def test_it_is_made_judged_found_and_the_same_each_time(model_file, chips_dir, cache, tmp_path) -> None:
     model = load_model(model_file)
-    report = quantize(model, chips_file, crops=8)
+    report = quantize(model, chips_dir, crops=8)
     found = report["accuracy"]
     assert found["chips"] == 4 and found["cells"] > 7000
     assert abs(found["loss_m"]) <= MOST_LOSS_M and 0 < found["mean_difference_m"] < 0.5
@@ -78,26 +78,26 @@ def test_it_is_made_judged_found_and_the_same_each_time(model_file, chips_file, 
 
     choice = settle(model, precision="int8", device="cpu")
     assert (choice.backend, choice.precision) == ("openvino", "int8")
-    crops = calibration_crops(read_store(chips_file).of_split("val"), 64, 4)
+    crops = calibration_crops(list(ChipShards(chips_dir, splits=["val"])), 64, 4)
     int8, fp32 = choice.open(model), settle(model, "openvino").open(model)
     rgb = torch.from_numpy(crops)
     apart = (int8.forward(rgb) - fp32.forward(rgb)).abs().numpy()
     assert 0 < apart.mean() < 0.5
     assert torch.equal(int8.forward(rgb[1:2]), int8.forward(rgb)[1:2])
 
-    again = quantize(model, chips_file, tmp_path / "again.int8.zip", crops=8)
+    again = quantize(model, chips_dir, tmp_path / "again.int8.zip", crops=8)
     files = [read_card(Path(r["output"]))["files"]["model.bin"] for r in (report, again)]
     assert files[0] == files[1]
     with pytest.raises(InputError, match="exists"):
-        quantize(model, chips_file, tmp_path / "again.int8.zip", crops=8)
+        quantize(model, chips_dir, tmp_path / "again.int8.zip", crops=8)
 
 
 def test_beside_its_model_it_is_found_too_but_not_for_other_weights(
-    model_file, chips_file, cache, tmp_path
+    model_file, chips_dir, cache, tmp_path
 ) -> None:
     here = tmp_path / "moved.safetensors"
     here.write_bytes(model_file.read_bytes())
-    given = ["quantize", str(here), "--data", str(chips_file), "-o", str(tmp_path / "moved.int8.zip")]
+    given = ["quantize", str(here), "--data", str(chips_dir), "-o", str(tmp_path / "moved.int8.zip")]
     canopy = Path(sys.executable).with_name("canopy")
     made = subprocess.run(
         [canopy, "models", *given, "--crops", "8", "--json"], capture_output=True, text=True, check=True
@@ -113,7 +113,7 @@ def test_beside_its_model_it_is_found_too_but_not_for_other_weights(
         settle(model, precision="int8")
 
 
-def test_the_process_survives_signals_afterwards(model_file, chips_file, cache, tmp_path) -> None:
+def test_the_process_survives_signals_afterwards(model_file, chips_dir, cache, tmp_path) -> None:
     """NNCF opens and drops OpenVINO's plugins; see `openvino_core.core`."""
     script = (
         "import faulthandler, gc, os, signal, sys, threading\n"
@@ -126,7 +126,7 @@ def test_the_process_survives_signals_afterwards(model_file, chips_file, cache, 
         "os.kill(os.getpid(), signal.SIGTERM)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(model_file), str(chips_file)],
+        [sys.executable, "-c", script, str(model_file), str(chips_dir)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -134,9 +134,9 @@ def test_the_process_survives_signals_afterwards(model_file, chips_file, cache, 
     assert (done.returncode, done.stdout.strip()) == (0, "arrived"), done.stderr
 
 
-def test_data_without_val_rows_leaves_nothing(model_file, chips_file, cache, tmp_path) -> None:
-    train = tmp_path / "train.safetensors"
-    write_store(train, read_store(chips_file).of_split("train"), "cd" * 32)
+def test_data_without_val_rows_leaves_nothing(model_file, chips_dir, cache, tmp_path) -> None:
+    train = tmp_path / "train"
+    write_folder(train, ChipShards(chips_dir, splits=["train"]))
     with pytest.raises(DataError, match="no chips of val"):
         quantize(load_model(model_file), train, tmp_path / "x.int8.zip")
     assert not (tmp_path / "x.int8.zip").exists()

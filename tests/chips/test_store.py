@@ -3,58 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from canopy.chips.index import ChipRow, read_index
-from canopy.chips.store import Chip, ChipShards, crop_of, predict_chip, read_store, write_store
-from canopy.chips.synthetic import synth_chips, write_made, write_synth
+from canopy.chips.store import Chip, ChipRow, ChipShards, crop_of, predict_chip, read_index
+from canopy.chips.write import synth_chips, write_folder, write_synth
 from canopy.errors import DataError, InputError
 
 
-def test_a_shard_holds_its_chips_and_the_same_bytes(make_chip, tmp_path):
-    first, second = make_chip("a", split="train"), make_chip("b", split="val", side_m=20, seed=1)
-    first.chm_m[3:5] = np.nan
-    shots = np.array([[10, 12, 21.5, 0.5]], np.float32)
-    second = Chip(second.row, second.rgb, second.chm_m, shots)
-    for name in ("c", "d"):
-        write_store(tmp_path / f"{name}.safetensors", [first, second], "abc")
-    assert (tmp_path / "c.safetensors").read_bytes() == (tmp_path / "d.safetensors").read_bytes()
-    store = read_store(tmp_path / "c.safetensors")
-    assert store.data_sha256 == "abc" and [c.row.id for c in store.chips] == ["a", "b"]
-    np.testing.assert_allclose(store.chips[0].chm_m, first.chm_m, atol=0.0051)
-    assert np.array_equal(store.chips[0].rgb, first.rgb) and store.chips[0].weight[3:5].max() == 0
-    (val,) = store.of_split("val", "test")
-    assert np.array_equal(val.shots, shots) and val.row.shots == 1 and val.row.height_px == 40
-    shards = ChipShards(tmp_path / "c.safetensors")  # read alone, without an index
-    assert [r.id for r in shards.rows] == ["a", "b"] and np.array_equal(shards[1].shots, shots)
-    write_store(tmp_path / "other.safetensors", [first, second], "abcd")
-    assert ChipShards(tmp_path / "other.safetensors").fingerprint != shards.fingerprint
-
-
-def test_shards_of_earlier_versions_are_read(make_chip, tmp_path):
-    import json
-
-    from safetensors.numpy import load_file, save_file
-
-    chip, path = make_chip("a"), tmp_path / "c.safetensors"
-    write_store(path, [chip], "abc")
-    rows = json.dumps([{"id": "a", "site": "s", "kind": "lidar", "split": "train"}])
-    old = {"format": "canopy-chips", "rows": rows, "data_sha256": "abc"}
-    save_file(load_file(path), path, metadata=old)
-    assert np.array_equal(read_store(path).chips[0].rgb, chip.rgb)
-
-
-def test_broken_files_are_named(tmp_path):
-    with pytest.raises(DataError, match="no such chips file"):
-        read_store(tmp_path / "none.safetensors")
-    (tmp_path / "bad.safetensors").write_bytes(b"not chips at all, sorry")
-    with pytest.raises(DataError, match="damaged"):
-        read_store(tmp_path / "bad.safetensors")
-
-
-# ---- folders ----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def synth(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "synth"
@@ -71,11 +30,11 @@ def test_synthetic_chips_are_a_folder_made_once(synth, tmp_path):
         assert np.array_equal(made.rgb, read.rgb) and read.weight.min() == 1 and read.row.label_share == 1
         np.testing.assert_allclose(read.chm_m, made.chm_m, atol=0.0051)
         assert read.row.height_p95_m == pytest.approx(np.percentile(made.chm_m, 95), abs=1e-3)
-    before = {p: p.read_bytes() for p in synth.rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in synth.rglob("*") if p.is_file() and p.suffix != ".parquet"}
     assert not write_synth(synth, 2, 64)["cut_now"]
     (synth / "index.csv").unlink()  # as a run leaves it that was killed
     assert write_synth(synth, 2, 64)["cut_now"]
-    assert before == {p: p.read_bytes() for p in synth.rglob("*") if p.is_file()}
+    assert all(path.read_bytes() == data for path, data in before.items())
     with pytest.raises(InputError, match="other settings"):
         write_synth(synth, 4, 64)
     with pytest.raises(InputError, match="even"):
@@ -84,23 +43,50 @@ def test_synthetic_chips_are_a_folder_made_once(synth, tmp_path):
 
 
 def test_several_folders_are_one(synth, make_chip, tmp_path):
-    chips = [make_chip("a", split="train"), make_chip("b", split="val", site="t"), make_chip("c", side_m=20)]
-    rows = write_made(tmp_path / "real", chips, "test")
-    assert [r.id for r in rows] == [r.id for r in read_index(tmp_path / "real")]
+    chips = [make_chip("a", shots=[(10, 12, 21.5, 0.5)]), make_chip("b", split="val", site="t")]
+    chips[0].chm_m[3:5] = np.nan
+    rows = write_folder(tmp_path / "real", [*chips, make_chip("c", side_m=20)], "CC0")
+    assert [r.id for r in rows] == [r.id for r in read_index(tmp_path / "real")] == ["a", "c", "b"]
     both = ChipShards([tmp_path / "real", synth])
     assert [r.id for r in both.rows] == ["a", "c", "b", "synth_1000", "synth_1001"]
+    np.testing.assert_allclose(both[0].chm_m, chips[0].chm_m, atol=0.0051)
+    assert both[0].weight[3:5].max() == 0 and np.array_equal(both[0].shots, chips[0].shots)
+    assert both[1].row.height_px == 40 and both[1].row.licence == "CC0"
     assert np.array_equal(both[2].rgb, chips[1].rgb) and np.array_equal(both[3].rgb, ChipShards(synth)[0].rgb)
     again = pickle.loads(pickle.dumps(both))
     assert np.array_equal(again[4].rgb, both[4].rgb) and again.fingerprint == both.fingerprint
     assert both.fingerprint != ChipShards(synth).fingerprint
     assert [r.id for r in ChipShards([synth, tmp_path / "real"], splits=["val"]).rows] == ["b"]
+
+
+def test_broken_folders_are_named(synth, make_chip, tmp_path):
     with pytest.raises(DataError, match=r"synth_1000 is also in .*synth"):
         ChipShards([synth, synth])
     with pytest.raises(DataError, match="no such chips"):
         ChipShards([synth, tmp_path / "none"])
+    with pytest.raises(DataError, match="no chips of test"):
+        ChipShards(synth, splits=["test"])
+    (row,) = write_folder(tmp_path / "bad", [make_chip("a")])
+    (tmp_path / "bad" / row.shard).write_bytes(b"not chips at all, sorry")
+    with pytest.raises(DataError, match="chip a cannot be read"):
+        ChipShards(tmp_path / "bad")[0]
+    (tmp_path / "bad" / "index.csv").write_text("id,site\na,s\n")
+    with pytest.raises(DataError, match="no index"):
+        ChipShards(tmp_path / "bad")
 
 
-# ---- whole chips ------------------------------------------------------------------------------------------
+def test_no_geo_library_is_needed_to_read(synth):
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['rasterio', 'geopandas', 'pyproj', 'odc', 'shapely']))\n"
+        "from canopy.chips import data, register, targets, write\n"
+        "from canopy.chips.store import ChipShards\n"
+        f"print(len(ChipShards({str(synth)!r})[0].rgb))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip() == "3", done.stderr[-500:]
+
+
 def test_a_whole_chip_is_its_crops_blended_at_the_labels_pixels():
     rng = np.random.default_rng(0)
     rgb = rng.integers(1, 256, (3, 100, 140), dtype=np.uint8)

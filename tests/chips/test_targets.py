@@ -7,8 +7,8 @@ import pytest
 import rasterio
 from affine import Affine
 
-from canopy.chips.targets import chm_target, gap_weight, make_target, sensor_floor, shots_on
-from canopy.errors import DataError, ImageryError, InputError
+from canopy.chips.targets import chm_target, gap_weight, pixel_weight, sensor_floor, shots_on
+from canopy.errors import DataError, ImageryError
 from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid
 
@@ -37,78 +37,61 @@ def grid(gsd: float, h: int, w: int, x: float = X, y: float = Y) -> Grid:
 @pytest.mark.parametrize("rule", ["mean", "max"])
 def test_the_same_grid_gives_the_same_heights(chm, rule):
     path, cm = chm
-    target = chm_target(path, grid(1, 40, 60), rule=rule, gap_years=0)
-    assert np.array_equal(target.valid, cm != 65535)
-    assert np.allclose(target.height_m[target.valid], cm[target.valid] / 100, atol=1e-4)
-    assert (target.weight == target.valid).all() and (target.height_m[~target.valid] == 0).all()
+    target = chm_target(path, grid(1, 40, 60), rule)
+    assert np.array_equal(np.isnan(target), cm == 65535)
+    assert np.allclose(target[cm != 65535], cm[cm != 65535] / 100, atol=1e-4)
 
 
-def test_coarser_pixels_take_the_mean_or_the_highest(chm):
+def test_coarser_pixels_take_the_mean_or_the_highest_and_finer_ones_repeat(chm):
     path, cm = chm
     blocks = (cm[20:40, :].reshape(10, 2, 30, 2) / 100).astype(np.float32)
     place = grid(2, 10, 30, y=Y - 20)
-    assert np.allclose(chm_target(path, place, rule="mean").height_m, blocks.mean(axis=(1, 3)), atol=1e-3)
-    assert np.allclose(chm_target(path, place, rule="max").height_m, blocks.max(axis=(1, 3)), atol=1e-3)
-
-
-def test_finer_pixels_repeat_by_max(chm):
-    path, cm = chm
-    target = chm_target(path, grid(0.5, 80, 120), rule="max")
-    assert np.array_equal(target.valid, (cm != 65535).repeat(2, 0).repeat(2, 1))
-    assert np.allclose(target.height_m[0::2, 1::2], np.where(cm == 65535, 0, cm / 100), atol=1e-4)
+    assert np.allclose(chm_target(path, place, "mean"), blocks.mean(axis=(1, 3)), atol=1e-3)
+    assert np.allclose(chm_target(path, place, "max"), blocks.max(axis=(1, 3)), atol=1e-3)
+    target = chm_target(path, grid(0.5, 80, 120), "max")
+    assert np.array_equal(np.isnan(target), (cm == 65535).repeat(2, 0).repeat(2, 1))
+    known = cm != 65535
+    assert np.allclose(target[0::2, 1::2][known], cm[known] / 100, atol=1e-4)
 
 
 def test_a_known_displacement_is_undone(chm):
     path, cm = chm
     # The label lies 3 m south and 2 m west of the image: what belongs to (0, 0) is found at (3, -2).
     target = chm_target(path, grid(1, 40, 60), moved_m=(3.0, -2.0))
-    assert np.allclose(target.height_m[10:37, 2:], np.where(cm == 65535, 0, cm / 100)[13:40, :-2], atol=1e-4)
-    assert not target.valid[37:].any() and not target.valid[:, :2].any()
+    wanted = np.where(cm == 65535, np.nan, cm / 100)[13:40, :-2]
+    assert np.allclose(target[10:37, 2:], wanted, atol=1e-4, equal_nan=True)
+    assert np.isnan(target[37:]).all() and np.isnan(target[:, :2]).all()
 
 
 def test_another_crs_keeps_its_place(chm):
     path, cm = chm
     x, y = transformer(UTM, "EPSG:32618").transform(X + 30, Y - 20)
-    target = chm_target(path, Grid.of("EPSG:32618", (1, 0, x - 8, 0, -1, y + 8), (16, 16)), rule="max")
-    assert target.valid.all()
+    target = chm_target(path, Grid.of("EPSG:32618", (1, 0, x - 8, 0, -1, y + 8), (16, 16)), "max")
+    assert np.isfinite(target).all()
     back = transformer("EPSG:32618", UTM).transform(x - 8 + 4.5, y + 8 - 6.5)
     here = cm[int(Y - back[1]), int(back[0] - X)] / 100
-    assert target.height_m[6, 4] == pytest.approx(here, abs=1e-3)
+    assert target[6, 4] == pytest.approx(here, abs=1e-3)
 
 
-def test_impossible_heights_are_unknown_and_small_negatives_are_ground():
-    heights = np.array([[-9999.0, -0.4, np.nan, 12.0, 500.0]], np.float32)
-    target = make_target(heights, np.ones((1, 5), bool))
-    assert target.valid.tolist() == [[False, True, False, True, False]]
-    assert target.height_m.tolist() == [[0, 0, 0, 12, 0]]
-    assert target.weight[0, 3] == pytest.approx(0.7) and target.weight[0, 0] == 0
+def test_impossible_heights_are_unknown_and_small_negatives_are_ground(tmp_path, save):
+    heights = np.array([[-9999.0, -0.4, np.nan, 12.0, 500.0]] * 5, np.float32)
+    save(tmp_path / "odd.tif", heights[None], 1.0)
+    found = chm_target(tmp_path / "odd.tif", grid(1, 5, 5))
+    assert np.array_equal(found[2], [np.nan, 0, np.nan, 12, np.nan], equal_nan=True)
+    with pytest.raises(ImageryError, match="no such file"):
+        chm_target(tmp_path / "none.tif", grid(1, 4, 4))
 
 
-def test_below_the_sensors_floor_a_label_is_worth_less():
-    heights = np.array([[0.0, 1.0, 2.0, 9.0]], np.float32)
-    target = make_target(heights, np.ones((1, 4), bool), gap_years=0, floor_m=2.0)
-    assert np.allclose(target.weight, [[1 / 3, 1 / 3, 1, 1]])
+def test_what_a_label_is_worth():
+    heights = np.array([[0.0, 1.0, 2.0, 9.0, np.nan]], np.float32)
+    assert np.allclose(pixel_weight(heights, 1.0, 2.0), [[1 / 3, 1 / 3, 1, 1, 0]])
     assert sensor_floor("Optech Gemini") == 2 and sensor_floor("Riegl LMS-Q780") == pytest.approx(2 / 3)
     assert sensor_floor(None) == 0
     with pytest.raises(DataError, match="not known"):
         sensor_floor("sonar")
-
-
-def test_the_longer_the_gap_the_less_a_label_is_worth():
     worth = [gap_weight(y) for y in (0, 1, 3, 10)]
     assert worth[0] == 1 and worth == sorted(worth, reverse=True) and gap_weight(-3) == gap_weight(3)
     assert gap_weight(1) > gap_weight(None) > gap_weight(3)
-    with pytest.raises(DataError):
-        gap_weight(float("nan"))
-
-
-def test_bad_inputs_are_named(chm, tmp_path):
-    with pytest.raises(InputError, match="median"):
-        chm_target(chm[0], grid(1, 4, 4), rule="median")
-    with pytest.raises(ImageryError, match="no such file"):
-        chm_target(tmp_path / "none.tif", grid(1, 4, 4))
-    with pytest.raises(DataError, match="floor"):
-        make_target(np.zeros((2, 2)), np.ones((2, 2), bool), floor_m=-1)
 
 
 def shots_file(path, points, **columns):

@@ -11,8 +11,8 @@ import pytest
 import rasterio
 
 from canopy.calibration.apply import calibrate_model, rewrite_card
-from canopy.chips.index import ChipRow
-from canopy.chips.store import Chip, read_store, write_store
+from canopy.chips.store import Chip, ChipRow, ChipShards
+from canopy.chips.write import write_folder
 from canopy.models.checkpoint import describe
 
 
@@ -33,8 +33,8 @@ def chips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for turn in range(8):  # a domain needs more crops than there are tiles to wait for
             turned = np.ascontiguousarray(np.rot90(rgb, turn % 4, (1, 2))[:, :, :: 1 if turn < 4 else -1])
             made.append(Chip(ChipRow(f"c{number}_{turn}", "forest", "lidar", "train"), turned, chm))
-    path = tmp_path_factory.mktemp("chips") / "chips.safetensors"
-    write_store(path, made, "0" * 64)
+    path = tmp_path_factory.mktemp("chips") / "chips"
+    write_folder(path, made)
     return path
 
 
@@ -69,7 +69,7 @@ def test_models_kept_from_places_widen_bands_elsewhere(
     rewrite_card(model_file, kept, {"data": {"train_ids": ["c3", "c7", "c8_0"]}})
     facts, said = calibrate(model_file, chips, "--kept-from", kept)
     assert list(facts["new_places"]["places"]) == ["forest 0", "forest 1", "forest 2"]
-    assert "do not say where they lie" in said  # a chips file knows no places
+    assert "do not say where they lie" in said  # chips that were drawn lie nowhere
     image, widths = make_image(), []
     raw = card_of(tmp_path / "m.safetensors")["intervals"]
     for name, left_out in (("new", ()), ("seen", ("new_place",))):
@@ -110,11 +110,11 @@ def test_a_place_of_ones_own_changes_bands_and_not_the_domain(
     calibrate, chips: Path, model_file: Path, calibrated: Path, tmp_path: Path
 ) -> None:
     """Few images of another place, which the model was not trained on, say nothing of its domain."""
-    few = read_store(chips).of_split("val")
+    few = list(ChipShards(chips, splits=["val"]))
     few.append(replace(few[0], row=replace(few[0].row, id="t", split="train")))
-    write_store(tmp_path / "mine.safetensors", few, "1" * 64)
-    _, said = calibrate(model_file, tmp_path / "mine.safetensors")
+    write_folder(tmp_path / "mine", few)
+    _, said = calibrate(model_file, tmp_path / "mine")
     assert "domain stays" in said and "quality" not in card_of(tmp_path / "m.safetensors")
-    calibrate(calibrated, tmp_path / "mine.safetensors")
+    calibrate(calibrated, tmp_path / "mine")
     made, before = card_of(tmp_path / "m.safetensors"), card_of(calibrated)
     assert made["quality"] == before["quality"] and made["intervals"] != before["intervals"]

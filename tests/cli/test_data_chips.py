@@ -55,9 +55,9 @@ def test_other_settings_need_overwrite(canopy, manifest, tmp_path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("--size-px", "33"), "33"),
+        (("--size-px", "33"), "size_px"),
         (("--gsd", "0"), "0.05"),
-        (("--label-rule", "median"), "median"),
+        (("--label-rule", "median"), "'mean' or 'max'"),
         (("--max-shift-m", "99"), "shift"),
         (("--buffer-m", "-1"), "buffer"),
         (("--val", "0.6", "--test", "0.6"), "train"),

@@ -38,14 +38,12 @@ CASES = [
     "calibrate gedi chm.tif --shots shots.parquet -o chm.tif | chm.tif",
     "calibrate gedi chm.tif --shots shots.gedi.json -o shots.tif | shots.gedi.json",
     "calibrate interval model.safetensors --data chips -o model.safetensors | model.safetensors",
-    "calibrate interval model.safetensors --data chips.safetensors -o chips.safetensors | chips.safetensors",
     "calibrate interval model.safetensors --data chips --kept-from a.safetensors -o a.safetensors"
     " | a.safetensors",
     "models convert old.pth -o old.pth | old.pth",
     "models convert head.pth --backbone body.pth -o body.pth | body.pth",
     "models convert head.pth --config sizes.json -o sizes.json | sizes.json",
     "models quantize model.safetensors --data chips -o model.safetensors | model.safetensors",
-    "models quantize model.safetensors --data chips.safetensors -o chips.safetensors | chips.safetensors",
 ]
 
 

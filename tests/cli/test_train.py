@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from canopy.chips.index import ChipRow
-from canopy.chips.store import Chip
-from canopy.chips.synthetic import write_made
+from canopy.chips.store import Chip, ChipRow
+from canopy.chips.write import write_folder
 from canopy.models.checkpoint import describe
 
 SMOKE = "configs/finetune/smoke.yaml"
@@ -27,7 +26,7 @@ def chips(tmp_path) -> Path:
         )
         for i in range(4)
     ]
-    write_made(tmp_path / "chips", made, "made up")
+    write_folder(tmp_path / "chips", made)
     return tmp_path / "chips"
 
 

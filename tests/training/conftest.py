@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from canopy.chips.index import ChipRow
-from canopy.chips.store import Chip
-from canopy.chips.synthetic import write_made
+from canopy.chips import write
+from canopy.chips.store import Chip, ChipRow
 
 # Trains in a second.
 TINY = """
@@ -69,7 +68,7 @@ def write_folder(folder: Path, splits: list[str]) -> Path:
     chips = [
         readable_chip(f"c{i}", split, i, site=f"site{i % 2}", pair=f"p{i}") for i, split in enumerate(splits)
     ]
-    write_made(folder, chips, "made up")
+    write.write_folder(folder, chips)
     return folder
 
 
@@ -106,7 +105,7 @@ def views_dir(tmp_path_factory) -> Path:
     counts = {"train": 12, "val": 4}
     names = [(split, i) for split, count in counts.items() for i in range(count)]
     chips = [blobs(f"{split}{i}", split, seed=i + 100 * (split == "val")) for split, i in names]
-    write_made(folder, chips, "made up")
+    write.write_folder(folder, chips)
     return folder
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from canopy.chips.synthetic import write_synth
+from canopy.chips.write import write_synth
 from canopy.config import load_settings
 from canopy.errors import CheckpointError, ConfigError, DataError
 from canopy.models.checkpoint import load_model

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from canopy.chips.index import ChipRow
-from canopy.chips.store import Chip
+from canopy.chips.store import Chip, ChipRow
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
 from canopy.training.scoring import heights_of, plain, score

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from canopy.chips.data import site_weights
 from canopy.chips.store import ChipShards
-from canopy.chips.synthetic import write_made
+from canopy.chips.write import write_folder
 from canopy.errors import DataError
 from canopy.models.config import EncoderConfig
 from canopy.models.encoder import Encoder
@@ -187,7 +187,7 @@ def test_the_probe_prefers_features_that_see(views_dir):
 
 def test_no_labels_no_probe(views_dir, tmp_path):
     shards = ChipShards(views_dir, splits=("train",))
-    write_made(tmp_path / "one_split", [shards[0]], "made up")
+    write_folder(tmp_path / "one_split", [shards[0]])
     assert open_probe(tmp_path / "one_split", 16, 8, 0.5) is None
     with pytest.raises(DataError, match="no such chips"):
         open_probe(tmp_path / "none", 16, 8, 0.5)
