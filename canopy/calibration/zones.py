@@ -11,8 +11,7 @@ from canopy.calibration.area import AREA_LEVELS, AreaModel, area_model_of
 from canopy.calibration.gedi import map_grid
 from canopy.errors import ConfigError, DataError, InputError
 from canopy.geo.crs import to_lonlat
-from canopy.geo.grid import Grid
-from canopy.geo.tiles import tiles_over
+from canopy.geo.grid import Grid, tiles_over
 from canopy.geo.vector import read_zones
 from canopy.runtime import NoProgress, Progress
 
@@ -95,14 +94,14 @@ def _one(
     drawn = np.zeros(tuple(-(-n // step) for n in window.shape))
     sums, weight = np.zeros(3), 0.0
     for tile in tiles_over(window, _TILE_PX):
-        share = coverage(shape, tile.core)
+        share = coverage(shape, tile)
         if share is None:
             continue
-        raster = read_raster(path, tile.core, bands=bands)
+        raster = read_raster(path, tile, bands=bands)
         share = np.where(raster.valid, share, 0.0)
         sums += (np.where(raster.valid, raster.values, 0) * share).sum(axis=(1, 2), dtype=np.float64)
         weight += float(share.sum())
-        top, left = window.offset_of(tile.core)
+        top, left = window.offset_of(tile)
         rows, cols = np.nonzero(share > 0)
         np.add.at(drawn, ((rows + top) // step, (cols + left) // step), share[rows, cols])
     if weight <= 0:

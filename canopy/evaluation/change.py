@@ -36,8 +36,7 @@ from canopy.files import check_output, told_as_output
 from canopy.geo.area import AOI
 from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.crs import transformer
-from canopy.geo.grid import Grid
-from canopy.geo.tiles import tiles_over
+from canopy.geo.grid import Grid, tiles_over
 from canopy.metrics import HEIGHT_BINS_M, height_bin
 from canopy.runtime import NoProgress, Progress
 
@@ -498,7 +497,7 @@ class _Run:
         if layer.classes is None:
             return CogWriter(path, self.grid, [BandSpec(name) for name in layer.bands], tags=tags)
         tags["CANOPY_CLASSES"] = "; ".join(f"{code} {name}" for code, name in layer.classes.items())
-        bands = [BandSpec("class", "1", 1.0)]
+        bands = [BandSpec("class", "1")]
         return CogWriter(path, self.grid, bands, tags=tags, encoding="uint8m", overviews="mode")
 
     def walk(self, sinks: Sequence[_Sink], area: AOI | None, progress: Progress | None) -> Comparison:
@@ -509,12 +508,12 @@ class _Run:
         # Of the whole grid, so that a pixel's area does not depend on the window it is met in.
         row_areas = pixel_areas_m2(self.grid)
         for tile in tiles:
-            row, col = self.grid.offset_of(tile.core)
-            a, b = (read_on(side, tile.core, interval=self.dates) for side in (self.a, self.b))
+            row, col = self.grid.offset_of(tile)
+            a, b = (read_on(side, tile, interval=self.dates) for side in (self.a, self.b))
             valid = a.valid & b.valid
             if area is not None and not area.is_box:
-                valid &= area.mask(tile.core)
-            ground = np.broadcast_to(row_areas[row : row + tile.core.height, None], valid.shape)
+                valid &= area.mask(tile)
+            ground = np.broadcast_to(row_areas[row : row + tile.height, None], valid.shape)
             stored, codes = self._changed(a, b, valid, ground) if self.dates else self._differs(a, b)
             sinks[0].write(stored.astype(np.float32), valid, row, col)
             sinks[1].write(codes[None].astype(np.float32), valid, row, col)

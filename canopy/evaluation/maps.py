@@ -38,10 +38,9 @@ from canopy.chips.targets import sensor_floor
 from canopy.errors import CanopyError, ImageryError, InputError
 from canopy.files import file_sha256, is_url, public_name
 from canopy.geo.crs import to_lonlat
-from canopy.geo.grid import Grid
+from canopy.geo.grid import Grid, quadkey_bounds
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
-from canopy.geo.tiles import quadkey_bounds
 from canopy.imagery.names import acquisition_date
 
 if TYPE_CHECKING:

@@ -26,8 +26,7 @@ from canopy.evaluation.grids import own_grid, pixel_areas_m2
 from canopy.evaluation.maps import HeightMap, open_heights
 from canopy.files import check_output, replacing
 from canopy.geo.crs import geod_of, to_crs, to_lonlat
-from canopy.geo.grid import Grid
-from canopy.geo.tiles import tiles_over
+from canopy.geo.grid import Grid, tiles_over
 from canopy.geo.vector import read_zones
 from canopy.runtime import NoProgress, Progress
 
@@ -146,13 +145,13 @@ def pixels_in(
     # Of the whole window, so that a pixel's area does not depend on the tile it is met in.
     row_areas = pixel_areas_m2(window)
     for tile in tiles_over(window, TILE_PX):
-        share = coverage(there, tile.core)
+        share = coverage(there, tile)
         if share is None:
             continue
-        top = window.offset_of(tile.core)[0]
-        got = heights.read(tile.core)
+        top = window.offset_of(tile)[0]
+        got = heights.read(tile)
         used = got.valid & (share > 0)
-        weight = share * row_areas[top : top + tile.core.height, None]
+        weight = share * row_areas[top : top + tile.height, None]
         yield got.height_m[used].astype(np.float64), share[used], weight[used]
 
 

@@ -19,7 +19,7 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from canopy.errors import CanopyError, InputError, OutputError
-from canopy.files import file_sha256, flush
+from canopy.files import check_output, file_sha256, flush, told_as_output
 from canopy.geo.grid import Grid
 from canopy.geo.reading import raster_env
 
@@ -35,15 +35,10 @@ SCRATCH_EXTRA = 16 * 2**20
 # ---- how metres are stored ------------------------------------------------------------------------
 @dataclass(frozen=True)
 class BandSpec:
-    """Name and unit of an output band.
-
-    `scale` is the unit's worth of one stored step in the compact encodings; None takes the encoding's
-    own for metres and 1 for other units (days, classes). float32 files are never scaled.
-    """
+    """Name and unit of an output band."""
 
     name: str
     unit: str = "m"
-    scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +52,7 @@ class Encoding:
     top: int
 
     def scale_of(self, band: BandSpec) -> float:
-        """Worth of one stored step of a band."""
-        if self.dtype == "float32":
-            return 1.0
-        if band.scale is not None:
-            return band.scale
+        """Worth of one stored step of a band: of metres the encoding's, of other units (days, classes) 1."""
         return self.step_m if band.unit == "m" else 1.0
 
     def encode(self, values: np.ndarray, valid: np.ndarray, scales: list[float]) -> np.ndarray:
@@ -74,18 +65,6 @@ class Encoding:
         factors = np.asarray(scales, dtype=np.float64)[:, None, None]
         steps = np.clip(np.rint(np.where(valid, values, 0) / factors), 0, self.top)
         return np.where(valid, steps, self.nodata).astype(self.dtype)
-
-    def check(self, bands: list[BandSpec]) -> None:
-        """Refuse bands whose unit this encoding would clip without a word."""
-        for band in bands:
-            if self.scale_of(band) <= 0:
-                raise InputError(f"band {band.name} has scale {band.scale}", expected="a scale above 0")
-            if self.dtype == "uint8" and band.unit != "m" and band.scale is None:
-                raise InputError(
-                    f"band {band.name} ({band.unit}) does not fit encoding uint8m",
-                    expected="metres, or a band scale",
-                    remedy="use --encoding uint16cm or float32",
-                )
 
 
 ENCODINGS = {
@@ -147,19 +126,24 @@ class CogWriter:
         overwrite: bool = False,
         overviews: str = "average",
     ) -> None:
-        self.path, self.grid, self.bands = Path(path), grid, list(bands)
-        self.encoding = encoding_named(encoding)
+        [self.path] = check_output(path, overwrite=overwrite)
+        self.grid, self.bands, self.encoding = grid, list(bands), encoding_named(encoding)
         self.sha256: str | None = None
         self.companions: Callable[[Path, str], Sequence[str]] | None = None
         if not self.bands:
             raise InputError("no bands to write", where=path)
         if overviews not in OVERVIEWS:
             raise InputError(f"overviews {overviews!r}", expected=" or ".join(OVERVIEWS))
+        unfit = [band for band in self.bands if band.unit not in ("m", "1")]
+        if self.encoding.dtype == "uint8" and unfit:
+            raise InputError(
+                f"band {unfit[0].name} ({unfit[0].unit}) does not fit encoding uint8m",
+                expected="metres or classes",
+                remedy="use --encoding uint16cm or float32",
+            )
         self._overviews = overviews
-        self.encoding.check(self.bands)
         self._scales = [self.encoding.scale_of(b) for b in self.bands]
         self._tags = {k: str(v) for k, v in sorted((tags or {}).items())}
-        self._check_path(overwrite)
         self._check_space()
         # Of all stored numbers: a disk that fills up may lose blocks, which read back as nodata, in silence.
         self._sum = 0
@@ -171,30 +155,16 @@ class CogWriter:
             )
             self._open_scratch()
         except BaseException as error:  # Ctrl-C too: nobody else knows of the folder yet
-            self.abort()
+            self._drop()
             if isinstance(error, (OSError, RasterioError)):
                 raise self._failure("cannot be written", error) from error
             raise
 
     # ---- before -------------------------------------------------------------------------------
-    def _check_path(self, overwrite: bool) -> None:
-        folder = self.path.parent
-        if self.path.is_dir():
-            raise InputError("a folder", where=self.path, expected="the name of a .tif file")
-        if self.path.exists() and not overwrite:
-            raise InputError("the file exists", where=self.path, remedy="use --overwrite to replace it")
-        if not folder.is_dir():
-            raise InputError("no such folder", where=folder, remedy="create it first")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise OutputError("the folder cannot be written to", where=folder)
-
-    @property
-    def _raw_bytes(self) -> int:
-        return self.grid.height * self.grid.width * len(self.bands) * np.dtype(self.encoding.dtype).itemsize
-
     def _check_space(self) -> None:
+        samples = self.grid.height * self.grid.width * len(self.bands)
+        needed = int(samples * np.dtype(self.encoding.dtype).itemsize * SCRATCH_FACTOR) + SCRATCH_EXTRA
         free = shutil.disk_usage(self.path.parent).free
-        needed = int(self._raw_bytes * SCRATCH_FACTOR) + SCRATCH_EXTRA
         if free < needed:
             raise OutputError(
                 f"{free / 1e9:.2f} GB free on the disk, {needed / 1e9:.2f} GB needed for "
@@ -274,28 +244,34 @@ class CogWriter:
             return
         result = self._folder / self.path.name
         try:
+            with told_as_output(self.path, "cannot be finished"):
+                self._finish(result)
+                self._scratch.unlink()
+                flush(result)
+                self.sha256 = file_sha256(result)
+                names = self.companions(result, self.sha256) if self.companions else ()
+                for name in (result.name, *names):
+                    os.replace(self._folder / name, self.path.with_name(name))
+        finally:
+            self._drop()
+
+    def _finish(self, result: Path) -> None:
+        """From the scratch file to a COG that holds what was written."""
+        try:
             with raster_env():
+                assert self._dataset is not None  # close() has looked
                 self._dataset.close()
                 self._dataset = None
                 self._add_overviews()
                 self._make_cog(result)
                 self._verify(result)
-            self._scratch.unlink()
-            flush(result)
-            self.sha256 = file_sha256(result)
-            names = self.companions(result, self.sha256) if self.companions else ()
-            for name in (result.name, *names):
-                os.replace(self._folder / name, self.path.with_name(name))
-            _sync_folder(self.path.parent)
         except CanopyError:
             raise
-        except (RasterioError, OSError) as error:
+        except Exception as error:  # GDAL's own kinds of exceptions have no public name
             raise self._failure("cannot be finished", error) from error
-        finally:
-            self.abort()
 
-    def abort(self) -> None:
-        """Drop everything that was written; `path` stays as it was."""
+    def _drop(self) -> None:
+        """Remove everything that was written; `path` stays as it was."""
         if self._dataset is not None:
             with contextlib.suppress(RasterioError, OSError):
                 self._dataset.close()
@@ -375,14 +351,4 @@ class CogWriter:
         if kind is None:
             self.close()
         else:
-            self.abort()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where the system allows it."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            self._drop()

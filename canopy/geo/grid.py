@@ -10,6 +10,7 @@ array space, whatever the CRS's authority says.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from shapely.geometry import MultiPolygon, Polygon, box
 from canopy.errors import InputError
 from canopy.geo.crs import geod_of, to_crs, to_lonlat, transformer
 
+WEB_MERCATOR = "EPSG:3857"
+# Half the side of the Web-Mercator square: pi times the WGS84 semi-major axis.
+HALF_WORLD_M = math.pi * 6378137.0
 # Two grids share a lattice when their pixel corners agree to this fraction of a pixel.
 PHASE_TOL_PX = 1e-3
 PIXEL_RTOL = 1e-9
@@ -238,3 +242,43 @@ def _aligned_offset(a: Grid, b: Grid) -> tuple[int, int] | None:
     if abs(row - round(row)) > PHASE_TOL_PX or abs(col - round(col)) > PHASE_TOL_PX:
         return None
     return round(row), round(col)
+
+
+# ---- cutting --------------------------------------------------------------------------------------
+def tiles_over(grid: Grid, tile_px: int) -> list[Grid]:
+    """Windows that partition `grid`, row by row from the upper left.
+
+    They are cut at multiples of `tile_px` counted on the GLOBAL lattice: overlapping areas share tiles.
+    """
+    row0, col0 = grid.origin_rc
+    return [
+        grid.window(top - row0, left - col0, bottom - top, right - left)
+        for top, bottom in _cuts(row0, grid.height, tile_px)
+        for left, right in _cuts(col0, grid.width, tile_px)
+    ]
+
+
+def _cuts(start: int, length: int, step: int) -> list[tuple[int, int]]:
+    """(from, to) of the pieces of [start, start + length) cut at multiples of step."""
+    edges = [start, *range((start // step + 1) * step, start + length, step), start + length]
+    return list(itertools.pairwise(edges))
+
+
+# Quadkeys: Bing's naming of the tiles of the Web-Mercator pyramid, one digit of 0-3 per zoom level.
+def quadkey_at(row: int, col: int, zoom: int) -> str:
+    """Quadkey of a tile by its place on a zoom level, from the north-west corner.
+
+    >>> quadkey_at(5, 3, 3)
+    '213'
+    """
+    return "".join(str((row >> z & 1) * 2 + (col >> z & 1)) for z in reversed(range(zoom)))
+
+
+def quadkey_bounds(quadkey: str) -> tuple[float, float, float, float]:
+    """(west, south, east, north) of a quadkey in EPSG:3857 metres. Raises InputError for other digits."""
+    if not quadkey or set(quadkey) - set("0123"):
+        raise InputError(f"quadkey {quadkey!r}", expected="digits of 0, 1, 2, 3")
+    row, col = (int("".join(str(int(d) >> bit & 1) for d in quadkey), 2) for bit in (1, 0))
+    size = 2 * HALF_WORLD_M / (1 << len(quadkey))
+    west, north = col * size - HALF_WORLD_M, HALF_WORLD_M - row * size
+    return west, north - size, west + size, north

@@ -34,8 +34,7 @@ from canopy.errors import FetchError, InputError, refuse_options
 from canopy.files import host_of, is_url, redact
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
-from canopy.geo.grid import Grid
-from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
+from canopy.geo.grid import HALF_WORLD_M, Grid, quadkey_at
 from canopy.imagery.bands import GREY
 from canopy.imagery.base import Imagery, ImagerySource, ReadOptions
 from canopy.imagery.files import read_lattice

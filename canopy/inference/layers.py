@@ -117,7 +117,7 @@ def _corners(aoi: AOI) -> list[tuple[float, float]]:
 
 def band_specs(bands: Sequence[Band]) -> list[BandSpec]:
     """How a map's bands are written: flags stay whole numbers in every encoding."""
-    return [BandSpec(*band, 1.0 if band == QUALITY_BAND else None) for band in bands]
+    return [BandSpec(*band) for band in bands]
 
 
 def band_list(date: bool, interval: bool, quality: bool) -> tuple[Band, ...]:

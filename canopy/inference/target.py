@@ -179,7 +179,7 @@ _WORLD_PX_LEVELS = range(12, 31)
 
 def pixel_level(gsd_m: float, lat: float) -> int:
     """n of the pixel 2 * HALF_WORLD_M / 2**n whose ground size at a latitude is nearest to `gsd_m`."""
-    from canopy.geo.tiles import HALF_WORLD_M
+    from canopy.geo.grid import HALF_WORLD_M
 
     exact = math.log2(2 * HALF_WORLD_M * math.cos(math.radians(lat)) / gsd_m)
     return min(max(round(exact), _WORLD_PX_LEVELS.start), _WORLD_PX_LEVELS.stop - 1)
@@ -187,7 +187,7 @@ def pixel_level(gsd_m: float, lat: float) -> int:
 
 def pixel_at(level: int) -> float:
     """Side of a pixel, EPSG:3857 metres, when the world is 2**level pixels wide."""
-    from canopy.geo.tiles import HALF_WORLD_M
+    from canopy.geo.grid import HALF_WORLD_M
 
     return 2 * HALF_WORLD_M / (1 << level)
 
@@ -203,7 +203,7 @@ def quadkey_output(
         AreaError: beyond Web Mercator's latitudes, or across the antimeridian.
         ConfigError: an impossible `gsd_m`.
     """
-    from canopy.geo.tiles import WEB_MERCATOR
+    from canopy.geo.grid import WEB_MERCATOR
 
     if not (math.isfinite(gsd_m) and 0 < gsd_m <= 10_000):
         raise ConfigError(f"{gsd_m} is no ground sample distance", where="--gsd", expected="metres, above 0")

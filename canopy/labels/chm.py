@@ -32,10 +32,9 @@ from canopy.files import check_output
 from canopy.geo.area import AOI
 from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.crs import metres_per_unit, output_crs, project, to_crs, to_lonlat
-from canopy.geo.grid import Grid
+from canopy.geo.grid import Grid, tiles_over
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
-from canopy.geo.tiles import tiles_over
 from canopy.labels.points import METRES, RECORD, Blocks, LidarFile, Spool, Tally, bounds_in, fill, open_lidar
 from canopy.labels.surface import (
     ABOVE_M,
@@ -640,19 +639,19 @@ def _subtract(
     tiles = tiles_over(writer.grid, _TILE_PX)
     progress.start(len(tiles), "surface minus terrain")
     for tile in tiles:
-        top, ok_top = _metres(pair[0], crss[0], units[0], tile.core)
-        ground, ok_ground = _metres(pair[1], crss[1], units[1], tile.core)
+        top, ok_top = _metres(pair[0], crss[0], units[0], tile)
+        ground, ok_ground = _metres(pair[1], crss[1], units[1], tile)
         both = ok_top & ok_ground
         facts["zeros"] += int((both & (top == 0) & (ground == 0)).sum())
         if area is not None:
-            both &= area.mask(tile.core)
+            both &= area.mask(tile)
         height = top - ground
         low, high = both & (height < -BELOW_M), both & (height > ABOVE_M)
         valid = both & ~low & ~high
         height = np.round(np.maximum(height, 0), 3).astype(np.float32)
         marks = np.stack([height, np.zeros_like(height), valid.astype(np.float32)])
         present = np.stack([valid, np.zeros_like(valid), np.ones_like(valid)])
-        writer.write(marks, present, *writer.grid.offset_of(tile.core))
+        writer.write(marks, present, *writer.grid.offset_of(tile))
         seen = height[valid].astype(np.float64)
         for name, mask in (("both", both), ("low", low), ("high", high), ("valid", valid)):
             facts[name] += int(mask.sum())

@@ -18,8 +18,7 @@ from odc.geo import CRS
 from canopy.errors import AreaError, ConfigError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
-from canopy.geo.grid import Grid
-from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
+from canopy.geo.grid import HALF_WORLD_M, Grid, quadkey_at
 from canopy.inference.target import (
     MARGIN_PX,
     Target,

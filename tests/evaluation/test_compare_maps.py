@@ -250,13 +250,13 @@ def test_bad_input_writes_nothing(pair, write_map, forest, tmp_path):
 
 def test_published_tiles_against_a_utm_map(write_map, tmp_path):
     """A zoom-10 tile of whole metres beside a 1 m UTM map of the same plateau: read as it is, step noted."""
-    from canopy.geo.tiles import quadkey_bounds, quadkey_of
+    from canopy.geo.grid import HALF_WORLD_M, quadkey_at, quadkey_bounds
 
-    lon, lat = -75.0, 44.09
-    quadkey = quadkey_of(lon, lat, 10)
+    x, y = Transformer.from_crs("EPSG:4326", "EPSG:3857", always_xy=True).transform(-75.0, 44.09)
+    side = 2 * HALF_WORLD_M / 2**10
+    quadkey = quadkey_at(int((HALF_WORLD_M - y) / side), int((x + HALF_WORLD_M) / side), 10)
     west, _, east, north = quadkey_bounds(quadkey)
     size = (east - west) / 32768
-    x, y = Transformer.from_crs("EPSG:4326", "EPSG:3857", always_xy=True).transform(lon, lat)
     tile = tmp_path / "v2" / "chm" / f"{quadkey}.tif"
     tile.parent.mkdir(parents=True)
     with rasterio.open(

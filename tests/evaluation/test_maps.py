@@ -14,10 +14,15 @@ from canopy.errors import ImageryError, InputError
 from canopy.evaluation.grids import read_on, shared_outline
 from canopy.evaluation.maps import open_heights
 from canopy.geo.area import AOI
-from canopy.geo.grid import Grid
-from canopy.geo.tiles import quadkey_bounds, quadkey_grid
+from canopy.geo.grid import Grid, quadkey_bounds
 
 PX = 256  # a published tile has 32768 or 65536: the layout is the same
+
+
+def quadkey_grid(quadkey: str, px: int) -> Grid:
+    """The grid of px x px pixels that fills a quadkey."""
+    west, south, east, north = quadkey_bounds(quadkey)
+    return Grid.from_bounds((west, south, east, north), "EPSG:3857", (east - west) / px)
 
 
 def published_tile(

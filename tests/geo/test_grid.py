@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from canopy.errors import AreaError, InputError
 from canopy.geo.crs import output_crs, to_crs, utm_crs, utm_zone
-from canopy.geo.grid import Grid
+from canopy.geo.grid import Grid, quadkey_at, quadkey_bounds, tiles_over
 
 coordinate = st.floats(-5e6, 5e6, allow_nan=False)
 pixels = st.sampled_from([0.15, 0.3, 0.5, 0.6, 1.0, 1.19432856695588, 10.0, 30.0])
@@ -247,3 +247,33 @@ def test_an_area_outside_the_domain_is_an_area_error():
     with pytest.raises(InputError, match="domain"):
         _ = Grid.of(32633, Affine(1, 0, 5e8, 0, -1, 9e9), (1, 1)).gsd_m
     assert np.isfinite(utm_grid().gsd_m)
+
+
+# ---- cutting ----------------------------------------------------------------------------------
+@given(
+    st.integers(-300, 300),
+    st.integers(-300, 300),
+    st.integers(1, 200),
+    st.integers(1, 200),
+    st.integers(7, 90),
+)
+def test_tiles_partition_the_grid_at_multiples_of_the_lattice(row, col, height, width, tile_px):
+    grid = Grid.of("EPSG:32610", Affine(2, 0, 2 * col, 0, -2, -2 * row), (height, width))
+    count = np.zeros(grid.shape, dtype=int)
+    for tile in tiles_over(grid, tile_px):
+        r, c = grid.offset_of(tile)
+        count[r : r + tile.height, c : c + tile.width] += 1
+        top, left = tile.origin_rc
+        assert top // tile_px == (top + tile.height - 1) // tile_px
+        assert left // tile_px == (left + tile.width - 1) // tile_px
+    assert (count == 1).all()
+
+
+def test_quadkeys_are_those_of_the_bing_tile_system():
+    assert quadkey_at(5, 3, 3) == "213"  # the documentation's example: tile x = 3, y = 5 at level 3
+    west, south, east, north = quadkey_bounds("0230102100")
+    assert (east - west) / 32768 == pytest.approx(1.19433, abs=1e-5)
+    assert north - south == pytest.approx(east - west)
+    assert quadkey_bounds("0230102101")[0] == pytest.approx(east)
+    with pytest.raises(InputError, match="quadkey"):
+        quadkey_bounds("0124")

@@ -12,8 +12,7 @@ from rasterio.io import MemoryFile
 
 from canopy.errors import FetchError, InputError
 from canopy.geo.area import AOI
-from canopy.geo.grid import Grid
-from canopy.geo.tiles import HALF_WORLD_M, quadkey_at
+from canopy.geo.grid import HALF_WORLD_M, Grid, quadkey_at
 from canopy.imagery.base import ReadOptions
 from canopy.imagery.open import open_imagery, open_pinned
 from canopy.imagery.xyz import TileService, TileSource, choose_zoom, decode_tile, tile_url
