@@ -80,7 +80,8 @@ def chain(args: argparse.Namespace) -> None:
 
 def write_card(model: Path, chips: Path, out: Path) -> None:
     """Score a model on all splits, keep the scores in its file, and write model-card.md."""
-    from canopy.models.checkpoint import describe, load_model, save_checkpoint
+    from canopy.models.checkpoint import describe, save_checkpoint
+    from canopy.models.registry import load_model
 
     loaded = load_model(model)
     scores = beside_baselines(loaded, chips, ("val", "test", "test_hard"))

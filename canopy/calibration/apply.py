@@ -7,7 +7,6 @@ far.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,16 +33,17 @@ from canopy.calibration.new_places import (
     trained_on,
     verify_new_place,
 )
-from canopy.errors import CheckpointError, DataError
-from canopy.files import check_output, file_sha256, replacing
+from canopy.errors import DataError
+from canopy.files import check_output, file_sha256
 from canopy.inference.layers import CARD_KEY as DOMAIN_KEY
 from canopy.inference.layers import DESCRIPTORS, descriptor
-from canopy.models.checkpoint import header_bytes, read_header, resolve_model
+from canopy.models.checkpoint import rewrite_card
 from canopy.models.heads import CARD_KEY as INTERVAL_KEY
 from canopy.models.heads import (
     IntervalTable,
     table_of,
 )
+from canopy.models.registry import resolve_model
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def calibrate_model(
     Raises:
         InputError: bad names, data or model; nothing was written.
     """
-    from canopy.models.checkpoint import load_model
+    from canopy.models.registry import load_model
 
     source, target = resolve_model(model), Path(out)
     check_output(target, [data, *kept_from], overwrite=overwrite, suffixes=(".safetensors",))
@@ -239,35 +239,9 @@ def _domain(network: HeightModel, data: str | Path, split: str, held_out: Sequen
 
 def tensors_sha256(path: Path) -> str:
     """Hash of a model file's tensor bytes, without its header: the same before and after a calibration."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        file.seek(8 + size)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def rewrite_card(source: Path, target: Path, additions: dict[str, Any]) -> str:
-    """Copy a model file with `additions` in its card, tensor bytes untouched; returns the new file's sha256.
-
-    Raises:
-        CheckpointError: the source is no model file. OutputError: the target cannot be written.
-    """
-    header, table = read_header(source)
-    card = json.loads(header.get("card", "{}")) | additions
-    before = tensors_sha256(source)
-    with replacing(target) as part:
-        with source.open("rb") as old, part.open("wb") as new:
-            size = int.from_bytes(old.read(8), "little")
-            old.seek(8 + size)
-            new.write(header_bytes({"__metadata__": header | {"card": json.dumps(card)}} | table))
-            while block := old.read(1 << 20):
-                new.write(block)
-        if tensors_sha256(part) != before:
-            raise CheckpointError("tensors changed while the file was written", where=target)
-        part.chmod(0o644)
-    return file_sha256(target)
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- the domain ----------------------------------------------------------------------------------------

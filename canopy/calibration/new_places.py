@@ -163,7 +163,7 @@ def score_unseen(
     Bands are calibrated on the val chips of places that the model was trained on; of a place it was kept
     from, up to `MOST_CHIPS` of the train and val chips are predicted.
     """
-    from canopy.models.checkpoint import load_model
+    from canopy.models.registry import load_model
 
     chips, _ = load_chips(data, ("train", "val"))
     chips = [chip for chip in chips if chip.row.kind != "synth"]

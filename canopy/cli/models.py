@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json
 from canopy.files import check_output
 
-if TYPE_CHECKING:
-    from canopy.models.published import Converted
+app = typer.Typer(no_args_is_help=True)
 
 
+@app.command("convert")
 def convert(
     checkpoint: Annotated[
         str,
@@ -57,22 +58,18 @@ def convert(
         checkpoint, out, backbone=backbone, config=config, source=source, half=half, overwrite=overwrite
     )
     if json:
-        print_json(done.to_dict())
+        print_json(done)
     elif not quiet:
-        _print(done)
-
-
-def _print(done: Converted) -> None:
-    config = done.recognised.config
-    typer.echo(f"found {done.recognised.found}")
-    typer.echo(f"licence {done.card['licence']}; {done.card['source']}")
-    typer.echo(
-        f"{config.gsd_m} m pixels, crops of {config.crop_px} px; images are padded to multiples of "
-        f"{config.pad_px} px, because its decoder stretches odd token grids"
-    )
-    for reason, count in done.card["dropped"].items():
-        typer.echo(f"left out {count} tensors: {reason}")
-    typer.echo(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, sha256 {done.sha256}")
+        made = done["config"]
+        typer.echo(f"found {done['found']}")
+        typer.echo(f"licence {done['licence']}; {done['source']}")
+        typer.echo(
+            f"{made['gsd_m']} m pixels, crops of {made['crop_px']} px; images are padded to multiples of "
+            f"{made['multiple_px']} px, because its decoder stretches odd token grids"
+        )
+        for reason, count in Counter(done["dropped"].values()).items():
+            typer.echo(f"left out {count} tensors: {reason}")
+        typer.echo(f"{done['output']}: {done['bytes'] / 1e6:.1f} MB, sha256 {done['sha256']}")
 
 
 _HELP_OUT = (
@@ -80,6 +77,7 @@ _HELP_OUT = (
 )
 
 
+@app.command("quantize")
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name or .safetensors file.")],
     data: Annotated[Path, typer.Option("--data", help="A chips folder (canopy data chips).")],
@@ -119,30 +117,26 @@ def quantize(
         )
 
 
-app = typer.Typer(no_args_is_help=True)
-app.command("convert")(convert)
-app.command("quantize")(quantize)
-
-
 @app.command("list")
 def list_models(json_: Json = False) -> None:
     """Models by the names that --model takes: embedded ones, and published ones that are downloaded.
 
     Example: canopy models list
     """
-    from canopy.models.checkpoint import EMBEDDED, WEIGHTS_DIR, describe
-    from canopy.models.registry import facts as published_facts
-    from canopy.models.registry import published_models
+    from canopy.models.checkpoint import describe
+    from canopy.models.registry import EMBEDDED, published_models, resolve_model
 
-    shipped = {name: WEIGHTS_DIR / file for name, file in EMBEDDED.items()}
-    rows = {name: describe(path) for name, path in shipped.items() if path.is_file()}
-    published = {name: published_facts(entry) for name, entry in published_models().items()}
+    rows = {name: describe(resolve_model(name)) for name in EMBEDDED}
+    published = {name: entry.facts() for name, entry in published_models().items()}
     if json_:
         print_json({"models": rows, "published": published})
         return
     for name, facts in rows.items():
-        licence = facts["card"].get("licence", "licence not stated")
-        typer.echo(f"{name:19} {facts['name']}: {_headline(facts)}; {licence}; embedded")
+        card, line = facts["card"], f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['gsd_m']} m pixels"
+        if pooled := card.get("val", {}).get("all"):
+            line += f", val MAE {pooled['mae_m']:.2f} m, r {pooled['r']:.2f}"
+        licence = card.get("licence", "licence not stated")
+        typer.echo(f"{name:19} {facts['name']}: {line}; {licence}; embedded")
     for name, facts in published.items():
         typer.echo(
             f"{name:19} {facts['title']}: {facts['size_gb']:g} GB; {facts['licence']}; {facts['source']}"
@@ -161,17 +155,22 @@ def info(
 
     Example: canopy models info default
     """
-    from canopy.models.checkpoint import EMBEDDED, describe, resolve_model
-    from canopy.models.registry import facts as published_facts
-    from canopy.models.registry import published_models
+    from canopy.models.checkpoint import describe
+    from canopy.models.registry import EMBEDDED, published_models, resolve_model
 
-    table = {} if name_or_file in EMBEDDED else published_models()
-    if name_or_file in table:
-        _print_published(name_or_file, published_facts(table[name_or_file]), json_)
-        return
-    facts = describe(resolve_model(name_or_file))
+    path, table = Path(name_or_file), {} if name_or_file in EMBEDDED else published_models()
+    entry = None if path.exists() else table.get(name_or_file)
+    facts = {"name": name_or_file, **entry.facts()} if entry else {}
+    if not entry:
+        # A file is described as it is; others may have to be found.
+        facts = describe(path if path.is_file() else resolve_model(name_or_file))
     if json_:
         print_json(facts)
+        return
+    if entry:
+        for key, value in facts.items():
+            if value and key not in ("name", "files", "hub", "terms_at"):
+                typer.echo(f"{key:12} {value}")
         return
     card = facts["card"]
     lines = {
@@ -185,28 +184,9 @@ def info(
     }
     for key, value in lines.items():
         typer.echo(f"{key:11} {value}")
-    _print_scores(card)
-
-
-def _print_published(name: str, facts: dict[str, Any], json_: bool) -> None:
-    if json_:
-        print_json({"name": name, **facts})
-        return
-    for key in ("title", "licence", "source", "size_gb", "parameters_m", "gsd_m", "origin", "how", "notes"):
-        if facts.get(key):
-            typer.echo(f"{key:12} {facts[key]}")
-
-
-def _headline(facts: dict[str, Any]) -> str:
-    pooled = facts["card"].get("val", {}).get("all")
-    score = f", val MAE {pooled['mae_m']:.2f} m, r {pooled['r']:.2f}" if pooled else ""
-    return f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['gsd_m']} m pixels{score}"
-
-
-def _print_scores(card: dict[str, Any]) -> None:
     for split in ("val", "test"):
-        table = card.get(split) or {}
-        if table:
+        scores = card.get(split) or {}
+        if scores:
             typer.echo(f"{split} scores at 1 m (MAE, r, bias):")
-        for site, row in table.items():
+        for site, row in scores.items():
             typer.echo(f"  {site:60.60} {row['mae_m']:6.2f} m  {row['r'] or 0:5.2f}  {row['bias_m']:+6.2f} m")

@@ -108,7 +108,7 @@ def operations_per_crop(config: ModelConfig) -> float:
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         outline = HeightModel(config).eval()
         side = config.crop_px + -config.crop_px % config.pad_px
-        outline.decoder.scores(outline.encoder(torch.zeros(1, len(config.bands), side, side)))
+        outline.decoder(outline.encoder(torch.zeros(1, len(config.bands), side, side)))
     return float(counter.get_total_flops())
 
 

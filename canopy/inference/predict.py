@@ -408,14 +408,11 @@ def coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
 
 def load_named(model: str | Path | HeightModel) -> tuple[HeightModel, str]:
     """The model and the name that tags give it."""
-    from canopy.models.checkpoint import EMBEDDED, load_model
+    from canopy.models.registry import load_model
 
     name = None
     if isinstance(model, (str, Path)):
-        name = Path(model).name
-        if str(model) not in EMBEDDED:  # others may have to be fetched or converted
-            from canopy.models.registry import load_model
-        model = load_model(model)
+        name, model = Path(model).name, load_model(model)
     return model, str(model.card.get("name") or name or "unnamed")
 
 

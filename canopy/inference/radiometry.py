@@ -40,7 +40,7 @@ def with_radiometry(
     parsed = parse_radiometry(wish)
     if parsed is None:
         return model, "none", []
-    target = parsed.target or model.config.percentiles
+    measured, target = parsed[0], parsed[1] or model.config.percentiles
     if not target:
         raise InputError(
             "this model's file has no percentiles to match",
@@ -48,7 +48,6 @@ def with_radiometry(
             remedy="give the six target percentiles r5,r95,g5,g95,b5,b95",
         )
     notes: list[str] = []
-    measured = parsed.source
     if measured is None:
         whole = source.area() if source.has_own_extent else None
         measured = scene_percentiles(source, whole or requested, model.config.gsd_m)

@@ -27,70 +27,85 @@ if TYPE_CHECKING:
 
 FORMAT = "canopy-height"
 FORMAT_VERSION = "1"
-WEIGHTS_DIR = Path(__file__).parent / "weights"
-# Names people can type, and the embedded file each stands for.
-EMBEDDED = {
-    "default": "canopy-small-v3.safetensors",
-    "canopy-small": "canopy-small-v3.safetensors",
-    "canopy-small-v3": "canopy-small-v3.safetensors",
-    "canopy-lite": "canopy-lite-v4.safetensors",
-    "canopy-lite-v4": "canopy-lite-v4.safetensors",
-}
+BUFFERS = ("mean", "std", "centres")  # of a HeightModel, beside its parameters
 # What a training run leaves in its folder, beside `last.ckpt`.
 RUN_MODEL = "model.safetensors"
+BARE_WEIGHTS = (
+    "these are the weights of a canopy model without the description that canopy writes beside them: use the "
+    "file that they were loaded from; to save changed weights use canopy.models.checkpoint.save_checkpoint"
+)
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_SHOWN = 8  # lines of a difference that help before they become noise
 
 
-def resolve_model(name_or_path: str | Path) -> Path:
-    """The file behind an embedded name, a path, or the folder of a training run, which means its model.
+# ---- reading ----------------------------------------------------------------------------------------------
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> HeightModel:
+    """Load a canopy model file, in eval mode on `device`; names and others' files: `canopy.load_model`.
+
+    Returns:
+        A HeightModel with `.card` (dict), `.sha256` and `.path` set.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no such file, not a canopy model, truncated, or weights that do not fit.
     """
-    name = str(name_or_path)
-    if name in EMBEDDED:
-        path = WEIGHTS_DIR / EMBEDDED[name]
-        if not path.is_file():
-            raise CheckpointError(
-                f"the embedded weights of {name!r} are missing", where=path, remedy="reinstall canopy-height"
-            )
-        return path
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = path / RUN_MODEL
-        if not path.is_file():
-            raise CheckpointError(
-                f"is a directory without {RUN_MODEL}", where=path.parent,
-                expected="a .safetensors file, or the folder of a finished training run",
-            )  # fmt: skip
-    if not path.is_file():
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from canopy.models.height import HeightModel
+
+    path = Path(path)
+    header, _ = read_header(path)
+    try:
+        config = ModelConfig.from_dict(json.loads(header["config"]))
+    except (ConfigError, ValueError) as error:
         raise CheckpointError(
-            f"no model {name!r}", expected=f"a file, or one of: {', '.join(sorted(EMBEDDED))}"
-        )
-    return path
+            f"the model description cannot be used: {error}",
+            where=path,
+            remedy="it may come from a newer canopy; update canopy",
+        ) from error
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"is damaged ({error})", where=path, remedy="download it again") from error
+    check_finite(tensors, path)
+    model = HeightModel(config)
+    load_strict(model, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, path)
+    model.card = json.loads(header.get("card", "{}"))
+    model.sha256, model.path = file_sha256(path), path
+    return model.to(device).eval()
 
 
-def read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Metadata and tensor table of a canopy model file, read without its weights.
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Metadata and shapes of tensors of a canopy model file, read without its weights.
 
     Raises:
         CheckpointError: a pickle, a truncated or foreign file, or one without canopy's metadata.
     """
-    table = _read_table(path)
-    header = table.pop("__metadata__", None) or {}
-    if header.get("format") != FORMAT or "config" not in header:
-        ours = {"mean", "std", "centres"} <= set(table)
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError("no such model file", where=path)
+    with path.open("rb") as file:
+        first = file.read(8)
+    # A header's length may begin like a pickle, but it never fills its upper half.
+    if first.startswith(_PICKLES) and first[4:] != bytes(4):
+        raise pickle_error(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            "holds the weights of a canopy model without the description that canopy writes beside them"
-            if ours
-            else "is a safetensors file without canopy's metadata",
-            where=path,
+            f"is not a safetensors file, or a truncated one ({error})", where=path, expected="a canopy model",
+            remedy="copy or download it again",
+        ) from error  # fmt: skip
+    if header.get("format") != FORMAT or "config" not in header:
+        ours = set(BUFFERS) <= set(shapes)
+        raise CheckpointError(
+            "is a safetensors file without canopy's metadata", where=path,
             expected="a file written by canopy",
-            remedy="use the file that these weights were loaded from; to save changed weights use "
-            "canopy.models.checkpoint.save_checkpoint"
-            if ours
-            else "if it is a published model: canopy models convert",
-        )
+            remedy=BARE_WEIGHTS if ours else "if it is a published model: canopy models convert",
+        )  # fmt: skip
     if header.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"has format version {header.get('format_version')}",
@@ -98,55 +113,29 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
             expected=FORMAT_VERSION,
             remedy="update canopy",
         )
-    return header, table
+    return header, shapes
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file, after telling pickles, stubs and truncation apart."""
-    length = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(8)
-        # A header's length may begin like a pickle, but it never fills its upper half.
-        if first.startswith(_PICKLES) and first[4:] != bytes(4):
-            raise pickle_error(path)
-        size = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if not 2 <= size <= 100_000_000:
-            raise CheckpointError("is not a safetensors file", where=path, expected="a canopy model")
-        text = file.read(size) if 8 + size <= length else b""
-    if not text:
-        raise CheckpointError("is truncated in its header", where=path, remedy="copy or download it again")
-    try:
-        table = json.loads(text)
-        end = max((row["data_offsets"][1] for k, row in table.items() if k != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError("is not a safetensors file", where=path, expected="a canopy model") from error
-    if 8 + size + end > length:
-        raise CheckpointError(
-            f"is truncated: {length} of {8 + size + end} bytes",
-            where=path,
-            remedy="copy or download it again",
-        )
-    return table
-
-
-def header_bytes(header: Mapping[str, Any]) -> bytes:
-    """How a safetensors file begins (huggingface.co/docs/safetensors): its header's length, and the header.
-
-    `header`: texts by name in `__metadata__`, and the table of tensors (dtype, shape, data_offsets); their
-    bytes follow in its order. Padded so that these start aligned to 8 bytes. Equal bytes for equal headers:
-    shards of chips are known by theirs.
-    """
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+def pickle_error(path: Path) -> CheckpointError:
+    """What to say of a pickle where a model is wanted: most are the state of a training run."""
+    if path.suffix != ".ckpt":
+        return CheckpointError(
+            "is a PyTorch pickle, not a canopy model", where=path, expected="a .safetensors model",
+            remedy="if it is a published model: canopy models convert; your own weights: "
+            "canopy.models.checkpoint.save_checkpoint",
+        )  # fmt: skip
+    beside = path.parent / RUN_MODEL
+    return CheckpointError(
+        "is the state of a training run, not a model", where=path, expected="a .safetensors model",
+        remedy=f"use {beside}" + ("" if beside.is_file() else ", which a run writes when it has finished"),
+    )  # fmt: skip
 
 
 def describe(path: Path) -> dict[str, Any]:
     """JSON-ready facts of a model file: its name, hash, size, what input it expects, and its card."""
-    header, table = read_header(path)
+    header, shapes = read_header(path)
     config, card = json.loads(header["config"]), json.loads(header.get("card", "{}"))
-    buffers = ("mean", "std", "centres", ".running_mean", ".running_var", ".num_batches_tracked")
-    count = sum(math.prod(row["shape"]) for key, row in table.items() if not key.endswith(buffers))
+    buffers = (*BUFFERS, ".running_mean", ".running_var", ".num_batches_tracked")
     return {
         "name": card.get("name", path.stem),
         "path": str(path),
@@ -155,32 +144,13 @@ def describe(path: Path) -> dict[str, Any]:
         "bands": config["bands"],
         "gsd_m": config["gsd_m"],
         "crop_px": config["crop_px"],
-        "parameters": count,
+        "parameters": sum(math.prod(shape) for k, shape in shapes.items() if not k.endswith(buffers)),
         "config": config,
         "card": card,
     }
 
 
-__all__ = ["EMBEDDED", "WEIGHTS_DIR", "load_model", "load_strict", "save_checkpoint"]
-_SHOWN = 8  # lines of a key diff that help before they become noise
-_BUFFERS = ("mean", "std", "centres")
-
-
-def pickle_error(path: Path) -> CheckpointError:
-    """What to say of a pickle where a model is wanted: most are the state of a training run."""
-    run = path.suffix == ".ckpt"
-    beside = path.parent / RUN_MODEL
-    return CheckpointError(
-        "is the state of a training run, not a model" if run else "is a PyTorch pickle, not a canopy model",
-        where=path,
-        expected="a .safetensors model",
-        remedy=f"use {beside}" + ("" if beside.is_file() else ", which a run writes when it has finished")
-        if run
-        else "if it is a published model: canopy models convert; your own weights: "
-        "canopy.models.checkpoint.save_checkpoint",
-    )
-
-
+# ---- writing ----------------------------------------------------------------------------------------------
 def save_checkpoint(path: str | Path, model: HeightModel, card: dict[str, Any], *, half: bool = True) -> str:
     """Write `model` and its card atomically; return the file's sha256.
 
@@ -205,7 +175,7 @@ def write_model(
     from safetensors.torch import save
 
     stored = {
-        k: (v.half() if half and v.is_floating_point() and v.ndim > 1 and k not in _BUFFERS else v)
+        k: (v.half() if half and v.is_floating_point() and v.ndim > 1 and k not in BUFFERS else v)
         .detach().cpu().contiguous()
         for k, v in tensors.items()
     }  # fmt: skip
@@ -217,57 +187,42 @@ def write_model(
         "card": json.dumps(card),
     }
     data = memoryview(save(stored))
-    # The library writes metadata in an order of its own; the same model shall give the same file.
     size = 8 + struct.unpack("<Q", data[:8])[0]
-    table = {"__metadata__": header, **json.loads(bytes(data[8:size]))}
-    with replacing(path) as part:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(header_bytes(table))
-            file.write(data[size:])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part, part.open("wb") as file:
+        file.write(_header_bytes({"__metadata__": header, **json.loads(bytes(data[8:size]))}))
+        file.write(data[size:])
     return file_sha256(path)
 
 
-def load_model(name_or_path: str | Path = "default", device: str | torch.device = "cpu") -> HeightModel:
-    """Load a model by embedded name ('default') or from a file, in eval mode on `device`.
-
-    Returns:
-        A HeightModel with `.card` (dict), `.sha256` and `.path` set.
+def rewrite_card(source: Path, target: Path, additions: dict[str, Any]) -> str:
+    """Copy a model file with `additions` in its card, tensor bytes untouched; returns the new file's sha256.
 
     Raises:
-        CheckpointError: no such file, not a canopy model, truncated, or weights that do not fit.
+        CheckpointError: the source is no model file. OutputError: the target cannot be written.
     """
-    from canopy.models.height import HeightModel
-
-    path = resolve_model(name_or_path)
-    header, _ = read_header(path)
-    try:
-        config = ModelConfig.from_dict(json.loads(header["config"]))
-    except (ConfigError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the model description cannot be used: {error}",
-            where=path,
-            remedy="it may come from a newer canopy; update canopy",
-        ) from error
-    model = HeightModel(config)
-    load_strict(model, _read_tensors(path), path)
-    model.card = json.loads(header.get("card", "{}"))
-    model.sha256, model.path = file_sha256(path), path
-    return model.to(device).eval()
+    read_header(source)
+    with source.open("rb") as file:
+        table, tensors = json.loads(file.read(struct.unpack("<Q", file.read(8))[0])), file.read()
+    table["__metadata__"]["card"] = json.dumps(
+        json.loads(table["__metadata__"].get("card", "{}")) | additions
+    )
+    with replacing(target) as part:
+        part.write_bytes(_header_bytes(table) + tensors)
+    return file_sha256(target)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _header_bytes(header: Mapping[str, Any]) -> bytes:
+    """How a safetensors file begins: its header's length, and the header, padded so that tensors are aligned.
 
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"is damaged ({error})", where=path, remedy="download it again") from error
-    check_finite(tensors, path)
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    The library writes metadata in an order of its own; here the same model gives the same file.
+    """
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
+# ---- checking ---------------------------------------------------------------------------------------------
 def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
     """Refuse weights that are not numbers: some runtimes would make a smooth map of them.
 
@@ -287,26 +242,21 @@ def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
 
 def load_strict(model: torch.nn.Module, state: dict[str, Tensor], where: object) -> None:
     """Load `state` into `model`; missing, unexpected or misshapen keys raise a readable CheckpointError."""
-    difference = state_diff(model.state_dict(), state)
-    if difference:
-        rest = len(difference) - _SHOWN
-        shown = difference[:_SHOWN] + ([f"and {rest} more"] if rest > 0 else [])
-        raise CheckpointError(
-            f"weights do not fit the model ({len(difference)} differences): {'; '.join(shown)}", where=where
-        )
+    expected, found = ({k: tuple(t.shape) for k, t in s.items()} for s in (model.state_dict(), state))
+    wrong = differences(expected, found)
+    if wrong:
+        raise CheckpointError(f"weights do not fit the model ({wrong})", where=where)
     model.load_state_dict(state, strict=True)
 
 
-def state_diff(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    """Differences in keys and shapes, one short line each, missing ones first."""
-    missing = [f"missing {k} {tuple(expected[k].shape)}" for k in expected if k not in found]
-    extra = [f"unexpected {k} {tuple(found[k].shape)}" for k in found if k not in expected]
-    shapes = [
-        f"{k} is {tuple(found[k].shape)}, expected {tuple(expected[k].shape)}"
-        for k in expected
-        if k in found and found[k].shape != expected[k].shape
-    ]
-    return missing + extra + shapes
+def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """`N differences: ...` in names and shapes of tensors, missing ones first; empty where there are none."""
+    lines = [f"missing {k} {expected[k]}" for k in expected if k not in found]
+    lines += [f"unexpected {k} {found[k]}" for k in found if k not in expected]
+    shared = [k for k in expected if k in found]
+    lines += [f"{k} is {found[k]}, expected {expected[k]}" for k in shared if found[k] != expected[k]]
+    shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
+    return f"{len(lines)} differences: {'; '.join(shown)}" if lines else ""
 
 
 def weights_sha256(model: HeightModel) -> str:
@@ -322,21 +272,9 @@ def weights_sha256(model: HeightModel) -> str:
     state = model.state_dict()
     check_finite(state, model.path or "the model")
     # Only what differs from the defaults: a field that is added later changes nothing of older models.
-    told = _differences(model.config.to_dict(), ModelConfig().to_dict())
+    told = model.config.model_dump(mode="json", exclude_defaults=True)
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
-
-
-def _differences(told: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    found = {}
-    for key, value in told.items():
-        if isinstance(value, dict):
-            value = _differences(value, usual.get(key) or {})
-            if value:
-                found[key] = value
-        elif key not in usual or value != usual[key]:
-            found[key] = value
-    return found

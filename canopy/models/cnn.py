@@ -6,7 +6,6 @@ network, as has been usual in remote sensing since. It ends in the same weights 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import timm
@@ -78,7 +77,7 @@ class UpStep(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """`Features` of a CnnEncoder -> bin scores, at half the image's scale (head 'half') or at its own.
+    """`Features` of a CnnEncoder -> raw bin scores, at half the image's scale (head 'half') or at its own.
 
     `config.post_channels` are the widths of the up-steps at 1/2, 1/4, 1/8 and 1/16; `config.fusion` is
     not used.
@@ -90,10 +89,9 @@ class UNetDecoder(nn.Module):
         skips, widths = channels[-2::-1], config.post_channels[::-1]  # deep to shallow
         befores = [channels[-1], *widths[:-1]]
         self.steps = nn.ModuleList(UpStep(b, s, w) for b, s, w in zip(befores, skips, widths, strict=True))
-        self.head = Head(dataclasses.replace(config, fusion=config.post_channels[0]))
+        self.head = Head(config.replaced(fusion=config.post_channels[0]))
 
-    def scores(self, features: Features) -> Tensor:
-        """Raw bin scores (B, bins, h, w), before they become weights."""
+    def forward(self, features: Features) -> Tensor:
         *skips, x = features.maps
         for step, skip in zip(self.steps, reversed(skips), strict=True):
             x = step(x, skip)

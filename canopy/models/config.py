@@ -7,20 +7,24 @@ are both settings of the same classes, beside this project's own smaller models.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import typing
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, Self
 
-from canopy.errors import ConfigError
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-T = TypeVar("T")
+from canopy.config import Settings, validate_settings
+
 CNN_PATCH_PX = 32  # of a convolutional encoder's deepest map
 
 
-@dataclass(frozen=True)
-class EncoderConfig:
+class _Part(Settings):
+    """A config that can be taken with changes; these are validated too."""
+
+    def replaced(self, **changes: Any) -> Self:
+        """The same with other values of some fields. Raises ValueError where they do not fit."""
+        return type(self)(**{**dict(self), **changes})
+
+
+class EncoderConfig(_Part):
     """A timm vision transformer and where its features are tapped, or a timm convolutional network.
 
     Attributes:
@@ -49,72 +53,64 @@ class EncoderConfig:
         drop_path: stochastic depth rate, training only.
     """
 
-    family: str = "vit"
+    family: Literal["vit", "rope", "cnn"] = "vit"
     network: str = ""
-    widths: tuple[int, ...] = ()
-    dim: int = 1024
-    depth: int = 24
-    heads: int = 16
-    patch: int = 16
+    widths: tuple[PositiveInt, ...] = ()
+    dim: PositiveInt = 1024
+    depth: PositiveInt = 24
+    heads: PositiveInt = 16
+    patch: PositiveInt = 16
     mlp_ratio: float = 4.0
-    registers: int = 0
+    registers: NonNegativeInt = 0
     layer_scale: float | None = 1e-5
-    taps: tuple[int, ...] = (4, 11, 17, 23)
+    taps: tuple[NonNegativeInt, ...] = (4, 11, 17, 23)
     norm_taps: bool = False
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     k_bias: bool = False
-    pos_grid: int = 14
+    pos_grid: PositiveInt = 14
     pos_embed_prefix: bool = True
-    pos_resize: str = "bicubic_aligned"
-    rope_type: str = "dinov3"
+    pos_resize: Literal["bicubic", "bicubic_aligned"] = "bicubic_aligned"
+    rope_type: Literal["cat", "dinov3"] = "dinov3"
     rope_temperature: float = 100.0
     rope_rotate_half: bool = True
     rope_periods: tuple[float, ...] = ()
-    stem: tuple[int, ...] = ()
+    stem: tuple[PositiveInt, ...] = ()
     drop_path: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.family not in ("vit", "rope", "cnn"):
-            raise ConfigError(f"encoder family {self.family!r} is unknown", expected="'vit', 'rope' or 'cnn'")
-        if (self.family == "cnn") != bool(self.network) or (self.widths and not self.network):
-            raise ConfigError(
-                f"encoder network {self.network!r} with family {self.family!r}",
-                expected="network, and perhaps widths, with family 'cnn' alone",
-            )
-        if self.family == "cnn":
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        cnn = self.family == "cnn"
+        if cnn != bool(self.network) or (self.widths and not cnn):
+            raise ValueError("network, and perhaps widths, go with family 'cnn' alone, which needs a network")
+        if cnn:
             if self.patch != CNN_PATCH_PX or self.stem:
-                raise ConfigError(
-                    "family 'cnn' has no stem, and a patch of 32", remedy="set encoder.patch to 32"
-                )
-            return
-        if self.pos_resize not in ("bicubic", "bicubic_aligned"):
-            raise ConfigError(
-                f"pos_resize {self.pos_resize!r} is unknown", expected="'bicubic' or 'bicubic_aligned'"
-            )
+                raise ValueError("family 'cnn' has no stem, and a patch of 32: set encoder.patch to 32")
+            return self
         if self.family == "rope" and self.rope_type == "cat" and self.rope_rotate_half:
             # timm lays out 'cat' sines for interleaved pairs; rotating halves with them scrambles positions.
-            raise ConfigError("rope_type 'cat' does not go with rope_rotate_half", remedy="set it to false")
+            raise ValueError("rope_type 'cat' does not go with rope_rotate_half: set it to false")
         if self.dim % self.heads:
-            raise ConfigError(f"dim {self.dim} does not divide into {self.heads} heads")
+            raise ValueError(f"dim {self.dim} does not divide into {self.heads} heads")
         if self.rope_periods and len(self.rope_periods) * 4 * self.heads != self.dim:
-            raise ConfigError(
-                f"{len(self.rope_periods)} rotary periods for heads of {self.dim // self.heads} channels",
-                expected="one period for every four channels of a head",
+            raise ValueError(
+                f"{len(self.rope_periods)} rotary periods for heads of {self.dim // self.heads} channels; "
+                "expected one period for every four"
             )
-        if len(self.taps) != 4 or list(self.taps) != sorted(set(self.taps)) or self.taps[-1] >= self.depth:
-            raise ConfigError(
-                f"taps {list(self.taps)} do not fit {self.depth} blocks", expected="four rising block numbers"
+        taps = self.taps
+        if len(taps) != 4 or list(taps) != sorted(set(taps)) or taps[-1] >= self.depth:
+            raise ValueError(
+                f"taps {list(taps)} do not fit {self.depth} blocks; expected four rising block numbers"
             )
         if self.stem and (len(self.stem) != 3 or self.patch % 8):
-            raise ConfigError(
-                f"stem {list(self.stem)} does not fit patch {self.patch}",
-                expected="three channel counts and a patch that is a multiple of 8",
+            raise ValueError(
+                f"stem {list(self.stem)} does not fit patch {self.patch}; expected three channel counts and "
+                "a patch that is a multiple of 8"
             )
+        return self
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(_Part):
     """A DPT decoder (Ranftl et al. 2021, arXiv 2103.13413) that ends in weights over height bins.
 
     Attributes:
@@ -136,39 +132,31 @@ class DecoderConfig:
         scale: metres per bin unit.
     """
 
-    post_channels: tuple[int, ...] = (128, 256, 512, 1024)
-    fusion: int = 256
-    hidden: int = 32
+    post_channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (128, 256, 512, 1024)
+    fusion: PositiveInt = 256
+    hidden: PositiveInt = 32
     project_after_fusion: bool = True
     unit_bias: bool = False
     unit_norm: bool = False
-    head: str = "full"
+    head: Literal["full", "half"] = "full"
     separable: bool = False
     detail: bool = False
-    bins: int = 256
-    bin_min: float = 0.001
+    bins: int = Field(default=256, ge=2)
+    bin_min: float = Field(default=0.001, ge=0)
     bin_max: float = 10.0
-    spacing: str = "linear"
-    weights: str = "relu"
+    spacing: Literal["linear", "log", "blend"] = "linear"
+    weights: Literal["relu", "softmax"] = "relu"
     eps: float = 0.1
     scale: float = 10.0
 
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("head", self.head, ("full", "half")),
-            ("spacing", self.spacing, ("linear", "log", "blend")),
-            ("weights", self.weights, ("relu", "softmax")),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"decoder {name} {value!r} is unknown", expected=" or ".join(allowed))
-        if len(self.post_channels) != 4:
-            raise ConfigError(f"{len(self.post_channels)} post_channels", expected="four")
-        if self.bins < 2 or not 0 <= self.bin_min < self.bin_max:
-            raise ConfigError(f"{self.bins} bins over {self.bin_min}..{self.bin_max} make no scale")
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.bin_min >= self.bin_max:
+            raise ValueError(f"{self.bins} bins over {self.bin_min}..{self.bin_max} make no scale")
+        return self
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Part):
     """A whole height model: what it expects of an image, and how it is built.
 
     Attributes:
@@ -187,42 +175,33 @@ class ModelConfig:
         encoder, decoder: the network.
     """
 
-    gsd_m: float = 0.5
+    gsd_m: float = Field(default=0.5, gt=0)
     bands: tuple[str, ...] = ("red", "green", "blue")
-    crop_px: int = 256
-    overlap_px: int = 0
-    margin_px: int = 0
+    crop_px: PositiveInt = 256
+    overlap_px: NonNegativeInt = 0
+    margin_px: NonNegativeInt = 0
     mean: tuple[float, ...] = (0.420, 0.411, 0.296)
     std: tuple[float, ...] = (0.213, 0.156, 0.143)
-    multiple_px: int = 0
+    multiple_px: NonNegativeInt = 0
     percentiles: tuple[float, ...] = ()
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    encoder: EncoderConfig = EncoderConfig()
+    decoder: DecoderConfig = DecoderConfig()
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
         if self.decoder.detail and not self.encoder.stem:
-            raise ConfigError("decoder.detail needs the maps of an encoder stem", remedy="set encoder.stem")
+            raise ValueError("decoder.detail needs the maps of an encoder stem: set encoder.stem")
         if not len(self.mean) == len(self.std) == len(self.bands):
-            raise ConfigError(f"{len(self.bands)} bands with {len(self.mean)} means and {len(self.std)} stds")
-        if self.multiple_px < 0 or self.multiple_px % self.encoder.patch:
-            raise ConfigError(
-                f"multiple_px {self.multiple_px}", expected=f"a multiple of the {self.encoder.patch} px patch"
+            raise ValueError(f"{len(self.bands)} bands with {len(self.mean)} means and {len(self.std)} stds")
+        if self.multiple_px % self.encoder.patch:
+            raise ValueError(
+                f"multiple_px {self.multiple_px} is no multiple of the {self.encoder.patch} px patch"
             )
-        if self.overlap_px < 0 or self.margin_px < 0 or 2 * self.overlap_px > self.crop_px:
-            raise ConfigError(
-                f"overlap_px {self.overlap_px}, margin_px {self.margin_px}", expected="at most half a crop"
-            )
-        if 2 * self.margin_px > self.overlap_px or self.overlap_px % self.encoder.patch:
-            raise ConfigError(
-                f"overlap_px {self.overlap_px} with margin_px {self.margin_px}",
-                expected=f"a multiple of the {self.encoder.patch} px patch that holds both margins",
-            )
-        if self.percentiles and len(self.percentiles) != 2 * len(self.bands):
-            raise ConfigError(f"{len(self.percentiles)} percentiles", expected="two for each band, or none")
+        return self
 
     @property
     def patch_px(self) -> int:
-        """Pixels per token side: the smallest image side."""
+        """Pixels per token side; the smallest image side."""
         return self.encoder.patch
 
     @property
@@ -232,32 +211,9 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, ready for JSON."""
-        return dataclasses.asdict(self)
+        return self.model_dump(mode="json")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Rebuild from `to_dict`; an unknown or ill-typed key raises ConfigError."""
-        return from_plain(cls, values)
-
-
-def from_plain(cls: type[T], values: object, where: str = "model") -> T:
-    """Build a (nested) frozen dataclass from JSON values, strictly: no unknown keys, lists become tuples."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} is {type(values).__name__}", expected="a mapping")
-    hints = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - names)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], names, n=1)
-        raise ConfigError(
-            f"{where} has unknown key {unknown[0]!r}",
-            expected=f"perhaps {near[0]!r}" if near else ", ".join(sorted(names)),
-        )
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = from_plain(typing.cast(type, hints[name]), value, f"{where}.{name}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        built[name] = value
-    return cls(**built)
+        return validate_settings(cls, values, where="model")

@@ -1,6 +1,4 @@
-"""Height bins: where their centres lie, how scores become weights; their mean, spread and quantiles.
-
-DPT decoder: tapped transformer features -> per-pixel weights over height bins.
+"""Height bins, and the DPT decoder: tapped transformer features -> per-pixel scores of height bins.
 
 After Ranftl, Bochkovskiy, Koltun 2021, "Vision Transformers for Dense Prediction" (arXiv 2103.13413):
 reassemble the tokens at four scales, fuse from coarse to fine through residual convolution units, and
@@ -8,8 +6,6 @@ end in a small convolutional head.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,26 +55,6 @@ def moments(weights: Tensor, centres: Tensor, scale: float) -> tuple[Tensor, Ten
     # E[x^2] - mean^2 avoids a (B, bins, H, W) temporary; rounding may dip below zero.
     spread = torch.sqrt((square - mean * mean).clamp_min(0.0))
     return scale * mean, scale * spread
-
-
-def quantiles(weights: Tensor, centres: Tensor, scale: float, shares: Sequence[float]) -> Tensor:
-    """Heights below which these shares of the bin weights lie, metres (B, len(shares), H, W).
-
-    Each bin's weight is taken as spread evenly between the middles towards its neighbours (the outermost
-    bins: as far outwards as inwards, but not below 0), so quantiles run continuously and rise with the share.
-    """
-    middle = (centres[1:] + centres[:-1]) / 2
-    low, high = (2 * centres[0] - middle[0]).clamp_min(0.0), 2 * centres[-1] - middle[-1]
-    edges = torch.cat([low[None], middle, high[None]])
-    total = weights.cumsum(dim=1)
-    found = []
-    for share in shares:
-        at = (total < share).sum(dim=1, keepdim=True).clamp_max(len(centres) - 1)
-        mass = weights.gather(1, at)
-        inside = (share - (total.gather(1, at) - mass)) / mass.clamp_min(1e-12)
-        left = edges[at]
-        found.append(left + inside.clamp(0.0, 1.0) * (edges[at + 1] - left))
-    return scale * torch.cat(found, dim=1)
 
 
 class Readout(nn.Module):
@@ -181,7 +157,7 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`Features` -> weights over bins (B, bins, h, w); with patch 16 at full or half the image's scale."""
+    """`Features` -> raw bin scores (B, bins, h, w); with patch 16 at full or half the image's scale."""
 
     FACTORS = (4.0, 2.0, 1.0, 0.5)
 
@@ -204,10 +180,6 @@ class Decoder(nn.Module):
         self.head = Head(config)
 
     def forward(self, features: Features) -> Tensor:
-        return bin_weights(self.scores(features), self.config)
-
-    def scores(self, features: Features) -> Tensor:
-        """Raw bin scores (B, bins, h, w), before they become weights."""
         pairs = zip(features.maps, features.class_tokens, strict=True)
         levels = [r(m, c) for r, (m, c) in zip(self.reassemble, pairs, strict=True)]
         levels = [conv(level) for conv, level in zip(self.lateral, levels, strict=True)]

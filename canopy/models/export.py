@@ -51,7 +51,7 @@ class Scores(nn.Module):
 
     def forward(self, rgb: Tensor) -> Tensor:
         padded = pad_to_multiple(rgb, self.pad_px)
-        return self.decoder.scores(self.encoder((padded - self.mean) / self.std))
+        return self.decoder(self.encoder((padded - self.mean) / self.std))
 
 
 def network_of(model: HeightModel) -> Scores:

@@ -1,13 +1,11 @@
-"""What the network sees where an image has no pixels. The same rule serves training and inference.
+"""HeightModel: RGB in, metres out. Normalisation, padding and units live inside; nothing is left outside.
 
-Moving an image's colours onto those a model was trained on.
-
-The published models were trained on satellite mosaics; aerial images are darker, bluer or more contrasty.
-Their authors move each band linearly so that its 5th and 95th percentile fall onto the satellite's (Tolan
-et al. 2024, arXiv 2304.07213). Here the image's percentiles are measured once per scene and then fixed: were
-they measured crop by crop, a pixel's height would depend on how the map is cut.
-
-HeightModel: RGB in, metres out. Normalisation, padding and units live inside; nothing is left outside.
+Also what it is shown where an image has no pixels (the same rule serves training and inference), and how an
+image's colours are moved onto those a model was trained on: the published models learned satellite mosaics;
+aerial images are darker, bluer or more contrasty. Their authors move each band linearly so that its 5th and
+95th percentile fall onto the satellite's (Tolan et al. 2024, arXiv 2304.07213). Here the image's percentiles
+are measured once per scene and then fixed: were they measured crop by crop, a pixel's height would depend on
+how the map is cut.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,13 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from canopy.errors import ConfigError, InputError
-from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
-from canopy.models.decoder import Decoder, bin_centres, bin_weights, moments, quantiles
+from canopy.models.config import ModelConfig
+from canopy.models.decoder import Decoder, bin_centres, bin_weights, moments
 from canopy.models.encoder import Encoder
 
 if TYPE_CHECKING:
     from canopy.models.cnn import CnnEncoder, UNetDecoder
 
+OUTPUTS = ("height_m", "spread_m")
 EMPTY_VALUE = 0.4  # close to the mean of aerial imagery: an empty crop looks like nothing in particular
 
 
@@ -125,15 +124,10 @@ class Stretch:
         return " -> ".join(",".join(f"{v:.5g}" for v in values) for values in (self.source, self.target))
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What `--radiometry` asks for. `source` None: to be measured; `target` None: the model's own."""
-
-    source: tuple[float, ...] | None = None
-    target: tuple[float, ...] | None = None
+Percentiles = tuple[float, ...]
 
 
-def parse_radiometry(text: str) -> Wish | None:
+def parse_radiometry(text: str) -> tuple[Percentiles | None, Percentiles | None] | None:
     """Read `--radiometry`.
 
     Args:
@@ -141,7 +135,8 @@ def parse_radiometry(text: str) -> Wish | None:
             or the image's six followed by the target's six, which measures nothing.
 
     Returns:
-        None for `none`.
+        None for `none`; else the image's percentiles, None where they are to be measured, and the target's,
+        None for the model's own.
 
     Raises:
         ConfigError: anything else.
@@ -149,16 +144,16 @@ def parse_radiometry(text: str) -> Wish | None:
     if text == "none":
         return None
     if text == "match":
-        return Wish()
+        return None, None
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
     if len(values) not in (6, 12) or not all(0 <= v <= 1 for v in values):
         raise ConfigError(f"cannot read {text!r}", where="--radiometry", expected=_EXPECTED)
-    wish = Wish(None, values) if len(values) == 6 else Wish(values[:6], values[6:])
-    Stretch(wish.source or wish.target or (), wish.target or ())  # refuses percentiles out of order
-    return wish
+    source, target = (values[:6] if len(values) == 12 else None), values[-6:]
+    Stretch(source or target, target)  # refuses percentiles out of order
+    return source, target
 
 
 def normal_percentiles(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[float, ...]:
@@ -167,16 +162,6 @@ def normal_percentiles(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple
     What is left to say where only mean and standard deviation were published.
     """
     return tuple(round(m + z * s, 4) for m, s in zip(mean, std, strict=True) for z in (-_Z95, _Z95))
-
-
-__all__ = ["DecoderConfig", "EncoderConfig", "HeightModel", "HeightPrediction", "ModelConfig"]
-
-
-class HeightPrediction(NamedTuple):
-    """Heights and their spread, both (B, 1, H, W), float32 metres, both >= 0."""
-
-    height_m: Tensor
-    spread_m: Tensor
 
 
 class HeightModel(nn.Module):
@@ -216,12 +201,7 @@ class HeightModel(nn.Module):
 
     def forward(self, rgb: Tensor) -> Tensor:
         """RGB (B, 3, H, W) in 0..1 -> canopy height (B, 1, H, W) in metres."""
-        return self.predict(rgb).height_m
-
-    def predict(self, rgb: Tensor) -> HeightPrediction:
-        """Like `forward`, with the spread of the bin weights beside the height."""
-        height, spread, _ = self.heights_and_scores(rgb)
-        return HeightPrediction(height, spread)
+        return self.layers(rgb, OUTPUTS[:1])
 
     def heights_and_scores(self, rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Height and spread (B, 1, H, W) in metres, and the raw bin scores at the head's own scale.
@@ -231,19 +211,15 @@ class HeightModel(nn.Module):
         """
         scores, size = self._scores(rgb)
         H, W = rgb.shape[-2:]
-        both = self.layers_of(scores, HeightPrediction._fields, size)[..., :H, :W]
-        height, spread = both.split(1, dim=1)
+        height, spread = self.layers_of(scores, OUTPUTS, size)[..., :H, :W].split(1, dim=1)
         return height, spread, scores
 
-    def layers(
-        self, rgb: Tensor, outputs: Sequence[str] = ("height_m", "spread_m"), *, finite: bool = False
-    ) -> Tensor:
+    def layers(self, rgb: Tensor, outputs: Sequence[str] = OUTPUTS, *, finite: bool = False) -> Tensor:
         """The named maps, in metres, (B, len(outputs), H, W) float32.
 
         Args:
             rgb: as for `forward`.
-            outputs: "height_m", "spread_m", or "q" and a share, e.g. "q0.05": the height below which this
-                share of the bin weights lies.
+            outputs: of "height_m" and "spread_m", how unsure the network is between heights.
             finite: `rgb` is known to hold no NaN, and is not searched for it.
 
         Raises:
@@ -255,23 +231,23 @@ class HeightModel(nn.Module):
 
     def layers_of(self, scores: Tensor, outputs: Sequence[str], size: tuple[int, int]) -> Tensor:
         """What `layers` gives, from the bin scores (B, bins, h, w) of an image of `size` pixels."""
-        shares = output_shares(outputs)
-        scale = self.config.decoder.scale
+        unknown = set(outputs) - set(OUTPUTS)
+        if unknown:
+            raise ConfigError(f"the model has no output {unknown.pop()!r}", expected=" or ".join(OUTPUTS))
         # Under autocast the sum over bins would run in bf16, which steps by 0.1 m at 30 m.
         with torch.autocast(scores.device.type, enabled=False):
             weights = bin_weights(scores, self.config.decoder)
-            made = dict(zip(HeightPrediction._fields, moments(weights, self.centres, scale), strict=True))
-            if shares:
-                found = quantiles(weights, self.centres, scale, list(shares.values()))
-                made |= dict(zip(shares, found.split(1, dim=1), strict=True))
-            stacked = torch.cat([made[name] for name in outputs], dim=1)
-        return _at_size(stacked, size)
+            both = moments(weights, self.centres, self.config.decoder.scale)
+            maps = torch.cat([both[OUTPUTS.index(name)] for name in outputs], dim=1)
+        if maps.shape[-2:] == size:
+            return maps
+        return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
     def _scores(self, rgb: Tensor, finite: bool = False) -> tuple[Tensor, tuple[int, int]]:
         """Bin scores (B, bins, h, w) of the padded image, float32, and its size."""
         self._check(rgb, finite)
         padded = pad_to_multiple(self.moved(rgb), self.config.pad_px)
-        scores = self.decoder.scores(self.encoder((padded - self.mean) / self.std)).float()
+        scores = self.decoder(self.encoder((padded - self.mean) / self.std)).float()
         return scores, (padded.shape[-2], padded.shape[-1])
 
     def with_radiometry(self, stretch: Stretch | None) -> HeightModel:
@@ -304,35 +280,6 @@ class HeightModel(nn.Module):
                 expected="finite RGB in 0..1",
                 remedy="fill invalid pixels with canopy.models.height.fill_invalid and mask the output",
             )
-
-
-def output_shares(outputs: Sequence[str]) -> dict[str, float]:
-    """The share of each quantile among names of `HeightModel.layers`.
-
-    Raises:
-        ConfigError: a name that is none of its outputs.
-    """
-    shares = {}
-    for name in outputs:
-        if name in HeightPrediction._fields:
-            continue
-        try:
-            shares[name] = float(name.removeprefix("q"))
-        except ValueError:
-            shares[name] = -1.0
-        if not name.startswith("q") or not 0 < shares[name] < 1:
-            raise ConfigError(
-                f"the model has no output {name!r}",
-                expected="height_m, spread_m, or a quantile such as q0.05",
-            )
-    return shares
-
-
-def _at_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (B, n, h, w), as fine as `size`; those of a 'half' head are interpolated."""
-    if maps.shape[-2:] == size:
-        return maps
-    return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def _build(config: ModelConfig) -> tuple[Encoder | CnnEncoder, Decoder | UNetDecoder]:

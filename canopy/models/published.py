@@ -1,15 +1,18 @@
 """Published canopy-height checkpoints -> canopy's own file: recognised by content, converted exactly.
 
-Four layouts are known: v1 plain and v1 quantised (one file each), v2 original (a backbone and a head file),
-and v2 as the hub's `transformers` edition. See docs/published-models.md.
+All tensors are first given the names of the original v2 files, from which v1's differ by prefixes alone;
+sizes are read from their shapes. Every parameter of the model then asks for its tensor by name, and whatever
+else the files hold must be known to be of no use. Tables: published.yaml; more: docs/published-models.md.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,295 +20,65 @@ import torch
 from torch import Tensor
 
 from canopy import __version__
+from canopy.config import Settings, validate_settings
 from canopy.errors import CheckpointError, ConfigError
 from canopy.files import check_output, file_sha256
-from canopy.models.checkpoint import RUN_MODEL, write_model
-from canopy.models.config import DecoderConfig, ModelConfig
+from canopy.models.checkpoint import BUFFERS, differences, write_model
+from canopy.models.config import ModelConfig
 from canopy.models.decoder import bin_centres
-from canopy.models.height import HeightModel
-from canopy.models.published_tables import (
-    MEAN,
-    STD,
-    ForeignFile,
-    config_v1,
-    config_v2,
-    key_bias_in_use,
-    open_foreign,
-    open_safetensors,
-    open_shards,
-    parts,
-    read_given,
-    unused,
-)
+from canopy.models.foreign import open_published, tables
+from canopy.models.height import HeightModel, normal_percentiles
 
-_CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
-# What canopy's decoder does; another value would need other arithmetic.
-_ONLY: dict[str, Any] = {
-    "readout_type": "project",
-    "bins_strategy": "chmv2_mixlog",
-    "norm_strategy": "chmv2_mixlog",
-    "reassemble_factors": [4, 2, 1, 0.5],
-}
-_ONLY_BACKBONE: dict[str, Any] = {
-    "model_type": "dinov3_vit",
-    "use_gated_mlp": False,
-    "hidden_act": "gelu",
-    "apply_layernorm": True,
-    "num_channels": 3,
-}
+_MEAN, _STD = (0.420, 0.411, 0.296), (0.213, 0.156, 0.143)
+# Both decoders stretch token grids with an odd side; 32 px are two tokens.
+_MULTIPLE_PX = 32
 
 
-def open_directory(folder: Path) -> tuple[ForeignFile, dict[str, Any]]:
-    """Weights and settings of a directory in the hub's layout.
+class Given(Settings):
+    """`--config FILE.json`: what tensors of unusual size cannot tell. Repeated sizes must agree."""
 
-    Returns:
-        The tensors, and the settings as `settings_beside` gives them.
-
-    Raises:
-        CheckpointError: no weights there, or damaged ones.
-    """
-    index = folder / "model.safetensors.index.json"
-    whole = folder / "model.safetensors"
-    if index.is_file():
-        file = open_shards(index)
-    elif whole.is_file():
-        file = open_safetensors(whole)
-    else:
-        raise CheckpointError(
-            "holds no model.safetensors", where=folder, expected="a directory in the hub's layout"
-        )
-    return file, settings_beside(whole)
-
-
-def settings_beside(weights: Path) -> dict[str, Any]:
-    """config.json beside a weight file, with the processor's mean and std as `image_mean`, `image_std`.
-
-    Empty where there is none, or where it belongs to something else.
-    """
-    settings = _read_json(weights.parent / _CONFIG)
-    if settings.get("model_type") != "chmv2":
-        return {}
-    processor = _read_json(weights.parent / _PROCESSOR)
-    return settings | {k: processor[k] for k in ("image_mean", "image_std") if k in processor}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read ({error})", where=path, remedy="download it again") from error
-    return values if isinstance(values, dict) else {}
-
-
-def config_hub(
-    file: ForeignFile, settings: Mapping[str, Any], raw: Mapping[str, Any]
-) -> tuple[str, ModelConfig]:
-    """Name and config of a hub edition.
-
-    Sizes come from the tensors; heads, taps, epsilon and scale from `settings` where there are some, else
-    from the published size or from `raw` (the `--config` object, or a config.json of the hub's kind).
-
-    Raises:
-        CheckpointError: settings that canopy's decoder does not have, or a size that nothing explains.
-        ConfigError: `raw` or the settings disagree with the tensors.
-    """
-    if raw.get("model_type") == "chmv2":
-        settings, raw = {**settings, **raw}, {}
-    backbone = settings.get("backbone_config") or {}
-    _refuse_others(settings, _ONLY, "config.json")
-    _refuse_others(backbone, _ONLY_BACKBONE, "config.json backbone_config")
-    name, config = config_v2(_as_original(file), {**_given(settings, backbone), **raw})
-    # The original files leave epsilon to the code; the hub edition states it (1e-6 unless it says otherwise).
-    epsilon = float(backbone.get("layer_norm_eps", 1e-6))
-    decoder: DecoderConfig = replace(
-        config.decoder,
-        bin_min=float(settings.get("min_depth", config.decoder.bin_min)),
-        bin_max=float(settings.get("max_depth", 96.0)) / config.decoder.scale,
-    )
-    return name, replace(config, encoder=replace(config.encoder, norm_eps=epsilon), decoder=decoder)
-
-
-def _refuse_others(values: Mapping[str, Any], only: Mapping[str, Any], where: str) -> None:
-    for key, wanted in only.items():
-        if values.get(key, wanted) != wanted:
-            raise CheckpointError(
-                f"{key} is {values[key]!r}", where=where, expected=f"{wanted!r}, all that canopy can run"
-            )
-
-
-def _given(settings: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in the words of `--config`."""
-    stages = backbone.get("out_indices")
-    if stages is not None and (len(stages) != 4 or min(stages) < 1):
-        raise ConfigError(f"out_indices {stages}", where=_CONFIG, expected="four stages, counted from 1")
-    said = {
-        "embed_dim": backbone.get("hidden_size"),
-        "depth": backbone.get("num_hidden_layers"),
-        "num_heads": backbone.get("num_attention_heads"),
-        "storage_tokens": backbone.get("num_register_tokens"),
-        "patch_size": backbone.get("patch_size"),
-        "rope_base": backbone.get("rope_theta"),
-        # Stage 0 is the patch embedding; canopy counts blocks from 0.
-        "taps": [stage - 1 for stage in stages] if stages else None,
-        "post_process_channels": settings.get("post_process_channels"),
-        "fusion_channels": settings.get("fusion_hidden_size"),
-        "hidden_channels": settings.get("head_hidden_size"),
-        "bins": settings.get("number_output_channels"),
-        "mean": settings.get("image_mean", MEAN if settings else None),
-        "std": settings.get("image_std", STD if settings else None),
-    }
-    return {key: value for key, value in said.items() if value is not None}
-
-
-_RENAMED = (
-    ("backbone.embeddings.cls_token", "cls_token"),
-    ("backbone.embeddings.register_tokens", "storage_tokens"),
-    ("backbone.embeddings.patch_embeddings.", "patch_embed.proj."),
-    ("head.reassemble_stage.layers.", "reassemble_blocks.projects."),
-    ("head.convs.", "convs."),
-    ("head.fusion_layers.", "fusion_blocks."),
-    ("head.conv_depth.", "conv_depth."),
-    ("backbone.model.layer.", "blocks."),
-    ("backbone.layer.", "blocks."),
-)
-_RENAMED_INSIDE = (
-    (".projection.", ".conv."),
-    (".mlp.up_proj.", ".mlp.fc1."),
-    (".residual_layer1.convolution1.", ".res_conv_unit1.conv1.conv."),
-)
-
-
-def _as_original(file: ForeignFile) -> ForeignFile:
-    """The few tensors that tell sizes, under the names of the original files."""
-    tensors = {}
-    for name, tensor in file.tensors.items():
-        for theirs, original in _RENAMED:
-            if name.startswith(theirs):
-                name = original + name.removeprefix(theirs)
-                break
-        for theirs, original in _RENAMED_INSIDE:
-            name = name.replace(theirs, original)
-        if name.startswith("convs.") and not name.endswith(".conv.weight"):
-            name = name.replace(".weight", ".conv.weight")
-        tensors[name] = tensor
-    return ForeignFile(file.paths, tensors, file.dropped, file.quantised)
-
-
-_LICENCES = {"v1": "Apache-2.0", "v2": "DINOv3 License"}
-_SOURCES = {
-    "v1": "Tolan et al. 2024, HighResCanopyHeight (arXiv 2304.07213)",
-    "v2": "Brandt et al. 2026, CHMv2 with DINOv3 (arXiv 2603.06382)",
-}
-# A tensor that only this kind of file has, and what to call the file.
-_MARKS = (
-    ("v1", "decode_head.reassemble_blocks.projects.0.conv.weight", "a v1 checkpoint"),
-    ("v2-head", "reassemble_blocks.projects.0.conv.weight", "a v2 head"),
-    ("v2-backbone", "storage_tokens", "a v2 (DINOv3) backbone"),
-    ("hub", "head.reassemble_stage.layers.0.projection.weight", "a v2 hub edition"),
-)
-# What wrappers and data-parallel training put in front of every name.
-_WRAPPERS = ("module.", "chm_module_.", "model.")
-_BUFFERS = ("mean", "std", "centres")
-_SHOWN = 8
+    num_heads: int | None = None
+    taps: tuple[int, ...] | None = None
+    mean: tuple[float, float, float] = _MEAN
+    std: tuple[float, float, float] = _STD
+    gsd_m: float | None = None
+    crop_px: int | None = None
+    norm_eps: float | None = None
+    min_depth: float | None = None
+    max_depth: float | None = None
+    rope_base: float = 100.0
+    rope_rescale_coords: float | None = None  # a training-time augmentation: without effect here
+    embed_dim: int | None = None
+    depth: int | None = None
+    patch_size: int | None = None
+    storage_tokens: int | None = None
+    post_process_channels: tuple[int, ...] | None = None
+    fusion_channels: int | None = None
+    hidden_channels: int | None = None
+    bins: int | None = None
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """A published model, understood but not yet read.
+    """A published model, understood but not yet converted.
 
     Attributes:
         name: such as v1-huge; sizes that were never published are named by channels and blocks.
         found: what it is, in words.
-        layout: 'v1', 'v2' or 'hub': whose names the tensors have.
+        release: 'v1' or 'v2'.
         config: the model it becomes.
-        file: its tensors.
-        dropped: what of it the model does without, each with the reason.
+        tensors: the model's parameters, as the files store them.
+        dropped: what of the files the model does without, each with the reason.
+        count: tensors in the files.
     """
 
     name: str
     found: str
-    layout: str
+    release: str
     config: ModelConfig
-    file: ForeignFile
+    tensors: dict[str, Tensor]
     dropped: dict[str, str]
-
-    @property
-    def release(self) -> str:
-        return "v1" if self.layout == "v1" else "v2"
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A conversion that was done."""
-
-    path: Path
-    sha256: str
-    recognised: Recognised
-    card: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: what was found, what came out, what was left out and why."""
-        config = self.recognised.config
-        return {
-            "output": str(self.path),
-            "sha256": self.sha256,
-            "bytes": self.path.stat().st_size,
-            "name": self.recognised.name,
-            "found": self.recognised.found,
-            "gsd_m": config.gsd_m,
-            "crop_px": config.crop_px,
-            "licence": self.card["licence"],
-            "inputs": self.card["inputs"],
-            "tensors": len(self.recognised.file.tensors),
-            "dropped": self.recognised.dropped,
-            "config": config.to_dict(),
-        }
-
-
-def recognise(
-    checkpoint: str | Path, *, backbone: str | Path | None = None, config: str | Path | None = None
-) -> Recognised:
-    """Find out by content which published model this is, and check every key and shape.
-
-    Args:
-        checkpoint: a file, or a directory in the hub's layout.
-        backbone: the other file of a v2 original; the two may come in either order.
-        config: a JSON file with what tensors of unusual size cannot tell (heads, taps, mean, std).
-
-    Raises:
-        CheckpointError: damaged, unsafe, unknown, incomplete, or not fitting its own architecture.
-        ConfigError: `config` is unreadable or contradicts the tensors.
-    """
-    paths = [Path(path).expanduser() for path in (checkpoint, backbone) if path is not None]
-    raw = read_given(Path(config).expanduser() if config is not None else None)
-    if paths[0].is_dir():
-        file, settings = open_directory(paths[0])
-        kind, file = _kind(file)
-    else:
-        kind, file = _opened(paths)
-        settings = settings_beside(paths[0])
-    if len(paths) > 1 and kind != "v2":
-        raise CheckpointError(
-            f"is {_said(kind)}, whole in itself", where=paths[0], remedy="leave --backbone out"
-        )
-    if kind in ("v2-head", "v2-backbone"):
-        other = "backbone" if kind == "v2-head" else "head"
-        raise CheckpointError(
-            f"is {_said(kind)} without its {other}",
-            where=paths[0],
-            remedy=f"give the {other} file with --backbone",
-        )
-    if kind == "hub":
-        name, model_config = config_hub(file, settings, raw)
-    else:
-        name, model_config = (config_v1 if kind == "v1" else config_v2)(file, raw)
-    if kind != "v1":
-        encoder = model_config.encoder
-        model_config = replace(model_config, encoder=replace(encoder, k_bias=key_bias_in_use(kind, file)))
-    dropped = {**file.dropped, **_checked(kind, model_config, file)}
-    return Recognised(name, _in_words(kind, name, file), kind, model_config, file, dropped)
+    count: int
 
 
 def convert(
@@ -317,7 +90,7 @@ def convert(
     source: str | None = None,
     half: bool = False,
     overwrite: bool = False,
-) -> Converted:
+) -> dict[str, Any]:
     """Convert a published checkpoint; takes about three times the memory of its weights.
 
     Args:
@@ -327,145 +100,284 @@ def convert(
         half: store matrices as fp16, which halves the file; exact otherwise.
         overwrite: replace `out` if it exists.
 
+    Returns:
+        JSON-ready: what was found, what came out, what was left out and why.
+
     Raises:
         CheckpointError, ConfigError: see `recognise`.
         InputError: `out` exists.
         OutputError: it cannot be written.
     """
     (path,) = check_output(out, (checkpoint, backbone, config), overwrite=overwrite)
-    recognised = recognise(checkpoint, backbone=backbone, config=config)
-    card = _card(recognised, source)
-    sha256 = write_model(path, _tensors(recognised), recognised.config, card, half=half)
-    return Converted(path, sha256, recognised, card)
+    found = recognise(checkpoint, backbone=backbone, config=config)
+    release = tables()["releases"][found.release]
+    shared = {
+        "name": found.name,
+        "licence": release["licence"],
+        "source": source or release["source"],
+        "inputs": [
+            {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+            for file in _files(checkpoint, backbone)
+        ],
+    }
+    card = shared | {
+        "paper": release["source"],
+        "converted_from": found.found,
+        "converted_by": f"canopy {__version__}",
+        "dropped": dict(Counter(found.dropped.values())),
+        "percentiles": "5th and 95th of each band, from the published mean and std of a normal distribution",
+    }
+    tensors = {name: tensor.float() for name, tensor in found.tensors.items()} | {
+        "mean": torch.tensor(found.config.mean).view(1, -1, 1, 1),
+        "std": torch.tensor(found.config.std).view(1, -1, 1, 1),
+        "centres": bin_centres(found.config.decoder),
+    }
+    sha256 = write_model(path, tensors, found.config, card, half=half)
+    return shared | {
+        "output": str(path),
+        "sha256": sha256,
+        "bytes": path.stat().st_size,
+        "found": found.found,
+        "gsd_m": found.config.gsd_m,
+        "crop_px": found.config.crop_px,
+        "tensors": found.count,
+        "dropped": found.dropped,
+        "config": found.config.to_dict(),
+    }
 
 
-def _opened(paths: list[Path]) -> tuple[str, ForeignFile]:
-    """Kind and tensors of one file, or of a head and a backbone put together."""
-    opened = [_kind(open_foreign(path)) for path in paths]
-    kinds = [kind for kind, _ in opened]
-    if len(opened) == 1 or sorted(kinds) != ["v2-backbone", "v2-head"]:
-        for (kind, _), path in zip(opened[1:], paths[1:], strict=True):
-            if kinds[0] in ("v2-head", "v2-backbone"):
-                raise CheckpointError(
-                    f"is {_said(kind)}, and so is the other" if kind == kinds[0] else f"is {_said(kind)}",
-                    where=path,
-                    expected=f"the v2 {'backbone' if kinds[0] == 'v2-head' else 'head'}",
-                )
-        return opened[0]
-    files = [file for _, file in opened]
-    twice = sorted(set(files[0].tensors) & set(files[1].tensors))
-    if twice:
-        raise CheckpointError(f"{twice[0]} is in both files", where=files[0].where)
-    return "v2", ForeignFile(
-        tuple(paths),
-        files[0].tensors | files[1].tensors,
-        files[0].dropped | files[1].dropped,
-        files[0].quantised + files[1].quantised,
-    )
+def _files(*given: str | Path | None) -> Iterable[Path]:
+    for path in (Path(one).expanduser() for one in given if one is not None):
+        yield from sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
 
 
-def _kind(file: ForeignFile) -> tuple[str, ForeignFile]:
-    """What a file is, and its tensors without the prefix of a wrapper."""
-    for prefix in ("", *_WRAPPERS):
-        if prefix and not all(name.startswith(prefix) for name in file.tensors):
-            continue
-        for kind, mark, _ in _MARKS:
-            if prefix + mark in file.tensors:
-                return kind, file.without_prefix(prefix) if prefix else file
-    some = ", ".join(sorted(file.tensors)[:3])
-    hint = None
-    if {"mean", "std", "centres"} <= set(file.tensors):
-        hint = (
-            "these are the weights of a canopy model: use the file that canopy wrote; to save changed ones "
-            "use canopy.models.checkpoint.save_checkpoint"
-        )
-    elif any(name.startswith(("model.encoder.", "network.encoder.")) for name in file.tensors):
-        hint = f"it is the state of a training run: use the run's {RUN_MODEL}"
-    elif any(re.match(r"(encoder\.)?(layer\.|blocks\.)\d", name) for name in file.tensors):
-        hint = "it may be a backbone without a canopy-height head"
-    raise CheckpointError(
-        f"is none of the published canopy-height models (it holds {some}, ...)",
-        where=file.where,
-        expected="; ".join(words for _, _, words in _MARKS),
-        remedy=hint,
-    )
+def recognise(
+    checkpoint: str | Path, *, backbone: str | Path | None = None, config: str | Path | None = None
+) -> Recognised:
+    """Find out by content which published model this is, and account for every key and shape.
 
+    Args:
+        checkpoint: a file, or a directory in the hub's layout.
+        backbone: the other file of a v2 original; the two may come in either order.
+        config: a JSON file with what tensors of unusual size cannot tell (heads, taps, mean, std).
 
-def _said(kind: str) -> str:
-    return next((words for name, _, words in _MARKS if name == kind), "a v2 model")
-
-
-def _in_words(kind: str, name: str, file: ForeignFile) -> str:
+    Raises:
+        CheckpointError: damaged, unsafe, unknown, incomplete, or not fitting its own architecture.
+        ConfigError: `config` is unreadable or contradicts the tensors.
+    """
+    paths = [Path(path).expanduser() for path in (checkpoint, backbone) if path is not None]
+    where = ", ".join(map(str, paths))
+    layout, weights = open_published(paths)
+    tensors, names = _as_original(layout, weights.tensors)
+    dropped = dict(weights.dropped)
+    for name in [name for name in tensors if name.endswith(".bias_mask")]:
+        mask, bias = tensors.pop(name), name.removesuffix("_mask")
+        # The bias that acts: zero where the mask is zero, whatever the file holds there (it may be NaN).
+        if bias in tensors:
+            tensors[bias] = torch.where(mask == 0, torch.zeros_like(mask), tensors[bias] * mask)
+        dropped[names.pop(name)] = "applied to the bias"
+    release = "v1" if layout == "v1" else "v2"
+    raw = {} if config is None else _read_json(Path(config).expanduser())
+    given = _hub_given(paths[0], raw) if layout == "hub" else validate_settings(Given, raw, where="--config")
+    name, model_config = _config(release, tensors, given, where)
+    made, more = _assemble(model_config, tensors, names, f"a {release} model", where)
     what = {
         "v1": "v1, plain",
         "v2": "v2, original backbone and head",
         "hub": "v2, hub edition (transformers layout)",
-    }[kind]
-    if file.quantised:
-        what = f"v1, quantised ({file.quantised} layers of 8-bit integers, dequantised to fp32)"
-    return f"{what}: {name}"
+    }[layout]
+    if weights.quantised:
+        what = f"v1, quantised ({weights.quantised} layers of 8-bit integers, dequantised to fp32)"
+    found = f"{what}: {name}"
+    return Recognised(name, found, release, model_config, made, dropped | more, len(weights.tensors))
 
 
-def _outline(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's parameters, without making them."""
-    with torch.device("meta"):
-        model = HeightModel(config)
-    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in _BUFFERS}
+def _renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
 
 
-def _checked(layout: str, config: ModelConfig, file: ForeignFile) -> dict[str, str]:
-    """Account for every key and shape; return the tensors that are not used, with reasons."""
-    wanted: dict[str, tuple[int, ...]] = {}
-    for part in parts(layout, _outline(config), file).values():
-        wanted.update(part.sources)
-    spare = {k: v for k, v in unused(layout, config.encoder.depth, file).items() if k not in wanted}
-    known = file.tensors
-    lines = [f"missing {k} {shape}" for k, shape in wanted.items() if k not in known]
-    lines += [f"unexpected {k} {known[k].shape}" for k in known if k not in wanted and k not in spare]
-    lines += [
-        f"{k} is {known[k].shape}, expected {shape}"
-        for k, shape in wanted.items()
-        if k in known and known[k].shape != shape
-    ]
-    if lines:
-        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+def _as_original(layout: str, found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under the names of the original v2 files, and what the file calls each."""
+    rules = tables()["to_original"].get(layout, ())
+    names = {_renamed(theirs, rules): theirs for theirs in found}
+    tensors = {name: found[theirs] for name, theirs in names.items()}
+    # The hub keeps queries, keys and values apart, and leaves out a key bias that is zero.
+    for name in [name for name in tensors if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
+        query, key, value = (tensors.pop(name.replace(".q.", f".{k}."), None) for k in "qkv")
+        if key is None and name.endswith("bias") and query is not None:
+            key = torch.zeros_like(query)
+        if query is not None and key is not None and value is not None:
+            whole = name.replace(".q.", ".qkv.")
+            tensors[whole], names[whole] = torch.cat([query, key, value]), names[name]
+    return tensors, names
+
+
+# ---- its configuration ------------------------------------------------------------------------------------
+def _hub_given(checkpoint: Path, raw: dict[str, Any]) -> Given:
+    """What a hub edition's config.json says, which may itself be `--config`, or what `--config` says else.
+
+    Raises:
+        CheckpointError: settings that would need other arithmetic. ConfigError: settings that make no sense.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    settings = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if settings.get("model_type") != "chmv2":
+        settings = {}  # of something else
+    elif (folder / "preprocessor_config.json").is_file():
+        settings |= _read_json(folder / "preprocessor_config.json")
+    if raw.get("model_type") == "chmv2":
+        settings, raw = settings | raw, {}
+    backbone, table = settings.get("backbone_config") or {}, tables()["hub"]
+    # The original files leave epsilon to the code; this edition states it, and 1e-6 is its default.
+    said: dict[str, Any] = {"norm_eps": 1e-6}
+    for part, values in (("settings", settings), ("backbone", backbone)):
+        for key, wanted in table["only"][part].items():
+            if values.get(key, wanted) != wanted:
+                raise CheckpointError(
+                    f"{key} is {values[key]!r}", where="config.json",
+                    expected=f"{wanted!r}, all that canopy can run",
+                )  # fmt: skip
+        said |= {new: values[key] for key, new in table["words"][part].items() if values.get(key) is not None}
+    stages = backbone.get("out_indices")
+    if stages is not None:
+        if len(stages) != 4 or min(stages) < 1:
+            raise ConfigError(f"out_indices {stages}", where="config.json", expected="four stages, from 1")
+        said["taps"] = [stage - 1 for stage in stages]  # stage 0 is the patch embedding
+    return validate_settings(Given, said | raw, where="--config")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot be read ({error})", where=path, expected="a JSON object") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"holds a {type(values).__name__}", where=path, expected="a JSON object")
+    return values
+
+
+def _config(release: str, tensors: Mapping[str, Tensor], given: Given, where: str) -> tuple[str, ModelConfig]:
+    """Name and config: sizes from the tensors; heads and taps from the published sizes or from `given`.
+
+    Raises:
+        CheckpointError: a size that is not published and whose heads or taps `given` does not have.
+        ConfigError: `given` disagrees with the tensors.
+    """
+    shared, periods = tables()["releases"][release], tensors.get("rope_embed.periods")
+    sizes = _sizes(tensors, release, where)
+    for name, found in sizes.items():
+        if getattr(given, name, None) not in (None, found):
+            raise ConfigError(
+                f"{name} is {getattr(given, name)}, but the tensors have {found}", where="--config"
+            )
+    dim, depth, patch = (sizes[name] for name in ("embed_dim", "depth", "patch_size"))
+    # Four channels of a head share a period, so the periods tell the heads.
+    told = dim // (4 * periods.numel()) if periods is not None else None
+    name, heads, taps = shared["sizes"].get(f"{dim}x{depth}", (f"{release}-{dim}x{depth}", told, None))
+    heads, taps = given.num_heads or heads, given.taps or taps
+    if not heads or not taps:
         raise CheckpointError(
-            f"is {_said(layout)} that does not fit its architecture ({len(lines)} differences): "
-            + "; ".join(lines[:_SHOWN] + more),
-            where=file.where,
+            f"a {release} model of {dim} channels and {depth} blocks is not a published size, and its "
+            "tensors do not tell its attention heads and taps",
+            where=where,
+            remedy='use canopy models convert with --config FILE.json that has "num_heads" and "taps"',
         )
-    return spare
+    if max(taps) >= depth:
+        raise ConfigError(f"taps {list(taps)} in {depth} blocks", where="--config")
+    encoder = shared["encoder"] | {
+        "dim": dim, "patch": patch, "registers": sizes["storage_tokens"], "heads": heads, "taps": taps,
+        "mlp_ratio": sizes["mlp"] / dim,
+        "depth": max(taps) + 1,  # blocks behind the last tap are never run
+    }  # fmt: skip
+    if release == "v1":
+        encoder["pos_grid"] = math.isqrt(sizes["positions"] - 1)
+    else:
+        biases = [t.chunk(3)[1] for n, t in tensors.items() if n.endswith(".attn.qkv.bias")]
+        encoder |= {"k_bias": any(bool(b.any()) for b in biases), "rope_temperature": given.rope_base}
+        if periods is not None and not _follows(periods.float(), given.rope_base):
+            encoder["rope_periods"] = periods.tolist()  # some files store them rounded to bfloat16
+    if given.norm_eps is not None:
+        encoder["norm_eps"] = given.norm_eps
+    decoder = shared["decoder"] | {
+        "post_channels": sizes["post_process_channels"], "fusion": sizes["fusion_channels"],
+        "hidden": sizes["hidden_channels"], "bins": sizes["bins"],
+        "project_after_fusion": "project.conv.weight" in tensors,
+        "unit_bias": "fusion_blocks.1.res_conv_unit1.conv1.conv.bias" in tensors,
+    }  # fmt: skip
+    if given.min_depth is not None:
+        decoder["bin_min"] = given.min_depth
+    if given.max_depth is not None:
+        decoder["bin_max"] = given.max_depth / decoder["scale"]
+    values = shared["model"] | {
+        "encoder": encoder, "decoder": decoder, "mean": given.mean, "std": given.std,
+        "multiple_px": max(_MULTIPLE_PX, 2 * patch),
+        "percentiles": normal_percentiles(given.mean, given.std),
+    }  # fmt: skip
+    values |= {key: getattr(given, key) for key in ("gsd_m", "crop_px") if getattr(given, key)}
+    return name, ModelConfig.from_dict(values)
 
 
-def _tensors(recognised: Recognised) -> dict[str, Tensor]:
-    config, file = recognised.config, recognised.file
-    made = {
-        name: part.combine(*(file.tensors[source].read() for source in part.sources))
-        for name, part in parts(recognised.layout, _outline(config), file).items()
-    }
-    return made | {
-        "mean": torch.tensor(config.mean).view(1, -1, 1, 1),
-        "std": torch.tensor(config.std).view(1, -1, 1, 1),
-        "centres": bin_centres(config.decoder),
-    }
+def _sizes(tensors: Mapping[str, Tensor], release: str, where: str) -> dict[str, Any]:
+    """Sizes by their names in `--config`, and the widths of MLPs and position table."""
 
+    def size(name: str, axis: int = 0) -> int:
+        if name not in tensors or tensors[name].ndim <= axis:
+            raise CheckpointError(f"missing {name}", where=where, expected="a whole checkpoint")
+        return int(tensors[name].shape[axis])
 
-def _card(recognised: Recognised, source: str | None) -> dict[str, Any]:
-    release = recognised.release
-    reasons: dict[str, int] = {}
-    for reason in recognised.dropped.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
     return {
-        "name": recognised.name,
-        "licence": _LICENCES[release],
-        "source": source or _SOURCES[release],
-        "paper": _SOURCES[release],
-        "converted_from": recognised.found,
-        "converted_by": f"canopy {__version__}",
-        "inputs": [
-            {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in recognised.file.paths
-        ],
-        "dropped": reasons,
-        "percentiles": "5th and 95th of each band, from the published mean and std of a normal distribution",
+        "embed_dim": size("patch_embed.proj.weight"),
+        "patch_size": size("patch_embed.proj.weight", 2),
+        "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        "mlp": size("blocks.0.mlp.fc1.weight"),
+        "positions": size("pos_embed", 1) if release == "v1" else 0,
+        "storage_tokens": size("storage_tokens", 1) if release == "v2" else 0,
+        "post_process_channels": tuple(size(f"reassemble_blocks.projects.{i}.conv.weight") for i in range(4)),
+        "fusion_channels": size("convs.0.conv.weight"),
+        "hidden_channels": size("conv_depth.head.2.weight"),
+        "bins": size("conv_depth.head.4.weight"),
     }
+
+
+def _follows(periods: Tensor, temperature: float) -> bool:
+    """Whether the rotary periods are those that the temperature gives."""
+    exact = temperature ** (torch.arange(periods.numel(), dtype=torch.float32) / periods.numel())
+    return bool(torch.allclose(periods, exact, rtol=1e-6, atol=0.0))
+
+
+# ---- its tensors ------------------------------------------------------------------------------------------
+def _assemble(
+    config: ModelConfig, tensors: Mapping[str, Tensor], names: Mapping[str, str], what: str, where: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Our parameters, and by the files' own names what they are not made of, each with the reason.
+
+    Raises:
+        CheckpointError: a key or shape that is not accounted for.
+    """
+    with torch.device("meta"):
+        outline = {k: t for k, t in HeightModel(config).state_dict().items() if k not in BUFFERS}
+    origins, wanted = {}, {}
+    for ours, like in outline.items():
+        theirs = _renamed(ours, tables()["from_ours"])
+        third = re.search(r"\.attn\.([qkv])_bias$", ours)  # the files have the three in one
+        origins[ours] = theirs, "qkv".index(third[1]) if third else None
+        wanted[theirs] = (3 * like.shape[0],) if third else tuple(like.shape)
+    reasons = {}
+    for name in tensors.keys() - wanted.keys():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block and int(block[1]) >= config.encoder.depth:
+            reasons[name] = "never run: behind the last tapped block"
+        for pattern, reason in tables()["unused"]:
+            if re.match(pattern, name):
+                reasons[name] = reason
+    found = {names.get(k, k): tuple(t.shape) for k, t in tensors.items() if k not in reasons}
+    wrong = differences({names.get(k, k): shape for k, shape in wanted.items()}, found)
+    if wrong:
+        raise CheckpointError(f"is {what} that does not fit its architecture ({wrong})", where=where)
+    made = {
+        ours: tensors[name] if part is None else tensors[name].chunk(3)[part]
+        for ours, (name, part) in origins.items()
+    }
+    return made, {names[name]: reasons[name] for name in sorted(reasons)}

@@ -158,7 +158,7 @@ def _check(options: MapOptions) -> None:
 def _absolute(options: MapOptions) -> MapOptions:
     """Paths that other processes can use; names and addresses stay as they are."""
     from canopy.imagery.manifests import known_names
-    from canopy.models.checkpoint import EMBEDDED
+    from canopy.models.registry import EMBEDDED
 
     def full(name: str, known: Sequence[str]) -> str:
         if is_url(name) or is_template(name) or name in known:

@@ -10,7 +10,6 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -214,7 +213,7 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig, settings: DinoSettings, drop_path: float) -> None:
         super().__init__()
         dim, shape = config.encoder.dim, (settings.hidden, settings.bottleneck)
-        self.encoder = Encoder(replace(config.encoder, drop_path=drop_path), len(config.bands))
+        self.encoder = Encoder(config.encoder.replaced(drop_path=drop_path), len(config.bands))
         # Encoders without a final norm of their own get one that belongs to the heads.
         self.norm = nn.Identity() if config.encoder.norm_taps else nn.LayerNorm(dim)
         self.class_head = PrototypeHead(dim, settings.class_prototypes, *shape)

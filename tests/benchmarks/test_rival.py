@@ -37,7 +37,7 @@ def test_heights_come_out_as_the_model_gives_them(script, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:torch")
 def test_compressed_keeps_heights_near(script, tiny_model):
-    from canopy.models.checkpoint import load_model
+    from canopy.models.registry import load_model
 
     model = load_model(tiny_model)
     rgb = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))

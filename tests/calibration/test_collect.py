@@ -13,7 +13,8 @@ from canopy.calibration.collect import load_chips, places_of
 from canopy.chips.store import Chip, ChipRow
 from canopy.chips.write import write_folder
 from canopy.errors import ConfigError, DataError
-from canopy.models.checkpoint import load_model, save_checkpoint
+from canopy.models.checkpoint import save_checkpoint
+from canopy.models.registry import load_model
 
 
 def chip(**facts: object) -> Chip:

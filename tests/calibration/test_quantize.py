@@ -17,9 +17,10 @@ from canopy.chips.store import Chip, ChipRow, ChipShards
 from canopy.chips.write import write_folder
 from canopy.errors import ConfigError, DataError, InputError
 from canopy.inference.backends import read_card, settle
-from canopy.models.checkpoint import load_model, resolve_model, save_checkpoint
+from canopy.models.checkpoint import save_checkpoint
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
+from canopy.models.registry import load_model, resolve_model
 
 MOST_LOSS_M = 0.05
 
@@ -118,7 +119,7 @@ def test_the_process_survives_signals_afterwards(model_file, chips_dir, cache, t
     script = (
         "import faulthandler, gc, os, signal, sys, threading\n"
         "from canopy.calibration.quantize import quantize\n"
-        "from canopy.models.checkpoint import load_model\n"
+        "from canopy.models.registry import load_model\n"
         "faulthandler.enable()\n"
         "for crops in (8, 8): quantize(load_model(sys.argv[1]), sys.argv[2], crops=crops, overwrite=True)\n"
         "gc.collect()\n"

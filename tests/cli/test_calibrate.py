@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import rasterio
 
-from canopy.calibration.apply import calibrate_model, rewrite_card
+from canopy.calibration.apply import calibrate_model
 from canopy.chips.store import Chip, ChipRow, ChipShards
 from canopy.chips.write import write_folder
-from canopy.models.checkpoint import describe
+from canopy.models.checkpoint import describe, rewrite_card
 
 
 @pytest.fixture(scope="module")

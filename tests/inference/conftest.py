@@ -14,9 +14,10 @@ import torch
 
 from canopy.geo.grid import Grid
 from canopy.imagery.base import Imagery
-from canopy.models.checkpoint import load_model, save_checkpoint
+from canopy.models.checkpoint import save_checkpoint
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
+from canopy.models.registry import load_model
 
 
 class AnalyticModel(torch.nn.Module):

@@ -31,7 +31,6 @@ def spread_model(kit):
     class SpreadModel(kit.AnalyticModel):
         def layers(self, rgb: torch.Tensor, outputs: tuple[str, ...]) -> torch.Tensor:
             made = {"height_m": self.forward(rgb), "spread_m": 0.5 + rgb[:, :1]}
-            made |= {"q0.05": made["height_m"] - rgb[:, 1:2], "q0.95": made["height_m"] + 2 * rgb[:, :1]}
             return torch.cat([made[name] for name in outputs], dim=1)
 
     return SpreadModel()

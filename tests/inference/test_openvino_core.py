@@ -12,7 +12,7 @@ import pytest
 SIGNALLED = """
 import faulthandler, gc, os, signal, sys, threading
 from canopy.inference.backends import settle
-from canopy.models.checkpoint import load_model
+from canopy.models.registry import load_model
 
 def open_one(kept):
     model = load_model(sys.argv[1])

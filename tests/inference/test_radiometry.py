@@ -17,7 +17,7 @@ from canopy.errors import ConfigError, InputError
 from canopy.geo.area import AOI
 from canopy.inference.radiometry import scene_percentiles, with_radiometry
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
-from canopy.models.height import HeightModel, Stretch, Wish, normal_percentiles, parse_radiometry
+from canopy.models.height import HeightModel, Stretch, normal_percentiles, parse_radiometry
 
 TARGET = (0.1, 0.7, 0.15, 0.65, 0.05, 0.55)
 
@@ -62,9 +62,9 @@ def test_the_stretch_moves_percentiles_onto_percentiles(source: list, target: li
 
 def test_what_the_option_takes() -> None:
     assert parse_radiometry("none") is None
-    assert parse_radiometry("match") == Wish()
-    assert parse_radiometry("0.1,0.7,.15,.65,.05,.55") == Wish(None, TARGET)
-    assert parse_radiometry("0,1,0,1,0,1,0.1,0.7,.15,.65,.05,.55") == Wish((0, 1, 0, 1, 0, 1), TARGET)
+    assert parse_radiometry("match") == (None, None)
+    assert parse_radiometry("0.1,0.7,.15,.65,.05,.55") == (None, TARGET)
+    assert parse_radiometry("0,1,0,1,0,1,0.1,0.7,.15,.65,.05,.55") == ((0, 1, 0, 1, 0, 1), TARGET)
     for wrong in (
         "Match",
         "1,2",

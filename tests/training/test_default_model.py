@@ -11,7 +11,7 @@ import torch
 from canopy.chips.options import CutOptions
 from canopy.chips.store import Chip, ChipRow, ChipShards
 from canopy.chips.write import write_chips
-from canopy.models.checkpoint import load_model
+from canopy.models.registry import load_model
 from canopy.synth.forest import SceneSpec
 from canopy.synth.render import render
 from canopy.training.scoring import score, score_chips

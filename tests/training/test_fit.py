@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from canopy.chips.write import write_synth
 from canopy.config import load_settings
 from canopy.errors import CheckpointError, ConfigError, DataError
-from canopy.models.checkpoint import load_model
+from canopy.models.registry import load_model
 from canopy.training.callbacks import TrainingError
 from canopy.training.fit import finetune
 from canopy.training.settings import FinetuneSettings

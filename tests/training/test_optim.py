@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -94,8 +92,8 @@ def test_layers_are_read_from_names():
 
 @pytest.mark.parametrize("family", ["vit", "rope"])
 def test_every_trainable_parameter_is_in_one_group_and_tokens_are_spared(family):
-    encoder = dataclasses.replace(CONFIG.encoder, family=family, registers=2, pos_grid=4)
-    model = HeightModel(dataclasses.replace(CONFIG, encoder=encoder))
+    encoder = CONFIG.encoder.replaced(family=family, registers=2, pos_grid=4)
+    model = HeightModel(CONFIG.replaced(encoder=encoder))
     model.decoder.project.requires_grad_(False)
     groups = parameter_groups(model.named_parameters(), lambda name: layer_factor(name, 4, 0.5))
     inside = [id(p) for g in groups for p in g["params"]]
@@ -118,9 +116,9 @@ def test_a_fresh_head_expects_the_training_heights():
     image = torch.rand(1, 3, 64, 64)
     assert model(image).mean() > 17  # all bins alike
     expect_heights(model, heights)
-    got = model.predict(image)
-    assert got.height_m.mean().item() == pytest.approx(heights.mean().item(), abs=1.0)
-    assert got.spread_m.mean().item() == pytest.approx(heights.std().item(), abs=1.5)
+    height, spread, _ = model.heights_and_scores(image)
+    assert height.mean().item() == pytest.approx(heights.mean().item(), abs=1.0)
+    assert spread.mean().item() == pytest.approx(heights.std().item(), abs=1.5)
 
 
 # ---- bad steps --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from canopy.config import load_settings, validate_settings
 from canopy.errors import ConfigError, DataError
-from canopy.models.config import EncoderConfig, ModelConfig, from_plain
+from canopy.models.config import EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
 from canopy.training.callbacks import TrainingError
 from canopy.training.fit import pretrain, view_stream
@@ -181,7 +181,7 @@ def test_the_export_fits_a_height_model_by_name_and_shape(uninterrupted):
     assert header["format"] == "canopy-encoder" and card["objective"] == settings.objective
     assert card["steps"] == STEPS and card["data"]["chips"] == 12 and card["command"] == "test"
     assert card["settings"]["data"]["chips"] == [settings.data.chips[0].name]  # no folder of this machine
-    described = from_plain(EncoderConfig, json.loads(header["encoder"]))
+    described = EncoderConfig(**json.loads(header["encoder"]))
     assert described == settings.architecture.encoder
 
 
