@@ -75,6 +75,7 @@ def cases(model: str, large: bool) -> Iterator[tuple[str, list[str]]]:
     warped = ["predict", "../image2000.tif", *network, "--crs", "EPSG:32617"]
     yield "predict 2000 px warped", [*warped, "-o", "chm.tif"]
     yield "predict 2000 px warped, 2 m", [*warped, "--gsd", "2", "-o", "chm.tif"]
+    yield "data chm", ["data", "chm", "../scene/points.laz", "--workers", "1", "-q", "-o", "chm.tif"]
     yield "evaluate 10000 px", ["evaluate", "../map.tif", "--reference", "../lidar.tif", "-q", "-o", "out"]
     yield "stats 10000 px", ["stats", "../map.tif", "--zones", "../zones.gpkg", "-q", "-o", "stats.csv"]
     tiles = ["--grid", "utm", "--zoom", "17", "--threads", "1"]
@@ -124,8 +125,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, given.large)
-        # Not measured: the chips, and what a first run puts into the cache (converted networks).
+        # Not measured: chips and points, and what a first run puts into the cache (converted networks).
         measure(checkouts["old"], ["data", "chips", "--synth", "16", "-o", "../chips"], folder / "work")
+        measure(checkouts["old"], ["data", "synth", "--size-m", "400", "-o", "../scene"], folder / "work")
         for checkout in checkouts.values():
             first = ["predict", "../image1000.tif", "--model", given.model, "--size-m", "50", "--bbox"]
             measure(checkout, [*first, "44.25,-74.997", "-o", "chm.tif"], folder / "work")

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -135,30 +134,22 @@ def _commit() -> str:
 
 
 # ---- running ------------------------------------------------------------------------------------
-def alone(script: str, case: Mapping[str, Any], threads: int | None = None) -> dict[str, Any]:
+def alone(script: str, case: Mapping[str, Any]) -> dict[str, Any]:
     """Run one case in a new process: `script --child CASE`, whose last line of stdout is its JSON result.
 
     Raises:
         RuntimeError: it failed; the end of its stderr is in the message.
     """
-    environment = dict(os.environ)
-    if threads:
-        environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    command = [sys.executable, script, "--child", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, script, "--child", json.dumps(case)], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{Path(script).name} {dict(case)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def canopy_command() -> list[str]:
-    """What starts `canopy` here: the script beside this Python, or Python itself."""
-    script = shutil.which("canopy", path=str(Path(sys.executable).parent))
-    return [script] if script else [sys.executable, "-c", "from canopy.cli.main import main; main()"]
-
-
 def in_turn(
-    cases: Mapping[str, Callable[[], dict[str, Any]]], rounds: int, *, said: bool = True
+    cases: Mapping[str, Callable[[], dict[str, Any]]], rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Results of every case, round by round; a line on stderr for each."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
@@ -166,9 +157,8 @@ def in_turn(
         for name, run in cases.items():
             started = time.perf_counter()
             found[name].append(run())
-            if said:
-                took = time.perf_counter() - started
-                print(f"  round {number + 1}/{rounds}, {name}: {took:.1f} s", file=sys.stderr, flush=True)
+            took = time.perf_counter() - started
+            print(f"  round {number + 1}/{rounds}, {name}: {took:.1f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -207,65 +197,14 @@ def peak_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / divisor)
 
 
-def gemm(seconds: float = 1.0, side: int = 2048) -> dict[str, Any]:
-    """fp32 matrix products with torch's threads, what this machine can do now: GFLOP per second of wall
-    (`gflops`) and per second of processor time (`gflop_per_cpu_s`), of the library that is best at them.
-
-    torch's own library knows some processors badly: numpy's and OpenVINO's are tried too.
-    """
-    found = {}
-    for library, multiply in _multipliers(side).items():
-        multiply()
-        clock, count = Clock(), 0
-        while (took := clock.read())["wall_s"] < seconds:
-            multiply()
-            count += 1
-        gflop = 2 * side**3 * count / 1e9
-        found[library] = (gflop / max(took["cpu_s"], 0.01), gflop / took["wall_s"])
-    best = max(found, key=lambda library: found[library])
-    return {"gflops": found[best][1], "gflop_per_cpu_s": found[best][0], "library": best}
-
-
-def _multipliers(side: int) -> dict[str, Callable[[], Any]]:
-    """What multiplies two matrices of this side, by library."""
-    import numpy as np
-    import torch
-
-    a, b = torch.rand(side, side), torch.rand(side, side)
-    into, numbers = torch.empty(side, side), (a.numpy(), b.numpy(), np.empty((side, side), np.float32))
-    ways: dict[str, Callable[[], Any]] = {
-        "torch": lambda: torch.mm(a, b, out=into),
-        "numpy": lambda: np.matmul(*numbers),
-    }
-    if _version("openvino") is not None:
-        from canopy.runtime import load_openvino, openvino_core
-
-        openvino = load_openvino()
-        from openvino import opset13
-
-        given = opset13.parameter([side, side], np.float32)
-        product = opset13.matmul(given, opset13.constant(numbers[1]), False, False)
-        options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-        model = openvino.Model([product], [given])
-        request = openvino_core().compile_model(model, "CPU", options).create_infer_request()
-        ways["openvino"] = lambda: request.infer([numbers[0]])
-    return ways
-
-
 # ---- images -------------------------------------------------------------------------------------
-def make_image(
-    path: Path,
-    side: int,
-    *,
-    compress: str = "jpeg",
-    gsd_m: float = 0.5,
-    every_px: int = 0,
-    crs: str = "EPSG:32618",
-) -> Path:
+def make_image(path: Path, side: int, *, compress: str = "jpeg", every_px: int = 0) -> Path:
     """A tiled RGB GeoTIFF of the synthetic forest, `side` px square; one 512 px tile of it is repeated.
 
     Args:
-        compress: jpeg, deflate or any other of GDAL's.
+        path: the file.
+        side: pixels of 0.5 m.
+        compress: jpeg, or deflate for exact values.
         every_px: only one tile every so many pixels is filled, the rest is nodata (0, no block is written);
             0 fills all. For large rasters and slow networks.
     """
@@ -274,8 +213,8 @@ def make_image(
 
     block = forest(TILE_PX)
     profile: dict[str, Any] = {
-        "driver": "GTiff", "width": side, "height": side, "count": 3, "dtype": "uint8", "crs": crs,
-        "transform": rasterio.Affine(gsd_m, 0, 500_000, 0, -gsd_m, 4_900_000), "tiled": True,
+        "driver": "GTiff", "width": side, "height": side, "count": 3, "dtype": "uint8",
+        "crs": "EPSG:32618", "transform": rasterio.Affine(0.5, 0, 500_000, 0, -0.5, 4_900_000), "tiled": True,
         "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": compress, "sparse_ok": True,
     }  # fmt: skip
     if compress == "jpeg":

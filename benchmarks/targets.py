@@ -25,19 +25,19 @@ class Target:
 
     Attributes:
         what: in words; wanted: the limit in words; source: the benchmark's name.
-        measure: gives (in words, met) from that benchmark's results and settings; None where they do not say.
+        measure: gives (in words, met) from that benchmark's results; None where they do not say.
     """
 
     what: str
     wanted: str
     source: str
-    measure: Callable[[Any, Any], tuple[str, bool] | None]
+    measure: Callable[[Any], tuple[str, bool] | None]
 
 
-def _faster(ways: tuple[str, ...], least: float) -> Callable[[Any, Any], tuple[str, bool] | None]:
+def _faster(ways: tuple[str, ...], least: float) -> Callable[[Any], tuple[str, bool] | None]:
     """ViT-L in the fastest of several ways against the loop of the same numbers, edges aside."""
 
-    def measure(results: Any, _: Any) -> tuple[str, bool] | None:
+    def measure(results: Any) -> tuple[str, bool] | None:
         found = [
             (result, row)
             for result in results
@@ -48,7 +48,7 @@ def _faster(ways: tuple[str, ...], least: float) -> Callable[[Any, Any], tuple[s
             return None
         result, row = max(found, key=lambda one: one[1]["x inside"])
         words = (
-            f"{row['x inside']:.2f}x: {row['what']}, {result['model']} (by processor time {row['cpu']:.2f}x; "
+            f"{row['x inside']:.2f}x: {row['what']}, {result['model']} (processor {row['x cpu']:.2f}x; "
             f"on {result['side_px']} px with its edges {row['x loop']:.2f}x)"
         )
         return words, row["x inside"] >= least
@@ -56,16 +56,15 @@ def _faster(ways: tuple[str, ...], least: float) -> Callable[[Any, Any], tuple[s
     return measure
 
 
-def _memory(results: Any, _: Any) -> tuple[str, bool]:
+def _memory(results: Any) -> tuple[str, bool]:
     sides = [int(side) for side in results["sizes"]]
     growth = results["growth"]
     return f"{100 * growth:+.1f} % up to {max(sides):,} px", abs(growth) <= 0.05
 
 
-def _help(results: Any, _: Any) -> tuple[str, bool]:
+def _help(results: Any) -> tuple[str, bool]:
     row = next(row for row in results if row["command"] == "canopy --help")
-    took, used = row["median wall s"], row["median cpu s"]
-    return f"{took:.2f} s (processor {used:.2f} s)", took < 0.4
+    return f"{row['wall s']:.2f} s (processor {row['cpu s']:.2f} s)", row["wall s"] < 0.4
 
 
 TARGETS = [
@@ -97,7 +96,7 @@ def judge(results: Results) -> list[dict[str, Any]]:
     rows = []
     for target in TARGETS:
         whole = results.get(target.source)
-        found = target.measure(whole["results"], whole["settings"]) if whole else None
+        found = target.measure(whole["results"]) if whole else None
         rows.append({
             "target": target.what,
             "wanted": target.wanted,
