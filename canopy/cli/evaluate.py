@@ -208,17 +208,15 @@ def print_scores(result: Evaluation) -> None:
     ]
     _print_table(head, rows)
     bins = [
-        (f"{b.name} m", *(_value(b.scores[k]) for k in ("n", "bias_m", "mae_m")))
-        for b in result.overall.by_height
-        if b.scores["n"].value
+        (f"{name} m", *(_value(scores[k]) for k in ("n", "bias_m", "mae_m")))
+        for name, scores in result.overall.by_height.items()
+        if scores["n"].value
     ]
     _print_table(("by reference height", "n", "bias_m", "mae_m"), bins)
-    for by in dict.fromkeys(s.by for s in result.strata):
-        parts = [s for s in result.strata if s.by == by]
-        names = ("n", "mae_m", "bias_m", "rmse_m", "r2")
-        _print_table(
-            (f"by {by}", *names), [(p.name, *(_value(p.scores[name]) for name in names)) for p in parts]
-        )
+    names = ("n", "mae_m", "bias_m", "rmse_m", "r2")
+    for by, parts in result.strata.items():
+        parts_rows = [(part, *(_value(scores[name]) for name in names)) for part, scores in parts.items()]
+        _print_table((f"by {by}", *names), parts_rows)
     for note in result.notes:
         typer.echo(f"note: {note}")
 

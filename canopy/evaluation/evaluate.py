@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from canopy import __version__
-from canopy.chips.targets import sensor_floor
-from canopy.config import Settings, validate_settings
+from canopy.config import validate_settings
 from canopy.errors import InputError
-from canopy.evaluation.maps import HeightMap, known_sha256, open_heights, years_apart
-from canopy.evaluation.pixels import RasterPair, RasterTally, Rules, Tally, tally_rasters
+from canopy.evaluation.maps import HeightMap, open_heights, years_apart
+from canopy.evaluation.pixels import Points, RasterPair, RasterTally, Tally, tally_rasters
 from canopy.evaluation.samples import (
     PARQUETS,
     TEXTS,
@@ -30,11 +29,11 @@ from canopy.evaluation.samples import (
     sample_strata,
     table_format,
 )
-from canopy.evaluation.scores import BOUNDED, LEVEL, REPLICATES, Bootstrap, Evaluation, Scoring, Stratum
-from canopy.evaluation.strata import ByRaster, Stratifier, files_of, natural, stratifiers
-from canopy.files import is_url
+from canopy.evaluation.scores import BOUNDED, LEVEL, Evaluation, Options
+from canopy.evaluation.strata import RASTERS, files_of, stratifiers
+from canopy.files import check_output, file_sha256, is_url
 from canopy.geo.crs import transformer
-from canopy.metrics import COLUMN, percent_of
+from canopy.metrics import COLUMN
 from canopy.runtime import Progress
 
 if TYPE_CHECKING:
@@ -43,60 +42,12 @@ if TYPE_CHECKING:
 
     from canopy.evaluation.maps import HeightSource
 
-KINDS = ("chm", "gedi", "plots")
-_RASTERS = {".tif", ".tiff", ".vrt", ".jp2"}
-_TABLES = {*TEXTS, *PARQUETS}
 _MOST_SAMPLES = 20_000
+# Hashing a file must not take longer than scoring it.
+_HASH_BYTES = 2**30
 _NO_PIXELS = "footprints and plots have no neighbouring pixels"
 _NO_INTERVAL = "the map's bands are of single pixels: over a disc or a polygon their means are no interval"
-ABSENT_IN_SAMPLES = {name: _NO_PIXELS for name in ("block_r2", "edge_error", "edge_error_symmetric")}
-
-
-class Options(Settings):
-    """What `evaluate` takes besides the two sides; see there."""
-
-    kind: str | None = None
-    by: tuple[str, ...] = ()
-    stat: str | None = None
-    floor_m: float | None = None
-    sensor: str | None = None
-    column: str | None = None
-    radius_m: float | None = None
-    slope: str | Path | None = None
-    dem: str | Path | None = None
-    block_m: float | None = None
-    shift: bool = True
-    replicates: int = REPLICATES
-    seed: int = 0
-    nodata: float | None = None
-    reference_nodata: float | None = None
-    band: int | str | None = None
-    reference_band: int | str | None = None
-    layer: str | None = None
-    map_date: str | None = None
-    reference_date: str | None = None
-
-    def check(self) -> Options:
-        """The options, or InputError for one that is out of range."""
-        if self.kind is not None and self.kind not in KINDS:
-            raise InputError(f"{self.kind!r}", where="--kind", expected=", ".join(KINDS))
-        if self.stat is not None:
-            percent_of(self.stat, "--stat")
-        sensor_floor(self.sensor)
-        for name, value, low, high in (
-            ("--floor-m", self.floor_m, 0, 10), ("--block-m", self.block_m, 0.001, 1e6),
-            ("--radius-m", self.radius_m, 0.001, 10_000), ("--replicates", self.replicates, 0, 100_000),
-        ):  # fmt: skip
-            if value is not None and not low <= value <= high:
-                raise InputError(f"{value:g}", where=name, expected=f"{low:g} to {high:g}")
-        return self
-
-    @property
-    def rules(self) -> Rules:
-        """For rasters."""
-        floor = self.floor_m if self.floor_m is not None else sensor_floor(self.sensor) or None
-        setting = Bootstrap(self.replicates, self.seed)
-        return Rules(self.stat or "mean", floor, self.shift, self.block_m, setting)
+ABSENT_IN_SAMPLES = dict.fromkeys(("block_r2", "edge_error", "edge_error_symmetric"), _NO_PIXELS)
 
 
 def evaluate(
@@ -130,14 +81,16 @@ def evaluate(
     Raises:
         InputError (and its kinds): what cannot be read, does not overlap, or makes no sense.
     """
-    from canopy.evaluation.report import check_folder, write_results
+    from canopy.evaluation.report import write_results
 
     chosen = validate_settings(Options, options, "evaluate").check()
     listed = list(reference) if isinstance(reference, list | tuple) else [reference]
     if not listed:
         raise InputError("no reference", where="--reference")
     if out is not None:
-        check_folder(out, [map, listed, chosen.slope, chosen.dem, files_of(chosen.by)], overwrite)
+        inputs = [map, listed, chosen.slope, chosen.dem, files_of(chosen.by)]
+        expected = "a directory for the results"
+        check_output(out, inputs, overwrite=overwrite, folder=True, expected=expected)
     kind = chosen.kind or guess_kind(listed[0])
     with open_heights(map, nodata=chosen.nodata, band=chosen.band) as heights:
         if kind == "chm":
@@ -157,29 +110,25 @@ def guess_kind(reference: Any) -> str:
         return "plots" if hasattr(reference, "geometry") else "chm"
     path = Path(reference)
     suffix = path.suffix.lower()
-    if is_url(str(reference)) or suffix in _RASTERS or (path.is_dir() and suffix != ".gdb"):
+    if is_url(str(reference)) or suffix in RASTERS or (path.is_dir() and suffix != ".gdb"):
         return "chm"
     if not path.exists():
         raise InputError("no such file", where=reference, remedy="check the spelling of the path")
-    if suffix in _TABLES:
-        names = _column_names(path)
-        return "gedi" if "shot_number" in names else "chm" if not names else "plots"
-    return "plots"
-
-
-def _column_names(path: Path) -> list[str]:
-    """Of a table; none for a text file that is a list of tiles."""
-    if path.suffix.lower() in TEXTS:
+    names: list[str] = []
+    if suffix in TEXTS:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
-            line = file.readline()
-        separator = table_format(path)[0]
-        return [name.strip().strip('"') for name in line.split(separator)] if separator in line else []
-    try:
-        from pyarrow import parquet
+            line, separator = file.readline(), table_format(path)[0]
+        if separator not in line:
+            return "chm"  # a list of tiles
+        names = [name.strip().strip('"') for name in line.split(separator)]
+    elif suffix in PARQUETS:
+        from pyarrow import ArrowException, parquet
 
-        return list(parquet.read_schema(path).names)
-    except Exception:  # the reader of its kind says what is wrong with it
-        return ["?"]
+        try:
+            names = list(parquet.read_schema(path).names)
+        except (ArrowException, OSError):  # the reader of its kind says what is wrong with it
+            return "plots"
+    return "gedi" if "shot_number" in names else "plots"
 
 
 # ---- rasters --------------------------------------------------------------------------------------
@@ -189,7 +138,8 @@ def _against_rasters(
     with ExitStack() as stack:
         pairs = []
         for source in references:
-            if isinstance(source, str | Path) and Path(source).suffix.lower() in _TABLES - {".txt"}:
+            is_table = isinstance(source, str | Path) and Path(source).suffix.lower() in (*TEXTS, *PARQUETS)
+            if is_table and Path(source).suffix.lower() != ".txt":
                 remedy = "use --kind gedi or --kind plots"
                 raise InputError("a table, not a raster", where=source, remedy=remedy)
             side = open_heights(
@@ -201,7 +151,7 @@ def _against_rasters(
 
 def score_rasters(
     pairs: Sequence[RasterPair],
-    options: Options | None = None,
+    options: Options,
     progress: Progress | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Evaluation:
@@ -209,67 +159,72 @@ def score_rasters(
 
     `provenance` is added to the result's. Raises InputError and ImageryError as `evaluate` does.
     """
-    options = (options or Options()).check()
     if options.column or options.radius_m or options.layer:
         raise InputError("--column, --radius-m and --layer are for tables", expected="a raster has neither")
-    rules = options.rules
-    ways = stratifiers(options.by, slope=options.slope, dem=options.dem)
-    try:
-        tally = tally_rasters(pairs, rules, ways, progress)
-    finally:
+    with ExitStack() as stack:
+        ways = stratifiers(options.by, slope=options.slope, dem=options.dem)
         for way in ways:
-            way.close()
-    how = Scoring(rules.bootstrap, f"{tally.layout.side_m:.0f} m", tally.absent)
-    overall = tally.plain.scores(how)
+            stack.callback(way.close)
+        tally = tally_rasters(pairs, options, ways, progress)
+    side_m = tally.layout.side_m
+    how = {"replicates": options.replicates, "seed": options.seed, "side_m": side_m, "absent": tally.absent}
+    overall, strata = tally.plain.scores({way.by: way.shown() for way in ways}, **how)
     corrected = None
     if tally.corrected is not None:
-        corrected = overall if tally.corrected is tally.plain else tally.corrected.scores(how)
-    facts = raster_facts(pairs, tally, rules, options)
+        corrected = overall if tally.corrected is tally.plain else tally.corrected.scores({}, **how)[0]
+    raster, bounds = tally.layout.outlines()
+    crs = np.array([str(grid.crs) for grid in tally.layout.grids])[raster]
+    blocks = _block_table(tally.plain, np.array([pair.site for pair in pairs])[raster], crs, bounds)
+    facts = _raster_facts(pairs, tally, options, blocks)
     return Evaluation(
-        "chm", overall, corrected, tally.shift, tally.shift_note,
-        tuple(_strata(tally.plain, {way.by: _names_of(way) for way in ways}, how)),
-        tally.plain.joint_histogram(), raster_blocks(tally, pairs), tally.layout.side_m,
-        tuple(tally.previews), None, facts | dict(provenance or {}), raster_notes(pairs, tally, rules, facts),
+        "chm", overall, corrected, tally.shift, tally.shift_note, strata, tally.plain.joint, blocks, side_m,
+        tally.previews, None, facts | dict(provenance or {}), _raster_notes(pairs, tally, options, facts),
     )  # fmt: skip
 
 
-def _names_of(way: Stratifier) -> Sequence[str]:
-    """In the order to show them."""
-    return sorted(way.names, key=natural) if isinstance(way, ByRaster) else way.names
-
-
-def _strata(tally: Tally, names: Mapping[str, Sequence[str]], how: Scoring) -> list[Stratum]:
-    return [
-        Stratum(by, name, scores)
-        for by, shown in names.items()
-        for name, scores in tally.stratum_scores(by, shown, how)
-    ]
-
-
-def raster_facts(
-    pairs: Sequence[RasterPair], tally: RasterTally, rules: Rules, options: Options
+def _raster_facts(
+    pairs: Sequence[RasterPair], tally: RasterTally, options: Options, blocks: pandas.DataFrame
 ) -> dict[str, Any]:
     """The provenance: plain data."""
     maps = list({id(pair.map): pair.map for pair in pairs}.values())
-    grid = tally.layout.grids[0]
-    known = sorted({day for pair in pairs for day in pair.reference.dates})
+    floors = {options.floor if options.floor is not None else pair.reference.floor_m for pair in pairs}
+    grid, known = tally.layout.grids[0], [day for pair in pairs for day in pair.reference.dates]
     return {
         "canopy_version": __version__,
-        "map": maps[0].facts() if len(maps) == 1 else {"maps": [one.name for one in maps]},
-        "reference": [pair.reference.facts() for pair in pairs[:50]],
+        "map": _map_facts(maps[0]) if len(maps) == 1 else {"maps": [one.name for one in maps]},
+        "reference": [_map_facts(pair.reference) for pair in pairs[:50]],
         "references": len(pairs),
         "grid": {
             "crs": str(grid.crs), "gsd_m": round(grid.gsd_m, 4), "width_px": grid.width,
             "height_px": grid.height, "bounds": grid.bounds,
         },
-        "rule": f"both on the coarser grid, area-weighted {rules.stat}; pixels valid in both",
-        "stat": rules.stat,
-        "floor_m": sorted({rules.floor_of(pair.reference) for pair in pairs}),
-        **_date_facts(options, maps[0].dates, (known[0], known[-1]) if known else ()),
-        "bootstrap": _bootstrap_facts(
-            rules.bootstrap, tally.layout.side_m, int((tally.plain.n_by_block > 0).sum())
-        ) | {"block_px": tally.layout.side_px},
+        "rule": f"both on the coarser grid, area-weighted {options.stat or 'mean'}; pixels valid in both",
+        "stat": options.stat or "mean",
+        "floor_m": sorted(floors),
+        **_date_facts(options, maps[0].dates, (min(known), max(known)) if known else ()),
+        "bootstrap": _bootstrap_facts(options, tally.layout.side_m, len(blocks))
+        | {"block_px": tally.layout.side_px},
     }  # fmt: skip
+
+
+def _map_facts(heights: HeightMap) -> dict[str, Any]:
+    return {
+        "name": heights.name,
+        "kind": heights.kind,
+        "files": len(heights.tiles),
+        "sha256": _known_sha256(heights.tiles[0].path) if len(heights.tiles) == 1 else None,
+        "crs": str(heights.crs),
+        "gsd_m": round(heights.gsd_m, 4),
+        "dates": list(heights.dates),
+        "tags": {k: v for k, v in sorted(heights.tags.items()) if k.startswith("CANOPY_")},
+    }
+
+
+def _known_sha256(path: object) -> str | None:
+    """Of a local file up to 1 GiB; None for others, and for what is no file."""
+    if not isinstance(path, str | Path) or is_url(path) or not Path(path).is_file():
+        return None
+    return None if Path(path).stat().st_size > _HASH_BYTES else file_sha256(path)
 
 
 def _date_facts(options: Options, map_dates: tuple[str, ...], ref_dates: tuple[str, ...]) -> dict[str, Any]:
@@ -284,25 +239,24 @@ def _date_facts(options: Options, map_dates: tuple[str, ...], ref_dates: tuple[s
     }
 
 
-def _bootstrap_facts(setting: Bootstrap, side_m: float, blocks: int) -> dict[str, Any]:
+def _bootstrap_facts(options: Options, side_m: float, blocks: int) -> dict[str, Any]:
     return {
-        "level": LEVEL, "replicates": setting.replicates, "seed": setting.seed, "block_m": round(side_m, 2),
+        "level": LEVEL, "replicates": options.replicates, "seed": options.seed, "block_m": round(side_m, 2),
         "blocks_with_data": blocks,
     }  # fmt: skip
 
 
-def raster_notes(
-    pairs: Sequence[RasterPair], tally: RasterTally, rules: Rules, facts: Mapping[str, Any]
-) -> tuple[str, ...]:
+def _raster_notes(
+    pairs: Sequence[RasterPair], tally: RasterTally, options: Options, facts: Mapping[str, Any]
+) -> list[str]:
     """What a reader must know, one sentence each."""
     sides = [*(pair.map for pair in pairs), *(pair.reference for pair in pairs)]
-    notes = list(dict.fromkeys(note for side in sides for note in side.notes))
-    notes.append(_date_note(facts))
+    notes = [*dict.fromkeys(note for side in sides for note in side.notes), _date_note(facts)]
     if tally.shift is not None and not tally.shift.sure:
         notes.append(f"the measured shift is not sure, so there is no corrected score: {tally.shift.note}")
-    elif tally.shift is None and rules.shift:
+    elif tally.shift is None and options.shift:
         notes.append(f"no shift was measured: {tally.shift_note}")
-    return tuple(notes)
+    return notes
 
 
 def _date_note(facts: Mapping[str, Any]) -> str:
@@ -316,22 +270,12 @@ def _date_note(facts: Mapping[str, Any]) -> str:
     return f"the reference was taken {abs(gap):.1f} years {when} the map's imagery"
 
 
-def raster_blocks(tally: RasterTally, pairs: Sequence[RasterPair]) -> pandas.DataFrame:
-    """The table of blocks that have pixels."""
-    layout = tally.layout
-    outlines = list(layout.outlines())
-    used = np.flatnonzero(tally.plain.n_by_block > 0)
-    site = np.array([outlines[i][0] for i in used])
-    bounds = np.array([outlines[i][1] for i in used])
-    crs = np.array([str(grid.crs) for grid in layout.grids])[site]
-    names = np.array([pair.site for pair in pairs])[site]
-    return _block_table(tally.plain.whole.rows[used], names, crs, bounds)
-
-
-def _block_table(rows: np.ndarray, site: np.ndarray, crs: np.ndarray, bounds: np.ndarray) -> pandas.DataFrame:
-    """See `Evaluation.blocks`; `bounds` are (blocks, 4)."""
+def _block_table(tally: Tally, site: np.ndarray, crs: np.ndarray, bounds: np.ndarray) -> pandas.DataFrame:
+    """The table of blocks that have pixels, see `Evaluation.blocks`; `bounds` are (blocks, 4)."""
     import pandas
 
+    used = tally.n_by_block > 0
+    rows, site, crs, bounds = tally.whole.rows[used], site[used], crs[used], bounds[used]
     x, y = bounds[:, [0, 2]].mean(axis=1), bounds[:, [1, 3]].mean(axis=1)
     lon, lat = np.empty(len(x)), np.empty(len(x))
     for name in np.unique(crs):
@@ -339,9 +283,8 @@ def _block_table(rows: np.ndarray, site: np.ndarray, crs: np.ndarray, bounds: np
         lon[here], lat[here] = transformer(str(name), "EPSG:4326").transform(x[here], y[here])
     table = pandas.DataFrame({"site": site, "crs": crs})
     table[["west", "south", "east", "north"]] = bounds
-    table["lon"], table["lat"] = lon, lat
     n = rows[:, COLUMN["n"]]
-    table["n"] = n.astype(np.int64)
+    table["lon"], table["lat"], table["n"] = lon, lat, n.astype(np.int64)
     for name, field in (("map_mean_m", "p"), ("reference_mean_m", "r"), ("bias_m", "e"), ("mae_m", "ae")):
         table[name] = rows[:, COLUMN[field]] / n
     return table
@@ -353,13 +296,16 @@ def _against_samples(
 ) -> Evaluation:
     import pandas
 
-    if isinstance(reference, str | Path) and Path(reference).suffix.lower() in _RASTERS:
+    if isinstance(reference, str | Path) and Path(reference).suffix.lower() in RASTERS:
         raise InputError("a raster, not a table", where=reference, remedy="use --kind chm")
     if kind == "gedi":
         samples = load_gedi(reference, options.column, options.radius_m)
+        # RH98 stands beside the 98th percentile of the disc's pixels.
+        percent = int("".join(c for c in samples.column if c.isdigit()) or 98)
+        stat = options.stat or f"p{percent if percent <= 100 else 98}"
     else:
         samples = load_plots(reference, options.column, options.radius_m, options.layer)
-    stat = options.stat or (_gedi_stat(samples.column) if kind == "gedi" else "mean")
+        stat = options.stat or "mean"
     strata = sample_strata(samples, options.by, slope=options.slope, dem=options.dem)
     values = pool_map(heights, samples, stat, progress)
     seen = np.isfinite(values)
@@ -368,39 +314,32 @@ def _against_samples(
             "no sample lies on the map's valid pixels", where=f"{heights.name}, {samples.name}",
             expected="heights of the same place",
         )  # fmt: skip
-    floor = options.rules.floor_m or 0.0
+    floor = options.floor or 0.0
     table = pandas.DataFrame(
         {"lon": samples.lon, "lat": samples.lat, "reference_m": samples.height_m, "map_m": values}
     )[seen].reset_index(drop=True)
     table[["reference_m", "map_m"]] = table[["reference_m", "map_m"]].mask(lambda x: x < floor, 0.0)
-    blocks = block_samples(table["lon"].to_numpy(), table["lat"].to_numpy(), options.block_m)
-    tally = Tally(blocks.count)
+    lon, lat, theirs, ours = table.to_numpy().T
+    blocks = block_samples(lon, lat, options.block_m)
+    count = len(blocks.bounds)
+    tally = Tally(count)
     cut = {by: (codes[seen], names) for by, (codes, names) in strata.items()}
-    tally.add_samples(table["map_m"].to_numpy(), table["reference_m"].to_numpy(), blocks.number, cut)
+    tally.add(Points(ours, theirs, blocks.number, np.arange(count)), cut)
     absent = ABSENT_IN_SAMPLES | (dict.fromkeys(BOUNDED, _NO_INTERVAL) if heights.has_interval else {})
-    how = Scoring(options.rules.bootstrap, f"{blocks.side_m:.0f} m", absent)
+    overall, parts = tally.scores(
+        {by: names for by, (_, names) in cut.items()}, replicates=options.replicates, seed=options.seed,
+        side_m=blocks.side_m, absent=absent,
+    )  # fmt: skip
     facts = _sample_facts(heights, samples, reference, options, blocks, len(table))
-    facts |= {"stat": stat, "floor_m": [floor]}
-    facts["rule"] = f"{stat} of {facts['rule']}"
-    corners = np.column_stack([blocks.west, blocks.south])
+    facts |= {"stat": stat, "floor_m": [floor], "rule": f"{stat} of {facts['rule']}"}
     keep = np.sort(np.random.default_rng(0).permutation(len(table))[:_MOST_SAMPLES])
     return Evaluation(
-        kind, tally.scores(how), None, None,
-        "footprints and plots are placed to metres: no shift is measured on them",
-        tuple(_strata(tally, {by: names for by, (_, names) in cut.items()}, how)), tally.joint_histogram(),
-        _block_table(
-            tally.whole.rows, np.full(blocks.count, samples.name), np.full(blocks.count, blocks.crs),
-            np.hstack([corners, corners + blocks.side_m]),
-        ),
+        kind, overall, None, None, "footprints and plots are placed to metres: no shift is measured on them",
+        parts, tally.joint,
+        _block_table(tally, np.full(count, samples.name), np.full(count, blocks.crs), blocks.bounds),
         blocks.side_m, (), table.iloc[keep].reset_index(drop=True), facts,
-        _sample_notes(heights, samples, facts, len(table)),
+        _sample_notes(heights, samples, facts),
     )  # fmt: skip
-
-
-def _gedi_stat(column: str) -> str:
-    """RH98 stands beside the 98th percentile of the disc's pixels."""
-    digits = "".join(c for c in column if c.isdigit())
-    return f"p{int(digits)}" if digits and int(digits) <= 100 else "p98"
 
 
 def _sample_facts(
@@ -409,25 +348,25 @@ def _sample_facts(
     shape = "polygons" if samples.polygons is not None else f"discs of {2 * samples.radius_m:g} m"
     return {
         "canopy_version": __version__,
-        "map": heights.facts(),
-        "reference": [{"name": samples.name, "sha256": known_sha256(reference), "column": samples.column}],
+        "map": _map_facts(heights),
+        "reference": [{"name": samples.name, "sha256": _known_sha256(reference), "column": samples.column}],
         "rule": f"the map's pixels over {shape}, of which at least 90 % are valid",
         "samples": {
             "in_file": len(samples) + sum(samples.dropped.values()), "with_height": len(samples), "scored": n,
         },
         **_date_facts(options, heights.dates, samples.dates),
-        "bootstrap": _bootstrap_facts(options.rules.bootstrap, blocks.side_m, blocks.count),
+        "bootstrap": _bootstrap_facts(options, blocks.side_m, len(blocks.bounds)),
     }  # fmt: skip
 
 
-def _sample_notes(
-    heights: HeightMap, samples: SampleSet, facts: Mapping[str, Any], n: int
-) -> tuple[str, ...]:
-    notes = list(heights.notes)
-    total = len(samples) + sum(samples.dropped.values())
-    notes += [
-        f"{count} of {total} rows have {why} and were left out" for why, count in samples.dropped.items()
-    ]
-    if n < len(samples):
-        notes.append(f"{len(samples) - n} of {len(samples)} samples lie off the map or on missing pixels")
-    return (*notes, _date_note(facts))
+def _sample_notes(heights: HeightMap, samples: SampleSet, facts: Mapping[str, Any]) -> list[str]:
+    told = facts["samples"]
+    notes = [
+        *heights.notes,
+        *(f"{count} of {told['in_file']} rows have {why} and were left out"
+          for why, count in samples.dropped.items()),
+    ]  # fmt: skip
+    if told["scored"] < len(samples):
+        off = len(samples) - told["scored"]
+        notes.append(f"{off} of {len(samples)} samples lie off the map or on missing pixels")
+    return [*notes, _date_note(facts)]

@@ -15,43 +15,29 @@ A height uses the finer side's pixels averaged to the coarser of two grids. One 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from affine import Affine
 from scipy import sparse
-from shapely.geometry.base import BaseGeometry
 
 from canopy.errors import ConfigError, InputError
-from canopy.evaluation.maps import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, HeightMap, HeightWindow
+from canopy.evaluation.maps import HeightMap
 from canopy.geo.area import AOI
 from canopy.geo.crs import geod_of, to_crs, transformer
-from canopy.geo.grid import Grid
+from canopy.geo.grid import Grid, tiles_over
 from canopy.geo.place import lattice_ratio
 from canopy.metrics import percent_of, statistic_of
 
 # Pixel sizes that differ by less than this share count as one.
 SAME_GSD = 0.01
 MIN_VALID_SHARE = 0.5
+# A reference beyond these is no measurement.
+REFERENCE_LOWEST_M, REFERENCE_HIGHEST_M = -3.0, 120.0
 # Source pixels held at once, per side: memory does not grow with the ratio of the two grids.
 _SOURCE_PX = 3072
 
-# Layers (bands, h, w) and valid (h, w) of a map on a grid of its own making.
-Layers = tuple[np.ndarray, np.ndarray]
-Read = Callable[[Grid, str | None], Layers]
-
 
 # ---- which grid -----------------------------------------------------------------------------------
-def shared_outline(a: HeightMap, b: HeightMap) -> BaseGeometry:
-    """The ground both maps frame, EPSG:4326. Raises InputError when there is none."""
-    shared = a.outline.intersection(b.outline)
-    if shared.area == 0:
-        raise InputError(
-            "the two maps do not overlap", where=f"{a.name}, {b.name}", expected="maps of one place"
-        )
-    return shared
-
-
 def common_grid(a: HeightMap, b: HeightMap, area: AOI | None = None, gsd: float | None = None) -> Grid:
     """The coarser map's own pixels over the ground both frame (A's where they are equally fine).
 
@@ -60,7 +46,11 @@ def common_grid(a: HeightMap, b: HeightMap, area: AOI | None = None, gsd: float 
 
     Raises InputError when the maps, or they and `area`, do not overlap.
     """
-    shared = shared_outline(a, b)
+    shared = a.outline.intersection(b.outline)
+    if shared.area == 0:
+        raise InputError(
+            "the two maps do not overlap", where=f"{a.name}, {b.name}", expected="maps of one place"
+        )
     if area is not None:
         shared = shared.intersection(area.lonlat)
         if shared.area == 0:
@@ -68,95 +58,68 @@ def common_grid(a: HeightMap, b: HeightMap, area: AOI | None = None, gsd: float 
     aoi = AOI(shared, to_crs("EPSG:4326"), False)
     coarse, fine = (b, a) if b.gsd_m > a.gsd_m * (1 + SAME_GSD) else (a, b)
     if gsd is not None:
-        if not (math.isfinite(gsd) and 0 < gsd <= 10_000):
-            raise ConfigError(
-                f"{gsd:g} is no ground sample distance", where="--gsd", expected="metres, above 0"
-            )
+        if not 0 < gsd <= 10_000:
+            raise ConfigError(f"{gsd:g} m", where="--gsd", expected="metres per pixel, above 0")
         return aoi.grid(aoi.output_crs(), gsd)
     lattice = coarse.lattice
-    if lattice is None and fine.lattice is not None and abs(fine.gsd_m / coarse.gsd_m - 1) <= SAME_GSD:
+    if lattice is None and abs(fine.gsd_m / coarse.gsd_m - 1) <= SAME_GSD:
         lattice = fine.lattice
-    if lattice is None:
-        return aoi.grid(aoi.output_crs(), coarse.gsd_m)
-    # A hair of tolerance: an area that is this lattice's own frame must not gain a row by rounding.
-    return lattice.window_over(aoi.to_crs(lattice.crs).geometry.bounds, slack_px=1e-3)
+    return _over(aoi, lattice, coarse.gsd_m)
 
 
 def own_grid(heights: HeightMap) -> Grid:
     """A map's own pixels over all of its files; for a rotated map, pixels of its size in its UTM zone."""
-    lattice = heights.lattice
-    if lattice is not None and len(heights.tiles) == 1:
-        return lattice
-    aoi = AOI(heights.outline, to_crs("EPSG:4326"), False)
-    if lattice is not None:
-        return lattice.window_over(aoi.to_crs(lattice.crs).geometry.bounds, slack_px=1e-3)
-    return aoi.grid(aoi.output_crs(), heights.gsd_m)
+    if heights.lattice is not None and len(heights.tiles) == 1:
+        return heights.lattice
+    return _over(AOI(heights.outline, to_crs("EPSG:4326"), False), heights.lattice, heights.gsd_m)
+
+
+def _over(aoi: AOI, lattice: Grid | None, gsd_m: float) -> Grid:
+    if lattice is None:
+        return aoi.grid(aoi.output_crs(), gsd_m)
+    # A hair of tolerance: an area that is this lattice's own frame must not gain a row by rounding.
+    return lattice.window_over(aoi.to_crs(lattice.crs).geometry.bounds, slack_px=1e-3)
 
 
 # ---- a map on a grid ------------------------------------------------------------------------------
-def read_on(heights: HeightMap, grid: Grid, stat: str = "mean", *, interval: bool = False) -> HeightWindow:
-    """A map's heights on `grid` by the rule above: float64 (h, w) metres, 0 where not valid.
+def read_on(
+    heights: HeightMap, grid: Grid, stat: str = "mean", *, interval: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """A map's heights on `grid` by the rule above: float64 (1, h, w) metres, and valid (h, w).
 
-    A reference's heights are clamped at 0, and what is beyond -3..120 m is not valid. `interval` also gives
-    the means of the ends of the map's interval, None where it has none.
+    `interval` with "mean" also gives the means of the ends of the map's interval, (3, h, w), where it has
+    one. A reference's heights are clamped at 0, and what is beyond -3..120 m is not valid.
     """
-    bounds = interval and heights.has_interval
-
-    def read(window: Grid, resampling: str | None = None) -> Layers:
-        got = heights.read(window, interval=bounds, resampling=resampling)
-        layers = [got.height_m, got.lower_m, got.upper_m]
-        return np.stack([layer for layer in layers if layer is not None]), got.valid
-
-    values, valid = _layers(heights, grid, stat, read)
-    low = high = None
-    if bounds:
-        low, high = values[1], values[2]
-    height = values[0]
-    if heights.reference:
-        sane = (height >= REFERENCE_LOWEST_M) & (height <= REFERENCE_HIGHEST_M)
-        heights.note_impossible(height, valid & ~sane)
-        valid = valid & sane
-        height = np.where(valid, np.maximum(height, 0), 0)
-    return HeightWindow(height, valid, low, high)
-
-
-def _layers(heights: HeightMap, grid: Grid, stat: str, read: Read) -> Layers:
-    """Values float64 (bands, h, w) and valid (h, w)."""
-    one = heights.is_one_lattice
+    own, one = heights.lattice, heights.is_one_lattice
     ratio = lattice_ratio(heights.tiles[0].place, grid) if one else None
-    lattice = heights.lattice
-    if ratio == 1:
-        values, valid = read(grid, None)
-    elif stat != "mean":
-        n = ratio or max(2, math.ceil(2 * grid.gsd_m / heights.gsd_m - 1e-3))
-        return _in_parts(grid, n, lambda part: _of_points(read, part, stat, n))
-    elif one and lattice is not None and lattice.crs == grid.crs:
-        shrink = max(a / b for a, b in zip(grid.pixel, lattice.pixel, strict=True))
-        return _in_parts(grid, shrink, lambda part: _area_mean(read, lattice, part))
-    else:
-        values, valid = read(grid, None)
-    return values.astype(np.float64), valid
-
-
-def _in_parts(grid: Grid, shrink: float, read: Callable[[Grid], Layers]) -> Layers:
-    """Read a grid in parts whose source stays small."""
-    step = max(8, int(_SOURCE_PX / max(shrink, 1)))
-    rows = []
-    for top in range(0, grid.height, step):
-        line = [
-            read(grid.window(top, left, min(step, grid.height - top), min(step, grid.width - left)))
-            for left in range(0, grid.width, step)
-        ]
-        rows.append([np.concatenate(parts, axis=-1) for parts in zip(*line, strict=True)])
-    values, valid = (np.concatenate(parts, axis=-2) for parts in zip(*rows, strict=True))
+    bands = 3 if interval and heights.has_interval and stat == "mean" else 1
+    values, valid = np.zeros((bands, *grid.shape)), np.zeros(grid.shape, bool)
+    points = ratio or max(2, math.ceil(2 * grid.gsd_m / heights.gsd_m - 1e-3))
+    by_area = own is not None and one and own.crs == grid.crs
+    shrink = grid.pixel[0] / own.pixel[0] if by_area and own is not None else 1.0
+    step = max(8, int(_SOURCE_PX / max(shrink if stat == "mean" else points, 1)))
+    for part in tiles_over(grid, step):
+        if ratio == 1 or (stat == "mean" and not by_area):
+            got, good = heights.read(part, interval=interval)
+        elif stat == "mean":
+            assert own is not None  # by_area says so
+            got, good = _area_mean(heights, own, part, interval)
+        else:
+            got, good = _of_points(heights, part, stat, points)
+        row, col = grid.offset_of(part)
+        here = np.s_[row : row + part.height, col : col + part.width]
+        values[:, *here], valid[here] = got[:bands], good
+    if heights.reference:
+        valid = heights.without_impossible(values[0], valid, REFERENCE_LOWEST_M, REFERENCE_HIGHEST_M)
+        values[0] = np.where(valid, np.maximum(values[0], 0), 0)
     return values, valid
 
 
-def _area_mean(read: Read, own: Grid, grid: Grid) -> Layers:
+def _area_mean(heights: HeightMap, own: Grid, grid: Grid, interval: bool) -> tuple[np.ndarray, np.ndarray]:
     """Exactly area-weighted mean; both grids are north-up in one CRS, so the weights are separable."""
     (top, left), (bottom, right) = own.rowcol(*grid.xy(0, 0)), own.rowcol(*grid.xy(*grid.shape))
     r0, c0, r1, c1 = math.floor(top), math.floor(left), math.ceil(bottom), math.ceil(right)
-    values, valid = read(own.window(r0, c0, r1 - r0, c1 - c0), None)
+    values, valid = heights.read(own.window(r0, c0, r1 - r0, c1 - c0), interval=interval)
     down = _shares(top - r0, (bottom - top) / grid.height, grid.height, r1 - r0)
     across = _shares(left - c0, (right - left) / grid.width, grid.width, c1 - c0)
 
@@ -166,8 +129,7 @@ def _area_mean(read: Read, own: Grid, grid: Grid) -> Layers:
     share = pool(valid.astype(np.float64))
     good = share >= MIN_VALID_SHARE - 1e-9
     known = np.where(valid, values, 0).astype(np.float64)
-    means = [np.where(good, pool(band) / np.maximum(share, 1e-12), 0) for band in known]
-    return np.stack(means), good
+    return np.stack([np.where(good, pool(band) / np.maximum(share, 1e-12), 0) for band in known]), good
 
 
 def _shares(start: float, step: float, cells: int, pixels: int) -> sparse.csr_array:
@@ -180,20 +142,18 @@ def _shares(start: float, step: float, cells: int, pixels: int) -> sparse.csr_ar
     return sparse.csr_array((length[keep] / step, (i[keep], j[keep])), shape=(cells, pixels))
 
 
-def _of_points(read: Read, grid: Grid, stat: str, n: int) -> Layers:
+def _of_points(heights: HeightMap, grid: Grid, stat: str, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Statistic of n x n points per pixel, each the source pixel it lies in."""
     px, py = (side / n for side in grid.pixel)
     x, y = grid.xy(0, 0)
     h, w = grid.shape
-    values, valid = read(Grid.of(grid.crs, Affine(px, 0, x, 0, -py, y), (h * n, w * n)), "nearest")
-
-    def cells(layer: np.ndarray) -> np.ndarray:
-        return layer.reshape(h, n, w, n).swapaxes(1, 2).reshape(h, w, n * n)
-
-    known = cells(valid)
+    fine = Grid.of(grid.crs, (px, 0, x, 0, -py, y), (h * n, w * n))
+    values, valid = heights.read(fine, resampling="nearest")
+    cells, known = (
+        layer.reshape(h, n, w, n).swapaxes(1, 2).reshape(h, w, n * n) for layer in (values[0], valid)
+    )
     good = known.sum(axis=-1) >= max(1, MIN_VALID_SHARE * n * n)
-    layers = [statistic_of(cells(band), known, percent_of(stat)) for band in values]
-    return np.where(good, np.stack(layers), 0).astype(np.float64), good
+    return np.where(good, statistic_of(cells, known, percent_of(stat)), 0)[None], good
 
 
 # ---- ground ---------------------------------------------------------------------------------------
@@ -213,14 +173,11 @@ def pixel_areas_m2(grid: Grid) -> np.ndarray:
     Measured on the ellipsoid, so that Web-Mercator and degree grids count what is there: the parallelogram
     of a pixel's two mid-lines.
     """
-    rows, col = np.arange(grid.height) + 0.5, grid.width / 2
     t = grid.transform
-    x, y = t.c + t.a * col, t.f + t.e * rows
+    x, y = grid.xy(np.arange(grid.height) + 0.5, grid.width / 2)  # type: ignore[arg-type]  # arrays too
     to_degrees = transformer(grid.crs, "EPSG:4326").transform
-    west = to_degrees(np.full_like(y, x - t.a / 2), y)
-    east = to_degrees(np.full_like(y, x + t.a / 2), y)
-    north = to_degrees(np.full_like(y, x), y - t.e / 2)
-    south = to_degrees(np.full_like(y, x), y + t.e / 2)
+    west, east = (to_degrees(np.full_like(y, x + dx), y) for dx in (-t.a / 2, t.a / 2))
+    north, south = (to_degrees(np.full_like(y, x), y + dy) for dy in (-t.e / 2, t.e / 2))
     geod = geod_of(grid.crs)
     azimuth_x, _, side_x = geod.inv(*west, *east)
     azimuth_y, _, side_y = geod.inv(*south, *north)
@@ -238,12 +195,13 @@ class BlockSums:
 
     def __init__(self, grid: Grid, side_px: int, names: Sequence[str]) -> None:
         self.grid, self.side_px = grid, side_px
-        self._row0, self._col0 = grid.origin_rc
-        self._first = self._row0 // side_px, self._col0 // side_px
-        self.shape = (
-            (self._row0 + grid.height - 1) // side_px - self._first[0] + 1,
-            (self._col0 + grid.width - 1) // side_px - self._first[1] + 1,
+        self._origin = grid.origin_rc
+        self._first = [start // side_px for start in self._origin]
+        row, col = (
+            (start + n - 1) // side_px - first + 1
+            for start, n, first in zip(self._origin, grid.shape, self._first, strict=True)
         )
+        self.shape = row, col
         self.count = np.zeros(self.shape)
         self.sums = {name: np.zeros(self.shape) for name in names}
 
@@ -252,26 +210,19 @@ class BlockSums:
         """Squares that make a picture of at most `longest_px`."""
         return cls(grid, max(1, -(-max(grid.shape) // longest_px)), names)
 
-    def add(self, row_off: int, col_off: int, valid: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-        """Add a window (h, w) at (row_off, col_off) of the grid; pixels that are not valid do not count."""
-        rows, row_cuts = self._cuts(self._row0 + row_off, valid.shape[0], self._first[0])
-        cols, col_cuts = self._cuts(self._col0 + col_off, valid.shape[1], self._first[1])
-        here = np.s_[rows[0] : rows[1], cols[0] : cols[1]]
-
-        def total(array: np.ndarray) -> np.ndarray:
-            # float64 before summing: float32 loses centimetres over a million pixels
-            by_row = np.add.reduceat(array, row_cuts, axis=0, dtype=np.float64)
-            return np.add.reduceat(by_row, col_cuts, axis=1)
-
-        self.count[here] += total(valid)
+    def add(self, row: int, col: int, valid: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        """Add a window (h, w) at (row, col) of the grid; pixels that are not valid do not count."""
+        rows, cols = (
+            (start + at + np.arange(n)) // self.side_px - first
+            for start, at, n, first in zip(self._origin, (row, col), valid.shape, self._first, strict=True)
+        )
+        here = np.s_[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+        shape = self.count[here].shape
+        square = ((rows - rows[0])[:, None] * shape[1] + cols - cols[0])[valid]
+        self.count[here] += np.bincount(square, minlength=shape[0] * shape[1]).reshape(shape)
         for name, value in values.items():
-            self.sums[name][here] += total(np.where(valid, value, 0))
-
-    def _cuts(self, start: int, length: int, first: int) -> tuple[tuple[int, int], np.ndarray]:
-        """Range of squares that a span touches, and where in the span each begins."""
-        index = (start + np.arange(length)) // self.side_px - first
-        cuts = np.flatnonzero(np.diff(index, prepend=index[0] - 1))
-        return (int(index[0]), int(index[-1]) + 1), cuts
+            total = np.bincount(square, value[valid], shape[0] * shape[1])
+            self.sums[name][here] += total.reshape(shape)
 
     def mean(self, name: str) -> np.ndarray:
         """Mean over the valid pixels of each square, NaN where there is none."""
@@ -281,7 +232,7 @@ class BlockSums:
     def block_grid(self) -> Grid:
         """The grid of the squares (whole ones, so it may reach beyond the map)."""
         side = self.side_px
-        corner = self._first[0] * side - self._row0, self._first[1] * side - self._col0
-        west, north = self.grid.xy(*corner)
+        row, col = (f * side - start for f, start in zip(self._first, self._origin, strict=True))
+        west, north = self.grid.xy(row, col)
         px, py = self.grid.pixel
         return Grid.of(self.grid.crs, (px * side, 0.0, west, 0.0, -py * side, north), self.shape)

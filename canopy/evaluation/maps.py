@@ -31,12 +31,11 @@ import shapely
 from odc.geo import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.io import DatasetReader
-from shapely.geometry import Polygon
 from shapely.geometry.base import BaseGeometry
 
 from canopy.chips.targets import sensor_floor
 from canopy.errors import CanopyError, ImageryError, InputError
-from canopy.files import file_sha256, is_url, public_name
+from canopy.files import is_url, public_name
 from canopy.geo.crs import to_lonlat
 from canopy.geo.grid import Grid, quadkey_bounds
 from canopy.geo.place import SourcePlace
@@ -48,43 +47,23 @@ if TYPE_CHECKING:
 
     HeightSource = str | Path | Sequence[str | Path] | xarray.DataArray
 
-SUFFIXES = {".tif", ".tiff", ".vrt"}
-PUBLISHED_ZOOM = {9: "v1", 10: "v2"}
+PUBLISHED_ZOOM = {9: "published v1", 10: "published v2"}
 NOT_A_HEIGHT = 255
 # Handles kept open while windows walk over a mosaic.
 OPEN_TILES = 8
-# A resampled pixel with more than this share of a masked one is masked (the reader's own tolerance).
-MASK_TOL = 1e-3
 DEFAULT_LEVEL = 0.9
 # Heights beyond these are no trees: an undeclared nodata value, a bird, a pylon.
 LOWEST_M, HIGHEST_M = -50.0, 150.0
-REFERENCE_LOWEST_M, REFERENCE_HIGHEST_M = -3.0, 120.0
-FLOOR_TAGS = ("CANOPY_SENSOR", "LIDAR_SENSOR", "SENSOR")
-# Hashing a file must not take longer than scoring it.
-_HASH_BYTES = 2**30
-_SURVEY_FOOT_M = 1200 / 3937
+# Units as the field writes them, after `_metres_per` has made plurals and American spelling one.
 METRES_PER_UNIT = {
-    **dict.fromkeys(("", "m", "metre", "metres", "meter", "meters"), 1.0),
-    **dict.fromkeys(("dm", "decimetre", "decimetres", "decimeter", "decimeters"), 0.1),
-    **dict.fromkeys(("cm", "centimetre", "centimetres", "centimeter", "centimeters"), 0.01),
-    **dict.fromkeys(("mm", "millimetre", "millimetres", "millimeter", "millimeters"), 0.001),
-    **dict.fromkeys(("ft", "foot", "feet", "international foot", "international feet"), 0.3048),
-    **dict.fromkeys(
-        ("us survey foot", "us survey feet", "u.s. survey foot", "us_survey_foot", "foot_us", "us foot",
-         "us-ft", "us ft", "ftus", "survey foot"), _SURVEY_FOOT_M,
-    ),
-}  # fmt: skip
+    **dict.fromkeys(("", "m", "metre"), 1.0),
+    **dict.fromkeys(("dm", "decimetre"), 0.1),
+    **dict.fromkeys(("cm", "centimetre"), 0.01),
+    **dict.fromkeys(("mm", "millimetre"), 0.001),
+    **dict.fromkeys(("ft", "foot", "international foot"), 0.3048),
+    **dict.fromkeys(("us survey foot", "us foot", "us ft", "foot us", "ftus", "survey foot"), 1200 / 3937),
+}
 _SAYS_HEIGHT = re.compile(r"(?<![a-z])chm(?![a-z])|canopy[\s_-]*height", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class HeightWindow:
-    """Metres of one map on one grid; arrays (h, w). `lower_m`, `upper_m`: its interval, None without one."""
-
-    height_m: np.ndarray
-    valid: np.ndarray
-    lower_m: np.ndarray | None = None
-    upper_m: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +73,9 @@ class Tile:
     Attributes:
         bands: 1-based: the height, and its lower and upper bound where there are.
         scale, offset: what makes metres of each band's numbers. unit: the band's own, "" where not said.
-        mask: the v1 map's `.tif.msk`.
+        step_m: what heights are rounded to; 0: nothing.
+        published: "published v1" or "published v2" for a tile of those maps. mask: the v1 map's `.tif.msk`.
+        says_missing: whether missing ground can be told; zero_is_missing: whether that is 0 m.
     """
 
     path: str
@@ -115,7 +96,7 @@ class Tile:
         """Its frame in EPSG:4326."""
         h, w = self.place.height, self.place.width
         x, y = self.place.xy(np.array([0.0, 0, h, h]), np.array([0.0, w, w, 0]))
-        return to_lonlat(Polygon(zip(x, y, strict=True)), self.place.crs)
+        return to_lonlat(shapely.Polygon(zip(x, y, strict=True)), self.place.crs)
 
 
 class HeightMap:
@@ -125,8 +106,7 @@ class HeightMap:
         name: what the user called it, without folders; kind: "map", "tiles", "published v1", "published v2".
         tiles: its files. step_m: what heights are rounded to (0: nothing).
         reference: whether maps are judged by it; what that changes is said in `canopy.evaluation.grids`.
-        impossible: pixels read so far whose height is none (beyond -50..150 m); they are invalid.
-        dates: first and last acquisition date or year, ISO; empty where unknown.
+        impossible: a height among those read so far that is none; such pixels are invalid. None: all are.
     """
 
     def __init__(
@@ -134,16 +114,14 @@ class HeightMap:
     ) -> None:
         self.name, self.tiles, self.nodata, self.reference = name, tuple(tiles), nodata, reference
         first = tiles[0]
-        self.kind = (
-            f"published {first.published}" if first.published else "map" if len(tiles) == 1 else "tiles"
-        )
+        self.kind = first.published or ("map" if len(tiles) == 1 else "tiles")
         self.step_m = max(tile.step_m for tile in tiles)
         self.tags = first.tags
         self.has_interval = all(len(tile.bands) == 3 for tile in tiles)
-        self.impossible, self._counting, self._example = 0, True, 0.0
+        self.impossible: float | None = None
         self._tree = shapely.STRtree([tile.outline for tile in tiles])
         self._open: OrderedDict[str, DatasetReader] = OrderedDict()
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._at_close = contextlib.ExitStack()
 
     # ---- facts --------------------------------------------------------------------------------
     @property
@@ -156,16 +134,15 @@ class HeightMap:
         """Union of the frames of its files, EPSG:4326."""
         return shapely.union_all([tile.outline for tile in self.tiles])
 
-    @cached_property
+    @property
     def level(self) -> float | None:
         """Nominal coverage of the interval bands, from the tag CANOPY_INTERVAL; 0.9 where it is not said."""
         if not self.has_interval:
             return None
-        try:
-            level = float(self.tags.get("CANOPY_INTERVAL", DEFAULT_LEVEL))
-        except ValueError:
-            return DEFAULT_LEVEL
-        return level if 0 < level < 1 else DEFAULT_LEVEL
+        with contextlib.suppress(ValueError):
+            level = float(self.tags.get("CANOPY_INTERVAL", ""))
+            return level if 0 < level < 1 else DEFAULT_LEVEL
+        return DEFAULT_LEVEL
 
     @cached_property
     def lattice(self) -> Grid | None:
@@ -183,26 +160,21 @@ class HeightMap:
     @cached_property
     def gsd_m(self) -> float:
         """Ground sample distance in metres at the centre of its first file."""
-        if self.lattice is not None:
-            return self.lattice.gsd_m
-        return self.tiles[0].place.gsd_m
+        return self.lattice.gsd_m if self.lattice is not None else self.tiles[0].place.gsd_m
 
     @cached_property
     def dates(self) -> tuple[str, ...]:
-        """See the class."""
-        found: set[str] = set()
-        for tile in self.tiles:
-            found.update(_dates_of(tile))
+        """First and last acquisition date or year, ISO; empty where unknown."""
+        found = {date for tile in self.tiles for date in _dates_of(tile)}
         if not found:
-            days = {acquisition_date(tile.tags, tile.path) for tile in self.tiles[:1000]}
+            days = (acquisition_date(tile.tags, tile.path) for tile in self.tiles[:1000])
             found = {day.isoformat() for day in days if day}
-        days_sorted = sorted(found)
-        return tuple(dict.fromkeys((days_sorted[0], days_sorted[-1]))) if days_sorted else ()
+        return tuple(dict.fromkeys((min(found), max(found)))) if found else ()
 
     @property
     def floor_m(self) -> float:
         """Height below which this reference knows nothing, from its tags; 0 where nothing is said."""
-        for name in FLOOR_TAGS:
+        for name in ("CANOPY_SENSOR", "LIDAR_SENSOR", "SENSOR"):
             with contextlib.suppress(InputError):  # some other sensor: only NEON's height models have floors
                 if self.tags.get(name):
                     return sensor_floor(self.tags[name])
@@ -214,53 +186,39 @@ class HeightMap:
         found = []
         if any(tile.published and not tile.says_missing for tile in self.tiles):
             found.append(
-                f"{self.name}: tiles without a mask or nodata value: 0 m and 'not mapped' cannot be told "
-                "apart in them, and unmapped ground counts as open"
+                "tiles without a mask or nodata value: 0 m and 'not mapped' cannot be told apart in them, "
+                "and unmapped ground counts as open"
             )
         if any(tile.published and tile.zero_is_missing for tile in self.tiles) and self.nodata is None:
-            found.append(
-                f"{self.name}: tiles declare 0 as missing, so open ground is left out of every number"
-            )
+            found.append("tiles declare 0 as missing, so open ground is left out of every number")
         if self.step_m >= 0.5:
             found.append(
-                f"{self.name}: heights are whole multiples of {self.step_m:g} m; "
-                "whether rounded or cut is not known"
+                f"heights are whole multiples of {self.step_m:g} m; whether rounded or cut is not known"
             )
         if self.has_interval and "CANOPY_INTERVAL" not in self.tags:
-            found.append(f"{self.name}: its interval bands are taken for a {DEFAULT_LEVEL:.0%} interval")
+            found.append(f"its interval bands are taken for a {DEFAULT_LEVEL:.0%} interval")
         for unit in dict.fromkeys(tile.unit for tile in self.tiles if _metres_per(tile.unit) != 1):
-            found.append(f"{self.name}: its heights are in {unit} and were converted to metres")
-        if self.impossible:
+            found.append(f"its heights are in {unit} and were converted to metres")
+        if self.impossible is not None:
             found.append(
-                f"{self.name}: {self.impossible:,} pixels have impossible heights (such as "
-                f"{self._example:.6g} m) and count as missing: an undeclared nodata value, or not metres"
+                f"pixels with impossible heights (such as {self.impossible:.6g} m) count as missing: an "
+                "undeclared nodata value, or not metres"
             )
-        return tuple(found)
-
-    def facts(self) -> dict[str, Any]:
-        """Plain data for the provenance; no folders."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "files": len(self.tiles),
-            "sha256": known_sha256(self.tiles[0].path) if len(self.tiles) == 1 else None,
-            "crs": str(self.crs),
-            "gsd_m": round(self.gsd_m, 4),
-            "dates": list(self.dates),
-            "tags": {k: v for k, v in sorted(self.tags.items()) if k.startswith("CANOPY_")},
-        }
+        return tuple(f"{self.name}: {note}" for note in found)
 
     # ---- pixels -------------------------------------------------------------------------------
-    def read(self, grid: Grid, *, interval: bool = False, resampling: str | None = None) -> HeightWindow:
-        """Heights in metres on `grid`, float32, as `canopy.geo.reading.read_window` resamples them.
+    def read(
+        self, grid: Grid, *, interval: bool = False, resampling: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Heights in metres on `grid`, as `canopy.geo.reading.read_window` resamples them.
 
-        Invalid pixels are 0. Where files overlap the earlier one counts. `interval` reads the bounds too.
+        Returns float32 (1, h, w), or (3, h, w) with the ends of the map's interval where it has one and
+        `interval` asks for it, 0 where invalid; and valid (h, w). Where files overlap the earlier one counts.
         Raises ImageryError.
         """
         bands = 3 if interval and self.has_interval else 1
-        values = np.zeros((bands, *grid.shape), np.float32)
-        valid = np.zeros(grid.shape, bool)
-        near = range(1) if len(self.tiles) == 1 else sorted(self._tree.query(grid.outline(), "intersects"))
+        values, valid = np.zeros((bands, *grid.shape), np.float32), np.zeros(grid.shape, bool)
+        near = [0] if len(self.tiles) == 1 else sorted(self._tree.query(grid.outline(), "intersects"))
         for index in near:
             got, good = self._read_tile(self.tiles[index], grid, bands, resampling)
             new = good & ~valid
@@ -268,53 +226,39 @@ class HeightMap:
             valid |= new
             if valid.all():
                 break
-        bounds = (values[1], values[2]) if bands == 3 else (None, None)
-        return HeightWindow(values[0], valid, *bounds)
-
-    @contextlib.contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Reads in here do not add to `impossible`: of pixels that are read once more for scoring."""
-        self._counting = False
-        try:
-            yield
-        finally:
-            self._counting = True
+        return values, valid
 
     def _read_tile(
         self, tile: Tile, grid: Grid, bands: int, resampling: str | None
     ) -> tuple[np.ndarray, np.ndarray]:
+        scale, offset = (np.array(x[:bands], np.float32)[:, None, None] for x in (tile.scale, tile.offset))
+
         def metres(raw: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             """Source pixels before any resampling, so that what is no height never bleeds into one."""
-            values = raw.astype(np.float32)
-            for band, layer in enumerate(values):
-                if tile.scale[band] != 1 or tile.offset[band] != 0:
-                    layer *= np.float32(tile.scale[band])
-                    layer += np.float32(tile.offset[band])
+            values = raw.astype(np.float32) * scale + offset
             if tile.published and self.nodata is None:
                 valid = valid & (raw[0] != NOT_A_HEIGHT)
-            sane = (values[0] >= LOWEST_M) & (values[0] <= HIGHEST_M)
-            self.note_impossible(values[0], valid & ~sane)
-            return values, valid & sane
+            return values, self.without_impossible(values[0], valid, LOWEST_M, HIGHEST_M)
 
         values, valid = read_window(
             self._dataset(tile.path), grid, tile.bands[:bands], resampling=resampling, nodata=self.nodata,
             decode=metres,
         )  # fmt: skip
         if tile.mask is not None:
-            valid &= self._not_masked(tile, grid)
+            mask: Any = _Placed(self._dataset(tile.mask, georeferenced=False), tile.place)
+            masked, known = read_window(mask, grid, [1], nodata=NOT_A_HEIGHT)
+            valid &= known & (masked[0] < 1)  # a trace of a masked pixel is the resampling's rounding
         return values, valid
 
-    def note_impossible(self, height_m: np.ndarray, strange: np.ndarray) -> None:
-        """Count pixels (h, w) that are left out for their height."""
-        if self._counting and strange.any():
-            self.impossible += int(np.count_nonzero(strange))
-            self._example = float(height_m[strange][0])
-
-    def _not_masked(self, tile: Tile, grid: Grid) -> np.ndarray:
-        """Where the v1 mask says valid; it lies on its tile's own pixels, georeferenced or not."""
-        mask: Any = _Placed(self._dataset(str(tile.mask), georeferenced=False), tile.place)
-        masked, known = read_window(mask, grid, [1], nodata=NOT_A_HEIGHT)
-        return known & (masked[0] <= MASK_TOL * NOT_A_HEIGHT)
+    def without_impossible(
+        self, height_m: np.ndarray, valid: np.ndarray, low_m: float, high_m: float
+    ) -> np.ndarray:
+        """`valid` (h, w) without the pixels whose height is beyond the limits; one of them is kept to say."""
+        sane = (height_m >= low_m) & (height_m <= high_m)
+        strange = height_m[valid & ~sane]
+        if strange.size:
+            self.impossible = float(strange[0])
+        return valid & sane
 
     def _dataset(self, path: str, georeferenced: bool = True) -> DatasetReader:
         dataset = self._open.pop(path, None)
@@ -329,8 +273,7 @@ class HeightMap:
         """Close its files; a later `read` opens them anew, but for arrays, which are gone."""
         while self._open:
             self._open.popitem()[1].close()
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        self._at_close.close()
 
     def __enter__(self) -> HeightMap:
         return self
@@ -348,8 +291,7 @@ class _Placed:
                 f"a mask of {dataset.width} x {dataset.height} px", where=public_name(dataset.name),
                 expected=f"{place.width} x {place.height} px, as its tile has",
             )  # fmt: skip
-        self._dataset = dataset
-        self.transform, self.crs = place.transform, place.crs
+        self._dataset, self.transform, self.crs = dataset, place.transform, place.crs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._dataset, name)
@@ -376,32 +318,32 @@ def open_heights(
 
     Raises ImageryError for what cannot be read as a height map, naming the file.
     """
-    if not isinstance(source, str | Path | Sequence):
-        if type(source).__name__ != "DataArray":
-            raise ImageryError(
-                f"a {type(source).__name__} is no height map",
-                expected="a path, a list of paths, or an xarray DataArray with a CRS",
-            )
-        folder = tempfile.TemporaryDirectory(prefix="canopy-array-")
-        try:
-            made = HeightMap(
-                str(source.name or "array"), [_open_tile(_array_file(source, folder.name), band)],
-                nodata=nodata, reference=reference,
-            )  # fmt: skip
-        except BaseException:
-            folder.cleanup()
-            raise
-        made._scratch = folder
-        return made
-    tiles = [_open_tile(path, band) for path in _paths_of(source)]
-    odd = next((tile for tile in tiles if tile.published != tiles[0].published), None)
-    if odd is not None:
-        raise ImageryError("tiles of different products in one folder", where=public_name(odd.path))
-    return HeightMap(_label(source), tiles, nodata=nodata, reference=reference)
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, str | Path | Sequence):
+            paths = _paths_of(source)
+            name = Path(public_name(source if isinstance(source, str | Path) else paths[0]).rstrip("/")).name
+            if not isinstance(source, str | Path) and len(paths) > 1:
+                name = f"{name} and {len(paths) - 1} more"
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="canopy-array-"))
+            paths = [_array_file(source, folder)]
+            name = str(source.name or "array")
+        tiles = [_open_tile(path, band) for path in paths]
+        odd = next((tile for tile in tiles if tile.published != tiles[0].published), None)
+        if odd is not None:
+            raise ImageryError("tiles of different products in one folder", where=public_name(odd.path))
+        made = HeightMap(name, tiles, nodata=nodata, reference=reference)
+        made._at_close = stack.pop_all()
+    return made
 
 
 def _array_file(array: xarray.DataArray, folder: str) -> str:
     """A DataArray as a GeoTIFF, chunk by chunk, so that arrays and files are read by one rule."""
+    if type(array).__name__ != "DataArray":
+        raise ImageryError(
+            f"a {type(array).__name__} is no height map",
+            expected="a path, a list of paths, or an xarray DataArray with a CRS",
+        )
     import rioxarray  # noqa: F401  (registers the .rio accessor)
 
     where = f"the array {array.name}" if array.name else "the array"
@@ -424,14 +366,6 @@ def _array_file(array: xarray.DataArray, folder: str) -> str:
     return path
 
 
-def _label(name: str | Path | Sequence[str | Path]) -> str:
-    """The last part of a path: reports leave the machine, folders do not."""
-    if isinstance(name, str | Path):
-        return Path(public_name(name).rstrip("/")).name
-    first = Path(str(name[0])).name
-    return f"{first} and {len(name) - 1} more" if len(name) > 1 else first
-
-
 def _paths_of(name: str | Path | Sequence[str | Path]) -> list[str]:
     if not isinstance(name, str | Path):
         return [str(one) for one in name]
@@ -442,14 +376,11 @@ def _paths_of(name: str | Path | Sequence[str | Path]) -> list[str]:
         return [str(name)]
     if path.is_dir():
         for folder in (path / "chm", path / "tiles", path):
-            found = sorted(
-                p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
-            )
-            if found:
-                return [str(p) for p in found]
-        raise ImageryError(
-            "no height tiles in the folder", where=name, expected="*.tif, or chm/*.tif, or tiles/*.tif"
-        )
+            files = (p for p in folder.glob("[!.]*") if p.suffix.lower() in (".tif", ".tiff", ".vrt"))
+            if found := sorted(map(str, files)):
+                return found
+        expected = "*.tif, or chm/*.tif, or tiles/*.tif"
+        raise ImageryError("no height tiles in the folder", where=name, expected=expected)
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -459,15 +390,15 @@ def _paths_of(name: str | Path | Sequence[str | Path]) -> list[str]:
     listed = [line for line in lines if line and not line.startswith("#")]
     if not listed:
         raise ImageryError("an empty list of tiles", where=name, expected="one path per line")
-    return [line if is_url(line) or Path(line).is_absolute() else str(path.parent / line) for line in listed]
+    return [line if is_url(line) else str(path.parent / line) for line in listed]
 
 
 def _open_tile(path: str, band: int | str | None) -> Tile:
     with open_raster(path) as dataset:
         place = SourcePlace.of(dataset)
         bands = _height_bands(dataset, path, band)
-        published = _published_as(dataset, path, place)
-        unit = (dataset.units[bands[0] - 1] or "").strip()
+        height = bands[0] - 1
+        unit = (dataset.units[height] or "").strip()
         metres = _metres_per(unit)
         if metres is None:
             raise ImageryError(
@@ -475,105 +406,78 @@ def _open_tile(path: str, band: int | str | None) -> Tile:
                 expected="metres, decimetres, centimetres, feet or US survey feet",
                 remedy="write the band's true unit into the file",
             )  # fmt: skip
-        integer = np.dtype(dataset.dtypes[bands[0] - 1]).kind in "iu"
-        scale = tuple(float(dataset.scales[b - 1]) * metres for b in bands)
-        mask = _mask_file(path) if published == "v1" else None
+        integer = np.dtype(dataset.dtypes[height]).kind in "iu"
+        scale, offset = (
+            tuple(float(numbers[b - 1]) * metres for b in bands)
+            for numbers in (dataset.scales, dataset.offsets)
+        )
+        published, mask = _published_as(dataset, path, place)
+        says_missing = mask is not None or MaskFlags.all_valid not in dataset.mask_flag_enums[height]
         return Tile(
-            path, place, bands, scale, tuple(float(dataset.offsets[b - 1]) * metres for b in bands), unit,
-            step_m=abs(scale[0]) if integer else 0.0, published=published, mask=mask,
-            says_missing=mask is not None or MaskFlags.all_valid not in dataset.mask_flag_enums[bands[0] - 1],
-            zero_is_missing=dataset.nodatavals[bands[0] - 1] == 0, tags=dict(dataset.tags()),
+            path, place, bands, scale, offset, unit, abs(scale[0]) if integer else 0.0, published, mask,
+            says_missing, dataset.nodatavals[height] == 0, dict(dataset.tags()),
         )  # fmt: skip
 
 
 def _metres_per(unit: str) -> float | None:
-    return METRES_PER_UNIT.get(" ".join(unit.lower().split()))
+    text = re.sub(r"[\s_-]+", " ", unit.lower().replace(".", ""))
+    text = text.replace("meter", "metre").replace("feet", "foot")
+    return METRES_PER_UNIT.get(text, METRES_PER_UNIT.get(text.removesuffix("s")))
 
 
 def _height_bands(dataset: DatasetReader, path: str, wanted: int | str | None) -> tuple[int, ...]:
     """The height's band, and those of its interval: as asked for, else by description, else the only one."""
     names = [(text or "").strip() for text in dataset.descriptions]
+    listed = ", ".join(f"{i} {name}".strip() for i, name in enumerate(names[:12], 1))
     usable = [i for i, colour in enumerate(dataset.colorinterp, 1) if colour != ColorInterp.alpha]
+    telling = [i for i in usable if _SAYS_HEIGHT.search(names[i - 1])]
     if wanted is not None:
-        height = _wanted_band(names, wanted, path)
+        text = str(wanted).strip()
+        found = [i for i, name in enumerate(names, 1) if name and name.lower() == text.lower()]
+        if not found and text.isdecimal() and 1 <= int(text) <= len(names):
+            found = [int(text)]
+        if len(found) != 1:
+            raise ImageryError(
+                f"no band {text!r}", where=public_name(path), expected=f"--band with one of {listed}"
+            )
+        height = found[0]
     elif "canopy_height" in names:
         height = names.index("canopy_height") + 1
     elif {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= set(dataset.colorinterp):
-        raise ImageryError(
-            "a colour image", where=public_name(path), expected="a canopy height map in metres"
-        )
-    elif len(usable) == 1:
-        height = usable[0]
+        expected = "a canopy height map in metres"
+        raise ImageryError("a colour image", where=public_name(path), expected=expected)
+    elif len(usable) == 1 or len(telling) == 1:
+        height = usable[0] if len(usable) == 1 else telling[0]
     else:
-        telling = [i for i in usable if _SAYS_HEIGHT.search(names[i - 1])]
-        if len(telling) != 1:
-            raise ImageryError(
-                f"holds {len(names)} bands ({_listed(names)})", where=public_name(path),
-                expected="one band, or one that says canopy height or CHM",
-                remedy="name the height's with --band NUMBER or --band NAME",
-            )  # fmt: skip
-        height = telling[0]
-    bounds = {"height_lower", "height_upper"} <= set(names) and names[height - 1] == "canopy_height"
-    if not bounds:
-        return (height,)
-    return height, names.index("height_lower") + 1, names.index("height_upper") + 1
-
-
-def _wanted_band(names: Sequence[str], wanted: int | str, path: str) -> int:
-    """Number of the band that was asked for by number or name."""
-    text = str(wanted).strip()
-    found = [i for i, name in enumerate(names, 1) if name and name.lower() == text.lower()]
-    if not found and text.isdecimal() and 1 <= int(text) <= len(names):
-        found = [int(text)]
-    if len(found) != 1:
         raise ImageryError(
-            f"no band {text!r}", where=public_name(path), expected=f"--band with one of {_listed(names)}"
-        )
-    return found[0]
+            f"holds {len(names)} bands ({listed})", where=public_name(path),
+            expected="one band, or one that says canopy height or CHM",
+            remedy="name the height's with --band NUMBER or --band NAME",
+        )  # fmt: skip
+    if names[height - 1] == "canopy_height" and {"height_lower", "height_upper"} <= set(names):
+        return height, names.index("height_lower") + 1, names.index("height_upper") + 1
+    return (height,)
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = [f"{i} {name}".strip() for i, name in enumerate(names, 1)]
-    return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
-
-
-def _published_as(dataset: DatasetReader, path: str, place: SourcePlace) -> str | None:
-    """v1 or v2 when name, place and pixels are those of a published tile, else None."""
-    stem = Path(public_name(path)).name.split(".", 1)[0]
-    if not re.fullmatch(r"[0-3]{9,10}", stem) or dataset.dtypes[0] != "uint8" or place.crs.epsg != 3857:
-        return None
-    if not place.is_north_up:
-        return None
-    bounds, there = quadkey_bounds(stem), place.grid().bounds
-    near = all(abs(a - b) <= 2 * place.transform.a for a, b in zip(bounds, there, strict=True))
-    return PUBLISHED_ZOOM[len(stem)] if near else None
-
-
-def _mask_file(path: str) -> str | None:
-    """`NAME.tif.msk` beside a tile or in the folder `msk` beside its folder."""
-    if is_url(path):
-        return None
-    tile = Path(path)
-    places = (folder / f"{tile.name}.msk" for folder in (tile.parent, tile.parent.parent / "msk"))
-    return next((str(place) for place in places if place.is_file()), None)
-
-
-def known_sha256(path: object) -> str | None:
-    """Of a local file up to 1 GiB; None for others, and for what is no file."""
-    if not isinstance(path, str | Path) or is_url(path) or not Path(path).is_file():
-        return None
-    return None if Path(path).stat().st_size > _HASH_BYTES else file_sha256(path)
+def _published_as(dataset: DatasetReader, path: str, place: SourcePlace) -> tuple[str | None, str | None]:
+    """What a tile is published as, when name, place and pixels are those of such a one; and its mask file."""
+    tile = Path(public_name(path))
+    quadkey = tile.name.split(".", 1)[0]
+    if not re.fullmatch(r"[0-3]{9,10}", quadkey) or dataset.dtypes[0] != "uint8" or place.crs.epsg != 3857:
+        return None, None
+    off = np.subtract(quadkey_bounds(quadkey), dataset.bounds)
+    if not place.is_north_up or abs(off).max() > 2 * place.transform.a:
+        return None, None
+    published = PUBLISHED_ZOOM[len(quadkey)]
+    masks = (folder / f"{tile.name}.msk" for folder in (tile.parent, tile.parent.parent / "msk"))
+    has_mask = published == "published v1" and not is_url(path)
+    return published, next((str(mask) for mask in masks if has_mask and mask.is_file()), None)
 
 
 # ---- dates ----------------------------------------------------------------------------------------
 _DAY = re.compile(r"(\d{4})-?(\d\d)?-?(\d\d)?")
 # v2's date rasters hold years since 2000; a sample of them tells the span.
 _SAMPLE_PX = 512
-
-
-def dates_text(dates: Sequence[str]) -> str:
-    """ "2019-06-01", "2018/2020" or "unknown"."""
-    return "/".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "unknown"
 
 
 def years_apart(a: Sequence[str], b: Sequence[str]) -> float | None:
@@ -610,14 +514,12 @@ def _dates_of(tile: Tile) -> Iterator[str]:
         return
     path = Path(tile.path)
     metadata = path.parent.parent / "metadata"
-    if tile.published == "v1":
-        for folder in (metadata, path.parent):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                text = (folder / f"{path.name.split('.', 1)[0]}.geojson").read_text()
-                for feature in json.loads(text).get("features", []):
-                    yield from _iso(str((feature.get("properties") or {}).get("acq_date", "")))
-                return
-    elif (metadata / path.name).is_file():
-        with contextlib.suppress(CanopyError), open_raster(metadata / path.name, georeferenced=False) as file:
-            years = file.read(1, out_shape=(min(_SAMPLE_PX, file.height), min(_SAMPLE_PX, file.width)))
+    with contextlib.suppress(OSError, ValueError, AttributeError, CanopyError):
+        if tile.published == "published v1":
+            text = (metadata / f"{path.name.split('.', 1)[0]}.geojson").read_text()
+            for feature in json.loads(text).get("features", []):
+                yield from _iso(str((feature.get("properties") or {}).get("acq_date", "")))
+        else:
+            with open_raster(metadata / path.name, georeferenced=False) as file:
+                years = file.read(1, out_shape=(min(_SAMPLE_PX, file.height), min(_SAMPLE_PX, file.width)))
             yield from (str(2000 + int(year)) for year in np.unique(years) if 0 < year < 100)

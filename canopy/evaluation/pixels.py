@@ -5,38 +5,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from affine import Affine
 
 from canopy import metrics
 from canopy.chips.register import LIMIT_M, ShiftMeter
 from canopy.errors import InputError
 from canopy.evaluation.grids import SAME_GSD, BlockSums, common_grid, pixel_metres, read_on
 from canopy.evaluation.maps import HeightMap
-from canopy.evaluation.scores import (
-    BOUNDED,
-    HIST_BINS,
-    HIST_STEP_M,
-    Bootstrap,
-    JointHistogram,
-    MapShift,
-    Preview,
-    Scores,
-    Scoring,
-)
-from canopy.evaluation.strata import BlockLayout, Stratifier, cells_of
+from canopy.evaluation.scores import BOUNDED, MapShift, Options, Preview, Scores, score_sums
+from canopy.evaluation.strata import Stratifier, cells_of
+from canopy.geo.area import SCALE_SLACK
 from canopy.geo.grid import Grid
 from canopy.metrics import BLOCK_PX, COLUMN, FIELDS, HeightCounts
 from canopy.runtime import NoProgress, Progress
 
 MOST_STRATA = 100
-JOINT_EDGES_M = np.arange(0, 80.25, 0.5)
+JOINT_STEP_M, JOINT_BINS = 0.5, 160
+# Heights of forests are alike over some hundred metres; larger blocks would leave too few in a small area.
+WANTED_M = 250.0
+LEAST_WANTED = 25
+# Each block costs some kilobytes; more of them make intervals no truer.
+MOST = 1600
 # Codes (h, w) or (n,), -1 for none, and the names of the codes so far.
 Codes = Mapping[str, tuple[np.ndarray, Sequence[str]]]
+
+
+class BlockLayout:
+    """Blocks of `side_px` x `side_px` pixels from the upper left of every grid, numbered through.
+
+    The largest side up to 250 m (in steps of 50 px) that leaves 25 blocks; larger above 1,600 blocks.
+    `side_m` asks for a side; it is rounded to whole cells of 50 px.
+
+    Attributes:
+        count: blocks in all, also empty ones; side_m: their side in ground metres (median over the grids).
+    """
+
+    def __init__(self, grids: Sequence[Grid], side_m: float | None = None) -> None:
+        self.grids = tuple(grids)
+        gsd_m = float(np.median([grid.gsd_m for grid in grids]))
+        wanted = WANTED_M * (1 + SCALE_SLACK) if side_m is None else side_m + gsd_m * BLOCK_PX / 2
+        cells = max(1, math.floor(wanted / (gsd_m * BLOCK_PX)))
+        while side_m is None and cells > 1 and sum(self._sizes(cells)) < LEAST_WANTED:
+            cells -= 1
+        while sum(self._sizes(cells)) > max(MOST, len(grids)):
+            cells += 1
+        self.side_px = cells * BLOCK_PX
+        self.side_m = self.side_px * gsd_m
+        *self.bases, self.count = (int(x) for x in np.cumsum([0, *self._sizes(cells)]))
+
+    def _sizes(self, cells: int) -> list[int]:
+        side = cells * BLOCK_PX
+        return [-(-grid.height // side) * -(-grid.width // side) for grid in self.grids]
+
+    def local(self, raster: int, row: int, col: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks of a window: local number of each pixel's block (h, w), and the blocks' numbers (local,)."""
+        rows = (row + np.arange(shape[0])) // self.side_px
+        cols = (col + np.arange(shape[1])) // self.side_px
+        r, c = np.arange(rows[0], rows[-1] + 1), np.arange(cols[0], cols[-1] + 1)
+        inside = (rows - rows[0])[:, None] * len(c) + (cols - cols[0])
+        numbers = self.bases[raster] + r[:, None] * -(-self.grids[raster].width // self.side_px) + c
+        return inside, numbers.ravel()
+
+    def outlines(self) -> tuple[np.ndarray, np.ndarray]:
+        """Raster (count,) and west, south, east, north in its CRS (count, 4) of every block, by number."""
+        rasters, bounds = [], []
+        for raster, grid in enumerate(self.grids):
+            corners = np.mgrid[0 : grid.height : self.side_px, 0 : grid.width : self.side_px]
+            top, left = corners.reshape(2, -1)
+            t, end = (
+                grid.transform,
+                np.minimum(np.stack([top, left]) + self.side_px, [[n] for n in grid.shape]),
+            )
+            west, north = t.c + t.a * left, t.f + t.e * top
+            bounds.append(np.column_stack([west, t.f + t.e * end[0], t.c + t.a * end[1], north]))
+            rasters.append(np.full(len(top), raster))
+        return np.concatenate(rasters), np.concatenate(bounds)
 
 
 # ---- sums -----------------------------------------------------------------------------------------
@@ -55,7 +104,7 @@ class Window:
     margin_valid: np.ndarray
     block: np.ndarray
     blocks: np.ndarray
-    bounds_m: tuple[np.ndarray, np.ndarray] | None = None
+    bounds_m: np.ndarray | None = None
 
     @property
     def map_m(self) -> np.ndarray:
@@ -92,59 +141,63 @@ class Window:
         return sums.reshape(count, local, len(FIELDS))
 
 
-@dataclass
+@dataclass(frozen=True)
+class Points:
+    """Footprints or plots (n,): heights in metres of both sides, and the number of each one's block."""
+
+    map_m: np.ndarray
+    reference_m: np.ndarray
+    block: np.ndarray
+    blocks: np.ndarray
+
+    @property
+    def valid(self) -> np.ndarray:
+        return np.ones(self.map_m.shape, bool)
+
+    def sums(self, codes: np.ndarray, count: int) -> np.ndarray:
+        """As `Window.sums`; points have no neighbours, so those of 50 px cells and of gradients stay 0."""
+        ok, local = codes >= 0, len(self.blocks)
+        group = (codes * local + self.block)[ok]
+        sums = metrics.pixel_sums(self.map_m[ok], self.reference_m[ok], group, count * local)
+        return sums.reshape(count, local, len(FIELDS))
+
+
 class _Part:
     """Sums of one stratum: a row per block, and the height counts of the map and the reference."""
 
-    rows: np.ndarray
-    counts: tuple[HeightCounts, HeightCounts] = field(
-        default_factory=lambda: (HeightCounts(), HeightCounts())
-    )
-
-    def count(self, map_m: np.ndarray, reference_m: np.ndarray) -> None:
-        for counts, values in zip(self.counts, (map_m, reference_m), strict=True):
-            counts.add(values)
+    def __init__(self, blocks: int) -> None:
+        self.rows = np.zeros((blocks, len(FIELDS)))
+        self.counts = HeightCounts(), HeightCounts()
 
 
 class Tally:
-    """Adds up windows or samples over `blocks` spatial blocks, whole and by strata (up to 100 per way)."""
+    """Adds up windows or points over `blocks` spatial blocks, whole and by strata (up to 100 per way)."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
-        self.whole = _Part(np.zeros((blocks, len(FIELDS))))
-        self.strata: dict[str, dict[str, _Part]] = {}
-        self.joint = np.zeros((len(JOINT_EDGES_M) - 1,) * 2, np.int64)
-        self._hist = np.zeros((2, blocks, HIST_BINS), np.int32)
+        self.whole = _Part(blocks)
+        self.strata: dict[str, dict[str, _Part]] = {"": {"": self.whole}}
+        self.joint = np.zeros((JOINT_BINS, JOINT_BINS), np.int64)
 
-    def add_window(self, window: Window, strata: Codes | None = None) -> None:
-        """Add a window whose upper-left corner is a corner of a 50 px cell; codes are (h, w)."""
-        ok = window.valid
+    def add(self, seen: Window | Points, strata: Codes) -> None:
+        """Add a window whose upper-left corner is a corner of a 50 px cell, or points."""
+        ok = seen.valid
         if not ok.any():
             return
-        self.whole.rows[window.blocks] += window.sums(np.zeros(ok.shape, np.int64), 1)[0]
-        self._add_heights(window.map_m[ok], window.reference_m[ok], window.block[ok], window.blocks)
-        for by, (codes, names) in (strata or {}).items():
-            sums = window.sums(codes, len(names))
+        everything = {"": (np.zeros(ok.shape, np.int64), ("",))}
+        for by, (codes, names) in {**everything, **strata}.items():
+            sums = seen.sums(codes, len(names))
             for code, name in enumerate(names):
                 if sums[code, :, COLUMN["n"]].any():
                     part, here = self._part(by, name), ok & (codes == code)
-                    part.rows[window.blocks] += sums[code]
-                    part.count(window.map_m[here], window.reference_m[here])
-
-    def add_samples(
-        self, map_m: np.ndarray, reference_m: np.ndarray, block: np.ndarray, strata: Codes | None = None
-    ) -> None:
-        """Add footprints or plots (n,); `block` is the number of each one's block, codes are (n,)."""
-        self.whole.rows += metrics.pixel_sums(map_m, reference_m, block, self.blocks)
-        numbers, local = np.unique(block, return_inverse=True)
-        self._add_heights(map_m, reference_m, local, numbers)
-        for by, (codes, names) in (strata or {}).items():
-            for code, name in enumerate(names):
-                here = codes == code
-                if here.any():
-                    part = self._part(by, name)
-                    part.rows += metrics.pixel_sums(map_m[here], reference_m[here], block[here], self.blocks)
-                    part.count(map_m[here], reference_m[here])
+                    part.rows[seen.blocks] += sums[code]
+                    for counts, heights in zip(part.counts, (seen.map_m, seen.reference_m), strict=True):
+                        counts.add(heights[here])
+        steps = (
+            np.floor(side[ok] / JOINT_STEP_M).astype(np.int64) for side in (seen.reference_m, seen.map_m)
+        )
+        i, j = (np.clip(step, 0, JOINT_BINS - 1) for step in steps)
+        self.joint += np.bincount(i * JOINT_BINS + j, minlength=JOINT_BINS**2).reshape(self.joint.shape)
 
     def _part(self, by: str, name: str) -> _Part:
         parts = self.strata.setdefault(by, {})
@@ -153,38 +206,30 @@ class Tally:
                 raise InputError(
                     f"more than {MOST_STRATA} classes", where=f"--by {by}", remedy="use coarser classes"
                 )
-            parts[name] = _Part(np.zeros((self.blocks, len(FIELDS))))
+            parts[name] = _Part(self.blocks)
         return parts[name]
-
-    def _add_heights(
-        self, map_m: np.ndarray, reference_m: np.ndarray, local: np.ndarray, numbers: np.ndarray
-    ) -> None:
-        self.whole.count(map_m, reference_m)
-        top, step = len(JOINT_EDGES_M) - 2, JOINT_EDGES_M[1]
-        i, j = (np.clip(np.floor(x / step), 0, top).astype(np.int64) for x in (reference_m, map_m))
-        self.joint += np.bincount(i * (top + 1) + j, minlength=(top + 1) ** 2).reshape(top + 1, top + 1)
-        for side, values in enumerate((map_m, reference_m)):
-            at = np.clip(np.floor(values / HIST_STEP_M), 0, HIST_BINS - 1).astype(np.int64)
-            counts = np.bincount(local * HIST_BINS + at, minlength=len(numbers) * HIST_BINS)
-            self._hist[side, numbers] += counts.reshape(len(numbers), HIST_BINS).astype(np.int32)
 
     @property
     def n_by_block(self) -> np.ndarray:
         """Pixels or samples of each block (blocks,)."""
         return self.whole.rows[:, COLUMN["n"]]
 
-    def joint_histogram(self) -> JointHistogram:
-        """Pairs of heights so far."""
-        return JointHistogram(JOINT_EDGES_M, self.joint)
+    def scores(
+        self, names: Mapping[str, Sequence[str]], **how: Any
+    ) -> tuple[Scores, dict[str, dict[str, Scores]]]:
+        """Scores of everything, and of the strata by way and name in the order of `names`.
 
-    def scores(self, how: Scoring) -> Scores:
-        """Scores of everything."""
-        return how.scores(self.whole.rows, self.whole.counts, self._hist)
-
-    def stratum_scores(self, by: str, names: Sequence[str], how: Scoring) -> list[tuple[str, Scores]]:
-        """(name, scores) of the strata of one way of cutting, in the order of `names`."""
-        parts = self.strata.get(by, {})
-        return [(name, how.scores(parts[name].rows, parts[name].counts)) for name in names if name in parts]
+        `how`: see `score_sums`.
+        """
+        made = {
+            by: {
+                name: score_sums(parts[name].rows, parts[name].counts, **how)
+                for name in shown
+                if name in (parts := self.strata.get(by, {}))
+            }
+            for by, shown in {"": ("",), **names}.items()
+        }
+        return made.pop("")[""], made
 
 
 # ---- rasters --------------------------------------------------------------------------------------
@@ -208,28 +253,6 @@ class RasterPair:
     site: str
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How a judgement is done.
-
-    Attributes:
-        stat: what a pixel takes from the finer side's pixels in it: mean, max or pNN.
-        floor_m: below it both sides count as 0; None: what the reference's tags say.
-        shift: whether to measure the shift (and score with it undone).
-        block_m: side of the resampled blocks; None: chosen by `BlockLayout.of`.
-    """
-
-    stat: str = "mean"
-    floor_m: float | None = None
-    shift: bool = True
-    block_m: float | None = None
-    bootstrap: Bootstrap = field(default_factory=Bootstrap)
-
-    def floor_of(self, reference: HeightMap) -> float:
-        """The floor that counts for a reference."""
-        return self.floor_m if self.floor_m is not None else reference.floor_m
-
-
 @dataclass
 class RasterTally:
     """What the windows gave: sums, sums with the shift undone, pictures; metrics that cannot be -> why."""
@@ -245,7 +268,7 @@ class RasterTally:
 
 def tally_rasters(
     pairs: Sequence[RasterPair],
-    rules: Rules,
+    options: Options,
     strata: Sequence[Stratifier] = (),
     progress: Progress | None = None,
 ) -> RasterTally:
@@ -255,39 +278,42 @@ def tally_rasters(
         InputError: maps and references that do not overlap, or have no pixel in common.
         ImageryError: a file that cannot be read.
     """
-    progress = progress or NoProgress()
+    progress, stat = progress or NoProgress(), options.stat or "mean"
     grids = [common_grid(pair.reference, pair.map) for pair in pairs]
-    layout = BlockLayout.of(grids, rules.block_m)
-    shift, note = _measured(pairs, grids, rules, progress)
+    layout = BlockLayout(grids, options.block_m)
+    shift, note = _measured(pairs, grids, stat, progress) if options.shift else (None, "not asked for")
     offset = _offset_px(shift, grids[0])
     plain = Tally(layout.count)
-    corrected = Tally(layout.count) if offset is not None and any(offset) else None
-    unbounded = _unbounded(pairs, rules.stat)
+    corrected = None if offset is None else Tally(layout.count) if any(offset) else plain
+    unbounded = _unbounded(pairs, stat)
     previews: list[Preview] = []
     longest = max(64, min(_PREVIEW_PX, int((_PREVIEW_TOTAL / min(len(pairs), _PREVIEWS)) ** 0.5)))
     windows = [list(_windows(grid, WINDOW_PX)) for grid in grids]
     progress.start(sum(map(len, windows)), "scoring")
     for index, (pair, grid) in enumerate(zip(pairs, grids, strict=True)):
         picture = BlockSums.picture(grid, ("map", "reference"), longest)
-        for row, col, shape in windows[index]:
-            place = layout.local(index, row, col, shape)
-            reader = _PairReader(pair, grid, rules, (row, col), shape, bounds=unbounded is None)
-            window = reader.window(place)
-            plain.add_window(window, _codes(strata, grid.window(row, col, *shape), window, pair.site))
+        for row, col, part in windows[index]:
+            place = layout.local(index, row, col, part.shape)
+            read = _reader(pair, grid, part, place, options.floor, stat, bounds=unbounded is None)
+            window = read((0.0, 0.0))
+            codes = {
+                way.by: (way.window(part, window.reference_m, window.valid, pair.site), way.names)
+                for way in strata
+            }
+            plain.add(window, {by: (of_by, tuple(names)) for by, (of_by, names) in codes.items()})
             picture.add(row, col, window.valid, {"map": window.map_m, "reference": window.reference_m})
-            if corrected is not None and offset is not None:
-                with pair.map.uncounted():
-                    corrected.add_window(reader.window(place, offset))
+            if corrected is not None and corrected is not plain and offset is not None:
+                corrected.add(read(offset), {})
             progress.advance()
         if len(previews) < _PREVIEWS:
-            previews.append(_preview(picture, pair.site, grid))
+            frame = picture.block_grid()
+            ours, theirs = (picture.mean(name).astype(np.float32) for name in ("map", "reference"))
+            previews.append(Preview(pair.site, ours, theirs, frame.bounds, round(frame.gsd_m, 4)))
     if not plain.n_by_block.any():
         raise InputError(
             "no pixel is valid in both", where=f"{pairs[0].map.name}, {pairs[0].reference.name}",
             expected="heights of the same place",
         )  # fmt: skip
-    if corrected is None and offset is not None:
-        corrected = plain
     absent = {} if unbounded is None else dict.fromkeys(BOUNDED, unbounded)
     return RasterTally(layout, plain, corrected, shift, note, previews, absent)
 
@@ -299,54 +325,42 @@ def _unbounded(pairs: Sequence[RasterPair], stat: str) -> str | None:
     bands is far too wide an interval of the mean height, and none at all of a percentile. One such pair is
     enough: a coverage over some sites would pass for all's.
     """
-    for pair in pairs:
-        ours, theirs = pair.map, pair.reference
-        if ours.has_interval and stat != "mean":
+    for pair in (pair for pair in pairs if pair.map.has_interval):
+        if stat != "mean":
             return f"the map's bands are intervals of a pixel's height, not of the {stat} of pixels"
-        cell_m = max(ours.gsd_m, BAND_CELL_M)
-        if ours.has_interval and theirs.gsd_m > cell_m * (1 + SAME_GSD):
+        cell_m = max(pair.map.gsd_m, BAND_CELL_M)
+        if pair.reference.gsd_m > cell_m * (1 + SAME_GSD):
             return (
                 f"the map's bands are intervals of cells of {cell_m:.3g} m: their means over the reference's "
-                f"pixels of {theirs.gsd_m:.3g} m are none"
+                f"pixels of {pair.reference.gsd_m:.3g} m are none"
             )
     return None
 
 
-class _PairReader:
-    """Both sides of one window; the reference is read once for all displacements."""
+def _reader(
+    pair: RasterPair, grid: Grid, part: Grid, place: tuple[np.ndarray, np.ndarray], floor_m: float | None,
+    stat: str, *, bounds: bool,
+) -> Callable[[tuple[float, float]], Window]:  # fmt: skip
+    """Reads a window (`part` of `grid`) with the map taken from (right, down) pixels further.
 
-    def __init__(
-        self, pair: RasterPair, grid: Grid, rules: Rules, corner: tuple[int, int], shape: tuple[int, int],
-        *, bounds: bool,
-    ) -> None:  # fmt: skip
-        self.map, self.rules, self.bounds = pair.map, rules, bounds
-        row, col = corner
-        self.core = grid.window(row, col, *shape)
-        self.floor = rules.floor_of(pair.reference)
-        reference = read_on(pair.reference, self.core.pad(1), rules.stat)
-        # The frame of pixels round the compared area belongs to nobody.
-        rows, cols = (np.arange(-1, n + 1) for n in shape)
-        rows_in = (row + rows >= 0) & (row + rows < grid.height)
-        cols_in = (col + cols >= 0) & (col + cols < grid.width)
-        self._known = reference.valid & rows_in[:, None] & cols_in
-        self._reference = self._floored(reference.height_m)
+    The reference is read once for all displacements.
+    """
+    floor_m = pair.reference.floor_m if floor_m is None else floor_m
+    core = part.pad(1)
+    values, known = read_on(pair.reference, core, stat)
+    reference = np.where(values[0] < floor_m, 0, values[0])
+    # The frame of pixels round the compared area belongs to nobody.
+    row, col = grid.offset_of(core)
+    rows, cols = row + np.arange(core.height), col + np.arange(core.width)
+    known &= ((rows >= 0) & (rows < grid.height))[:, None] & (cols >= 0) & (cols < grid.width)
 
-    def window(
-        self, place: tuple[np.ndarray, np.ndarray], offset: tuple[float, float] = (0.0, 0.0)
-    ) -> Window:
-        """The window with the map taken from (right, down) pixels further."""
-        got = read_on(self.map, moved(self.core.pad(1), offset), self.rules.stat, interval=self.bounds)
-        bounds = None
-        if got.lower_m is not None and got.upper_m is not None:
-            known = got.valid[1:-1, 1:-1]
-            low, high = (
-                np.where(known, self._floored(end[1:-1, 1:-1]), np.nan) for end in (got.lower_m, got.upper_m)
-            )
-            bounds = low, high
-        return Window(self._floored(got.height_m), self._reference, got.valid & self._known, *place, bounds)
+    def window(offset: tuple[float, float]) -> Window:
+        got, valid = read_on(pair.map, moved(core, offset), stat, interval=bounds)
+        got = np.where(got < floor_m, 0, got) if floor_m else got
+        ends = np.where(valid, got[1:], np.nan)[:, 1:-1, 1:-1] if len(got) == 3 else None
+        return Window(got[0], reference, valid & known, *place, ends)
 
-    def _floored(self, heights: np.ndarray) -> np.ndarray:
-        return np.where(heights < self.floor, 0, heights) if self.floor else heights
+    return window
 
 
 def moved(grid: Grid, offset: tuple[float, float]) -> Grid:
@@ -355,58 +369,39 @@ def moved(grid: Grid, offset: tuple[float, float]) -> Grid:
         return grid
     px, py = grid.pixel
     x, y = grid.xy(offset[1], offset[0])
-    return Grid.of(grid.crs, Affine(px, 0, x, 0, -py, y), grid.shape)
+    return Grid.of(grid.crs, (px, 0, x, 0, -py, y), grid.shape)
 
 
-def _windows(grid: Grid, side: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
+def _windows(grid: Grid, side: int) -> Iterator[tuple[int, int, Grid]]:
     for row in range(0, grid.height, side):
         for col in range(0, grid.width, side):
-            yield row, col, (min(side, grid.height - row), min(side, grid.width - col))
-
-
-def _codes(strata: Sequence[Stratifier], grid: Grid, window: Window, site: str) -> Codes:
-    found = {}
-    for way in strata:
-        codes = way.window(grid, window.reference_m, window.valid, site)
-        found[way.by] = (codes, tuple(way.names))
-    return found
-
-
-def _preview(picture: BlockSums, site: str, grid: Grid) -> Preview:
-    frame = picture.block_grid()
-    map_m, reference_m = (picture.mean(name).astype(np.float32) for name in ("map", "reference"))
-    return Preview(site, map_m, reference_m, frame.bounds, str(grid.crs), round(frame.gsd_m, 4))
+            shape = min(side, grid.height - row), min(side, grid.width - col)
+            yield row, col, grid.window(row, col, *shape)
 
 
 # ---- shift ----------------------------------------------------------------------------------------
 def _measured(
-    pairs: Sequence[RasterPair], grids: Sequence[Grid], rules: Rules, progress: Progress
+    pairs: Sequence[RasterPair], grids: Sequence[Grid], stat: str, progress: Progress
 ) -> tuple[MapShift | None, str | None]:
     """One displacement for all pairs, and why there is none."""
-    if not rules.shift:
-        return None, "not asked for"
     sizes = [pixel_metres(grid) for grid in grids]
     if any(abs(a / b - 1) > 0.05 for size in sizes for a, b in zip(size, sizes[0], strict=True)):
         return None, "the references have pixels of different sizes"
     if max(sizes[0]) > LIMIT_M:
         return None, f"pixels of {max(sizes[0]):.0f} m are too coarse to measure a shift of metres"
     every = [
-        (index, row, col, shape)
-        for index, grid in enumerate(grids)
-        for row, col, shape in _windows(grid, SHIFT_PX)
+        (pair, part)
+        for pair, grid in zip(pairs, grids, strict=True)
+        for _, _, part in _windows(grid, SHIFT_PX)
     ]
     chosen = [every[int(i)] for i in np.unique(np.linspace(0, len(every) - 1, SHIFT_CANDIDATES).round())]
-    order = [i for first in range(3) for i in range(first, len(chosen), 3)]  # spread, should few be enough
-    meter = ShiftMeter(sizes[0])
-    used = 0
-    progress.start(len(order), "measuring the shift")
-    for i in order:
-        index, row, col, shape = chosen[i]
+    meter, used = ShiftMeter(sizes[0]), 0
+    progress.start(len(chosen), "measuring the shift")
+    for i in (i for first in range(3) for i in range(first, len(chosen), 3)):  # spread, if few are enough
         if used < SHIFT_WINDOWS:
-            pair, part = pairs[index], grids[index].window(row, col, *shape)
-            with pair.map.uncounted(), pair.reference.uncounted():
-                ours, theirs = (read_on(side, part, rules.stat) for side in (pair.map, pair.reference))
-            used += meter.add(ours.height_m, theirs.height_m, ours.valid & theirs.valid)
+            pair, part = chosen[i]
+            (ours, a), (theirs, b) = (read_on(side, part, stat) for side in (pair.map, pair.reference))
+            used += meter.add(ours[0], theirs[0], a & b)
         progress.advance()
     found = meter.result()
     if found is None:
@@ -425,4 +420,4 @@ def _offset_px(shift: MapShift | None, grid: Grid) -> tuple[float, float] | None
         return None
     mx, my = pixel_metres(grid)
     offset = shift.east_m / mx, -shift.north_m / my
-    return offset if np.hypot(*offset) >= _LEAST_SHIFT_PX else (0.0, 0.0)
+    return offset if math.hypot(*offset) >= _LEAST_SHIFT_PX else (0.0, 0.0)

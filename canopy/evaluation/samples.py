@@ -15,15 +15,16 @@ import numpy as np
 import shapely
 
 from canopy.errors import DataError, InputError
-from canopy.evaluation.grids import own_grid
-from canopy.evaluation.maps import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, HeightMap
-from canopy.evaluation.strata import LEAST_WANTED, MOST, Stratifier, missing_column, stratifiers
+from canopy.evaluation.grids import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, own_grid
+from canopy.evaluation.maps import HeightMap
+from canopy.evaluation.pixels import LEAST_WANTED, MOST
+from canopy.evaluation.strata import missing_column, stratifiers
 from canopy.evaluation.zones import geodesic_area_m2, pixels_in
 from canopy.geo.crs import to_crs, transformer, utm_crs
 from canopy.geo.grid import Grid
 from canopy.geo.vector import read_vector
 from canopy.labels.footprint import pool_over_disc
-from canopy.metrics import percent_of, statistic_of
+from canopy.metrics import percent_of
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -242,18 +243,12 @@ def _dates(table: pandas.DataFrame) -> tuple[str, ...]:
 # ---- blocks ---------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class SampleBlocks:
-    """Square blocks of samples: number of each sample's block (n,); west and south of each block in `crs`."""
+    """Square blocks: number of each sample's (n,); west, south, east, north of each in `crs` (k, 4)."""
 
     number: np.ndarray
-    west: np.ndarray
-    south: np.ndarray
+    bounds: np.ndarray
     side_m: float
     crs: str
-
-    @property
-    def count(self) -> int:
-        """How many blocks have a sample."""
-        return len(self.west)
 
 
 def block_samples(lon: np.ndarray, lat: np.ndarray, side_m: float | None = None) -> SampleBlocks:
@@ -261,21 +256,16 @@ def block_samples(lon: np.ndarray, lat: np.ndarray, side_m: float | None = None)
 
     Counted in the UTM zone of the middle, in an equal-area projection for samples more than 6 degrees apart.
     """
-    wide = np.ptp(lon) > _WIDE_DEG or np.ptp(lat) > _WIDE_DEG
+    wide = max(np.ptp(lon), np.ptp(lat)) > _WIDE_DEG
     crs = _EQUAL_AREA if wide else str(utm_crs(float(np.median(lon)), float(np.median(lat))))
-    x, y = (np.asarray(v) for v in transformer("EPSG:4326", crs).transform(lon, lat))
-
-    def cut(side: float) -> tuple[np.ndarray, np.ndarray]:
-        cells = np.column_stack([np.floor(x / side), np.floor(y / side)])
-        corners, number = np.unique(cells, axis=0, return_inverse=True)
-        return corners, number.ravel()
-
+    xy = np.column_stack(transformer("EPSG:4326", crs).transform(lon, lat))
     sides = [side_m] if side_m is not None else BLOCK_SIDES_M
-    side = next((s for s in sides if len(cut(s)[0]) >= LEAST_WANTED), sides[-1])
-    while len(cut(side)[0]) > MOST:
+    counts = {side: len(np.unique(np.floor(xy / side), axis=0)) for side in sides}
+    side = next((s for s, count in counts.items() if count >= LEAST_WANTED), sides[-1])
+    while len(np.unique(np.floor(xy / side), axis=0)) > MOST:
         side *= 2
-    corners, number = cut(side)
-    return SampleBlocks(number, corners[:, 0] * side, corners[:, 1] * side, side, crs)
+    cells, number = np.unique(np.floor(xy / side), axis=0, return_inverse=True)
+    return SampleBlocks(number.ravel(), np.hstack([cells, cells + 1]) * side, side, crs)
 
 
 # ---- strata ---------------------------------------------------------------------------------------
@@ -289,10 +279,10 @@ def sample_strata(
             found[word] = column_codes(samples.table[word])
         elif "=" not in word and word not in ("height", "slope"):
             raise missing_column(word, [*samples.table.columns, "height", "slope"], f"--by {word}")
-    ways: list[Stratifier] = stratifiers([w for w in by if w not in found], slope=slope, dem=dem)
-    for way in ways:
+    for way in stratifiers([w for w in by if w not in found], slope=slope, dem=dem):
         codes = way.at(samples.lon, samples.lat, samples.height_m)
         found[way.by] = (codes, tuple(way.names))
+        way.close()
     return found
 
 
@@ -302,12 +292,11 @@ def column_codes(column: pandas.Series) -> tuple[np.ndarray, Sequence[str]]:
 
     numbers = pandas.api.types.is_numeric_dtype(column) and not pandas.api.types.is_bool_dtype(column)
     if numbers and column.nunique() > _MOST_CATEGORIES:
-        values = column.to_numpy(np.float64, na_value=np.nan)
-        known = values[np.isfinite(values)]
-        edges = np.unique(np.quantile(known, np.linspace(0, 1, _QUANTILES + 1)))
-        codes = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(len(edges) - 2, 0))
+        column, edges = pandas.qcut(
+            column.astype(np.float64), _QUANTILES, labels=False, retbins=True, duplicates="drop"
+        )
         names = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
-        return np.where(np.isfinite(values), codes, -1), names
+        return column.fillna(-1).to_numpy(np.int64), names
     codes, names = pandas.factorize(column.astype("string"), sort=True)
     return np.asarray(codes, np.int64), [str(name) for name in names]
 
@@ -326,18 +315,14 @@ def pool_map(
         import pandas
 
         def read(window: Grid) -> np.ndarray:
-            got = heights.read(window)
-            return np.where(got.valid, got.height_m, np.nan)
+            values, valid = heights.read(window)
+            return np.where(valid, values[0], np.nan)
 
         places = pandas.DataFrame({"lon": samples.lon, "lat": samples.lat})
         return pool_over_disc(
-            read,
-            places,
-            stat,
-            grid=own_grid(heights),
-            diameter=2 * samples.radius_m,
+            read, places, stat, grid=own_grid(heights), diameter=2 * samples.radius_m,
             min_valid=MIN_VALID_SHARE,
-        ).astype(np.float64)
+        ).astype(np.float64)  # fmt: skip
     progress.start(len(samples), "pooling")
     out = np.full(len(samples), np.nan)
     for k, shape in enumerate(samples.polygons):
@@ -360,5 +345,4 @@ def _pool_polygon(heights: HeightMap, shape: shapely.Geometry, stat: str, number
     if stat == "mean":
         return float(values @ share / share.sum())
     # Highest and percentiles take pixels of which at least half is inside; if there are none, all touched.
-    chosen = values[share >= min(0.5, float(share.max()))]
-    return float(statistic_of(chosen, np.ones(chosen.size, bool), percent_of(stat)))
+    return float(np.percentile(values[share >= min(0.5, float(share.max()))], percent_of(stat) or 0))

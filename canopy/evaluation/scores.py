@@ -1,4 +1,4 @@
-"""What an evaluation found: frozen records, and how a score is made of sums.
+"""What an evaluation is asked and what it found, and how a score is made of sums.
 
 `Evaluation.to_dict` is metrics.json; its keys are a promise to other people's scripts (docs/evaluation.md).
 
@@ -14,20 +14,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
 from canopy import metrics
-from canopy.metrics import COLUMN, HEIGHT_BINS_M, PERCENTILES, HeightCounts
+from canopy.chips.targets import sensor_floor
+from canopy.config import Settings
+from canopy.errors import InputError
+from canopy.metrics import COLUMN, HEIGHT_BINS_M, HeightCounts, percent_of
 
 if TYPE_CHECKING:
     import pandas
 
+KINDS = ("chm", "gedi", "plots")
+REPLICATES = 1000
 
+
+class Options(Settings):
+    """What `evaluate` takes besides the two sides; see there."""
+
+    kind: str | None = None
+    by: tuple[str, ...] = ()
+    stat: str | None = None
+    floor_m: float | None = None
+    sensor: str | None = None
+    column: str | None = None
+    radius_m: float | None = None
+    slope: str | Path | None = None
+    dem: str | Path | None = None
+    block_m: float | None = None
+    shift: bool = True
+    replicates: int = REPLICATES
+    seed: int = 0
+    nodata: float | None = None
+    reference_nodata: float | None = None
+    band: int | str | None = None
+    reference_band: int | str | None = None
+    layer: str | None = None
+    map_date: str | None = None
+    reference_date: str | None = None
+
+    def check(self) -> Options:
+        """The options, or InputError for one that is out of range."""
+        if self.kind is not None and self.kind not in KINDS:
+            raise InputError(f"{self.kind!r}", where="--kind", expected=", ".join(KINDS))
+        if self.stat is not None:
+            percent_of(self.stat, "--stat")
+        sensor_floor(self.sensor)
+        for name, value, low, high in (
+            ("--floor-m", self.floor_m, 0, 10), ("--block-m", self.block_m, 0.001, 1e6),
+            ("--radius-m", self.radius_m, 0.001, 10_000), ("--replicates", self.replicates, 0, 100_000),
+        ):  # fmt: skip
+            if value is not None and not low <= value <= high:
+                raise InputError(f"{value:g}", where=name, expected=f"{low:g} to {high:g}")
+        return self
+
+    @property
+    def floor(self) -> float | None:
+        """Height below which both sides count as 0; None: what the reference's tags say."""
+        return self.floor_m if self.floor_m is not None else sensor_floor(self.sensor) or None
+
+
+# ---- records --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Score:
     """One number with its uncertainty.
@@ -42,25 +96,6 @@ class Score:
     ci95: tuple[float, float] | None = None
     note: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """{"value": x, "ci95": [lo, hi]}, with "note" where something is missing."""
-        plain: dict[str, Any] = {"value": self.value, "ci95": list(self.ci95) if self.ci95 else None}
-        return plain | ({"note": self.note} if self.note else {})
-
-
-@dataclass(frozen=True)
-class HeightBin:
-    """Scores of the pixels whose REFERENCE height lies in low_m <= h < high_m (high_m None: no upper end)."""
-
-    low_m: float
-    high_m: float | None
-    scores: Mapping[str, Score]  # n, bias_m, mae_m, rmse_m; interval_* where bounds are judged
-
-    @property
-    def name(self) -> str:
-        """ "5-10", "60+"."""
-        return f"{self.low_m:g}+" if self.high_m is None else f"{self.low_m:g}-{self.high_m:g}"
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -71,11 +106,12 @@ class Scores:
             edge_error, cover_{iou,precision,recall,f1}_{2,3,5}m, p{50,95,98}_error_m, ... ; and
             interval_coverage, interval_width_m where the map carries bounds (with a note where they cannot be
             judged).
-        by_height: the same pixels by reference height.
+        by_height: n, bias_m, mae_m, rmse_m (interval_* where bounds are judged) of the pixels by REFERENCE
+            height, under "5-10", "60+", ...
     """
 
     metrics: Mapping[str, Score]
-    by_height: tuple[HeightBin, ...]
+    by_height: Mapping[str, Mapping[str, Score]]
 
     def __getitem__(self, name: str) -> Score:
         return self.metrics[name]
@@ -86,24 +122,17 @@ class Scores:
         return int(self.metrics["n"].value or 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every metric as {"value", "ci95"}; `by_height` has both per bin."""
-        bins = {b.name: b.scores for b in self.by_height}
-        value = {name: {k: s.value for k, s in scores.items()} for name, scores in bins.items()}
+        """Every metric as {"value", "ci95"}, with a "note" where one is missing; `by_height` per bin."""
+        plain: dict[str, Any] = {}
+        for name, score in self.metrics.items():
+            plain[name] = {"value": score.value, "ci95": list(score.ci95) if score.ci95 else None}
+            plain[name] |= {"note": score.note} if score.note else {}
+        bins = self.by_height.items()
+        value = {name: {k: s.value for k, s in scores.items()} for name, scores in bins}
         ci95 = {
-            name: {k: list(s.ci95) if s.ci95 else None for k, s in scores.items()}
-            for name, scores in bins.items()
+            name: {k: list(s.ci95) if s.ci95 else None for k, s in scores.items()} for name, scores in bins
         }
-        plain = {name: score.to_dict() for name, score in self.metrics.items()}
         return plain | {"by_height": {"value": value, "ci95": ci95}}
-
-
-@dataclass(frozen=True)
-class Stratum:
-    """Scores of one part: `by` is what it was cut by ("site", "slope", a column), `name` is the part."""
-
-    by: str
-    name: str
-    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -131,33 +160,19 @@ class MapShift:
         """Length of the displacement."""
         return math.hypot(self.east_m, self.north_m)
 
-    def to_dict(self) -> dict[str, Any]:
-        """All facts, for metrics.json's "shift"."""
-        return asdict(self) | {"length_m": self.length_m}
-
-
-@dataclass(frozen=True, eq=False)
-class JointHistogram:
-    """How often which pair of heights occurs: counts[i, j] for reference in edges_m[i:i+2] and map in
-    edges_m[j:j+2]; the last bin also takes everything higher, the first everything lower."""
-
-    edges_m: np.ndarray
-    counts: np.ndarray
-
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """A small picture of both sides on one grid; float32 (h, w) metres, NaN where not scored, h, w <= 1500.
+    """A small picture of both sides on one grid; float32 (h, w) metres, NaN where not scored.
 
     Attributes:
-        bounds: (west, south, east, north) in `crs`; gsd_m: ground metres per preview pixel.
+        bounds: (west, south, east, north) in the reference grid's CRS; gsd_m: ground metres per pixel.
     """
 
     site: str
     map_m: np.ndarray
     reference_m: np.ndarray
     bounds: tuple[float, float, float, float]
-    crs: str
     gsd_m: float
 
 
@@ -169,7 +184,8 @@ class Evaluation:
         kind: chm, gedi or plots.
         overall: scores as the map is; corrected: after undoing the measured shift (None: see `shift`).
         shift: None where it cannot be measured; `shift_note` says why.
-        strata: in the order of --by; empty if none was asked for.
+        strata: way of cutting -> name of the part -> its scores; empty if none was asked for.
+        joint: how often which pair of heights occurs: int (k, k), reference by map, in steps of half a metre.
         blocks: a row per spatial block that has scored pixels: site, crs, west, south, east, north (in that
             CRS), lon, lat (its centre), n, map_mean_m, reference_mean_m, bias_m, mae_m. block_m: their side.
         previews: one per reference raster (none for GEDI and plots, which have `samples`).
@@ -183,28 +199,28 @@ class Evaluation:
     corrected: Scores | None
     shift: MapShift | None
     shift_note: str | None
-    strata: tuple[Stratum, ...]
-    joint: JointHistogram
+    strata: Mapping[str, Mapping[str, Scores]]
+    joint: np.ndarray
     blocks: pandas.DataFrame
     block_m: float
-    previews: tuple[Preview, ...]
+    previews: Sequence[Preview]
     samples: pandas.DataFrame | None
     provenance: Mapping[str, Any]
-    notes: tuple[str, ...] = field(default=())
+    notes: Sequence[str]
 
     def to_dict(self) -> dict[str, Any]:
         """metrics.json: plain data without NaN."""
-        strata: dict[str, dict[str, Any]] = {}
-        for stratum in self.strata:
-            strata.setdefault(stratum.by, {})[stratum.name] = stratum.scores.to_dict()
         shift = self.shift
         plain = {
             "kind": self.kind,
             "overall": self.overall.to_dict(),
             "shift_m": {"east": shift.east_m, "north": shift.north_m} if shift else None,
-            "shift": shift.to_dict() if shift else {"note": self.shift_note},
+            "shift": asdict(shift) | {"length_m": shift.length_m} if shift else {"note": self.shift_note},
             "corrected": self.corrected.to_dict() if self.corrected else None,
-            "strata": strata,
+            "strata": {
+                by: {name: scores.to_dict() for name, scores in parts.items()}
+                for by, parts in self.strata.items()
+            },
             "notes": list(self.notes),
             "provenance": dict(self.provenance),
         }
@@ -225,45 +241,28 @@ def without_nan(value: Any) -> Any:
 # ---- bootstrap ------------------------------------------------------------------------------------
 LEVEL = 0.95
 LEAST_BLOCKS = 10
-REPLICATES = 1000
 # More replicates without a value than this and there is no interval.
 _MAX_MISSING = 0.05
 _CHUNK = 250
 
 
-@dataclass(frozen=True)
-class Bootstrap:
-    """How blocks are resampled. `replicates` 0 turns intervals off."""
-
-    replicates: int = REPLICATES
-    seed: int = 0
-
-
 @lru_cache(maxsize=2)
-def draws(blocks: int, setting: Bootstrap) -> np.ndarray:
+def draws(blocks: int, replicates: int, seed: int) -> np.ndarray:
     """How often each block is drawn, int16 (replicates, blocks); rows sum to `blocks`."""
-    rng = np.random.default_rng([setting.seed, blocks])
-    equal = np.full(blocks, 1 / blocks)
-    made = np.zeros((setting.replicates, blocks), np.int16)  # no block is drawn 32,000 times
-    for i in range(0, setting.replicates, _CHUNK):
-        made[i : i + _CHUNK] = rng.multinomial(blocks, equal, size=min(_CHUNK, setting.replicates - i))
+    rng = np.random.default_rng([seed, blocks])
+    made = np.zeros((replicates, blocks), np.int16)  # no block is drawn 32,000 times
+    for i in range(0, replicates, _CHUNK):
+        size = min(_CHUNK, replicates - i)
+        made[i : i + size] = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=size)
     made.flags.writeable = False
     return made
 
 
-def replicate(rows: np.ndarray, setting: Bootstrap) -> np.ndarray:
+def replicate(rows: np.ndarray, replicates: int, seed: int) -> np.ndarray:
     """Sums of resampled blocks (replicates, fields) from each block's row (blocks, fields)."""
-    weights = draws(len(rows), setting)
+    weights = draws(len(rows), replicates, seed)
     parts = [weights[i : i + _CHUNK].astype(np.float64) @ rows for i in range(0, len(weights), _CHUNK)]
     return np.concatenate(parts)
-
-
-def too_few(blocks: int, side: str) -> str | None:
-    """Why there can be no interval with so few blocks; None where there can."""
-    if blocks >= LEAST_BLOCKS:
-        return None
-    many = f"{blocks} block{'s' * (blocks != 1)}"
-    return f"no interval: {many} of {side} with data, at least {LEAST_BLOCKS} needed"
 
 
 def intervals(values: Mapping[str, np.ndarray], blocks: int) -> dict[str, tuple[float, float] | None]:
@@ -282,92 +281,62 @@ def intervals(values: Mapping[str, np.ndarray], blocks: int) -> dict[str, tuple[
 
 
 # ---- sums to scores -------------------------------------------------------------------------------
-# Block histograms from which the percentiles' intervals are made (their values come from exact counts).
-HIST_STEP_M, HIST_BINS = 0.2, 401
-NO_VALUE = "does not exist for these heights"
-_NO_STRATUM_PERCENTILES = "no interval is made for the percentiles of a stratum"
 BOUNDED = ("interval_coverage", "interval_width_m")
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How sums become scores.
+def score_sums(
+    rows: np.ndarray,
+    counts: tuple[HeightCounts, HeightCounts],
+    *,
+    replicates: int,
+    seed: int,
+    side_m: float,
+    absent: Mapping[str, str],
+) -> Scores:
+    """Scores of one set of pixels.
 
-    Attributes:
-        bootstrap: how blocks are resampled. side: of the blocks, in words, for notes.
+    Args:
+        rows: sums of `canopy.metrics`, (blocks, fields). counts: of the map's and reference's heights.
+        replicates: 0 turns intervals off. side_m: of the blocks.
         absent: metrics that cannot be had from this reference -> why.
     """
+    used = rows[rows[:, COLUMN["n"]] > 0]
+    total = rows.sum(axis=0)
+    note = "no intervals were asked for" if not replicates else None
+    if note is None and len(used) < LEAST_BLOCKS:
+        many = f"{len(used)} block{'s' * (len(used) != 1)} of {side_m:.0f} m"
+        note = f"no interval: {many} with data, at least {LEAST_BLOCKS} needed"
+    drawn = replicate(used, replicates, seed) if note is None else None
 
-    bootstrap: Bootstrap
-    side: str
-    absent: Mapping[str, str] = field(default_factory=dict)
+    def with_intervals(
+        values: Mapping[str, Any], resampled: Mapping[str, np.ndarray], absent: Mapping[str, str]
+    ) -> dict[str, Score]:
+        limits = intervals(resampled, len(used)) if resampled else {}
+        judged = total[COLUMN["bounded"]] > 0
+        made = {}
+        for name in (name for name in values if judged or name not in BOUNDED or name in absent):
+            value, ends = float(values[name]), limits.get(name)
+            if name == "n":
+                made[name] = Score(int(value), (int(value), int(value)))
+            elif name in absent or not math.isfinite(value):
+                made[name] = Score(None, None, absent.get(name, "does not exist for these heights"))
+            else:
+                why = "no interval: it exists in too few of the resampled sets"
+                if name.endswith("_error_m"):
+                    why = "no interval is made for percentiles"
+                made[name] = Score(value, ends, None if ends else note or why)
+        return made
 
-    def scores(
-        self, rows: np.ndarray, counts: Sequence[HeightCounts], hist: np.ndarray | None = None
-    ) -> Scores:
-        """Scores of one set of pixels.
-
-        Args:
-            rows: sums of `canopy.metrics`, (blocks, fields). counts: of the map's and reference's heights.
-            hist: heights of both sides by block, (2, blocks, HIST_BINS); None: no interval of percentiles.
-        """
-        used = rows[:, COLUMN["n"]] > 0
-        blocks = int(used.sum())
-        total = rows.sum(axis=0)
-        values = {k: float(v) for k, v in metrics.scores(total).items()}
-        values |= metrics.percentile_errors(*counts)
-        bins = metrics.bin_scores(total)
-        asked = self.bootstrap.replicates > 0
-        note = too_few(blocks, self.side) if asked else "no intervals were asked for"
-        limits: dict[str, tuple[float, float] | None] = {}
-        bin_limits: list[dict[str, tuple[float, float] | None]] = [{} for _ in bins]
-        if note is None:
-            drawn = replicate(rows[used], self.bootstrap)
-            limits = intervals(metrics.scores(drawn), blocks)
-            bin_limits = [intervals(row, blocks) for row in metrics.bin_scores(drawn)]
-            if hist is not None:
-                limits |= intervals(self._drawn_percentiles(hist[:, used]), blocks)
-        bounded = total[COLUMN["bounded"]] > 0
-        names = [name for name in values if bounded or name not in BOUNDED or name in self.absent]
-        # Histograms per block are kept for the whole only.
-        unknown = {} if hist is not None else {f"p{q}_error_m": _NO_STRATUM_PERCENTILES for q in PERCENTILES}
-        made = {k: self._score(k, values[k], limits.get(k), note or unknown.get(k)) for k in names}
-        by_height = []
-        for low, high, row, lim in zip(
-            HEIGHT_BINS_M, [*HEIGHT_BINS_M[1:], None], bins, bin_limits, strict=True
-        ):
-            shown = {k: float(v) for k, v in row.items() if bounded or k not in BOUNDED}
-            by_height.append(
-                HeightBin(low, high, {k: self._score(k, v, lim.get(k), note) for k, v in shown.items()})
-            )
-        return Scores(made, tuple(by_height))
-
-    def _score(self, name: str, value: float, limits: tuple[float, float] | None, note: str | None) -> Score:
-        if name == "n":
-            return Score(int(value), (int(value), int(value)))
-        if name in self.absent:
-            return Score(None, None, self.absent[name])
-        if not np.isfinite(value):
-            return Score(None, None, NO_VALUE)
-        if limits is None:
-            return Score(value, None, note or "no interval: it exists in too few of the resampled sets")
-        return Score(value, limits)
-
-    def _drawn_percentiles(self, hist: np.ndarray) -> dict[str, np.ndarray]:
-        """pNN_error_m of each replicate, from histograms (2, blocks, bins), linear within a bin."""
-        sides = [replicate(side.astype(np.float64), self.bootstrap).cumsum(axis=1) for side in hist]
-        return {
-            f"p{q}_error_m": np.subtract(*(_quantiles(counts, q / 100) for counts in sides))
-            for q in PERCENTILES
-        }
-
-
-def _quantiles(cumulative: np.ndarray, share: float) -> np.ndarray:
-    """Height (rows,) below which `share` of each row's counts lies."""
-    wanted = share * cumulative[:, -1:]
-    at = (cumulative < wanted).sum(axis=1)
-    rows = np.arange(len(cumulative))
-    above = cumulative[rows, at]
-    below = np.where(at > 0, cumulative[rows, np.maximum(at - 1, 0)], 0)
-    inside = (wanted[:, 0] - below) / np.maximum(above - below, 1e-12)
-    return (at + inside) * HIST_STEP_M
+    overall = with_intervals(
+        metrics.scores(total) | metrics.percentile_errors(*counts),
+        {} if drawn is None else metrics.scores(drawn),
+        absent,
+    )
+    bins = metrics.bin_scores(total)
+    resampled = [{} for _ in bins] if drawn is None else metrics.bin_scores(drawn)
+    names = [f"{low:g}-{high:g}" for low, high in pairwise(HEIGHT_BINS_M)]
+    by_height = {
+        name: with_intervals(values, of_drawn, {})
+        for name, values, of_drawn in zip([*names, f"{HEIGHT_BINS_M[-1]:g}+"], bins, resampled, strict=True)
+    }
+    return Scores(overall, by_height)

@@ -1,14 +1,11 @@
-"""Spatial blocks, which the bootstrap resamples, and the ways of cutting a judgement into parts.
+"""The ways of cutting a judgement into parts: by site, height, cover, slope, a class of a raster, a polygon.
 
-A part is a site, a height, a cover, a slope, a class of a raster, or a polygon. Each way gives a code per
-pixel (-1: none) and the codes' names. Classes of rasters are found while reading; there may be up to 100.
+Each way gives a code per pixel (-1: none) and the codes' names. Classes of rasters are found while reading.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,13 +14,11 @@ import numpy as np
 import shapely
 from odc.geo import CRS
 from rasterio.features import rasterize
-from rasterio.io import DatasetReader
 from shapely.geometry.base import BaseGeometry
 
 from canopy.errors import AreaError, InputError
 from canopy.evaluation.grids import pixel_metres
 from canopy.files import public_name
-from canopy.geo.area import SCALE_SLACK
 from canopy.geo.crs import METRES_PER_DEGREE, project, transformer
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
@@ -31,80 +26,12 @@ from canopy.geo.reading import open_raster, read_window
 from canopy.geo.vector import read_zones
 from canopy.metrics import BLOCK_PX, HEIGHT_BINS_M, height_bin
 
-# Heights of forests are alike over some hundred metres; larger blocks would leave too few in a small area.
-WANTED_M = 250.0
-LEAST_WANTED = 25
-# Each block costs some kilobytes; more of them make intervals no truer.
-MOST = 1600
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """Blocks of `side_px` x `side_px` pixels from the upper left of every grid, numbered through.
-
-    Attributes:
-        grids: one per raster; shapes: (rows, cols) of blocks of each; bases: number of the first block.
-    """
-
-    grids: tuple[Grid, ...]
-    side_px: int
-    shapes: tuple[tuple[int, int], ...]
-    bases: tuple[int, ...]
-
-    @classmethod
-    def of(cls, grids: Sequence[Grid], side_m: float | None = None) -> BlockLayout:
-        """The largest side up to 250 m (in steps of 50 px) that leaves 25 blocks; larger above 1,600 blocks.
-
-        `side_m` asks for a side; it is rounded to whole cells of 50 px.
-        """
-        cell_m = BLOCK_PX * float(np.median([grid.gsd_m for grid in grids]))
-        if side_m is not None:
-            cells = max(1, round(side_m / cell_m))
-        else:
-            cells = max(1, math.floor(WANTED_M / cell_m * (1 + SCALE_SLACK)))
-            while cells > 1 and _count(grids, cells * BLOCK_PX) < LEAST_WANTED:
-                cells -= 1
-        while _count(grids, cells * BLOCK_PX) > max(MOST, len(grids)):
-            cells += 1
-        side = cells * BLOCK_PX
-        shapes = tuple((-(-g.height // side), -(-g.width // side)) for g in grids)
-        sizes = [rows * cols for rows, cols in shapes]
-        return cls(tuple(grids), side, shapes, tuple(int(x) for x in np.cumsum([0, *sizes[:-1]])))
-
-    @property
-    def count(self) -> int:
-        """Blocks in all, also empty ones."""
-        rows, cols = self.shapes[-1]
-        return self.bases[-1] + rows * cols
-
-    @property
-    def side_m(self) -> float:
-        """Side in ground metres (median over the rasters)."""
-        return self.side_px * float(np.median([grid.gsd_m for grid in self.grids]))
-
-    def local(self, raster: int, row: int, col: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks of a window: local number of each pixel's block (h, w), and the blocks' numbers (local,)."""
-        rows = (row + np.arange(shape[0])) // self.side_px
-        cols = (col + np.arange(shape[1])) // self.side_px
-        wide = int(cols[-1] - cols[0]) + 1
-        inside = (rows - rows[0])[:, None] * wide + (cols - cols[0])
-        r, c = np.arange(rows[0], rows[-1] + 1), np.arange(cols[0], cols[-1] + 1)
-        numbers = self.bases[raster] + r[:, None] * self.shapes[raster][1] + c
-        return inside, numbers.ravel()
-
-    def outlines(self) -> Iterator[tuple[int, tuple[float, float, float, float]]]:
-        """(raster, (west, south, east, north) in its CRS) of every block, by number."""
-        for raster, (grid, (rows, cols)) in enumerate(zip(self.grids, self.shapes, strict=True)):
-            for r in range(rows):
-                for c in range(cols):
-                    west, north = grid.xy(r * self.side_px, c * self.side_px)
-                    bottom = min((r + 1) * self.side_px, grid.height)
-                    east, south = grid.xy(bottom, min((c + 1) * self.side_px, grid.width))
-                    yield raster, (west, south, east, north)
-
-
-def _count(grids: Sequence[Grid], side: int) -> int:
-    return sum(-(-g.height // side) * -(-g.width // side) for g in grids)
+RASTERS = (".tif", ".tiff", ".vrt", ".jp2")
+COVER_SHARES = (0.1, 0.4, 0.7)
+COVER_ABOVE_M = 2.0
+SLOPE_DEG = (5, 10, 20, 30, 45)
+# Slope is what the ground does over some twenty metres, not between two pixels of a 1 m model.
+_SLOPE_REACH_M = 10.0
 
 
 def cells_of(shape: tuple[int, int]) -> tuple[np.ndarray, int]:
@@ -114,21 +41,11 @@ def cells_of(shape: tuple[int, int]) -> tuple[np.ndarray, int]:
     return rows[:, None] * wide + cols, wide * (int(rows[-1]) + 1)
 
 
-# ---- ways of cutting ------------------------------------------------------------------------------
-COVER_SHARES = (0.1, 0.4, 0.7)
-COVER_ABOVE_M = 2.0
-SLOPE_DEG = (5, 10, 20, 30, 45)
-# Slope is what the ground does over some twenty metres, not between two pixels of a 1 m model.
-_SLOPE_REACH_M = 10.0
-_RASTERS = (".tif", ".tiff", ".vrt", ".jp2")
-
-
 class Stratifier:
     """One way of cutting. `by`: its name; `names`: of the codes so far."""
 
     by: str
     names: Sequence[str]
-    _dataset: DatasetReader | None = None
 
     def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         """Codes (h, w), -1 for none, of a window whose corner is the corner of a 50 px cell."""
@@ -140,15 +57,12 @@ class Stratifier:
             f"samples have no {self.by}", where=f"--by {self.by}", remedy="name a column or a raster"
         )
 
-    def _open(self, path: str | Path) -> DatasetReader:
-        self._dataset = open_raster(path)
-        SourcePlace.of(self._dataset)
-        return self._dataset
+    def shown(self) -> Sequence[str]:
+        """Names in the order to show them."""
+        return self.names
 
     def close(self) -> None:
         """Close its file."""
-        if self._dataset is not None:
-            self._dataset.close()
 
 
 class BySite(Stratifier):
@@ -191,75 +105,95 @@ class ByCover(Stratifier):
         cell, count = cells_of(grid.shape)
         known = np.bincount(cell[valid], minlength=count)
         tall = np.bincount(cell[valid & (reference_m > COVER_ABOVE_M)], minlength=count)
-        classes = np.searchsorted(COVER_SHARES, tall / np.maximum(known, 1), side="right")
-        return classes[cell]
+        return np.searchsorted(COVER_SHARES, tall / np.maximum(known, 1), side="right")[cell]
 
 
-class BySlope(Stratifier):
+class _OfRaster(Stratifier):
+    """A way that reads the first band of a raster."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.file = open_raster(path)
+        self.crs = SourcePlace.of(self.file).crs
+
+    def on(self, grid: Grid, resampling: str | None = None) -> np.ndarray:
+        """The band on a grid, float64 (h, w), NaN where there is nothing."""
+        values, known = read_window(self.file, grid, [1], resampling=resampling)
+        scaled = values[0].astype(np.float64) * self.file.scales[0] + self.file.offsets[0]
+        return np.where(known, scaled, np.nan)
+
+    def sampled(self, lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
+        """The band at places in degrees, float64 (n,), NaN where there is nothing."""
+        x, y = (np.asarray(v) for v in transformer("EPSG:4326", self.crs).transform(lon, lat))
+        order = np.lexsort((x, -y // 1e3))  # near ones together: they share blocks of the file
+        out = np.full(len(x), np.nan)
+        picked = self.file.sample(zip(x[order], y[order], strict=True), 1, masked=True)
+        out[order] = [np.ma.filled(value.astype(np.float64), np.nan)[0] for value in picked]
+        return out * self.file.scales[0] + self.file.offsets[0]
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class BySlope(_OfRaster):
     """By the slope of the ground, from an elevation model (over 20 m) or a raster of degrees."""
 
     by = "slope"
     names = ("0-5 deg", "5-10 deg", "10-20 deg", "20-30 deg", "30-45 deg", "45+ deg")
 
     def __init__(self, path: str | Path, *, elevation: bool) -> None:
-        self.elevation, self._file = elevation, self._open(path)
+        super().__init__(path)
+        self.elevation = elevation
 
     def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
-        slope, known = self.degrees(grid)
-        return np.where(known, np.searchsorted(SLOPE_DEG, slope, side="right"), -1)
-
-    def degrees(self, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-        """Slope in degrees and where it is known, both (h, w): central differences over about 20 m."""
-        k = max(1, round(_SLOPE_REACH_M / grid.gsd_m)) if self.elevation else 0
-        values, known = read_window(self._file, grid.pad(k), [1])
-        z = values[0].astype(np.float64) * self._file.scales[0] + self._file.offsets[0]
         if not self.elevation:
-            return z, known
-        mx, my = pixel_metres(grid)
+            return _slope_class(self.on(grid))
+        k = max(1, round(_SLOPE_REACH_M / grid.gsd_m))
+        z, (mx, my) = self.on(grid.pad(k)), pixel_metres(grid)
         right = (z[k:-k, 2 * k :] - z[k:-k, : -2 * k]) / (2 * k * mx)
         down = (z[2 * k :, k:-k] - z[: -2 * k, k:-k]) / (2 * k * my)
-        around = known[k:-k, 2 * k :] & known[k:-k, : -2 * k] & known[2 * k :, k:-k] & known[: -2 * k, k:-k]
-        return np.degrees(np.arctan(np.hypot(right, down))), around
+        return _slope_class(np.degrees(np.arctan(np.hypot(right, down))))
 
     def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
+        if not self.elevation:
+            return _slope_class(self.sampled(lon, lat))
         north = _SLOPE_REACH_M / METRES_PER_DEGREE
         east = north / np.cos(np.radians(lat))
-        if not self.elevation:
-            slope = _sample(self._file, lon, lat)
-        else:
-            z = [_sample(self._file, lon + i * east, lat) for i in (-1, 1)]
-            z += [_sample(self._file, lon, lat + i * north) for i in (-1, 1)]
-            rise = np.hypot(z[1] - z[0], z[3] - z[2]) / (2 * _SLOPE_REACH_M)
-            slope = np.degrees(np.arctan(rise))
-        return np.where(np.isfinite(slope), np.searchsorted(SLOPE_DEG, slope, side="right"), -1)
+        right = self.sampled(lon + east, lat) - self.sampled(lon - east, lat)
+        up = self.sampled(lon, lat + north) - self.sampled(lon, lat - north)
+        return _slope_class(np.degrees(np.arctan(np.hypot(right, up) / (2 * _SLOPE_REACH_M))))
 
 
-class ByRaster(Stratifier):
+def _slope_class(degrees: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(degrees), np.searchsorted(SLOPE_DEG, degrees, side="right"), -1)
+
+
+class ByRaster(_OfRaster):
     """By a raster of whole numbers; every pixel takes the class that its centre lies in."""
 
     def __init__(self, by: str, path: str | Path) -> None:
-        self.by, self.names, self._file = by, (), self._open(path)
-        if np.dtype(self._file.dtypes[0]).kind not in "iub":
+        super().__init__(path)
+        self.by, self.names = by, []
+        if np.dtype(self.file.dtypes[0]).kind not in "iub":
             raise InputError(
-                f"a raster of {self._file.dtypes[0]}", where=public_name(path),
+                f"a raster of {self.file.dtypes[0]}", where=public_name(path),
                 expected="classes as whole numbers",
             )  # fmt: skip
-        self._codes: dict[int, int] = {}
 
     def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
-        values, known = read_window(self._file, grid, [1], resampling="nearest")
-        return self._coded(np.where(known, values[0], np.nan))
+        return self._coded(self.on(grid, "nearest"))
 
     def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        return self._coded(_sample(self._file, lon, lat))
+        return self._coded(self.sampled(lon, lat))
 
     def _coded(self, values: np.ndarray) -> np.ndarray:
         found, inverse = np.unique(values, return_inverse=True)
-        new = [int(v) for v in found if np.isfinite(v) and int(v) not in self._codes]
-        self._codes |= {v: len(self._codes) + i for i, v in enumerate(new)}
-        self.names = [str(value) for value in self._codes]
-        codes = np.array([self._codes[int(v)] if np.isfinite(v) else -1 for v in found], np.int64)
+        labels = [f"{value:.0f}" for value in found]
+        self.names = [*self.names, *(n for n in labels if n != "nan" and n not in self.names)]
+        codes = np.array([self.names.index(n) if n != "nan" else -1 for n in labels], np.int64)
         return codes[inverse].reshape(values.shape)
+
+    def shown(self) -> Sequence[str]:
+        return sorted(self.names, key=natural)
 
 
 class ByPolygons(Stratifier):
@@ -267,14 +201,12 @@ class ByPolygons(Stratifier):
 
     def __init__(self, by: str, path: str | Path, column: str | None) -> None:
         self.by = by
-        frame, self._crs, shapes = read_zones(path)
+        frame, self._crs, self._shapes = read_zones(path)
         if column is not None and column not in frame:
             raise missing_column(column, frame.columns, path)
-        values = list(frame[column]) if column else list(range(1, len(frame) + 1))
-        labels = [str(value) for value in values]
+        labels = [str(value) for value in (frame[column] if column else range(1, len(frame) + 1))]
         self.names = sorted(set(labels), key=natural)
         self._codes = np.array([self.names.index(label) for label in labels])
-        self._shapes = np.array(shapes, object)
         # Reprojected once for each CRS that is asked for, and looked up by place.
         self._trees: dict[CRS, shapely.STRtree] = {}
 
@@ -295,9 +227,9 @@ class ByPolygons(Stratifier):
         near = np.sort(tree.query(shapely.box(*grid.bounds)))
         if not len(near):
             return np.full(grid.shape, -1, np.int64)
-        pairs = zip(tree.geometries[near], (self._codes[near] + 1).tolist(), strict=True)
-        drawn = rasterize(pairs, grid.shape, fill=0, transform=grid.transform, dtype="int32")
-        return drawn.astype(np.int64) - 1
+        pairs = zip(tree.geometries[near], self._codes[near].tolist(), strict=True)
+        drawn = rasterize(pairs, grid.shape, fill=-1, transform=grid.transform, dtype="int32")
+        return drawn.astype(np.int64)
 
     def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
         point, polygon = self._tree(CRS("EPSG:4326")).query(shapely.points(lon, lat), predicate="within")
@@ -323,49 +255,39 @@ def stratifiers(
     """
     plain: dict[str, type[Stratifier]] = {"site": BySite, "height": ByHeight, "cover": ByCover}
     made: list[Stratifier] = []
-    for word in by:
+    for word in [*by, *(["slope"] if (slope or dem) and "slope" not in by else [])]:
         name, equals, source = word.partition("=")
-        if equals:
-            made.append(_from_file(name, source))
-        elif word == "slope":
-            made.append(_slope(slope, dem))
+        if word == "slope" and not (slope or dem):
+            raise InputError(
+                "nothing to tell the slope from", where="--by slope", remedy="add --dem or --slope FILE"
+            )
+        if word == "slope":
+            made.append(BySlope(dem or slope or "", elevation=dem is not None))
         elif word in plain:
             made.append(plain[word]())
+        elif equals and not (name and source):
+            raise InputError(word, where="--by", expected="NAME=FILE")
+        elif equals:
+            path, column = _file_and_column(source)
+            is_raster = Path(path).suffix.lower() in RASTERS
+            made.append(ByRaster(name, path) if is_raster else ByPolygons(name, path, column))
         else:
             raise InputError(
                 f"unknown stratum {word!r}", where="--by",
                 expected="site, height, cover, slope, NAME=raster.tif, NAME=polygons.gpkg:COLUMN or, for "
                 "GEDI and plots, a column",
             )  # fmt: skip
-    if (slope or dem) and not any(s.by == "slope" for s in made):
-        made.append(_slope(slope, dem))
     return made
 
 
-def _slope(slope: str | Path | None, dem: str | Path | None) -> BySlope:
-    if dem is not None:
-        return BySlope(dem, elevation=True)
-    if slope is None:
-        raise InputError(
-            "nothing to tell the slope from", where="--by slope", remedy="add --dem or --slope FILE"
-        )
-    return BySlope(slope, elevation=False)
-
-
-def _from_file(name: str, source: str) -> Stratifier:
-    if not name or not source:
-        raise InputError(f"{name}={source}", where="--by", expected="NAME=FILE")
-    path, _, column = source.rpartition(":") if not Path(source).exists() else (source, "", "")
-    path = path or source
-    if Path(path).suffix.lower() in _RASTERS:
-        return ByRaster(name, path)
-    return ByPolygons(name, path, column or None)
+def _file_and_column(source: str) -> tuple[str, str | None]:
+    path, _, column = source.rpartition(":")
+    return (source, None) if Path(source).exists() or not path else (path, column or None)
 
 
 def files_of(by: Sequence[str]) -> list[str]:
     """The files that words of --by name."""
-    sources = [source for _, equals, source in (word.partition("=") for word in by) if equals]
-    return [s if Path(s).exists() else s.rpartition(":")[0] or s for s in sources]
+    return [_file_and_column(word.partition("=")[2])[0] for word in by if "=" in word]
 
 
 def missing_column(column: str, columns: Sequence[Any], path: object) -> InputError:
@@ -373,14 +295,3 @@ def missing_column(column: str, columns: Sequence[Any], path: object) -> InputEr
     there = [str(c) for c in columns if str(c) != "geometry"]
     shown = ", ".join(there[:20]) + (", ..." if len(there) > 20 else "")
     return InputError(f"no column {column!r}", where=path, expected=f"one of {shown}")
-
-
-def _sample(dataset: DatasetReader, lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
-    """First band of an open dataset at places in degrees, float64 (n,), NaN where there is nothing."""
-    x, y = transformer("EPSG:4326", SourcePlace.of(dataset).crs).transform(lon, lat)
-    order = np.lexsort((x, -np.asarray(y) // 1e3))  # near ones together: they share blocks of the file
-    out = np.full(len(x), np.nan)
-    picked = dataset.sample(zip(np.asarray(x)[order], np.asarray(y)[order], strict=True), 1, masked=True)
-    for i, value in zip(order, picked, strict=True):
-        out[i] = np.nan if np.ma.getmaskarray(value)[0] else float(value[0])
-    return out * dataset.scales[0] + dataset.offsets[0]

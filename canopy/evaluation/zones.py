@@ -8,7 +8,6 @@ those that its edge crosses: given a whole region it would keep every pixel in m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 from odc.geo import CRS
-from shapely.geometry import MultiPolygon, Polygon, mapping
+from shapely.geometry import mapping
 from shapely.geometry.base import BaseGeometry
 from shapely.geometry.polygon import orient
 
 from canopy.config import Settings, validate_settings
 from canopy.errors import ConfigError, InputError
 from canopy.evaluation.grids import own_grid, pixel_areas_m2
-from canopy.evaluation.maps import HeightMap, open_heights
+from canopy.evaluation.maps import HIGHEST_M, LOWEST_M, HeightMap, open_heights
 from canopy.files import check_output, replacing
 from canopy.geo.crs import geod_of, to_crs, to_lonlat
 from canopy.geo.grid import Grid, tiles_over
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from canopy.evaluation.maps import HeightSource
 
 TILE_PX = 1024
-# Percentiles are read off a histogram: exact to half a millimetre.
-LOW_M, TOP_M = -50.0, 150.0
 FORMATS = (".csv", ".parquet")
 
 
@@ -61,8 +58,9 @@ class ZoneOptions(Settings):
         """Raises ConfigError for values out of range."""
         if not self.percentiles or any(not 0 <= p <= 100 for p in self.percentiles):
             raise ConfigError(str(self.percentiles), where="--percentiles", expected="numbers from 0 to 100")
-        if any(not 0 <= height < TOP_M for height in self.above_m):
-            raise ConfigError(str(self.above_m), where="--above", expected=f"metres from 0 to {TOP_M:g}")
+        if any(not 0 <= height < HIGHEST_M for height in self.above_m):
+            expected = f"metres from 0 to {HIGHEST_M:g}"
+            raise ConfigError(str(self.above_m), where="--above", expected=expected)
 
 
 def stats(
@@ -107,10 +105,8 @@ def stats(
                 expected=f"polygons within {west:.4f}, {south:.4f}, {east:.4f}, {north:.4f} (W, S, E, N)",
             )  # fmt: skip
         for shape in shapes:
-            sums = _ZoneSums(chosen.above_m)
-            for height, _, weight in pixels_in(heights, shape, crs):
-                sums.add(height, weight)
-            rows.append(sums.row(0.0 if shape is None else geodesic_area_m2(shape, crs), chosen))
+            zone_m2 = 0.0 if shape is None else geodesic_area_m2(shape, crs)
+            rows.append(_row(pixels_in(heights, shape, crs), zone_m2, chosen))
             progress.advance()
         notes = heights.notes
     table = _joined(frame, rows, extra)
@@ -149,10 +145,10 @@ def pixels_in(
         if share is None:
             continue
         top = window.offset_of(tile)[0]
-        got = heights.read(tile)
-        used = got.valid & (share > 0)
+        values, valid = heights.read(tile)
+        used = valid & (share > 0)
         weight = share * row_areas[top : top + tile.height, None]
-        yield got.height_m[used].astype(np.float64), share[used], weight[used]
+        yield values[0][used].astype(np.float64), share[used], weight[used]
 
 
 def coverage(shape: BaseGeometry, grid: Grid) -> np.ndarray | None:
@@ -161,15 +157,12 @@ def coverage(shape: BaseGeometry, grid: Grid) -> np.ndarray | None:
     from exactextract.raster import NumPyRasterSource
 
     frame = shapely.box(*grid.bounds)
-    if not shape.intersects(frame):
-        return None
     if shape.contains(frame):
         return np.ones(grid.shape)
-    part = shape.intersection(frame)
-    if part.area == 0:
-        return None
     # Without the points and lines that a cut along an edge can leave.
-    areas = shapely.union_all([p for p in shapely.get_parts(part) if isinstance(p, Polygon | MultiPolygon)])
+    areas = shapely.union_all([p for p in shapely.get_parts(shape.intersection(frame)) if p.area > 0])
+    if areas.area == 0:
+        return None
     source = NumPyRasterSource(np.zeros(grid.shape, np.uint8), *grid.bounds)
     feature = {"type": "Feature", "properties": {}, "geometry": mapping(areas)}
     found = exact_extract(source, [feature], ["cell_id", "coverage"])[0]["properties"]
@@ -196,58 +189,44 @@ def geodesic_area_m2(shape: BaseGeometry, crs: CRS) -> float:
     return float(sum(abs(geod.geometry_area_perimeter(part)[0]) for part in parts))
 
 
-class _ZoneSums:
-    """Weighted sums of one polygon."""
-
-    def __init__(self, above_m: Sequence[float]) -> None:
-        self.above_m = above_m
-        self.n, self.area, self.total, self.square = 0, 0.0, 0.0, 0.0
-        self.low, self.high = math.inf, -math.inf
-        self.above: np.ndarray = np.zeros(len(above_m))
-        self.histogram: np.ndarray = np.zeros(0)  # square metres by whole millimetres above LOW_M
-
-    def add(self, height: np.ndarray, weight_m2: np.ndarray) -> None:
-        """Pixels (k,): metres, and the ground they share with the polygon."""
+def _row(
+    pixels: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], zone_m2: float, options: ZoneOptions
+) -> dict[str, Any]:
+    """The numbers of one polygon; None where no pixel is valid."""
+    n, sums, above = 0, np.zeros(3), np.zeros(len(options.above_m))
+    lows, highs = [], []
+    # Square metres by whole millimetres above LOWEST_M: percentiles are exact to half of one.
+    histogram = np.zeros(round((HIGHEST_M - LOWEST_M) * 1000) + 1)
+    for height, _, weight in pixels:
         if not height.size:
-            return
-        self.n += height.size
-        self.area += float(weight_m2.sum())
-        self.total += float(height @ weight_m2)
-        self.square += float((height * height) @ weight_m2)
-        self.low, self.high = min(self.low, float(height.min())), max(self.high, float(height.max()))
-        self.above += np.array([weight_m2[height > limit].sum() for limit in self.above_m], np.float64)
-        steps = np.rint((np.clip(height, LOW_M, TOP_M) - LOW_M) * 1000).astype(np.int64)
-        counts = np.bincount(steps, weight_m2, minlength=self.histogram.size)
-        counts[: self.histogram.size] += self.histogram
-        self.histogram = counts
-
-    def percentile(self, q: float) -> float:
-        """The height below which q % of the ground lies."""
-        cumulated = np.cumsum(self.histogram)
+            continue
+        n += height.size
+        sums += [weight.sum(), height @ weight, (height * height) @ weight]
+        above += [weight[height > limit].sum() for limit in options.above_m]
+        lows.append(float(height.min()))
+        highs.append(float(height.max()))
+        steps = np.rint((height - LOWEST_M) * 1000).astype(np.int64)
+        np.add.at(histogram, steps, weight)
+    area = float(sums[0])
+    mean = float(sums[1]) / area if n else None
+    plain: dict[str, Any] = {
+        "n": n,
+        "area_ha": zone_m2 / 1e4,
+        "valid_ha": area / 1e4,
+        "valid_share": min(1.0, area / zone_m2) if zone_m2 else 0.0,
+        "mean_m": mean,
+        "std_m": None if mean is None else max(float(sums[2]) / area - mean * mean, 0.0) ** 0.5,
+        "min_m": min(lows, default=None),
+        "max_m": max(highs, default=None),
+    }
+    cumulated = np.cumsum(histogram)
+    for q in options.percentiles:
         step = int(np.searchsorted(cumulated, q / 100 * cumulated[-1] * (1 - 1e-12), side="left"))
-        return float(np.clip(LOW_M + step / 1000, self.low, self.high))
-
-    def row(self, zone_m2: float, options: ZoneOptions) -> dict[str, Any]:
-        """The polygon's numbers; None where no pixel is valid."""
-        known = self.n > 0
-        mean = self.total / self.area if known else None
-        spread = math.sqrt(max(self.square / self.area - mean * mean, 0.0)) if mean is not None else None
-        plain: dict[str, Any] = {
-            "n": self.n,
-            "area_ha": zone_m2 / 1e4,
-            "valid_ha": self.area / 1e4,
-            "valid_share": min(1.0, self.area / zone_m2) if zone_m2 else 0.0,
-            "mean_m": mean,
-            "std_m": spread,
-            "min_m": self.low if known else None,
-            "max_m": self.high if known else None,
-        }
-        for q in options.percentiles:
-            plain[f"p{q:02g}_m"] = self.percentile(q) if known else None
-        for limit, m2 in zip(options.above_m, self.above, strict=True):
-            plain[f"cover_{limit:g}m"] = m2 / self.area if known else None
-            plain[f"cover_{limit:g}m_ha"] = m2 / 1e4
-        return plain
+        plain[f"p{q:02g}_m"] = float(np.clip(LOWEST_M + step / 1000, min(lows), max(highs))) if n else None
+    for limit, m2 in zip(options.above_m, above.tolist(), strict=True):
+        plain[f"cover_{limit:g}m"] = m2 / area if n else None
+        plain[f"cover_{limit:g}m_ha"] = m2 / 1e4
+    return plain
 
 
 def _joined(

@@ -10,19 +10,19 @@ import pytest
 import rasterio
 import yaml
 
+from canopy.config import manifest_names
 from canopy.errors import AreaError, ConfigError, DataError, InputError
 from canopy.evaluation.benchmark import (
     Judged,
     append_rows,
     audit_lines,
     benchmark,
-    benchmarks_dir,
-    known_benchmarks,
     markdown,
     rows_of,
     run_benchmark,
     scenes_of,
 )
+from canopy.runtime import manifests_dir
 
 NAMES = ["california", "france", "neon-test", "open-canopy", "pack", "sao-paulo"]
 OURS = Judged("default", "ab" * 32, ("default", "canopy-small"))
@@ -32,7 +32,7 @@ OURS = Judged("default", "ab" * 32, ("default", "canopy-small"))
 def manifests(tmp_path, monkeypatch):
     """A copy of data_manifests that a test may spoil: `manifests("pack", metrics=[...])` rewrites one."""
     root = tmp_path / "manifests"
-    shutil.copytree(benchmarks_dir().parent, root)
+    shutil.copytree(manifests_dir(), root)
     monkeypatch.setenv("CANOPY_MANIFESTS", str(root))
 
     def change(name, /, **fields):
@@ -79,7 +79,7 @@ def too_high_by(metres):
 @pytest.fixture
 def small(manifests):
     """The pack benchmark with the groups that `pack` has."""
-    groups = yaml.safe_load((benchmarks_dir() / "pack.yaml").read_text())["groups"]
+    groups = yaml.safe_load((manifests_dir() / "benchmarks/pack.yaml").read_text())["groups"]
     del groups["test-hard"]
     leakage = [
         {"models": ["canopy-*"], "seen": "near", "why": "same sites", "groups": ["val"], "source": "card"},
@@ -90,7 +90,7 @@ def small(manifests):
 
 
 def test_all_manifests_are_strict_and_complete():
-    assert known_benchmarks() == NAMES
+    assert manifest_names("benchmarks") == NAMES
     for name in NAMES:
         made = benchmark(name)
         assert all(leak.source for leak in made.leakage) and all(p.source for p in made.published)
@@ -121,7 +121,8 @@ def test_a_wrong_manifest_is_refused(manifests):
         manifests("france", **({"name": "france", "metrics": ["n"]} | fields))
         with pytest.raises((ConfigError, InputError), match=words):
             benchmark("france")
-        shutil.copy(benchmarks_dir() / "california.yaml", benchmarks_dir() / "france.yaml")
+        folder = manifests_dir() / "benchmarks"
+        shutil.copy(folder / "california.yaml", folder / "france.yaml")
         manifests("france", name="france")
 
 
@@ -176,7 +177,7 @@ def test_scores_are_pooled_by_group_and_site(small, pack, tmp_path):
     assert val.overall.n == 20_000
     assert val.overall["mae_m"].value == pytest.approx(1.5, abs=1e-4)
     assert val.overall["bias_m"].value == pytest.approx(1.5, abs=1e-4)
-    assert {s.name for s in val.strata if s.by == "site"} == {"Wood", "Hill"}
+    assert set(val.strata["site"]) == {"Wood", "Hill"}
     assert (tmp_path / "out" / "default-abababab" / "val" / "metrics.json").is_file()
     lines = audit_lines(result)
     assert "val: was default trained here? near: same sites" in lines[0]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from canopy import metrics
-from canopy.evaluation.scores import Bootstrap, draws, intervals, replicate, too_few
-from canopy.evaluation.strata import LEAST_WANTED, BlockLayout
+from canopy.evaluation.pixels import LEAST_WANTED, BlockLayout
+from canopy.evaluation.scores import draws, intervals, replicate
 from canopy.geo.grid import Grid
 
 SIDE, BLOCKS_PER_SIDE = 20, 6  # pixels per block, blocks per side of a field
@@ -40,7 +40,7 @@ def test_intervals_cover_the_truth_at_their_nominal_rate() -> None:
     for k in range(fields):
         p, r, block = field(rng)
         rows = metrics.pixel_sums(p, r, block, blocks)
-        found = intervals(metrics.scores(replicate(rows, Bootstrap(300, seed=k % 5))), blocks)
+        found = intervals(metrics.scores(replicate(rows, 300, k % 5)), blocks)
         for name, value in truth.items():
             low, high = found[name]
             hits[name] += low <= value <= high
@@ -54,17 +54,14 @@ def test_intervals_cover_the_truth_at_their_nominal_rate() -> None:
 
 def test_replicates_are_sums_of_drawn_blocks() -> None:
     rows = np.random.default_rng(1).random((12, 3))
-    setting = Bootstrap(40, seed=7)
-    weights = draws(12, setting)
+    weights = draws(12, 40, 7)
     assert weights.shape == (40, 12)
     assert (weights.sum(axis=1) == 12).all()
-    np.testing.assert_allclose(replicate(rows, setting), weights @ rows)
-    np.testing.assert_array_equal(draws(12, Bootstrap(40, seed=7)), weights)
+    np.testing.assert_allclose(replicate(rows, 40, 7), weights @ rows)
+    np.testing.assert_array_equal(draws(12, 40, 7), weights)
 
 
 def test_few_blocks_give_a_reason_and_missing_values_no_interval() -> None:
-    assert "9 blocks of 50 m" in str(too_few(9, "50 m"))
-    assert too_few(10, "50 m") is None
     drawn = np.full(100, np.nan)
     drawn[:90] = 1.0
     assert intervals({"x": drawn, "y": np.arange(100.0)}, 20)["x"] is None
@@ -81,7 +78,7 @@ def test_block_side_is_the_largest_that_leaves_enough(
     height: int, width: int, gsd: float, expected: int
 ) -> None:
     grid = Grid.of("EPSG:32617", (gsd, 0, 4e5, 0, -gsd, 4.2e6), (height, width))
-    layout = BlockLayout.of([grid])
+    layout = BlockLayout([grid])
     assert layout.side_px == expected
     assert layout.side_px % metrics.BLOCK_PX == 0
     assert layout.count >= LEAST_WANTED or expected == 50
@@ -89,7 +86,7 @@ def test_block_side_is_the_largest_that_leaves_enough(
 
 def test_blocks_number_every_pixel_of_every_raster_once() -> None:
     grids = [Grid.of("EPSG:32617", (1, 0, 4e5, 0, -1, 4.2e6), shape) for shape in ((130, 260), (70, 50))]
-    layout = BlockLayout.of(grids, side_m=50)
+    layout = BlockLayout(grids, side_m=50)
     seen = []
     for index, grid in enumerate(grids):
         for row in range(0, grid.height, 100):
@@ -98,14 +95,14 @@ def test_blocks_number_every_pixel_of_every_raster_once() -> None:
                 local, numbers = layout.local(index, row, col, shape)
                 assert local.max() < len(numbers)
                 seen.append(np.unique(numbers[local]))
-    outlines = list(layout.outlines())
-    assert len(outlines) == layout.count == 3 * 6 + 2
+    raster, bounds = layout.outlines()
+    assert len(bounds) == layout.count == 3 * 6 + 2
     assert set(np.concatenate(seen)) == set(range(layout.count))
-    assert outlines[-1] == (1, (4e5, 4.2e6 - 70, 4e5 + 50, 4.2e6 - 50))
+    assert raster[-1] == 1 and bounds[-1].tolist() == [4e5, 4.2e6 - 70, 4e5 + 50, 4.2e6 - 50]
 
 
 def test_sides_grow_when_there_would_be_too_many_blocks() -> None:
     grid = Grid.of("EPSG:32617", (1, 0, 4e5, 0, -1, 4.2e6), (20_000, 20_000))
-    layout = BlockLayout.of([grid])
+    layout = BlockLayout([grid])
     assert layout.count <= 1600
     assert layout.side_m == pytest.approx(500, rel=1e-3)

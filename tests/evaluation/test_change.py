@@ -18,12 +18,10 @@ from canopy.evaluation.change import (
     difference_interval,
     z_of,
 )
-from canopy.evaluation.maps import HeightWindow
 
 
 def window(heights, lower=None, upper=None):
-    heights = np.asarray(heights, np.float32)
-    return HeightWindow(heights, np.ones(heights.shape, bool), lower, upper)
+    return np.stack([layer for layer in (heights, lower, upper) if layer is not None]).astype(float)
 
 
 def test_sigmas_add_in_quadrature():

@@ -49,7 +49,7 @@ def test_equals_the_arrays_on_one_grid(write: Callable[..., Path]) -> None:
         assert value == pytest.approx(expected[name], rel=1e-9, abs=1e-9), name
     assert set(expected) - set(plain(result)) == {"interval_coverage", "interval_width_m"}
     counts, _, _ = np.histogram2d(*(x[np.isfinite(map_m + reference)] for x in (reference, map_m)), bins=5)
-    assert result.joint.counts.sum() == counts.sum() == result.overall.n
+    assert result.joint.sum() == counts.sum() == result.overall.n
 
 
 def test_windows_give_what_one_piece_gives(
@@ -62,8 +62,8 @@ def test_windows_give_what_one_piece_gives(
         results.append(canopy.evaluate(*paths, by=("height", "cover"), replicates=50, shift=False))
     one = results[-1]
     for other in results[:-1]:
-        for a, b in ((one.overall, other.overall), *zip(
-            (s.scores for s in one.strata), (s.scores for s in other.strata), strict=True
+        for a, b in ((one.overall, other.overall), *(
+            (one.strata[by][name], other.strata[by][name]) for by in one.strata for name in one.strata[by]
         )):  # fmt: skip
             for name in a.metrics:
                 if a[name].value is None:
@@ -72,7 +72,7 @@ def test_windows_give_what_one_piece_gives(
                 assert b[name].value == pytest.approx(a[name].value, rel=1e-9, abs=1e-9), name
                 if a[name].ci95:
                     assert b[name].ci95 == pytest.approx(a[name].ci95, rel=1e-9, abs=1e-9), name
-        np.testing.assert_array_equal(one.joint.counts, other.joint.counts)
+        np.testing.assert_array_equal(one.joint, other.joint)
         np.testing.assert_allclose(one.blocks.mae_m, other.blocks.mae_m, rtol=1e-9)
         np.testing.assert_allclose(one.previews[0].map_m, other.previews[0].map_m, rtol=1e-5)
 
@@ -196,7 +196,7 @@ def test_interval_bands_are_judged(write: Callable[..., Path]) -> None:
     inside = (low.astype(np.float32) <= REFERENCE) & (high.astype(np.float32) >= REFERENCE)
     assert result.overall["interval_coverage"].value == pytest.approx(inside.mean(), abs=1e-6)
     assert result.overall["interval_width_m"].value == pytest.approx((high - low).mean(), abs=1e-4)
-    assert "interval_coverage" in result.overall.by_height[0].scores
+    assert "interval_coverage" in result.overall.by_height["0-2"]
 
 
 def test_bands_of_pixels_are_not_judged_by_other_things(write: Callable[..., Path]) -> None:
@@ -211,10 +211,10 @@ def test_bands_of_pixels_are_not_judged_by_other_things(write: Callable[..., Pat
         (coarse, "max", "not of the max"),
     ):  # fmt: skip
         result = canopy.evaluate(path, reference, stat=stat, by=("height",), replicates=0, shift=False)
-        for scores in (result.overall, result.strata[0].scores):
+        for scores in (result.overall, *result.strata["height"].values()):
             for name in ("interval_coverage", "interval_width_m"):
                 assert scores[name].value is None and why in str(scores[name].note)
-            assert "interval_coverage" not in scores.by_height[0].scores
+            assert "interval_coverage" not in scores.by_height["0-2"]
     judged = canopy.evaluate(path, fine, replicates=0, shift=False).overall["interval_coverage"].value
     assert judged == pytest.approx((abs(map_m - REFERENCE) <= 1).mean(), abs=1e-3)
     # A map of 0.5 m against lidar of 1 m is what bands are calibrated on.
@@ -248,7 +248,7 @@ def test_slope_in_scaled_degrees(write: Callable[..., Path]) -> None:
     result = canopy.evaluate(
         write("m.tif", predicted()), write("r.tif", REFERENCE), slope=raw, replicates=0, shift=False
     )
-    assert [s.name for s in result.strata] == ["5-10 deg", "20-30 deg"]
+    assert list(result.strata["slope"]) == ["5-10 deg", "20-30 deg"]
 
 
 def test_strata_of_rasters_polygons_and_slope(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_strata_of_rasters_polygons_and_slope(write: Callable[..., Path], tmp_pa
         *paths, by=(f"class={write('c.tif', classes, nodata=255)}", f"zone={tmp_path / 'zones.gpkg'}:zone"),
         dem=write("dem.tif", dem), replicates=0, shift=False,
     )  # fmt: skip
-    parts = {(s.by, s.name): s.scores for s in result.strata}
+    parts = {(by, name): s for by, part in result.strata.items() for name, s in part.items()}
     error = np.abs(predicted() - REFERENCE)
     rows = np.arange(h)[:, None] + 0 * np.arange(w)
     masks = {("class", str(k)): classes == k for k in range(7)}
@@ -277,7 +277,7 @@ def test_strata_of_rasters_polygons_and_slope(write: Callable[..., Path], tmp_pa
     for key, mask in masks.items():
         assert parts[key]["mae_m"].value == pytest.approx(np.nanmean(error[mask]), rel=1e-6), key
         assert parts[key].n == np.isfinite(error[mask]).sum()
-    slopes = [s.name for s in result.strata if s.by == "slope"]
+    slopes = list(result.strata["slope"])
     assert slopes == ["0-5 deg", "5-10 deg", "10-20 deg"]  # 16.7 degrees, and what lies between
 
 
@@ -286,10 +286,10 @@ def test_several_references_are_pooled_and_named(write: Callable[..., Path]) -> 
     a, b = write("a.tif", REFERENCE[:, :150]), write("b.tif", REFERENCE[:, 150:], west=WEST + 150)
     result = canopy.evaluate(map_path, [a, b], by=("site",), replicates=0, shift=False)
     whole = canopy.evaluate(map_path, write("r.tif", REFERENCE), replicates=0, shift=False)
-    assert [s.name for s in result.strata] == ["a", "b"]
+    assert list(result.strata["site"]) == ["a", "b"]
     for name in ("n", "mae_m", "rmse_m", "r2", "cover_iou_2m"):
         assert result.overall[name].value == pytest.approx(whole.overall[name].value, rel=1e-9)
-    assert result.overall.n == sum(s.scores.n for s in result.strata)
+    assert result.overall.n == sum(s.n for s in result.strata["site"].values())
     assert set(result.blocks.site) == {"a", "b"}
 
 
