@@ -190,7 +190,8 @@ def _affine_through(nine: np.ndarray, steps: np.ndarray) -> Affine | None:
     found, *_ = np.linalg.lstsq(terms, nine.reshape(2, 9).T[:, ::-1])
     if np.abs(terms @ found - nine.reshape(2, 9).T[:, ::-1]).max() > POSITION_TOL_PX:
         return None
-    return Affine(*found[:, 0], *found[:, 1])
+    # Rounded to 5e-7 px over a cell: whole pixels stay whole, and take nothing of their neighbours.
+    return Affine(*np.round(found.T.ravel() * 2**29) / 2**29)
 
 
 def _means_under(
