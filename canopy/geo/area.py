@@ -37,7 +37,7 @@ from canopy.geo.crs import (
     utm_crs,
 )
 from canopy.geo.grid import Grid
-from canopy.geo.vector import read_polygons
+from canopy.geo.vector import read_zones
 
 WGS84 = "EPSG:4326"
 # Side of the square around a single point when nothing else is said: a square kilometre.
@@ -114,8 +114,8 @@ class AOI:
     @classmethod
     def from_file(cls, path: str | Path, layer: str | None = None) -> AOI:
         """Every polygon of a vector file (of one of its layers), united. Raises AreaError as `read_zones`."""
-        geometry, crs = read_polygons(path, layer)
-        return cls(geometry, crs)
+        _, crs, areas = read_zones(path, layer)
+        return cls(shapely.union_all([area for area in areas if area is not None]), crs)
 
     @classmethod
     def from_grid(cls, grid: Grid) -> AOI:
@@ -124,7 +124,7 @@ class AOI:
 
     @classmethod
     def _around(cls, lat: float, lon: float, size_m: float) -> AOI:
-        """A square of side `size_m` in the point's own UTM zone."""
+        """A square in the point's own UTM zone."""
         if not (math.isfinite(size_m) and size_m > 0):
             raise AreaError(f"size of {size_m:g} m", where="--size-m", expected="a number above 0")
         crs = utm_crs(lon, lat)
@@ -169,21 +169,17 @@ class AOI:
 
         The box is the CRS's own: a square in UTM keeps its size, though it is not square in degrees.
         """
+        west, south, east, north = self.geometry.bounds
         if self.crs.geographic:
             west, south, east, north = self.bounds_lonlat
             east += 360.0 if east < west else 0.0
-        else:
-            west, south, east, north = self.geometry.bounds
-        x, y = (west + east) / 2, (south + north) / 2
         # In pieces: the geodesic between two far points of a parallel is not the parallel.
-        steps, level = np.linspace(0, 1, 17), np.ones(17)
-        width = self._length_m(west + steps * (east - west), y * level)
-        return width, self._length_m(x * level, south + steps * (north - south))
-
-    def _length_m(self, x: np.ndarray, y: np.ndarray) -> float:
-        """Ground length of a line in the area's CRS."""
-        lon, lat = (x, y) if self.crs.geographic else transformer(self.crs, WGS84).transform(x, y)
-        return float(geod_of(to_crs(WGS84)).line_length(lon, lat))
+        x, y, steps = (west + east) / 2, (south + north) / 2, np.linspace(0, 1, 17)
+        across = west + steps * (east - west), np.full(17, y)
+        along = np.full(17, x), south + steps * (north - south)
+        geod, move = geod_of(to_crs(WGS84)), transformer(self.crs, WGS84).transform
+        width, height = (float(geod.line_length(*move(*line))) for line in (across, along))
+        return width, height
 
     def describe(self) -> str:
         """The echo before work, e.g. `23.65-23.55 S, 46.70-46.60 W, 10.2 x 11.1 km`."""

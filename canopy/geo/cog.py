@@ -207,35 +207,23 @@ class CogWriter:
         """Store values (bands, h, w) where valid, nodata elsewhere, at (row_off, col_off).
 
         `valid` is (h, w), or (bands, h, w) for bands that are missing in different places.
-        Windows lie inside the grid and do not overlap (closing fails if they did). For one thread.
+        Windows lie inside the grid and do not overlap (it fails where they do). For one thread.
         """
         if self._dataset is None:
             raise OutputError("the writer is closed", where=self.path)
         values, valid = np.asarray(values), np.asarray(valid, dtype=bool)
         h, w = valid.shape[-2:]
-        if values.shape != (len(self.bands), h, w) or valid.shape not in ((h, w), values.shape):
-            raise InputError(
-                f"values {values.shape} with valid {valid.shape}",
-                where=self.path,
-                expected=f"({len(self.bands)}, h, w) with (h, w)",
-            )
-        if not (0 <= row_off <= self.grid.height - h and 0 <= col_off <= self.grid.width - w):
-            raise InputError(
-                f"window of {w} x {h} px at row {row_off}, column {col_off} is outside the grid",
-                where=self.path,
-                expected=f"{self.grid.width} x {self.grid.height} px",
-            )
         if not np.isfinite(values[np.broadcast_to(valid, values.shape)]).all():
             raise OutputError(
                 f"valid pixels that are not finite near row {row_off}, column {col_off}", where=self.path
             )
         stored = self.encoding.encode(values, valid, self._scales)
-        self._sum += self._sum_of(stored)
         try:
             with raster_env():
                 self._dataset.write(stored, window=Window(col_off, row_off, w, h))
-        except (RasterioError, OSError) as error:
+        except (RasterioError, OSError, ValueError) as error:
             raise self._failure("cannot be written", error) from error
+        self._sum += self._sum_of(stored)
 
     # ---- after --------------------------------------------------------------------------------
     def close(self) -> None:

@@ -26,9 +26,12 @@ METRES_PER_DEGREE = 111_195.0
 
 
 @lru_cache(maxsize=256)
-def _parse(text: str) -> CRS:
-    # `EPSG:32610+5773` is known to pyproj alone.
-    return CRS(pyproj.CRS(text).to_wkt() if "+" in text[:20] else text)
+def _flat(text: str) -> CRS:
+    """The horizontal part of a CRS, by its EPSG code where it has one: files spell one CRS in many ways."""
+    found = pyproj.CRS(text).to_2d()
+    code = found.to_epsg()
+    named = CRS(f"EPSG:{code}") if code is not None else None
+    return named if named is not None and named.proj == found else CRS(found.to_wkt())
 
 
 def to_crs(value: Any) -> CRS:
@@ -38,32 +41,19 @@ def to_crs(value: Any) -> CRS:
     axes, gives its horizontal part: this is the one place where that happens, and no map is written with
     another. Raises InputError when there is none or it cannot be read.
     """
-    if isinstance(value, CRS) and not _has_heights(value):
-        return value
     if value is None or value == "":
         raise InputError("no coordinate reference system", remedy="name one with --crs, e.g. EPSG:32610")
     try:
         if isinstance(value, int):
-            crs = _parse(f"EPSG:{value}")
-        else:
-            crs = _parse(value.to_wkt() if hasattr(value, "to_wkt") else str(value))
-        if crs.proj.is_compound:
-            crs = _parse(crs.proj.sub_crs_list[0].to_wkt())
-        if _has_heights(crs):
-            crs = _parse(crs.proj.to_2d().to_wkt())
+            return _flat(f"EPSG:{value}")
+        # Of odc's own the text is at hand; making WKT, or a hash, of a CRS takes long.
+        plain = isinstance(value, CRS) or not hasattr(value, "to_wkt")
+        return _flat(str(value) if plain else value.to_wkt())
     except (CRSError, ValueError, TypeError) as error:
         raise InputError(
             f"unreadable coordinate reference system {str(value)[:80]!r}",
             expected="a code such as EPSG:32610, or WKT",
         ) from error
-    # An EPSG code is the shorter and the more equal name: files spell the same CRS in many ways.
-    epsg = crs.epsg
-    return _parse(f"EPSG:{epsg}") if epsg is not None and _parse(f"EPSG:{epsg}") == crs else crs
-
-
-@lru_cache(maxsize=256)
-def _has_heights(crs: CRS) -> bool:
-    return crs.proj.is_compound or ((crs.proj.is_projected or crs.geographic) and len(crs.proj.axis_info) > 2)
 
 
 def ground_crs(value: Any, where: object) -> CRS:
@@ -140,18 +130,9 @@ def _zone_of(lon: float) -> int:
 
 @lru_cache(maxsize=64)
 def utm_zone(crs: CRS) -> int | None:
-    """Zone number when a CRS is a UTM zone of any datum in metres (told by its numbers), else None."""
-    proj = crs.proj
-    operation = proj.coordinate_operation
-    if not proj.is_projected or operation is None or operation.method_name != "Transverse Mercator":
-        return None
-    if any(abs(axis.unit_conversion_factor - 1.0) > 1e-12 for axis in proj.axis_info[:2]):
-        return None
-    lat0, lon0, scale, east, north = (float(p.value) for p in list(operation.params)[:5])
-    zone = (lon0 + 183.0) / 6.0
-    if (lat0, scale, east) != (0.0, 0.9996, 500000.0) or north not in (0.0, 10_000_000.0):
-        return None
-    return int(zone) if zone == int(zone) and 1 <= zone <= 60 else None
+    """Zone number when a CRS is a UTM zone of any datum in metres, else None."""
+    zone = crs.proj.utm_zone if crs.proj.is_projected and metres_per_unit(crs) == 1 else None
+    return int(zone[:-1]) if zone else None
 
 
 def output_crs(area_lonlat: BaseGeometry, native_crs: Any | None = None) -> CRS:

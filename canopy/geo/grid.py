@@ -163,17 +163,24 @@ class Grid:
 
     def is_aligned(self, other: Grid) -> bool:
         """Whether both lie on one lattice: same CRS, pixel size and phase."""
-        return self.crs == other.crs and _aligned_offset(self, other) is not None
+        try:
+            self.offset_of(other)
+        except InputError:
+            return False
+        return True
 
     def offset_of(self, other: Grid) -> tuple[int, int]:
         """(row, col) of `other`'s upper-left pixel in this grid. Raises InputError if not aligned."""
-        offset = _aligned_offset(self, other) if self.crs == other.crs else None
-        if offset is None:
+        sizes = zip(self.pixel, other.pixel, strict=True)
+        row, col = self.rowcol(*other.xy(0, 0))
+        apart = max(abs(row - round(row)), abs(col - round(col)))
+        same_size = all(abs(ours - theirs) <= PIXEL_RTOL * ours for ours, theirs in sizes)
+        if not same_size or apart > PHASE_TOL_PX or self.crs != other.crs:
             raise InputError(
                 f"grids do not share a lattice: {other} against {self}",
                 expected="the same CRS, pixel size and phase",
             )
-        return offset
+        return round(row), round(col)
 
     # ---- derived grids ------------------------------------------------------------------------
     def window(self, row: int, col: int, height: int, width: int) -> Grid:
@@ -231,17 +238,6 @@ def _split_phase(position: float) -> tuple[int, float]:
     half-pixel phases are common in files and must not flip between neighbours on float noise."""
     whole = math.floor(position + 0.5078125)
     return whole, round(position - whole, 6) + 0.0
-
-
-def _aligned_offset(a: Grid, b: Grid) -> tuple[int, int] | None:
-    """Integer (row, col) of b's corner in a, or None when sizes or phases differ. CRS is not looked at."""
-    for size_a, size_b in zip(a.pixel, b.pixel, strict=True):
-        if abs(size_a - size_b) > PIXEL_RTOL * size_a:
-            return None
-    row, col = a.rowcol(*b.xy(0, 0))
-    if abs(row - round(row)) > PHASE_TOL_PX or abs(col - round(col)) > PHASE_TOL_PX:
-        return None
-    return round(row), round(col)
 
 
 # ---- cutting --------------------------------------------------------------------------------------

@@ -39,8 +39,6 @@ DRIVERS = ["GTiff", "JP2OpenJPEG", "PNG", "JPEG"]
 # A whole-country mosaic at 0.5 m has ~2e12 samples but comes as a VRT of files; one file with more
 # than 4e11 (632k square) is a mistake or an attack.
 MAX_SAMPLES = 4e11
-# One block is decoded at once: a header that declares a larger one would take the machine's memory.
-MAX_BLOCK_BYTES = 2**31
 # Process-wide cap of GDAL's block cache, in BYTES (an int below 100000 would mean almost no cache).
 # Small enough to be full on any raster worth the name: peak memory then is the same for all of them.
 CACHE_BYTES = 96 * 2**20
@@ -75,33 +73,37 @@ def open_raster(path: str | Path, *, georeferenced: bool = True) -> DatasetReade
 
     A VRT is a program for GDAL, which can name any file and any driver: it is opened only where it was asked
     for by name, never under another suffix, and not when a source of its is missing. Refused are also names
-    that GDAL would interpret (`/vsi...`, inline XML, `DRIVER:`) and absurd declared sizes: more than 4e11
-    samples, a block above 2 GiB, or a TIFF with more blocks than its bytes could index.
-    Raises ImageryError naming the file.
+    that GDAL would interpret (`/vsi...`, inline XML, `DRIVER:`) and files of more than 4e11 samples. Raises
+    ImageryError naming the file.
     """
-    name = gdal_name(path)
+    name, where = gdal_name(path), public_name(path)
     drivers = DRIVERS
     if name.lower().split("?", 1)[0].endswith(".vrt"):
         if is_url(path):
-            raise ImageryError("a remote VRT", where=public_name(path), remedy="download it first")
+            raise ImageryError("a remote VRT", where=where, remedy="download it first")
         _check_vrt(Path(name))
         drivers = ["VRT"]
     with raster_env(name), warnings.catch_warnings():
         # Without georeferencing nothing can be placed; that is said below in canopy's own words.
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         dataset = _open_as(name, drivers)
-        try:
-            _check_size(dataset, path)
-            if georeferenced and dataset.transform == Affine.identity():
-                raise ImageryError(
-                    "no georeferencing",
-                    where=public_name(path),
-                    expected="a geotransform (world file, GeoTIFF tags)",
-                    remedy="georeference the image first, e.g. with gdal_translate -a_ullr",
-                )
-        except ImageryError:
-            dataset.close()
-            raise
+        samples = dataset.width * dataset.height * dataset.count
+        placed = not georeferenced or dataset.transform != Affine.identity()
+    if not 0 < samples <= MAX_SAMPLES:
+        dataset.close()
+        raise ImageryError(
+            f"declares {dataset.width} x {dataset.height} px x {dataset.count} bands",
+            where=where,
+            expected=f"1 to {MAX_SAMPLES:.0e} samples",
+        )
+    if not placed:
+        dataset.close()
+        raise ImageryError(
+            "no georeferencing",
+            where=where,
+            expected="a geotransform (world file, GeoTIFF tags)",
+            remedy="georeference the image first, e.g. with gdal_translate -a_ullr",
+        )
     return dataset
 
 
@@ -116,15 +118,13 @@ def _check_vrt(path: Path) -> None:
         raise ImageryError("not a readable VRT", where=path, expected="GDAL's XML") from error
     for element in elements:
         text = (element.text or "").strip()
-        if element.tag not in ("SourceFilename", "SourceDataset") or not text:
-            continue
-        if is_url(text.removeprefix("/vsicurl/")):
+        if element.tag not in ("SourceFilename", "SourceDataset") or is_url(text.removeprefix("/vsicurl/")):
             continue
         try:
-            source = path.parent / check_name(text) if element.get("relativeToVRT") == "1" else Path(text)
             check_name(text)
         except ImageryError as error:
             raise ImageryError(f"the VRT refers to {error}", where=path) from error
+        source = path.parent / text if element.get("relativeToVRT") == "1" else Path(text)
         if not source.is_file():
             raise ImageryError(f"the VRT refers to {text}, which is not there", where=path)
         if source.suffix.lower() == ".vrt" and not source.samefile(path):
@@ -140,7 +140,7 @@ def _open_as(name: str, drivers: list[str]) -> DatasetReader:
         except (RasterioError, OSError, ValueError) as error:
             # Drivers that do not know the format all say so; one that does says what is wrong.
             if "not recognized as being in a supported" not in str(error):
-                reason = _reason(error)
+                reason = " ".join(str(error).split())[:160]
     raise ImageryError(
         f"not a readable raster ({reason})",
         where=public_name(name),
@@ -148,38 +148,7 @@ def _open_as(name: str, drivers: list[str]) -> DatasetReader:
     )
 
 
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 160 else f"{text[:157]}..."
-
-
-def _check_size(dataset: DatasetReader, path: str | Path) -> None:
-    """Refuse sizes that the file cannot honestly hold; see `open_raster`."""
-    where = public_name(path)
-    samples = dataset.width * dataset.height * dataset.count
-    if dataset.count < 1 or samples > MAX_SAMPLES:
-        raise ImageryError(
-            f"declares {dataset.width} x {dataset.height} px x {dataset.count} bands",
-            where=where,
-            expected=f"1 to {MAX_SAMPLES:.0e} samples",
-        )
-    block_h, block_w = dataset.block_shapes[0]
-    itemsize = 16 if "complex" in dataset.dtypes[0] else 8 if "64" in dataset.dtypes[0] else 4
-    if block_h * block_w * itemsize > MAX_BLOCK_BYTES:
-        raise ImageryError(
-            f"declares blocks of {block_w} x {block_h} px", where=where, expected="under 2 GiB"
-        )
-    if dataset.driver == "GTiff" and not is_url(path):
-        # Each block's place in the file takes at least four bytes of the file.
-        blocks = -(-dataset.height // block_h) * -(-dataset.width // block_w)
-        if 4 * blocks > max(Path(path).stat().st_size, 1 << 16):
-            raise ImageryError(
-                f"declares {blocks} blocks in {Path(path).stat().st_size} bytes",
-                where=where,
-                remedy="the file is damaged or forged; fetch it again",
-            )
-
-
+# ---- damage -----------------------------------------------------------------------------------
 _LOGGER = logging.getLogger("rasterio._err")
 _DAMAGE = ("JPEGLib", "Corrupt JPEG", "TIFFReadEncoded", "libjpeg:", "Read error at")
 _local = threading.local()
@@ -214,10 +183,6 @@ def gdal_complaints() -> Iterator[list[str]]:
 Decoder = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-class _DamagedImage(ImageryError):  # noqa: N818  (an ImageryError for everyone else)
-    """Damage that GDAL only mentioned in its log."""
-
-
 def read_window(
     ds: DatasetReader,
     grid: Grid,
@@ -250,9 +215,8 @@ def read_window(
     mark; Meta's inverted .tif.msk does not and is ignored), alpha above 0, nodata in ANY band (but see
     `colours`), and finiteness; for every type of pixel.
 
-    Raises ImageryError naming the file and the window when a block is truncated or damaged; an error
-    is never turned into nodata. Damage that GDAL passes over in silence (JPEG data) also closes `ds`.
-    Use one dataset handle per thread.
+    Raises ImageryError naming the file and the window when a block is truncated or damaged, and closes `ds`;
+    an error is never turned into nodata. Use one dataset handle per thread.
     """
     place = SourcePlace.of(ds, crs).in_turn_of(grid)
 
@@ -260,12 +224,15 @@ def read_window(
         values, valid = _read_native(ds, indexes, Window(col, row, width, height), nodata, colours)
         return decode(values, valid) if decode else (values, valid)
 
-    bands = len(indexes) if decode is None else _decoded_bands(ds, indexes, decode)
+    bands = len(indexes)
+    if decode is not None:  # what it makes of one pixel tells how many bands there will be
+        empty = np.zeros((bands, 1, 1), ds.dtypes[indexes[0] - 1])
+        bands = decode(empty, np.zeros((1, 1), bool))[0].shape[0]
     try:
         with raster_env(ds.name):
             return resample(place, grid, read, bands, resampling)
-    except _DamagedImage:
-        # The wrong pixels are in GDAL's block cache now, and a second read would not complain.
+    except ImageryError:
+        # Wrong pixels may be in GDAL's block cache now, and a second read would not complain.
         ds.close()
         raise
 
@@ -315,35 +282,24 @@ def _read_native(
     ds: DatasetReader, indexes: Sequence[int], window: Window, nodata: float | None, colours: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Values (b, h, w) in the file's dtype and valid (h, w) of a window inside the dataset."""
-    shape = (int(window.height), int(window.width))
     try:
         with gdal_complaints() as complaints:
             values = ds.read(list(indexes), window=window)
             valid = _mask_of(ds, indexes, window)
+        reason: object = complaints[0] if complaints else None
     except (RasterioError, OSError, MemoryError) as error:
-        raise _damaged(ds, window, error.__cause__ or error) from error
-    if complaints:
-        raise _damaged(ds, window, complaints[0], _DamagedImage)
-    if values.shape[1:] != shape:
+        reason = error.__cause__ or error
+    if reason is not None:
+        bottom, right = window.row_off + window.height, window.col_off + window.width
         raise ImageryError(
-            f"read {values.shape[2]} x {values.shape[1]} px instead of {shape[1]} x {shape[0]}",
+            f"unreadable pixels in rows {window.row_off}-{bottom}, columns {window.col_off}-{right} "
+            f"({' '.join(str(reason).split())[:160]})",
             where=public_name(ds.name),
+            remedy="the file is truncated or damaged; fetch it again",
         )
     if values.dtype.kind == "c":
         raise ImageryError("complex numbers", where=public_name(ds.name), expected="real bands")
     return values, valid & _is_data(ds, indexes, values, nodata, colours)
-
-
-def _damaged(
-    ds: DatasetReader, window: Window, reason: object, kind: type[ImageryError] = ImageryError
-) -> ImageryError:
-    bottom, right = window.row_off + window.height, window.col_off + window.width
-    return kind(
-        f"unreadable pixels in rows {window.row_off}-{bottom}, columns {window.col_off}-{right} "
-        f"({' '.join(str(reason).split())[:160]})",
-        where=public_name(ds.name),
-        remedy="the file is truncated or damaged; fetch it again",
-    )
 
 
 def _mask_of(ds: DatasetReader, indexes: Sequence[int], window: Window) -> np.ndarray:
@@ -373,16 +329,7 @@ def _is_data(
     if marked:
         # Bands without a mark cannot veto: a collar is where the marked ones agree.
         together = np.logical_and if colours and min(m for _, m in marked) >= 0 else np.logical_or
-        valid &= ~together.reduce([band == _as_dtype(m, values.dtype) for band, m in marked])
+        # A mark as the band stores it: -3.4e38 in a float32 file is not the float64 number.
+        stored = [(band, values.dtype.type(m) if is_float else m) for band, m in marked]
+        valid &= ~together.reduce([band == m for band, m in stored])
     return valid
-
-
-def _as_dtype(mark: float, dtype: np.dtype) -> Any:
-    """A nodata mark as the band stores it (-3.4e38 in a float32 file is not the float64 number)."""
-    return dtype.type(mark) if dtype.kind == "f" else mark
-
-
-def _decoded_bands(ds: DatasetReader, indexes: Sequence[int], decode: Decoder) -> int:
-    """How many bands `decode` makes, told from one empty pixel."""
-    dtype = ds.dtypes[indexes[0] - 1]
-    return decode(np.zeros((len(indexes), 1, 1), dtype), np.zeros((1, 1), bool))[0].shape[0]

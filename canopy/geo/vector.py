@@ -82,20 +82,17 @@ def read_vector(
 
 def _check_format(path: Path) -> None:
     """Refuse a file that is not what its name says, before any driver sees it."""
-    if path.is_dir() and path.suffix.lower() == ".gdb":
+    suffix = path.suffix.lower()
+    if path.is_dir() and suffix == ".gdb":
         return
     if not path.is_file():
         raise AreaError("no such file", where=path, expected="a vector file such as GeoJSON or GeoPackage")
     with open(path, "rb") as file:
-        first = file.read(1 << 16)
-    sign = _FIRST_BYTES.get(path.suffix.lower())
-    if sign is None or any(program in first for program in _PROGRAMS):
+        first = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
+    if suffix not in _FIRST_BYTES or any(program in first for program in _PROGRAMS):
         raise _unreadable(path, "another format")
-    if (
-        not first.removeprefix(b"\xef\xbb\xbf")
-        .lstrip(b" \t\r\n" if sign in (b"{", b"<") else b"")
-        .startswith(sign)
-    ):
+    sign = _FIRST_BYTES[suffix]
+    if not (first.lstrip() if sign in (b"{", b"<") else first).startswith(sign):
         raise _unreadable(path, f"not what its name says: {path.suffix}")
 
 
@@ -125,12 +122,6 @@ def _layer(path: Path, layer: str | None, polygons: bool) -> str:
 
 
 # ---- polygons -----------------------------------------------------------------------------------
-def read_polygons(path: str | Path, layer: str | None = None) -> tuple[Polygon | MultiPolygon, CRS]:
-    """Union of the polygons of a file and their CRS (x, y order); see `read_zones`."""
-    _, crs, areas = read_zones(path, layer)
-    return shapely.union_all([area for area in areas if area is not None]), crs
-
-
 def read_zones(
     path: str | Path | geopandas.GeoDataFrame, layer: str | None = None
 ) -> tuple[geopandas.GeoDataFrame, CRS, list[BaseGeometry | None]]:
@@ -153,9 +144,8 @@ def read_zones(
     crs = to_crs(frame.crs)
     areas: list[BaseGeometry | None] = []
     for shape in frame.geometry:
-        parts = [] if shape is None or shape.is_empty else _polygons(shape)
-        area = shapely.force_2d(shapely.union_all(parts)) if parts else None
-        areas.append(None if area is None else _in_degrees(area, crs, where))
+        parts = [] if shape is None else _polygons(shape)
+        areas.append(_in_degrees(shapely.force_2d(shapely.union_all(parts)), crs, where) if parts else None)
     if all(area is None for area in areas):
         kinds = sorted({g.geom_type for g in frame.geometry if g is not None})
         raise AreaError(f"only {', '.join(kinds)} in the file", where=where, expected="polygons with an area")

@@ -225,10 +225,8 @@ def test_windows_are_checked(tmp_path):
     ones, yes = np.ones((1, 5, 5), "float32"), np.ones((5, 5), bool)
     with CogWriter(tmp_path / "m.tif", grid_of(20, 20), HEIGHT) as writer:
         for row, col in ((-1, 0), (0, 16), (18, 0)):
-            with pytest.raises(InputError, match="outside"):
+            with pytest.raises(OutputError, match="cannot be written"):
                 writer.write(ones, yes, row, col)
-        with pytest.raises(InputError, match="values"):
-            writer.write(ones, yes[:4])
         with pytest.raises(OutputError, match="not finite"):
             writer.write(ones * np.nan, yes)
         writer.write(ones, yes, 3, 3)

@@ -147,7 +147,7 @@ def _forged_tiff(width: int, height: int, block: int) -> bytes:
     return struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, len(entries)) + body + bytes(100_000)
 
 
-@pytest.mark.parametrize(("side", "block"), [(2_000_000, 512), (600_000, 16), (500_000, 131_072)])
+@pytest.mark.parametrize(("side", "block"), [(2_000_000, 512)])
 def test_absurd_declared_sizes(tmp_path, side, block):
     path = tmp_path / "bomb.tif"
     path.write_bytes(_forged_tiff(side, side, block))
