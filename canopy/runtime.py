@@ -26,7 +26,8 @@ log = logging.getLogger("canopy")
 def setup_logging(quiet: bool = False, verbose: bool = False) -> None:
     """Send canopy's log to stderr: warnings only with `quiet`, everything with `verbose`.
 
-    stdout stays free for results and for the single object of `--json`.
+    stdout stays free for results and for the single object of `--json`. What libraries warn of is meant for
+    developers, and comes with `verbose` alone.
     """
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
     handler = logging.StreamHandler(sys.stderr)
@@ -34,6 +35,12 @@ def setup_logging(quiet: bool = False, verbose: bool = False) -> None:
     log.handlers[:] = [handler]
     log.setLevel(level)
     log.propagate = False
+    logging.captureWarnings(True)
+    warned = logging.getLogger("py.warnings")
+    warned.handlers[:] = [handler if verbose else logging.NullHandler()]
+    warned.propagate = False
+    if not verbose and not logging.root.handlers:
+        logging.root.addHandler(logging.NullHandler())  # or Python prints what has no handler
 
 
 def bundled_dir(name: str) -> Path:

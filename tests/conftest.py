@@ -51,6 +51,7 @@ def log_as_a_library() -> Iterator[None]:
     log.handlers.clear()
     log.setLevel(logging.NOTSET)
     log.propagate = True
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session", autouse=True)

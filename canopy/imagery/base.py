@@ -254,10 +254,10 @@ def contains(outer: AOI, inner: AOI) -> bool:
 
 def swapped_area(aoi: AOI) -> AOI | None:
     """The area that the same numbers mean in the other axis order, or None where that is nowhere."""
-    from shapely.ops import transform
+    import shapely
 
     geometry = aoi.to_crs("EPSG:4326").geometry
     west, south, east, north = geometry.bounds
     if max(abs(west), abs(east)) > 90 or max(abs(south), abs(north)) > 180:
         return None
-    return AOI(transform(lambda x, y: (y, x), geometry), to_crs("EPSG:4326"), aoi.is_box)
+    return AOI(shapely.transform(geometry, lambda xy: xy[:, ::-1]), to_crs("EPSG:4326"), aoi.is_box)

@@ -149,7 +149,7 @@ class SceneFacts:
     def frame(self) -> Polygon:
         """The image's edge in its own CRS."""
         h, w = self.place.height, self.place.width
-        return Polygon([self.place.transform * corner for corner in ((0, 0), (w, 0), (w, h), (0, h))])
+        return Polygon([self.place.transform @ corner for corner in ((0, 0), (w, 0), (w, h), (0, h))])
 
     def outline(self) -> Outline:
         """The image's edge in EPSG:4326, split at the antimeridian."""
@@ -161,7 +161,7 @@ class SceneFacts:
         place = self.place
         transform = place.transform
         side = abs(transform.determinant) ** 0.5
-        x, y = transform * (place.width / 2, place.height / 2)
+        x, y = transform @ (place.width / 2, place.height / 2)
         return Grid.of(place.crs, Affine(side, 0, x - side / 2, 0, -side, y + side / 2), (1, 1)).gsd_m
 
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
+import shapely
 from shapely.geometry import box, shape
-from shapely.ops import transform
 
 from canopy import download
 from canopy.errors import AreaError, FetchError, InputError
@@ -167,5 +167,5 @@ def _touches(name: str, feature: Mapping[str, Any], wish: Wish) -> bool:
     if not geometry:
         return True
     outline = shape(geometry)
-    swapped = transform(lambda x, y: (y, x), outline)
+    swapped = shapely.transform(outline, lambda xy: xy[:, ::-1])
     return bool(wish.area.lonlat.intersects(outline) or wish.area.lonlat.intersects(swapped))

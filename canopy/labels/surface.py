@@ -186,7 +186,8 @@ def _linear(xy: np.ndarray, z: np.ndarray, at: np.ndarray) -> np.ndarray:
         return np.full(len(at), np.nan)
     a, b, c = (xy[mesh.simplices[:, k]] for k in range(3))
     sides = [np.hypot(*(p - q).T) for p, q in ((a, b), (b, c), (c, a))]
-    area = np.abs(np.cross(b - a, c - a)) / 2
+    (ux, uy), (vx, vy) = (b - a).T, (c - a).T
+    area = np.abs(ux * vy - uy * vx) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         fit = sides[0] * sides[1] * sides[2] / (4 * area) <= MAX_CIRCUMRADIUS_M
     found = mesh.find_simplex(at)

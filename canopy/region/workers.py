@@ -88,6 +88,7 @@ def local_cluster(workers: int) -> Iterator[Client]:
         "distributed.scheduler.allowed-failures": 0,
         "distributed.scheduler.worker-saturation": 1.0,
         "distributed.worker.multiprocessing-method": "spawn",
+        "distributed.nanny.pre-spawn-environ.PYTHONWARNINGS": "ignore",  # of libraries, to developers
     }
     _hush()
     with (
