@@ -29,8 +29,7 @@ from canopy.evaluation.pixels import RasterPair
 from canopy.evaluation.report import render, wide_row, write_csv, write_results
 from canopy.evaluation.scores import Evaluation, Options
 from canopy.imagery.manifests import known_names
-from canopy.labels.catalog import known_labels, label_source
-from canopy.labels.names import read_name
+from canopy.labels.catalog import known_labels, label_source, read_name
 from canopy.runtime import NoProgress, Progress, log
 
 METRICS = (

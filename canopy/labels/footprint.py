@@ -131,7 +131,7 @@ def _pixel_places(grid: Grid, shots: pandas.DataFrame) -> tuple[np.ndarray, np.n
     x, y = x[seen], y[seen]
     rows, cols = np.full(len(lon), np.nan), np.full(len(lon), np.nan)
     scale = np.full((len(lon), 2), np.nan)
-    rows[seen], cols[seen] = grid.rowcol(x, y)  # type: ignore[arg-type, assignment]  # arrays too
+    rows[seen], cols[seen] = grid.rowcol(x, y)
     back, geod = transformer(grid.crs, "EPSG:4326"), geod_of(to_crs("EPSG:4326"))
     unit = 0.0 if grid.crs.geographic else metres_per_unit(grid.crs)
     for axis, side in enumerate(grid.pixel):

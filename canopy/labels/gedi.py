@@ -139,7 +139,7 @@ def shot_weights(beam_type: str | None, sensitivity: np.ndarray) -> np.ndarray:
 
 
 def check_rh(rh: str | Sequence[int]) -> tuple[int, ...]:
-    """Percents without repeats, of numbers or "95,98"; InputError when there is none, or one not in 0..100."""
+    """Percents of numbers or a text such as "95,98", without repeats. Raises InputError."""
     parts = [part for part in rh.replace(" ", ",").split(",") if part] if isinstance(rh, str) else rh
     try:
         percents = tuple(dict.fromkeys(int(part) for part in parts))
@@ -254,12 +254,13 @@ def extract_shots(
         if paths:
             once, matched[product] = _join(once, product, paths)
     write_shots(once.reset_index(drop=True), out)
-    for note in _notes_on(granules, matched, tally):
+    notes = list(_notes_on(granules, matched, tally))
+    for note in notes:
         log.warning(f"note: {note}")
     return {
         "out": str(out), "filter": filter, "rh": list(percents), "matched": matched,
         "shots": {name: value for name, value in vars(tally).items() if name != "extent"},
-        "granules": [granule.facts() for granule in granules],
+        "granules": [granule.facts() for granule in granules], "notes": notes, "summary": str(tally),
     }  # fmt: skip
 
 
@@ -347,8 +348,8 @@ def _join(shots: pandas.DataFrame, product: str, paths: Sequence[str | Path]) ->
             for beam in beams_of(file, path):
                 if beam.find(columns[0]) is None:
                     raise beam.lacks(columns[:1])
-                numbers = beam.read("shot_number", np.arange(beam.count))
-                rows = np.flatnonzero(np.isin(numbers, shots["shot_number"].to_numpy()))
+                numbers = beam.table(("shot_number",), np.arange(beam.count))["shot_number"]
+                rows = np.flatnonzero(numbers.isin(shots["shot_number"]))
                 table = beam.table(("shot_number", *columns), rows).assign(beam=beam.name)
                 found.append(typed(table, columns))
     values = pandas.concat(found).drop_duplicates(KEY)
