@@ -21,15 +21,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from canopy import __version__
-from canopy.config import Named, Settings, load_manifest
+from canopy.config import Named, Settings, load_manifest, manifest_names
 from canopy.errors import CanopyError, DataError, InputError
 from canopy.evaluation.evaluate import score_rasters
 from canopy.evaluation.maps import open_heights
 from canopy.evaluation.pixels import RasterPair
 from canopy.evaluation.report import render, wide_row, write_csv, write_results
 from canopy.evaluation.scores import Evaluation, Options
-from canopy.imagery.manifests import known_names
-from canopy.labels.catalog import known_labels, label_source, read_name
+from canopy.labels.catalog import known_labels, label_source
+from canopy.labels.names import read_name
 from canopy.runtime import NoProgress, Progress, log
 
 METRICS = (
@@ -173,7 +173,7 @@ class BenchmarkManifest(Named):
             if labels not in known_labels():
                 raise ValueError(f"reference: no label source {labels!r}")
             label_source(labels).product(self.reference.product)
-        if self.imagery is not None and self.imagery not in known_names():
+        if self.imagery is not None and self.imagery not in manifest_names("imagery"):
             raise ValueError(f"no imagery source {self.imagery!r}")
         return self
 

@@ -7,34 +7,33 @@ than the next.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import rasterio
-import rasterio.errors
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio.dtypes import in_dtype_range
 from rasterio.enums import ColorInterp
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from canopy.errors import ImageryError, InputError
-from canopy.files import RASTER_SUFFIXES, redact
+from canopy.files import redact
 from canopy.geo.crs import ground_crs
-from canopy.geo.reading import open_raster
 from canopy.imagery.base import COLOURS, ReadOptions
 from canopy.imagery.names import parse_range
 
-_BY_DESCRIPTION = {
+# How files write the colours, in lower case; colour interpretations have the first names.
+_NAMES = {
     "red": ("red", "r", "band_red", "red_band", "visible_red"),
     "green": ("green", "g", "band_green", "green_band", "visible_green"),
     "blue": ("blue", "b", "band_blue", "blue_band", "visible_blue"),
 }
 _UNSEEN = ("nir", "ir", "infrared", "near_infrared", "nearinfrared", "nir_band", "band_nir", "red_edge")
-_UNDECLARED = (ColorInterp.undefined, ColorInterp.gray)
 _LIKELY_WHITES = (1.0, 255.0, 1023.0, 2047.0, 4095.0, 10000.0, 16383.0, 65535.0)
 
 
@@ -80,11 +79,12 @@ def parse_bands(bands: str | Sequence[int] | None) -> tuple[int, int, int] | Non
 
 
 def plan_bands(
-    dataset: rasterio.DatasetReader,
+    dataset: DatasetReader,
     *,
     where: str,
     bands: str | Sequence[int] | None = None,
     scale: float | None = None,
+    single: bool = False,
 ) -> BandPlan:
     """Decide bands and radiometric scaling of an open raster.
 
@@ -93,57 +93,63 @@ def plan_bands(
         where: the file's name for messages.
         bands: band numbers of red, green and blue; overrides what the file declares.
         scale: pixel value that means white; required for everything but uint8.
+        single: the file is one colour of a set: its first band is meant.
 
     Raises:
         ImageryError: grey, ambiguous, or of a type that needs an explicit scale.
     """
+    if single:
+        return BandPlan((1,), None, None, _divisor(dataset, (1,), scale, where))
     wanted = parse_bands(bands)
     if wanted is None and dataset.count == 1 and dataset.colorinterp[0] == ColorInterp.palette:
         return _palette_plan(dataset, where)
-    indexes, alpha, notes = _choose(dataset, wanted, where)
-    if any(dataset.colorinterp[index - 1] == ColorInterp.palette for index in indexes):
+    alphas = [i for i, colour in enumerate(dataset.colorinterp, 1) if colour == ColorInterp.alpha]
+    alpha = alphas[0] if len(alphas) == 1 and dataset.count > 1 else None
+    notes: list[str] = []
+    if wanted is None:
+        wanted = declared_bands(dataset, where, notes)
+    elif max(wanted) > dataset.count:
+        raise InputError(
+            f"--bands {','.join(map(str, wanted))} asks for band {max(wanted)}",
+            where=where,
+            expected=f"numbers from 1 to {dataset.count}",
+        )
+    alpha = None if alpha in wanted else alpha
+    if any(dataset.colorinterp[index - 1] == ColorInterp.palette for index in wanted):
         raise ImageryError("a paletted band among several", where=where, remedy="expand the palette first")
-    divisor = _divisor(dataset, indexes, scale, where)
+    divisor = _divisor(dataset, wanted, scale, where)
     if alpha is not None:
         notes.append(f"{where}: band {alpha} is alpha: not used as colour; alpha 0 means no image")
-        if any(dataset.nodatavals[index - 1] is not None for index in indexes):
+        if any(dataset.nodatavals[index - 1] is not None for index in wanted):
             notes.append(f"{where}: both alpha and a nodata value: only pixels that both call valid are used")
-    return BandPlan(indexes, alpha, None, divisor, tuple(notes))
+    return BandPlan(wanted, alpha, None, divisor, tuple(notes))
 
 
-def plan_single(dataset: rasterio.DatasetReader, *, where: str, scale: float | None = None) -> BandPlan:
-    """Plan for a file that is one colour of a set: its first band. Raises as `plan_bands` does."""
-    return BandPlan((1,), None, None, _divisor(dataset, (1,), scale, where))
+def declared_bands(dataset: DatasetReader, where: str, notes: list[str]) -> tuple[int, int, int]:
+    """Numbers of red, green and blue by what the file declares; `notes` takes what to tell of the choice.
 
-
-def _choose(
-    dataset: rasterio.DatasetReader, wanted: tuple[int, int, int] | None, where: str
-) -> tuple[tuple[int, int, int], int | None, list[str]]:
-    colours = dataset.colorinterp
-    alphas = [index for index, colour in enumerate(colours, 1) if colour == ColorInterp.alpha]
-    alpha = alphas[0] if len(alphas) == 1 and dataset.count > 1 else None
-    if wanted is not None:
-        if max(wanted) > dataset.count:
-            raise InputError(
-                f"--bands {','.join(map(str, wanted))} asks for band {max(wanted)}",
-                where=where,
-                expected=f"numbers from 1 to {dataset.count}",
-            )
-        return wanted, alpha if alpha not in wanted else None, []
-    declared = _by_interpretation(colours)
-    described = _by_description(dataset.descriptions)
-    if declared and _denied(dataset.descriptions, declared):
+    Raises:
+        ImageryError: it declares nothing that can be relied on.
+    """
+    colours = [colour.name for colour in dataset.colorinterp]
+    labels = [text or colour for text, colour in zip(dataset.descriptions, colours, strict=True)]
+    names = [re.sub(r"[^a-z]+", "_", str(text or "").lower()).strip("_") for text in dataset.descriptions]
+    declared, described = find_rgb(colours), find_rgb(names)
+    if declared and any(
+        names[index - 1] in _UNSEEN or _colour_of(names[index - 1]) not in (None, colour)
+        for colour, index in zip(COLOURS, declared, strict=True)
+    ):
         # GDAL calls the first three bands of any uint8 file red, green and blue if nobody says otherwise.
         given = ",".join(map(str, described or declared))
         raise ImageryError(
             f"bands {', '.join(map(str, declared))} are red, green, blue by colour interpretation, "
-            f"but are described as {', '.join(_band_label(dataset, index) for index in declared)}",
+            f"but are described as {', '.join(labels[index - 1] for index in declared)}",
             where=where,
             remedy=f"say which are meant with --bands R,G,B, such as --bands {given}",
         )
     if declared or described:
-        return declared or described, alpha, []  # type: ignore[return-value]
-    usable = [index for index in range(1, dataset.count + 1) if index not in alphas]
+        return declared or described  # type: ignore[return-value]
+    usable = [i for i, colour in enumerate(dataset.colorinterp, 1) if colour != ColorInterp.alpha]
     if len(usable) < 3:
         raise ImageryError(
             f"{len(usable)} colour band{'' if len(usable) == 1 else 's'} (grey or single-channel)",
@@ -151,13 +157,13 @@ def _choose(
             expected="red, green and blue bands",
             remedy="give a colour image",
         )
-    undeclared = all(colours[index - 1] in _UNDECLARED for index in usable)
-    if len(usable) == 3 and undeclared:
-        note = (
+    undeclared = (ColorInterp.undefined, ColorInterp.gray)
+    if len(usable) == 3 and all(dataset.colorinterp[index - 1] in undeclared for index in usable):
+        notes.append(
             f"{where}: no colour interpretation: bands {usable} taken as red, green, blue (--bands to change)"
         )
-        return (usable[0], usable[1], usable[2]), alpha, [note]
-    listed = ", ".join(f"{index} {_band_label(dataset, index)}" for index in range(1, dataset.count + 1))
+        return usable[0], usable[1], usable[2]
+    listed = ", ".join(f"{index} {label}" for index, label in enumerate(labels, 1))
     raise ImageryError(
         f"cannot tell red, green and blue among {dataset.count} bands ({listed})",
         where=where,
@@ -166,52 +172,32 @@ def _choose(
     )
 
 
-def _by_interpretation(colours: Sequence[ColorInterp]) -> tuple[int, int, int] | None:
-    found = [[i for i, c in enumerate(colours, 1) if c == ColorInterp[name]] for name in COLOURS]
-    return (found[0][0], found[1][0], found[2][0]) if all(len(f) == 1 for f in found) else None
+def _colour_of(name: str) -> str | None:
+    return next((colour for colour, names in _NAMES.items() if name in names), None)
 
 
-def _names(descriptions: Sequence[str | None]) -> list[str]:
-    return [re.sub(r"[^a-z]+", "_", (text or "").strip().lower()).strip("_") for text in descriptions]
+def find_rgb(labels: Sequence[str]) -> tuple[int, int, int] | None:
+    """Band numbers of red, green and blue among lower-case labels; None unless each is there once."""
+    colours = [_colour_of(label) for label in labels]
+    if any(colours.count(colour) != 1 for colour in COLOURS):
+        return None
+    return colours.index("red") + 1, colours.index("green") + 1, colours.index("blue") + 1
 
 
-def _denied(descriptions: Sequence[str | None], declared: Sequence[int]) -> bool:
-    """Whether a band's description names another colour than the one that it is declared to be."""
-    names = _names(descriptions)
-    for colour, index in zip(COLOURS, declared, strict=True):
-        others = {name for other in COLOURS if other != colour for name in _BY_DESCRIPTION[other]}
-        if names[index - 1] in others | set(_UNSEEN):
-            return True
-    return False
-
-
-def _by_description(descriptions: Sequence[str | None]) -> tuple[int, int, int] | None:
-    names = _names(descriptions)
-    found = [[i for i, name in enumerate(names, 1) if name in _BY_DESCRIPTION[colour]] for colour in COLOURS]
-    return (found[0][0], found[1][0], found[2][0]) if all(len(f) == 1 for f in found) else None
-
-
-def _band_label(dataset: rasterio.DatasetReader, index: int) -> str:
-    return dataset.descriptions[index - 1] or dataset.colorinterp[index - 1].name
-
-
-def _palette_plan(dataset: rasterio.DatasetReader, where: str) -> BandPlan:
+def _palette_plan(dataset: DatasetReader, where: str) -> BandPlan:
     if dataset.dtypes[0] != "uint8":
         raise ImageryError(
             f"a {dataset.dtypes[0]} palette", where=where, expected="uint8", remedy="expand it to RGB first"
         )
     table = np.zeros((256, 4), np.uint8)
     for value, rgba in dataset.colormap(1).items():
-        if 0 <= value < 256:
-            table[value] = rgba
-    if (table[:, 0] == table[:, 1]).all() and (table[:, 1] == table[:, 2]).all():
+        table[value] = rgba
+    if (table[:, :3] == table[:, :1]).all():
         raise ImageryError("a palette of greys", where=where, expected="colour", remedy="give a colour image")
     return BandPlan((1,), None, table, 255.0, (f"{where}: palette expanded to RGB",))
 
 
-def _divisor(
-    dataset: rasterio.DatasetReader, indexes: tuple[int, ...], scale: float | None, where: str
-) -> float:
+def _divisor(dataset: DatasetReader, indexes: tuple[int, ...], scale: float | None, where: str) -> float:
     types = {dataset.dtypes[index - 1] for index in indexes}
     if len(types) > 1:
         raise ImageryError(
@@ -221,10 +207,6 @@ def _divisor(
     if "complex" in kind:
         raise ImageryError(f"{kind} pixels", where=where, expected="uint8 colour")
     if scale is not None:
-        if not (np.isfinite(scale) and scale > 0):
-            raise InputError(
-                f"--scale {scale}", where=where, expected="a positive number: the value of white"
-            )
         return float(scale)
     if kind == "uint8":
         return 255.0
@@ -240,7 +222,7 @@ def _divisor(
     )
 
 
-def sample_values(dataset: rasterio.DatasetReader, indexes: Sequence[int]) -> NDArray[np.float64]:
+def sample_values(dataset: DatasetReader, indexes: Sequence[int]) -> NDArray[np.float64]:
     """Finite, valid values of a bounded sample of the bands, (n,); for messages only."""
     side = 1024
     if dataset.overviews(indexes[0]) or max(dataset.shape) <= 2 * side:
@@ -259,16 +241,9 @@ _COLLAR_PROBE_PX = 16
 _DARK = 50  # no photograph's brightest pixel is so much darker than white
 
 
-def check_vrt_sources(dataset: DatasetReader, label: str) -> None:
-    """Open every file that a VRT refers to, once.
-
-    GDAL complains about a source that does not open at the first read in a process and gives zeros, valid
-    ones, from then on. A source that opens and is damaged inside raises every time.
-
-    Raises:
-        ImageryError: a source that does not open, or that lies on another host.
-    """
-    for name in dataset.files:
+def check_local(dataset: DatasetReader, label: str) -> None:
+    """Refuse a VRT of files on other hosts, where nothing would be tried again (ImageryError)."""
+    for name in dataset.files if dataset.driver == "VRT" else ():
         if name.startswith("/vsi"):
             raise ImageryError(
                 f"the VRT refers to {redact(name.removeprefix('/vsicurl/'))}",
@@ -276,16 +251,6 @@ def check_vrt_sources(dataset: DatasetReader, label: str) -> None:
                 expected="local files",
                 remedy="give the URLs themselves as images: they are then retried and checked",
             )
-        if name == dataset.name or Path(name).suffix.lower() not in RASTER_SUFFIXES:
-            continue
-        try:
-            with open_raster(name, georeferenced=False) as source:
-                if source.driver == "VRT":
-                    check_vrt_sources(source, label)
-        except ImageryError as error:
-            raise ImageryError(
-                f"the VRT refers to {name}, which is unusable: {error.what}", where=label, remedy=error.remedy
-            ) from error
 
 
 def check_georeference(dataset: DatasetReader, label: str) -> None:
@@ -310,88 +275,64 @@ def check_georeference(dataset: DatasetReader, label: str) -> None:
 
 def check_nodata(dataset: DatasetReader, plan: BandPlan, nodata: float | None, label: str) -> None:
     """Refuse a `--nodata` that no pixel can have, which would take nothing out (ImageryError)."""
-    kind = np.dtype(dataset.dtypes[plan.indexes[0] - 1])
-    if nodata is None or kind.kind not in "iu":
+    kind = dataset.dtypes[plan.indexes[0] - 1]
+    if nodata is None or np.dtype(kind).kind == "f":
         return
-    least, most = np.iinfo(kind).min, np.iinfo(kind).max
-    if not (least <= nodata <= most and float(nodata).is_integer()):
+    if not (in_dtype_range(nodata, kind) and float(nodata).is_integer()):
+        info = np.iinfo(kind)
         raise ImageryError(
             f"no pixel of {kind} can be {nodata:g}",
             where=label,
-            expected=f"--nodata with a whole number from {least} to {most}",
+            expected=f"--nodata with a whole number from {info.min} to {info.max}",
         )
 
 
-def pixel_notes(
-    dataset: DatasetReader, plan: BandPlan, label: str, nodata: float | None = None
-) -> list[str] | None:
+def pixel_notes(dataset: DatasetReader, plan: BandPlan, label: str, nodata: float | None) -> list[str]:
     """Warnings about a few pixels of an image; `nodata` is what the user declared in place of the file.
 
-    None when they cannot be read: the handle is then of no more use (see `Scene`), and a damaged block is
-    reported when it is read for its pixels.
+    Told of are pixels with a scale of their own, an image without colour or that is all black or white, and
+    a rim of one constant colour that nothing declares as missing.
     """
-    try:
-        return _radiometry_notes(dataset, plan, label) + _collar_notes(dataset, plan, label, nodata)
-    except rasterio.errors.RasterioError:
-        return None
+    notes, bands = [], list(plan.indexes)
+    if any((dataset.scales[i - 1], dataset.offsets[i - 1]) != (1.0, 0.0) for i in bands):
+        notes.append(
+            f"{label}: its scale and offset tags are not applied; white is counted in stored values "
+            "(gdal_translate -unscale applies them)"
+        )
+    if len(bands) == 3:
+        px = min(4 * _COLLAR_PROBE_PX, dataset.height, dataset.width)
+        row, col = ((extent - px) // 2 for extent in dataset.shape)
+        red, *others = dataset.read(bands, window=Window(col, row, px, px))
+        if red.min() < red.max() and all(np.array_equal(red, other) for other in others):
+            notes.append(GREY.format(label))
+    if dataset.dtypes[bands[0] - 1] != "uint8":
+        values, white = sample_values(dataset, bands), f"--scale {plan.divisor:g}"
+        if values.size and values.max() < plan.divisor / _DARK:
+            notes.append(f"{label}: all but black: no value above {values.max():g} where {white} is white")
+        elif values.size and np.median(values) >= plan.divisor:
+            notes.append(f"{label}: all but white: half of the values reach {white}")
+    return notes + _collar_notes(dataset, plan, label, nodata)
 
 
 def _collar_notes(dataset: DatasetReader, plan: BandPlan, label: str, nodata: float | None) -> list[str]:
-    """A warning when the image's rim is one constant colour that nothing declares as missing.
-
-    Looks at eight small windows (corners and middles of the edges); black or white in two of them is a
-    collar.
-    """
+    """Looks at eight small windows (corners and middles of the edges); black or white in two is a collar."""
     flags = dataset.mask_flag_enums[plan.indexes[0] - 1][0].name
     if plan.alpha is not None or plan.palette is not None or flags not in ("all_valid", "nodata"):
         return []
     missing = dataset.nodatavals[plan.indexes[0] - 1] if nodata is None else nodata
     px = min(_COLLAR_PROBE_PX, dataset.height, dataset.width)
     rows, cols = ([0, (extent - px) // 2, extent - px] for extent in dataset.shape)
-    found: list[float] = []
-    for i, row in enumerate(rows):
-        for j, col in enumerate(cols):
-            if (i, j) == (1, 1):
-                continue
-            values = dataset.read(list(plan.indexes), window=Window(col, row, px, px))
-            if values.min() == values.max() and values.flat[0] in {0, plan.divisor} - {missing}:
-                found.append(float(values.flat[0]))
-    for value in sorted(set(found)):
-        if found.count(value) >= 2:
-            return [
-                f"{label}: a constant border of {value:g} that is not marked as missing; "
-                f"if there is no image there, give --nodata {value:g}"
-            ]
-    return []
-
-
-def _radiometry_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str]:
-    """Warnings where pixels carry a scale of their own or no colour, and where all are black or white."""
-    notes = []
-    if any((dataset.scales[i - 1], dataset.offsets[i - 1]) != (1.0, 0.0) for i in plan.indexes):
-        notes.append(
-            f"{label}: its scale and offset tags are not applied; white is counted in stored values "
-            "(gdal_translate -unscale applies them)"
-        )
-    if len(plan.indexes) == 3 and _is_grey(dataset, plan):
-        notes.append(GREY.format(label))
-    if dataset.dtypes[plan.indexes[0] - 1] == "uint8":
-        return notes
-    values = sample_values(dataset, plan.indexes)
-    white = f"--scale {plan.divisor:g}"
-    if values.size and float(values.max()) < plan.divisor / _DARK:
-        notes.append(f"{label}: all but black: no value above {float(values.max()):g} where {white} is white")
-    elif values.size and float(np.median(values)) >= plan.divisor:
-        notes.append(f"{label}: all but white: half of the values reach {white}")
-    return notes
-
-
-def _is_grey(dataset: DatasetReader, plan: BandPlan) -> bool:
-    """Whether the middle of an image has structure and no colour."""
-    px = min(4 * _COLLAR_PROBE_PX, dataset.height, dataset.width)
-    row, col = ((extent - px) // 2 for extent in dataset.shape)
-    red, *others = dataset.read(list(plan.indexes), window=Window(col, row, px, px))
-    return bool(red.min() < red.max() and all(np.array_equal(red, other) for other in others))
+    found = Counter[float]()
+    for row, col in set(itertools.product(rows, cols)) - {(rows[1], cols[1])}:
+        values = dataset.read(list(plan.indexes), window=Window(col, row, px, px))
+        if values.min() == values.max() and values.flat[0] in {0, plan.divisor} - {missing}:
+            found[float(values.flat[0])] += 1
+    return [
+        f"{label}: a constant border of {value:g} that is not marked as missing; "
+        f"if there is no image there, give --nodata {value:g}"
+        for value, count in sorted(found.items())
+        if count >= 2
+    ][:1]
 
 
 def check_options(options: ReadOptions) -> None:

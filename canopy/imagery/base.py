@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from canopy.errors import AreaError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid
+from canopy.geo.place import SourcePlace
+from canopy.geo.warp import resample
 
 if TYPE_CHECKING:
     import xarray
@@ -38,12 +41,6 @@ class Imagery:
     valid: NDArray[np.bool_]
     date: NDArray[np.int32]
     grid: Grid
-
-    @classmethod
-    def empty(cls, grid: Grid) -> Imagery:
-        """No image anywhere on `grid`."""
-        shape = grid.shape
-        return cls(np.zeros((3, *shape), np.float32), np.zeros(shape, bool), np.zeros(shape, np.int32), grid)
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,6 @@ class ReadOptions:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-SWAP_HINT = "swapping latitude and longitude would find imagery: --bbox takes LAT,LON, --bounds takes W,S,E,N"
-
-
 class ImagerySource(ABC):
     """Images that can be read on any grid. Thread-safe: every thread has its own file handles.
 
@@ -88,8 +82,6 @@ class ImagerySource(ABC):
         native_grid: the grid of an image, or of tiles of one lattice, north up, maybe in degrees; or None.
         has_own_extent: True where `area()` is that of the images, whatever was asked for; not for searches
             and tiles.
-        dates: known acquisition days, ISO, sorted.
-        scene_ids: ids of the images, topmost first.
         notes: warnings to show to the user.
     """
 
@@ -106,18 +98,18 @@ class ImagerySource(ABC):
         return ()
 
     @property
-    @abstractmethod
     def scene_ids(self) -> tuple[str, ...]:
         """Ids of the images, topmost first."""
+        return (self.name,)
 
     @abstractmethod
     def area(self) -> AOI | None:
         """Outline of all images, or None where the source does not know."""
 
     def covers(self, aoi: AOI) -> bool:
-        """True when the area lies wholly inside the outline (or the outline is unknown)."""
+        """True when the area lies wholly inside the outline, to a millionth of a degree, or none is known."""
         outline = self.area()
-        return outline is None or contains(outline, aoi)
+        return outline is None or bool(outline.lonlat.buffer(1e-6).covers(aoi.lonlat))
 
     @abstractmethod
     def read(self, grid: Grid) -> Imagery:
@@ -169,7 +161,30 @@ class ImagerySource(ABC):
         Raises:
             InputError: a source without an area of its own, such as web tiles, and none given.
         """
-        return _as_array(self, grid or _grid_of(self, area, crs, gsd_m), chunk_px)
+        import dask.array
+        import rioxarray  # noqa: F401  (gives arrays their `.rio`)
+        import xarray
+
+        whole = grid or _grid_of(self, area, crs, gsd_m)
+
+        def chunk(block_info: Any) -> NDArray[np.float32]:
+            _, (top, bottom), (left, right) = block_info[None]["array-location"]
+            image = self.read(whole.window(top, left, bottom - top, right - left))
+            return np.where(image.valid, image.rgb, np.float32(np.nan))
+
+        (height, width), t = whole.shape, whole.transform
+        chunks = dask.array.core.normalize_chunks((3, chunk_px, chunk_px), (3, height, width))
+        meta = np.empty((0, 0, 0), np.float32)
+        lazy = dask.array.map_blocks(chunk, chunks=chunks, dtype=np.float32, meta=meta)
+        coords = {
+            "band": list(COLOURS),
+            "y": t.f + t.e * (np.arange(height) + 0.5),
+            "x": t.c + t.a * (np.arange(width) + 0.5),
+        }
+        attrs = {"long_name": "RGB, white = 1", "imagery": self.name, WHITE: 1.0}
+        array = xarray.DataArray(lazy, coords, ("band", "y", "x"), "rgb", attrs)
+        array = array.rio.write_crs(whole.crs.to_wkt()).rio.write_transform(t).rio.write_nodata(np.nan)
+        return array.assign_coords(valid=(("y", "x"), ~dask.array.isnan(lazy[0])))
 
 
 def _grid_of(source: ImagerySource, area: AOI | None, crs: Any | None, gsd_m: float | None) -> Grid:
@@ -187,43 +202,35 @@ def _grid_of(source: ImagerySource, area: AOI | None, crs: Any | None, gsd_m: fl
     return outline.grid(wanted, gsd_m or source.native_gsd_m)
 
 
-class _Window:
-    """What dask cuts chunks from: looks like an array, reads when it is indexed."""
-
-    dtype, ndim = np.dtype(np.float32), 3
-
-    def __init__(self, source: ImagerySource, grid: Grid) -> None:
-        self.source, self.grid, self.shape = source, grid, (3, *grid.shape)
-
-    def __getitem__(self, index: tuple[slice, slice, slice]) -> NDArray[np.float32]:
-        bands, rows, cols = (slice(*part.indices(size)) for part, size in zip(index, self.shape, strict=True))
-        window = self.grid.window(rows.start, cols.start, rows.stop - rows.start, cols.stop - cols.start)
-        image = self.source.read(window)
-        return np.where(image.valid, image.rgb, np.float32(np.nan))[bands]
-
-
-def _as_array(source: ImagerySource, grid: Grid, chunk_px: int) -> xarray.DataArray:
-    import dask.array
-    import rioxarray  # noqa: F401  (gives arrays their `.rio`)
-    import xarray
-
-    lazy = dask.array.from_array(
-        _Window(source, grid), chunks=(3, chunk_px, chunk_px), name=False, asarray=False, fancy=False,
-        meta=np.empty((0, 0, 0), np.float32),
-    )  # fmt: skip
-    (height, width), t = grid.shape, grid.transform
-    coords = {
-        "band": list(COLOURS),
-        "y": t.f + t.e * (np.arange(height) + 0.5),
-        "x": t.c + t.a * (np.arange(width) + 0.5),
-    }
-    attrs = {"long_name": "RGB, white = 1", "imagery": source.name, WHITE: 1.0}
-    array = xarray.DataArray(lazy, coords, ("band", "y", "x"), "rgb", attrs)
-    array = array.rio.write_crs(grid.crs.to_wkt()).rio.write_transform(t).rio.write_nodata(np.nan)
-    return array.assign_coords(valid=(("y", "x"), ~dask.array.isnan(lazy[0])))
-
-
 WHITE = "canopy_white"  # attribute of arrays: the value that means white, in place of `scale`
+
+Render = Callable[[Grid], tuple[np.ndarray, NDArray[np.bool_]]]
+"""`render(window)` -> pixels (3, height, width) and validity (height, width) of a window of a lattice."""
+
+
+def read_lattice(render: Render, lattice: Grid, grid: Grid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Pixels of a lattice on any grid: float32 (3, height, width) and validity (height, width).
+
+    Args:
+        render: gives the pixels of any window of the lattice; asked only for windows wholly inside it.
+        lattice: all there is; nothing outside is valid.
+        grid: where the pixels are wanted; 0 where not valid.
+    """
+
+    def read(row: int, col: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        return render(lattice.window(row, col, height, width))
+
+    return resample(SourcePlace.of_grid(lattice), grid, read, 3)
+
+
+def as_colour(values: NDArray[np.float32], valid: NDArray[np.bool_], white: float) -> NDArray[np.float32]:
+    """Stored values (3, h, w) -> 0..1, 0 where not valid; in place."""
+    # These pixels are nobody else's, and fresh memory costs more than the arithmetic.
+    np.divide(values, np.float32(white), out=values)
+    np.clip(values, 0.0, 1.0, out=values)
+    if not valid.all():
+        values[:, ~valid] = 0.0
+    return values
 
 
 def check_coverage(source: ImagerySource, aoi: AOI) -> None:
@@ -233,31 +240,22 @@ def check_coverage(source: ImagerySource, aoi: AOI) -> None:
         AreaError: nothing there; says so when swapping latitude and longitude would find imagery.
     """
     outline = source.area()
-    if outline is None or overlaps(outline, aoi):
+    if outline is None or outline.lonlat.intersects(aoi.lonlat):
         return
     swapped = swapped_area(aoi)
     remedy = f"the imagery covers {outline.describe()}"
-    if swapped is not None and overlaps(outline, swapped):
+    if swapped is not None and outline.lonlat.intersects(swapped.lonlat):
         remedy = SWAP_HINT
     raise AreaError(f"no imagery there ({aoi.describe()})", where=source.name, remedy=remedy)
 
 
-def overlaps(one: AOI, other: AOI) -> bool:
-    """True when two areas share some ground."""
-    return bool(one.to_crs("EPSG:4326").geometry.intersects(other.to_crs("EPSG:4326").geometry))
-
-
-def contains(outer: AOI, inner: AOI) -> bool:
-    """True when `inner` lies wholly inside `outer`, to within a millionth of a degree (0.1 m)."""
-    return bool(outer.to_crs("EPSG:4326").geometry.buffer(1e-6).covers(inner.to_crs("EPSG:4326").geometry))
+SWAP_HINT = "swapping latitude and longitude would find imagery: --bbox takes LAT,LON, --bounds takes W,S,E,N"
 
 
 def swapped_area(aoi: AOI) -> AOI | None:
     """The area that the same numbers mean in the other axis order, or None where that is nowhere."""
-    import shapely
-
-    geometry = aoi.to_crs("EPSG:4326").geometry
-    west, south, east, north = geometry.bounds
+    west, south, east, north = aoi.lonlat.bounds
     if max(abs(west), abs(east)) > 90 or max(abs(south), abs(north)) > 180:
         return None
-    return AOI(shapely.transform(geometry, lambda xy: xy[:, ::-1]), to_crs("EPSG:4326"), aoi.is_box)
+    swapped = shapely.transform(aoi.lonlat, lambda xy: xy[:, ::-1])
+    return AOI(swapped, to_crs("EPSG:4326"), aoi.is_box)

@@ -1,35 +1,172 @@
-"""Sources of the manifests, opened by name; among them the demo, a synthetic forest shown as aerial imagery.
+"""Sources of the manifests: one strict YAML file each in `data_manifests/imagery`, opened by name.
 
-The demo's scene, of seed 0, is laid on the UTM lattice so that a spot with a road, a river and a meadow comes
-to lie at the demo's point. Nothing is stored: every window is rendered when it is read.
+A manifest says what exists and under which terms; it never holds pixels, keys or signed URLs. One of them is
+the demo, a synthetic forest shown as aerial imagery: its scene, of seed 0, is laid on the UTM lattice so that
+a spot with a road, a river and a meadow comes to lie at the demo's point. Nothing of it is stored: every
+window is rendered when it is read.
 """
 
 from __future__ import annotations
 
+import os
+import string
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import shapely
 from affine import Affine
 from numpy.typing import NDArray
 from odc.geo import CRS
+from pydantic import AfterValidator, Field, model_validator
+from shapely.geometry import MultiPolygon, Polygon, box
+from shapely.geometry.base import BaseGeometry
 
-from canopy.errors import ImageryError, refuse_options
+from canopy.config import Named, load_manifest, manifest_names
+from canopy.errors import ImageryError, InputError, refuse_options
+from canopy.files import is_url, list_directory
 from canopy.geo.area import AOI
-from canopy.geo.crs import to_crs, transformer, utm_crs
+from canopy.geo.crs import transformer, utm_crs
 from canopy.geo.grid import Grid
-from canopy.imagery.base import Imagery, ImagerySource, ReadOptions
-from canopy.imagery.files import read_lattice
-from canopy.imagery.manifests import ImageryManifest, named_source
+from canopy.imagery.base import Imagery, ImagerySource, ReadOptions, read_lattice
 from canopy.imagery.names import days_since_epoch
 from canopy.synth.forest import SceneSpec, SynthTile
 from canopy.synth.render import render
 
+
+def coverage_geometry(value: Any) -> BaseGeometry:
+    """A coverage entry as a shapely geometry in EPSG:4326.
+
+    Raises:
+        ValueError: it is none of a box, a list of boxes or WKT.
+    """
+    if isinstance(value, str):
+        try:
+            return shapely.from_wkt(value)
+        except shapely.errors.ShapelyError as error:
+            raise ValueError(f"coverage is not WKT: {error}") from None
+    boxes = [value] if value and not isinstance(value[0], (list, tuple)) else value
+    if any(west >= east or south >= north for west, south, east, north in boxes):
+        raise ValueError("coverage box is not [west, south, east, north]")
+    return shapely.union_all([box(*bounds) for bounds in boxes])
+
+
+def _an_area(value: Any) -> Any:
+    geometry = coverage_geometry(value)
+    if geometry.is_empty or not geometry.is_valid or not isinstance(geometry, (Polygon, MultiPolygon)):
+        raise ValueError("coverage is not a valid area")
+    west, south, east, north = geometry.bounds
+    if west < -180 or east > 180 or south < -90 or north > 90:
+        raise ValueError("coverage is outside -180..180, -90..90 (west, south, east, north)")
+    return value
+
+
+Box = tuple[float, float, float, float]
+Coverage = Annotated[str | Box | list[Box], AfterValidator(_an_area)]
+"""Where a source has something, in EPSG:4326: [west, south, east, north], a list of such boxes, or WKT."""
+
+
 UINT8_WHITE = 255.0
 
 
+class ImageryManifest(Named):
+    """One named source.
+
+    Attributes:
+        name: what `--imagery` takes; the file's stem.
+        title: one line for lists.
+        kind: file, dir, stac (an API or a static catalog), xyz (web tiles) or demo (the synthetic scene).
+        href: path, URL or tile template; `${VARIABLE}` is taken from the environment when the source is
+            opened.
+        collection: STAC collection to search.
+        assets: STAC asset keys in order of preference; empty: found by common name.
+        signing: who signs the URLs just before they are read.
+        bands: numbers of red, green and blue, counted from 1; None: as the files declare.
+        scale: pixel value that means white.
+        gsd_m: ground sample distance of the imagery, metres.
+        licence, attribution: the terms; shown with results.
+        dates: first and last acquisition, `2010/2023`.
+        coverage: where it has imagery; see `Coverage`.
+        notes: what a user should know.
+        rank: order among sources that cover an area, 1 = first choice; None: never chosen by itself.
+        tile_px, min_zoom, max_zoom: layout of web tiles.
+        absent_statuses: HTTP statuses by which the tile server says "no imagery here".
+        placeholder_sha256: digests of tiles that mean "no imagery here".
+    """
+
+    title: str
+    kind: Literal["file", "dir", "stac", "xyz", "demo"]
+    href: str = ""
+    collection: str | None = None
+    assets: tuple[str, ...] = ()
+    signing: Literal["planetary-computer"] | None = None
+    bands: tuple[int, int, int] | None = None
+    scale: float = Field(default=UINT8_WHITE, gt=0)
+    gsd_m: float = Field(gt=0)
+    licence: str
+    attribution: str
+    dates: str
+    coverage: Coverage
+    notes: str = ""
+    rank: int | None = Field(default=None, ge=1)
+    tile_px: int = Field(default=256, gt=0)
+    min_zoom: int = Field(default=0, ge=0, le=24)
+    max_zoom: int = Field(default=19, ge=0, le=24)
+    absent_statuses: tuple[int, ...] = ()
+    placeholder_sha256: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _kind_has_what_it_needs(self) -> ImageryManifest:
+        if self.kind != "demo" and not self.href:
+            raise ValueError(f"kind {self.kind} needs href")
+        if self.kind == "demo" and self.rank is not None:
+            raise ValueError("the demo is never chosen by itself: it has no rank")
+        return self
+
+    @property
+    def geometry(self) -> BaseGeometry:
+        """Where the source has imagery, EPSG:4326 (a simplified outline, slightly generous)."""
+        return coverage_geometry(self.coverage)
+
+    def location(self) -> str:
+        """`href` with `${VARIABLE}` filled from the environment.
+
+        Raises:
+            InputError: a variable is not set.
+        """
+        try:
+            return string.Template(self.href).substitute(os.environ)
+        except KeyError as error:
+            raise InputError(
+                f"the source {self.name!r} reads from the place named by ${error.args[0]}, which is not set",
+                remedy=f"set {error.args[0]} to the directory or address of the images",
+            ) from None
+
+
+def named_source(name: str) -> ImageryManifest:
+    """The manifest of a source.
+
+    Raises:
+        InputError: no such source; names the nearest one and lists all. ConfigError: its file is wrong.
+    """
+    what = "file, directory or named source"
+    return load_manifest(ImageryManifest, "imagery", name, what, besides="a path, a URL, or ")
+
+
+def all_sources() -> list[ImageryManifest]:
+    """Every source, sorted by name."""
+    return [named_source(name) for name in manifest_names("imagery")]
+
+
+def best_source(area: AOI) -> ImageryManifest | None:
+    """The best-ranked real source whose coverage holds the whole area (never the demo), or None."""
+    fitting = [m for m in all_sources() if m.rank is not None and m.geometry.covers(area.lonlat)]
+    return min(fitting, key=lambda m: (m.rank, m.gsd_m, m.name), default=None)
+
+
+# ---- opening ---------------------------------------------------------------------------------
 def open_named(name: str, area: AOI | None, options: ReadOptions) -> ImagerySource:
     """Open a source of `data_manifests/imagery`.
 
@@ -39,69 +176,48 @@ def open_named(name: str, area: AOI | None, options: ReadOptions) -> ImagerySour
         InputError: no such source; the message names the nearest one and lists all.
     """
     manifest = named_source(name)
-    source = _open(manifest, area, _with_declared(options, manifest))
+    source = _open(manifest, area, options)
     source.notes.append(f"{manifest.name}: {manifest.attribution}, {manifest.licence}")
     return source
-
-
-def _with_declared(options: ReadOptions, manifest: ImageryManifest) -> ReadOptions:
-    """Fill what the user left open from the manifest."""
-    if manifest.kind in ("demo", "xyz"):
-        return options
-    # White = 255 is what uint8 means anyway; leaving it out keeps a uint16 file from passing unnoticed.
-    declared = None if manifest.scale == UINT8_WHITE else manifest.scale
-    return replace(
-        options,
-        bands=options.bands if options.bands is not None else manifest.bands,
-        scale=options.scale if options.scale is not None else declared,
-    )
 
 
 def _open(manifest: ImageryManifest, area: AOI | None, options: ReadOptions) -> ImagerySource:
     if manifest.kind == "demo":
         refuse_options(
             {
-                "--bands": options.bands, "--scale": options.scale, "--input-crs": options.crs,
-                "--nodata": options.nodata, "--datetime": options.datetime,
+                "--bands": options.bands, "--nodata": options.nodata, "--scale": options.scale,
+                "--input-crs": options.crs, "--datetime": options.datetime,
             },
-            where=manifest.name, because="the demo is a scene of its own, drawn in RGB for one day",
+            where="demo", because="the demo is a scene of its own, drawn in RGB for one day",
         )  # fmt: skip
         return DemoSource()
+    location = manifest.location()
     if manifest.kind == "xyz":
-        return _open_tiles(manifest, area, options)
-    if manifest.kind == "stac":
-        from canopy.imagery.stac import StacQuery, open_stac
+        from canopy.imagery.xyz import DEFAULT_GSD_M, TileService, open_tiles
 
-        query = StacQuery(
-            manifest.location(), manifest.name, manifest.collection, manifest.assets, manifest.signing
+        layout = manifest.model_dump(
+            include={"name", "tile_px", "min_zoom", "max_zoom", "absent_statuses", "placeholder_sha256"}
         )
-        return open_stac(query, area, options, gsd_m=manifest.gsd_m)
-    return _open_local(manifest, options)
-
-
-def _open_tiles(manifest: ImageryManifest, area: AOI | None, options: ReadOptions) -> ImagerySource:
-    from canopy.imagery.xyz import DEFAULT_GSD_M, TileService, TileSource
-
-    service = TileService(
-        manifest.location(),
-        manifest.name,
-        tile_px=manifest.tile_px,
-        min_zoom=manifest.min_zoom,
-        max_zoom=manifest.max_zoom,
-        absent_statuses=manifest.absent_statuses,
-        placeholder_sha256=manifest.placeholder_sha256,
-        outline=AOI(manifest.geometry, to_crs("EPSG:4326")),
+        service = TileService(template=location, outline=manifest.geometry.wkt, **layout)
+        # Finer than the imagery itself there is nothing to fetch.
+        gsd_m = max(options.gsd_m or DEFAULT_GSD_M, manifest.gsd_m)
+        return open_tiles(service, replace(options, gsd_m=gsd_m), area)
+    # White = 255 is what uint8 means anyway; leaving it out keeps a uint16 file from passing unnoticed.
+    scale = None if manifest.scale == UINT8_WHITE else manifest.scale
+    options = replace(
+        options,
+        bands=manifest.bands if options.bands is None else options.bands,
+        scale=scale if options.scale is None else options.scale,
     )
-    # Finer than the imagery itself there is nothing to fetch.
-    wanted = replace(options, gsd_m=max(options.gsd_m or DEFAULT_GSD_M, manifest.gsd_m))
-    return TileSource(service, wanted, area=area)
+    if manifest.kind == "stac":
+        from canopy.imagery.stac import open_stac
 
-
-def _open_local(manifest: ImageryManifest, options: ReadOptions) -> ImagerySource:
-    from canopy.files import is_url, list_directory
+        return open_stac(
+            location, area, options, name=manifest.name, collection=manifest.collection,
+            assets=manifest.assets, signing=manifest.signing, gsd_m=manifest.gsd_m,
+        )  # fmt: skip
     from canopy.imagery.files import open_files
 
-    location = manifest.location()
     if manifest.kind == "file" and (is_url(location) or Path(location).is_file()):
         return open_files([location], options, name=manifest.name)
     if manifest.kind == "dir" and Path(location).is_dir():
@@ -112,32 +228,38 @@ def _open_local(manifest: ImageryManifest, options: ReadOptions) -> ImagerySourc
     )
 
 
+# ---- the demo --------------------------------------------------------------------------------
 LATITUDE, LONGITUDE = 44.083, -71.296
 SPOT_XY = (600.0, 440.0)  # of the scene's plane, metres
 SIDE_M = 2048.0
-GSD_M = 0.5
 DAY = date(2024, 7, 15)
 
 
 class DemoSource(ImagerySource):
-    """An `ImagerySource` over the synthetic scene, a square of 2048 m."""
+    """A square of the synthetic forest, by default the demo's of 2048 m.
+
+    Scenes of one seed and pixel size show the same trees at the same places, whatever their extent.
+
+    Attributes:
+        spec: what stands there.
+        origin_xy: world coordinates of the scene plane's origin.
+    """
 
     name = "demo"
-    native_gsd_m = GSD_M
     native_grid: Grid
 
-    def __init__(self, spec: SceneSpec | None = None) -> None:
-        """Show the scene of `spec` (default: seed 0) at the demo's place."""
-        self.spec = replace(spec or SceneSpec(), gsd_m=GSD_M)
+    def __init__(self, spec: SceneSpec | None = None, size_m: float = SIDE_M) -> None:
+        """Lay `size_m` (in whole pixels) of a scene round the demo's point, in its UTM zone."""
+        self.spec = spec or SceneSpec()
         self.native_crs: CRS = utm_crs(LONGITUDE, LATITUDE)
         x, y = transformer("EPSG:4326", self.native_crs).transform(LONGITUDE, LATITUDE)
-        centre = (float(round(x)), float(round(y)))
-        # World coordinates of the scene plane's origin.
-        self.origin_xy = (centre[0] - SPOT_XY[0], centre[1] - SPOT_XY[1])
-        side_px = round(SIDE_M / GSD_M)
-        west, north = centre[0] - SIDE_M / 2, centre[1] + SIDE_M / 2
-        corner = Affine(GSD_M, 0, west, 0, -GSD_M, north)
-        self.native_grid = Grid.of(self.native_crs, corner, (side_px, side_px))
+        self.origin_xy = round(x) - SPOT_XY[0], round(y) - SPOT_XY[1]
+        gsd = self.native_gsd_m = self.spec.gsd_m
+        side = max(round(size_m / gsd), 1)
+        # Whole pixels from the plane's origin, which is the lattice that `render` paints on.
+        col, row = round(SPOT_XY[0] / gsd) - side // 2, round(SPOT_XY[1] / gsd) + side // 2
+        corner = Affine(gsd, 0, self.origin_xy[0] + col * gsd, 0, -gsd, self.origin_xy[1] + row * gsd)
+        self.native_grid = Grid.of(self.native_crs, corner, (side, side))
         self.notes = ["demo: a synthetic scene, not a real place"]
 
     @property
@@ -160,24 +282,25 @@ class DemoSource(ImagerySource):
 
     def read(self, grid: Grid) -> Imagery:
         """Pixels on `grid`, rendered at 0.5 m and resampled if the grid is another one."""
-        values, valid = read_lattice(self._render, self.native_grid, grid)
-        rgb = np.clip(values / np.float32(255.0), 0.0, 1.0)
-        day = np.where(valid, np.int32(days_since_epoch(DAY)), np.int32(0))
-        return Imagery(rgb, valid, day, grid)
+
+        def picture(window: Grid) -> tuple[np.ndarray, NDArray[np.bool_]]:
+            return self.tile(window).rgb, np.ones(window.shape, bool)
+
+        values, valid = read_lattice(picture, self.native_grid, grid)
+        rgb = np.clip(values / np.float32(UINT8_WHITE), 0.0, 1.0)
+        return Imagery(rgb, valid, np.where(valid, np.int32(days_since_epoch(DAY)), np.int32(0)), grid)
 
     def truth(self, grid: Grid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Exact canopy height on `grid`, metres (height, width), and validity; averaged on coarser grids."""
 
         def heights(window: Grid) -> tuple[np.ndarray, NDArray[np.bool_]]:
-            chm = self._tile(window).chm
-            return np.broadcast_to(chm, (3, *chm.shape)), np.ones(window.shape, bool)
+            return np.stack([self.tile(window).chm] * 3), np.ones(window.shape, bool)
 
         values, valid = read_lattice(heights, self.native_grid, grid)
         return values[0], valid
 
-    def _render(self, window: Grid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        return self._tile(window).rgb, np.ones(window.shape, bool)
-
-    def _tile(self, window: Grid) -> SynthTile:
-        x, y = window.xy(0, 0)
+    def tile(self, window: Grid) -> SynthTile:
+        """Picture and truth of a window of the scene's lattice (InputError for another grid)."""
+        row, col = self.native_grid.offset_of(window)
+        x, y = self.native_grid.xy(row, col)
         return render(self.spec, x - self.origin_xy[0], y - self.origin_xy[1], *window.shape)

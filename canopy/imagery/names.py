@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from datetime import date
 from pathlib import PurePosixPath
 
-UNKNOWN = 0
 _EPOCH = date(1970, 1, 1)
 _EARLIEST, _LATEST = 1930, 2100
 
@@ -24,7 +23,7 @@ _ACQUISITION_TAGS = (
     "IMAGE_DATE",
     "DATE_ACQUIRED",
 )
-_LAST_RESORT_TAG = "TIFFTAG_DATETIME"
+_LAST_RESORT_TAGS = ("TIFFTAG_DATETIME",)
 
 _NAIP_NAME = re.compile(
     r"^m_\d{7}_[ns][ew]_\d{1,2}_(?:\d+_)?(?P<date>\d{8})(?:_\d{8})?(?:\D|$)", re.IGNORECASE
@@ -41,7 +40,7 @@ def days_since_epoch(day: date | None) -> int:
     >>> days_since_epoch(date(1970, 1, 2))
     1
     """
-    return UNKNOWN if day is None else (day - _EPOCH).days
+    return 0 if day is None else (day - _EPOCH).days
 
 
 def parse_day(text: str) -> date | None:
@@ -54,14 +53,6 @@ def parse_day(text: str) -> date | None:
     except ValueError:
         return None
     return day if _EARLIEST <= day.year <= _LATEST else None
-
-
-def date_from_tags(tags: Mapping[str, str], *, last_resort: bool = False) -> date | None:
-    """Acquisition day in a raster's metadata tags, or None."""
-    by_name = {key.upper(): value for key, value in tags.items()}
-    names = (_LAST_RESORT_TAG,) if last_resort else _ACQUISITION_TAGS
-    days = (parse_day(by_name[name]) for name in names if name in by_name)
-    return next((day for day in days if day), None)
 
 
 def date_from_name(name: str) -> date | None:
@@ -86,7 +77,12 @@ def date_from_name(name: str) -> date | None:
 
 def acquisition_date(tags: Mapping[str, str], name: str) -> date | None:
     """Best known acquisition day of an image file: acquisition tags, then the name, then TIFFTAG_DATETIME."""
-    return date_from_tags(tags) or date_from_name(name) or date_from_tags(tags, last_resort=True)
+    by_name = {key.upper(): value for key, value in tags.items()}
+
+    def tagged(names: tuple[str, ...]) -> date | None:
+        return next((day for tag in names if (day := parse_day(by_name.get(tag, "")))), None)
+
+    return tagged(_ACQUISITION_TAGS) or date_from_name(name) or tagged(_LAST_RESORT_TAGS)
 
 
 def parse_range(text: str | None) -> tuple[date | None, date | None]:
@@ -106,6 +102,14 @@ def parse_range(text: str | None) -> tuple[date | None, date | None]:
     return bounds
 
 
+def is_within(day: date | None, interval: str | None) -> bool:
+    """Whether a day lies in an interval (see `parse_range`); an unknown day only where none is asked."""
+    first, last = parse_range(interval)
+    if first is None and last is None:
+        return True
+    return day is not None and (first or date.min) <= day <= (last or date.max)
+
+
 def _edge(text: str, *, end: bool) -> date | None:
     text = text.strip()
     if text in ("", ".."):
@@ -113,10 +117,5 @@ def _edge(text: str, *, end: bool) -> date | None:
     match = re.fullmatch(r"(\d{4})(?:-(\d{2}))?(?:-(\d{2})(?:[T ].*)?)?", text)
     if not match:
         raise ValueError(f"{text!r} is not a date like 2021, 2021-07 or 2021-07-04")
-    year, month, day = (int(part) if part else None for part in match.groups())
-    assert year is not None  # the pattern requires it
-    if day is not None and month is not None:
-        return date(year, month, day)
-    if not end:
-        return date(year, month or 1, 1)
-    return date(year, month or 12, monthrange(year, month or 12)[1])
+    year, month, day = int(match[1]), int(match[2] or (12 if end else 1)), match[3]
+    return date(year, month, int(day) if day else monthrange(year, month)[1] if end else 1)

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from canopy import download
 from canopy.errors import ImageryError, InputError
 from canopy.files import (
     RASTER_SUFFIXES,
@@ -24,7 +23,7 @@ from canopy.files import (
     redact,
 )
 from canopy.geo.area import AOI
-from canopy.imagery.base import ImagerySource, ReadOptions
+from canopy.imagery.base import WHITE, ImagerySource, ReadOptions
 
 if TYPE_CHECKING:
     import xarray
@@ -67,9 +66,7 @@ def open_imagery(
     """
     options = ReadOptions(bands, nodata, crs, scale, datetime, gsd_m, fallback_crs)
     if hasattr(source, "dims"):
-        from canopy.imagery.arrays import open_array
-
-        return open_array(source, options)
+        return _open_array(source, area, options)
     items = [str(source)] if isinstance(source, (str, Path)) else [str(item) for item in source]
     if not items or not all(item.strip() for item in items):
         raise InputError("no image was given", expected="a file, a URL or the name of a source")
@@ -78,7 +75,14 @@ def open_imagery(
             check_name(item, InputError)
     if len(items) == 1:
         return _open_one(items[0], area, options, may_be_name=not isinstance(source, Path))
-    return _open_several(items, options)
+    from canopy.imagery.files import open_files
+
+    for item in items:
+        if not is_url(item) and not Path(item).is_file():
+            raise _not_found(
+                item, "when several images are given, each must be a file or the URL of an image"
+            )
+    return open_files(items, options, name=f"{redact(items[0])} and {len(items) - 1} more")
 
 
 def open_pinned(pin: Mapping[str, Any], *, area: AOI | None = None) -> ImagerySource:
@@ -91,76 +95,158 @@ def open_pinned(pin: Mapping[str, Any], *, area: AOI | None = None) -> ImagerySo
     Raises:
         AreaError: none of the scenes touches the area.
     """
-    if pin["kind"] == "scenes":
-        from canopy.imagery.files import Mosaic
-
-        return Mosaic.from_pin(pin, area)
     if pin["kind"] == "tiles":
         from canopy.imagery.xyz import TileSource
 
         return TileSource.from_pin(pin)
-    from canopy.imagery.named import DemoSource
+    if pin["kind"] == "demo":
+        from canopy.imagery.named import DemoSource
 
-    return DemoSource()
+        return DemoSource()
+    from canopy.imagery.files import Mosaic
 
+    sign = None
+    if pin["signing"]:
+        from canopy.imagery.stac import signer
 
-def _open_several(items: list[str], options: ReadOptions) -> ImagerySource:
-    from canopy.imagery.files import open_files
-
-    for item in items:
-        if not is_url(item) and not Path(item).is_file():
-            raise _not_found(
-                item, "when several images are given, each must be a file or the URL of an image"
-            )
-    return open_files(items, options, name=f"{redact(items[0])} and {len(items) - 1} more")
+        sign = signer(pin["signing"])
+    return Mosaic.from_pin(pin, area, sign)
 
 
 def _open_one(item: str, area: AOI | None, options: ReadOptions, *, may_be_name: bool) -> ImagerySource:
     path = Path(item)
-    bare = may_be_name and not path.suffix and len(path.parts) == 1
-    if bare and not path.is_file():
+    if may_be_name and not path.suffix and len(path.parts) == 1 and not path.is_file():
         # Before directories: `make demo` leaves a folder called demo, and --imagery demo means the source.
-        from canopy.imagery.manifests import known_names
+        from canopy.config import manifest_names
         from canopy.imagery.named import open_named
 
-        if item in known_names() or not path.exists():
+        if item in manifest_names("imagery") or not path.exists():
             return open_named(item, area, options)
     if is_template(item):
-        from canopy.imagery.xyz import TileService, TileSource
+        from canopy.imagery.xyz import TileService, open_tiles
 
-        return TileSource(TileService(item, redact(item)), options, area=area)
-    if path.is_dir() and not is_url(item):
-        return _open_directory(path, area, options)
+        return open_tiles(TileService(template=item, name=redact(item)), options, area)
+    hrefs, catalog = [item], None
     if is_url(item):
+        from canopy.download import first_bytes
+
         suffix = Path(item.split("?")[0]).suffix.lower()
-        catalog = suffix not in RASTER_SUFFIXES and not looks_like_raster(download.first_bytes(item))
-    elif path.is_file():
-        catalog = path.suffix.lower() in (".json", ".geojson")
-    else:
+        if suffix not in RASTER_SUFFIXES and not looks_like_raster(first_bytes(item)):
+            catalog = item
+    elif path.is_dir():
+        indexes = [path / "catalog.json", path / "collection.json"]
+        catalog = next((str(index) for index in indexes if index.is_file()), None)
+        hrefs = [] if catalog else [str(image) for image in list_directory(path)]
+    elif not path.is_file():
         raise _not_found(item, "check the path; a source of the manifests is given by its bare name")
+    elif path.suffix.lower() in (".json", ".geojson"):
+        catalog = item
     if catalog:
-        return _open_catalog(item, area, options)
+        from canopy.imagery.stac import open_stac
+
+        return open_stac(catalog, area, options, name=redact(catalog))
     from canopy.imagery.files import open_files
 
-    return open_files([item], options, name=redact(item) if is_url(item) else item)
-
-
-def _open_catalog(href: str, area: AOI | None, options: ReadOptions) -> ImagerySource:
-    from canopy.imagery.stac import StacQuery, open_stac
-
-    return open_stac(StacQuery(href, redact(href) if is_url(href) else href), area, options)
-
-
-def _open_directory(folder: Path, area: AOI | None, options: ReadOptions) -> ImagerySource:
-    for index in ("catalog.json", "collection.json"):
-        if (folder / index).is_file():
-            return _open_catalog(str(folder / index), area, options)
-    from canopy.imagery.files import open_files
-
-    return open_files(
-        [str(path) for path in list_directory(folder)], options, name=str(folder), newest_first=True
-    )
+    return open_files(hrefs, options, name=redact(item), newest_first=path.is_dir())
 
 
 def _not_found(item: str, remedy: str) -> InputError:
     return ImageryError("no such file or directory", where=item, remedy=remedy)
+
+
+# ---- arrays ----------------------------------------------------------------------------------
+_EXPECTED = "a DataArray (band, y, x) with a CRS, as rioxarray.open_rasterio gives it"
+_CLIP_PX = 512  # of a lazy array, so much more than the area is computed
+
+
+def _open_array(array: Any, area: AOI | None, options: ReadOptions) -> ImagerySource:
+    """A DataArray by the rules of files: it is written to one (chunk by chunk) that goes with the source.
+
+    Raises:
+        ImageryError: no CRS, no even coordinates, or no bands that are red, green and blue.
+    """
+    import shutil
+    import tempfile
+    import threading
+    import weakref
+    from dataclasses import replace
+
+    import rioxarray  # noqa: F401  (gives arrays their `.rio`)
+
+    from canopy.imagery.files import open_files
+    from canopy.imagery.names import acquisition_date
+
+    name = str(array.encoding.get("source") or array.attrs.get("imagery") or "DataArray")
+    bands = _checked(array, name, options)
+    if area is not None and bands.chunks is not None:
+        bands = _clipped(bands, area.to_crs(options.crs or bands.rio.crs or options.fallback_crs))
+    white = bands.attrs.get(WHITE)
+    if bands.dtype.kind == "f":
+        # uint8 that was made float to hold NaN is still white at 255; NaN stays what is missing.
+        stored = bands.encoding.get("rasterio_dtype") or bands.encoding.get("dtype")
+        white = 255.0 if str(stored) == "uint8" else white
+        own = bands.rio.nodata
+        bands = bands.drop_encoding().astype("float32")
+        bands = bands.rio.write_nodata(float("nan") if own is None else own)
+    if options.scale is None:
+        options = replace(options, scale=white)
+    day = acquisition_date({key: str(value) for key, value in bands.attrs.items()}, name)
+    if not isinstance(bands.attrs.get("long_name"), (tuple, list)) and bands.dims[0] in bands.coords:
+        bands = bands.assign_attrs(long_name=[str(label) for label in bands[bands.dims[0]].values])
+    folder = tempfile.mkdtemp(prefix="canopy-")
+    try:
+        path = f"{folder}/array.tif"
+        bands.rio.to_raster(
+            path, tiled=True, blockxsize=256, blockysize=256, bigtiff="IF_SAFER", lock=threading.Lock(),
+            photometric="RGB" if len(bands) == 3 else "MINISBLACK", alpha="NO",
+            tags={"ACQUISITION_DATE": day.isoformat()} if day else {},
+        )  # fmt: skip
+        source = open_files([path], options, name=name, label=name)
+    except (TypeError, ValueError, OSError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ImageryError(f"not an image ({error})", where=name, expected=_EXPECTED) from None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
+    return source
+
+
+def _checked(array: Any, name: str, options: ReadOptions) -> xarray.DataArray:
+    """The array as (band, y, x) with even coordinates."""
+    import numpy as np
+
+    try:
+        x, y = array.rio.x_dim, array.rio.y_dim
+        others = [dim for dim in array.dims if dim not in (x, y)]
+    except Exception as error:  # rioxarray has no common root of its errors
+        raise ImageryError(f"no x and y dimensions ({error})", where=name, expected=_EXPECTED) from None
+    if type(array).__name__ != "DataArray" or len(others) > 1:
+        found = f"a {type(array).__name__} with dimensions {', '.join(map(str, array.dims))}"
+        raise ImageryError(found, where=name, expected=_EXPECTED)
+    if not (options.crs or array.rio.crs or options.fallback_crs):
+        raise ImageryError(
+            "no coordinate reference system",
+            where=name,
+            expected=_EXPECTED,
+            remedy='set it with array.rio.write_crs("EPSG:32610")',
+        )
+    for axis in (x, y):
+        if axis not in array.coords:
+            raise ImageryError("no x and y coordinates", where=name, expected=_EXPECTED)
+        steps = np.diff(array[axis].values.astype(float))
+        if not steps.size or abs(steps - steps.mean()).max() > 0.01 * abs(steps.mean()):
+            raise ImageryError(f"uneven {axis} coordinates", where=name, expected="a regular grid of pixels")
+    bands = array if others else array.expand_dims("band")
+    return bands.transpose(*(others or ["band"]), y, x)
+
+
+def _clipped(bands: xarray.DataArray, area: AOI) -> xarray.DataArray:
+    """What of an array lies round an area; all of it where none does."""
+    from rioxarray.exceptions import NoDataInBounds
+
+    more = _CLIP_PX * max(abs(side) for side in bands.rio.resolution())
+    try:
+        return bands.rio.clip_box(*area.geometry.buffer(more).bounds)
+    except NoDataInBounds:
+        return bands

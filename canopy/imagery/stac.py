@@ -9,9 +9,12 @@ the map.
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,12 +30,12 @@ from canopy import download
 from canopy.errors import AreaError, FetchError, ImageryError, InputError, MissingDependencyError
 from canopy.files import host_of, is_url, redact
 from canopy.geo.area import AOI
-from canopy.imagery.bands import check_options
+from canopy.imagery.bands import check_options, find_rgb
 from canopy.imagery.base import COLOURS, SWAP_HINT, ReadOptions, swapped_area
-from canopy.imagery.files import Mosaic, SceneRecord, pin_of
-from canopy.imagery.names import parse_day, parse_range
-from canopy.imagery.scene import Handles
-from canopy.imagery.signing import signing_of
+from canopy.imagery.files import Mosaic
+from canopy.imagery.names import is_within, parse_day
+from canopy.imagery.scene import Handles, Scene, SceneRecord
+from canopy.runtime import log
 
 USUAL_KEYS = ("visual", "image", "rgb", "RGB", "ortho", "orthophoto", "true-color", "TCI")
 _RASTER_TYPES = ("image/tiff", "image/vnd.stac.geotiff", "image/jp2", "image/jpeg", "image/png")
@@ -41,7 +44,6 @@ _NOT_DATA_ROLES = {"thumbnail", "overview", "metadata", "mask", "data-mask"}
 MAX_DOCUMENTS = 20_000
 MAX_ITEMS = 2000
 _LEAST_NEW_AREA_DEG2 = 1e-10  # about one square metre
-_TRUNCATED_TRIES = 3
 _ABSENT = (403, 404, 410)
 
 
@@ -50,30 +52,10 @@ class TooManyItemsError(InputError):
 
 
 @dataclass(frozen=True)
-class StacQuery:
-    """Where to look.
-
-    Attributes:
-        href: STAC API root, static catalog, collection or item; URL or path.
-        name: for messages.
-        collection: limits an API search.
-        assets: asset keys to take first, whatever their roles.
-        signing: `planetary-computer`, or None.
-    """
-
-    href: str
-    name: str
-    collection: str | None = None
-    assets: tuple[str, ...] = ()
-    signing: str | None = None
-
-
-@dataclass(frozen=True)
-class _Found:
-    """An item with what the mosaic's order needs."""
+class Found:
+    """An item with what the mosaic's order needs beside its record."""
 
     record: SceneRecord
-    outline: Polygon | MultiPolygon
     cloud: float | None
     gsd_m: float | None
 
@@ -85,138 +67,126 @@ class _Found:
 
 
 def open_stac(
-    query: StacQuery, area: AOI | None, options: ReadOptions, *, gsd_m: float | None = None
+    href: str,
+    area: AOI | None,
+    options: ReadOptions,
+    *,
+    name: str,
+    collection: str | None = None,
+    assets: Sequence[str] = (),
+    signing: str | None = None,
+    gsd_m: float | None = None,
 ) -> Mosaic:
     """Find the items for an area and dates, and open them as a mosaic.
 
     Args:
-        query: where to look.
+        href: STAC API root, static catalog, collection or item; URL or path.
         area: what will be read; an API search requires it.
         options: how to read; `datetime` limits the search.
+        name: for messages.
+        collection: limits an API search.
+        assets: asset keys to take first, whatever their roles.
+        signing: `planetary-computer`, or None: as the address tells.
         gsd_m: ground sample distance to state when neither items nor files do.
 
     Raises:
         AreaError: no item in the area; ImageryError: no item has colour; FetchError: the host.
     """
     check_options(options)
-    found, notes = _find(query, area, options)
+    items, notes = _find(href, collection, area, options.datetime)
+    found = [item for item in (found_of(item, assets) for item in items) if _fits(item, area, options)]
     if not found:
-        raise _nothing(query, area, options, notes)
-    records = in_order(found, area)
-    signing, handles = query.signing or signing_of(query.href), Handles()
-    layers = [record.layer(options, handles, signing) for record in records]
+        place = f" ({area.describe()})" if area else ""
+        when = f" of {options.datetime}" if options.datetime else ""
+        remedy = "; ".join(notes) or None
+        swapped = swapped_area(area) if area else None
+        if swapped is not None and any(
+            _fits(found_of(item, assets), swapped, options)
+            for item in _find(href, collection, swapped, options.datetime)[0]
+        ):
+            remedy = SWAP_HINT
+        raise AreaError(f"no imagery{when} there{place}", where=name, remedy=remedy)
+    colourless = [item.record.scene_id for item in found if not item.record.assets]
+    if len(colourless) == len(found):
+        raise ImageryError(
+            f"item {colourless[0]!r} has no colour asset",
+            where=name,
+            expected="an asset `visual`, `image` or `rgb`, or three with the common names red, green, blue",
+        )
+    if colourless:
+        notes.append(
+            f"{len(colourless)} of {len(found)} items have no colour asset and are left out, "
+            f"such as {colourless[0]}"
+        )
+        found = [item for item in found if item.record.assets]
+    signing, handles = signing or signing_of(href), Handles()
+    layers = [Scene(record, options, handles, signer(signing)) for record in in_order(found, area)]
     first = layers[0].facts
     stated = [item.gsd_m for item in found if item.gsd_m]
     return Mosaic(
         layers,
-        name=query.name,
+        name=name,
         native_crs=first.place.crs,
-        native_gsd_m=min(stated) if stated else gsd_m or first.gsd_m,
+        native_gsd_m=min(stated) if stated else gsd_m or first.place.gsd_m,
         notes=[*notes, *first.notes, *layers[0].pixel_notes()],
         has_own_extent=False,
-        hidden=[number for number, record in enumerate(records) if record.hidden],
         handles=handles,
-        pin=pin_of(records, options, signing),
+        options=options,
+        signing=signing,
     )
 
 
-def in_order(found: Sequence[_Found], area: AOI | None) -> list[SceneRecord]:
+def _fits(item: Found, area: AOI | None, options: ReadOptions) -> bool:
+    outline = item.record.outline
+    there = area is None or (outline is not None and outline.intersects(area.lonlat))
+    return there and is_within(item.record.day, options.datetime)
+
+
+def in_order(found: Sequence[Found], area: AOI | None) -> list[SceneRecord]:
     """Records in mosaic order; hidden ones are those that, in the area, lie under the outlines above them."""
-    wanted = area.lonlat if area else None
+    wanted = area.lonlat if area else box(-180, -90, 180, 90)
     covered: BaseGeometry = Polygon()
     records: list[SceneRecord] = []
     for item in sorted(found, key=lambda item: item.order):
-        seen = item.outline.intersection(wanted) if wanted is not None else item.outline
+        seen = shapely.intersection(item.record.outline, wanted)
         hidden = bool(records) and seen.difference(covered).area <= _LEAST_NEW_AREA_DEG2
-        records.append(replace(item.record, hidden=hidden))
+        records.append(item.record.model_copy(update={"hidden": hidden}))
         covered = covered if hidden else shapely.union(covered, seen)
     return records
 
 
-def _nothing(query: StacQuery, area: AOI | None, options: ReadOptions, notes: Sequence[str]) -> AreaError:
-    place = f" ({area.describe()})" if area else ""
-    when = f" of {options.datetime}" if options.datetime else ""
-    remedy = "; ".join(notes) or None
-    swapped = swapped_area(area) if area else None
-    if swapped is not None and _find(query, swapped, options)[0]:
-        remedy = SWAP_HINT
-    return AreaError(f"no imagery{when} there{place}", where=query.name, remedy=remedy)
-
-
 # ---- finding ---------------------------------------------------------------------------------
-def _find(query: StacQuery, area: AOI | None, options: ReadOptions) -> tuple[list[_Found], list[str]]:
-    """Items with colour in the area and the interval of dates, and notes about what was left out."""
-    root, missing = _read_if_there(query.href), list[str]()
+def _find(
+    href: str, collection: str | None, area: AOI | None, datetime: str | None
+) -> tuple[list[pystac.Item], list[str]]:
+    """Items that may touch the area, and notes about what is missing."""
+    root = _read_if_there(href)
     if root is None:
-        raise ImageryError("no such catalog", where=redact(query.href), remedy="check the address")
+        raise ImageryError("no such catalog", where=redact(href), remedy="check the address")
     links = {str(link.get("rel")): str(link.get("href", "")) for link in root.get("links", [])}
     if "search" in links:
-        items = search(query.href, query.collection, area, options)
-    elif root.get("type") == "Collection" and "items" in links and "root" in links:
+        return search(href, collection, area, datetime), []
+    if root.get("type") == "Collection" and "items" in links and "root" in links:
         # A collection inside an API: search it from the API's root.
-        items = search(resolve(links["root"], query.href), str(root.get("id")), area, options)
-    else:
-        items = list(walk(query.href, root, area.lonlat if area else None, missing))
-    first, last = parse_range(options.datetime)
-    found = []
-    for item in items:
-        one = found_of(item, query.assets)
-        day = one.record.day
-        if area is not None and not one.outline.intersects(area.lonlat):
-            continue
-        if (first or last) and not (day and (first or date.min) <= day <= (last or date.max)):
-            continue
-        found.append(one)
-    colourless = [item.record.scene_id for item in found if not item.record.assets]
-    if colourless and len(colourless) == len(found):
-        raise ImageryError(
-            f"item {colourless[0]!r} has no colour asset",
-            where=query.name,
-            expected="an asset `visual`, `image` or `rgb`, or three with the common names red, green, blue",
-        )
-    notes = []
-    if missing:
-        notes.append(f"{len(missing)} documents of the catalog are missing, such as {redact(missing[0])}")
-    if colourless:
-        example = f"such as {colourless[0]}"
-        notes.append(
-            f"{len(colourless)} of {len(found)} items have no colour asset and are left out, {example}"
-        )
-    return [item for item in found if item.record.assets], notes
+        return search(resolve(links["root"], href), str(root.get("id")), area, datetime), []
+    missing = list[str]()
+    items = list(walk(href, root, area.lonlat if area else None, missing))
+    if not missing:
+        return items, []
+    return items, [f"{len(missing)} documents of the catalog are missing, such as {redact(missing[0])}"]
 
 
-def search(href: str, collection: str | None, area: AOI | None, options: ReadOptions) -> list[pystac.Item]:
+def search(href: str, collection: str | None, area: AOI | None, datetime: str | None) -> list[pystac.Item]:
     """Items of a STAC API in an area and time.
 
     Raises:
-        InputError: no area, or more than MAX_ITEMS items; FetchError: the host, or fewer items than it says
-            it has.
+        InputError: no area, or more than MAX_ITEMS items; FetchError: the host;
+        MissingDependencyError: pystac-client is not installed.
     """
     if area is None:
         raise InputError(
             "a STAC API is searched by area", where=redact(href), remedy="give --bbox, --bounds or --aoi"
         )
-    for _ in range(_TRUNCATED_TRIES):
-        documents, promised = _search_once(href, collection, area, options)
-        if len(documents) > MAX_ITEMS:
-            raise TooManyItemsError(
-                f"more than {MAX_ITEMS} items there",
-                where=redact(href),
-                remedy="limit the dates with --datetime",
-            )
-        if len(documents) >= promised:
-            return [_item(document, href) for document in documents]
-    raise FetchError(
-        f"{host_of(href)} says it has {promised} items there and gives {len(documents)}",
-        where=redact(href),
-        remedy="try again later",
-    )
-
-
-def _search_once(
-    href: str, collection: str | None, area: AOI, options: ReadOptions
-) -> tuple[list[dict[str, Any]], int]:
-    """Items as JSON, and how many the host says there are."""
     try:
         from pystac_client import Client
         from pystac_client.exceptions import APIError
@@ -229,7 +199,7 @@ def _search_once(
             where=redact(href),
             remedy="install it: pip install 'canopy-height[stac]'",
         ) from None
-    rules, host = download.policy(), host_of(href)
+    rules = download.policy()
     retry = Retry(
         total=rules.attempts - 1,
         backoff_factor=rules.first_wait_s,
@@ -239,25 +209,27 @@ def _search_once(
     )
     io = StacApiIO(max_retries=retry, timeout=rules.timeout_s)
     io.session.trust_env = not download.local_proxy_options(href)
-    documents, promised = list[dict[str, Any]](), 0
     try:
         found = Client.open(href, stac_io=io).search(
             bbox=area.bounds_lonlat,
             collections=[collection] if collection else None,
-            datetime=options.datetime,
+            datetime=datetime,
             max_items=MAX_ITEMS + 1,
         )
-        for page in found.pages_as_dicts():
-            documents += page["features"]
-            total = page.get("numberMatched") or (page.get("context") or {}).get("matched")
-            promised = total if isinstance(total, int) else promised
+        items = list(found.items())
     except (APIError, RequestException) as error:
-        shown = redact(error)[:200]
-        raise FetchError(f"{host} did not answer the search ({shown})", where=redact(href)) from None
+        said = f"{host_of(href)} did not answer the search ({redact(error)[:200]})"
+        raise FetchError(said, where=redact(href)) from None
     except (KeyError, TypeError, ValueError, AttributeError, pystac.STACError) as error:
-        shown = redact(error)[:200]
-        raise ImageryError(f"{host} answers no valid STAC ({shown})", where=redact(href)) from None
-    return documents, promised
+        said = f"{host_of(href)} answers no valid STAC ({redact(error)[:200]})"
+        raise ImageryError(said, where=redact(href)) from None
+    if len(items) > MAX_ITEMS:
+        raise TooManyItemsError(
+            f"more than {MAX_ITEMS} items there",
+            where=redact(href),
+            remedy="limit the dates with --datetime",
+        )
+    return items
 
 
 def walk(
@@ -285,7 +257,8 @@ def walk(
                 continue
             if kind not in ("Catalog", "Collection") and "links" not in document:
                 raise ImageryError(f"JSON of type {kind!r}", where=redact(address), expected="STAC")
-            if wanted is not None and not _may_touch(document, wanted):
+            boxes = document.get("extent", {}).get("spatial", {}).get("bbox") or []
+            if wanted is not None and boxes and not any(_box(each).intersects(wanted) for each in boxes):
                 continue
             links = [link for link in document.get("links", []) if link.get("rel") in ("child", "item")]
             targets = dict.fromkeys(resolve(str(link.get("href", "")), address) for link in links)
@@ -329,12 +302,6 @@ def _read_if_there(where: str) -> Mapping[str, Any] | None:
     return value
 
 
-def _may_touch(document: Mapping[str, Any], wanted: BaseGeometry) -> bool:
-    """Whether a collection's extent touches the area; True when it does not say."""
-    boxes = document.get("extent", {}).get("spatial", {}).get("bbox") or []
-    return not boxes or any(_box(bounds).intersects(wanted) for bounds in boxes)
-
-
 def _box(bounds: Sequence[float]) -> BaseGeometry:
     """A STAC bbox (4 or 6 numbers; west > east crosses the antimeridian)."""
     half = len(bounds) // 2
@@ -376,7 +343,7 @@ def _item(document: Mapping[str, Any], address: str) -> pystac.Item:
         raise ImageryError(f"no valid STAC item ({type(error).__name__}: {error})", where=name) from None
 
 
-def found_of(item: pystac.Item, preferred: Sequence[str] = ()) -> _Found:
+def found_of(item: pystac.Item, preferred: Sequence[str] = ()) -> Found:
     """Reduce an item to what reading needs; `preferred` are asset keys to take first.
 
     Raises:
@@ -386,27 +353,18 @@ def found_of(item: pystac.Item, preferred: Sequence[str] = ()) -> _Found:
     hrefs, bands = choose_assets(item.assets, preferred)
     gsds = [asset.extra_fields.get("gsd") for asset in item.assets.values()]
     gsd = properties.get("gsd") or min((float(each) for each in gsds if each), default=None)
-    outline = _footprint(item)
-    cloud = properties.get("eo:cloud_cover", properties.get("tile:clouds_percent"))
-    record = SceneRecord(
-        item.id,
-        tuple(resolve(href, base) for href in hrefs),
-        parse_day(str(properties.get("datetime") or properties.get("start_datetime") or "")),
-        outline,
-        bands,
-    )
-    return _Found(record, outline, cloud, float(gsd) if gsd else None)
-
-
-def _footprint(item: pystac.Item) -> Polygon | MultiPolygon:
     try:
-        geometry = shape(item.geometry) if item.geometry else _box(item.bbox or ())
+        outline = shape(item.geometry) if item.geometry else _box(item.bbox or ())
     except Exception as error:  # shapely raises many kinds on malformed GeoJSON
         raise ImageryError(f"item without a usable geometry ({error})", where=item.id) from None
-    geometry = geometry if geometry.is_valid else geometry.buffer(0)
-    if not isinstance(geometry, (Polygon, MultiPolygon)) or geometry.is_empty:
+    outline = outline if outline.is_valid else outline.buffer(0)
+    if not isinstance(outline, (Polygon, MultiPolygon)) or outline.is_empty:
         raise ImageryError("item whose geometry is no area", where=item.id)
-    return geometry
+    day = parse_day(str(properties.get("datetime") or properties.get("start_datetime") or ""))
+    assets = tuple(resolve(href, base) for href in hrefs)
+    record = SceneRecord(scene_id=item.id, assets=assets, day=day, wkt=outline.wkt, bands=bands)
+    cloud = properties.get("eo:cloud_cover", properties.get("tile:clouds_percent"))
+    return Found(record, cloud, float(gsd) if gsd else None)
 
 
 def choose_assets(
@@ -417,35 +375,26 @@ def choose_assets(
     In order: the preferred keys (whatever their roles), the usual keys, an asset whose bands include red,
     green and blue, and three assets whose common names are red, green and blue. Empty when there are none.
     """
-    for key in preferred:
-        if key in assets:
-            return (assets[key].href,), _band_numbers(assets[key])
-    usable = {key: asset for key, asset in assets.items() if _is_raster(asset) and asset.href}
-    for key in USUAL_KEYS:
-        if key in usable:
-            return (usable[key].href,), _band_numbers(usable[key])
-    for key in sorted(usable):
-        numbers = _band_numbers(usable[key])
-        if numbers:
-            return (usable[key].href,), numbers
-    singles = {
-        names[0]: usable[key].href
-        for key in sorted(usable, reverse=True)
-        if len(names := _common_names(usable[key])) == 1
-    }
-    if all(colour in singles for colour in COLOURS):
-        return tuple(singles[colour] for colour in COLOURS), None
+    usable = {key: assets[key] for key in sorted(assets) if _is_raster(assets[key])}
+    named = [assets[key] for key in preferred if key in assets]
+    named += [usable[key] for key in USUAL_KEYS if key in usable]
+    named += [asset for asset in usable.values() if find_rgb(_band_names(asset))]
+    if named:
+        return (named[0].href,), find_rgb(_band_names(named[0]))
+    singles = {tuple(_band_names(asset)): asset.href for asset in reversed(usable.values())}
+    if all((colour,) in singles for colour in COLOURS):
+        return tuple(singles[colour,] for colour in COLOURS), None
     return (), None
 
 
 def _is_raster(asset: pystac.Asset) -> bool:
-    if _NOT_DATA_ROLES & set(asset.roles or []):
+    if _NOT_DATA_ROLES & set(asset.roles or []) or not asset.href:
         return False
     kind = str(asset.media_type or "").split(";")[0].strip().lower()
     return kind in _RASTER_TYPES or urlsplit(asset.href).path.lower().endswith(_RASTER_ENDS)
 
 
-def _common_names(asset: pystac.Asset) -> list[str]:
+def _band_names(asset: pystac.Asset) -> list[str]:
     """Lower-case colour of every band: `eo:bands` (STAC 1.0) or `bands` (1.1)."""
     bands = asset.extra_fields.get("eo:bands") or asset.extra_fields.get("bands") or []
     return [
@@ -453,8 +402,51 @@ def _common_names(asset: pystac.Asset) -> list[str]:
     ]
 
 
-def _band_numbers(asset: pystac.Asset) -> tuple[int, int, int] | None:
-    names = _common_names(asset)
-    if any(names.count(colour) != 1 for colour in COLOURS):
-        return None
-    return names.index("red") + 1, names.index("green") + 1, names.index("blue") + 1
+# ---- signatures: the Planetary Computer's storage ---------------------------------------------
+PLANETARY_COMPUTER = "planetary-computer"
+_HOST = "planetarycomputer.microsoft.com"
+_TOKENS_AT = "https://planetarycomputer.microsoft.com/api/sas/v1/token"
+# A token lives about 45 minutes. One that is younger than half a minute was refused for another reason than
+# its age: a new one would be refused, too.
+_OLD_S, _YOUNG_S = 1800.0, 30.0
+_token_lock = threading.Lock()
+_tokens: dict[str, tuple[str, float]] = {}
+
+
+def signer(signing: str | None) -> download.Signer | None:
+    """The function that signs URLs of a source: `sign(url, fresh)`; None where nothing is signed."""
+    return planetary_computer_sign if signing == PLANETARY_COMPUTER else None
+
+
+def signing_of(catalog: str) -> str | None:
+    """Who signs the URLs that a catalog gives, by its host."""
+    host = urlsplit(catalog).hostname or ""
+    return PLANETARY_COMPUTER if host == _HOST or host.endswith("." + _HOST) else None
+
+
+def planetary_computer_sign(href: str, fresh: bool) -> str:
+    """A Planetary Computer URL that may be read for some time; `fresh`: the last one was refused.
+
+    Tokens are asked for by one thread at a time, from $PC_SDK_SAS_URL where that is set, with
+    $PC_SDK_SUBSCRIPTION_KEY. Some containers may be read by anybody: where the token service fails, the URL
+    is left as it is.
+    """
+    parts = urlsplit(href)
+    account, _, rest = (parts.hostname or "").partition(".")
+    if rest != "blob.core.windows.net" or account == "ai4edatasetspublicassets" or parts.query:
+        return href
+    container = f"{account}/{parts.path.lstrip('/').split('/', 1)[0]}"
+    with _token_lock:
+        token, made = _tokens.get(container, ("", -_OLD_S))
+        age = time.monotonic() - made
+        if age >= _OLD_S or (fresh and age > _YOUNG_S):
+            address = f"{os.environ.get('PC_SDK_SAS_URL', _TOKENS_AT)}/{container}"
+            key = os.environ.get("PC_SDK_SUBSCRIPTION_KEY")
+            headers = {"Ocp-Apim-Subscription-Key": key} if key else None
+            try:
+                token = str(download.get(address, headers=headers, what="a signature").json()["token"])
+            except (FetchError, ValueError, KeyError, TypeError) as error:
+                log.warning("%s: no signature (%s); trying without one", host_of(href), error)
+                return href
+            _tokens[container] = token, time.monotonic()
+    return f"{href}?{token}"

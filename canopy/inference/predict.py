@@ -376,7 +376,7 @@ def open_source(
 
 def _best_for(area: AOI | None) -> str:
     """Name of the best known source that covers an area; says which it is."""
-    from canopy.imagery.manifests import best_source
+    from canopy.imagery.named import best_source
 
     if area is None:
         raise InputError(

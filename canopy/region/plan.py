@@ -12,7 +12,7 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,7 @@ def _check(options: MapOptions) -> None:
 
 def _absolute(options: MapOptions) -> MapOptions:
     """Paths that other processes can use; names and addresses stay as they are."""
-    from canopy.imagery.manifests import known_names
+    from canopy.config import manifest_names
     from canopy.models.registry import EMBEDDED
 
     def full(name: str, known: Sequence[str]) -> str:
@@ -166,7 +166,7 @@ def _absolute(options: MapOptions) -> MapOptions:
         path = Path(name).expanduser()
         return str(path.resolve()) if path.exists() else name
 
-    names = known_names()
+    names = manifest_names("imagery")
     return options.model_copy(
         update={
             "images": tuple(full(name, names) for name in options.images),
@@ -276,10 +276,12 @@ def fingerprint(names: Sequence[str], source: ImagerySource) -> str:
     published later may lie there too. What is no absolute path is a name.
     """
     digest = hashlib.sha256()
-    layers = getattr(source, "layers", ())
-    ids = [layer.scene_id for layer in layers] or source.scene_ids
+    records = [scene.record for scene in getattr(source, "scenes", ())]
+    ids = [record.scene_id for record in records] or [*source.scene_ids]
+    # Scenes of a STAC catalog on disk have another name than their files.
+    ids += [href for record in records for href in record.assets if Path(href).is_absolute()]
     names = [name for name in names if not Path(name).is_absolute()]
-    for name in dict.fromkeys([*names, *ids, *_assets(layers)]):
+    for name in dict.fromkeys([*names, *ids]):
         path = Path(name)
         if path.is_absolute() and path.is_file():
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
@@ -287,15 +289,6 @@ def fingerprint(names: Sequence[str], source: ImagerySource) -> str:
         else:
             digest.update(f"{name}\0".encode())
     return digest.hexdigest()
-
-
-def _assets(layers: Iterable[Any]) -> Iterator[str]:
-    """The local files of scenes that have another name: those of a STAC catalog on disk."""
-    for layer in layers:
-        for scene in getattr(layer, "scenes", (layer,)):
-            href = str(getattr(scene, "href", ""))
-            if Path(href).is_absolute():
-                yield href
 
 
 def _ends(path: Path) -> bytes:

@@ -11,7 +11,6 @@ from affine import Affine
 from rasterio.enums import ColorInterp as C
 
 from canopy.errors import ImageryError, InputError
-from canopy.imagery.bands import parse_bands
 from canopy.imagery.open import open_imagery
 
 RGB = (C.red, C.green, C.blue)
@@ -40,25 +39,22 @@ def test_alpha_is_dropped_said_and_zero_alpha_is_invalid(make_tif, rgb):
     assert any("alpha" in note for note in source.notes)
 
 
-def test_alpha_in_front_is_found_by_interpretation(make_tif, rgb):
-    alpha = np.full((1, 64, 80), 255, np.uint8)
-    path = make_tif(np.concatenate([alpha, rgb]), colors=(C.alpha, *RGB))
-    _, image = read_all(path)
-    np.testing.assert_allclose(image.rgb, rgb / 255, atol=1e-6)
-
-
-def test_near_infrared_is_left_out_by_interpretation(make_tif, rgb):
-    path = make_tif(np.concatenate([rgb, rgb[:1]]), photometric="RGB", colors=(*RGB, C.undefined))
+@pytest.mark.parametrize(
+    ("colours", "names", "bands"),
+    [
+        ((C.alpha, *RGB), (), (2, 3, 4)),
+        ((*RGB, C.undefined), (), (1, 2, 3)),
+        ((C.blue, C.green, C.red), (), (3, 2, 1)),
+        ((C.gray, C.undefined, C.undefined, C.undefined), ("NIR", "Blue", "Green", "Red"), (4, 3, 2)),
+    ],
+)
+def test_bands_are_found_by_interpretation_or_description(make_tif, rgb, colours, names, bands):
+    values = np.full((len(colours), 64, 80), 255, np.uint8)
+    values[[band - 1 for band in bands]] = rgb
+    path = make_tif(values, colors=colours, descriptions=names, photometric="MINISBLACK", alpha="NO")
     _, image = read_all(path)
     np.testing.assert_allclose(image.rgb, rgb / 255, atol=1e-6)
     assert image.valid.all()
-
-
-def test_near_infrared_is_left_out_by_description(make_tif, rgb):
-    values = np.stack([rgb[0], rgb[2], rgb[1], rgb[0]])
-    path = make_tif(values, descriptions=("NIR", "Blue", "Green", "Red"), photometric="MINISBLACK")
-    _, image = read_all(path)
-    np.testing.assert_allclose(image.rgb * 255, values[[3, 2, 1]], atol=1e-4)
 
 
 def test_four_undeclared_bands_ask_for_bands(make_tif, rgb):
@@ -67,13 +63,6 @@ def test_four_undeclared_bands_ask_for_bands(make_tif, rgb):
         open_imagery(path)
     _, image = read_all(path, bands="3,2,1")
     np.testing.assert_allclose(image.rgb * 255, rgb[::-1], atol=1e-4)
-
-
-def test_bgr_order_is_honoured(make_tif, rgb):
-    path = make_tif(rgb[::-1].copy(), colors=(C.blue, C.green, C.red))
-    source, image = read_all(path)
-    np.testing.assert_allclose(image.rgb * 255, rgb, atol=1e-4)
-    assert source.notes == []
 
 
 def test_three_undeclared_bands_are_rgb_with_a_warning(make_tif, rgb):
@@ -111,33 +100,12 @@ def test_other_types_need_an_explicit_scale(make_tif, rgb, kind, top, white):
     np.testing.assert_allclose(image.rgb, values / np.float32(white), rtol=1e-5)
 
 
-def test_scaling_never_depends_on_the_images_own_values(make_tif, rgb):
-    dark = read_all(make_tif(rgb // 8, "dark.tif", photometric="RGB"))[1]
-    np.testing.assert_allclose(dark.rgb * 255, rgb // 8, atol=1e-4)
-
-
-def test_values_above_white_are_clipped(make_tif, rgb):
-    values = rgb.astype(np.uint16) * 100
-    _, image = read_all(make_tif(values, photometric="RGB"), scale=10000)
-    assert image.rgb.max() == 1.0
-
-
 def test_nan_and_infinity_are_masked_and_never_reach_the_pixels(make_tif, rgb):
     values = (rgb / 255).astype(np.float32)
     values[0, 3, 4], values[1, 5, 6], values[2, 7, 8] = np.nan, np.inf, -np.inf
     _, image = read_all(make_tif(values, photometric="RGB"), scale=1)
     assert np.isfinite(image.rgb).all()
     assert [tuple(rc) for rc in np.argwhere(~image.valid)] == [(3, 4), (5, 6), (7, 8)]
-
-
-def test_a_collar_without_a_tag_is_warned_about_and_nodata_masks_it(make_tif, rgb):
-    rgb[:, :20] = 0
-    rgb[:, 40, 40] = (0, 0, 200)  # one dark channel is not nodata
-    path = make_tif(rgb, photometric="RGB")
-    source, image = read_all(path)
-    assert image.valid.all() and any("--nodata 0" in note for note in source.notes)
-    source, image = read_all(path, nodata=0)
-    assert not image.valid[:20].any() and image.valid[20:].all() and source.notes == []
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
@@ -165,11 +133,6 @@ def test_bands_that_cannot_be_meant(make_tif, rgb, bands):
     path = make_tif(rgb, photometric="RGB")
     with pytest.raises(InputError, match="band"):
         open_imagery(path, bands=bands)
-
-
-def test_parse_bands_takes_text_and_numbers():
-    assert parse_bands("4, 3,2") == (4, 3, 2) == parse_bands((4, 3, 2))
-    assert parse_bands(None) is None
 
 
 @pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
@@ -233,13 +196,6 @@ def test_scale_tags_that_are_not_applied_are_told_of(make_tif, rgb):
 def test_a_grey_image_in_three_bands_is_told_of(make_tif, rgb):
     grey = np.repeat(rgb[:1], 3, axis=0)
     assert any("grey" in note for note in open_imagery(make_tif(grey, photometric="RGB")).notes)
-
-
-def test_a_crs_that_replaces_another_is_told_of(make_tif, rgb):
-    path = make_tif(rgb, photometric="RGB")
-    own = f"EPSG:{open_imagery(path).native_crs.epsg}"
-    assert any("--input-crs" in note for note in open_imagery(path, crs="EPSG:32610").notes)
-    assert open_imagery(path, crs=own).notes == []
 
 
 def test_tiles_of_one_lattice_share_a_grid(make_tif, rgb):

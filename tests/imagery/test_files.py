@@ -68,11 +68,6 @@ def test_one_file_keeps_its_grid_and_pads_past_its_edge(tif, rgb):
     np.testing.assert_allclose(image.rgb[:, 7:-7, 7:-7] * 255, rgb, atol=1e-4)
 
 
-def test_a_window_that_misses_the_image_is_empty(tif, rgb):
-    source = open_imagery(tif(rgb))
-    assert not source.read(source.native_grid.window(1000, 1000, 8, 8)).valid.any()
-
-
 def test_no_crs_is_refused_unless_one_is_given(tif, rgb):
     path = tif(rgb, crs=None)
     with pytest.raises(ImageryError, match=r"image\.tif.*--input-crs"):
@@ -220,14 +215,6 @@ def test_files_of_two_utm_zones_make_one_mosaic(tif, rgb):
     assert source.area().crs.epsg == 4326 and source.covers(area)
 
 
-def test_neighbouring_files_leave_no_gap_on_another_grid(tif, rgb):
-    left = tif(rgb[:, :, :40].copy(), "l.tif")
-    right = tif(rgb[:, :, 40:].copy(), "r.tif", transform=at(40, 0))
-    source = open_imagery([left, right])
-    grid = AOI.from_grid(Grid.of(UTM, at(10, 10), (40, 60))).grid(UTM, 0.37)
-    assert source.read(grid).valid.all()
-
-
 def test_a_directory_is_sorted_newest_first(tif, rgb, tmp_path):
     for name, value in (("a_20180101", 50), ("b_20220101", 90), ("c", 10)):
         tif(np.full_like(rgb, value), f"scenes/{name}.tif")
@@ -253,7 +240,10 @@ def test_coarse_images_among_fine_ones_are_named(tif, rgb):
     fine, coarse = tif(rgb, "fine.tif"), tif(rgb, "coarse.tif", transform=at(0, 0, 5.0))
     source = open_imagery([fine, coarse])
     assert [note for note in source.notes if "coarse.tif: pixels of 5 m among images of 0.5 m" in note]
-    assert open_imagery([fine]).notes == []
+    assert (
+        open_imagery([fine]).notes == []
+        and not source.read(source.native_grid or Grid.of(UTM, at(9999, 0), (8, 8))).valid.any()
+    )
 
 
 def test_files_are_closed_with_their_source(tif, rgb):
@@ -305,14 +295,6 @@ def test_an_empty_directory_and_a_missing_file_say_so(tmp_path):
         open_imagery([])
 
 
-def test_one_bad_file_among_many_is_named(tif, rgb, tmp_path):
-    good = [tif(rgb, f"{i}.tif") for i in range(3)]
-    bad = tmp_path / "bad.tif"
-    bad.write_bytes(b"II*\0 this is no tiff")
-    with pytest.raises(ImageryError, match=r"bad\.tif"):
-        open_imagery([*good, bad])
-
-
 # ---- VRT and names ---------------------------------------------------------------------------
 def test_a_vrt_is_opened_when_it_is_called_vrt(tif, rgb, tmp_path):
     tif(rgb)
@@ -320,14 +302,6 @@ def test_a_vrt_is_opened_when_it_is_called_vrt(tif, rgb, tmp_path):
     path.write_text(vrt_text("image.tif"))
     source = open_imagery(path)
     np.testing.assert_allclose(source.read(source.native_grid).rgb * 255, rgb, atol=1e-4)
-
-
-def test_a_vrt_called_tif_is_refused(tif, rgb, tmp_path):
-    tif(rgb)
-    path = tmp_path / "pretends.tif"
-    path.write_text(vrt_text("image.tif"))
-    with pytest.raises(ImageryError, match=r"pretends\.tif"):
-        open_imagery(path)
 
 
 @pytest.mark.parametrize(
@@ -348,17 +322,6 @@ def test_names_that_gdal_would_interpret_are_refused(name):
         open_imagery([name, name])
 
 
-def test_a_truncated_file_names_itself_and_the_rows(tif, tmp_path):
-    noise = np.random.default_rng(3).integers(0, 255, (3, 512, 512), dtype=np.uint8)
-    path = tmp_path / "cog.tif"
-    rasterio.shutil.copy(tif(noise), path, driver="COG", BLOCKSIZE=128, COMPRESS="DEFLATE", OVERVIEWS="NONE")
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    source = open_imagery(path)
-    assert source.read(source.native_grid.window(0, 0, 64, 64)).valid.all()
-    with pytest.raises(ImageryError, match=r"cog\.tif.*rows.*truncated"):
-        source.read(source.native_grid)
-
-
 def test_a_vrt_with_a_missing_or_broken_file_is_an_error_every_time(tmp_path):
     path = tmp_path / "mosaic.vrt"
     path.write_text(vrt_text("gone.tif"))
@@ -366,13 +329,12 @@ def test_a_vrt_with_a_missing_or_broken_file_is_an_error_every_time(tmp_path):
         open_imagery(path)
     (tmp_path / "broken.tif").write_bytes(b"II*\0 broken")
     path.write_text(vrt_text("broken.tif"))
-    for _ in range(3):  # GDAL alone would raise once and then read zeros
-        with pytest.raises(ImageryError, match=r"mosaic\.vrt.*broken\.tif.*unusable"):
-            open_imagery(path)
-    path.write_text(vrt_text("inner.vrt"))
-    (tmp_path / "inner.vrt").write_text(vrt_text("broken.tif"))
-    with pytest.raises(ImageryError, match=r"broken\.tif"):
-        open_imagery(path)
+    (tmp_path / "outer.vrt").write_text(vrt_text("mosaic.vrt"))
+    for name in 2 * ("mosaic.vrt", "outer.vrt"):  # some GDALs raise once and then read zeros
+        source = open_imagery(tmp_path / name)
+        for _ in range(2):
+            with pytest.raises(ImageryError, match=rf"{name}.*rows.*broken\.tif"):
+                source.read(source.native_grid)
 
 
 def test_a_vrt_of_remote_files_is_refused(tmp_path):
@@ -399,14 +361,6 @@ def test_a_vrt_over_a_damaged_file_raises_at_every_read(tif, tmp_path):
         with pytest.raises(ImageryError, match=r"mosaic\.vrt.*rows"):
             source.read(source.native_grid.window(400, 400, 100, 100))
     assert source.read(source.native_grid.window(0, 0, 50, 50)).valid.all()
-
-
-def test_jpeg_2000_is_read(tif, rgb, tmp_path):
-    path = tmp_path / "ortho.jp2"
-    options = {"driver": "JP2OpenJPEG", "REVERSIBLE": "YES", "QUALITY": 100, "YCBCR420": "NO"}
-    rasterio.shutil.copy(tif(rgb), path, **options)
-    source = open_imagery(path)
-    np.testing.assert_allclose(source.read(source.native_grid).rgb * 255, rgb, atol=1e-4)
 
 
 # ---- areas -----------------------------------------------------------------------------------

@@ -15,24 +15,18 @@ from canopy.geo.area import AOI
 from canopy.geo.grid import HALF_WORLD_M, Grid, quadkey_at
 from canopy.imagery.base import ReadOptions
 from canopy.imagery.open import open_imagery, open_pinned
-from canopy.imagery.xyz import TileService, TileSource, choose_zoom, decode_tile, tile_url
+from canopy.imagery.xyz import TileService, TileSource, choose_zoom, decode_tile, open_tiles, tile_url
 
 LAT, LON = 44.083, -71.296
 ZOOM = 17
 
 
 def picture(values: np.ndarray, driver: str = "PNG", colormap: dict | None = None) -> bytes:
-    """values (bands, h, w) uint8 as an encoded picture."""
+    """values (bands, h, w) as a picture that GDAL encodes."""
     count, height, width = values.shape
     with MemoryFile() as memory:
-        settings = {
-            "driver": driver,
-            "width": width,
-            "height": height,
-            "count": count,
-            "dtype": values.dtype.name,
-        }
-        with memory.open(**settings) as dataset:
+        settings = {"driver": driver, "width": width, "height": height, "count": count}
+        with memory.open(**settings, dtype=values.dtype.name) as dataset:
             dataset.write(values)
             if colormap:
                 dataset.write_colormap(1, colormap)
@@ -118,7 +112,8 @@ def test_a_missing_tile_is_an_error_unless_declared(tiles):
     grid = lattice_window(source, 256, 256 * 7)  # two tiles farther than there are
     with pytest.raises(FetchError, match=r"127\.0\.0\.1:\d+ has no such file"):
         source.read(grid)
-    declared = TileSource(TileService(template, "local", absent_statuses=(404,)), ReadOptions(), area=area())
+    service = TileService(template=template, name="local", absent_statuses=(404,))
+    declared = open_tiles(service, ReadOptions(), area())
     image = declared.read(grid)
     assert 0.5 < image.valid.mean() < 1 and image.valid[:, 256 * 3].all() and not image.valid[:, 0].any()
 
@@ -135,9 +130,8 @@ def test_tiles_that_are_no_image_are_nodata(tiles):
         (picture(np.full((3, 256, 256), 255, np.uint8)), (), True),
     ):  # fmt: skip
         tiles.put(path, answer, "image/png")
-        source = TileSource(
-            TileService(template, "local", placeholder_sha256=digests), ReadOptions(), area=area()
-        )
+        service = TileService(template=template, name="local", placeholder_sha256=digests)
+        source = open_tiles(service, ReadOptions(), area())
         valid = source.read(source.lattice.window(y * 256 - 10, x * 256 - 10, 276, 276)).valid
         assert valid[10:266, 10:266].any() != hole and valid.sum() == 276**2 - 256**2 * hole
     assert any("one neutral colour" in note for note in source.notes)
@@ -208,17 +202,13 @@ def test_incomplete_templates_are_refused(template):
     ("option", "named"),
     [
         ({"bands": "3,2,1"}, "--bands"), ({"scale": 3.0}, "--scale"), ({"crs": "EPSG:2056"}, "--input-crs"),
-        ({"datetime": "2021"}, "--datetime"), ({"datetime": "garbage"}, "--datetime"),
+        ({"datetime": "2021"}, "--datetime"),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_for_tiles_and_the_demo_are_refused(source, option, named):
-    with pytest.raises(InputError, match=f"RGB.*leave {named} out|RGB.*Leave {named} out"):
-        open_imagery(source, area=AOI.from_bbox("46.9,7.4"), **option)
-
-
-@pytest.mark.parametrize("source", ["https://h.example/{z}/{x}/{y}.png", "swissimage", "demo"])
-def test_the_maps_crs_is_none_of_their_business(source):
     area = AOI.from_bbox("46.9,7.4")
+    with pytest.raises(InputError, match=f"RGB.*Leave {named} out"):
+        open_imagery(source, area=area, **option)
     assert open_imagery(source, area=area, fallback_crs="EPSG:2056").native_crs.epsg != 2056
 
 
@@ -276,5 +266,5 @@ def test_pictures_of_every_kind_decode():
 
 
 def test_sixteen_bit_tiles_are_refused():
-    with pytest.raises(FetchError, match="uint16"):
-        decode_tile(picture(np.zeros((3, 256, 256), np.uint16)), 256, "tile", "http://h/")
+    with pytest.raises(FetchError, match="256 x 256 pixels of kind I"):
+        decode_tile(picture(np.zeros((1, 256, 256), np.uint16)), 256, "tile", "http://h/")
