@@ -1,6 +1,6 @@
 """Scores of a height map against a reference: pure NumPy, masked, exact under any cutting into parts.
 
-Everything rests on sums: `pixel_sums`, `block_sums` and `edge_sums` turn pixels into a row of numbers per
+Everything rests on sums: `pixel_sums`, `block_sums` and `gradient_sums` turn pixels into a row of numbers per
 group (a spatial block, a stratum), rows are added, and `scores` turns added rows into metrics. A raster can
 be read in windows, strata and bootstrap replicates cost no second reading, and the order does not count (to
 the rounding of float64). p is the map, r the reference, e = p - r, all in metres.
@@ -23,7 +23,7 @@ et al. 2025 (Open-Canopy, CVPR; its code divides by 1 + r). See docs/evaluation.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -49,6 +49,7 @@ FIELDS = (
     "blocks", "bp", "br", "brr", "bee",
     "edges", "gp", "gr", "gd",
 )  # fmt: skip
+BIN_SCORES = ("n", "bias_m", "mae_m", "rmse_m", "interval_coverage", "interval_width_m")
 COLUMN = {name: i for i, name in enumerate(FIELDS)}
 
 
@@ -74,51 +75,40 @@ def pixel_sums(
     """
     p, r = (np.asarray(x, np.float64) for x in (map_m, reference_m))
     out = np.zeros((groups, len(FIELDS)))
-    e = p - r
-    ae, ee = np.abs(e), e * e
-    _bin_sums(out, group, groups, height_bin(r), {"n": None, "e": e, "ae": ae, "ee": ee})
-    for name in ("n", "e", "ae", "ee"):  # every pixel is in one bin
-        out[:, COLUMN[name]] = sum(out[:, COLUMN[f"{name}@{i}"]] for i in range(N_BINS))
-    for name, weights in {"p": p, "r": r, "pp": p * p, "rr": r * r, "pr": p * r}.items():
-        out[:, COLUMN[name]] = np.bincount(group, weights, groups)
+    e, bins = p - r, height_bin(r)
+    _add(out, group, {"n": None, "e": e, "ae": np.abs(e), "ee": e * e}, bins)
+    _add(out, group, {"p": p, "r": r, "pp": p * p, "rr": r * r, "pr": p * r})
     tall = r > NMAE_ABOVE_M
-    in_tall, ae_tall, r_tall = group[tall], ae[tall], r[tall]
-    out[:, COLUMN["n_tall"]] = np.bincount(in_tall, minlength=groups)
-    for name, relative in {"rel": ae_tall / r_tall, "rel1": ae_tall / (1 + r_tall)}.items():
-        out[:, COLUMN[name]] = np.bincount(in_tall, relative, groups)
+    ae, above = np.abs(e)[tall], r[tall]
+    _add(out, group[tall], {"n_tall": None, "rel": ae / above, "rel1": ae / (1 + above)})
     for t in COVER_M:
         both = 2 * (r > t) + (p > t)
         counts = np.bincount(group * 4 + both, minlength=groups * 4).reshape(groups, 4)
         for name, k in (("tp", 3), ("fp", 1), ("fn", 2)):
             out[:, COLUMN[f"{name}_{t}"]] = counts[:, k]
     if bounds_m is not None:
-        _interval_sums(out, r, group, groups, bounds_m)
+        low, high = (np.asarray(x, np.float64) for x in bounds_m)
+        known = np.isfinite(low) & np.isfinite(high)
+        inside = ((r >= low) & (r <= high))[known].astype(np.float64)
+        _add(out, group[known], {"bounded": None, "in": inside, "width": (high - low)[known]}, bins[known])
     return out
 
 
-def _interval_sums(
+def _add(
     out: np.ndarray,
-    r: np.ndarray,
     group: np.ndarray,
-    groups: int,
-    bounds_m: tuple[np.ndarray, np.ndarray],
+    weights: Mapping[str, np.ndarray | None],
+    bins: np.ndarray | None = None,
 ) -> None:
-    low, high = (np.asarray(x, np.float64) for x in bounds_m)
-    known = np.isfinite(low) & np.isfinite(high)
-    inside = ((r >= low) & (r <= high))[known].astype(np.float64)
-    parts = {"bounded": None, "in": inside, "width": (high - low)[known]}
-    for name, weights in parts.items():
-        out[:, COLUMN[name]] = np.bincount(group[known], weights, groups)
-    _bin_sums(out, group[known], groups, height_bin(r[known]), parts)
-
-
-def _bin_sums(
-    out: np.ndarray, group: np.ndarray, groups: int, bins: np.ndarray, sums: Mapping[str, np.ndarray | None]
-) -> None:
-    label = group * N_BINS + bins
-    for name, weights in sums.items():
-        total = np.bincount(label, weights, groups * N_BINS).reshape(groups, N_BINS)
-        out[:, [COLUMN[f"{name}@{i}"] for i in range(N_BINS)]] = total
+    """Sums of weights (None: of ones) per group, and per height bin where `bins` are given."""
+    groups = len(out)
+    for name, values in weights.items():
+        if bins is None:
+            out[:, COLUMN[name]] = np.bincount(group, values, groups)
+        else:
+            total = np.bincount(group * N_BINS + bins, values, groups * N_BINS).reshape(groups, N_BINS)
+            out[:, [COLUMN[f"{name}@{i}"] for i in range(N_BINS)]] = total
+            out[:, COLUMN[name]] = total.sum(axis=1)  # every pixel is in one bin
 
 
 def block_sums(
@@ -140,14 +130,11 @@ def block_sums(
     out = np.zeros((groups, len(FIELDS)))
     count = np.bincount(block, minlength=len(block_group))
     whole = (count >= BLOCK_VALID_SHARE * block_px**2) & (block_group >= 0)
-    mean_p, mean_r = (
+    p, r = (
         np.bincount(block, np.asarray(x, np.float64), len(block_group))[whole] / count[whole]
         for x in (map_m, reference_m)
     )
-    error = mean_p - mean_r
-    sums = {"blocks": np.ones_like(error), "bp": mean_p, "br": mean_r, "brr": mean_r**2, "bee": error**2}
-    for name, weights in sums.items():
-        out[:, COLUMN[name]] = np.bincount(block_group[whole], weights, groups)
+    _add(out, block_group[whole], {"blocks": None, "bp": p, "br": r, "brr": r * r, "bee": (p - r) ** 2})
     return out
 
 
@@ -160,38 +147,22 @@ def sobel(values: np.ndarray) -> np.ndarray:
     return np.sqrt(dx * dx + dy * dy) / 8
 
 
-def edge_sums(
-    map_m: np.ndarray, reference_m: np.ndarray, valid: np.ndarray, group: np.ndarray, groups: int
-) -> np.ndarray:
-    """Sums over gradients, float64 (groups, len(FIELDS)).
-
-    Args:
-        map_m, reference_m, valid: (h, w) with one pixel of margin on every side.
-        group: int (h - 2, w - 2), -1 leaves a pixel out. One counts where its 3 x 3 pixels are all valid.
-    """
-    return gradient_sums(gradients(map_m, reference_m, valid), group, groups)
-
-
 Gradients = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def gradients(map_m: np.ndarray, reference_m: np.ndarray, valid: np.ndarray) -> Gradients:
     """Gradient lengths of both and where all 3 x 3 pixels are valid, (h - 2, w - 2) of arrays (h, w)."""
-    h, w = valid.shape
-    known = np.ones((h - 2, w - 2), bool)
-    for row in range(3):
-        for col in range(3):
-            known &= valid[row : h - 2 + row, col : w - 2 + col]
+    rows = valid[:-2] & valid[1:-1] & valid[2:]
+    known = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
     return sobel(np.where(valid, map_m, 0)), sobel(np.where(valid, reference_m, 0)), known
 
 
 def gradient_sums(of: Gradients, group: np.ndarray, groups: int) -> np.ndarray:
-    """`edge_sums` of gradients that are there already; for several ways of grouping the same pixels."""
+    """Sums over gradients, float64 (groups, len(FIELDS)); `group`: int (h - 2, w - 2), -1 leaves one out."""
     out = np.zeros((groups, len(FIELDS)))
     chosen = of[2] & (group >= 0)
-    gp, gr, at = of[0][chosen], of[1][chosen], group[chosen]
-    for name, weights in {"edges": None, "gp": gp, "gr": gr, "gd": np.abs(gp - gr)}.items():
-        out[:, COLUMN[name]] = np.bincount(at, weights, groups)
+    p, r = of[0][chosen], of[1][chosen]
+    _add(out, group[chosen], {"edges": None, "gp": p, "gr": r, "gd": np.abs(p - r)})
     return out
 
 
@@ -204,51 +175,48 @@ def scores(sums: np.ndarray) -> dict[str, np.ndarray]:
 
     n = get("n")
     with np.errstate(divide="ignore", invalid="ignore"):
-        spread_r = get("rr") - get("r") ** 2 / n
-        spread_p = get("pp") - get("p") ** 2 / n
-        both = get("pr") - get("p") * get("r") / n
+        spread_r = _real(get("rr") - get("r") ** 2 / n, get("rr"))
+        spread_p = _real(get("pp") - get("p") ** 2 / n, get("pp"))
+        spread_b = _real(get("brr") - get("br") ** 2 / get("blocks"), get("brr"))
         out = {
-            "n": n,
-            "mae_m": _ratio(get("ae"), n),
-            "rmse_m": np.sqrt(_ratio(get("ee"), n)),
-            "bias_m": _ratio(get("e"), n),
-            "r2": 1 - _ratio(get("ee"), _real(spread_r, get("rr"))),
-            "r": _ratio(both, np.sqrt(_real(spread_r, get("rr")) * _real(spread_p, get("pp")))),
+            **_errors(get, ("n", "mae_m", "rmse_m", "bias_m")),
+            "r2": 1 - _ratio(get("ee"), spread_r),
+            "r": _ratio(get("pr") - get("p") * get("r") / n, np.sqrt(spread_r * spread_p)),
             "nmae": _ratio(get("rel"), get("n_tall")),
             "nmae_plus1": _ratio(get("rel1"), get("n_tall")),
+            "block_r2": 1 - _ratio(get("bee"), spread_b),
+            "edge_error": _ratio(get("gd"), get("gr")),
+            "edge_error_symmetric": _ratio(get("gd"), get("gp") + get("gr")),
         }
-        spread_b = get("brr") - get("br") ** 2 / get("blocks")
-        out["block_r2"] = 1 - _ratio(get("bee"), _real(spread_b, get("brr")))
-        out["edge_error"] = _ratio(get("gd"), get("gr"))
-        out["edge_error_symmetric"] = _ratio(get("gd"), get("gp") + get("gr"))
         for t in COVER_M:
             tp, fp, fn = (get(f"{name}_{t}") for name in ("tp", "fp", "fn"))
             out[f"cover_iou_{t}m"] = _ratio(tp, tp + fp + fn)
             out[f"cover_precision_{t}m"] = _ratio(tp, tp + fp)
             out[f"cover_recall_{t}m"] = _ratio(tp, tp + fn)
             out[f"cover_f1_{t}m"] = _ratio(2 * tp, 2 * tp + fp + fn)
-        out["interval_coverage"] = _ratio(get("in"), get("bounded"))
-        out["interval_width_m"] = _ratio(get("width"), get("bounded"))
-    return out
+        return out | _errors(get, ("interval_coverage", "interval_width_m"))
 
 
 def bin_scores(sums: np.ndarray) -> list[dict[str, np.ndarray]]:
     """Per height bin: n, bias_m, mae_m, rmse_m, interval_coverage, interval_width_m; each of shape (...)."""
-    found = []
     with np.errstate(divide="ignore", invalid="ignore"):
-        for i in range(N_BINS):
-            get = {w: sums[..., COLUMN[f"{w}@{i}"]] for w in ("n", "e", "ae", "ee", "in", "width", "bounded")}
-            found.append(
-                {
-                    "n": get["n"],
-                    "bias_m": _ratio(get["e"], get["n"]),
-                    "mae_m": _ratio(get["ae"], get["n"]),
-                    "rmse_m": np.sqrt(_ratio(get["ee"], get["n"])),
-                    "interval_coverage": _ratio(get["in"], get["bounded"]),
-                    "interval_width_m": _ratio(get["width"], get["bounded"]),
-                }
-            )
-    return found
+        return [
+            _errors(lambda name, i=i: sums[..., COLUMN[f"{name}@{i}"]], BIN_SCORES)  # type: ignore[misc]
+            for i in range(N_BINS)
+        ]
+
+
+def _errors(get: Callable[[str], np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of BIN_SCORES that are named, from what `get` gives of a field."""
+    found = {
+        "n": get("n"),
+        "bias_m": _ratio(get("e"), get("n")),
+        "mae_m": _ratio(get("ae"), get("n")),
+        "rmse_m": np.sqrt(_ratio(get("ee"), get("n"))),
+        "interval_coverage": _ratio(get("in"), get("bounded")),
+        "interval_width_m": _ratio(get("width"), get("bounded")),
+    }
+    return {name: found[name] for name in names}
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

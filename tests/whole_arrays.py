@@ -33,7 +33,7 @@ def score_arrays(
         sums += metrics.block_sums(p[ok], r[ok], block[ok], group, 1)
         if min(p.shape) > 2:
             inner = np.zeros((p.shape[0] - 2, p.shape[1] - 2), np.int64)
-            sums += metrics.edge_sums(p, r, ok, inner, 1)
+            sums += metrics.gradient_sums(metrics.gradients(p, r, ok), inner, 1)
     counts = metrics.HeightCounts(), metrics.HeightCounts()
     for count, values in zip(counts, (p[ok], r[ok]), strict=True):
         count.add(values)

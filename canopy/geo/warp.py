@@ -75,7 +75,7 @@ def resample(
     kernel = KERNELS[resampling or "bilinear"]
     for here, cell in _cells(grid):
         to_source = _ToSource(place, cell)
-        for inside in to_source.inside():
+        for inside in to_source.inside(samples):
             low, means, good = _means_under(place, read, bands, to_source.centres, inside, block)
             got, full = to_source.sample(means, good, low, block, samples, kernel)
             full &= inside
@@ -129,14 +129,18 @@ class _ToSource:
             x = x - period * np.round((x - place.xy(place.height / 2, place.width / 2)[0]) / period)
         return np.stack(place.rowcol(x, y))
 
-    def inside(self) -> list[np.ndarray]:
+    def inside(self, k: int) -> list[np.ndarray]:
         """Which centres lie in the source's frame, (h, w); empty where none does.
 
-        Of a source around the whole Earth its two halves apart, which may meet at the antimeridian.
+        Among an even number of samples a centre lies between two: it is inside where one of them is. Of a
+        source around the whole Earth its two halves apart, which may meet at the antimeridian.
         """
-        place, (row, col) = self._place, self.centres
-        inside = (row >= -FRAME_TOL_PX) & (row <= place.height + FRAME_TOL_PX)
-        inside &= (col >= -FRAME_TOL_PX) & (col <= place.width + FRAME_TOL_PX)
+        place, (row, col), p = self._place, self.centres, self.affine
+        inside = np.zeros(row.shape, dtype=bool)
+        for shift in (0.0,) if k % 2 or p is None else (-0.5 / k, 0.5 / k):
+            dr, dc = (shift * (p.d + p.e), shift * (p.a + p.b)) if p is not None else (0.0, 0.0)
+            within = (row + dr >= -FRAME_TOL_PX) & (row + dr <= place.height + FRAME_TOL_PX)
+            inside |= within & (col + dc >= -FRAME_TOL_PX) & (col + dc <= place.width + FRAME_TOL_PX)
         around = abs(place.transform.a) * place.width > 0.5 * (x_period(place.crs) or math.inf)
         west = col < place.width / 2
         return [part for part in ((inside & west, inside & ~west) if around else (inside,)) if part.any()]
