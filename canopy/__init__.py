@@ -20,7 +20,7 @@ _EXPORTS = {
     "open_imagery": "canopy.imagery.open",
     "predict": "canopy.inference.predict",
     "evaluate": "canopy.evaluation.evaluate",
-    "compare": "canopy.evaluation.change",
+    "compare": "canopy.evaluation.compare",
     "stats": "canopy.evaluation.zones",
     "CanopyError": "canopy.errors",
     "InputError": "canopy.errors",
@@ -43,7 +43,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from canopy.errors import CanopyError, InputError
-    from canopy.evaluation.change import compare
+    from canopy.evaluation.compare import compare
     from canopy.evaluation.evaluate import evaluate
     from canopy.evaluation.zones import stats
     from canopy.geo.area import AOI

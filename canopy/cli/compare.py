@@ -11,7 +11,7 @@ from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json, take
 from canopy.inference.options import AreaOptions
 
 if TYPE_CHECKING:
-    from canopy.evaluation.change import Comparison
+    from canopy.evaluation.compare import Comparison
 
 
 _HELP_MAP = "GeoTIFF, VRT, folder of tiles, or a text file that lists tiles."
@@ -65,7 +65,7 @@ def compare(
 
       canopy compare v1 v2 --bbox 44.083,-71.296 --size-m 5000 -o v1-v2
     """
-    from canopy.evaluation.change import compare as compare_maps
+    from canopy.evaluation.compare import compare as compare_maps
     from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet, verbose)

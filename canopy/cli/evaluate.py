@@ -330,7 +330,7 @@ def judged_model(given: str, model: HeightModel, choice: Choice) -> Judged:
 def predictor(model: HeightModel, choice: Choice, nodata: float | None) -> Predict:
     """A function that maps one scene with the real inference."""
     from canopy.evaluation.benchmark import Scene
-    from canopy.evaluation.maps import open_heights
+    from canopy.evaluation.opening import open_heights
     from canopy.geo.area import AOI
     from canopy.geo.crs import to_crs
     from canopy.inference.options import OneMapOptions
@@ -359,10 +359,10 @@ def _facts(
         "benchmark": results[0].manifest.name,
         "folder": str(folder),
         "groups": {
-            f"{result.model.name}/{part.group}": part.evaluation.to_dict()
-            | {"trained_here": part.leak.model_dump() if part.leak else None}
+            f"{result.model.name}/{group}": evaluation.to_dict()
+            | {"trained_here": leak.model_dump() if (leak := result.leak(group)) else None}
             for result in results
-            for part in result.groups
+            for group, evaluation in result.groups.items()
         },
         "table": [row for row in rows if row["model_sha256"] in shas],
         "failed": failed,

@@ -12,7 +12,7 @@ import csv
 import datetime
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +24,10 @@ from canopy import __version__
 from canopy.config import Named, Settings, load_manifest, manifest_names
 from canopy.errors import CanopyError, DataError, InputError
 from canopy.evaluation.evaluate import score_rasters
-from canopy.evaluation.maps import open_heights
+from canopy.evaluation.opening import open_heights
 from canopy.evaluation.pixels import RasterPair
-from canopy.evaluation.report import render, wide_row, write_csv, write_results
+from canopy.evaluation.report.pages import render, wide_row, write_csv, write_results
 from canopy.evaluation.scores import Evaluation, Options
-from canopy.labels.catalog import known_labels, label_source
 from canopy.labels.names import read_name
 from canopy.runtime import NoProgress, Progress, log
 
@@ -50,47 +49,21 @@ Metric = Annotated[str, AfterValidator(_known_metric)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Rows(Settings):
-    """Rows of a pack's manifest.csv: of a split (train, val, test, test_hard), and of a kind or not of it.
-
-    Kinds are neon (plots) and other (tiles).
-    """
-
-    split: str
-    kind: str | None = None
-    not_kind: str | None = None
-
-
 class Group(Settings):
     """Scenes that are pooled into one score.
 
     Attributes:
-        rows: of a pack; None: every reference file of the benchmark whose name matches `match`.
+        rows: of a pack's manifest.csv: its split (train, val, test, test_hard) and kind (neon, other), or the
+            kind that it is not; None: every height raster of DIR/reference whose name matches `match`.
         per_site: also show every site as a line of its own.
         shift: whether to measure a shift (not on plots of a few pixels).
     """
 
     title: str
-    rows: Rows | None = None
-    match: re.Pattern[str] | None = None
+    rows: dict[Literal["split", "kind", "not_kind"], str] | None = None
+    match: re.Pattern[str] = re.compile("")
     per_site: bool = False
     shift: bool = True
-
-
-class Reference(Settings):
-    """Where the measured heights come from.
-
-    Attributes:
-        labels: a manifest of data_manifests/labels; None: files that come with the benchmark.
-        product, sites, datetime: of that source; points need `canopy data chm` first.
-        floor_m: heights below count as 0 on both sides; None: what the reference's own tags say.
-    """
-
-    labels: str | None
-    product: str | None = None
-    sites: tuple[str, ...] = ()
-    floor_m: float | None = Field(default=None, ge=0, le=10)
-    datetime: str | None = None
 
 
 class Published(Settings):
@@ -125,54 +98,37 @@ class Leak(Settings):
     source: Text
 
 
-class Exclusion(Settings):
-    """Scenes that are left out, and why. `match` is looked for in reference file names or row ids."""
-
-    match: re.Pattern[str]
-    why: Text
-
-
 class BenchmarkManifest(Named):
-    """One benchmark.
+    """One benchmark: a pack (DIR/manifest.csv pairs images and heights), or DIR/reference and DIR/imagery.
 
     Attributes:
-        layout: `pack` (a folder with manifest.csv that pairs images and heights) or `folders` (DIR/reference
-            with height rasters, DIR/imagery with the images that cover them).
         imagery: named source used where DIR/imagery is absent; None: DIR/imagery is needed.
         image_nodata: image value that means missing; None: as the files say.
+        floor_m: heights below count as 0 on both sides; None: what the reference's own tags say.
         get: commands that fill DIR, with `{dir}` for it.
         groups: what is pooled, metrics: columns; both in the table's order.
-        leakage: who has seen the place. area: [west, south, east, north] of the place in degrees.
+        exclusions: pattern of reference file names or row ids that are left out -> why.
+        leakage: who has seen the place.
     """
 
     title: str
-    layout: Literal["pack", "folders"]
-    reference: Reference
     imagery: str | None = None
     image_nodata: float | None = None
+    floor_m: float | None = Field(default=None, ge=0, le=10)
     get: tuple[str, ...] = Field(min_length=1)
     groups: dict[str, Group] = Field(min_length=1)
     metrics: tuple[Metric, ...] = Field(min_length=1)
-    exclusions: tuple[Exclusion, ...] = ()
+    exclusions: dict[re.Pattern[str], Text] = Field(default_factory=dict)
     published: tuple[Published, ...] = ()
     leakage: tuple[Leak, ...] = Field(min_length=1)
-    area: tuple[float, float, float, float] | None = None
     licence: str
     notes: str = ""
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> BenchmarkManifest:
-        for name, group in self.groups.items():
-            if (self.layout == "pack") != (group.rows is not None):
-                raise ValueError(f"group {name!r}: rows go with layout pack, and only with it")
+    def _names_are_known(self) -> BenchmarkManifest:
         stray = sorted({name for leak in self.leakage for name in leak.groups} - set(self.groups))
         if stray:
             raise ValueError(f"leakage names the group {stray[0]!r}, which is not in groups")
-        labels = self.reference.labels
-        if labels is not None:
-            if labels not in known_labels():
-                raise ValueError(f"reference: no label source {labels!r}")
-            label_source(labels).product(self.reference.product)
         if self.imagery is not None and self.imagery not in manifest_names("imagery"):
             raise ValueError(f"no imagery source {self.imagery!r}")
         return self
@@ -238,21 +194,27 @@ def scenes_of(manifest: BenchmarkManifest, data_dir: Path | None, groups: Sequen
         raise InputError(f"the benchmark {manifest.name} needs its data", where="--data-dir", remedy=how)
     if not data_dir.is_dir():
         raise InputError("no such folder", where=data_dir, remedy=how)
-    wanted = groups or tuple(manifest.groups)
-    find = _pack_scenes if manifest.layout == "pack" else _folder_scenes
-    scenes = [scene for name in wanted for scene in find(manifest, data_dir, name)]
-    for name in wanted:
-        if not any(scene.group == name for scene in scenes):
+    scenes = []
+    for name in groups or manifest.groups:
+        group = manifest.groups[name]
+        find = _folder_scenes if group.rows is None else _pack_scenes
+        left_in = [
+            scene
+            for scene, key in find(manifest, data_dir, name)
+            if not any(pattern.search(key) for pattern in manifest.exclusions)
+        ]
+        if not left_in:
             raise InputError(f"no scenes of group {name!r}", where=data_dir, remedy=how)
+        scenes += left_in
     return scenes
 
 
-def _pack_scenes(manifest: BenchmarkManifest, data_dir: Path, group: str) -> list[Scene]:
-    table, rows = data_dir / "manifest.csv", manifest.groups[group].rows
+def _pack_scenes(manifest: BenchmarkManifest, data_dir: Path, group: str) -> Iterator[tuple[Scene, str]]:
+    """Scenes of a pack's group with what exclusions look at: the row's id."""
+    table, wanted = data_dir / "manifest.csv", manifest.groups[group].rows or {}
     if not table.is_file():
         how = manifest.how_to_get(data_dir)
         raise InputError("no manifest.csv in the folder", where=data_dir, remedy=how)
-    scenes = []
     with table.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         missing = sorted(PACK_COLUMNS - set(reader.fieldnames or ()))
@@ -260,38 +222,30 @@ def _pack_scenes(manifest: BenchmarkManifest, data_dir: Path, group: str) -> lis
             expected = ", ".join(sorted(PACK_COLUMNS))
             raise DataError(f"no column {missing[0]!r}", where=table, expected=expected)
         for row in reader:
-            wrong = rows is None or row["split"] != rows.split or row["kind"] == rows.not_kind
-            if wrong or (rows and rows.kind not in (None, row["kind"])) or _left_out(manifest, row["id"]):
+            asked = row | {"not_kind": row["kind"]}
+            if any((asked[name] == value) == (name == "not_kind") for name, value in wanted.items()):
                 continue
             image, reference = data_dir / row["rgb_path"], data_dir / row["chm_path"]
             for path in (image, reference):
                 if not path.is_file():
                     raise InputError("a file of manifest.csv is not there", where=path)
-            scenes.append(Scene(row["id"], group, row["site"], reference, (image,), whole_image=True))
-    return scenes
+            yield Scene(row["id"], group, row["site"], reference, (image,), whole_image=True), row["id"]
 
 
-def _folder_scenes(manifest: BenchmarkManifest, data_dir: Path, group: str) -> list[Scene]:
+def _folder_scenes(manifest: BenchmarkManifest, data_dir: Path, group: str) -> Iterator[tuple[Scene, str]]:
+    """Scenes of a folder's group with what exclusions look at: the reference's file name."""
     references, images = _rasters(data_dir / "reference"), data_dir / "imagery"
     has_images = bool(_rasters(images))
     if not references or (not has_images and manifest.imagery is None):
         lacking, how = "reference" if not references else "imagery", manifest.how_to_get(data_dir)
         raise InputError(f"no rasters in {lacking}/", where=data_dir, remedy=how)
-    scenes = []
-    for path in references:
-        pattern, tile = manifest.groups[group].match, read_name(path.name)
-        if (pattern and not pattern.search(path.name)) or _left_out(manifest, path.name):
-            continue
+    for path in (path for path in references if manifest.groups[group].match.search(path.name)):
         # The site in a tile's name (NEON), else the folder below `reference`, else the file's name.
+        tile = read_name(path.name)
         folder = path.parent.name if path.parent.name != "reference" else path.stem
         site = tile.site if tile is not None and tile.site else folder
         source = ((images,), None) if has_images else ((), manifest.imagery)
-        scenes.append(Scene(path.stem, group, site, path, *source))
-    return scenes
-
-
-def _left_out(manifest: BenchmarkManifest, name: str) -> bool:
-    return any(rule.match.search(name) for rule in manifest.exclusions)
+        yield Scene(path.stem, group, site, path, *source), path.name
 
 
 def _rasters(folder: Path) -> list[Path]:
@@ -313,24 +267,18 @@ class Judged:
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class GroupResult:
-    """A group's scores, and what is known of the model and this ground (None: nothing)."""
-
-    group: str
-    scenes: int
-    evaluation: Evaluation
-    leak: Leak | None
-
-
 @dataclass(eq=False)
 class BenchmarkResult:
     """All groups of one model. `failed`: scene id -> why it could not be predicted."""
 
     manifest: BenchmarkManifest
     model: Judged
-    groups: list[GroupResult] = field(default_factory=list)
+    groups: dict[str, Evaluation] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+
+    def leak(self, group: str) -> Leak | None:
+        """What is known of the model and a group's ground."""
+        return self.manifest.leak_of(self.model.names, group)
 
 
 def run_benchmark(
@@ -375,28 +323,21 @@ def run_benchmark(
                 f"no scene of group {name!r} could be predicted", where=manifest.name,
                 expected=result.failed[chosen[0].id],
             )  # fmt: skip
-        evaluation = _score_group(there, maps, manifest, name, replicates, progress)
-        write_results(evaluation, out / f"{slug(model.name)}-{model.sha256[:8]}" / name)
-        leak = manifest.leak_of(model.names, name)
-        result.groups.append(GroupResult(name, len(there), evaluation, leak))
+        floor_m, group = manifest.floor_m, manifest.groups[name]
+        options = Options(by=("site",), floor_m=floor_m, shift=group.shift, replicates=replicates)
+        facts = {"benchmark": manifest.name, "group": name, "group_title": group.title, "scenes": len(there)}
+        with ExitStack() as stack:
+            pairs = [
+                RasterPair(
+                    stack.enter_context(open_heights(maps[scene.id])),
+                    stack.enter_context(open_heights(scene.reference, reference=True)),
+                    scene.site,
+                )
+                for scene in there
+            ]
+            result.groups[name] = score_rasters(pairs, options, progress, facts)
+        write_results(result.groups[name], out / f"{slug(model.name)}-{model.sha256[:8]}" / name)
     return result
-
-
-def _score_group(
-    scenes: Sequence[Scene], maps: Mapping[str, Path], manifest: BenchmarkManifest, name: str,
-    replicates: int, progress: Progress,
-) -> Evaluation:  # fmt: skip
-    """One score over all scenes of a group, and one per site."""
-    group, floor_m = manifest.groups[name], manifest.reference.floor_m
-    options = Options(by=("site",), floor_m=floor_m, shift=group.shift, replicates=replicates)
-    facts = {"benchmark": manifest.name, "group": name, "group_title": group.title, "scenes": len(scenes)}
-    with ExitStack() as stack:
-        pairs = []
-        for scene in scenes:
-            heights = stack.enter_context(open_heights(maps[scene.id]))
-            truth = stack.enter_context(open_heights(scene.reference, reference=True))
-            pairs.append(RasterPair(heights, truth, scene.site))
-        return score_rasters(pairs, options, progress, facts)
 
 
 def slug(text: str) -> str:
@@ -407,11 +348,11 @@ def slug(text: str) -> str:
 def audit_lines(result: BenchmarkResult) -> list[str]:
     """Who has seen the place, one line per group: first the model that was scored."""
     lines = []
-    for part in result.groups:
-        text = "unknown: the benchmark knows nothing of this model; read its card"
-        if part.leak is not None:
-            text = f"{part.leak.seen}: {part.leak.why} ({part.leak.source})"
-        lines.append(f"{part.group}: was {result.model.name} trained here? {text}")
+    for group in result.groups:
+        text, leak = "unknown: the benchmark knows nothing of this model; read its card", result.leak(group)
+        if leak is not None:
+            text = f"{leak.seen}: {leak.why} ({leak.source})"
+        lines.append(f"{group}: was {result.model.name} trained here? {text}")
     return lines
 
 
@@ -433,22 +374,23 @@ SHORT = {
 def rows_of(result: BenchmarkResult, today: str | None = None) -> list[dict[str, Any]]:
     """One row per group and per site of it, all columns of results.csv."""
     rows = []
-    for part in result.groups:
+    for group, evaluation in result.groups.items():
+        leak = result.leak(group)
         facts = {
             "benchmark": result.manifest.name,
-            "group": part.group,
+            "group": group,
             "site": ALL_SITES,
             "model": result.model.name,
             "model_sha256": result.model.sha256,
             "canopy_version": __version__,
             "scored": today or datetime.date.today().isoformat(),
-            "scenes": part.scenes,
-            "trained_here": part.leak.seen if part.leak else "unknown",
+            "scenes": evaluation.provenance["scenes"],
+            "trained_here": leak.seen if leak else "unknown",
         }
-        rows.append(facts | wide_row(part.evaluation.overall.metrics, METRICS))
+        rows.append(facts | wide_row(evaluation.overall.metrics, METRICS))
         rows += [
             facts | {"site": name, "scenes": ""} | wide_row(scores.metrics, METRICS)
-            for name, scores in part.evaluation.strata["site"].items()
+            for name, scores in evaluation.strata["site"].items()
         ]
     return rows
 

@@ -15,7 +15,8 @@ import numpy as np
 from canopy import __version__
 from canopy.config import validate_settings
 from canopy.errors import InputError
-from canopy.evaluation.maps import HeightMap, open_heights, years_apart
+from canopy.evaluation.maps import HeightMap, years_apart
+from canopy.evaluation.opening import open_heights
 from canopy.evaluation.pixels import Points, RasterPair, RasterTally, Tally, tally_rasters
 from canopy.evaluation.samples import (
     PARQUETS,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     import geopandas
     import pandas
 
-    from canopy.evaluation.maps import HeightSource
+    from canopy.evaluation.opening import HeightSource
 
 _MOST_SAMPLES = 20_000
 # Hashing a file must not take longer than scoring it.
@@ -81,7 +82,7 @@ def evaluate(
     Raises:
         InputError (and its kinds): what cannot be read, does not overlap, or makes no sense.
     """
-    from canopy.evaluation.report import write_results
+    from canopy.evaluation.report.pages import write_results
 
     chosen = validate_settings(Options, options, "evaluate").check()
     listed = list(reference) if isinstance(reference, list | tuple) else [reference]

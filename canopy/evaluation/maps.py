@@ -16,20 +16,17 @@ mapped" look alike in them:
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import shapely
 from odc.geo import CRS
-from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.io import DatasetReader
 from shapely.geometry.base import BaseGeometry
 
@@ -37,33 +34,17 @@ from canopy.chips.targets import sensor_floor
 from canopy.errors import CanopyError, ImageryError, InputError
 from canopy.files import is_url, public_name
 from canopy.geo.crs import to_lonlat
-from canopy.geo.grid import Grid, quadkey_bounds
+from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
-from canopy.imagery.names import acquisition_date
+from canopy.imagery.names import acquisition_date, parse_range
 
-if TYPE_CHECKING:
-    import xarray
-
-    HeightSource = str | Path | Sequence[str | Path] | xarray.DataArray
-
-PUBLISHED_ZOOM = {9: "published v1", 10: "published v2"}
 NOT_A_HEIGHT = 255
 # Handles kept open while windows walk over a mosaic.
 OPEN_TILES = 8
 DEFAULT_LEVEL = 0.9
 # Heights beyond these are no trees: an undeclared nodata value, a bird, a pylon.
 LOWEST_M, HIGHEST_M = -50.0, 150.0
-# Units as the field writes them, after `_metres_per` has made plurals and American spelling one.
-METRES_PER_UNIT = {
-    **dict.fromkeys(("", "m", "metre"), 1.0),
-    **dict.fromkeys(("dm", "decimetre"), 0.1),
-    **dict.fromkeys(("cm", "centimetre"), 0.01),
-    **dict.fromkeys(("mm", "millimetre"), 0.001),
-    **dict.fromkeys(("ft", "foot", "international foot"), 0.3048),
-    **dict.fromkeys(("us survey foot", "us foot", "us ft", "foot us", "ftus", "survey foot"), 1200 / 3937),
-}
-_SAYS_HEIGHT = re.compile(r"(?<![a-z])chm(?![a-z])|canopy[\s_-]*height", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -72,10 +53,10 @@ class Tile:
 
     Attributes:
         bands: 1-based: the height, and its lower and upper bound where there are.
-        scale, offset: what makes metres of each band's numbers. unit: the band's own, "" where not said.
+        scale, offset: what makes metres of each band's numbers.
         step_m: what heights are rounded to; 0: nothing.
         published: "published v1" or "published v2" for a tile of those maps. mask: the v1 map's `.tif.msk`.
-        says_missing: whether missing ground can be told; zero_is_missing: whether that is 0 m.
+        notes: what the user must know of it.
     """
 
     path: str
@@ -83,13 +64,11 @@ class Tile:
     bands: tuple[int, ...]
     scale: tuple[float, ...]
     offset: tuple[float, ...]
-    unit: str
     step_m: float
-    published: str | None = None
-    mask: str | None = None
-    says_missing: bool = True
-    zero_is_missing: bool = False
-    tags: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
+    published: str | None
+    mask: str | None
+    notes: tuple[str, ...]
+    tags: dict[str, str] = field(hash=False, compare=False)
 
     @cached_property
     def outline(self) -> BaseGeometry:
@@ -165,10 +144,7 @@ class HeightMap:
     @cached_property
     def dates(self) -> tuple[str, ...]:
         """First and last acquisition date or year, ISO; empty where unknown."""
-        found = {date for tile in self.tiles for date in _dates_of(tile)}
-        if not found:
-            days = (acquisition_date(tile.tags, tile.path) for tile in self.tiles[:1000])
-            found = {day.isoformat() for day in days if day}
+        found = [date for tile in self.tiles for date in _dates_of(tile)]
         return tuple(dict.fromkeys((min(found), max(found)))) if found else ()
 
     @property
@@ -183,27 +159,12 @@ class HeightMap:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user must know, one sentence each; complete when everything has been read."""
-        found = []
-        if any(tile.published and not tile.says_missing for tile in self.tiles):
-            found.append(
-                "tiles without a mask or nodata value: 0 m and 'not mapped' cannot be told apart in them, "
-                "and unmapped ground counts as open"
-            )
-        if any(tile.published and tile.zero_is_missing for tile in self.tiles) and self.nodata is None:
-            found.append("tiles declare 0 as missing, so open ground is left out of every number")
-        if self.step_m >= 0.5:
-            found.append(
-                f"heights are whole multiples of {self.step_m:g} m; whether rounded or cut is not known"
-            )
-        if self.has_interval and "CANOPY_INTERVAL" not in self.tags:
-            found.append(f"its interval bands are taken for a {DEFAULT_LEVEL:.0%} interval")
-        for unit in dict.fromkeys(tile.unit for tile in self.tiles if _metres_per(tile.unit) != 1):
-            found.append(f"its heights are in {unit} and were converted to metres")
+        found = dict.fromkeys(note for tile in self.tiles for note in tile.notes)
         if self.impossible is not None:
-            found.append(
+            found[
                 f"pixels with impossible heights (such as {self.impossible:.6g} m) count as missing: an "
                 "undeclared nodata value, or not metres"
-            )
+            ] = None
         return tuple(f"{self.name}: {note}" for note in found)
 
     # ---- pixels -------------------------------------------------------------------------------
@@ -297,229 +258,41 @@ class _Placed:
         return getattr(self._dataset, name)
 
 
-# ---- opening --------------------------------------------------------------------------------------
-def open_heights(
-    source: HeightSource,
-    *,
-    nodata: float | None = None,
-    band: int | str | None = None,
-    reference: bool = False,
-) -> HeightMap:
-    """Open a height map.
-
-    Args:
-        source: a GeoTIFF, COG or VRT (path or http URL); a folder of tiles (`DIR/chm`, `DIR/tiles` or DIR
-            itself); a text file with one path per line; a sequence of files; or an xarray DataArray with
-            dimensions (y, x) or (band, y, x) and a CRS (`.rio.crs`).
-        nodata: value that means missing, in place of what the files and the rules above say.
-        band: number (from 1) or name of the height's band; by default the only one, or the only one that says
-            canopy height or CHM.
-        reference: maps are judged by it; see `HeightMap`.
-
-    Raises ImageryError for what cannot be read as a height map, naming the file.
-    """
-    with contextlib.ExitStack() as stack:
-        if isinstance(source, str | Path | Sequence):
-            paths = _paths_of(source)
-            name = Path(public_name(source if isinstance(source, str | Path) else paths[0]).rstrip("/")).name
-            if not isinstance(source, str | Path) and len(paths) > 1:
-                name = f"{name} and {len(paths) - 1} more"
-        else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="canopy-array-"))
-            paths = [_array_file(source, folder)]
-            name = str(source.name or "array")
-        tiles = [_open_tile(path, band) for path in paths]
-        odd = next((tile for tile in tiles if tile.published != tiles[0].published), None)
-        if odd is not None:
-            raise ImageryError("tiles of different products in one folder", where=public_name(odd.path))
-        made = HeightMap(name, tiles, nodata=nodata, reference=reference)
-        made._at_close = stack.pop_all()
-    return made
-
-
-def _array_file(array: xarray.DataArray, folder: str) -> str:
-    """A DataArray as a GeoTIFF, chunk by chunk, so that arrays and files are read by one rule."""
-    if type(array).__name__ != "DataArray":
-        raise ImageryError(
-            f"a {type(array).__name__} is no height map",
-            expected="a path, a list of paths, or an xarray DataArray with a CRS",
-        )
-    import rioxarray  # noqa: F401  (registers the .rio accessor)
-
-    where = f"the array {array.name}" if array.name else "the array"
-    try:
-        crs, _ = array.rio.crs, array.rio.shape
-    except Exception as error:  # rioxarray has several kinds for missing dimensions
-        raise ImageryError(
-            f"dimensions {', '.join(map(str, array.dims))}", where=where, expected="(y, x) or (band, y, x)"
-        ) from error
-    if crs is None:
-        raise ImageryError(
-            "no coordinate reference system", where=where,
-            remedy='name it with array.rio.write_crs("EPSG:32618"), or whichever it is',
-        )  # fmt: skip
-    if "band" in array.coords and array["band"].dtype.kind in "UO":  # of canopy.predict: bands by name
-        bands = np.atleast_1d(array["band"].values)
-        array = array.drop_vars("band").assign_attrs(long_name=tuple(map(str, bands)))
-    path = str(Path(folder) / "array.tif")
-    array.rio.to_raster(path, windowed=True, tiled=True, blockxsize=256, blockysize=256, BIGTIFF="IF_SAFER")
-    return path
-
-
-def _paths_of(name: str | Path | Sequence[str | Path]) -> list[str]:
-    if not isinstance(name, str | Path):
-        return [str(one) for one in name]
-    path = Path(name)
-    if path.name == "mosaic" and (path.parent / "tiles").is_dir():
-        path = path.parent  # of `canopy map`: an index that GDAL reads, of tiles that are read here
-    if is_url(str(name)) or not (path.is_dir() or path.suffix.lower() == ".txt"):
-        return [str(name)]
-    if path.is_dir():
-        for folder in (path / "chm", path / "tiles", path):
-            files = (p for p in folder.glob("[!.]*") if p.suffix.lower() in (".tif", ".tiff", ".vrt"))
-            if found := sorted(map(str, files)):
-                return found
-        expected = "*.tif, or chm/*.tif, or tiles/*.tif"
-        raise ImageryError("no height tiles in the folder", where=name, expected=expected)
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ImageryError(
-            "not a readable list of tiles", where=name, expected="one path per line"
-        ) from error
-    listed = [line for line in lines if line and not line.startswith("#")]
-    if not listed:
-        raise ImageryError("an empty list of tiles", where=name, expected="one path per line")
-    return [line if is_url(line) else str(path.parent / line) for line in listed]
-
-
-def _open_tile(path: str, band: int | str | None) -> Tile:
-    with open_raster(path) as dataset:
-        place = SourcePlace.of(dataset)
-        bands = _height_bands(dataset, path, band)
-        height = bands[0] - 1
-        unit = (dataset.units[height] or "").strip()
-        metres = _metres_per(unit)
-        if metres is None:
-            raise ImageryError(
-                f"heights in {unit!r}", where=public_name(path),
-                expected="metres, decimetres, centimetres, feet or US survey feet",
-                remedy="write the band's true unit into the file",
-            )  # fmt: skip
-        integer = np.dtype(dataset.dtypes[height]).kind in "iu"
-        scale, offset = (
-            tuple(float(numbers[b - 1]) * metres for b in bands)
-            for numbers in (dataset.scales, dataset.offsets)
-        )
-        published, mask = _published_as(dataset, path, place)
-        says_missing = mask is not None or MaskFlags.all_valid not in dataset.mask_flag_enums[height]
-        return Tile(
-            path, place, bands, scale, offset, unit, abs(scale[0]) if integer else 0.0, published, mask,
-            says_missing, dataset.nodatavals[height] == 0, dict(dataset.tags()),
-        )  # fmt: skip
-
-
-def _metres_per(unit: str) -> float | None:
-    text = re.sub(r"[\s_-]+", " ", unit.lower().replace(".", ""))
-    text = text.replace("meter", "metre").replace("feet", "foot")
-    return METRES_PER_UNIT.get(text, METRES_PER_UNIT.get(text.removesuffix("s")))
-
-
-def _height_bands(dataset: DatasetReader, path: str, wanted: int | str | None) -> tuple[int, ...]:
-    """The height's band, and those of its interval: as asked for, else by description, else the only one."""
-    names = [(text or "").strip() for text in dataset.descriptions]
-    listed = ", ".join(f"{i} {name}".strip() for i, name in enumerate(names[:12], 1))
-    usable = [i for i, colour in enumerate(dataset.colorinterp, 1) if colour != ColorInterp.alpha]
-    telling = [i for i in usable if _SAYS_HEIGHT.search(names[i - 1])]
-    if wanted is not None:
-        text = str(wanted).strip()
-        found = [i for i, name in enumerate(names, 1) if name and name.lower() == text.lower()]
-        if not found and text.isdecimal() and 1 <= int(text) <= len(names):
-            found = [int(text)]
-        if len(found) != 1:
-            raise ImageryError(
-                f"no band {text!r}", where=public_name(path), expected=f"--band with one of {listed}"
-            )
-        height = found[0]
-    elif "canopy_height" in names:
-        height = names.index("canopy_height") + 1
-    elif {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= set(dataset.colorinterp):
-        expected = "a canopy height map in metres"
-        raise ImageryError("a colour image", where=public_name(path), expected=expected)
-    elif len(usable) == 1 or len(telling) == 1:
-        height = usable[0] if len(usable) == 1 else telling[0]
-    else:
-        raise ImageryError(
-            f"holds {len(names)} bands ({listed})", where=public_name(path),
-            expected="one band, or one that says canopy height or CHM",
-            remedy="name the height's with --band NUMBER or --band NAME",
-        )  # fmt: skip
-    if names[height - 1] == "canopy_height" and {"height_lower", "height_upper"} <= set(names):
-        return height, names.index("height_lower") + 1, names.index("height_upper") + 1
-    return (height,)
-
-
-def _published_as(dataset: DatasetReader, path: str, place: SourcePlace) -> tuple[str | None, str | None]:
-    """What a tile is published as, when name, place and pixels are those of such a one; and its mask file."""
-    tile = Path(public_name(path))
-    quadkey = tile.name.split(".", 1)[0]
-    if not re.fullmatch(r"[0-3]{9,10}", quadkey) or dataset.dtypes[0] != "uint8" or place.crs.epsg != 3857:
-        return None, None
-    off = np.subtract(quadkey_bounds(quadkey), dataset.bounds)
-    if not place.is_north_up or abs(off).max() > 2 * place.transform.a:
-        return None, None
-    published = PUBLISHED_ZOOM[len(quadkey)]
-    masks = (folder / f"{tile.name}.msk" for folder in (tile.parent, tile.parent.parent / "msk"))
-    has_mask = published == "published v1" and not is_url(path)
-    return published, next((str(mask) for mask in masks if has_mask and mask.is_file()), None)
-
-
 # ---- dates ----------------------------------------------------------------------------------------
-_DAY = re.compile(r"(\d{4})-?(\d\d)?-?(\d\d)?")
 # v2's date rasters hold years since 2000; a sample of them tells the span.
 _SAMPLE_PX = 512
 
 
 def years_apart(a: Sequence[str], b: Sequence[str]) -> float | None:
-    """Years between the middles of two date ranges (b minus a), None where one is unknown."""
-    if not a or not b:
-        return None
-    return (_decimal(b[0]) + _decimal(b[-1])) / 2 - (_decimal(a[0]) + _decimal(a[-1])) / 2
+    """Years between the middles of two ranges of dates (b minus a), None where one is unknown."""
+    middles = []
+    for dates in (a, b):
+        try:
+            ends = parse_range(dates[0])[0], parse_range(dates[-1])[1]
+        except (IndexError, ValueError):
+            return None
+        middles.append(sum(d.year + (d.timetuple().tm_yday - 1) / 365.25 for d in ends if d) / 2)
+    return middles[1] - middles[0]
 
 
-def _decimal(text: str) -> float:
-    match = _DAY.match(text)
-    if match is None:
-        return float("nan")
-    year, month, day = (int(part) if part else None for part in match.groups())
-    return float(year or 0) + (0.5 if month is None else (month - 1 + ((day or 15) - 1) / 31) / 12)
-
-
-def _iso(text: str) -> Iterator[str]:
-    """A date, month or year out of the ways that tags write them; nothing where there is none."""
-    match = _DAY.match(text.strip().replace(":", "-", 2))
-    if match:
-        yield "-".join(piece for piece in match.groups() if piece)
-
-
-def _dates_of(tile: Tile) -> Iterator[str]:
-    """Dates in a file's tags, and in what lies beside a published tile.
+def _dates_of(tile: Tile) -> list[str]:
+    """Dates by a file's tags or name, and by what lies beside a published tile.
 
     `../metadata/NAME.geojson` (v1: acq_date) or `../metadata/NAME.tif` (v2: year - 2000). A date that cannot
     be read is an unknown date, not a reason to refuse the heights.
     """
-    for part in tile.tags.get("CANOPY_DATES", tile.tags.get("TIFFTAG_DATETIME", "")).split("/"):
-        yield from _iso(part)
-    if not tile.published or is_url(tile.path):
-        return
+    found = re.findall(r"\d{4}(?:-\d\d){0,2}", tile.tags.get("CANOPY_DATES", ""))
+    day = None if found else acquisition_date(tile.tags, tile.path)
     path = Path(tile.path)
-    metadata = path.parent.parent / "metadata"
-    with contextlib.suppress(OSError, ValueError, AttributeError, CanopyError):
-        if tile.published == "published v1":
-            text = (metadata / f"{path.name.split('.', 1)[0]}.geojson").read_text()
-            for feature in json.loads(text).get("features", []):
-                yield from _iso(str((feature.get("properties") or {}).get("acq_date", "")))
-        else:
-            with open_raster(metadata / path.name, georeferenced=False) as file:
-                years = file.read(1, out_shape=(min(_SAMPLE_PX, file.height), min(_SAMPLE_PX, file.width)))
-            yield from (str(2000 + int(year)) for year in np.unique(years) if 0 < year < 100)
+    beside = path.parent.parent / "metadata" / path.name
+    if tile.published and not is_url(tile.path):
+        with contextlib.suppress(OSError, UnicodeDecodeError, CanopyError):
+            if tile.published == "published v1":
+                text = beside.with_suffix(".geojson").read_text()
+                found += re.findall(r'"acq_date"\s*:\s*"(\d{4}(?:-\d\d){0,2})', text)
+            else:
+                with open_raster(beside, georeferenced=False) as file:
+                    shape = (min(_SAMPLE_PX, file.height), min(_SAMPLE_PX, file.width))
+                    years = np.unique(file.read(1, out_shape=shape))
+                found += [str(2000 + int(year)) for year in years if 0 < year < 100]
+    return found + ([day.isoformat()] if day else [])

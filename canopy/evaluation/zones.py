@@ -22,7 +22,8 @@ from shapely.geometry.polygon import orient
 from canopy.config import Settings, validate_settings
 from canopy.errors import ConfigError, InputError
 from canopy.evaluation.grids import own_grid, pixel_areas_m2
-from canopy.evaluation.maps import HIGHEST_M, LOWEST_M, HeightMap, open_heights
+from canopy.evaluation.maps import HIGHEST_M, LOWEST_M, HeightMap
+from canopy.evaluation.opening import open_heights
 from canopy.files import check_output, replacing
 from canopy.geo.crs import geod_of, to_crs, to_lonlat
 from canopy.geo.grid import Grid, tiles_over
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import geopandas
     import pandas
 
-    from canopy.evaluation.maps import HeightSource
+    from canopy.evaluation.opening import HeightSource
 
 TILE_PX = 1024
 FORMATS = (".csv", ".parquet")

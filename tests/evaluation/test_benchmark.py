@@ -108,15 +108,13 @@ def test_a_wrong_manifest_is_refused(manifests):
         ({"metrics": ["mae"]}, "unknown metric 'mae'"),
         ({"leekage": []}, "did you mean 'leakage'"),
         ({"imagery": "nowhere"}, "no imagery source 'nowhere'"),
-        ({"reference": {"labels": "moon"}}, "no label source 'moon'"),
-        ({"reference": {"labels": "neon", "product": "juice"}}, "juice"),
         ({"name": "other"}, "is named 'other'"),
         (
             {"published": [{"model": "x", "scores": {"mse": 1}, "measured_on": "y", "source": "z"}]},
             "metric 'mse'",
         ),
         ({"leakage": [{"models": ["a"], "seen": "maybe", "why": "b", "source": "c"}]}, "leakage"),
-        ({"groups": {"all": {"title": "x", "rows": {"split": "val"}}}}, "rows go with layout pack"),
+        ({"groups": {"all": {"title": "x", "rows": {"splits": "val"}}}}, "groups.all.rows"),
     ):
         manifests("france", **({"name": "france", "metrics": ["n"]} | fields))
         with pytest.raises((ConfigError, InputError), match=words):
@@ -172,8 +170,12 @@ def test_broken_packs_are_named(small, pack):
 def test_scores_are_pooled_by_group_and_site(small, pack, tmp_path):
     scenes = scenes_of(small, pack)
     result = run_benchmark(small, scenes, OURS, too_high_by(1.5), tmp_path / "out", replicates=0)
-    assert [(g.group, g.scenes) for g in result.groups] == [("val", 2), ("val-plots", 1), ("test", 1)]
-    val = result.groups[0].evaluation
+    assert [(g, e.provenance["scenes"]) for g, e in result.groups.items()] == [
+        ("val", 2),
+        ("val-plots", 1),
+        ("test", 1),
+    ]
+    val = result.groups["val"]
     assert val.overall.n == 20_000
     assert val.overall["mae_m"].value == pytest.approx(1.5, abs=1e-4)
     assert val.overall["bias_m"].value == pytest.approx(1.5, abs=1e-4)
@@ -187,7 +189,7 @@ def test_scores_are_pooled_by_group_and_site(small, pack, tmp_path):
         raise AssertionError("the maps are there")
 
     again = run_benchmark(small, scenes, OURS, never, tmp_path / "out", replicates=0)
-    assert again.groups[0].evaluation.overall["rmse_m"] == val.overall["rmse_m"]
+    assert again.groups["val"].overall["rmse_m"] == val.overall["rmse_m"]
 
 
 def test_one_bad_scene_does_not_stop_the_others(small, pack, tmp_path):
@@ -197,7 +199,7 @@ def test_one_bad_scene_does_not_stop_the_others(small, pack, tmp_path):
         too_high_by(0)(scene, path)
 
     result = run_benchmark(small, scenes_of(small, pack), OURS, predict, tmp_path / "out", replicates=0)
-    assert result.failed == {"b": "no image here"} and result.groups[0].scenes == 1
+    assert result.failed == {"b": "no image here"} and result.groups["val"].provenance["scenes"] == 1
 
     def none(scene, path):
         raise AreaError("no image at all")

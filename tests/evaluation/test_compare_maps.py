@@ -12,8 +12,8 @@ import rasterio
 from pyproj import Geod, Transformer
 
 from canopy.errors import InputError
-from canopy.evaluation.change import compare as compare_with_report
-from canopy.evaluation.report import comparison_page
+from canopy.evaluation.compare import compare as compare_with_report
+from canopy.evaluation.report.pages import comparison_page
 from canopy.geo.area import AOI
 from canopy.geo.reading import open_raster, read_window
 
@@ -178,7 +178,7 @@ def test_auto_tells_dates_from_products(write_map, forest, tmp_path):
 
 def test_windows_do_not_change_the_result(pair, tmp_path, monkeypatch):
     whole = compare(pair[0], pair[1], tmp_path / "whole")
-    monkeypatch.setattr("canopy.evaluation.change.TILE_PX", 64)
+    monkeypatch.setattr("canopy.evaluation.compare.TILE_PX", 64)
     parts = compare(pair[0], pair[1], tmp_path / "parts")
     one, two = whole.to_dict()["overall"], parts.to_dict()["overall"]
     assert one.keys() == two.keys() and all(one[k] == pytest.approx(two[k], rel=1e-12) for k in one)

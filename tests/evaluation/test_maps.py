@@ -12,7 +12,7 @@ from odc.geo import CRS
 
 from canopy.errors import ImageryError, InputError
 from canopy.evaluation.grids import common_grid, read_on
-from canopy.evaluation.maps import open_heights
+from canopy.evaluation.opening import open_heights
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid, quadkey_bounds
 

@@ -10,9 +10,9 @@ import numpy as np
 import pandas
 import pytest
 
-from canopy.evaluation import figures
 from canopy.evaluation.evaluate import evaluate
-from canopy.evaluation.report import cell_text, evaluation_page, label, ranked, strip, write_results
+from canopy.evaluation.report import figures
+from canopy.evaluation.report.pages import cell_text, evaluation_page, label, ranked, strip, write_results
 from canopy.evaluation.scores import Score
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from canopy.errors import InputError
 from canopy.evaluation.grids import read_on
-from canopy.evaluation.maps import open_heights
+from canopy.evaluation.opening import open_heights
 from canopy.geo.grid import Grid
 from canopy.metrics import percent_of
 

@@ -243,7 +243,7 @@ def test_plots_of_several_layers_are_asked_for(write: Callable[..., Path], tmp_p
 def test_many_shots_are_pooled_as_few_are(write: Callable[..., Path], tmp_path: Path) -> None:
     """Shots of many windows of a map: each gets what it gets alone."""
     from canopy.evaluation import samples
-    from canopy.evaluation.maps import open_heights
+    from canopy.evaluation.opening import open_heights
 
     path, *_ = shots(tmp_path / "shots.csv", 120)
     chosen = samples.load_gedi(path)

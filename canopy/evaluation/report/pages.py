@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canopy.evaluation import figures
+from canopy.evaluation.report import figures
 from canopy.evaluation.scores import Evaluation, Preview, Score, Scores
 from canopy.files import replacing, told_as_output, write_json
 

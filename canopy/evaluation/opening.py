@@ -1,0 +1,224 @@
+"""Opening height maps: which files, which band is the height, what its unit is, whose product it is."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.io import DatasetReader
+
+from canopy.errors import ImageryError
+from canopy.evaluation.maps import DEFAULT_LEVEL, HeightMap, Tile
+from canopy.files import is_url, public_name
+from canopy.geo.grid import quadkey_bounds
+from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster
+
+if TYPE_CHECKING:
+    import xarray
+
+    HeightSource = str | Path | Sequence[str | Path] | xarray.DataArray
+
+PUBLISHED_ZOOM = {9: "published v1", 10: "published v2"}
+# Units as the field writes them, after `_metres_per` has made plurals and American spelling one.
+METRES_PER_UNIT = {
+    **dict.fromkeys(("", "m", "metre"), 1.0),
+    **dict.fromkeys(("dm", "decimetre"), 0.1),
+    **dict.fromkeys(("cm", "centimetre"), 0.01),
+    **dict.fromkeys(("mm", "millimetre"), 0.001),
+    **dict.fromkeys(("ft", "foot", "international foot"), 0.3048),
+    **dict.fromkeys(("us survey foot", "us foot", "us ft", "foot us", "ftus", "survey foot"), 1200 / 3937),
+}
+_SAYS_HEIGHT = re.compile(r"(?<![a-z])chm(?![a-z])|canopy[\s_-]*height", re.IGNORECASE)
+
+
+def open_heights(
+    source: HeightSource,
+    *,
+    nodata: float | None = None,
+    band: int | str | None = None,
+    reference: bool = False,
+) -> HeightMap:
+    """Open a height map.
+
+    Args:
+        source: a GeoTIFF, COG or VRT (path or http URL); a folder of tiles (`DIR/chm`, `DIR/tiles` or DIR
+            itself); a text file with one path per line; a sequence of files; or an xarray DataArray with
+            dimensions (y, x) or (band, y, x) and a CRS (`.rio.crs`).
+        nodata: value that means missing, in place of what the files and the rules above say.
+        band: number (from 1) or name of the height's band; by default the only one, or the only one that says
+            canopy height or CHM.
+        reference: maps are judged by it; see `HeightMap`.
+
+    Raises ImageryError for what cannot be read as a height map, naming the file.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, str | Path | Sequence):
+            paths = _paths_of(source)
+            name = Path(public_name(source if isinstance(source, str | Path) else paths[0]).rstrip("/")).name
+            if not isinstance(source, str | Path) and len(paths) > 1:
+                name = f"{name} and {len(paths) - 1} more"
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="canopy-array-"))
+            paths = [_array_file(source, folder)]
+            name = str(source.name or "array")
+        tiles = [_open_tile(path, band, nodata) for path in paths]
+        odd = next((tile for tile in tiles if tile.published != tiles[0].published), None)
+        if odd is not None:
+            raise ImageryError("tiles of different products in one folder", where=public_name(odd.path))
+        made = HeightMap(name, tiles, nodata=nodata, reference=reference)
+        made._at_close = stack.pop_all()
+    return made
+
+
+def _array_file(array: xarray.DataArray, folder: str) -> str:
+    """A DataArray as a GeoTIFF, chunk by chunk, so that arrays and files are read by one rule."""
+    if type(array).__name__ != "DataArray":
+        raise ImageryError(
+            f"a {type(array).__name__} is no height map",
+            expected="a path, a list of paths, or an xarray DataArray with a CRS",
+        )
+    import rioxarray  # noqa: F401  (registers the .rio accessor)
+
+    where = f"the array {array.name}" if array.name else "the array"
+    try:
+        crs, _ = array.rio.crs, array.rio.shape
+    except Exception as error:  # rioxarray has several kinds for missing dimensions
+        raise ImageryError(
+            f"dimensions {', '.join(map(str, array.dims))}", where=where, expected="(y, x) or (band, y, x)"
+        ) from error
+    if crs is None:
+        raise ImageryError(
+            "no coordinate reference system", where=where,
+            remedy='name it with array.rio.write_crs("EPSG:32618"), or whichever it is',
+        )  # fmt: skip
+    if "band" in array.coords and array["band"].dtype.kind in "UO":  # of canopy.predict: bands by name
+        bands = np.atleast_1d(array["band"].values)
+        array = array.drop_vars("band").assign_attrs(long_name=tuple(map(str, bands)))
+    path = str(Path(folder) / "array.tif")
+    array.rio.to_raster(path, windowed=True, tiled=True, blockxsize=256, blockysize=256, BIGTIFF="IF_SAFER")
+    return path
+
+
+def _paths_of(name: str | Path | Sequence[str | Path]) -> list[str]:
+    if not isinstance(name, str | Path):
+        return [str(one) for one in name]
+    path = Path(name)
+    if path.name == "mosaic" and (path.parent / "tiles").is_dir():
+        path = path.parent  # of `canopy map`: an index that GDAL reads, of tiles that are read here
+    if is_url(str(name)) or not (path.is_dir() or path.suffix.lower() == ".txt"):
+        return [str(name)]
+    if path.is_dir():
+        for folder in (path / "chm", path / "tiles", path):
+            files = (p for p in folder.glob("[!.]*") if p.suffix.lower() in (".tif", ".tiff", ".vrt"))
+            if found := sorted(map(str, files)):
+                return found
+        expected = "*.tif, or chm/*.tif, or tiles/*.tif"
+        raise ImageryError("no height tiles in the folder", where=name, expected=expected)
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageryError(
+            "not a readable list of tiles", where=name, expected="one path per line"
+        ) from error
+    listed = [line for line in lines if line and not line.startswith("#")]
+    if not listed:
+        raise ImageryError("an empty list of tiles", where=name, expected="one path per line")
+    return [line if is_url(line) else str(path.parent / line) for line in listed]
+
+
+def _open_tile(path: str, band: int | str | None, nodata: float | None) -> Tile:
+    with open_raster(path) as dataset:
+        place, tags = SourcePlace.of(dataset), dict(dataset.tags())
+        bands = _height_bands(dataset, path, band)
+        height = bands[0] - 1
+        unit = (dataset.units[height] or "").strip()
+        metres = _metres_per(unit)
+        if metres is None:
+            raise ImageryError(
+                f"heights in {unit!r}", where=public_name(path),
+                expected="metres, decimetres, centimetres, feet or US survey feet",
+                remedy="write the band's true unit into the file",
+            )  # fmt: skip
+        scale, offset = (
+            tuple(float(numbers[b - 1]) * metres for b in bands)
+            for numbers in (dataset.scales, dataset.offsets)
+        )
+        step_m = abs(scale[0]) if np.dtype(dataset.dtypes[height]).kind in "iu" else 0.0
+        published, mask = _published_as(dataset, path, place)
+        notes = []
+        if published and mask is None and MaskFlags.all_valid in dataset.mask_flag_enums[height]:
+            notes.append(
+                "tiles without a mask or nodata value: 0 m and 'not mapped' cannot be told apart in them, "
+                "and unmapped ground counts as open"
+            )
+        if published and nodata is None and dataset.nodatavals[height] == 0:
+            notes.append("tiles declare 0 as missing, so open ground is left out of every number")
+        if step_m >= 0.5:
+            notes.append(f"heights are whole multiples of {step_m:g} m; whether rounded or cut is not known")
+        if len(bands) == 3 and "CANOPY_INTERVAL" not in tags:
+            notes.append(f"its interval bands are taken for a {DEFAULT_LEVEL:.0%} interval")
+        if metres != 1:
+            notes.append(f"its heights are in {unit} and were converted to metres")
+        return Tile(path, place, bands, scale, offset, step_m, published, mask, tuple(notes), tags)
+
+
+def _metres_per(unit: str) -> float | None:
+    text = re.sub(r"[\s_-]+", " ", unit.lower().replace(".", ""))
+    text = text.replace("meter", "metre").replace("feet", "foot")
+    return METRES_PER_UNIT.get(text, METRES_PER_UNIT.get(text.removesuffix("s")))
+
+
+def _height_bands(dataset: DatasetReader, path: str, wanted: int | str | None) -> tuple[int, ...]:
+    """The height's band, and those of its interval: as asked for, else by description, else the only one."""
+    names = [(text or "").strip() for text in dataset.descriptions]
+    listed = ", ".join(f"{i} {name}".strip() for i, name in enumerate(names[:12], 1))
+    usable = [i for i, colour in enumerate(dataset.colorinterp, 1) if colour != ColorInterp.alpha]
+    telling = [i for i in usable if _SAYS_HEIGHT.search(names[i - 1])]
+    if wanted is not None:
+        text = str(wanted).strip()
+        found = [i for i, name in enumerate(names, 1) if name and name.lower() == text.lower()]
+        if not found and text.isdecimal() and 1 <= int(text) <= len(names):
+            found = [int(text)]
+        if len(found) != 1:
+            raise ImageryError(
+                f"no band {text!r}", where=public_name(path), expected=f"--band with one of {listed}"
+            )
+        height = found[0]
+    elif "canopy_height" in names:
+        height = names.index("canopy_height") + 1
+    elif {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= set(dataset.colorinterp):
+        expected = "a canopy height map in metres"
+        raise ImageryError("a colour image", where=public_name(path), expected=expected)
+    elif len(usable) == 1 or len(telling) == 1:
+        height = usable[0] if len(usable) == 1 else telling[0]
+    else:
+        raise ImageryError(
+            f"holds {len(names)} bands ({listed})", where=public_name(path),
+            expected="one band, or one that says canopy height or CHM",
+            remedy="name the height's with --band NUMBER or --band NAME",
+        )  # fmt: skip
+    if names[height - 1] == "canopy_height" and {"height_lower", "height_upper"} <= set(names):
+        return height, names.index("height_lower") + 1, names.index("height_upper") + 1
+    return (height,)
+
+
+def _published_as(dataset: DatasetReader, path: str, place: SourcePlace) -> tuple[str | None, str | None]:
+    """What a tile is published as, when name, place and pixels are those of such a one; and its mask file."""
+    tile = Path(public_name(path))
+    quadkey = tile.name.split(".", 1)[0]
+    if not re.fullmatch(r"[0-3]{9,10}", quadkey) or dataset.dtypes[0] != "uint8" or place.crs.epsg != 3857:
+        return None, None
+    off = np.subtract(quadkey_bounds(quadkey), dataset.bounds)
+    if not place.is_north_up or abs(off).max() > 2 * place.transform.a:
+        return None, None
+    published = PUBLISHED_ZOOM[len(quadkey)]
+    masks = (folder / f"{tile.name}.msk" for folder in (tile.parent, tile.parent.parent / "msk"))
+    has_mask = published == "published v1" and not is_url(path)
+    return published, next((str(mask) for mask in masks if has_mask and mask.is_file()), None)

@@ -1,0 +1,1 @@
+"""What `-o DIR` holds: JSON, tables, figures and pages."""
