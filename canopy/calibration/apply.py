@@ -25,7 +25,7 @@ from canopy.calibration.collect import (
     places_of,
     predict_chips,
 )
-from canopy.calibration.intervals import coverage, fit_intervals, pooled
+from canopy.calibration.intervals import coverage, fit_intervals
 from canopy.calibration.new_places import (
     areas_in_new_places,
     fit_new_place,
@@ -37,12 +37,9 @@ from canopy.errors import DataError
 from canopy.files import check_output, file_sha256
 from canopy.inference.layers import CARD_KEY as DOMAIN_KEY
 from canopy.inference.layers import DESCRIPTORS, descriptor
-from canopy.models.checkpoint import rewrite_card
+from canopy.models.checkpoint import load_checkpoint, rewrite_card
 from canopy.models.heads import CARD_KEY as INTERVAL_KEY
-from canopy.models.heads import (
-    IntervalTable,
-    table_of,
-)
+from canopy.models.heads import IntervalTable, table_of
 from canopy.models.registry import resolve_model
 from canopy.runtime import Progress, log
 
@@ -50,9 +47,7 @@ if TYPE_CHECKING:
     from canopy.chips.store import Chip
     from canopy.models.height import HeightModel
 
-
 _VERIFIED = (0.5, 0.8, 0.9, 0.95)
-_Way = tuple[IntervalTable, list[Scored], list[Scored]]
 
 
 def calibrate_model(
@@ -63,7 +58,6 @@ def calibrate_model(
     kept_from: Sequence[str | Path] = (),
     splits: Sequence[str] = ("val",),
     report_splits: Sequence[str] = ("test", "test_hard"),
-    domain_split: str | None = "train",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -75,13 +69,12 @@ def calibrate_model(
 
     Args:
         model: an embedded name or a file.
-        data: a chips folder (`canopy data chips`).
-        out: the file to write; may be the model itself with `overwrite`.
+        data: a chips folder (`canopy data chips`); its train images become the reference of the quality flag
+            "out of domain", if the model was trained on them or has no reference yet.
+        out: the file to write.
         kept_from: models of the same training that were kept from some sites of the data: they tell how much
             wider bands must be in new places (`canopy.calibration.new_places`). Without any, what the model's
             card says of new places stays.
-        domain_split: its images become the reference of the quality flag "out of domain", if the model was
-            trained on them or has no reference yet; None skips it.
 
     Returns:
         The report, JSON-ready; it is also in the card under "intervals" -> "facts". `seen_in_training` is the
@@ -90,32 +83,23 @@ def calibrate_model(
     Raises:
         InputError: bad names, data or model; nothing was written.
     """
-    from canopy.models.registry import load_model
-
     source, target = resolve_model(model), Path(out)
     check_output(target, [data, *kept_from], overwrite=overwrite, suffixes=(".safetensors",))
-    network = load_model(source)
+    network = load_checkpoint(source)
     check_gsd(network, source)
-    before = network.card.get(INTERVAL_KEY, {})
     chips, identity = load_chips(data, splits)
-    places, seen = places_of(chips), _seen_in_training(network, chips)
+    facts: dict[str, Any] = {
+        "version": __version__, "data": identity, "splits": list(splits), "block_m": BLOCK_M,
+        "chips": len(chips), "seen_in_training": _seen_in_training(network, chips),
+        "model_sha256": file_sha256(source), "tensors_sha256": _tensors_sha256(source),
+    }  # fmt: skip
     scored = list(predict_chips(network, chips, progress=progress))
     log.info(f"{len(scored)} chips predicted")
-    ways = _both_ways(scored)
-    table, facts = _fit(scored, ways)
-    facts |= {
-        "version": __version__, "data": identity, "splits": list(splits), "block_m": BLOCK_M,
-        "chips": len(scored), "seen_in_training": seen,
-        "model_sha256": file_sha256(source), "tensors_sha256": tensors_sha256(source),
-    }  # fmt: skip
-    raw = table.to_dict()
-    area = _areas(scored, table, ways, facts)
-    raw |= {"area": area.to_dict()} if area is not None else {}
-    raw |= _new_place(data, places, kept_from, before, facts, progress)
+    table = fit_intervals(cells_of(scored))
+    raw = table.to_dict() | _verified(scored, table, facts)
+    raw |= _new_place(data, chips, kept_from, network.card.get(INTERVAL_KEY, {}), facts, progress)
     facts["elsewhere"] = _elsewhere(network, data, report_splits, raw, progress)
-    additions: dict[str, Any] = {INTERVAL_KEY: raw | {"facts": facts}}
-    if domain_split is not None:
-        additions |= _domain(network, data, domain_split, splits)
+    additions = {INTERVAL_KEY: raw | {"facts": facts}, **_domain(network, data, splits)}
     sha256 = rewrite_card(source, target, additions)
     return {"model": str(model), "output": str(target), "sha256": sha256, **facts}
 
@@ -132,77 +116,62 @@ def _seen_in_training(network: HeightModel, chips: Sequence[Chip]) -> int | None
     return None if seen is None else len(seen)
 
 
-def _new_place(
-    data: str | Path, places: list[tuple[float, float]], kept_from: Sequence[str | Path],
-    before: dict[str, Any], facts: dict[str, Any], progress: Progress | None,
-) -> dict[str, Any]:  # fmt: skip
-    """The card's part about new places, and where this calibration has been; empty where nothing is known."""
-    if kept_from:
-        unseen = score_unseen(kept_from, data, progress)
-        new = fit_new_place(unseen)
-        area, facts["areas_in_new_places"] = areas_in_new_places(unseen)
-        facts["new_places"] = verify_new_place(unseen)
-        raw = new.to_dict() | ({"area": area.to_dict()} if area is not None else {})
-    elif "new_place" in before:
-        raw, told = before["new_place"], before.get("facts", {})
-        facts |= {key: told[key] for key in ("new_places", "areas_in_new_places") if key in told}
-    else:
-        return {}
-    if not places:
-        log.warning("note: the data do not say where they lie: every map gets the bands of new places")
-    return {"new_place": raw, "places": places}
+def _tensors_sha256(path: Path) -> str:
+    """Hash of a model file's tensor bytes, without its header: the same before and after a calibration."""
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fit(scored: list[Scored], ways: list[_Way]) -> tuple[IntervalTable, dict[str, Any]]:
-    """The table of all chips, and what tables of the halves do on each other."""
-    table = fit_intervals(cells_of(scored))
-    parts: dict[float, list[dict[str, Any]]] = {level: [] for level in _VERIFIED}
-    for made, _, two in ways:
-        cells = cells_of(two)
-        for level in _VERIFIED:
-            parts[level].append(coverage(made, cells, level))
-    verified = [pooled(tables) for tables in parts.values() if tables]
-    return table, {"verified_on_unseen_halves": verified}
-
-
-def _both_ways(scored: list[Scored]) -> list[_Way]:
-    """Each half with its own table, and the other half to verify it on."""
+def _verified(scored: list[Scored], table: IntervalTable, facts: dict[str, Any]) -> dict[str, Any]:
+    """The area model of all chips, if they are enough; `facts` get what calibrations of the halves do on each
+    other."""
     one, two = halves(scored)
     if min(len(one), len(two)) < 2:
         raise DataError(
             f"{len(scored)} held-out chips", expected="at least 4", remedy="give more with --data"
         )
-    return [(fit_intervals(cells_of(a)), a, b) for a, b in ((one, two), (two, one))]
-
-
-def _areas(scored: list[Scored], table: IntervalTable, ways: list[_Way], facts: dict[str, Any]) -> Any:
-    """The area model of all chips, with its coverage on unseen halves; None where tiles are too few."""
+    ways = [(fit_intervals(cells_of(a)), a, b) for a, b in ((one, two), (two, one))]
+    cells = [(made, cells_of(b)) for made, _, b in ways]
+    facts["verified_on_unseen_halves"] = [coverage(cells, level) for level in _VERIFIED]
     try:
-        rows: dict[str, list[dict[str, float]]] = {}
-        for made, one, two in ways:
-            for size, row in area_coverage(two, made, fit_areas(one, made)).items():
-                rows.setdefault(size, []).append(row)
-        model = fit_areas(scored, table)
+        models = [(b, made, fit_areas(a, made)) for made, a, b in ways]
+        area = fit_areas(scored, table)
     except DataError as error:
         log.warning(f"note: no intervals for areas: {error}")
-        return None
-    facts["areas_on_unseen_halves"] = {size: _pool_rows(parts) for size, parts in rows.items()}
-    return model
+        return {}
+    facts["areas_on_unseen_halves"] = area_coverage(models)
+    return {"area": area.to_dict()}
 
 
-def _pool_rows(parts: list[dict[str, float]]) -> dict[str, float]:
-    n = sum(p["n"] for p in parts)
-    return {"n": n} | {
-        k: round(sum(p[k] * p["n"] for p in parts) / n, 4) for k in ("coverage", "mean_width_m")
-    }
+def _new_place(
+    data: str | Path, chips: Sequence[Chip], kept_from: Sequence[str | Path], before: dict[str, Any],
+    facts: dict[str, Any], progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The card's part about new places, and where this calibration has been; empty where nothing is known."""
+    if kept_from:
+        unseen = score_unseen(kept_from, data, progress)
+        raw = fit_new_place(unseen).to_dict()
+        area, facts["areas_in_new_places"] = areas_in_new_places(unseen)
+        facts["new_places"] = verify_new_place(unseen)
+        raw |= {"area": area.to_dict()} if area is not None else {}
+    elif "new_place" in before:
+        raw, told = before["new_place"], before.get("facts", {})
+        facts |= {key: told[key] for key in ("new_places", "areas_in_new_places") if key in told}
+    else:
+        return {}
+    places = places_of(chips)
+    if not places:
+        log.warning("note: the data do not say where they lie: every map gets the bands of new places")
+    return {"new_place": raw, "places": places}
 
 
 def _elsewhere(
-    network: Any, data: str | Path, splits: Sequence[str], raw: dict[str, Any], progress: Progress | None
-) -> dict[str, Any]:
+    network: HeightModel, data: str | Path, splits: Sequence[str], raw: dict[str, Any],
+    progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
     """Coverage on splits that play no part in the calibration, with the bands of new places if there are."""
     found: dict[str, Any] = {}
-    seen = IntervalTable.from_dict(raw)
     table = table_of({INTERVAL_KEY: raw | {"places": ()}})
     area = (raw["new_place"] if table.place == "new" else raw).get("area")
     for split in splits:
@@ -211,23 +180,28 @@ def _elsewhere(
         except DataError:
             continue
         scored = list(predict_chips(network, chips, progress=progress))
-        cells = cells_of(scored)
-        found[split] = coverage(table, cells)
-        if table.place == "new":
-            found[split]["as_seen"] = coverage(seen, cells)["overall"]
+        found[split] = coverage([(table, cells_of(scored))])
         if area is not None:
-            found[split]["areas"] = area_coverage(scored, table, AreaModel.from_dict(area))
+            found[split]["areas"] = area_coverage([(scored, table, AreaModel.from_dict(area))])
     return found
 
 
-def _domain(network: HeightModel, data: str | Path, split: str, held_out: Sequence[str]) -> dict[str, Any]:
+# ---- the domain -------------------------------------------------------------------------------------------
+_CROP_PX, _STEP_PX = 384, 128
+_LEAST_SIDE_PX, _LEAST_VALID = 256, 0.9
+# A covariance of fifteen numbers from a few hundred overlapping crops: some of the unit matrix steadies it.
+_RIDGE = 0.05
+_QUANTILE = 0.97
+
+
+def _domain(network: HeightModel, data: str | Path, held_out: Sequence[str]) -> dict[str, Any]:
     """The reference of the flag "out of domain".
 
     Empty, so that the card's own stays, where the model was not trained on these images (lidar of another
     place says nothing of its domain), or where they are too few.
     """
     try:
-        inside, _ = load_chips(data, (split,))
+        inside, _ = load_chips(data, ("train",))
         if DOMAIN_KEY in network.card and not trained_on(network.card, [chip.row for chip in inside]):
             return {}
         unseen, _ = load_chips(data, held_out)
@@ -235,23 +209,6 @@ def _domain(network: HeightModel, data: str | Path, split: str, held_out: Sequen
     except DataError as error:
         log.warning(f"note: the quality flag's domain stays as it was: {error}")
         return {}
-
-
-def tensors_sha256(path: Path) -> str:
-    """Hash of a model file's tensor bytes, without its header: the same before and after a calibration."""
-    with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- the domain ----------------------------------------------------------------------------------------
-
-
-_CROP_PX, _STEP_PX = 384, 128
-_LEAST_SIDE_PX, _LEAST_VALID = 256, 0.9
-# A covariance of fifteen numbers from a few hundred overlapping crops: some of the unit matrix steadies it.
-_RIDGE = 0.05
-_QUANTILE = 0.97
 
 
 def fit_domain(inside: Sequence[np.ndarray], unseen: Sequence[np.ndarray]) -> dict[str, Any]:

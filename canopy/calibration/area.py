@@ -10,41 +10,47 @@ with rho(d) = nugget at 0 + sum_k c_k exp(-d / a_k) + plateau, fitted to held-ou
 correlogram; Journel and Huijbregts 1978, chapter III). The plateau is what tiles have wrong as a whole; it
 never averages out. How many of these standard deviations an interval needs is read off windows of held-out
 tiles, size by size (split conformal, with squares of 128 m as the exchangeable unit).
-
-Fitting the error of area means: correlogram and conformal factors from held-out tiles.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.optimize import nnls
 
 from canopy.calibration.collect import Scored
-from canopy.errors import ConfigError, DataError
-from canopy.models.heads import IntervalTable
+from canopy.errors import DataError, InputError
+from canopy.geo.crs import to_lonlat
+from canopy.geo.grid import Grid, tiles_over
+from canopy.models.heads import IntervalTable, at_level, check_level
+from canopy.runtime import NoProgress, Progress
+
+if TYPE_CHECKING:
+    import geopandas
+    import pandas
+    from shapely.geometry.base import BaseGeometry
 
 AREA_LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95)
 SIZES_M = (8, 16, 32, 64, 128, 256)
 RANGES_M = (3.0, 8.0, 20.0, 60.0, 200.0)
 BAND_LEVEL = 0.9
 TAG = "CANOPY_AREA_MODEL"
+_BANDS = ("canopy_height", "height_lower", "height_upper")
 _PAIRS = 4096
 # Over bare ground bands close; what remains is the error of the ground itself.
-FLOOR_M = 0.3
-
-
-class AreaInterval(NamedTuple):
-    """Mean height of an area and its interval, metres; `sd_m`: the model's deviation of the mean."""
-
-    mean_m: float
-    lower_m: float
-    upper_m: float
-    sd_m: float
+_FLOOR_M = 0.3
+_LAGS_M = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 180)
+_LEAST_SIDE, _LEAST_KNOWN = 100, 0.7
+# Windows within squares of this side, or within one window if that is larger, count as one unit.
+_UNIT_M = 128
+_TILE_PX = 1024
+# A polygon's shape is drawn with at most this many pixels a side to measure distances within it.
+_SHAPE_PX = 256
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,6 @@ class AreaModel:
         pull: share of (middle of the band - height) by which truths lie off the heights on average.
         nugget, plateau: of the correlation; weights (r,) go with `RANGES_M`.
         factors: (levels, sizes) standard deviations that an interval extends, by `AREA_LEVELS`, `SIZES_M`.
-        facts: what it was fitted on, and how it did elsewhere.
     """
 
     pull: float
@@ -63,24 +68,21 @@ class AreaModel:
     plateau: float
     weights: np.ndarray
     factors: np.ndarray
-    facts: dict[str, Any] = field(default_factory=dict)
 
     def correlation(self, distance_m: np.ndarray) -> np.ndarray:
         """rho at distances above 0."""
         waves = np.exp(-np.asarray(distance_m)[..., None] / np.array(RANGES_M))
         return waves @ self.weights + self.plateau
 
-    def mean_correlation(self, inside: np.ndarray, gsd_m: float, *, seed: int = 0) -> float:
+    def mean_correlation(self, inside: np.ndarray, gsd_m: float) -> float:
         """Mean of rho over all pairs of places in a mask, from a fixed random sample of pairs.
 
         Args:
-            inside: bool (h, w), the area (holes and several parts allowed).
+            inside: bool (h, w), the area (holes and several parts allowed), not empty.
             gsd_m: metres per pixel of the mask, which may be coarser than the map.
         """
         rows, cols = np.nonzero(inside)
-        if not len(rows):
-            raise DataError("an area without pixels")
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         one, two = rng.integers(0, len(rows), (2, _PAIRS))
         shake = rng.random((4, _PAIRS))
         dy = rows[one] - rows[two] + shake[0] - shake[1]
@@ -88,39 +90,36 @@ class AreaModel:
         cells = max(1.0, len(rows) * gsd_m**2)
         return float(self.correlation(np.hypot(dy, dx) * gsd_m).mean() + self.nugget / cells)
 
-    def interval(
-        self, mean_m: float, mean_lower_m: float, mean_upper_m: float, correlation: float, area_m2: float,
-        level: float = 0.9,
-    ) -> AreaInterval:  # fmt: skip
-        """The interval from means over the area: of heights, and of both ends of their 90 % bands.
+    def centre_and_sd(self, means: np.ndarray, correlation: float) -> tuple[np.ndarray, np.ndarray]:
+        """Expected true means (n,) and their standard deviations, metres; see `interval`."""
+        height, low, high = means[..., 0], means[..., 1], means[..., 2]
+        sd = np.hypot((high - low) / 2 * np.sqrt(max(correlation, 0.0)), _FLOOR_M)
+        return height + self.pull * ((low + high) / 2 - height), sd
 
-        With `mean_correlation`, this is all that is needed of areas too large to hold in memory.
+    def interval(
+        self, means: np.ndarray, correlation: float, area_m2: np.ndarray | float, level: float = 0.9
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lower and upper ends of intervals and the model's standard deviations, metres, all (n,).
+
+        Args:
+            means: (n, 3), over the area: of heights, and of both ends of their 90 % bands.
+            correlation: of `mean_correlation`.
 
         Raises:
             ConfigError: a level outside `AREA_LEVELS`.
         """
-        width = (mean_upper_m - mean_lower_m) / 2
-        sd = float(np.hypot(width * np.sqrt(max(correlation, 0.0)), FLOOR_M))
-        centre = mean_m + self.pull * ((mean_lower_m + mean_upper_m) / 2 - mean_m)
-        reach = self._factor(level, area_m2) * sd
-        lower, upper = min(centre - reach, mean_m), max(centre + reach, mean_m)
-        return AreaInterval(mean_m, max(0.0, lower), upper, sd)
-
-    def _factor(self, level: float, area_m2: float) -> float:
-        if not AREA_LEVELS[0] <= level <= AREA_LEVELS[-1]:
-            raise ConfigError(
-                f"an area interval of {level:g}", expected=f"{AREA_LEVELS[0]:g} to {AREA_LEVELS[-1]:g}"
-            )
-        side = np.log(max(area_m2, 1.0)) / 2
-        by_size = [float(np.interp(side, np.log(SIZES_M), row)) for row in self.factors]
-        return float(np.interp(level, AREA_LEVELS, by_size))
+        centre, sd = self.centre_and_sd(means, correlation)
+        side = np.log(np.maximum(area_m2, 1.0)) / 2
+        by_size = np.stack([np.interp(side, np.log(SIZES_M), row) for row in self.factors])
+        reach = at_level(AREA_LEVELS, by_size, level) * sd
+        lower = np.maximum(np.minimum(centre - reach, means[..., 0]), 0.0)
+        return lower, np.maximum(centre + reach, means[..., 0]), sd
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
             "pull": round(self.pull, 4), "nugget": round(self.nugget, 5), "plateau": round(self.plateau, 5),
             "weights": np.round(self.weights, 5).tolist(), "factors": np.round(self.factors, 3).tolist(),
-            "facts": self.facts,
         }  # fmt: skip
 
     @classmethod
@@ -131,33 +130,9 @@ class AreaModel:
             if weights.shape != (len(RANGES_M),) or factors.shape != (len(AREA_LEVELS), len(SIZES_M)):
                 raise ValueError("other sizes")
             pull, nugget, plateau = (float(raw[k]) for k in ("pull", "nugget", "plateau"))
-            return cls(pull, nugget, plateau, weights, factors, dict(raw.get("facts", {})))
+            return cls(pull, nugget, plateau, weights, factors)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"the area model cannot be used: {error}") from error
-
-
-def area_interval(
-    height_m: np.ndarray, lower_m: np.ndarray, upper_m: np.ndarray, inside: np.ndarray, gsd_m: float,
-    model: AreaModel, level: float = 0.9,
-) -> AreaInterval:  # fmt: skip
-    """The mean height of an area of a map and its interval; times the area, the canopy volume's.
-
-    Args:
-        height_m, lower_m, upper_m: (h, w) metres, the bands of `canopy predict --interval 0.9`.
-        inside: bool (h, w), the area's pixels; those without a height are left out.
-        gsd_m: ground metres per pixel.
-        model: of the map, see `area_model_of`.
-        level: wanted coverage.
-
-    Raises:
-        DataError: no pixel with a height. ConfigError: a level outside `AREA_LEVELS`.
-    """
-    known = inside & np.isfinite(height_m) & np.isfinite(lower_m) & np.isfinite(upper_m)
-    if not known.any():
-        raise DataError("an area without a height")
-    mean, low, high = (float(v[known].mean(dtype=np.float64)) for v in (height_m, lower_m, upper_m))
-    area = float(known.sum()) * gsd_m**2
-    return model.interval(mean, low, high, model.mean_correlation(known, gsd_m), area, level)
 
 
 def area_model_of(tags: Mapping[str, str]) -> AreaModel:
@@ -177,151 +152,205 @@ def area_model_of(tags: Mapping[str, str]) -> AreaModel:
         raise DataError("the map's area model cannot be read", where=TAG) from error
 
 
+# ---- fitting ----------------------------------------------------------------------------------------------
 Tables = IntervalTable | Mapping[str, IntervalTable]
 
-_LAGS_M = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 180)
-_LEAST_SIDE, _LEAST_KNOWN = 100, 0.7
-# Windows within squares of this side, or within one window if that is larger, count as one unit.
-_UNIT_M = 128
+
+class _Tile:
+    """A held-out tile: known (h, w); maps (4, h, w) of height, both ends of its band and truth, 0 in gaps."""
+
+    def __init__(self, chip: Scored, table: Tables) -> None:
+        table = table if isinstance(table, IntervalTable) else table[chip.id]
+        self.known = chip.known
+        height, spread, truth = (
+            np.where(self.known, v, 0) for v in (chip.height_m, chip.spread_m, chip.truth_m)
+        )
+        self.maps = np.stack([height, *table.bounds(height, spread, BAND_LEVEL), truth]).astype(np.float64)
+
+    def windows(self, size: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+        """Means (n, 4) and known cells (n,) of squares side by side, at most 40, and the unit of each."""
+        h, w = self.known.shape
+        step = min(size, h, w)
+        corners = [(r, c) for r in range(0, h - step + 1, step) for c in range(0, w - step + 1, step)]
+        rows = []
+        for r, c in corners if step >= 0.9 * size else []:
+            known = self.known[r : r + step, c : c + step]
+            if known.mean() >= _LEAST_KNOWN:
+                sums = self.maps[:, r : r + step, c : c + step].sum(axis=(1, 2))
+                rows.append((*(sums / known.sum()), known.sum(), r // _UNIT_M, c // _UNIT_M))
+        found = np.array(rows[:: -(-len(rows) // 40) or 1]).reshape(-1, 7)
+        return found[:, :4], found[:, 4], [(int(r), int(c)) for r, c in found[:, 5:]]
 
 
-def fit_areas(scored: Sequence[Scored], table: Tables, facts: dict[str, Any] | None = None) -> AreaModel:
+def _tiles(scored: Sequence[Scored], table: Tables) -> list[_Tile]:
+    return [_Tile(chip, table) for chip in scored if min(chip.truth_m.shape) >= _LEAST_SIDE]
+
+
+def fit_areas(scored: Sequence[Scored], table: Tables) -> AreaModel:
     """Fit correlation and factors on held-out tiles; `table` is one for all, or one by chip id.
 
     Raises:
         DataError: fewer than four tiles of 100 m or more.
     """
-    tiles = [_Errors.of(chip, table) for chip in scored if min(chip.truth_m.shape) >= _LEAST_SIDE]
+    tiles = _tiles(scored, table)
     if len(tiles) < 4:
         raise DataError(f"{len(tiles)} held-out tiles", expected="at least 4 of 100 m or more for areas")
-    top = sum(float((t.error * t.lean).sum()) for t in tiles)
-    pull = float(np.clip(top / max(sum(float((t.lean**2).sum()) for t in tiles), 1e-9), 0.0, 1.0))
+    errors = [tile.maps[3] - tile.maps[0] for tile in tiles]
+    leans = [(tile.maps[1] + tile.maps[2]) / 2 - tile.maps[0] for tile in tiles]
+    top = sum(float((e * lean).sum()) for e, lean in zip(errors, leans, strict=True))
+    pull = float(np.clip(top / max(sum(float((lean**2).sum()) for lean in leans), 1e-9), 0.0, 1.0))
     nugget, weights, plateau = _fit_correlation(tiles, pull)
-    plain = AreaModel(pull, nugget, plateau, weights, np.ones((len(AREA_LEVELS), len(SIZES_M))))
-    factors = np.ones_like(plain.factors)
+    factors = np.ones((len(AREA_LEVELS), len(SIZES_M)))
+    plain = AreaModel(pull, nugget, plateau, weights, factors)
     for n, size in enumerate(SIZES_M):
-        ratio, unit = _ratios(tiles, plain, size)
-        if len(ratio):
-            factors[:, n] = [_conformal(ratio, unit, level) for level in AREA_LEVELS]
+        whole = plain.mean_correlation(np.ones((size, size), bool), 1.0)
+        ratios, units = [], []
+        for number, tile in enumerate(tiles):
+            means, _, owners = tile.windows(size)
+            centre, sd = plain.centre_and_sd(means, whole)
+            ratios.append(np.abs(means[:, 3] - centre) / sd)
+            units += [(number, *owner) for owner in owners]
+        if units:
+            factors[:, n] = _conformal(np.concatenate(ratios), np.array(units))
         elif n:
             factors[:, n] = factors[:, n - 1]
-    return AreaModel(pull, nugget, plateau, weights, np.maximum.accumulate(factors, axis=0), facts or {})
+    return AreaModel(pull, nugget, plateau, weights, np.maximum.accumulate(factors, axis=0))
 
 
 def area_coverage(
-    scored: Sequence[Scored], table: Tables, model: AreaModel, level: float = 0.9
+    ways: Sequence[tuple[Sequence[Scored], Tables, AreaModel]], level: float = 0.9
 ) -> dict[str, dict[str, float]]:
-    """Share of simulated square windows whose true mean lies inside, by side in metres, with mean widths."""
-    rows: dict[str, dict[str, float]] = {}
+    """Share of simulated square windows whose true mean lies inside, by side in metres, with mean widths.
+
+    Each part of the chips has its own table and model.
+    """
+    parts, rows = [(_tiles(scored, table), model) for scored, table, model in ways], {}
     for size in SIZES_M:
-        hits, widths = [], []
-        whole = model.mean_correlation(np.ones((size, size), bool), 1.0)
-        for chip in scored:
-            if min(chip.truth_m.shape) < _LEAST_SIDE:
-                continue
-            lower, upper = _bands(chip, table)
-            for place in _windows(chip.known, size):
-                known = chip.known[place]
-                mean, low, high = (
-                    float(v[place][known].mean(dtype=np.float64)) for v in (chip.height_m, lower, upper)
-                )
-                made = model.interval(mean, low, high, whole, float(known.sum()), level)
-                hits.append(made.lower_m <= float(chip.truth_m[place][known].mean()) <= made.upper_m)
-                widths.append(made.upper_m - made.lower_m)
-        if hits:
+        inside: list[bool] = []
+        widths: list[float] = []
+        for tiles, model in parts:
+            whole = model.mean_correlation(np.ones((size, size), bool), 1.0)
+            for means, areas, _ in (tile.windows(size) for tile in tiles):
+                lower, upper, _ = model.interval(means, whole, areas, level)
+                inside.extend((lower <= means[:, 3]) & (means[:, 3] <= upper))
+                widths.extend(upper - lower)
+        if inside:
             rows[str(size)] = {
-                "n": len(hits), "coverage": round(float(np.mean(hits)), 4),
+                "n": len(inside), "coverage": round(float(np.mean(inside)), 4),
                 "mean_width_m": round(float(np.mean(widths)), 2),
             }  # fmt: skip
     return rows
 
 
-@dataclass(frozen=True)
-class _Errors:
-    """A tile: error = truth - height, lean = middle of the band - height, width = half the band; 0 gaps."""
-
-    known: np.ndarray
-    error: np.ndarray
-    lean: np.ndarray
-    width: np.ndarray
-
-    @classmethod
-    def of(cls, chip: Scored, table: Tables) -> _Errors:
-        lower, upper = _bands(chip, table)
-        k = chip.known
-        h = np.where(k, chip.height_m, 0)
-        return cls(
-            k, np.where(k, chip.truth_m - h, 0), np.where(k, (lower + upper) / 2 - h, 0),
-            np.where(k, (upper - lower) / 2, 0),
-        )  # fmt: skip
-
-
-def _bands(chip: Scored, table: Tables) -> tuple[np.ndarray, np.ndarray]:
-    k = chip.known
-    table = table if isinstance(table, IntervalTable) else table[chip.id]
-    return table.bounds(np.where(k, chip.height_m, 0), np.where(k, chip.spread_m, 0), BAND_LEVEL)
-
-
-def _fit_correlation(tiles: Sequence[_Errors], pull: float) -> tuple[float, np.ndarray, float]:
+def _fit_correlation(tiles: Sequence[_Tile], pull: float) -> tuple[float, np.ndarray, float]:
     """Nugget, weights and plateau: sum e_i e_j / sum w_i w_j by distance, then non-negative least squares."""
     lags = np.array((0, *_LAGS_M))
-    top, bottom, pairs = (np.zeros(len(lags)) for _ in range(3))
+    totals = np.zeros((3, len(lags)))
     for tile in tiles:
-        e = np.where(tile.known, tile.error - pull * tile.lean, 0)
-        products = [_autocorrelate(v) for v in (e, tile.width, tile.known.astype(np.float64))]
-        n = products[0].shape[0]
+        height, low, high, truth = tile.maps
+        error = truth - height - pull * ((low + high) / 2 - height)
+        n = 2 * max(height.shape)
         steps = np.fft.fftfreq(n, 1 / n)
         ring = np.rint(np.hypot(steps[:, None], steps[None, :])).astype(np.int64).ravel()
-        for total, product in zip((top, bottom, pairs), products, strict=True):
+        for total, values in zip(totals, (error, (high - low) / 2, tile.known * 1.0), strict=True):
+            spectrum = np.fft.rfft2(values, (n, n))
+            product = np.fft.irfft2(spectrum * spectrum.conj(), (n, n))
             total += np.bincount(ring, product.ravel(), lags[-1] + 1)[lags]
-    seen = bottom > 0
-    rho, lag = top[seen] / bottom[seen], lags[seen].astype(np.float64)
+    seen = totals[1] > 0
+    top, bottom, pairs = totals[:, seen]
+    lag = lags[seen].astype(np.float64)
     design = np.column_stack([lag == 0, np.exp(-lag[:, None] / np.array(RANGES_M)), np.ones(len(lag))])
-    trust = pairs[seen] ** 0.25  # far lags have many pairs, which are anything but independent
-    solution, _ = nnls(design * trust[:, None], rho * trust)
+    trust = pairs**0.25  # far lags have many pairs, which are anything but independent
+    solution, _ = nnls(design * trust[:, None], top / bottom * trust)
     return float(solution[0]), solution[1:-1], float(solution[-1])
 
 
-def _autocorrelate(values: np.ndarray) -> np.ndarray:
-    n = 2 * max(values.shape)
-    spectrum = np.fft.rfft2(values, (n, n))
-    return np.fft.irfft2(spectrum * spectrum.conj(), (n, n))
-
-
-def _windows(known: np.ndarray, size: int) -> list[tuple[slice, slice]]:
-    """Squares side by side in a tile, at least `_LEAST_KNOWN` of them known; at most 40, evenly picked."""
-    h, w = known.shape
-    step = min(size, h, w)
-    if step < 0.9 * size:
-        return []
-    places = [
-        (slice(r, r + step), slice(c, c + step))
-        for r in range(0, h - step + 1, step)
-        for c in range(0, w - step + 1, step)
-    ]
-    places = [p for p in places if known[p].mean() >= _LEAST_KNOWN]
-    return places[:: -(-len(places) // 40)] if places else []
-
-
-def _ratios(tiles: Sequence[_Errors], model: AreaModel, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """|error of the mean| in model standard deviations of all windows of a size, and their unit."""
-    ratios, owners = [], []
-    full = np.sqrt(model.mean_correlation(np.ones((size, size), bool), 1.0))
-    for number, tile in enumerate(tiles):
-        for place in _windows(tile.known, size):
-            k = tile.known[place]
-            error = (tile.error - model.pull * tile.lean)[place][k].mean()
-            ratios.append(abs(float(error)) / float(np.hypot(tile.width[place][k].mean() * full, FLOOR_M)))
-            owners.append((number, place[0].start // _UNIT_M, place[1].start // _UNIT_M))
-    if not owners:
-        return np.zeros(0), np.zeros(0, np.int64)
-    return np.array(ratios), np.unique(np.array(owners), axis=0, return_inverse=True)[1].ravel()
-
-
-def _conformal(ratio: np.ndarray, unit: np.ndarray, level: float) -> float:
-    """What a window of a further unit stays below with chance `level`; every unit counts once."""
-    _, number, count = np.unique(unit, return_inverse=True, return_counts=True)
+def _conformal(ratio: np.ndarray, unit: np.ndarray) -> list[float]:
+    """What a window of a further unit stays below, by level; every unit (rows of numbers) counts once."""
+    _, number, count = np.unique(unit, axis=0, return_inverse=True, return_counts=True)
     order = np.argsort(ratio)
-    mass = np.cumsum((1 / count[number])[order]) / (len(count) + 1)
-    at = int(np.searchsorted(mass, level))
-    return float(ratio[order][min(at, len(ratio) - 1)])
+    mass = np.cumsum((1 / count[number.ravel()])[order]) / (len(count) + 1)
+    at = np.minimum(np.searchsorted(mass, AREA_LEVELS), len(ratio) - 1)
+    return ratio[order][at].tolist()
+
+
+# ---- polygons ---------------------------------------------------------------------------------------------
+def zone_intervals(
+    map_path: str | Path,
+    zones: str | Path | geopandas.GeoDataFrame,
+    level: float = 0.9,
+    *,
+    progress: Progress | None = None,
+) -> pandas.DataFrame:
+    """Columns mean_lower_m, mean_upper_m and mean_sd_m, one row per feature of `zones`, in its order.
+
+    The means are over the polygon's pixels of a map that was predicted with bands, weighted by the share of
+    each that it covers. NaN where the polygon has no pixel.
+
+    Raises:
+        ConfigError: a level outside `AREA_LEVELS`. DataError: a map without 90 % bands and area model.
+        InputError: a map that is no file, unreadable zones.
+    """
+    import pandas
+
+    from canopy.geo.place import SourcePlace
+    from canopy.geo.reading import open_raster
+    from canopy.geo.vector import read_zones
+
+    path = Path(map_path)
+    if not path.is_file():
+        raise InputError("intervals need one map file", where=path, expected="a GeoTIFF of canopy predict")
+    check_level(AREA_LEVELS, level)
+    with open_raster(path) as dataset:
+        model, names, grid = (
+            area_model_of(dataset.tags()),
+            dataset.descriptions,
+            SourcePlace.of(dataset).grid(),
+        )
+    missing = [name for name in _BANDS if name not in names]
+    if missing:
+        raise DataError(f"no band {', '.join(missing)}", where=path, remedy="predict it with --interval 0.9")
+    bands = [names.index(name) + 1 for name in _BANDS]
+    frame, crs, shapes = read_zones(zones)
+    progress = progress or NoProgress()
+    progress.start(len(shapes), "intervals")
+    rows = []
+    for shape in shapes:
+        there = None if shape is None else to_lonlat(shape, crs, grid.crs)
+        rows.append(_one_zone(path, grid, bands, there, model, level))
+        progress.advance()
+    return pandas.DataFrame(rows, index=frame.index, columns=["mean_lower_m", "mean_upper_m", "mean_sd_m"])
+
+
+def _one_zone(
+    path: Path, grid: Grid, bands: list[int], shape: BaseGeometry | None, model: AreaModel, level: float
+) -> tuple[float, float, float]:
+    """Lower and upper end and standard deviation of one polygon in the map's CRS."""
+    from canopy.evaluation.zones import coverage, window_of
+    from canopy.geo.reading import read_raster
+
+    nothing = (float("nan"),) * 3
+    window = None if shape is None or shape.is_empty else window_of(grid, shape, grid.bounds)
+    if window is None or shape is None:
+        return nothing
+    step = max(1, -(-max(window.shape) // _SHAPE_PX))
+    drawn = np.zeros(tuple(-(-n // step) for n in window.shape))
+    sums, weight = np.zeros(3), 0.0
+    for tile in tiles_over(window, _TILE_PX):
+        share = coverage(shape, tile)
+        if share is None:
+            continue
+        raster = read_raster(path, tile, bands=bands)
+        share = np.where(raster.valid, share, 0.0)
+        sums += (np.where(raster.valid, raster.values, 0) * share).sum(axis=(1, 2), dtype=np.float64)
+        weight += float(share.sum())
+        top, left = window.offset_of(tile)
+        rows, cols = np.nonzero(share > 0)
+        np.add.at(drawn, ((rows + top) // step, (cols + left) // step), share[rows, cols])
+    if weight <= 0:
+        return nothing
+    # Partly covered pixels of the drawing count where the polygon has at least half of the fullest.
+    inside = drawn >= 0.5 * min(drawn.max(), step * step)
+    rho = model.mean_correlation(inside, grid.gsd_m * step)
+    lower, upper, sd = model.interval(sums / weight, rho, weight * grid.gsd_m**2, level)
+    return float(lower), float(upper), float(sd)

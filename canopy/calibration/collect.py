@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from canopy.errors import ConfigError, DataError
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
+    import torch
+
     from canopy.chips.store import Chip
     from canopy.models.height import HeightModel
 
@@ -50,21 +52,18 @@ class Scored:
         return np.isfinite(self.truth_m) & np.isfinite(self.height_m)
 
 
-@dataclass(frozen=True)
-class Cells:
+class Cells(NamedTuple):
     """The known cells of several chips in rows; all arrays (n,).
 
     Attributes:
         height_m, spread_m, truth_m: metres.
         block: number of the exchangeable block that a cell lies in, counted over all chips.
-        chip: number of its chip.
     """
 
     height_m: np.ndarray
     spread_m: np.ndarray
     truth_m: np.ndarray
     block: np.ndarray
-    chip: np.ndarray
 
 
 def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str]:
@@ -81,16 +80,11 @@ def load_chips(data: str | Path, splits: Sequence[str]) -> tuple[list[Chip], str
 
 def check_gsd(model: HeightModel, where: object) -> None:
     """Raises ConfigError for a model that expects other pixels than calibration chips have."""
-    if not _same(model.config.gsd_m, IMAGE_GSD_M):
+    if abs(model.config.gsd_m / IMAGE_GSD_M - 1) > _GSD_SHARE:
         raise ConfigError(
             f"the model expects pixels of {model.config.gsd_m:g} m", where=where,
             expected=f"{IMAGE_GSD_M:g} m, as calibration chips have",
         )  # fmt: skip
-
-
-def _same(gsd_m: float, wanted_m: float) -> bool:
-    """Whether pixels are so near the wanted size that nothing comes of it."""
-    return abs(gsd_m / wanted_m - 1) <= _GSD_SHARE
 
 
 def places_of(chips: Sequence[Chip]) -> list[tuple[float, float]]:
@@ -106,38 +100,36 @@ def places_of(chips: Sequence[Chip]) -> list[tuple[float, float]]:
 
 
 def predict_chips(
-    model: HeightModel, chips: Sequence[Chip], *, batch: int = 4,
+    model: HeightModel,
+    chips: Sequence[Chip],
+    *,
+    layers: Callable[[torch.Tensor], torch.Tensor] | None = None,
     progress: Progress | None = None,
-) -> Iterator[Scored]:  # fmt: skip
-    """Predict every chip as the map's engine would, and put its lidar beside it."""
-    import torch
+) -> Iterator[Scored]:
+    """Predict every chip as the map's engine would, and put its lidar beside it.
 
-    progress = progress or NoProgress()
-    progress.start(len(chips), "predicting")
-    model = model.eval()
-    for chip in chips:
-        with torch.inference_mode():
-            layers = _predict(model, chip, batch)
-        gone = ~chip.scored
-        layers[:, gone] = np.nan
-        truth = np.where(gone, np.nan, chip.chm_m).astype(np.float32)
-        yield Scored(chip.row.id, chip.row.site, chip.row.split, layers[0], layers[1], truth)
-        progress.advance()
-
-
-def _predict(model: HeightModel, chip: Chip, batch: int) -> np.ndarray:
-    """Height and spread (2, h, w) at 1 m of a chip, from crops that overlap by three eighths or more."""
+    `layers`: another runtime's heights and spreads of crops (n, 3, h, w), in place of the model's.
+    """
     import torch
 
     def network(crops: np.ndarray) -> np.ndarray:
-        return model.layers(torch.from_numpy(crops), ("height_m", "spread_m")).float().numpy()
+        return (layers or model.layers)(torch.from_numpy(crops)).float().numpy()
 
-    # A crop beyond the chip would show the network nothing but filling.
-    side = min(model.config.crop_px, max(_LEAST_CROP_PX, -(-max(chip.rgb.shape[1:]) // 64) * 64))
-    return predict_chip(network, chip, side, side * _OVERLAP_SHARE, batch)
+    progress = progress or NoProgress()
+    progress.start(len(chips), "predicting")
+    for chip in chips:
+        # A crop beyond the chip would show the network nothing but filling.
+        side = min(model.config.crop_px, max(_LEAST_CROP_PX, -(-max(chip.rgb.shape[1:]) // 64) * 64))
+        with torch.inference_mode():
+            maps = predict_chip(network, chip, side, side * _OVERLAP_SHARE)
+        gone = ~chip.scored
+        maps[:, gone] = np.nan
+        truth = np.where(gone, np.nan, chip.chm_m).astype(np.float32)
+        yield Scored(chip.row.id, chip.row.site, chip.row.split, maps[0], maps[1], truth)
+        progress.advance()
 
 
-def cells_of(scored: Sequence[Scored], block_m: int = BLOCK_M) -> Cells:
+def cells_of(scored: Sequence[Scored]) -> Cells:
     """The known cells of chips, with the block each lies in.
 
     Raises:
@@ -145,16 +137,12 @@ def cells_of(scored: Sequence[Scored], block_m: int = BLOCK_M) -> Cells:
     """
     parts: list[tuple[np.ndarray, ...]] = []
     blocks = 0
-    for number, chip in enumerate(scored):
+    for chip in scored:
         known = chip.known
         rows, cols = np.nonzero(known)
-        across = -(-known.shape[1] // block_m)
-        _, block = np.unique(rows // block_m * across + cols // block_m, return_inverse=True)
-        parts.append(
-            (chip.height_m[known], chip.spread_m[known], chip.truth_m[known], block + blocks,
-             np.full(len(rows), number))
-        )  # fmt: skip
-        blocks += int(block.max()) + 1 if len(block) else 0
+        block = rows // BLOCK_M * -(-known.shape[1] // BLOCK_M) + cols // BLOCK_M + blocks
+        parts.append((chip.height_m[known], chip.spread_m[known], chip.truth_m[known], block))
+        blocks = int(block.max()) + 1 if len(block) else blocks
     if not any(len(part[0]) for part in parts):
         raise DataError("no cell with both image and lidar")
     return Cells(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -13,22 +13,14 @@ reaches the ground, nothing can lie below it, and the whole risk goes to the upp
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from canopy.calibration.collect import (
-    BLOCK_M,
-    Cells,
-)
+from canopy.calibration.collect import BLOCK_M, Cells
 from canopy.errors import DataError
-from canopy.models.heads import (
-    LEVELS,
-    SOFT_M,
-    IntervalTable,
-    dense_hats,
-    hats,
-)
+from canopy.models.heads import LEVELS, SOFT_M, IntervalTable, dense_hats, hats
 
 HEIGHT_CLASSES_M = (0.0, 0.5, 2.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0)
 _KNOTS_M = (0.0, 0.25, 0.5, 1, 2, 4, 7, 10, 13, 16, 18, 20, 22, 24, 26, 28, 30, 33, 36, 40)
@@ -40,7 +32,7 @@ _LEAST_CLASS = 200
 _MOST_M = 60.0
 
 
-def fit_intervals(cells: Cells, facts: dict[str, Any] | None = None) -> IntervalTable:
+def fit_intervals(cells: Cells) -> IntervalTable:
     """Read the table off held-out cells.
 
     Raises:
@@ -49,7 +41,7 @@ def fit_intervals(cells: Cells, facts: dict[str, Any] | None = None) -> Interval
     h, s, y = (np.asarray(v, np.float64) for v in (cells.height_m, cells.spread_m, cells.truth_m))
     knots = _choose_knots(h, cells.block)
     near = _by_knot(knots, h)
-    typical = np.array([weighted_median(s[at], w) for at, w in near])
+    typical = np.array([np.quantile(s[at], 0.5, weights=w, method="inverted_cdf") for at, w in near])
     relative = np.log((s + SOFT_M) / (np.interp(h, knots, typical) + SOFT_M))
     spread = np.unique(np.round(np.quantile(relative, _SPREAD_QUANTILES), 4))
     below, above = (np.zeros((len(LEVELS), len(knots), len(spread))) for _ in range(2))
@@ -65,7 +57,7 @@ def fit_intervals(cells: Cells, facts: dict[str, Any] | None = None) -> Interval
             below[:, i, j], above[:, i, j] = ends
     # Wider levels contain narrower ones.
     below, above = (np.maximum.accumulate(t, axis=0) for t in (below, above))
-    return IntervalTable(np.array(LEVELS), knots, typical, spread, below, above, facts or {})
+    return IntervalTable(np.array(LEVELS), knots, typical, spread, below, above)
 
 
 def _tails(
@@ -126,56 +118,31 @@ def _by_knot(knots: np.ndarray, x: np.ndarray) -> list[tuple[np.ndarray, np.ndar
     return [(part % len(x), weight[part]) for part in parts]
 
 
-def weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
-    """The smallest of values (n,) with half the weight (n,) at or below it."""
-    order = np.argsort(values)
-    mass = np.cumsum(weight[order])
-    return float(values[order][np.searchsorted(mass, mass[-1] / 2)])
-
-
-def coverage(table: IntervalTable, cells: Cells, level: float = 0.9) -> dict[str, Any]:
-    """How often the truth lies inside, and how wide the bands are, JSON-ready.
+def coverage(ways: Sequence[tuple[IntervalTable, Cells]], level: float = 0.9) -> dict[str, Any]:
+    """How often the truth lies inside, and how wide the bands are, of cells with their tables; JSON-ready.
 
     Returns:
         `overall`, `by_height` and `by_truth` (classes of predicted and of true height with at least 200
         cells), each with n, coverage, below (share of truths under the band), above, and mean_width_m. Bands
         promise nothing about true heights, which nobody knows beforehand.
     """
-    lower, upper = table.bounds(cells.height_m, cells.spread_m, level)
-    below, above = cells.truth_m < lower, cells.truth_m > upper
-    found: dict[str, Any] = {"level": level, "overall": _row(below, above, upper - lower)}
-    for name, heights in (("by_height", cells.height_m), ("by_truth", cells.truth_m)):
-        found[name] = {}
-        for low, high in itertools.pairwise(HEIGHT_CLASSES_M):
-            at = (heights >= low) & (heights < high)
-            if at.sum() >= _LEAST_CLASS:
-                found[name][f"{low:g}-{high:g}"] = _row(below[at], above[at], (upper - lower)[at])
+    bounds = [table.bounds(cells.height_m, cells.spread_m, level) for table, cells in ways]
+    lower, upper = (np.concatenate(ends) for ends in zip(*bounds, strict=True))
+    height, truth = (np.concatenate([getattr(c, n) for _, c in ways]) for n in ("height_m", "truth_m"))
+    below, above, width = truth < lower, truth > upper, upper - lower
+
+    def row(at: np.ndarray | slice) -> dict[str, float]:
+        under, over = float(below[at].mean()), float(above[at].mean())
+        return {
+            "n": len(below[at]), "coverage": round(1 - under - over, 4), "below": round(under, 4),
+            "above": round(over, 4), "mean_width_m": round(float(width[at].mean()), 2),
+        }  # fmt: skip
+
+    found: dict[str, Any] = {"level": level, "overall": row(np.s_[:])}
+    for name, heights in (("by_height", height), ("by_truth", truth)):
+        classes = {
+            f"{low:g}-{high:g}": (heights >= low) & (heights < high)
+            for low, high in itertools.pairwise(HEIGHT_CLASSES_M)
+        }
+        found[name] = {key: row(at) for key, at in classes.items() if at.sum() >= _LEAST_CLASS}
     return found
-
-
-def _row(below: np.ndarray, above: np.ndarray, width: np.ndarray) -> dict[str, float]:
-    return {
-        "n": len(below),
-        "coverage": round(float(1 - below.mean() - above.mean()), 4),
-        "below": round(float(below.mean()), 4),
-        "above": round(float(above.mean()), 4),
-        "mean_width_m": round(float(width.mean()), 2),
-    }
-
-
-def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several `coverage` tables of disjoint cells as one."""
-    made: dict[str, Any] = {
-        "level": parts[0]["level"],
-        "overall": _mean([part["overall"] for part in parts]),
-    }
-    for by in ("by_height", "by_truth"):
-        names = dict.fromkeys(name for part in parts for name in part[by])
-        made[by] = {name: _mean([part[by][name] for part in parts if name in part[by]]) for name in names}
-    return made
-
-
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    n = np.array([row["n"] for row in rows], np.float64)
-    keys = ("coverage", "below", "above", "mean_width_m")
-    return {"n": int(n.sum())} | {k: round(float(n @ [row[k] for row in rows] / n.sum()), 4) for k in keys}

@@ -25,9 +25,6 @@ def gedi(
         Path, typer.Option("--shots", metavar="SHOTS.parquet", help="Table of canopy data gedi.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="CORRECTED.tif", help="GeoTIFF to write.")],
-    method: Annotated[
-        str, typer.Option("--method", metavar="spline|scalar", help="scalar is the published correction.")
-    ] = "spline",
     rh: Annotated[int, typer.Option("--rh", help="Relative height to match: 95, 98, ...")] = 98,
     encoding: Annotated[str, typer.Option("--encoding", help="float32, uint16cm or uint8m.")] = "float32",
     overwrite: Overwrite = False,
@@ -51,24 +48,22 @@ def gedi(
     check_output(outs, [map_, shots], overwrite=overwrite)
     with progress_bar(quiet or json_) as progress:
         report = correct_map(
-            map_, shots, out, method=method, rh=rh, encoding=encoding, overwrite=overwrite,
-            progress=progress,
-        )  # fmt: skip
+            map_, shots, out, rh=rh, encoding=encoding, overwrite=overwrite, progress=progress
+        )
     if json_:
         print_json(report)
     elif not quiet:
-        typer.echo(f"{report['output']}: {_gedi_text(report)}")
+        typer.echo(f"{report['output']}: corrected by {report['shots']} shots{_held_out(report['held_out'])}")
 
 
-def _gedi_text(report: dict[str, Any]) -> str:
-    scores, method = report["held_out"], report["method"]
-    if not scores.get("n"):
-        return f"corrected by {report['shots']} shots; too few to hold some out"
+def _held_out(scores: dict[str, Any]) -> str:
+    if not scores["n"]:
+        return "; too few to hold some out"
 
     def change(key: str) -> str:
-        return " m before, ".join(f"{scores[k][key]:.2f}" for k in ("before", method)) + " m after"
+        return f"{scores['before'][key]:.2f} m before, {scores['after'][key]:.2f} m after"
 
-    text = f"{method} fitted; {scores['n']} held-out shots: MAE {change('mae_m')}"
+    text = f"; {scores['n']} held out: MAE {change('mae_m')}"
     outliers = scores["n"] - scores["n_good"]
     if outliers and scores["n_good"]:
         text += f" (without {outliers} that no curve explains: {change('mae_good_m')})"

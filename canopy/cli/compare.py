@@ -150,7 +150,7 @@ def stats(
     with progress_bar(quiet or json_) as progress:
         bands = None
         if interval is not None:
-            from canopy.calibration.zones import zone_intervals
+            from canopy.calibration.area import zone_intervals
             from canopy.geo.vector import read_vector
 
             polygons = zones if layer is None else read_vector(zones, layer, polygons=True)

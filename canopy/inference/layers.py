@@ -100,10 +100,10 @@ def extras_of(options: PredictOptions, model: HeightModel, aoi: AOI | None = Non
     """
     table = quality = None
     if options.interval is not None:
-        from canopy.models.heads import table_of
+        from canopy.models.heads import check_level, table_of
 
         table = table_of(model.card, () if aoi is None else _corners(aoi))
-        table.check_level(options.interval)
+        check_level(table.levels, options.interval)
     if options.quality_band:
         quality = rules_of(model.card)
     return Extras(options.date_band, table, options.interval or 0.9, quality)

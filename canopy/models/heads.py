@@ -22,6 +22,7 @@ FLAT_M = 0.25
 NEAR_KM = 10.0
 LonLat = tuple[float, float]
 LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.98)
+_ARRAYS = {"levels": 2, "height_m": 2, "typical_m": 2, "spread": 4, "below_m": 2, "above_m": 2}  # digits kept
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class IntervalTable:
         typical_m: (k,) typical spread at each.
         spread: (v,) knots of log((s + 0.1) / (typical + 0.1)), rising.
         below_m, above_m: (l, k, v) distances.
-        facts: JSON-ready: what it was fitted on and how it did elsewhere.
         new_place: for bands of places that calibration has not seen; None for those it has.
     """
 
@@ -61,7 +61,6 @@ class IntervalTable:
     spread: np.ndarray
     below_m: np.ndarray
     above_m: np.ndarray
-    facts: dict[str, Any]
     new_place: NewPlace | None = None
 
     @property
@@ -80,10 +79,12 @@ class IntervalTable:
         Raises:
             ConfigError: a level outside the stored ones.
         """
-        below, above = (self._at_level(t, level) for t in (self.below_m, self.above_m))
+        below, above = (at_level(self.levels, t, level) for t in (self.below_m, self.above_m))
         k, v = len(self.height_m), len(self.spread)
         low, high = (np.array(height_m, np.float64) for _ in range(2))
-        relative = self.relative(height_m, spread_m)
+        # How the spread compares with what is usual at this height.
+        typical = np.interp(height_m, self.height_m, self.typical_m)
+        relative = np.log((spread_m + SOFT_M) / (typical + SOFT_M))
         for i, wi in hats(self.height_m, height_m):
             for j, wj in hats(self.spread, relative):
                 place = np.minimum(i, k - 1), np.minimum(j, v - 1)
@@ -91,7 +92,7 @@ class IntervalTable:
                 high += wi * wj * above[place]
         lower, upper = np.clip(low, 0.0, height_m), np.maximum(high, height_m)
         if self.new_place is not None:
-            by_height = self._at_level(self.new_place.factor, level)
+            by_height = at_level(self.levels, self.new_place.factor, level)
             factor = np.interp(height_m, self.new_place.height_m, by_height)
             lower = np.maximum(height_m - factor * np.maximum(height_m - lower, FLAT_M), 0.0)
             upper = height_m + factor * np.maximum(upper - height_m, FLAT_M)
@@ -101,41 +102,17 @@ class IntervalTable:
         """This table for places that calibration has not seen."""
         return replace(self, new_place=new)
 
-    def check_level(self, level: float) -> None:
-        """Raises ConfigError for a level outside the stored ones."""
-        if not self.levels[0] <= level <= self.levels[-1]:
-            raise ConfigError(
-                f"an interval of {level:g}",
-                where="--interval",
-                expected=f"{self.levels[0]:g} to {self.levels[-1]:g}",
-            )
-
-    def relative(self, height_m: np.ndarray, spread_m: np.ndarray) -> np.ndarray:
-        """How the spread compares with what is usual at this height: log of their ratio, softened."""
-        typical = np.interp(height_m, self.height_m, self.typical_m)
-        return np.log((spread_m + SOFT_M) / (typical + SOFT_M))
-
-    def _at_level(self, table: np.ndarray, level: float) -> np.ndarray:
-        self.check_level(level)
-        right = int(np.clip(np.searchsorted(self.levels, level), 1, len(self.levels) - 1))
-        share = (level - self.levels[right - 1]) / (self.levels[right] - self.levels[right - 1])
-        return (1 - share) * table[right - 1] + share * table[right]
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, heights rounded to centimetres."""
-        arrays = ("levels", "height_m", "typical_m", "spread", "below_m", "above_m")
-        rounded = {
-            name: np.round(getattr(self, name), 4 if name == "spread" else 2).tolist() for name in arrays
-        }
-        return {"version": VERSION, "method": "spread", **rounded, "facts": self.facts}
+        rounded = {name: np.round(getattr(self, name), digits).tolist() for name, digits in _ARRAYS.items()}
+        return {"version": VERSION, "method": "spread", **rounded}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> IntervalTable:
         """Rebuild. Raises CheckpointError where it is not such a table."""
         try:
-            names = ("levels", "height_m", "typical_m", "spread", "below_m", "above_m")
-            given: dict[str, Any] = {name: np.asarray(raw[name], np.float64) for name in names}
-            table = cls(**given, facts=dict(raw.get("facts", {})))
+            given: dict[str, Any] = {name: np.asarray(raw[name], np.float64) for name in _ARRAYS}
+            table = cls(**given)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the model's interval calibration cannot be used: {error}") from error
         shape = len(table.levels), len(table.height_m), len(table.spread)
@@ -145,6 +122,22 @@ class IntervalTable:
                 "the model's interval calibration has another form", remedy="run canopy calibrate interval"
             )
         return table
+
+
+def check_level(levels: Sequence[float] | np.ndarray, level: float) -> None:
+    """Raises ConfigError for a level outside those that a calibration stores."""
+    if not levels[0] <= level <= levels[-1]:
+        raise ConfigError(
+            f"an interval of {level:g}", where="--interval", expected=f"{levels[0]:g} to {levels[-1]:g}"
+        )
+
+
+def at_level(levels: Sequence[float] | np.ndarray, table: np.ndarray, level: float) -> np.ndarray:
+    """A table (levels, ...) between its rows. Raises ConfigError, as `check_level`."""
+    check_level(levels, level)
+    right = int(np.clip(np.searchsorted(levels, level), 1, len(levels) - 1))
+    share = (level - levels[right - 1]) / (levels[right] - levels[right - 1])
+    return (1 - share) * table[right - 1] + share * table[right]
 
 
 def table_of(card: Mapping[str, Any], corners: Sequence[LonLat] = ()) -> IntervalTable:

@@ -18,7 +18,7 @@ def table() -> IntervalTable:
     above = 2 + 0.1 * heights[:, None] + 0.5 * (spread + 1)
     return IntervalTable(
         np.array([0.5, 0.98]), heights, np.array([1.0, 3.0, 3.0]), spread,
-        np.stack([below, 2 * below]), np.stack([above, 2 * above]), {},
+        np.stack([below, 2 * below]), np.stack([above, 2 * above]),
     )  # fmt: skip
 
 
