@@ -30,6 +30,16 @@ class Named(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
 
 
+def option(default: Any, help: str, **typed: Any) -> Any:
+    """A field that a command takes as an option: `canopy.cli.options.takes_groups` makes it one.
+
+    `typed` says how it is typed: `flags` stand instead of `--name-of-the-field`, `metavar` instead of its
+    type, `panel` is the heading that --help lists it under, `argument` makes it a positional one, and `shown`
+    is the default as --help says it.
+    """
+    return Field(default=default, description=help, json_schema_extra=typed or None)
+
+
 S = TypeVar("S", bound=BaseModel)
 N = TypeVar("N", bound=Named)
 

@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from canopy.config import Settings
-from canopy.inference.options import option
+from canopy.config import Settings, option
 
 BUFFER_M = 50.0  # between training and test chips
 

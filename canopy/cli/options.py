@@ -12,7 +12,6 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -70,17 +69,16 @@ def print_json(result: Mapping[str, Any]) -> None:
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Spread those parameters of a typer command that are groups of options into one option per field.
 
-    A group is a dataclass whose fields' types are `Annotated[..., typer.Option(...)]`, each with a default,
-    or a pydantic model as `canopy.inference.options` has them; the command gets it, filled. Its other
-    parameters stay as they are. Meant as a decorator.
+    A group is a pydantic model whose fields are made by `canopy.config.option`; the command gets it, filled.
+    Its other parameters stay as they are. Meant as a decorator.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, list[inspect.Parameter]] = {}
     spread: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         kind = hints[parameter.name]
-        if isinstance(kind, type) and (is_dataclass(kind) or hasattr(kind, "model_fields")):
-            groups[parameter.name] = _of_dataclass(kind) if is_dataclass(kind) else _of_model(kind)
+        if hasattr(kind, "model_fields"):
+            groups[parameter.name] = _of_model(kind)
             spread += groups[parameter.name]
         else:
             spread.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
@@ -90,11 +88,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
         filled = {}
         for name, parameters in groups.items():
             values = {parameter.name: given.pop(parameter.name) for parameter in parameters}
-            kind: Any = hints[name]
-            checked = hasattr(kind, "model_fields")
-            filled[name] = (
-                validate_settings(kind, _said(values), "the command") if checked else kind(**values)
-            )
+            filled[name] = validate_settings(hints[name], _said(values), "the command")
         command(**given, **filled)
 
     run.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
@@ -104,17 +98,6 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
 def _said(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without what was left out: an argument that may be repeated is None then."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _of_dataclass(kind: Any) -> list[inspect.Parameter]:
-    types = get_type_hints(kind, include_extras=True)
-    for field in fields(kind):
-        if field.default is MISSING:
-            raise TypeError(f"{kind.__name__}.{field.name} needs a default")
-    return [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name])
-        for f in fields(kind)
-    ]
 
 
 def _of_model(kind: Any) -> list[inspect.Parameter]:

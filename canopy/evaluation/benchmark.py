@@ -28,7 +28,7 @@ from canopy.evaluation.opening import open_heights
 from canopy.evaluation.pixels import RasterPair
 from canopy.evaluation.report.pages import render, wide_row, write_csv, write_results
 from canopy.evaluation.scores import Evaluation, Options
-from canopy.labels.names import read_name
+from canopy.labels.catalog import read_name
 from canopy.runtime import NoProgress, Progress, log
 
 METRICS = (

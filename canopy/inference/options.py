@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from canopy.config import Settings, check_known, validate_settings
+from canopy.config import Settings, check_known, option, validate_settings
 
 if TYPE_CHECKING:
     from canopy.geo.area import AOI
@@ -36,15 +36,6 @@ _HELP_IMAGERY = (
     "A named source (naip, demo, ...), a STAC API or catalog, an XYZ template, a directory or VRT."
 )
 _HELP_OUT = "GeoTIFF to write; OUT.json (a STAC item) lies beside it. Default: IMAGE_chm.tif here."
-
-
-def option(default: Any, help: str, **typed: Any) -> Any:
-    """A field with its help text, and how it is typed: `metavar`, `flags`, `panel`, `argument`, `shown`.
-
-    `flags` stand instead of `--name-of-the-field`, `panel` is the heading that --help lists it under,
-    `argument` makes it a positional one, and `shown` is the default as --help says it.
-    """
-    return Field(default=default, description=help, json_schema_extra=typed or None)
 
 
 class AreaOptions(Settings):

@@ -1,30 +1,27 @@
-"""Sources of labels (airborne lidar, GEDI): one strict YAML file each in `data_manifests/labels`.
+"""What sources of labels there are: manifests, NEON's sites, and what the names of tiles say of their place.
 
-As with imagery, a manifest says what exists, where, in which form and under which terms; it never holds
-pixels, points, keys or signed URLs. A value that could not be verified in a public source is null and named
-in `unverified`. Here too: what is wished of a source, and what its catalogue offers for download.
+A source (airborne lidar, GEDI) is one strict YAML file in `data_manifests/labels`. As with imagery, it says
+what exists, where, in which form and under which terms; it never holds pixels, points, keys or signed URLs.
+A value that could not be verified in a public source is null and named in `unverified`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import csv
+import difflib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import date
-from pathlib import Path
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from pydantic import Field, model_validator
 from shapely.geometry.base import BaseGeometry
 
-from canopy.config import Named, Settings, load_manifest, manifest_names
-from canopy.download import Signer, file_crc32c
-from canopy.errors import DataError, InputError
-from canopy.files import file_sha256, redact
-from canopy.geo.area import AOI
+from canopy.config import Named, Settings, load_manifest, manifest_names, validate_settings
+from canopy.errors import InputError
 from canopy.imagery.named import Coverage, coverage_geometry
-from canopy.imagery.names import parse_range
+from canopy.runtime import manifests_dir
 
 Protocol = Literal["neon", "wfs", "stac", "earthdata"]
 
@@ -54,7 +51,7 @@ class Product(Settings):
         code: NEON product, or Earthdata short name.
         version: Earthdata version.
         match: regular expression that a file's name must contain.
-        layers: WFS feature types, tried in this order.
+        layers: WFS feature type; the first counts.
         asset: STAC asset key.
         href: URL of a file with `{value}`, where the catalogue gives only names.
         about_bytes: usual size of a file, for the list that is shown before a download.
@@ -179,140 +176,143 @@ def label_source(name: str) -> LabelManifest:
     return load_manifest(LabelManifest, "labels", name, "label source")
 
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_CHECKSUM = re.compile(r"(crc32c|md5|sha256):[0-9a-f]+")
-NO_HEADERS: Mapping[str, str] = {}
+# ---- NEON's sites -----------------------------------------------------------------------------
+class NeonSite(Settings):
+    """One field site, a row of `data_manifests/labels/neon-sites.csv`.
+
+    Attributes:
+        site: NEON's four letters.
+        name, state: as NEON writes them.
+        kind: terrestrial, aquatic, or `flight` for a flight box that is no field site.
+        domain: NEON domain, D01 to D20.
+        lat, lon: of the tower or stream station, WGS 84 degrees.
+        utm_zone: zone of the site's own coordinates, such as 17N.
+        published_under: the site whose name its airborne data carry; None: its own.
+        flown: True where airborne data are known to exist, None where we do not know.
+        years: years of flights that we could verify, those of the flight site; there may be more.
+        split: part of the training plan; `none`: not used.
+        unverified: fields that could not be verified in a public source and are empty.
+        notes: what a user should know.
+    """
+
+    site: str = Field(pattern=r"^[A-Z]{4}$")
+    name: str = Field(min_length=1)
+    kind: Literal["terrestrial", "aquatic", "flight"]
+    domain: str = Field(pattern=r"^D(0[1-9]|1\d|20)$")
+    state: str = Field(pattern=r"^[A-Z]{2}$")
+    lat: float | None = Field(ge=-90, le=90)
+    lon: float | None = Field(ge=-180, le=180)
+    utm_zone: str | None = Field(pattern=r"^\d{1,2}[NS]$")
+    published_under: str | None = None
+    flown: bool | None = None
+    years: tuple[int, ...] = ()
+    split: Literal["train", "val", "test", "none"]
+    unverified: tuple[str, ...] = ()
+    notes: str = ""
+
+    @property
+    def flight_site(self) -> str:
+        """The site whose name its airborne data carry."""
+        return self.published_under or self.site
+
+
+@lru_cache(maxsize=4)
+def _read_sites(path: Path) -> dict[str, NeonSite]:
+    sites = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for line, row in enumerate(csv.DictReader(file), 2):
+            lists = {name: tuple(row.pop(name, "").split()) for name in ("years", "unverified")}
+            given = {name: text for name, text in row.items() if text} | lists
+            empty = {name: None for name in ("lat", "lon", "utm_zone") if name not in given}
+            site = validate_settings(NeonSite, given | empty, where=f"{path}, line {line}")
+            sites[site.site] = site
+    return sites
+
+
+def neon_sites() -> dict[str, NeonSite]:
+    """All sites by their four letters. Raises ConfigError for a wrong row."""
+    return _read_sites(manifests_dir() / "labels" / "neon-sites.csv")
+
+
+def neon_site(code: str) -> NeonSite:
+    """One site. Raises InputError for an unknown one; names the nearest ones."""
+    sites = neon_sites()
+    if code.upper() not in sites:
+        close = difflib.get_close_matches(code.upper(), sites, n=3, cutoff=0.5)
+        raise InputError(
+            f"no NEON site {code!r}" + (f": did you mean {' or '.join(close)}?" if close else ""),
+            expected="a four-letter code such as HARV",
+        )
+    return sites[code.upper()]
+
+
+def aop_crs(code: str) -> str:
+    """CRS of a site's airborne data, such as `EPSG:32617`: the zone of the site that was flown.
+
+    It may be another one than where the site lies: BLAN and LEWI fly in 17N. Raises InputError.
+    """
+    zone = neon_site(neon_site(code).flight_site).utm_zone
+    if zone is None:
+        raise InputError(f"the zone of {code}'s flights is not known", remedy="read it from the file")
+    return f"EPSG:{326 if zone.endswith('N') else 327}{int(zone[:-1]):02d}"
+
+
+# ---- tiles ------------------------------------------------------------------------------------
+_NEON = re.compile(
+    r"(?:NEON_D\d\d_(?P<site>[A-Z]{4})_DP[13]_|\d{4}_(?P<flown>[A-Z]{4})_\d+_)"
+    r"(?P<east>\d{6})_(?P<north>\d{7})_"
+    r"(?:(?:CHM|DTM|DSM|image)\.tif|classified_point_cloud(?:_colorized)?\.laz)"
+)
+_IGN = re.compile(
+    r"LHD_[A-Z]{3}_(?P<x>\d{4})[_-](?P<y>\d{4})_(?:PTS|MN[THS])(?:_[OC])?(?:_\dM\d\d)?"
+    r"_(?P<crs>[A-Z0-9]+)_[A-Z0-9]+(?:\.copc\.laz|\.tif)?"
+)
+IGN_CRS = {
+    "LAMB93": "EPSG:2154",
+    "RGAF09UTM20": "EPSG:5490",
+    "UTM22RGFG95": "EPSG:2972",
+    "RGR92UTM40S": "EPSG:2975",
+    "RGM04UTM38S": "EPSG:4471",
+    "RGM23UTM38S": "EPSG:10674",
+}
+_KM = 1000
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is wanted of a source.
+class Tile:
+    """A 1 km tile of lidar or of its images, as its file's name has it.
 
     Attributes:
-        area: files that touch it; None: all, where the catalogue can list all.
-        datetime: STAC-style interval; None: the newest, or all where files have no dates.
-        sites: NEON codes.
-        match: regular expression that file names must contain.
+        filename: the name.
+        bounds: (west, south, east, north) of the tile, metres.
+        crs: of the bounds.
+        site: NEON's flight site, or None.
     """
 
-    area: AOI | None = None
-    datetime: str | None = None
-    sites: tuple[str, ...] = ()
-    match: str | None = None
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.match or "")
-        except re.error as error:
-            raise InputError(f"not a regular expression ({error})", where=f"--match {self.match}") from None
-        try:
-            parse_range(self.datetime)
-        except ValueError as error:
-            raise InputError(
-                str(error), where="--datetime", expected="such as 2019, 2019-07 or 2018/2021"
-            ) from None
-
-    def holds(self, first: date | None, last: date | None) -> bool:
-        """Whether a file of these days is within the interval; one without dates only where none is asked."""
-        start, end = parse_range(self.datetime)
-        if start is None and end is None:
-            return True
-        if first is None or last is None:
-            return False
-        return (start or date.min) <= last and first <= (end or date.max)
-
-    def names(self, name: str) -> bool:
-        """Whether a file of this name is wanted."""
-        return self.match is None or re.search(self.match, name) is not None
+    filename: str
+    bounds: tuple[float, float, float, float]
+    crs: str
+    site: str | None = None
 
 
-@dataclass(frozen=True)
-class RemoteFile:
-    """One file that can be fetched.
+def read_name(name: str) -> Tile | None:
+    """What a file name (or path, or URL) says about its place, or None where it is of another grammar.
 
-    Attributes:
-        url: where; may hold a signature, so it is shown only as `address`.
-        name: file name, safe to use in a folder.
-        folder: subfolder, where names alone would not tell files apart (flights of different years).
-        bytes: size; None where nobody says.
-        about: `bytes` is the usual size of such files, not this one's.
-        checksum: `crc32c:`, `md5:` or `sha256:` and lower-case hex.
-        day: acquisition, as the catalogue writes it.
-        headers: gives request headers such as an access token; asked just before the download.
-        sign: makes the URL readable, again after a refusal.
+    NEON's names hold the south-west corner in metres, IGN's the NORTH-west corner in km. Raises InputError
+    for a NEON site that does not exist.
     """
-
-    url: str = field(repr=False)
-    name: str
-    bytes: int | None = None
-    folder: str = ""
-    about: bool = False
-    checksum: str | None = None
-    day: str | None = None
-    headers: Callable[[], Mapping[str, str]] = field(default=lambda: NO_HEADERS, repr=False, compare=False)
-    sign: Signer | None = field(default=None, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        parts = [self.name, self.folder] if self.folder else [self.name]
-        if not all(_SAFE_NAME.fullmatch(part) and ".." not in part for part in parts):
-            raise DataError(
-                f"the catalogue names a file {self.name[:80]!r}",
-                where=self.address,
-                expected="a plain file name",
-            )
-        if not self.url.startswith(("http://", "https://")):
-            raise DataError(f"the catalogue gives no http(s) address for {self.name}", where=self.address)
-        if self.checksum is not None and not _CHECKSUM.fullmatch(self.checksum):
-            raise DataError(f"a checksum that cannot be read for {self.name}", where=self.address)
-
-    @property
-    def path(self) -> str:
-        """Where it goes in a folder, with `/`."""
-        return f"{self.folder}/{self.name}" if self.folder else self.name
-
-    @property
-    def address(self) -> str:
-        """The URL without user, query and signature."""
-        return redact(self.url)
-
-    def check(self, path: Path) -> None:
-        """Compare a complete local file with what the catalogue says.
-
-        Raises:
-            DataError: another size or checksum.
-        """
-        size = path.stat().st_size
-        if self.bytes is not None and not self.about and size != self.bytes:
-            raise DataError(
-                f"{self.name} has {size} bytes", where=path, expected=f"{self.bytes}", remedy=_DAMAGED
-            )
-        if self.checksum is None:
-            return
-        kind, _, expected = self.checksum.partition(":")
-        got = {"crc32c": file_crc32c, "md5": _file_md5, "sha256": file_sha256}[kind](path)
-        if got != expected:
-            raise DataError(f"{kind} of {self.name} is {got}", where=path, expected=expected, remedy=_DAMAGED)
-
-
-_DAMAGED = "the file changed at its source or was damaged: fetch it again with --overwrite"
-
-
-def checksum_of(kind: str, value: object) -> str | None:
-    """A catalogue's checksum as `kind:hex`; None where it gives none."""
-    text = str(value or "").strip().strip('"').lower()
-    digits = {"crc32c": 8, "md5": 32, "sha256": 64}[kind]
-    return f"{kind}:{text.zfill(digits)}" if re.fullmatch(rf"[0-9a-f]{{1,{digits}}}", text) else None
-
-
-def whole_number(value: object) -> int | None:
-    """A size as catalogues write it (number or text) -> int, or None."""
-    try:
-        number = int(str(value))
-    except ValueError:
+    base = base_name(name)
+    if found := _NEON.fullmatch(base):
+        site = neon_site(found["site"] or found["flown"])
+        west, south = int(found["east"]), int(found["north"])
+        return Tile(base, (west, south, west + _KM, south + _KM), aop_crs(site.site), site.site)
+    found = _IGN.fullmatch(base)
+    if not found or found["crs"] not in IGN_CRS:
         return None
-    return number if number >= 0 else None
+    west, north = int(found["x"]) * _KM, int(found["y"]) * _KM
+    return Tile(base, (west, north - _KM, west + _KM, north), IGN_CRS[found["crs"]])
 
 
-def _file_md5(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+def base_name(name: str) -> str:
+    """Last part of a path or URL, without a query."""
+    return PurePosixPath(name.replace("\\", "/").split("?")[0]).name

@@ -1,4 +1,4 @@
-"""Fetch labels: plan what a source offers for an area, then download it completely and verified.
+"""What is wished of a source of labels, the files that it offers, and their download, complete and verified.
 
 A folder that was filled here holds `canopy-data.json`, a record of every file: where from, under which terms,
 how many bytes, the source's checksum and the sha256 of what arrived. A rerun fetches only what is missing.
@@ -6,34 +6,164 @@ how many bytes, the source's checksum and the sha256 of what arrived. A rerun fe
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
 from typing import Any
 
+from shapely.geometry import box, shape
+
 from canopy import download
-from canopy.errors import (
-    AreaError,
-    DataError,
-    OutputError,
-    refuse_options,
-)
-from canopy.files import file_sha256, replacing, told_as_output
-from canopy.labels.catalog import (
-    LabelManifest,
-    Product,
-    RemoteFile,
-    Wish,
-    label_source,
-)
+from canopy.errors import DataError, InputError, OutputError
+from canopy.files import file_sha256, redact, replacing, told_as_output
+from canopy.geo.area import AOI
+from canopy.imagery.names import parse_range
+from canopy.labels.catalog import LabelManifest, read_name
 from canopy.runtime import NoProgress, Progress, log
 
 RECORD = "canopy-data.json"
-_MOST_ASKED = 32  # files whose size is asked for one by one
-Planner = Callable[[LabelManifest, Product, Wish], tuple[list[RemoteFile], list[str]]]
+NO_HEADERS: Mapping[str, str] = {}
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_DAMAGED = "the file changed at its source or was damaged: fetch it again with --overwrite"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is wanted of a source.
+
+    Attributes:
+        area: files that touch it; None: all, where the catalogue can list all.
+        datetime: STAC-style interval; None: the newest, or all where files have no dates.
+        sites: NEON codes.
+        match: regular expression that file names must contain.
+    """
+
+    area: AOI | None = None
+    datetime: str | None = None
+    sites: tuple[str, ...] = ()
+    match: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.match or "")
+        except re.error as error:
+            raise InputError(f"not a regular expression ({error})", where=f"--match {self.match}") from None
+        try:
+            parse_range(self.datetime)
+        except ValueError as error:
+            raise InputError(
+                str(error), where="--datetime", expected="such as 2019, 2019-07 or 2018/2021"
+            ) from None
+
+    def holds(self, first: date | None, last: date | None) -> bool:
+        """Whether a file of these days is within the interval; one without dates only where none is asked."""
+        start, end = parse_range(self.datetime)
+        if start is None and end is None:
+            return True
+        if first is None or last is None:
+            return False
+        return (start or date.min) <= last and first <= (end or date.max)
+
+    def touches(self, name: str, outline: Mapping[str, Any] | None = None) -> bool:
+        """Whether a file lies in the area: by the bounds that its name states, else by a GeoJSON outline."""
+        if self.area is None:
+            return True
+        tile = read_name(name)
+        if tile is not None:
+            return bool(self.area.to_crs(tile.crs).geometry.intersection(box(*tile.bounds)).area > 0)
+        return outline is None or bool(self.area.lonlat.intersects(shape(outline)))
+
+    def names(self, name: str) -> bool:
+        """Whether a file of this name is wanted."""
+        return re.search(self.match or "", name) is not None
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file that can be fetched.
+
+    Attributes:
+        url: where; may hold a signature, so it is shown only as `address`.
+        name: file name, safe to use in a folder.
+        folder: subfolder, where names alone would not tell files apart (flights of different years).
+        bytes: size; None where nobody says.
+        about: `bytes` is the usual size of such files, not this one's.
+        checksum: `crc32c:`, `md5:` or `sha256:` and lower-case hex.
+        day: acquisition, as the catalogue writes it.
+        headers: gives request headers such as an access token; asked just before the download.
+        sign: makes the URL readable, again after a refusal.
+    """
+
+    url: str = field(repr=False)
+    name: str
+    bytes: int | None = None
+    folder: str = ""
+    about: bool = False
+    checksum: str | None = None
+    day: str | None = None
+    headers: Callable[[], Mapping[str, str]] = field(default=lambda: NO_HEADERS, repr=False, compare=False)
+    sign: download.Signer | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        parts = [self.name, self.folder] if self.folder else [self.name]
+        if not all(_SAFE_NAME.fullmatch(part) and ".." not in part for part in parts):
+            raise DataError(
+                f"the catalogue names a file {self.name[:80]!r}",
+                where=self.address,
+                expected="a plain file name",
+            )
+        if not self.url.startswith(("http://", "https://")):
+            raise DataError(f"the catalogue gives no http(s) address for {self.name}", where=self.address)
+
+    @property
+    def path(self) -> str:
+        """Where it goes in a folder, with `/`."""
+        return f"{self.folder}/{self.name}" if self.folder else self.name
+
+    @property
+    def address(self) -> str:
+        """The URL without user, query and signature."""
+        return redact(self.url)
+
+    def check(self, path: Path) -> None:
+        """Compare a complete local file with what the catalogue says. Raises DataError."""
+        size = path.stat().st_size
+        if self.bytes is not None and not self.about and size != self.bytes:
+            raise DataError(
+                f"{self.name} has {size} bytes", where=path, expected=f"{self.bytes}", remedy=_DAMAGED
+            )
+        kind, _, expected = (self.checksum or "").partition(":")
+        if kind:
+            got = _digest(path, kind)
+            if got != expected:
+                raise DataError(
+                    f"{kind} of {self.name} is {got}", where=path, expected=expected, remedy=_DAMAGED
+                )
+
+
+def _digest(path: Path, kind: str) -> str:
+    if kind == "crc32c":
+        return download.file_crc32c(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+def checksum_of(kind: str, value: object) -> str | None:
+    """A catalogue's checksum as `kind:hex`; None where it gives none."""
+    text = str(value or "").strip().strip('"').lower()
+    digits = {"crc32c": 8, "md5": 32, "sha256": 64}[kind]
+    return f"{kind}:{text.zfill(digits)}" if re.fullmatch(rf"[0-9a-f]{{1,{digits}}}", text) else None
+
+
+def whole_number(value: object) -> int | None:
+    """A size as catalogues write it (number or text) -> int, or None."""
+    return int(text) if (text := str(value)).isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -63,121 +193,56 @@ class Plan:
 
     def facts(self) -> dict[str, Any]:
         """JSON-ready, without secrets."""
+        terms = self.manifest.model_dump(include={"licence", "attribution", "citation"})
         rows = [
             {
-                "path": f.path,
-                "address": f.address,
-                "bytes": f.bytes,
-                "about": f.about,
-                "checksum": f.checksum,
-                "date": f.day,
+                "path": f.path, "address": f.address, "bytes": f.bytes, "about": f.about,
+                "checksum": f.checksum, "date": f.day,
             }
             for f in self.files
-        ]
+        ]  # fmt: skip
         return {
-            "source": self.manifest.name,
-            "product": self.product,
-            "licence": self.manifest.licence,
-            "attribution": self.manifest.attribution,
-            "citation": self.manifest.citation,
-            "files": rows,
-            "total_bytes": self.total_bytes,
-            "unknown_sizes": self.unknown,
-            "notes": list(self.notes),
-        }
-
-
-def plan_get(name: str, wish: Wish, *, product: str | None = None) -> Plan:
-    """Ask a source which files answer a wish; nothing is downloaded.
-
-    Args:
-        name: of a label source, as in `known_labels()`.
-        wish: area, dates, sites, names.
-        product: kind of file; None: the source's default.
-
-    Raises:
-        InputError: unknown source or product, or too little said; AreaError: nothing there;
-        FetchError: the host; MissingDependencyError: an optional library.
-    """
-    manifest = label_source(name)
-    if manifest.protocol != "neon":
-        refuse_options({"--site": wish.sites}, where=name, because="sites are NEON's")
-    chosen, details = manifest.product(product)
-    coverage = manifest.geometry
-    if wish.area is not None and coverage is not None and not coverage.intersects(wish.area.lonlat):
-        raise AreaError(
-            f"{name} has nothing there ({wish.area.describe()})", remedy=f"see `canopy data describe {name}`"
-        )
-    files, notes = _planner(manifest.protocol)(manifest, details, wish)
-    unique = {file.path: file for file in files}
-    if len(unique) < len(files):
-        notes.append(f"{len(files) - len(unique)} files share a name with another one: the last is kept")
-    files = [unique[key] for key in sorted(unique)]
-    if sum(file.bytes is None for file in files) <= _MOST_ASKED:
-        files = [_with_size(file) for file in files]
-    return Plan(manifest, chosen, tuple(files), tuple(notes))
-
-
-def _planner(protocol: str) -> Planner:
-    """The function of a protocol; imported late, because some need optional libraries."""
-    if protocol == "neon":
-        from canopy.labels.neon import plan_neon
-
-        return plan_neon
-    if protocol == "wfs":
-        from canopy.labels.ign import plan_wfs
-
-        return plan_wfs
-    if protocol == "stac":
-        from canopy.labels.stac_cmr import plan_stac
-
-        return plan_stac
-    from canopy.labels.stac_cmr import plan_earthdata
-
-    return plan_earthdata
-
-
-def _with_size(file: RemoteFile) -> RemoteFile:
-    if file.bytes is not None:
-        return file
-    return replace(file, bytes=download.size_of(file.url, headers=file.headers(), sign=file.sign))
-
-
-@dataclass(frozen=True)
-class Got:
-    """What a download left: paths of files fetched now, and of those that were there and right."""
-
-    fetched: tuple[str, ...]
-    kept: tuple[str, ...]
+            "source": self.manifest.name, "product": self.product, **terms, "files": rows,
+            "total_bytes": self.total_bytes, "unknown_sizes": self.unknown, "notes": list(self.notes),
+        }  # fmt: skip
 
 
 def get_files(
     plan: Plan, out_dir: Path | str, *, overwrite: bool = False, progress: Progress | None = None
-) -> Got:
+) -> tuple[list[str], list[str]]:
     """Download a plan into a folder; what is there and right is kept.
+
+    Returns:
+        Paths of the files fetched now, and of those that were there.
 
     Raises:
         OutputError: no room or no right to write; DataError: a file that is there or arrived differs from
             what the source says; FetchError: a host. Files that are complete stay, and are in the record.
     """
-    out_dir = Path(out_dir)
+    out_dir, progress = Path(out_dir), progress or NoProgress()
     with told_as_output(out_dir, "cannot be made"):
         out_dir.mkdir(parents=True, exist_ok=True)
     known, done = _read_record(out_dir), dict[str, dict[str, Any]]()
     missing = [f for f in plan.files if overwrite or not (out_dir / f.path).is_file()]
-    _check_room(out_dir, missing)
-    progress = progress or NoProgress()
+    # Usual sizes are too rough to refuse a download that may fit.
+    needed, free = sum(f.bytes or 0 for f in missing if not f.about), shutil.disk_usage(out_dir).free
+    if needed > free:
+        raise OutputError(f"{needed / 1e9:.1f} GB to fetch and {free / 1e9:.1f} GB free", where=out_dir)
     progress.start(len(plan.files), plan.manifest.name)
 
     def work(file: RemoteFile) -> None:
-        there = (out_dir / file.path).is_file() and not overwrite
+        new = file in missing
         path = download.download(
-            file.url, out_dir / file.path, headers=file.headers() if not there else None, sign=file.sign,
+            file.url, out_dir / file.path, headers=file.headers() if new else None, sign=file.sign,
             check=file.check, overwrite=overwrite,
         )  # fmt: skip
-        if not (there and known.get(file.path, {}).get("bytes") == path.stat().st_size):
-            done[file.path] = _entry(plan, file, path)
-        log.debug("%s: %s", file.path, "kept" if there else "fetched")
+        if new or known.get(file.path, {}).get("bytes") != path.stat().st_size:
+            done[file.path] = {
+                "source": plan.manifest.name, "product": plan.product, "address": file.address,
+                "date": file.day, "licence": plan.manifest.licence, "bytes": path.stat().st_size,
+                "checksum": file.checksum, "sha256": file_sha256(path),
+            }  # fmt: skip
+        log.debug("%s: %s", file.path, "fetched" if new else "kept")
         progress.advance()
 
     try:
@@ -193,8 +258,7 @@ def get_files(
     for job in jobs:
         if not job.cancelled():
             job.result()
-    names = {file.path for file in missing}
-    return Got(tuple(sorted(names)), tuple(f.path for f in plan.files if f.path not in names))
+    return [f.path for f in missing], [f.path for f in plan.files if f not in missing]
 
 
 def verify_folder(folder: Path | str) -> dict[str, Any]:
@@ -224,19 +288,6 @@ def verify_folder(folder: Path | str) -> dict[str, Any]:
     return {"folder": str(folder), "files": len(entries), "problems": problems}
 
 
-def _entry(plan: Plan, file: RemoteFile, path: Path) -> dict[str, Any]:
-    return {
-        "source": plan.manifest.name,
-        "product": plan.product,
-        "address": file.address,
-        "date": file.day,
-        "licence": plan.manifest.licence,
-        "bytes": path.stat().st_size,
-        "checksum": file.checksum,
-        "sha256": file_sha256(path),
-    }
-
-
 def _read_record(folder: Path) -> dict[str, dict[str, Any]]:
     """What is on record of a folder, by path; empty without a record. Raises DataError."""
     path = folder / RECORD
@@ -244,8 +295,8 @@ def _read_record(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         entries = dict(json.loads(path.read_text())["files"])
-        if any(not _is_inside(name) or not {"bytes", "sha256"} <= set(e) for name, e in entries.items()):
-            raise ValueError("an entry that is not a file of this folder")
+        if not all({"bytes", "sha256"} <= set(entry) for entry in entries.values()):
+            raise ValueError("an entry without bytes and sha256")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"cannot be read ({error})", where=path, remedy="move it away and fetch again"
@@ -260,15 +311,3 @@ def _add_to_record(folder: Path, entries: Mapping[str, dict[str, Any]]) -> None:
         text = json.dumps({"files": dict(sorted({**_read_record(folder), **entries}.items()))}, indent=1)
         with replacing(path) as part:
             part.write_text(text + "\n")
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
-
-
-def _check_room(folder: Path, files: list[RemoteFile]) -> None:
-    # Usual sizes are too rough to refuse a download that may fit.
-    needed, free = sum(file.bytes or 0 for file in files if not file.about), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OutputError(f"{needed / 1e9:.1f} GB to fetch and {free / 1e9:.1f} GB free", where=folder)

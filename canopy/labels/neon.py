@@ -8,33 +8,46 @@ own host, and is never shown. File URLs are signed for a week: a refused one is 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from datetime import date
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import httpx
-from shapely.geometry import box
 
 from canopy import download
 from canopy.errors import AreaError, FetchError, InputError
 from canopy.files import host_of, redact
+from canopy.geo.area import AOI
+from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.imagery.names import parse_range
-from canopy.labels.catalog import (
-    NO_HEADERS,
-    LabelManifest,
-    Product,
-    RemoteFile,
-    Wish,
-    checksum_of,
-    whole_number,
-)
-from canopy.labels.names import neon_site, read_name, sites_near
+from canopy.labels.catalog import LabelManifest, Product, neon_site, neon_sites
+from canopy.labels.fetch import NO_HEADERS, RemoteFile, Wish, checksum_of, whole_number
 
 TOKEN = "NEON_API_TOKEN"
 _HELP = f"set {TOKEN} to a token of your account at data.neonscience.org (My Account, API Tokens)"
+# A flight box is about 10 to 20 km wide and holds the site's tower, not always in its middle.
+REACH_KM = 25.0
+
+
+def sites_near(area: AOI) -> list[str]:
+    """Flight sites whose own or shared station lies within `REACH_KM` of an area's bounding box, nearest
+    first."""
+    west, south, east, north = area.bounds_lonlat
+    width = (east - west) % 360.0
+    found: dict[str, float] = {}
+    for site in neon_sites().values():
+        if site.lat is None or site.lon is None or site.flown is not True:
+            continue
+        past = (site.lon - west) % 360.0  # degrees east of the west edge
+        beside = 0.0 if past <= width else min(past - width, 360.0 - past)
+        above = max(south - site.lat, 0.0, site.lat - north)
+        distance = METRES_PER_DEGREE / 1000 * math.hypot(above, beside * math.cos(math.radians(site.lat)))
+        if distance <= REACH_KM:
+            found[site.flight_site] = min(distance, found.get(site.flight_site, math.inf))
+    return sorted(found, key=lambda code: (found[code], code))
 
 
 def plan_neon(manifest: LabelManifest, product: Product, wish: Wish) -> tuple[list[RemoteFile], list[str]]:
@@ -43,64 +56,41 @@ def plan_neon(manifest: LabelManifest, product: Product, wish: Wish) -> tuple[li
     Without dates the newest year of each site is taken; a year's flight may be spread over two months.
 
     Raises:
-        AreaError: no flown site near the area, or no tile in it; InputError: neither area nor site, an
-            unknown site; FetchError: the host, or a token that is missing or refused.
+        AreaError: no flown site near the area; InputError: neither area nor site, an unknown site;
+        FetchError: the host, or a token that is missing or refused.
     """
-    sites, notes = _flight_sites(wish)
+    notes = []
+    for site in map(neon_site, wish.sites):
+        if site.published_under:
+            notes.append(f"{site.site} is published under {site.published_under}")
+    sites = list(dict.fromkeys(neon_site(code).flight_site for code in wish.sites))
+    if not sites:
+        if wish.area is None:
+            raise InputError("neither an area nor a site", expected="--site CODE, --bbox, --bounds or --aoi")
+        sites = sites_near(wish.area)
+        if not sites:
+            where = wish.area.describe()
+            raise AreaError(f"no NEON site within {REACH_KM:g} km of {where}", remedy="name one with --site")
     api = _Api(manifest.href, product)
     available = api.months()
     files: list[RemoteFile] = []
-    for site in sites:
-        months = [month for month in available.get(site, []) if wish.holds(*_days(month))]
+    for code in sites:
+        months = [month for month in available.get(code, []) if wish.holds(*parse_range(month))]
         if not months:
-            notes.append(f"{site}: no {product.code}" + (f" in {wish.datetime}" if wish.datetime else ""))
+            notes.append(f"{code}: no {product.code}" + (f" in {wish.datetime}" if wish.datetime else ""))
             continue
         newest = [month for month in months if month[:4] == months[-1][:4]]
         if wish.datetime is None and len(newest) < len(months):
-            notes.append(f"{site}: the newest year of {months[0]} to {months[-1]}; others with --datetime")
+            notes.append(f"{code}: the newest year of {months[0]} to {months[-1]}; others with --datetime")
             months = newest
         for month in months:
-            files += [f for f in api.files(site, month) if wish.names(f.name) and _touches(f.name, wish)]
+            files += [f for f in api.files(code, month) if wish.names(f.name) and wish.touches(f.name)]
     notes += [f"{place} is provisional: NEON may still change it" for place in sorted(api.provisional)]
-    if not files and wish.area is not None:
-        raise AreaError(f"NEON has no tile there ({wish.area.describe()})", where="; ".join(notes) or None)
     return files, notes
 
 
-def _flight_sites(wish: Wish) -> tuple[list[str], list[str]]:
-    notes = []
-    if wish.sites:
-        sites = []
-        for code in wish.sites:
-            site = neon_site(code)
-            if site.published_under:
-                notes.append(f"{site.site} is published under {site.published_under}")
-            sites.append(site.flight_site)
-        return list(dict.fromkeys(sites)), notes
-    if wish.area is None:
-        raise InputError("neither an area nor a site", expected="--site CODE, --bbox, --bounds or --aoi")
-    sites = sites_near(wish.area)
-    if not sites:
-        raise AreaError(f"no NEON site within 25 km of {wish.area.describe()}", remedy="name one with --site")
-    return sites, notes
-
-
-def _days(month: str) -> tuple[date | None, date | None]:
-    try:
-        return parse_range(month)
-    except ValueError:
-        return None, None
-
-
-def _touches(name: str, wish: Wish) -> bool:
-    if wish.area is None:
-        return True
-    tile = read_name(name)
-    return tile is not None and bool(wish.area.to_crs(tile.crs).geometry.intersects(box(*tile.bounds)))
-
-
 class _Api:
-    """One product at one API."""
+    """One product at one API. `provisional`: site-months seen that are not part of a release."""
 
     def __init__(self, href: str, product: Product) -> None:
         self.href, self.product = href.rstrip("/"), product
@@ -114,18 +104,16 @@ class _Api:
 
     def months(self) -> dict[str, list[str]]:
         """Months with data by flight site, oldest first."""
-        found: dict[str, list[str]] = {}
+        found: dict[str, set[str]] = {}
         for page in self._pages(f"{self.href}/products/{self.product.code}"):
             for row in page.get("siteCodes") or []:
-                months = [str(month) for month in row.get("availableMonths") or []]
-                found.setdefault(str(row.get("siteCode")), []).extend(months)
-        return {site: sorted(set(months)) for site, months in found.items()}
+                found.setdefault(str(row.get("siteCode")), set()).update(row.get("availableMonths") or [])
+        return {site: sorted(months) for site, months in found.items()}
 
     def files(self, site: str, month: str) -> list[RemoteFile]:
         """Files of a site and month whose names fit the product."""
         listing = f"{self.href}/data/{self.product.code}/{site}/{month}"
-        place = f"{site}-{month}"
-        return [self._file(row, listing, place) for row in self._rows(listing, place)]
+        return [self._file(row, listing, f"{site}-{month}") for row in self._rows(listing, f"{site}-{month}")]
 
     def _rows(self, listing: str, place: str) -> list[Mapping[str, Any]]:
         rows: list[Mapping[str, Any]] = []
@@ -135,39 +123,41 @@ class _Api:
                 self.provisional.add(place)
         return [row for row in rows if re.search(self.product.match or "", str(row.get("name", "")))]
 
-    def _file(self, row: Mapping[str, Any], listing: str, folder: str) -> RemoteFile:
+    def _file(self, row: Mapping[str, Any], listing: str, place: str) -> RemoteFile:
         name, url = str(row["name"]), str(row.get("url") or "")
 
         def sign(url: str, fresh: bool) -> str:
-            # A signed URL that has run out: the API gives a new one.
-            again = (
-                (str(r.get("url")) for r in self._rows(listing, folder) if r.get("name") == name)
-                if fresh
-                else iter(())
-            )
-            return next(again, url)
+            if fresh:  # a signed URL that has run out: the API gives a new one
+                again = (str(r.get("url")) for r in self._rows(listing, place) if r.get("name") == name)
+                return next(again, url)
+            return url
 
         return RemoteFile(
             url=url,
             name=name,
             bytes=whole_number(row.get("size")),
-            folder=folder,
+            folder=place,
             checksum=checksum_of("crc32c", row.get("crc32c")) or checksum_of("md5", row.get("md5")),
-            day=folder.partition("-")[2],
+            day=place.partition("-")[2],
             headers=lambda: self.headers_for(url),
             sign=sign,
         )
 
     def _pages(self, url: str) -> Iterator[Mapping[str, Any]]:
-        """The `data` object of a listing and of all its further pages."""
+        """The `data` object of a listing and of all its further pages: a Link header, or a field `next`."""
         seen: set[str] = set()
-        following: str | None = url
-        while following is not None and following not in seen:
-            seen.add(following)
-            response = self._ask(following)
-            document = _document(response, following)
-            yield document["data"]
-            following = self._next(document, response, following)
+        while url not in seen:
+            seen.add(url)
+            response = self._ask(url)
+            try:
+                document = json.loads(response.content)
+                yield dict(document["data"])
+            except (ValueError, KeyError, TypeError):
+                raise FetchError(
+                    f"{host_of(url)} answers no NEON listing", where=redact(url), remedy="try again later"
+                ) from None
+            following = response.links.get("next", {}).get("url") or document.get("next")
+            url = urljoin(url, str(following)) if following else url
 
     def _ask(self, url: str) -> httpx.Response:
         headers = {"Accept": "application/json", **self.headers_for(url)}
@@ -180,25 +170,3 @@ class _Api:
         if response.status_code in (400, 404):
             raise FetchError(f"{host_of(url)} has no such product, site or month", where=redact(url))
         return response
-
-    def _next(self, document: Mapping[str, Any], response: httpx.Response, url: str) -> str | None:
-        """Address of the next page: a Link header, or a field `next` of the document."""
-        link = response.links.get("next", {}).get("url") or document.get("next")
-        if not link:
-            return None
-        target = urljoin(url, str(link))
-        if urlsplit(target).netloc != urlsplit(self.href).netloc:
-            raise FetchError(f"{host_of(url)} sends on to another host for the next page", where=redact(url))
-        return target
-
-
-def _document(response: httpx.Response, url: str) -> Mapping[str, Any]:
-    try:
-        document = json.loads(response.content)
-    except ValueError:
-        document = None
-    if not isinstance(document, dict) or not isinstance(document.get("data"), dict):
-        raise FetchError(
-            f"{host_of(url)} answers no NEON listing", where=redact(url), remedy="try again later"
-        )
-    return document

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from scipy import ndimage
 
 from canopy.errors import MissingDependencyError
-from canopy.labels.points import BRIDGE, BUILDING, GROUND, WATER, WIRE
+from canopy.labels.points import BRIDGE, BUILDING, GROUND, WIRE
 
 # Window of pixels on the global lattice: row, col, height, width; rows count southward.
 Window = tuple[int, int, int, int]
@@ -45,27 +45,27 @@ CLOTH_M, CLOTH_RIGIDNESS, CLOTH_STEPS, CLOTH_TOUCH_M = 1.0, 1, 500, 0.5
 CLOTH_MARGIN_M = 40.0
 
 
-def lonely(points: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Bool of the points' length: noise by isolation. Only `own` ones are judged; the others are company.
-
-    Points are RECORDs; every return within `NOISE_REACH_M` of the own ones must be among them.
-    """
+def lonely(points: np.ndarray) -> np.ndarray:
+    """Bool of the points' length: noise by isolation. Returns near the edge lack company: bring a margin."""
+    if not len(points):
+        return np.zeros(0, bool)
     steps = (VOXEL_XY_M, VOXEL_XY_M, VOXEL_Z_M)
-    axes = [
-        np.floor(points[a].astype(np.float64) / s).astype(np.int64) for a, s in zip("xyz", steps, strict=True)
-    ]
-    axes = [a - a.min() + 1 for a in axes] if len(points) else axes
-    spans = [int(a.max()) + 2 if len(a) else 1 for a in axes]
-    key = (axes[0] * spans[1] + axes[1]) * spans[2] + axes[2]
-    voxels, index, counts = np.unique(key, return_inverse=True, return_counts=True)
+    axes = np.column_stack(
+        [
+            np.floor(points[a].astype(np.float64) / s).astype(np.int64)
+            for a, s in zip("xyz", steps, strict=True)
+        ]
+    )
+    axes -= axes.min(axis=0) - 1
+    # One number a voxel, with a free voxel between rows, so that steps never lead into another row.
+    strides = np.array([(axes[:, 1].max() + 2) * (axes[:, 2].max() + 2), axes[:, 2].max() + 2, 1])
+    voxels, index, counts = np.unique(axes @ strides, return_inverse=True, return_counts=True)
     total = np.zeros(len(voxels), np.int64)
-    for dx in (-1, 0, 1):
-        for dy in (-1, 0, 1):
-            for dz in (-1, 0, 1):
-                wanted = voxels + (dx * spans[1] + dy) * spans[2] + dz
-                at = np.minimum(np.searchsorted(voxels, wanted), len(voxels) - 1)
-                total += np.where(voxels[at] == wanted, counts[at], 0)
-    return own & (total[index] <= MAX_LONELY)
+    for step in itertools.product((-1, 0, 1), repeat=3):
+        wanted = voxels + np.dot(step, strides)
+        at = np.minimum(np.searchsorted(voxels, wanted), len(voxels) - 1)
+        total += np.where(voxels[at] == wanted, counts[at], 0)
+    return total[index] <= MAX_LONELY
 
 
 # ---- ground returns ---------------------------------------------------------------------------
@@ -78,23 +78,20 @@ def classified_ground(points: np.ndarray, pixel: float) -> np.ndarray:
     return np.column_stack(sums) / counts[:, None] if len(counts) else np.zeros((0, 3))
 
 
-def cloth_ground(points: np.ndarray, own: np.ndarray, pixel: float) -> np.ndarray:
-    """(n, 3) float64 ground returns of the own points' cells, found by a cloth laid under the cloud.
+def cloth_ground(points: np.ndarray, pixel: float) -> np.ndarray:
+    """(n, 3) float64 ground returns, found by a cloth laid under the lowest return of every thinning cell.
 
-    The lowest return of every cell takes part, own or not; structures that the file names do not.
+    Structures that the file names take no part.
     """
-    known = (points["kind"] == BUILDING) | (points["kind"] == BRIDGE) | (points["kind"] == WIRE)
-    points, own = points[~known], own[~known]
-    if len(points) < 3 or not own.any():
+    points = points[~np.isin(points["kind"], (BUILDING, BRIDGE, WIRE))]
+    if len(points) < 3:
         return np.zeros((0, 3))
     cells = _thin_cells(points, pixel)
     order = np.lexsort((points["y"], points["x"], points["z"], cells))
-    first = order[np.r_[True, np.diff(cells[order]) > 0]]
-    low, low_own = points[first], own[first]
+    low = points[order[np.r_[True, np.diff(cells[order]) > 0]]]
     xyz = np.column_stack([low[a].astype(np.float64) for a in "xyz"])
     # Near the origin: the library keeps its own arithmetic from there.
-    ground = _drape(xyz - np.floor(xyz.min(axis=0)))
-    return xyz[ground & low_own]
+    return xyz[_drape(xyz - np.floor(xyz.min(axis=0)))]
 
 
 def require_cloth() -> None:
@@ -178,6 +175,7 @@ def terrain(ground: np.ndarray, pixel: float, window: Window) -> np.ndarray:
 
 def _linear(xy: np.ndarray, z: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Elevation at places (m, 2); NaN where no fit triangle covers them."""
+    from scipy.interpolate import LinearNDInterpolator
     from scipy.spatial import Delaunay, QhullError
 
     try:
@@ -191,13 +189,7 @@ def _linear(xy: np.ndarray, z: np.ndarray, at: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         fit = sides[0] * sides[1] * sides[2] / (4 * area) <= MAX_CIRCUMRADIUS_M
     found = mesh.find_simplex(at)
-    inside = (found >= 0) & fit[found]
-    affine = mesh.transform[found[inside]]
-    first = np.einsum("nij,nj->ni", affine[:, :2], at[inside] - affine[:, 2])
-    weights = np.column_stack([first, 1 - first.sum(axis=1)])
-    result = np.full(len(at), np.nan)
-    result[inside] = (weights * z[mesh.simplices[found[inside]]]).sum(axis=1)
-    return result
+    return np.where((found >= 0) & fit[found], LinearNDInterpolator(mesh, z)(at), np.nan)
 
 
 def _grow(plane: np.ndarray) -> np.ndarray:
@@ -228,7 +220,6 @@ def elevation_at(plane: np.ndarray, pixel: float, window: Window, x: np.ndarray,
         return np.where(weight > 1e-9, total / weight, np.nan)
 
 
-POLICIES = ("zero", "mask", "keep")
 # Returns farther below the terrain are multipath; the tallest tree known is 116 m.
 BELOW_M, ABOVE_M = 1.0, 130.0
 # Pits are at least so deep and lie in vegetation at least so high.
@@ -237,47 +228,26 @@ PIT_DEPTH_M, PIT_RIM_M = 1.0, 2.0
 ON_TOP_M = 2.0
 
 
-@dataclass(frozen=True)
-class Policy:
-    """What becomes of structures and water: `zero` (0 m of canopy), `mask` (nodata) or `keep` (as canopy).
+def highest(
+    kinds: np.ndarray, above: np.ndarray, cell: np.ndarray, shape: tuple[int, int],
+    policies: Mapping[int, str], classified: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:  # fmt: skip
+    """Highest canopy return per pixel.
 
     A pixel is a structure's where the structure is its highest return; a crown that overhangs a roof by more
     than `ON_TOP_M` counts as a crown. Wires hide nothing: zeroed, they leave what stands below them.
-    """
-
-    buildings: str = "zero"
-    water: str = "zero"
-    bridges: str = "zero"
-    wires: str = "zero"
-
-    def of(self, kind: int) -> str:
-        """The policy of a kind of return; `keep` for vegetation."""
-        named = {BUILDING: self.buildings, WATER: self.water, BRIDGE: self.bridges, WIRE: self.wires}
-        return named.get(kind, "keep")
-
-
-@dataclass(frozen=True)
-class Surface:
-    """height: metres, NaN unknown; count: returns per pixel; fixed: structures, not to be closed as pits."""
-
-    height: np.ndarray
-    count: np.ndarray
-    fixed: np.ndarray
-    dropped: int
-
-
-def highest(
-    kinds: np.ndarray, above: np.ndarray, cell: np.ndarray, shape: tuple[int, int], policy: Policy,
-    classified: bool,
-) -> Surface:  # fmt: skip
-    """Highest canopy return per pixel.
 
     Args:
         kinds, above, cell: of each return its kind, its height above the terrain (metres, NaN where there is
             none) and its flat pixel index.
         shape: (height, width) of the window.
-        policy: what to do with structures.
+        policies: what becomes of BUILDING, WATER, BRIDGE, WIRE: `zero` (0 m of canopy), `mask` (nodata) or
+            `keep` (as canopy).
         classified: ground-class returns are ground by definition and have height 0.
+
+    Returns:
+        Arrays (height, width): metres, NaN unknown; returns per pixel; structures, not to be closed as pits.
+        And how many returns were impossible.
     """
     known = np.isfinite(above)
     wrong = known & ((above < -BELOW_M) | (above > ABOVE_M))
@@ -288,28 +258,27 @@ def highest(
     if classified:
         above = np.where(kinds == GROUND, 0.0, above)
     canopy, solid, masked = (np.full(size, -np.inf) for _ in range(3))
-    plain = np.ones(len(kinds), bool)
-    for kind in (BUILDING, WATER, BRIDGE, WIRE):
-        chosen = policy.of(kind)
+    plain = known.copy()
+    for kind, policy in policies.items():
         of_kind = kinds == kind
-        if chosen == "keep" or not of_kind.any():
+        if policy == "keep" or not of_kind.any():
             continue
         plain &= ~of_kind
         # Without terrain below (a large roof, a lake) the structure is still known to be one.
         tops = np.where(known[of_kind], above[of_kind], np.inf)
         if kind != WIRE:
             np.maximum.at(solid, cell[of_kind], tops)
-        elif chosen == "zero":
+        elif policy == "zero":
             np.maximum.at(canopy, cell[of_kind], 0.0)
-        if chosen == "mask":
+        if policy == "mask":
             np.maximum.at(masked, cell[of_kind], tops)
-    np.maximum.at(canopy, cell[plain & known], above[plain & known])
+    np.maximum.at(canopy, cell[plain], above[plain])
     hidden = (solid > -np.inf) & (canopy <= solid + ON_TOP_M)
     canopy = np.where(hidden, 0.0, canopy)
     gone = (masked > -np.inf) & (hidden | (canopy <= masked))
     height = np.where(gone | ~np.isfinite(canopy), np.nan, canopy)
-    fixed = hidden | gone
-    return Surface(height.reshape(shape), count.reshape(shape), fixed.reshape(shape), int(wrong.sum()))
+    fixed = (hidden | gone).reshape(shape)
+    return height.reshape(shape), count.reshape(shape), fixed, int(wrong.sum())
 
 
 def close_pits(height: np.ndarray, fixed: np.ndarray, widest: int) -> np.ndarray:

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from canopy.config import option
 from canopy.errors import ConfigError
-from canopy.inference.options import PredictOptions, option
+from canopy.inference.options import PredictOptions
 
 _TILES, _ENGINE, _RUN = "Tiles", "Engine", "Run"
 

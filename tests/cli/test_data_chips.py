@@ -44,14 +44,6 @@ def test_the_file_is_the_id_of_a_pair_without_one(canopy, manifest, tmp_path):
     assert "rgb_path" in canopy(*WORDS, "--overwrite").error_line
 
 
-def test_other_settings_need_overwrite(canopy, manifest, tmp_path):
-    assert canopy(*WORDS).code == 0
-    ran = canopy(*WORDS, "--size-px", "64")
-    assert ran.code == 2 and "--overwrite" in ran.error_line
-    assert canopy(*WORDS, "--size-px", "64", "--overwrite").code == 0
-    assert len(list((tmp_path / "out" / "shards").glob("*.safetensors"))) == 1
-
-
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -70,18 +62,6 @@ def test_bad_input_exits_2_in_one_line_and_writes_nothing(canopy, manifest, tmp_
     ran = canopy(*WORDS, *words)
     assert ran.code == 2 and named in ran.error_line and "Traceback" not in ran.err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_label_exits_3(canopy, manifest, tmp_path):
-    chm = tmp_path / "chm.tif"
-    chm.write_bytes(chm.read_bytes()[:3000])
-    ran = canopy(*WORDS)
-    assert ran.code == 3 and "index.csv" in ran.error_line and "unreadable" in ran.out
-
-
-def test_help_has_an_example(canopy):
-    ran = canopy("data", "chips", "--help")
-    assert ran.code == 0 and "Example: canopy data chips" in ran.out
 
 
 def test_synthetic_chips_refuse_what_is_for_pairs(canopy, tmp_path):

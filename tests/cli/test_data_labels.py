@@ -1,30 +1,36 @@
-"""`canopy data chm` through the command line."""
+"""`canopy data chm | gedi` through the command line."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
+import h5py
+import laspy
 import numpy as np
 import pytest
 import rasterio
+from pyproj import CRS
 
-_spec = importlib.util.spec_from_file_location(
-    "lidar_files", Path(__file__).parents[1] / "labels" / "lidar_files.py"
-)
-lidar_files = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(lidar_files)
-WEST, SOUTH, UTM = lidar_files.WEST, lidar_files.SOUTH, lidar_files.UTM
+from canopy.labels.shots import read_shots
+
+UTM = "EPSG:32619"
+WEST, SOUTH = 500_000.0, 4_880_000.0
 
 
-@pytest.fixture
-def cloud(tmp_path) -> Path:
-    """20 m of level ground with a box of vegetation 8 m high."""
-    x, y = lidar_files.field(20.0)
-    tree = (np.abs(x - WEST - 10) < 4) & (np.abs(y - SOUTH - 10) < 4)
-    z = 100 + np.where(tree, 8.0, 0.0)
-    return lidar_files.write_cloud(tmp_path / "c.laz", x, y, z, np.where(tree, 5, 2))
+# ---- chm --------------------------------------------------------------------------------------
+def write_cloud(path: Path, classes: int = 2, crs: str | None = UTM) -> Path:
+    """20 m of level ground, or whatever else the class is, two points a metre."""
+    x, y = (a.ravel() for a in np.meshgrid(np.arange(0.25, 20, 0.5), np.arange(0.25, 20, 0.5)))
+    header = laspy.LasHeader(point_format=6, version="1.4")
+    header.scales, header.offsets = np.full(3, 0.01), np.array([WEST, SOUTH, 0.0])
+    if crs is not None:
+        header.add_crs(CRS.from_user_input(crs))
+    cloud = laspy.LasData(header)
+    cloud.x, cloud.y, cloud.z = WEST + x, SOUTH + y, np.full(len(x), 100.0)
+    cloud.classification = np.full(len(x), classes, np.uint8)
+    cloud.write(str(path))
+    return path
 
 
 def raster(
@@ -43,18 +49,16 @@ def raster(
     return path
 
 
-def test_points_to_a_map_and_a_word_about_it(canopy, cloud, heights, tmp_path):
-    ran = canopy("data", "chm", cloud, "-o", "chm.tif")
+def test_points_to_a_map_and_a_word_about_it(canopy, heights, tmp_path):
+    write_cloud(tmp_path / "c.laz")
+    ran = canopy("data", "chm", "c.laz", "-o", "chm.tif")
     assert ran.code == 0 and "20 x 20 px of 1 m" in ran.out and "ground from class" in ran.out
-    height = heights(tmp_path / "chm.tif")
-    assert height[10, 10] == pytest.approx(8, abs=0.02) and height[1, 1] == 0
-    assert canopy("data", "chm", cloud, "-o", "chm.tif").code == 2  # it exists
-    ran = canopy("data", "chm", cloud, "-o", "chm.tif", "--overwrite", "--json", "--gsd", "0.5", "--crs", UTM)
+    assert (heights(tmp_path / "chm.tif") == 0).all()
+    assert canopy("data", "chm", "c.laz", "-o", "chm.tif").code == 2  # it exists
+    words = ("--bounds-crs", UTM, "--bounds", f"{WEST + 5},{SOUTH + 5},{WEST + 9},{SOUTH + 11}")
+    ran = canopy("data", "chm", "c.laz", "-o", "q.tif", "--gsd", "0.5", "--crs", UTM, *words, "--json")
     told = json.loads(ran.out)
-    assert ran.code == 0 and told["width_px"] == 40 and told["ground"] == "class" and ran.err == ""
-    assert canopy("data", "chm", cloud, "-o", "q.tif", "-q", "--bounds-crs", UTM, "--bounds",
-                  f"{WEST + 5},{SOUTH + 5},{WEST + 9},{SOUTH + 11}").out == ""  # fmt: skip
-    assert heights(tmp_path / "q.tif").shape == (6, 4)
+    assert (told["height_px"], told["width_px"], told["ground"], ran.err) == (12, 8, "class", "")
 
 
 def test_a_surface_minus_a_terrain(canopy, heights, tmp_path):
@@ -95,43 +99,27 @@ def test_bad_pairs_of_rasters_exit_2(canopy, tmp_path):
         assert not (tmp_path / "o.tif").exists() and not list(tmp_path.glob(".*partial"))
 
 
-def test_bad_clouds_exit_2_in_one_line_and_write_nothing(canopy, cloud, tmp_path):
-    (tmp_path / "cut.laz").write_bytes(cloud.read_bytes()[:3000])
+def test_bad_clouds_exit_2_in_one_line_and_write_nothing(canopy, tmp_path):
+    cloud = write_cloud(tmp_path / "c.laz")
+    (tmp_path / "cut.laz").write_bytes(cloud.read_bytes()[:1500])
     (tmp_path / "empty.laz").write_bytes(b"")
-    x, y = lidar_files.field(10.0)
-    lidar_files.write_cloud(tmp_path / "bare.laz", x, y, x * 0, 2, crs=None)
-    lidar_files.write_cloud(tmp_path / "air.laz", x, y, x * 0, 5)
+    write_cloud(tmp_path / "bare.laz", crs=None)
+    write_cloud(tmp_path / "air.laz", 5)
     before = {p.name for p in tmp_path.iterdir()}
     for words, said in (
         (("cut.laz",), "cut.laz"),
         (("empty.laz",), "empty.laz"),
-        (("none.laz",), "no such file"),
         (("bare.laz",), "--crs"),
         (("bare.laz", "--crs", "EPSG:2154"), "--crs"),
         (("air.laz", "--ground", "class"), "no ground points"),
-        (("c.laz", "--ground", "x"), "--ground"),
-        (("c.laz", "--gsd", "0"), "--gsd"),
+        (("c.laz", "--ground", "x"), "ground: Input should be 'auto', 'class' or 'csf'"),
+        (("c.laz", "--gsd", "0"), "gsd: Input should be greater than or equal to 0.1"),
         (("c.laz", "--bbox", "0,0", "--size-m", "10"), "no data in the area"),
         ((), "no point cloud"),
     ):
         ran = canopy("data", "chm", *words, "-o", "o.tif")
         assert ran.code == 2 and said in ran.error_line and "Traceback" not in ran.err, ran.err
         assert {p.name for p in tmp_path.iterdir()} == before
-
-
-def test_json_stays_clean_when_the_cloth_library_talks(tmp_path, capfd):
-    x, y = lidar_files.field(20.0)
-    lidar_files.write_cloud(tmp_path / "u.laz", x, y, x * 0 + 50, 0)
-    capfd.readouterr()
-    from canopy.labels.chm import ChmOptions, chm_from_points
-
-    chm_from_points([tmp_path / "u.laz"], tmp_path / "o.tif", ChmOptions(ground="csf"))
-    assert capfd.readouterr().out == ""
-
-
-def test_help_has_examples(canopy):
-    ran = canopy("data", "chm", "--help")
-    assert ran.code == 0 and "canopy data chm tile1.laz" in ran.out and "--pit-width-m" in ran.out
 
 
 @pytest.mark.parametrize("fill", [-9999.0, float(np.finfo(np.float32).min), 32767.0])
@@ -163,3 +151,62 @@ def test_two_vertical_datums_are_refused(canopy, tmp_path, one, other):
     dsm, dtm = raster(tmp_path / "dsm.tif", 112.0, crs=one), raster(tmp_path / "dtm.tif", 100.0, crs=other)
     ran = canopy("data", "chm", "--dsm", dsm, "--dtm", dtm, "-o", "o.tif")
     assert ran.code == 2 and "same vertical datum" in ran.error_line and not (tmp_path / "o.tif").exists()
+
+
+# ---- gedi -------------------------------------------------------------------------------------
+@pytest.fixture
+def granule(tmp_path: Path) -> Path:
+    """Forty shots near Frankfort, Kentucky, on two beams; one in four is bad."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for beam in ("BEAM0001", "BEAM1000"):
+            columns = {
+                "shot_number": np.arange(20, dtype=np.uint64) + np.uint64(2**60 + 1),
+                "lat_lowestmode": 38.0 + 0.001 * np.arange(20),
+                "lon_lowestmode": np.full(20, -84.5),
+                "rh": np.tile(np.arange(101, dtype=np.float32) / 4, (20, 1)),
+                "delta_time": np.arange(20.0),
+                "quality_flag": (np.arange(20) % 4 > 0).astype(np.uint8),
+                "degrade_flag": np.zeros(20, np.uint8),
+                "sensitivity": np.full(20, 0.99, np.float32),
+                "land_cover_data/landsat_water_persistence": np.zeros(20, np.uint8),
+                "land_cover_data/urban_proportion": np.zeros(20, np.uint8),
+            }
+            for name, values in columns.items():
+                file[f"{beam}/{name}"] = values
+    return tmp_path / "a.h5"
+
+
+def test_it_writes_the_shots_and_says_how_many(canopy, granule, tmp_path):
+    ran = canopy("data", "gedi", granule, "-o", "shots.parquet", "--rh", "50, 95,98")
+    assert ran.code == 0 and "30 of 40 shots" in ran.out and "quality_flag 10" in ran.out
+    assert "note: a.h5: no sensitivity_a2" in ran.err
+    shots = read_shots(tmp_path / "shots.parquet")
+    assert len(shots) == 30 and (shots.rh_95 == 23.75).all() and (shots.rh_50 == 12.5).all()
+    assert canopy("data", "gedi", granule, "-o", "shots.parquet", "-q", "--overwrite").out == ""
+
+
+def test_the_area_is_echoed_and_a_dry_run_stops_there(canopy, granule, tmp_path):
+    ran = canopy("data", "gedi", granule, "--bounds", "-84.6,37.9,-84.4,38.1", "-o", "s.parquet", "--dry-run")
+    assert ran.code == 0 and "37.90-38.10 N, 84.60-84.40 W" in ran.out and "40 shots" in ran.out
+    told = canopy("data", "gedi", granule, "-o", "s.parquet", "--dry-run", "--json").out
+    assert json.loads(told)["shots"] == {"in_files": 40} and not (tmp_path / "s.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("a.h5", "--bbox", "10,10", "--size-m", "900"), "none of 40 shots"),
+        (("a.h5", "--bounds", "37.9,-84.6,38.1,-84.4"), "swapped"),
+        (("a.h5", "--size-m", "900"), "--bbox"),
+        (("a.h5", "--rh", "95,high"), "--rh"),
+        (("a.h5", "--rh", "101"), "--rh"),
+        (("a.h5", "--filter", "best"), "strict, loose, none"),
+        (("none.h5",), "no such file"),
+        (("a.h5", "a.h5"), "given twice"),
+        (("a.h5", "--l2b", "a.h5"), "cover"),
+    ],
+)
+def test_bad_input_exits_2_in_one_line_and_writes_nothing(canopy, granule, tmp_path, words, told):
+    ran = canopy("data", "gedi", *words, "-o", "s.parquet")
+    assert ran.code == 2 and told in ran.error_line and "Traceback" not in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]

@@ -1,13 +1,12 @@
-"""The tables of labels: every row valid, the facts that trip people up, and what a wrong row is told."""
+"""Sources of labels, NEON's sites, names of tiles: all valid, the facts that trip people up, wrong rows."""
 
 from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections import Counter
-from pathlib import Path
 
+import pyproj
 import pytest
 import shapely
 import yaml
@@ -17,8 +16,16 @@ from canopy.errors import ConfigError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.crs import utm_crs
 from canopy.imagery.named import named_source
-from canopy.labels.catalog import known_labels, label_source
-from canopy.labels.names import aop_crs, neon_site, neon_sites, read_sites, sites_near
+from canopy.labels.catalog import (
+    IGN_CRS,
+    aop_crs,
+    known_labels,
+    label_source,
+    neon_site,
+    neon_sites,
+    read_name,
+)
+from canopy.labels.neon import sites_near
 from canopy.runtime import bundled_dir
 
 SHIPPED = {
@@ -83,24 +90,20 @@ def test_no_manifest_names_a_secret_or_a_machine():
 
 
 # ---- NEON ------------------------------------------------------------------------------------
-def test_all_47_terrestrial_sites_are_there_once():
+def test_all_sites_are_there_once_and_their_splits_are_apart():
     sites = neon_sites()
     assert Counter(site.kind for site in sites.values()) == {"terrestrial": 47, "aquatic": 34, "flight": 1}
     assert len({site.name for site in sites.values()}) == len(sites) and list(sites) == sorted(sites)
     assert {site.domain for site in sites.values()} == {f"D{number:02d}" for number in range(1, 21)}
-
-
-def test_five_whole_sites_and_more_are_held_out_for_testing():
-    splits = Counter(site.split for site in neon_sites().values())
-    test = {site.flight_site for site in neon_sites().values() if site.split == "test"}
-    assert {"WLOU", "GUAN", "HOPB", "REDB"} <= test and len(test) >= 5
-    assert splits["val"] >= 3 and splits["train"] >= 30
-
-
-def test_no_train_site_is_near_a_test_site():
-    sites = [site for site in neon_sites().values() if site.lat is not None]
-    test, train = ([s for s in sites if s.split == split] for split in ("test", "train"))
-    assert min(distance_km(a, b) for a in test for b in train) > 25
+    for site in sites.values():  # gaps are named
+        for name in ("lat", "lon", "utm_zone", "flown", "years"):
+            assert (getattr(site, name) in (None, ())) == (name in site.unverified), (site.site, name)
+    splits = Counter(site.split for site in sites.values())
+    test = {site.flight_site for site in sites.values() if site.split == "test"}
+    assert {"WLOU", "GUAN", "HOPB", "REDB"} <= test and splits["val"] >= 3 and splits["train"] >= 30
+    placed = [site for site in sites.values() if site.lat is not None]
+    tested, train = ([s for s in placed if s.split == split] for split in ("test", "train"))
+    assert min(distance_km(a, b) for a in tested for b in train) > 25
 
 
 def test_sites_that_share_flights_are_published_under_one_name_and_in_one_split():
@@ -127,13 +130,6 @@ def test_blandy_flies_in_17n_and_every_other_site_in_the_zone_where_it_lies():
             assert aop_crs(code) == f"EPSG:{utm_crs(site.lon, site.lat).epsg}", code
 
 
-def test_a_flight_box_of_unknown_place_is_left_empty_and_says_so():
-    assert (
-        neon_site("cheq").unverified == ("lat", "lon", "utm_zone", "years")
-        and aop_crs("CHEQ") == "EPSG:32616"
-    )
-
-
 def test_sites_near_an_area_are_flight_sites_nearest_first():
     assert sites_near(AOI.from_bbox([45.4937, -89.5857], size_m=1000)) == ["STEI"]
     assert sites_near(AOI.from_bbox([39.0956, -77.9832], size_m=1000)) == ["BLAN"]
@@ -144,45 +140,30 @@ def test_sites_near_an_area_are_flight_sites_nearest_first():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("HARV,Harvard", "BART,Harvard"), "BART is there twice"),
-        (("16N,STEI,yes", "16N,STEY,yes"), "published under 'STEY'"),
-        (("16N,STEI,yes", "16N,CHEQ,yes"), "published under 'CHEQ'"),
-        (("45.762439", "95.0"), "lat"),
-        (("2019 2021,val,,", "2021 2019,val,,"), "years"),
-        (("2019 2021,val,,", ",val,,"), "years is empty"),
-        (("2019 2021,val,,", "2019 2021,both,,"), "split"),
-        (("ABBY,Abby Road,", "ABBY,Abby Road,x,"), "line 2.*columns"),
-        (("site,name,", "site,title,"), "name"),
+        (("45.762439", "95.0"), "line 2: lat"),
+        (("2019 2021,val,,", "2019 2021,both,,"), "line 2: split"),
     ],
 )
-def test_a_wrong_row_says_which_and_why(tmp_path, change, message):
-    text = TABLE.read_text()
-    assert change[0] in text
-    path = tmp_path / "sites.csv"
-    path.write_text(text.replace(*change, 1))
+def test_a_wrong_row_says_which_and_why(point_at, tmp_path, change, message):
+    path = tmp_path / "manifests" / "labels" / "neon-sites.csv"
+    path.write_text(path.read_text().replace(*change, 1))
     with pytest.raises(ConfigError, match=message):
-        read_sites(path)
+        neon_sites()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        (("licence: CC0 1.0\n", ""), "licence"),
-        (("default: chm", "default: chn"), "default 'chn' is none of"),
-        (("    code: DP3.30015.001\n", ""), "product 'chm' needs code"),
-        (("protocol: neon", "protocol: stac"), "needs collection"),
-        (("dates: 2013/..", "dates: since 2013"), "dates"),
-        (("notes: >-", "note: >-"), "did you mean 'notes'"),
-        (("name: neon", "name: noen"), "expected 'neon'"),
+        ({"licence": None}, "licence"),
+        ({"default": "chn"}, "default 'chn' is none of"),
+        ({"protocol": "wfs"}, "product 'chm' needs layers"),
+        ({"protocol": "stac"}, "needs collection"),
+        ({"dates": "since 2013"}, "dates"),
+        ({"note": "x"}, "did you mean 'notes'"),
     ],
 )
-def test_a_wrong_manifest_says_what_is_wrong(tmp_path, monkeypatch, change, message):
-    folder = tmp_path / "m"
-    shutil.copytree(TABLE.parent, folder / "labels")
-    path = Path(folder / "labels" / "neon.yaml")
-    assert change[0] in path.read_text()
-    path.write_text(path.read_text().replace(*change))
-    monkeypatch.setenv("CANOPY_MANIFESTS", str(folder))
+def test_a_wrong_manifest_says_what_is_wrong(point_at, changes, message):
+    point_at("neon", "https://data.neonscience.org/api/v0", **changes)
     with pytest.raises(ConfigError, match=message):
         label_source("neon")
 
@@ -194,3 +175,38 @@ def test_unknown_names_point_to_the_nearest():
         label_source("neon").product("chn")
     with pytest.raises(InputError, match="did you mean HARV"):
         neon_site("HARW")
+
+
+# ---- names of tiles ---------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "bounds", "crs"),
+    [
+        ("NEON_D16_WREF_DP3_580000_5075000_CHM.tif", (580000, 5075000, 581000, 5076000), "EPSG:32610"),
+        # 77.98 W is in zone 18: the tiles of Blandy are nevertheless named in zone 17's metres.
+        ("NEON_D02_BLAN_DP3_753000_4327000_CHM.tif", (753000, 4327000, 754000, 4328000), "EPSG:32617"),
+        ("NEON_D04_GUAN_DP1_725000_1985000_classified_point_cloud_colorized.laz",
+         (725000, 1985000, 726000, 1986000), "EPSG:32619"),
+        ("2019_HARV_6_732000_4713000_image.tif", (732000, 4713000, 733000, 4714000), "EPSG:32618"),
+        # IGN's names hold the north edge.
+        ("LHD_FXX_0651_6863_MNH_O_0M50_LAMB93_IGN69.tif", (651000, 6862000, 652000, 6863000), "EPSG:2154"),
+        ("LHD_FXX_0881-6546_PTS_O_LAMB93_IGN69.copc.laz", (881000, 6545000, 882000, 6546000), "EPSG:2154"),
+        ("LHD_FXX_0881_6546_PTS_LAMB93_IGN69.copc.laz", (881000, 6545000, 882000, 6546000), "EPSG:2154"),
+        ("LHD_REU_0340_7650_MNT_O_0M50_RGR92UTM40S_REUN89.tif", (340000, 7649000, 341000, 7650000),
+         "EPSG:2975"),
+    ],
+)  # fmt: skip
+def test_a_name_gives_its_bounds_and_crs(name, bounds, crs):
+    tile = read_name(f"https://host/a/b/{name}?X-Goog-Signature=1")
+    assert tile.bounds == bounds and tile.crs == crs and tile.filename == name
+
+
+def test_names_of_sites_that_do_not_exist_and_of_no_grammar():
+    with pytest.raises(InputError, match="did you mean WREF"):
+        read_name("NEON_D16_WREX_DP3_580000_5075000_CHM.tif")
+    for name in ("", "image.tif", "LHD_FXX_0651_6863_MNH_O_0M50_LAMB94_IGN69.tif", "0123.tif"):
+        assert read_name(name) is None
+
+
+def test_every_crs_of_a_name_exists():
+    for code in {*IGN_CRS.values(), *map(aop_crs, neon_sites())}:
+        assert pyproj.CRS.from_string(code).is_projected
