@@ -24,7 +24,7 @@ from canopy.cli.options import (
 from canopy.errors import InputError
 from canopy.files import check_output
 from canopy.inference.options import AreaOptions
-from canopy.labels.chm import ChmOptions, chm_from_points
+from canopy.labels.chm import ChmOptions, chm_from_rasters
 from canopy.runtime import log, progress_bar, setup_logging
 
 _OF_POINTS = ("ground", "buildings", "water", "bridges", "wires", "pit_width_m", "fill_px", "workers")
@@ -79,10 +79,10 @@ def chm(
     area = place.area()
     with progress_bar(quiet or json_) as progress:
         if dsm is not None and dtm is not None:
-            from canopy.labels.rasters import chm_from_rasters
-
             facts = chm_from_rasters(dsm, dtm, out, options, area=area, progress=progress)
         else:
+            from canopy.labels.clouds import chm_from_points
+
             facts = chm_from_points(files or [], out, options, area=area, progress=progress)
     if json_:
         print_json(facts)

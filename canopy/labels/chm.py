@@ -1,77 +1,45 @@
-"""Point clouds to canopy height in metres.
+"""Canopy height of lidar: what both ways to it share, and a surface raster minus a terrain raster.
 
-Points are streamed once into blocks on disk (`labels.points`); each block is then read with the margin that
-its steps look beyond it, its noise and ground are found, and its surface made (`labels.surface`), by dask in
-as many processes as asked. Memory holds one chunk of input and, per worker, one block with its margin.
+Point clouds, the other way, are `labels.clouds`.
 """
 
 from __future__ import annotations
 
-import math
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pyproj
 import shapely
 from odc.geo import CRS
 from pydantic import Field
+from rasterio.io import DatasetReader
 
 from canopy import __version__
 from canopy.config import Settings, option
-from canopy.errors import AreaError, CanopyError, DataError, InputError, OutputError
-from canopy.files import check_output, told_as_output
+from canopy.errors import AreaError, DataError, InputError
+from canopy.files import check_output
 from canopy.geo.area import AOI
 from canopy.geo.cog import BandSpec, CogWriter
-from canopy.geo.crs import metres_per_unit, to_crs, transformer, utm_crs
-from canopy.geo.grid import Grid
-from canopy.geo.reading import open_raster
-from canopy.labels.points import (
-    BRIDGE,
-    BUILDING,
-    RECORD,
-    WATER,
-    WIRE,
-    Block,
-    Bounds,
-    LidarFile,
-    Range,
-    Spool,
-    Tally,
-    fill,
-    open_lidar,
-)
-from canopy.labels.surface import (
-    CLOTH_MARGIN_M,
-    EDGE_PX,
-    NOISE_REACH_M,
-    TERRAIN_REACH_M,
-    Window,
-    classified_ground,
-    close_pits,
-    cloth_ground,
-    elevation_at,
-    fill_gaps,
-    highest,
-    lonely,
-    require_cloth,
-    terrain,
-)
+from canopy.geo.crs import metres_per_unit, project, to_crs, transformer, utm_crs
+from canopy.geo.grid import Grid, tiles_over
+from canopy.geo.place import SourcePlace
+from canopy.geo.reading import open_raster, read_window
+from canopy.labels.points import ABOVE_M, BELOW_M, METRES, Bounds, vertical_unit
 from canopy.runtime import NoProgress, Progress, log
 
 BANDS = (BandSpec("canopy_height"), BandSpec("point_density", "1/m2"), BandSpec("valid", "1"))
-# Side of a block of work; results depend on it by millimetres.
-BLOCK_M = 512.0
-MAX_PIXELS = 4e9
-# Heights beyond any tree in a file said to be in metres are most often feet.
-_SUSPECT_M = 100.0
-_GPS_EPOCH = datetime(1980, 1, 6, tzinfo=UTC) + timedelta(seconds=1e9)
+_TILE_PX = 1024
+# Elevations beyond the Earth's are a nodata value that the file does not declare.
+LOWEST_M, HIGHEST_M = -500.0, 9_000.0
+_UNIT_NAMES = {
+    **dict.fromkeys(("m", "metre", "meter", "metres", "meters"), METRES["m"]),
+    **dict.fromkeys(("ft", "foot", "feet"), METRES["ft"]),
+    **dict.fromkeys(("us-ft", "us survey foot", "us_survey_foot", "ftus"), METRES["us-ft"]),
+}
 _POLICY = "zero: 0 m of canopy; mask: nodata; keep: as canopy."
 Policy = Literal["zero", "mask", "keep"]
 
@@ -106,11 +74,6 @@ class ChmOptions(Settings):
     )
     workers: Annotated[int, Field(ge=1)] | None = option(None, "Processes. Default: up to 4.")
     overwrite: bool = option(False, "Replace outputs that exist.")
-
-    @property
-    def policies(self) -> dict[int, str]:
-        """What becomes of the kinds of returns that are no vegetation."""
-        return {BUILDING: self.buildings, WATER: self.water, BRIDGE: self.bridges, WIRE: self.wires}
 
 
 def choose_crs(inputs: Sequence[tuple[CRS, Bounds]], options: ChmOptions) -> CRS:
@@ -150,74 +113,7 @@ def choose_grid(inputs: Sequence[Bounds], crs: CRS, gsd: float, area: AOI | None
                 expected=f"an area within x {w:.10g} to {e:.10g}, y {s:.10g} to {n:.10g} of {crs}",
             )
         grid = Grid.from_bounds(cut, crs, grid.pixel)
-    if grid.height * grid.width > MAX_PIXELS:
-        raise InputError(
-            f"a CHM of {grid.width} x {grid.height} px", remedy="give an area, or a larger --gsd"
-        )
     return grid
-
-
-def chm_from_points(
-    files: Sequence[str | Path],
-    out: str | Path,
-    options: ChmOptions | None = None,
-    *,
-    area: AOI | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write the CHM of point clouds as a COG of float32; returns what was done.
-
-    Bands: `canopy_height` (metres above the terrain; NaN where there was no return, no terrain within reach,
-    or a masked structure), `point_density` (returns kept per square metre; 0 where none), `valid` (1 or 0).
-
-    Args:
-        files: LAS, LAZ or COPC files; neighbours are processed as one cloud.
-        out: the .tif to make.
-        area: what to map; by default all the points. Outside polygons is nodata.
-
-    Raises:
-        InputError: bad files; nothing was written.
-        OutputError: the folder or disk does not take the result.
-    """
-    options, progress = options or ChmOptions(), progress or NoProgress()
-    out = check_output(out, files, overwrite=options.overwrite)[0]
-    if not files:
-        raise InputError("no point cloud named", expected="LAS, LAZ or COPC files, or --dsm and --dtm")
-    if len({Path(f).resolve() for f in files}) < len(files):
-        raise InputError("a file is named twice", where=files[0])
-    given = options.input_crs if options.input_crs is not None else options.crs
-    clouds = [open_lidar(f, crs=given, units=options.units) for f in files]
-    crs = choose_crs([(c.crs, c.bounds) for c in clouds], options)
-    grid = choose_grid([c.bounds_in(crs) for c in clouds], crs, options.gsd, area)
-    with (
-        told_as_output(out, "cannot be made"),
-        tempfile.TemporaryDirectory(f".{out.name}.", ".partial", out.absolute().parent) as name,
-    ):
-        folder = Path(name)
-        _check_space(folder, sum(c.points for c in clouds))
-        plan, tally = _read(folder, clouds, grid, options, progress)
-        progress.start(len(plan.blocks), "canopy surface")
-        noise, ground = _run_blocks(plan, options.workers, progress)
-        if ground < 3:
-            raise DataError(
-                f"no ground found among {tally.points} points of {_names(clouds)}",
-                remedy="the area may be too small, or all water"
-                + ("; try --ground csf" if plan.classified else ""),
-            )
-        dates = _dates(tally)
-        tags = _tags(plan, clouds, options) | ({"ACQUISITION_DATE": dates} if dates else {})
-        with CogWriter(out, grid, BANDS, tags=tags, overwrite=options.overwrite) as writer:
-            returns = _write(writer, plan, area, _names(clouds))
-    facts = map_facts(out, grid)
-    if facts["highest_m"] > _SUSPECT_M and options.units == "auto":
-        log.warning(
-            f"note: heights up to {facts['highest_m']:.0f} m; if elevations are in feet say --units ft"
-        )
-    return {
-        **facts, "sha256": writer.sha256, "ground": "class" if plan.classified else "csf", "dates": dates,
-        "points_read": tally.points, "points_noise": tally.dropped + noise,
-        "points_per_m2": round(returns / (grid.height * grid.width * float(np.prod(grid.pixel))), 2),
-    }  # fmt: skip
 
 
 def map_facts(path: Path, grid: Grid) -> dict[str, Any]:
@@ -237,185 +133,136 @@ def map_facts(path: Path, grid: Grid) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_space(folder: Path, points: int) -> None:
-    needed, free = points * (RECORD.itemsize + 1) + 2**26, shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"{free / 1e9:.1f} GB free on the disk, {needed / 1e9:.1f} GB needed for the points",
-            where=folder.parent,
-            remedy="make room, write to another disk, or give fewer files",
-        )
+def chm_from_rasters(
+    dsm: str | Path,
+    dtm: str | Path,
+    out: str | Path,
+    options: ChmOptions | None = None,
+    *,
+    area: AOI | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `dsm - dtm` in metres as a COG with the bands of `chm_from_points`; returns what was done.
 
+    The CHM lies on the DSM's own grid where that is metric and of the asked pixel; otherwise both are brought
+    to the asked grid first, averaged where it is coarser. Below 0 becomes 0 down to -1 m; lower, or higher
+    than 130 m, is nodata. `point_density` is nodata everywhere: rasters do not tell it.
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything a worker needs to know. `window` is the output grid in global pixels."""
-
-    spool: Spool
-    window: Window
-    classified: bool
-    policies: Mapping[int, str]
-    pit_px: int
-    fill_px: int
-
-    @property
-    def pad_px(self) -> int:
-        """How far the canopy's surface looks beyond a window."""
-        return self.pit_px + self.fill_px + 1
-
-    @property
-    def margin_m(self) -> float:
-        """How far beyond a block its points are read: for the terrain at its edge, and its ground."""
-        found = NOISE_REACH_M if self.classified else CLOTH_MARGIN_M
-        return TERRAIN_REACH_M + found + (self.pad_px + 1 + 2 * EDGE_PX) * self.spool.pixel
-
-    @property
-    def blocks(self) -> list[Block]:
-        """Blocks that meet the output, from the north-west."""
-        r0, c0, r1, c1 = self.spool.over(*self.window)
-        return [(i, j) for i in range(r0, r1 + 1) for j in range(c0, c1 + 1)]
-
-    def core_of(self, block: Block) -> Window:
-        """A block's part of the output."""
-        side = self.spool.side_px
-        r0, c0, h, w = self.window
-        top, left = max(block[0] * side, r0), max(block[1] * side, c0)
-        bottom, right = min((block[0] + 1) * side, r0 + h), min((block[1] + 1) * side, c0 + w)
-        return top, left, bottom - top, right - left
-
-
-def _read(
-    folder: Path, clouds: Sequence[LidarFile], grid: Grid, options: ChmOptions, progress: Progress
-) -> tuple[Plan, Tally]:
-    """Spool the points and decide where ground comes from."""
-    pixel = grid.pixel[0]
-    spool = Spool(folder, pixel, max(8, round(BLOCK_M / pixel)))
-    window = (*grid.origin_rc, grid.height, grid.width)
-    pit_px = int(options.pit_width_m / pixel + 1e-9)
-    # Points for the cloth are spooled too: whether it is needed is known only when they are read.
-    plan = Plan(spool, window, False, options.policies, pit_px, options.fill_px)
-    r0, c0, r1, c1 = spool.over(*window)
-    more = math.ceil(plan.margin_m / spool.side_m)
-    limits: Range = (r0 - more, c0 - more, r1 + more, c1 + more)
-    progress.start(sum(c.points for c in clouds), "reading points")
-    tally = fill(spool, clouds, grid.crs, limits, progress)
-    if options.ground == "class" and not tally.ground:
-        raise DataError(
-            f"no ground points (class 2) in {_names(clouds)}",
-            where="--ground class",
-            remedy="use --ground csf to find the ground",
-        )
-    classified = options.ground == "class"
-    if options.ground == "auto":
-        classified = bool(tally.ground) and tally.classified
-        if not classified:
-            which = "some files carry" if tally.ground else "the points carry"
-            log.warning(f"note: {which} no ground class; ground is found with a cloth simulation")
-    if not classified:
-        require_cloth()
-    return replace(plan, classified=classified), tally
-
-
-def _names(clouds: Sequence[LidarFile]) -> str:
-    return clouds[0].path.name + (f" and {len(clouds) - 1} more" if len(clouds) > 1 else "")
-
-
-def make_surface(plan: Plan, block: Block) -> tuple[int, int]:
-    """Heights and return counts of a block's part of the output: writes float32 (2, h, w), NaN = nodata.
-
-    Returns how many noise and ground returns were found.
+    Raises InputError for rasters that do not overlap, have no CRS, or are not a surface and its terrain.
     """
-    spool, pixel = plan.spool, plan.spool.pixel
-    row, col, height, width = plan.core_of(block)
-    pad, more = plan.pad_px, plan.pad_px + 1 + 2 * EDGE_PX
-    window = row - pad, col - pad, height + 2 * pad, width + 2 * pad
-    wide = row - more, col - more, height + 2 * more, width + 2 * more
-    points, own = spool.load(block, plan.margin_m)
-    noise = lonely(points)
-    points = points[~noise]
-    ground = classified_ground(points, pixel) if plan.classified else cloth_ground(points, pixel)
-    plane = terrain(ground, pixel, wide)
-    rows, cols = spool.cells(points["x"], points["y"])
-    rows, cols = rows - window[0], cols - window[1]
-    inside = (rows >= 0) & (cols >= 0) & (rows < window[2]) & (cols < window[3])
-    points, cell = points[inside], (rows * window[3] + cols)[inside]
-    above = points["z"] - elevation_at(plane, pixel, wide, points["x"], points["y"])
-    made, count, fixed, impossible = highest(
-        points["kind"], above, cell, (window[2], window[3]), plan.policies, plan.classified
-    )
-    made = fill_gaps(close_pits(made, fixed, plan.pit_px), count == 0, plan.fill_px)
-    inner = np.s_[pad : pad + height, pad : pad + width]
-    # Whole millimetres: finer than any lidar, and files compress.
-    np.stack([np.round(made[inner], 3), count[inner]]).astype(np.float32).tofile(spool.path(block, "chm"))
-    return int(noise[:own].sum()) + impossible, len(ground)
+    options, progress = options or ChmOptions(), progress or NoProgress()
+    out = check_output(out, [dsm, dtm], overwrite=options.overwrite)[0]
+    with contextlib.ExitStack() as stack:
+        pair = [stack.enter_context(open_raster(path)) for path in (dsm, dtm)]
+        _check_datums(pair)
+        given = options.input_crs if options.input_crs is not None else options.crs
+        places = [SourcePlace.of(ds, ds.crs or given) for ds in pair]
+        units = [
+            vertical_unit(
+                Path(ds.name).name, _UNIT_NAMES.get((ds.units[0] or "").strip().lower()), p.crs, options.units
+            )
+            for ds, p in zip(pair, places, strict=True)
+        ]
+        grid = _grid_of(pair, places, options, area)
+        source = f"DSM {Path(dsm).name} minus DTM {Path(dtm).name}"
+        tags = {"CANOPY_VERSION": __version__, "CANOPY_SOURCE": source}
+        with CogWriter(out, grid, BANDS, tags=tags, overwrite=options.overwrite) as writer:
+            counts = _subtract(writer, pair, [p.crs for p in places], units, area, progress)
+            _judge(counts, dsm, dtm)
+    return {**map_facts(out, grid), "sha256": writer.sha256}
 
 
-def _run_blocks(plan: Plan, workers: int | None, progress: Progress) -> tuple[int, int]:
-    """All blocks by dask; how many noise and ground returns were found. Heights travel through files."""
-    import dask
-    from dask.callbacks import Callback
-    from dask.multiprocessing import RemoteException
-
-    count = min(workers or min(4, os.cpu_count() or 1), len(plan.blocks))
-    tasks = [dask.delayed(make_surface, pure=False)(plan, block) for block in plan.blocks]
-    how: dict[str, Any] = {"scheduler": "sync"}
-    if count > 1:
-        how = {"scheduler": "processes", "num_workers": count, "chunksize": 1}
-    try:
-        # Spawned, never forked: GDAL and thread pools do not survive a fork.
-        with (
-            dask.config.set({"multiprocessing.context": "spawn"}),
-            Callback(posttask=lambda *_: progress.advance()),
-        ):
-            done = dask.compute(*tasks, **how)
-    except (BrokenProcessPool, MemoryError) as error:
-        raise CanopyError(
-            "a worker process died, probably for want of memory", remedy="use fewer --workers"
-        ) from error
-    except RemoteException as error:  # its text is a whole traceback
-        raise error.exception from None
-    return sum(noise for noise, _ in done), sum(ground for _, ground in done)
-
-
-def _write(writer: CogWriter, plan: Plan, area: AOI | None, names: str) -> int:
-    """Put the blocks together; how many returns they hold."""
-    returns, known = 0, False
-    grid = writer.grid
-    for block in plan.blocks:
-        row, col, height, width = plan.core_of(block)
-        row, col = row - plan.window[0], col - plan.window[1]
-        heights, count = np.fromfile(plan.spool.path(block, "chm"), np.float32).reshape(2, height, width)
-        if area is not None:
-            inside = area.mask(grid.window(row, col, height, width))
-            heights, count = np.where(inside, heights, np.nan), np.where(inside, count, 0)
-        valid = np.isfinite(heights)
-        bands = np.stack([heights, count / np.prod(grid.pixel), valid]).astype(np.float32)
-        always = np.ones_like(valid)
-        writer.write(bands, np.stack([valid, always, always]), row, col)
-        returns, known = returns + int(count.sum()), known or bool(valid.any())
-    if not known:
+def _check_datums(pair: list[DatasetReader]) -> None:
+    """Refuse a surface above the ellipsoid over a terrain above the geoid: tens of metres of false forest."""
+    stated = []
+    for ds in pair:
+        crs = pyproj.CRS.from_user_input(ds.crs) if ds.crs else None
+        if crs is not None and crs.is_compound:
+            stated.append(crs.sub_crs_list[1].name)
+        elif crs is not None and len(crs.axis_info) == 3:
+            stated.append("ellipsoidal height")
+    if len(stated) == 2 and stated[0] != stated[1]:
         raise DataError(
-            f"no pixel with a known height in {names}",
-            remedy="no return has ground near it, or all of them are masked structures",
+            f"its heights are {stated[0]}, those of {Path(pair[1].name).name} are {stated[1]}",
+            where=pair[0].name,
+            expected="a DSM and a DTM above the same vertical datum",
+            remedy="bring one to the other's with gdalwarp -t_srs",
         )
-    return returns
 
 
-def _dates(tally: Tally) -> str | None:
-    """First/last day of the pulses, where their GPS times have dates."""
-    if not (np.isfinite(tally.first_s) and tally.last_s > -1e9 and tally.first_s != 0):
-        return None
-    days = [(_GPS_EPOCH + timedelta(seconds=s)).date().isoformat() for s in (tally.first_s, tally.last_s)]
-    return days[0] if days[0] == days[1] else "/".join(days)
+def _grid_of(
+    pair: list[DatasetReader], places: list[SourcePlace], options: ChmOptions, area: AOI | None
+) -> Grid:
+    """The grid where both rasters lie, or the part of it that was asked for."""
+    for ds, place in zip(pair, places, strict=True):
+        if not place.is_north_up:
+            raise InputError("a rotated raster", where=ds.name, expected="north-up")
+    rects = [AOI.from_grid(place.grid()) for place in places]
+    crs = choose_crs([(rect.crs, rect.geometry.bounds) for rect in rects], options)
+    shapes = [project(rect.geometry, rect.crs, crs) for rect in rects]
+    both = shapes[0].intersection(shapes[1])
+    if both.area <= 0:
+        raise AreaError("the DSM and the DTM do not overlap", where=pair[0].name)
+    grid, own = choose_grid([both.bounds], crs, options.gsd, area), places[0].grid()
+    if own.crs != crs or any(abs(side / options.gsd - 1) >= 1e-6 for side in own.pixel):
+        return grid
+    # On the DSM's own lattice pixels are copied, whatever its phase.
+    west, south, east, north = grid.bounds
+    r0, c0 = (max(round(v), 0) for v in own.rowcol(west, north))
+    r1, c1 = (min(round(v), n) for v, n in zip(own.rowcol(east, south), own.shape, strict=True))
+    return own.window(r0, c0, r1 - r0, c1 - c0) if r1 > r0 and c1 > c0 else grid
 
 
-def _tags(plan: Plan, clouds: Sequence[LidarFile], options: ChmOptions) -> dict[str, object]:
-    names = ",".join(sorted(c.path.name for c in clouds)[:20])
-    structures = options.model_dump(include={"buildings", "water", "bridges", "wires"})
-    return {
-        "CANOPY_VERSION": __version__,
-        "CANOPY_SOURCE": f"lidar: {names}{',...' if len(clouds) > 20 else ''}",
-        "CANOPY_GROUND": "class 2" if plan.classified else "cloth simulation",
-        "CANOPY_STRUCTURES": ",".join(f"{k}={v}" for k, v in structures.items()),
-        "CANOPY_PITS": f"closed up to {options.pit_width_m:g} m" if options.pit_width_m else "kept",
-    }
+def _subtract(
+    writer: CogWriter, pair: list[DatasetReader], crss: list[CRS], units: list[float], area: AOI | None,
+    progress: Progress,
+) -> Counter[str]:  # fmt: skip
+    """Write the difference tile by tile; counts of pixels by what they are."""
+    counts: Counter[str] = Counter()
+    tiles = tiles_over(writer.grid, _TILE_PX)
+    progress.start(len(tiles), "surface minus terrain")
+    for tile in tiles:
+        top, ok_top = _metres(pair[0], crss[0], units[0], tile)
+        ground, ok_ground = _metres(pair[1], crss[1], units[1], tile)
+        both = ok_top & ok_ground
+        zeros = both & (top == 0) & (ground == 0)
+        if area is not None:
+            both &= area.mask(tile)
+        height = top - ground
+        low, high = both & (height < -BELOW_M), both & (height > ABOVE_M)
+        valid = both & ~low & ~high
+        height = np.round(np.maximum(height, 0), 3)
+        bands = np.stack([height, np.zeros_like(height), valid]).astype(np.float32)
+        present = np.stack([valid, np.zeros_like(valid), np.ones_like(valid)])
+        writer.write(bands, present, *writer.grid.offset_of(tile))
+        for name, mask in (("both", both), ("zeros", zeros), ("low", low), ("high", high)):
+            counts[name] += int(mask.sum())
+        progress.advance()
+    return counts
+
+
+def _metres(ds: DatasetReader, crs: CRS, unit: float, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Elevation float64 (h, w) in metres and valid (h, w) on a grid."""
+    values, valid = read_window(ds, grid, [1], crs=crs)
+    metres = (values[0].astype(np.float64) * ds.scales[0] + ds.offsets[0]) * unit
+    return metres, valid & (metres > LOWEST_M) & (metres < HIGHEST_M)
+
+
+def _judge(counts: Counter[str], dsm: str | Path, dtm: str | Path) -> None:
+    """Refuse pairs that cannot be a surface and its terrain."""
+    both = counts["both"]
+    if not both:
+        raise DataError("no pixel where both rasters have data", where=dsm)
+    if counts["zeros"] > 0.02 * both:
+        log.warning(
+            f"note: surface and terrain are both exactly 0 m in {counts['zeros'] / both:.0%} of the "
+            "pixels; if that means no data there, declare it in the files (gdal_edit.py -a_nodata 0)"
+        )
+    for name, where in (("low", "below"), ("high", f"more than {ABOVE_M:g} m above")):
+        if counts[name] > both / 2:
+            raise DataError(
+                f"lies {where} {Path(dtm).name} in {counts[name] / both:.0%} of the pixels",
+                where=dsm,
+                expected="a surface (DSM) and its terrain (DTM) in the same unit and vertical datum",
+                remedy="swap --dsm and --dtm, or see --units",
+            )

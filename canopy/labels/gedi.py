@@ -1,10 +1,5 @@
 """GEDI Level 2A granules to one table of the shots worth using, with values of Levels 2B and 4A joined to it.
 
-A variable is looked for under several names, first match first, so that a granule's version is told by what
-it holds and never by its file name. Version 3 renamed the quality flags (`l2a_quality_flag_rel3`; a plain
-`quality_flag`, where one remains beside it, means less) and moved Level 2B's coordinates to the beam's root.
-Data dictionaries: GEDI L2A and L2B product data dictionaries (LP DAAC), GEDI04_A user guide (ORNL DAAC).
-
 Which shots are good enough is said by named filters:
 
 strict: quality_flag = 1, degrade_flag = 0, sensitivity above 0.95 (0.98 within the tropics, where the canopy
@@ -22,8 +17,9 @@ Investigation, Science of Remote Sensing 1.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,77 +47,54 @@ from canopy.runtime import NoProgress, Progress, log
 if TYPE_CHECKING:
     import pandas
 
-# Half the width of the tropics, degrees.
-TROPICS_LAT = 23.44
 # Coverage beams carry half the energy of the full-power ones (Dubayah et al. 2020).
 BEAM_WEIGHT = {"full": 1.0, "coverage": 0.5}
 DEFAULT_RH = (95, 98)
 # What tells a shot from all others.
 KEY = ["beam", "shot_number"]
 
-
-# --- filters ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A rule that a shot passes or not; `needs` are the columns it looks at."""
-
-    name: str
-    needs: tuple[str, ...]
-    passes: Callable[[Mapping[str, Any]], Any]
-
-
-_LOOSE = (
-    Criterion("sensitivity", ("sensitivity",), lambda shots: shots["sensitivity"] >= 0.5),
-    Criterion("sensitivity_a2", ("sensitivity_a2",), lambda shots: shots["sensitivity_a2"] > 0.7),
-    Criterion(
-        "elevation",
-        ("elev_lowestmode", "dem"),
-        lambda shots: np.abs(shots["elev_lowestmode"] - shots["dem"]) < 150.0,
-    ),
-)
-_STRICT = (
-    Criterion("quality_flag", ("quality_flag",), lambda shots: shots["quality_flag"] == 1),
-    Criterion("degrade_flag", ("degrade_flag",), lambda shots: shots["degrade_flag"] == 0),
-    Criterion(
-        "sensitivity",
-        ("sensitivity",),
-        lambda shots: shots["sensitivity"] > np.where(np.abs(shots["lat"]) < TROPICS_LAT, 0.98, 0.95),
-    ),
-    Criterion(
-        "water",
-        ("landsat_water_persistence",),
-        lambda shots: shots["landsat_water_persistence"] < 10,
-    ),
-    Criterion("urban", ("urban_proportion",), lambda shots: shots["urban_proportion"] < 50),
-)
-FILTERS: dict[str, tuple[Criterion, ...]] = {
-    "strict": (*_STRICT, *_LOOSE[1:]),
+# Filters: criterion -> rule on the columns, as pandas evaluates it; in the order in which shots are judged.
+_LOOSE = {
+    "sensitivity": "sensitivity >= 0.5",
+    "sensitivity_a2": "sensitivity_a2 > 0.7",
+    "elevation": "abs(elev_lowestmode - dem) < 150",
+}
+FILTERS: dict[str, dict[str, str]] = {
+    "strict": {
+        "quality_flag": "quality_flag == 1",
+        "degrade_flag": "degrade_flag == 0",
+        **_LOOSE,
+        "sensitivity": "sensitivity > 0.98 or (sensitivity > 0.95 and abs(lat) >= 23.44)",
+        "water": "landsat_water_persistence < 10",
+        "urban": "urban_proportion < 50",
+    },
     "loose": _LOOSE,
-    "none": (),
+    "none": {},
 }
 
 
-def filter_named(name: str) -> tuple[Criterion, ...]:
+def filter_named(name: str) -> dict[str, str]:
     """The criteria of a filter. Raises InputError for an unknown name."""
     if name not in FILTERS:
         raise InputError(f"no filter {name!r}", where="--filter", expected=", ".join(FILTERS))
     return FILTERS[name]
 
 
-def apply_filter(
-    criteria: Sequence[Criterion], shots: Mapping[str, Any]
-) -> tuple[np.ndarray, dict[str, int]]:
+def _needs(rule: str) -> set[str]:
+    """The columns that a rule looks at, but for the place, which every shot has."""
+    return set(re.findall(r"[a-z]\w+", rule)) & set(L2A)
+
+
+def apply_filter(criteria: Mapping[str, str], shots: pandas.DataFrame) -> tuple[np.ndarray, dict[str, int]]:
     """Which shots pass, bool (n,), and how many each criterion was the first to reject.
 
-    Columns are float (n,), missing values NaN. Criteria whose columns are not there are passed over.
+    Columns are float, missing values NaN. Criteria whose columns are not there are passed over.
     """
-    good, rejected = np.ones(len(shots["lat"]), bool), {}
-    for criterion in criteria:
-        if all(name in shots for name in criterion.needs):
-            passed = good & np.asarray(criterion.passes(shots), bool)
-            rejected[criterion.name] = int(good.sum() - passed.sum())
+    good, rejected = np.ones(len(shots), bool), {}
+    for name, rule in criteria.items():
+        if _needs(rule) <= set(shots):
+            passed = good & np.asarray(shots.eval(rule, engine="python"), bool)
+            rejected[name] = int(good.sum() - passed.sum())
             good = passed
     return good, rejected
 
@@ -148,9 +121,6 @@ def check_rh(rh: str | Sequence[int]) -> tuple[int, ...]:
     if not percents or not all(0 <= percent <= 100 for percent in percents):
         raise InputError(f"relative heights {rh!r}", where="--rh", expected="0 to 100, e.g. 95,98")
     return percents
-
-
-# --- extraction ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -283,27 +253,26 @@ def survey(files: Sequence[str | Path], filter: str = "strict") -> list[Granule]
     return granules
 
 
-def _survey_one(path: Path, criteria: tuple[Criterion, ...]) -> Granule:
+def _survey_one(path: Path, criteria: Mapping[str, str]) -> Granule:
     counts: dict[str, int] = {}
     absent: set[str] = set()
-    unjudged: tuple[str, ...] = ()
     version = 2
     with open_granule(path) as file:
         for beam in beams_of(file, path):
             if lacking := [column for column in PLACE if beam.find(column) is None]:
                 raise beam.lacks(lacking)
             absent |= {column for column in L2A if beam.find(column) is None}
-            unjudged = tuple(c.name for c in criteria if absent & set(c.needs))
-            if criteria and len(unjudged) == len(criteria):
-                needed = {column for criterion in criteria for column in criterion.needs}
+            needed = set[str]().union(*map(_needs, criteria.values()))
+            if criteria and all(absent & _needs(rule) for rule in criteria.values()):
                 raise beam.lacks([c for c in L2A if c in needed], remedy="use --filter none")
             counts[beam.name] = beam.count
             version = 3 if QUALITY_V3 in beam.group else version
+    unjudged = tuple(name for name, rule in criteria.items() if absent & _needs(rule))
     return Granule(path, version, counts, tuple(column for column in L2A if column in absent), unjudged)
 
 
 def _good_shots(
-    beam: Beam, area: AOI | None, rh: tuple[int, ...], criteria: tuple[Criterion, ...], tally: Tally
+    beam: Beam, area: AOI | None, rh: tuple[int, ...], criteria: Mapping[str, str], tally: Tally
 ) -> pandas.DataFrame:
     """The beam's shots in the area that pass: places first, then flags, then the wanted heights."""
     places = beam.table(("lon", "lat"), np.arange(beam.count))

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -144,7 +144,7 @@ def open_granule(path: str | Path, product: str = "L2A") -> Iterator[h5py.File]:
         raise DataError("a zip archive", where=path, expected="a GEDI .h5 file", remedy="unpack it first")
     try:
         with h5py.File(path, "r") as file:
-            named = _text(file.attrs.get("short_name"))
+            named = str(np.ravel(file.attrs.get("short_name", ""))[0])  # text, bytes, or an array of them
             level = re.search(r"GEDI.*?([1-4])_?([A-D])(?![A-Z0-9])", named.upper())
             if level and f"L{level[1]}{level[2]}" != product:
                 raise DataError(f"the product {named}", where=path, expected=f"GEDI {product}")
@@ -168,9 +168,7 @@ def beams_of(file: h5py.File, path: Path) -> list[Beam]:
         raise DataError(f"no beams; it holds {found}", where=path, expected="groups BEAM0000 to BEAM1011")
     beams = []
     for name in names:
-        told = _text(file[name].attrs.get("description")).lower()
-        power = next((word for word in ("full", "coverage") if word in told), BEAM_TYPE.get(name))
-        beam = Beam(path, name, file[name], 0, power)
+        beam = Beam(path, name, file[name], 0, BEAM_TYPE.get(name))
         numbers = beam.find("shot_number")
         # Subsets keep the groups of beams that never crossed their area, with or without empty tables.
         if numbers is None and "rh" in file[name]:
@@ -183,11 +181,3 @@ def beams_of(file: h5py.File, path: Path) -> list[Beam]:
 def looked_for(columns: Iterable[str]) -> str:
     """Columns with all the names that their variables go by."""
     return "; ".join(f"{column} (looked for {', '.join(NAMES[column])})" for column in columns)
-
-
-def _text(value: Any) -> str:
-    """An HDF5 attribute as text, whichever way it was stored; "" where there is none."""
-    flat = np.atleast_1d(np.asarray(value, dtype=object)).ravel()
-    if value is None or not len(flat):
-        return ""
-    return flat[0].decode("utf-8", "replace") if isinstance(flat[0], bytes) else str(flat[0])

@@ -31,6 +31,8 @@ Bounds = tuple[float, float, float, float]
 Block = tuple[int, int]
 Range = tuple[int, int, int, int]
 
+# Returns farther below the terrain are multipath; the tallest tree known is 116 m.
+BELOW_M, ABOVE_M = 1.0, 130.0
 METRES = {"m": 1.0, "ft": 0.3048, "us-ft": 1200 / 3937}
 # GeoTIFF keys of the vertical part (OGC 19-008r4) and EPSG's codes for the three units.
 _VERTICAL_CRS_KEY, _VERTICAL_UNIT_KEY = 4096, 4099

@@ -23,7 +23,7 @@ import numpy as np
 from scipy import ndimage
 
 from canopy.errors import MissingDependencyError
-from canopy.labels.points import BRIDGE, BUILDING, GROUND, WIRE
+from canopy.labels.points import ABOVE_M, BELOW_M, BRIDGE, BUILDING, GROUND, WIRE
 
 # Window of pixels on the global lattice: row, col, height, width; rows count southward.
 Window = tuple[int, int, int, int]
@@ -220,8 +220,6 @@ def elevation_at(plane: np.ndarray, pixel: float, window: Window, x: np.ndarray,
         return np.where(weight > 1e-9, total / weight, np.nan)
 
 
-# Returns farther below the terrain are multipath; the tallest tree known is 116 m.
-BELOW_M, ABOVE_M = 1.0, 130.0
 # Pits are at least so deep and lie in vegetation at least so high.
 PIT_DEPTH_M, PIT_RIM_M = 1.0, 2.0
 # Returns without a class that stand on a named roof or bridge and rise less above it belong to it.

@@ -264,7 +264,7 @@ def test_the_filters_limits_are_as_documented():
         "landsat_water_persistence": np.array([9, 0, 0, 0, 0, 0, 10, 0]),
         "urban_proportion": np.array([49, 0, 0, 0, 0, 0, 0, 50]),
     }
-    good, rejected = apply_filter(FILTERS["strict"], shots)
+    good, rejected = apply_filter(FILTERS["strict"], pandas.DataFrame(shots))
     assert good.tolist() == [True, False, False, True, False, False, False, False]
     assert rejected == {"quality_flag": 1, "degrade_flag": 1, "sensitivity": 2, "water": 1, "urban": 1}
 

@@ -18,7 +18,8 @@ from canopy.errors import AreaError, DataError, InputError, OutputError
 from canopy.geo.area import AOI
 from canopy.geo.reading import read_raster
 from canopy.labels import points as lidar_points
-from canopy.labels.chm import ChmOptions, chm_from_points
+from canopy.labels.chm import ChmOptions
+from canopy.labels.clouds import chm_from_points
 from canopy.labels.points import METRES, open_lidar
 from canopy.synth.scene import write_scene
 
@@ -157,7 +158,7 @@ def same_heights(one: np.ndarray, other: np.ndarray) -> None:
 def test_it_does_not_depend_on_blocks_chunks_workers_files_or_area(clip, tmp_path, monkeypatch):
     whole = chm(clip, tmp_path / "whole.tif")
     with monkeypatch.context() as patch:
-        patch.setattr("canopy.labels.chm.BLOCK_M", 64.0)
+        patch.setattr("canopy.labels.clouds.BLOCK_M", 64.0)
         patch.setattr(lidar_points, "CHUNK_POINTS", 1777)
         tiled = chm(clip, tmp_path / "tiled.tif", workers=1)
         same_heights(tiled, whole)
@@ -319,7 +320,7 @@ def test_a_copc_file_read_by_bounds_equals_the_whole(tmp_path, monkeypatch):
     area = AOI.from_bounds((WEST + 50, SOUTH + 48, WEST + 62, SOUTH + 60), UTM)
     # Reach and margin are wider than this cloud: narrow them, or everything would be read anyway.
     for name, value in (("TERRAIN_REACH_M", 8.0), ("CLOTH_MARGIN_M", 8.0), ("BLOCK_M", 16.0)):
-        monkeypatch.setattr(f"canopy.labels.chm.{name}", value)
+        monkeypatch.setattr(f"canopy.labels.clouds.{name}", value)
     monkeypatch.setattr(lidar_points, "CHUNK_POINTS", 2000)
     options = ChmOptions(workers=1)
     part = chm_from_points([copc], tmp_path / "p.tif", options, area=area)
@@ -490,7 +491,7 @@ def test_a_worker_error_comes_home_as_one_line(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("canopy.labels.chm.make_surface", full)
+    monkeypatch.setattr("canopy.labels.clouds.make_surface", full)
     with pytest.raises(OutputError, match="No space left"):
         chm_from_points([path], tmp_path / "o.tif")
     assert left(tmp_path) == {"c.laz"}

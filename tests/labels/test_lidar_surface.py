@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopy.labels.chm import ChmOptions
 from canopy.labels.points import BUILDING, GROUND, OTHER, RECORD, WATER, WIRE
 from canopy.labels.surface import (
     MAX_CIRCUMRADIUS_M,
@@ -133,7 +132,9 @@ def surface(kinds, above, cells=None, **policies):
     kinds, above = np.array(kinds, np.uint8), np.array(above, float)
     cells = np.zeros(len(kinds), np.int64) if cells is None else np.array(cells)
     shape = (1, 1 + int(cells.max()))
-    return highest(kinds, above, cells, shape, ChmOptions(**policies).policies, classified=True)
+    names = {"buildings": BUILDING, "water": WATER, "wires": WIRE}
+    rules = dict.fromkeys(names.values(), "zero") | {names[k]: v for k, v in policies.items()}
+    return highest(kinds, above, cells, shape, rules, classified=True)
 
 
 @pytest.mark.parametrize(
