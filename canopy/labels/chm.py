@@ -28,7 +28,8 @@ from canopy.geo.crs import metres_per_unit, project, to_crs, transformer, utm_cr
 from canopy.geo.grid import Grid, tiles_over
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
-from canopy.labels.points import ABOVE_M, BELOW_M, METRES, Bounds, vertical_unit
+from canopy.labels.points import METRES, Bounds, vertical_unit
+from canopy.labels.surface import ABOVE_M, BELOW_M
 from canopy.runtime import NoProgress, Progress, log
 
 BANDS = (BandSpec("canopy_height"), BandSpec("point_density", "1/m2"), BandSpec("valid", "1"))

@@ -27,10 +27,6 @@ from canopy.geo.cog import CogWriter
 from canopy.geo.grid import Grid
 from canopy.labels.chm import BANDS, ChmOptions, choose_crs, choose_grid, map_facts
 from canopy.labels.points import (
-    BRIDGE,
-    BUILDING,
-    WATER,
-    WIRE,
     Block,
     LidarFile,
     Range,
@@ -40,10 +36,14 @@ from canopy.labels.points import (
     open_lidar,
 )
 from canopy.labels.surface import (
+    BRIDGE,
+    BUILDING,
     CLOTH_MARGIN_M,
     EDGE_PX,
     NOISE_REACH_M,
     TERRAIN_REACH_M,
+    WATER,
+    WIRE,
     Window,
     classified_ground,
     close_pits,

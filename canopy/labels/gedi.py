@@ -39,6 +39,7 @@ from canopy.labels.granules import (
     beams_of,
     looked_for,
     open_granule,
+    shot_weights,
     typed,
 )
 from canopy.labels.shots import SUFFIXES, require_gedi, rh_column, write_shots
@@ -47,8 +48,6 @@ from canopy.runtime import NoProgress, Progress, log
 if TYPE_CHECKING:
     import pandas
 
-# Coverage beams carry half the energy of the full-power ones (Dubayah et al. 2020).
-BEAM_WEIGHT = {"full": 1.0, "coverage": 0.5}
 DEFAULT_RH = (95, 98)
 # What tells a shot from all others.
 KEY = ["beam", "shot_number"]
@@ -97,18 +96,6 @@ def apply_filter(criteria: Mapping[str, str], shots: pandas.DataFrame) -> tuple[
             rejected[name] = int(good.sum() - passed.sum())
             good = passed
     return good, rejected
-
-
-def shot_weights(beam_type: str | None, sensitivity: np.ndarray) -> np.ndarray:
-    """How much each shot counts in the footprint loss, float32 (n,) in 0..1; GEDI scores count all alike.
-
-    The beam's share (full power 1, coverage 0.5) times a ramp in sensitivity, the canopy cover through which
-    the pulse still reaches the ground: 0 at 0, 0.25 at 0.5 (the loose filter's limit), 1 from 0.95 up. A
-    missing sensitivity counts as 0.5, an unknown beam as a coverage beam. Flags are the filters' business.
-    """
-    known = np.where(np.isfinite(sensitivity), sensitivity, 0.5)
-    ramp = np.interp(known, [0.0, 0.5, 0.95], [0.0, 0.25, 1.0])
-    return (BEAM_WEIGHT.get(beam_type or "", BEAM_WEIGHT["coverage"]) * ramp).astype(np.float32)
 
 
 def check_rh(rh: str | Sequence[int]) -> tuple[int, ...]:

@@ -30,6 +30,8 @@ BEAM_TYPE = {
     **dict.fromkeys(("BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011"), "full"),
     **dict.fromkeys(("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011"), "coverage"),
 }
+# Coverage beams carry half the energy of the full-power ones (Dubayah et al. 2020).
+BEAM_WEIGHT = {"full": 1.0, "coverage": 0.5}
 # Fill values of GEDI's floats are -9999 and -999999, that of its bytes is 255.
 FILL_BELOW = -9_998.5
 RH_COUNT = 101
@@ -181,3 +183,15 @@ def beams_of(file: h5py.File, path: Path) -> list[Beam]:
 def looked_for(columns: Iterable[str]) -> str:
     """Columns with all the names that their variables go by."""
     return "; ".join(f"{column} (looked for {', '.join(NAMES[column])})" for column in columns)
+
+
+def shot_weights(beam_type: str | None, sensitivity: np.ndarray) -> np.ndarray:
+    """How much each shot counts in the footprint loss, float32 (n,) in 0..1; GEDI scores count all alike.
+
+    The beam's share (full power 1, coverage 0.5) times a ramp in sensitivity, the canopy cover through which
+    the pulse still reaches the ground: 0 at 0, 0.25 at 0.5 (the loose filter's limit), 1 from 0.95 up. A
+    missing sensitivity counts as 0.5, an unknown beam as a coverage beam. Flags are the filters' business.
+    """
+    known = np.where(np.isfinite(sensitivity), sensitivity, 0.5)
+    ramp = np.interp(known, [0.0, 0.5, 0.95], [0.0, 0.25, 1.0])
+    return (BEAM_WEIGHT.get(beam_type or "", BEAM_WEIGHT["coverage"]) * ramp).astype(np.float32)

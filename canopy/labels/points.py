@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pyproj.exceptions import CRSError
 
 from canopy.errors import CanopyError, DataError, MissingDependencyError
 from canopy.geo.crs import ground_crs, metres_per_unit, to_crs, transformer
+from canopy.labels.surface import GROUND, KIND_OF_CLASS, NOISE
 from canopy.runtime import Progress, log
 
 Bounds = tuple[float, float, float, float]
@@ -31,8 +32,6 @@ Bounds = tuple[float, float, float, float]
 Block = tuple[int, int]
 Range = tuple[int, int, int, int]
 
-# Returns farther below the terrain are multipath; the tallest tree known is 116 m.
-BELOW_M, ABOVE_M = 1.0, 130.0
 METRES = {"m": 1.0, "ft": 0.3048, "us-ft": 1200 / 3937}
 # GeoTIFF keys of the vertical part (OGC 19-008r4) and EPSG's codes for the three units.
 _VERTICAL_CRS_KEY, _VERTICAL_UNIT_KEY = 4096, 4099
@@ -41,18 +40,6 @@ _EPSG_UNITS = {9001: METRES["m"], 9002: METRES["ft"], 9003: METRES["us-ft"]}
 _AREA_SLACK_DEG = 5.0
 
 CHUNK_POINTS = 500_000
-# What a return is to a canopy model. ASPRS LAS 1.4 classes; 64-67 as IGN's LiDAR HD uses them.
-OTHER, GROUND, BUILDING, WATER, BRIDGE, WIRE, NOISE = range(7)
-KIND_OF_CLASS = np.full(256, OTHER, np.uint8)
-for _kind, _classes in {
-    GROUND: (2,),
-    BUILDING: (6, 64, 67),  # 64, 67: lasting structures that are no building
-    WATER: (9,),
-    BRIDGE: (17, 19),  # 19: overhead structure, e.g. a gantry or conveyor
-    WIRE: (13, 14, 15, 16),
-    NOISE: (7, 18, 65, 66),  # 65: artefact, 66: virtual point that no pulse returned
-}.items():
-    KIND_OF_CLASS[list(_classes)] = _kind
 _MODEL_KEY = 8  # ground thinned for modelling; LAS 1.4 formats reserve the number
 _UNCLASSIFIED = np.isin(np.arange(256), (0, 1, 7, 12, 18))
 
@@ -167,19 +154,14 @@ def _check_place(path: Path, bounds: Bounds, crs: CRS) -> None:
     west, south, east, north = bounds
     lon, lat = transformer(crs, "EPSG:4326").transform((west + east) / 2, (south + north) / 2)
     area, slack = crs.proj.area_of_use, _AREA_SLACK_DEG
-    if area is None:
-        fits, expected = abs(lat) <= 90 and abs(lon) <= 360, "a place on the Earth"
-    else:
-        span = (area.east - area.west) % 360.0 or 360.0
-        fits = area.south - slack <= lat <= area.north + slack
-        fits = fits and (lon - area.west + slack) % 360.0 <= span + 2 * slack
-        expected = area.name[:60]
-    if not fits:  # also for infinite numbers
+    w, s, e, n = area.bounds if area else (-180.0, -90.0, 180.0, 90.0)
+    within = (lon - w + slack) % 360.0 <= ((e - w) % 360.0 or 360.0) + 2 * slack
+    if not (within and s - slack <= lat <= n + slack):  # also for infinite numbers
         raise DataError(
             f"points at latitude {lat:.2f}, longitude {lon:.2f} in {crs}: x {west:.10g} to {east:.10g}, "
             f"y {south:.10g} to {north:.10g}",
             where=path,
-            expected=expected,
+            expected=area.name[:60] if area else "a place on the Earth",
             remedy="the CRS is not that of the points; name the right one with --crs",
         )
 
@@ -189,17 +171,14 @@ def _told_unit(stated: pyproj.CRS | None, header: Any) -> float | None:
     keys: dict[int, int] = {}
     for record in header.vlrs.get("GeoKeyDirectoryVlr"):
         keys |= {int(k.id): int(k.value_offset) for k in record.geo_keys if k.tiff_tag_location == 0}
+    if keys.get(_VERTICAL_UNIT_KEY) in _EPSG_UNITS:
+        return _EPSG_UNITS[keys[_VERTICAL_UNIT_KEY]]
     parts = [stated, *stated.sub_crs_list] if stated is not None else []
-    code = keys.get(_VERTICAL_CRS_KEY, 0)
-    if 1024 <= code <= 32766:
-        try:
-            parts.append(pyproj.CRS.from_epsg(code))
-        except CRSError:
-            log.debug("no vertical CRS EPSG:%d", code)
-    for axis in (axis for part in parts for axis in part.axis_info):
-        if axis.direction.lower() in ("up", "down") and axis.unit_conversion_factor > 0:
-            return _EPSG_UNITS.get(keys.get(_VERTICAL_UNIT_KEY, 0), float(axis.unit_conversion_factor))
-    return _EPSG_UNITS.get(keys.get(_VERTICAL_UNIT_KEY, 0))
+    with suppress(CRSError):  # no code, or one that names no CRS
+        parts.append(pyproj.CRS.from_epsg(keys.get(_VERTICAL_CRS_KEY, 0)))
+    axes = (axis for part in parts for axis in part.axis_info)
+    factors = (a.unit_conversion_factor for a in axes if a.direction.lower() in ("up", "down"))
+    return next((float(factor) for factor in factors if factor > 0), None)
 
 
 def vertical_unit(name: str, told: float | None, crs: CRS, units: str) -> float:

@@ -23,10 +23,24 @@ import numpy as np
 from scipy import ndimage
 
 from canopy.errors import MissingDependencyError
-from canopy.labels.points import ABOVE_M, BELOW_M, BRIDGE, BUILDING, GROUND, WIRE
 
 # Window of pixels on the global lattice: row, col, height, width; rows count southward.
 Window = tuple[int, int, int, int]
+
+# What a return is to a canopy model. ASPRS LAS 1.4 classes; 64-67 as IGN's LiDAR HD uses them.
+OTHER, GROUND, BUILDING, WATER, BRIDGE, WIRE, NOISE = range(7)
+KIND_OF_CLASS = np.full(256, OTHER, np.uint8)
+for _kind, _classes in {
+    GROUND: (2,),
+    BUILDING: (6, 64, 67),  # 64, 67: lasting structures that are no building
+    WATER: (9,),
+    BRIDGE: (17, 19),  # 19: overhead structure, e.g. a gantry or conveyor
+    WIRE: (13, 14, 15, 16),
+    NOISE: (7, 18, 65, 66),  # 65: artefact, 66: virtual point that no pulse returned
+}.items():
+    KIND_OF_CLASS[list(_classes)] = _kind
+# Returns farther below the terrain are multipath; the tallest tree known is 116 m.
+BELOW_M, ABOVE_M = 1.0, 130.0
 
 # A return with at most MAX_LONELY returns (itself included) in the 3 x 3 x 3 voxels around it is noise:
 # birds, cloud, multipath. At one return per square metre a tree top of three metres still has more company.

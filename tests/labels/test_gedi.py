@@ -18,7 +18,8 @@ import shapely
 
 from canopy.errors import DataError
 from canopy.geo.area import AOI
-from canopy.labels.gedi import FILTERS, apply_filter, extract_shots, shot_weights, survey
+from canopy.labels.gedi import FILTERS, apply_filter, extract_shots, survey
+from canopy.labels.granules import shot_weights
 from canopy.labels.shots import read_shots
 
 # Beyond 2**53, where floats lose whole numbers, and beyond the signed 64 bits.

@@ -7,10 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopy.labels.points import BUILDING, GROUND, OTHER, RECORD, WATER, WIRE
+from canopy.labels.points import RECORD
 from canopy.labels.surface import (
+    BUILDING,
+    GROUND,
     MAX_CIRCUMRADIUS_M,
+    OTHER,
     TERRAIN_REACH_M,
+    WATER,
+    WIRE,
     close_pits,
     elevation_at,
     fill_gaps,
