@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -48,11 +49,10 @@ class Server(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.no_ranges: set[str] = set()
         self.no_if_range: set[str] = set()
-        self.no_versions: set[str] = set()
         self.signature: str | None = None  # when set, /signed/* answers 403 without ?sig=<this>
         self.log: list[tuple[str, str, int]] = []  # (method, path with query, first byte)
         self.lock = threading.Lock()
-        self.busy = self.most_busy = 0
+        self.see: Callable[[Any], None] = lambda headers: None
 
     @property
     def url(self) -> str:
@@ -112,6 +112,7 @@ class Handler(BaseHTTPRequestHandler):
         first = int(wanted[1]) if wanted else 0
         with server.lock:
             server.log.append((self.command, self.path, first))
+            server.see(self.headers)
         self.respond(body, wanted, first, send_body)
 
     def respond(self, body: bytes, wanted: re.Match[str] | None, first: int, send_body: bool) -> None:
@@ -119,12 +120,7 @@ class Handler(BaseHTTPRequestHandler):
         query = parse_qs(parts.query)
         fault = server.take_fault(self.path, first)
         if fault and fault.delay_s:
-            with server.lock:
-                server.busy += 1
-                server.most_busy = max(server.most_busy, server.busy)
             time.sleep(fault.delay_s)
-            with server.lock:
-                server.busy -= 1
         if fault and fault.cut_after is None and fault.status != 200:
             return self.send(fault.status, fault.headers, fault.body, send_body)
         if fault and fault.body:
@@ -141,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(404, {}, b"not here", send_body)
         content, kind = server.files[parts.path]
         etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-        headers = {"Content-Type": kind} | ({} if parts.path in server.no_versions else {"ETag": etag})
+        headers = {"Content-Type": kind, "ETag": etag}
         cut = fault.cut_after if fault else None
         asked_for = self.headers.get("If-Range", etag)
         another = asked_for != etag and parts.path not in server.no_if_range

@@ -22,7 +22,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import rasterio
-import rasterio.env
 from affine import Affine
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
@@ -56,16 +55,11 @@ def raster_env(name: str | Path = "") -> rasterio.Env:
         "GDAL_VRT_ENABLE_PYTHON": "NO",
         "GDAL_VRT_ENABLE_RAWRASTERBAND": "NO",
     }
-    # Whoever reads remote files with a patience of their own has set it around this.
-    if is_url(str(name).removeprefix("/vsicurl/")) and not _speaks_http():
-        from canopy.download import http_options
+    if is_url(url := str(name).removeprefix("/vsicurl/")):
+        from canopy.download import gdal_options
 
-        options |= http_options()
+        options |= gdal_options(url)
     return rasterio.Env(**options)
-
-
-def _speaks_http() -> bool:
-    return rasterio.env.hasenv() and "GDAL_HTTP_TIMEOUT" in rasterio.env.getenv()
 
 
 def open_raster(path: str | Path, *, georeferenced: bool = True) -> DatasetReader:

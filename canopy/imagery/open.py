@@ -128,10 +128,10 @@ def _open_one(item: str, area: AOI | None, options: ReadOptions, *, may_be_name:
         return open_tiles(TileService(template=item, name=redact(item)), options, area)
     hrefs, catalog = [item], None
     if is_url(item):
-        from canopy.download import first_bytes
+        from canopy.download import peek
 
         suffix = Path(item.split("?")[0]).suffix.lower()
-        if suffix not in RASTER_SUFFIXES and not looks_like_raster(first_bytes(item)):
+        if suffix not in RASTER_SUFFIXES and not looks_like_raster(peek(item)[0]):
             catalog = item
     elif path.is_dir():
         indexes = [path / "catalog.json", path / "collection.json"]

@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 Pixels = tuple[NDArray[np.float32], NDArray[np.bool_]]
 Outline: TypeAlias = Polygon | MultiPolygon
 OPEN_FILES_PER_THREAD = 24
-# A cut connection deserves another try; a host that answers well and still gives no image has a damaged file.
-_HEALTHY_RETRIES = 3
 T = TypeVar("T")
 
 
@@ -248,37 +246,28 @@ class Scene:
 
     def _try(self, href: str, work: Callable[[DatasetReader], T]) -> T:
         """Run `work` on this thread's handle; for remote rasters again after failures that may pass."""
-        if is_url(href):
-            return self._persist(href, work)
-        try:
-            return work(self._handles.get(href))
-        except ImageryError:
-            self._handles.drop(href)
-            raise
-
-    def _persist(self, href: str, work: Callable[[DatasetReader], T]) -> T:
+        if not is_url(href):
+            try:
+                return work(self._handles.get(href))
+            except ImageryError:
+                self._handles.drop(href)
+                raise
         from canopy import download
 
-        healthy, attempts = 0, download.policy().attempts
-        for attempt in range(attempts):
-            url = self._sign(href, attempt > 0) if self._sign else href
-            environment = {**download.gdal_options(), **download.local_proxy_options(url)}
+        def one_try(number: int) -> T:
+            url = self._sign(href, number > 0) if self._sign else href
             try:
-                with rasterio.Env(**environment), download.host_slot(url):
+                with rasterio.Env(**download.gdal_options(url)):
                     return work(self._handles.get(url))
             except FetchError:
                 raise
             except ImageryError as error:
                 self._handles.drop(url)
                 # What GDAL says of a host is not enough to tell whether another try can help.
-                said, wait = download.diagnose(url, can_sign=self._sign is not None)
-                healthy += not said
-                said = said or f"{host_of(url)} answers, but {error.what}"
-            hopeless = healthy > _HEALTHY_RETRIES or (attempt > 0 and download.is_unknown_host(said))
-            if hopeless or attempt + 1 == attempts:
-                break
-            download.pause(href, attempt, said, wait)
-        raise download.gave_up(href, said, attempt + 1)
+                download.diagnose(url, signed=self._sign is not None)
+                raise download.Again(f"{host_of(url)} answers, but {error.what}") from None
+
+        return download.persist(href, one_try)
 
 
 def place_of(dataset: DatasetReader, options: ReadOptions, label: str) -> SourcePlace:

@@ -208,7 +208,7 @@ def search(href: str, collection: str | None, area: AOI | None, datetime: str | 
         allowed_methods=None,
     )
     io = StacApiIO(max_retries=retry, timeout=rules.timeout_s)
-    io.session.trust_env = not download.local_proxy_options(href)
+    io.session.trust_env = not download.is_local(href)
     try:
         found = Client.open(href, stac_io=io).search(
             bbox=area.bounds_lonlat,

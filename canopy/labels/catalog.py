@@ -125,7 +125,7 @@ class LabelManifest(Named):
     attribution: str = Field(min_length=1)
     citation: str = Field(min_length=1)
     doi: str | None = None
-    checksum: Literal["crc32c", "md5", "sha256", "per file"] | None
+    checksum: Literal["md5", "sha256", "per file"] | None
     coverage: Coverage | None
     sites: tuple[str, ...] = ()
     partners: tuple[Partner, ...] = Field(min_length=1)

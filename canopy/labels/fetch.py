@@ -94,7 +94,7 @@ class RemoteFile:
         folder: subfolder, where names alone would not tell files apart (flights of different years).
         bytes: size; None where nobody says.
         about: `bytes` is the usual size of such files, not this one's.
-        checksum: `crc32c:`, `md5:` or `sha256:` and lower-case hex.
+        checksum: `md5:` or `sha256:` and lower-case hex.
         day: acquisition, as the catalogue writes it.
         headers: gives request headers such as an access token; asked just before the download.
         sign: makes the URL readable, again after a refusal.
@@ -140,24 +140,18 @@ class RemoteFile:
             )
         kind, _, expected = (self.checksum or "").partition(":")
         if kind:
-            got = _digest(path, kind)
+            with open(path, "rb") as file:
+                got = hashlib.file_digest(file, kind).hexdigest()
             if got != expected:
                 raise DataError(
                     f"{kind} of {self.name} is {got}", where=path, expected=expected, remedy=_DAMAGED
                 )
 
 
-def _digest(path: Path, kind: str) -> str:
-    if kind == "crc32c":
-        return download.file_crc32c(path)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
-
-
 def checksum_of(kind: str, value: object) -> str | None:
     """A catalogue's checksum as `kind:hex`; None where it gives none."""
     text = str(value or "").strip().strip('"').lower()
-    digits = {"crc32c": 8, "md5": 32, "sha256": 64}[kind]
+    digits = {"md5": 32, "sha256": 64}[kind]
     return f"{kind}:{text.zfill(digits)}" if re.fullmatch(rf"[0-9a-f]{{1,{digits}}}", text) else None
 
 

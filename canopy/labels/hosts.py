@@ -86,7 +86,8 @@ def plan_get(name: str, wish: Wish, *, product: str | None = None) -> Plan:
 def _with_size(file: RemoteFile) -> RemoteFile:
     if file.bytes is not None:
         return file
-    return replace(file, bytes=download.size_of(file.url, headers=file.headers(), sign=file.sign))
+    url = file.sign(file.url, False) if file.sign else file.url
+    return replace(file, bytes=download.peek(url, 1, headers=file.headers())[1])
 
 
 def _sized(size: int | None, product: Product, about: bool = False) -> dict[str, Any]:

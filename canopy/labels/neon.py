@@ -1,4 +1,4 @@
-"""NEON's data API, v0: which site-months exist of a product, and their files with sizes and checksums.
+"""NEON's data API, v0: which site-months exist of a product, and their files with sizes.
 
 `{api}/products/{product}` lists the months of every site; `{api}/data/{product}/{site}/{YYYY-MM}` lists
 files, and has asked for a token since June 2026. The token comes from NEON_API_TOKEN, goes only to the API's
@@ -137,7 +137,7 @@ class _Api:
             name=name,
             bytes=whole_number(row.get("size")),
             folder=place,
-            checksum=checksum_of("crc32c", row.get("crc32c")) or checksum_of("md5", row.get("md5")),
+            checksum=checksum_of("md5", row.get("md5")),
             day=place.partition("-")[2],
             headers=lambda: self.headers_for(url),
             sign=sign,

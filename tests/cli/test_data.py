@@ -8,8 +8,6 @@ import random
 
 import pytest
 
-from canopy.download import crc32c
-
 BODY = random.Random(1).randbytes(3000)
 NAME = "NEON_D01_HARV_DP3_732000_4713000_CHM.tif"
 PLACE = f"HARV-2022-08/{NAME}"
@@ -22,7 +20,7 @@ def neon(server, point_at, monkeypatch):
     point_at("neon", f"{server.url}/api")
     monkeypatch.setenv("NEON_API_TOKEN", "top-secret")
     url = server.put(f"/files/{NAME}", BODY)
-    row = {"name": NAME, "size": len(BODY), "crc32c": f"{crc32c(BODY):08x}", "url": f"{url}?sig=top-secret"}
+    row = {"name": NAME, "size": len(BODY), "url": f"{url}?sig=top-secret"}
     sites = [{"siteCode": "HARV", "availableMonths": ["2022-08"]}]
     server.put("/api/products/DP3.30015.001", {"data": {"siteCodes": sites}})
     server.put("/api/data/DP3.30015.001/HARV/2022-08", {"data": {"files": [row]}})

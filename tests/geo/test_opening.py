@@ -12,11 +12,10 @@ import rasterio.env
 import rasterio.shutil
 from affine import Affine
 
-from canopy.download import RetryPolicy, gdal_options, use_policy
 from canopy.errors import ImageryError
 from canopy.files import public_name
 from canopy.geo.place import SourcePlace
-from canopy.geo.reading import open_raster, raster_env, read_window
+from canopy.geo.reading import open_raster, read_window
 
 NORTH_UP = Affine(1, 0, 500_000, 0, -1, 4_000_000)
 IMAGE = np.full((1, 20, 20), 5, dtype="uint8")
@@ -161,20 +160,6 @@ def test_places_of_every_orientation(make_tif):
         assert place.is_north_up and place.grid().shape == (20, 20)
     with open_raster(make_tif(IMAGE, NORTH_UP @ Affine.rotation(5))) as ds:
         assert not SourcePlace.of(ds).is_north_up
-
-
-def test_the_patience_that_was_set_around_a_read_stays_in_force():
-    def inside(name):
-        with raster_env(name):
-            return rasterio.env.getenv()
-
-    url = "http://127.0.0.1/a.tif"
-    assert "GDAL_HTTP_TIMEOUT" not in inside("a.tif")
-    assert inside(url)["GDAL_HTTP_TIMEOUT"] == "120"
-    with use_policy(RetryPolicy(timeout_s=5.0)), rasterio.Env(**gdal_options()):
-        found = inside(f"/vsicurl/{url}")
-    assert found["GDAL_HTTP_TIMEOUT"] == "20" and found["GDAL_HTTP_LOW_SPEED_TIME"] == "5"
-    assert found["GDAL_HTTP_CONNECTTIMEOUT"] == "15" and found["GDAL_VRT_ENABLE_PYTHON"] == "NO"
 
 
 def test_messages_do_not_show_signatures():

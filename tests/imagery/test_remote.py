@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 import rasterio.shutil
 
-from canopy.download import REQUESTS_PER_HOST, RetryPolicy, use_policy
+from canopy.download import RetryPolicy, use_policy
 from canopy.errors import FetchError
 from canopy.imagery.base import ReadOptions
 from canopy.imagery.open import open_imagery
@@ -135,18 +133,3 @@ def test_an_expired_signature_is_renewed_and_never_shown(server, cog, noise):
     with pytest.raises(FetchError, match="403") as caught:
         _ = refusing.facts
     assert "topsecret" not in str(caught.value)
-
-
-def test_a_host_never_sees_more_than_its_share_of_requests(server, cog):
-    url = server.put("/a.tif", cog)
-    source = open_imagery(url)
-    grid = source.native_grid
-    server.fail("/a.tif", times=1000, status=200, delay_s=0.02)
-    threads = [
-        threading.Thread(target=lambda i=i: source.read(grid.window(60 * i, 0, 60, 1024))) for i in range(16)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert 1 < server.most_busy <= REQUESTS_PER_HOST

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import threading
@@ -9,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 
-from canopy.download import crc32c
 from canopy.errors import AreaError, DataError, FetchError, InputError, OutputError
 from canopy.geo.area import AOI
 from canopy.labels import fetch
@@ -55,8 +55,7 @@ class Neon:
             {
                 "name": name,
                 "size": str(len(body(name))),
-                "md5": None,
-                "crc32c": f"{crc32c(body(name)):x}",
+                "md5": hashlib.md5(body(name)).hexdigest(),
                 "url": f"{self.server.url}/signed/{name}?sig={signature}",
             }
             for name in self.names[2 * page : 2 * page + 2]
@@ -201,7 +200,7 @@ def test_a_damaged_download_is_discarded(neon, server, tmp_path):
     name = neon.names[0]
     server.put(f"/signed/{name}", b"x" + body(name)[1:])
     plan = plan_get("neon", Wish(sites=("STEI",), match="297000_5041"))
-    with pytest.raises(DataError, match=rf"crc32c of {name} is [0-9a-f]{{8}}; expected [0-9a-f]{{8}}"):
+    with pytest.raises(DataError, match=rf"md5 of {name} is [0-9a-f]{{32}}; expected [0-9a-f]{{32}}"):
         get_files(plan, tmp_path)
     assert list(tmp_path.glob(f"{MONTH}/*.tif*")) == [] and not (tmp_path / RECORD).exists()
 
