@@ -61,7 +61,6 @@ class LidarFile:
     z_to_m: float
     bounds: Bounds
     point_format: int
-    is_copc: bool
     has_dates: bool
 
     def bounds_in(self, crs: CRS) -> Bounds:
@@ -130,7 +129,6 @@ def open_lidar(path: str | Path, *, crs: Any = None, units: str = "auto") -> Lid
         except CRSError:
             stated = None  # an unreadable one is as good as none: --crs can replace it
         told = _told_unit(stated, header)
-        is_copc = bool(header.vlrs.get("CopcInfoVlr"))
         west, south, east, north = (float(v) for v in (*header.mins[:2], *header.maxs[:2]))
         count, kind = int(header.point_count), int(header.point_format.id)
         dated = kind not in (0, 2) and int(header.global_encoding.gps_time_type) == 1
@@ -146,7 +144,7 @@ def open_lidar(path: str | Path, *, crs: Any = None, units: str = "auto") -> Lid
         )
     _check_place(path, (west, south, east, north), horizontal)
     z_to_m = vertical_unit(path.name, told, horizontal, units)
-    return LidarFile(path, count, horizontal, z_to_m, (west, south, east, north), kind, is_copc, dated)
+    return LidarFile(path, count, horizontal, z_to_m, (west, south, east, north), kind, dated)
 
 
 def _check_place(path: Path, bounds: Bounds, crs: CRS) -> None:
@@ -273,13 +271,13 @@ class Tally:
 def fill(spool: Spool, files: Sequence[LidarFile], crs: CRS, limits: Range, progress: Progress) -> Tally:
     """Stream every file once into the spool; see the module's head.
 
-    Points of noise classes and withheld points are dropped, and those beyond the blocks `limits`; of a COPC
-    file only the nodes that meet them are decoded. Raises DataError.
+    Points of noise classes and withheld points are dropped, and those beyond the blocks `limits`. Raises
+    DataError.
     """
     tally = Tally()
     for file in files:
         known = False
-        for raw in _chunks(file, crs, spool, limits):
+        for raw in _chunks(file):
             points, classes = _record(file, raw, crs)
             known |= not _UNCLASSIFIED[classes].all()
             keep = points["kind"] != NOISE
@@ -296,22 +294,10 @@ def fill(spool: Spool, files: Sequence[LidarFile], crs: CRS, limits: Range, prog
     return tally
 
 
-def _chunks(file: LidarFile, crs: CRS, spool: Spool, limits: Range) -> Iterator[Any]:
+def _chunks(file: LidarFile) -> Iterator[Any]:
     """laspy's chunks of a file. Raises DataError for one that ends early."""
     import laspy
-    from laspy.copc import Bounds as Box
 
-    side = spool.side_m
-    w, s, e, n = limits[1] * side, -(limits[2] + 1) * side, (limits[3] + 1) * side, -limits[0] * side
-    west, south, east, north = file.bounds_in(crs)
-    if file.is_copc and (west < w or south < s or east > e or north > n):
-        if file.crs != crs:
-            w, s, e, n = transformer(crs, file.crs).transform_bounds(w, s, e, n, densify_pts=21)
-        with reading(file.path), laspy.CopcReader.open(str(file.path)) as reader:
-            found = reader.query(Box(np.array([w, s]), np.array([e, n])))
-            for start in range(0, len(found), CHUNK_POINTS):
-                yield found[start : start + CHUNK_POINTS]
-        return
     seen = 0
     with reading(file.path), laspy.open(file.path) as reader:
         for chunk in reader.chunk_iterator(CHUNK_POINTS):

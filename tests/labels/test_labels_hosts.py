@@ -89,19 +89,15 @@ def test_ign_tiles_are_paged_and_chosen_by_their_names_bounds(ign, server, tmp_p
     one = plan_get("france-lidar-hd", Wish(area=in_france(677.2, 6815.2, 677.4, 6815.4)))
     assert [f.name for f in one.files] == ["LHD_FXX_0677_6816_MNH_O_0M50_LAMB93_IGN69.tif"]
     get_files(one, tmp_path)
+    cloud = plan_get("france-lidar-hd", Wish(area=in_france(677.2, 6815.2, 677.4, 6815.4)), product="points")
+    assert [f.name for f in cloud.files] == ["LHD_FXX_0677_6816_PTS_O_LAMB93_IGN69.copc.laz"]
+    assert get_files(cloud, tmp_path)[0]  # indexed with a dash, served with a _
     record = json.loads((tmp_path / RECORD).read_text())["files"][one.files[0].name]
     assert (
         record["sha256"] == hashlib.sha256(body("raster")).hexdigest()
         and "Licence Ouverte" in record["licence"]
     )
     assert verify_folder(tmp_path)["problems"] == {}
-
-
-def test_names_with_a_dash_are_fetched_where_they_are(ign, tmp_path):
-    wish = Wish(area=in_france(677.2, 6815.2, 677.4, 6815.4))
-    plan = plan_get("france-lidar-hd", wish, product="points")
-    assert [f.name for f in plan.files] == ["LHD_FXX_0677_6816_PTS_O_LAMB93_IGN69.copc.laz"]
-    assert get_files(plan, tmp_path)[0]
 
 
 def test_a_layer_that_is_gone_is_named(ign):
@@ -207,13 +203,6 @@ def test_stac_items_are_found_signed_again_when_refused_and_checked(dep, server,
     assert len(get_files(plan, tmp_path)[0]) == 2 and server.asked("sig=good") >= 2
     tells_no_secret((tmp_path / RECORD).read_text())
     assert verify_folder(tmp_path)["problems"] == {}
-
-
-def test_stac_outside_its_region(dep):
-    with pytest.raises(AreaError, match="california-3dep has nothing there"):
-        plan_get("california-3dep", Wish(area=AOI.from_bounds([-110.0, 37.001, -109.99, 37.005])))
-    with pytest.raises(AreaError, match="nothing there"):
-        plan_get("california-3dep", Wish(area=AOI.from_bounds([-121.0, 38.001, -120.99, 38.005])))
 
 
 # ---- Earthdata -------------------------------------------------------------------------------

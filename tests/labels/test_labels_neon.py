@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import threading
 from dataclasses import replace
 
 import pytest
@@ -119,17 +118,6 @@ def test_provisional_data_are_said_to_be(neon):
     assert "STEI-2022-07 is provisional" in plan_get("neon", Wish(area=tree())).notes[-1]
 
 
-def test_two_downloads_into_one_folder_share_its_record(neon, tmp_path):
-    plans = [plan_get("neon", Wish(sites=("STEI",), match=f"{east}000_")) for east in (297, 298)]
-    work = [threading.Thread(target=get_files, args=(plan, tmp_path)) for plan in plans]
-    for thread in work:
-        thread.start()
-    for thread in work:
-        thread.join()
-    assert verify_folder(tmp_path) == {"folder": str(tmp_path), "files": 4, "problems": {}}
-    assert {path.name for path in tmp_path.iterdir()} - {"manifests"} == {RECORD, MONTH}
-
-
 def test_without_or_with_a_wrong_token_the_host_is_named_and_the_remedy(
     neon, server, monkeypatch, tells_no_secret
 ):
@@ -238,9 +226,7 @@ def test_a_record_that_is_none_is_refused(tmp_path, text):
     (tmp_path / RECORD).write_text(text)
     with pytest.raises(DataError, match="cannot be read"):
         verify_folder(tmp_path)
-
-
-def test_a_folder_without_record_is_no_download(tmp_path):
+    (tmp_path / RECORD).unlink()
     with pytest.raises(DataError, match="holds no record"):
         verify_folder(tmp_path)
 
