@@ -60,6 +60,7 @@ class SceneRecord(Settings):
         wkt: its outline in EPSG:4326, or None: only the file knows.
         bands: band numbers of red, green, blue in the one asset, when a catalog says.
         hidden: lies wholly under the outlines of images above it: read only where those have no pixels.
+        cloud: per cent of it; gsd_m: ground sample distance that a catalog states.
     """
 
     scene_id: str
@@ -68,6 +69,8 @@ class SceneRecord(Settings):
     wkt: str | None = None
     bands: tuple[int, int, int] | None = None
     hidden: bool = False
+    cloud: float = 0.0
+    gsd_m: float | None = None
 
     @cached_property
     def outline(self) -> Outline | None:
@@ -212,7 +215,7 @@ class Scene:
 
     def _study(self, href: str, dataset: DatasetReader) -> SceneFacts | InputError:
         """Facts, or the reason why this image will never do (returned, so that no retry is spent on it)."""
-        label, options = self._label(href), self._options
+        label, options = self.record.scene_id, self._options
         try:
             check_local(dataset, label)
             check_georeference(dataset, label)
@@ -229,12 +232,6 @@ class Scene:
             notes.append(f"{label}: --input-crs {options.crs} in place of the CRS that it carries")
         day = acquisition_date(dataset.tags(), public_name(href))
         return SceneFacts(place, plan, day, tuple(notes))
-
-    def _label(self, href: str) -> str:
-        """What messages call a file of this scene."""
-        if len(self.record.assets) == 1:
-            return self.record.scene_id
-        return f"{self.record.scene_id} {public_name(href).rsplit('/', 1)[-1]}"
 
     def _wkt(self, facts: SceneFacts) -> str:
         try:

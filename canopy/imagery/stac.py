@@ -12,9 +12,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -45,25 +44,11 @@ MAX_DOCUMENTS = 20_000
 MAX_ITEMS = 2000
 _LEAST_NEW_AREA_DEG2 = 1e-10  # about one square metre
 _ABSENT = (403, 404, 410)
+_ALL_CLOUD = 100.0
 
 
 class TooManyItemsError(InputError):
     """A search finds more items than one mosaic may have; smaller areas can be searched on their own."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """An item with what the mosaic's order needs beside its record."""
-
-    record: SceneRecord
-    cloud: float | None
-    gsd_m: float | None
-
-    @property
-    def order(self) -> tuple[int, float, str]:
-        """Newest first, then the least cloudy, then by id."""
-        cloud = float("inf") if self.cloud is None else self.cloud
-        return -(self.record.day or date.min).toordinal(), cloud, self.record.scene_id
 
 
 def open_stac(
@@ -93,20 +78,25 @@ def open_stac(
         AreaError: no item in the area; ImageryError: no item has colour; FetchError: the host.
     """
     check_options(options)
-    items, notes = _find(href, collection, area, options.datetime)
-    found = [item for item in (found_of(item, assets) for item in items) if _fits(item, area, options)]
+
+    def find(place: AOI | None) -> tuple[list[SceneRecord], list[str]]:
+        items, notes = _items(href, collection, place, options.datetime)
+        records = [record_of(item, assets) for item in items]
+        return [
+            r for r in records
+            if is_within(r.day, options.datetime) and (place is None or place.lonlat.intersects(r.outline))
+        ], notes  # fmt: skip
+
+    found, notes = find(area)
     if not found:
-        place = f" ({area.describe()})" if area else ""
-        when = f" of {options.datetime}" if options.datetime else ""
-        remedy = "; ".join(notes) or None
+        where, when = (
+            f" ({area.describe()})" if area else "",
+            f" of {options.datetime}" if options.datetime else "",
+        )
         swapped = swapped_area(area) if area else None
-        if swapped is not None and any(
-            _fits(found_of(item, assets), swapped, options)
-            for item in _find(href, collection, swapped, options.datetime)[0]
-        ):
-            remedy = SWAP_HINT
-        raise AreaError(f"no imagery{when} there{place}", where=name, remedy=remedy)
-    colourless = [item.record.scene_id for item in found if not item.record.assets]
+        remedy = SWAP_HINT if swapped and find(swapped)[0] else "; ".join(notes) or None
+        raise AreaError(f"no imagery{when} there{where}", where=name, remedy=remedy)
+    colourless = [record.scene_id for record in found if not record.assets]
     if len(colourless) == len(found):
         raise ImageryError(
             f"item {colourless[0]!r} has no colour asset",
@@ -114,21 +104,21 @@ def open_stac(
             expected="an asset `visual`, `image` or `rgb`, or three with the common names red, green, blue",
         )
     if colourless:
+        example = f"such as {colourless[0]}"
         notes.append(
-            f"{len(colourless)} of {len(found)} items have no colour asset and are left out, "
-            f"such as {colourless[0]}"
+            f"{len(colourless)} of {len(found)} items have no colour asset and are left out, {example}"
         )
-        found = [item for item in found if item.record.assets]
     signing, handles = signing or signing_of(href), Handles()
-    layers = [Scene(record, options, handles, signer(signing)) for record in in_order(found, area)]
-    first = layers[0].facts
-    stated = [item.gsd_m for item in found if item.gsd_m]
+    records = in_order([record for record in found if record.assets], area)
+    scenes = [Scene(record, options, handles, signer(signing)) for record in records]
+    first = scenes[0].facts
+    stated = min((record.gsd_m for record in records if record.gsd_m), default=gsd_m)
     return Mosaic(
-        layers,
+        scenes,
         name=name,
         native_crs=first.place.crs,
-        native_gsd_m=min(stated) if stated else gsd_m or first.place.gsd_m,
-        notes=[*notes, *first.notes, *layers[0].pixel_notes()],
+        native_gsd_m=stated or first.place.gsd_m,
+        notes=[*notes, *first.notes, *scenes[0].pixel_notes()],
         has_own_extent=False,
         handles=handles,
         options=options,
@@ -136,27 +126,21 @@ def open_stac(
     )
 
 
-def _fits(item: Found, area: AOI | None, options: ReadOptions) -> bool:
-    outline = item.record.outline
-    there = area is None or (outline is not None and outline.intersects(area.lonlat))
-    return there and is_within(item.record.day, options.datetime)
-
-
-def in_order(found: Sequence[Found], area: AOI | None) -> list[SceneRecord]:
-    """Records in mosaic order; hidden ones are those that, in the area, lie under the outlines above them."""
+def in_order(records: Sequence[SceneRecord], area: AOI | None) -> list[SceneRecord]:
+    """Newest first, then the least cloudy, then by id; those that lie under others in the area are hidden."""
     wanted = area.lonlat if area else box(-180, -90, 180, 90)
     covered: BaseGeometry = Polygon()
-    records: list[SceneRecord] = []
-    for item in sorted(found, key=lambda item: item.order):
-        seen = shapely.intersection(item.record.outline, wanted)
-        hidden = bool(records) and seen.difference(covered).area <= _LEAST_NEW_AREA_DEG2
-        records.append(item.record.model_copy(update={"hidden": hidden}))
+    ordered: list[SceneRecord] = []
+    for record in sorted(records, key=lambda r: (-(r.day or date.min).toordinal(), r.cloud, r.scene_id)):
+        seen = shapely.intersection(record.outline, wanted)
+        hidden = bool(ordered) and seen.difference(covered).area <= _LEAST_NEW_AREA_DEG2
+        ordered.append(record.model_copy(update={"hidden": hidden}))
         covered = covered if hidden else shapely.union(covered, seen)
-    return records
+    return ordered
 
 
 # ---- finding ---------------------------------------------------------------------------------
-def _find(
+def _items(
     href: str, collection: str | None, area: AOI | None, datetime: str | None
 ) -> tuple[list[pystac.Item], list[str]]:
     """Items that may touch the area, and notes about what is missing."""
@@ -169,11 +153,7 @@ def _find(
     if root.get("type") == "Collection" and "items" in links and "root" in links:
         # A collection inside an API: search it from the API's root.
         return search(resolve(links["root"], href), str(root.get("id")), area, datetime), []
-    missing = list[str]()
-    items = list(walk(href, root, area.lonlat if area else None, missing))
-    if not missing:
-        return items, []
-    return items, [f"{len(missing)} documents of the catalog are missing, such as {redact(missing[0])}"]
+    return walk(href, root, area.lonlat if area else None)
 
 
 def search(href: str, collection: str | None, area: AOI | None, datetime: str | None) -> list[pystac.Item]:
@@ -233,48 +213,61 @@ def search(href: str, collection: str | None, area: AOI | None, datetime: str | 
 
 
 def walk(
-    where: str, root: Mapping[str, Any], wanted: BaseGeometry | None, missing: list[str]
-) -> Iterator[pystac.Item]:
-    """Items of a static catalog, collection, item or item collection.
+    where: str, root: Mapping[str, Any], wanted: BaseGeometry | None
+) -> tuple[list[pystac.Item], list[str]]:
+    """Items of a static catalog, collection, item or item collection, level by level.
 
     Args:
         where: its address.
         root: its JSON.
         wanted: collections whose extent misses it (EPSG:4326) are not entered.
-        missing: takes the addresses of documents that are named and not there.
+
+    Returns:
+        The items, and a note where documents are named that are not there.
 
     Raises:
         ImageryError: a document cannot be read (it is named), or there are too many.
     """
-    pending, seen = [(where, root)], {where}
+    items, missing, seen = list[pystac.Item](), list[str](), {where}
+    level: list[tuple[str, Mapping[str, Any]]] = [(where, root)]
     with ThreadPoolExecutor(download.REQUESTS_PER_HOST) as pool:
-        while pending:
-            address, document = pending.pop(0)
-            kind = document.get("type")
-            if kind in ("Feature", "FeatureCollection"):
-                features = [document] if kind == "Feature" else document.get("features", [])
-                yield from (_item(feature, address) for feature in features)
-                continue
-            if kind not in ("Catalog", "Collection") and "links" not in document:
-                raise ImageryError(f"JSON of type {kind!r}", where=redact(address), expected="STAC")
-            boxes = document.get("extent", {}).get("spatial", {}).get("bbox") or []
-            if wanted is not None and boxes and not any(_box(each).intersects(wanted) for each in boxes):
-                continue
-            links = [link for link in document.get("links", []) if link.get("rel") in ("child", "item")]
-            targets = dict.fromkeys(resolve(str(link.get("href", "")), address) for link in links)
-            fresh = [target for target in targets if target not in seen]
-            seen.update(fresh)
+        while level:
+            targets = []
+            for address, document in level:
+                kind = document.get("type")
+                if kind in ("Feature", "FeatureCollection"):
+                    features = [document] if kind == "Feature" else document.get("features", [])
+                    items += [_item(feature, address) for feature in features]
+                elif kind not in ("Catalog", "Collection") and "links" not in document:
+                    raise ImageryError(f"JSON of type {kind!r}", where=redact(address), expected="STAC")
+                elif wanted is None or _may_touch(document, wanted):
+                    links = [
+                        link for link in document.get("links", []) if link.get("rel") in ("child", "item")
+                    ]
+                    targets += [resolve(str(link.get("href", "")), address) for link in links]
+            targets = [target for target in dict.fromkeys(targets) if target not in seen]
+            seen.update(targets)
             if len(seen) > MAX_DOCUMENTS:
                 raise ImageryError(
                     f"more than {MAX_DOCUMENTS} documents",
                     where=redact(where),
                     remedy="give one collection's address",
                 )
-            for target, child in zip(fresh, pool.map(_read_if_there, fresh), strict=True):
-                if child is None:
-                    missing.append(target)
-                else:
-                    pending.append((target, child))
+            found = dict(zip(targets, pool.map(_read_if_there, targets), strict=True))
+            missing += [target for target, document in found.items() if document is None]
+            level = [(target, document) for target, document in found.items() if document is not None]
+    notes = (
+        [f"{len(missing)} documents of the catalog are missing, such as {redact(missing[0])}"]
+        if missing
+        else []
+    )
+    return items, notes
+
+
+def _may_touch(document: Mapping[str, Any], wanted: BaseGeometry) -> bool:
+    """Whether a collection's extent touches the area; True when it does not say."""
+    boxes = document.get("extent", {}).get("spatial", {}).get("bbox") or []
+    return not boxes or any(_box(bounds).intersects(wanted) for bounds in boxes)
 
 
 def _read_if_there(where: str) -> Mapping[str, Any] | None:
@@ -343,7 +336,7 @@ def _item(document: Mapping[str, Any], address: str) -> pystac.Item:
         raise ImageryError(f"no valid STAC item ({type(error).__name__}: {error})", where=name) from None
 
 
-def found_of(item: pystac.Item, preferred: Sequence[str] = ()) -> Found:
+def record_of(item: pystac.Item, preferred: Sequence[str] = ()) -> SceneRecord:
     """Reduce an item to what reading needs; `preferred` are asset keys to take first.
 
     Raises:
@@ -352,7 +345,6 @@ def found_of(item: pystac.Item, preferred: Sequence[str] = ()) -> Found:
     properties, base = item.properties, item.get_self_href() or ""
     hrefs, bands = choose_assets(item.assets, preferred)
     gsds = [asset.extra_fields.get("gsd") for asset in item.assets.values()]
-    gsd = properties.get("gsd") or min((float(each) for each in gsds if each), default=None)
     try:
         outline = shape(item.geometry) if item.geometry else _box(item.bbox or ())
     except Exception as error:  # shapely raises many kinds on malformed GeoJSON
@@ -360,11 +352,16 @@ def found_of(item: pystac.Item, preferred: Sequence[str] = ()) -> Found:
     outline = outline if outline.is_valid else outline.buffer(0)
     if not isinstance(outline, (Polygon, MultiPolygon)) or outline.is_empty:
         raise ImageryError("item whose geometry is no area", where=item.id)
-    day = parse_day(str(properties.get("datetime") or properties.get("start_datetime") or ""))
-    assets = tuple(resolve(href, base) for href in hrefs)
-    record = SceneRecord(scene_id=item.id, assets=assets, day=day, wkt=outline.wkt, bands=bands)
     cloud = properties.get("eo:cloud_cover", properties.get("tile:clouds_percent"))
-    return Found(record, cloud, float(gsd) if gsd else None)
+    return SceneRecord(
+        scene_id=item.id,
+        assets=tuple(resolve(href, base) for href in hrefs),
+        day=parse_day(str(properties.get("datetime") or properties.get("start_datetime") or "")),
+        wkt=outline.wkt,
+        bands=bands,
+        cloud=_ALL_CLOUD if cloud is None else cloud,
+        gsd_m=properties.get("gsd") or min((gsd for gsd in gsds if gsd), default=None),
+    )
 
 
 def choose_assets(

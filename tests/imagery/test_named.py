@@ -25,7 +25,6 @@ from canopy.imagery.named import (
 )
 from canopy.imagery.names import acquisition_date, date_from_name, days_since_epoch, parse_day, parse_range
 from canopy.imagery.open import open_imagery
-from canopy.imagery.xyz import TileSource
 
 SHIPPED = {"demo", "ign-ortho", "maxar-open-data", "naip", "neon-rgb", "swissimage", "vantor-open-data"}
 MINIMAL = """
@@ -114,15 +113,6 @@ def test_a_wrong_manifest_says_what_is_wrong(manifest, old, new, message):
         named_source("mine")
 
 
-def test_coverage_may_be_boxes_or_wkt(manifest):
-    for text in (
-        "[[-72, 44, -71.5, 45], [-71.5, 44, -71, 45]]",
-        "POLYGON ((-72 44, -71 44, -71 45, -72 45, -72 44))",
-    ):
-        manifest("a.tif", ("[-72, 44, -71, 45]", text))
-        assert named_source("mine").geometry.bounds == (-72, 44, -71, 45)
-
-
 def test_an_unknown_name_lists_the_known_and_the_nearest(monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"naips: .*did you mean 'naip'.*demo, ign-ortho"):
         open_imagery("naips")
@@ -156,13 +146,6 @@ def test_a_declared_scale_is_used_the_users_wins_and_255_lets_no_uint16_pass(man
     manifest(path, ("licence", "scale: 255\nlicence"))
     with pytest.raises(ImageryError, match="--scale"):
         open_imagery("mine")
-
-
-def test_tile_sources_open_without_asking_the_host():
-    source = open_imagery("ign-ortho", area=AOI.from_bbox([48.4, 2.7], size_m=500))
-    assert isinstance(source, TileSource) and 0.3 < source.native_gsd_m <= 0.6
-    assert source.name == "ign-ortho" and source.area() is not None
-    assert not source.covers(AOI.from_bbox([50.85, 4.35], size_m=500))
 
 
 # ---- the demo --------------------------------------------------------------------------------

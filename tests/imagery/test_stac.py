@@ -18,9 +18,9 @@ from canopy.errors import AreaError, FetchError, ImageryError, InputError, Missi
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
 from canopy.imagery import stac
-from canopy.imagery.base import ReadOptions, check_coverage
+from canopy.imagery.base import ReadOptions
 from canopy.imagery.open import open_imagery, open_pinned
-from canopy.imagery.stac import choose_assets, found_of, in_order, open_stac, resolve
+from canopy.imagery.stac import choose_assets, in_order, open_stac, record_of, resolve
 
 UTM = "EPSG:32619"
 WEST, NORTH, SIDE = 315_000, 4_884_000, 64
@@ -134,11 +134,9 @@ def test_an_area_elsewhere_or_swapped(catalog):
         open_imagery(catalog, area=AOI.from_bbox([lat + 2, lon], size_m=100))
     with pytest.raises(AreaError, match="Swapping latitude and longitude"):
         open_imagery(catalog, area=AOI.from_bbox([lon, lat], size_m=100))
-    with pytest.raises(AreaError, match="Swapping"):
-        check_coverage(open_imagery(catalog, area=area()), AOI.from_bbox([lon, lat], size_m=100))
 
 
-def test_documents_that_are_missing_are_told_of_and_end_nothing(catalog, server):
+def test_documents_that_are_missing_are_told_of_and_end_nothing(catalog, images, server):
     far = AOI.from_bounds((10.1, 50.1, 10.2, 50.2))
     with pytest.raises(AreaError, match=r"no imagery there.*1 documents.*missing\.json"):
         open_imagery(catalog, area=far)
@@ -149,17 +147,12 @@ def test_documents_that_are_missing_are_told_of_and_end_nothing(catalog, server)
         server.put(
             "/stac/" + str(path.relative_to(catalog.parent)), path.read_text().replace("../../img", "..")
         )
+    server.fail("collection", times=1, status=503)
     with pytest.raises(FetchError, match=r"no such file.*new|new.*no such file"):  # an image is no document
         open_imagery(server.url + "/stac/catalog.json", area=area())
-
-
-def test_a_static_catalog_over_http(server, catalog, images):
-    for path in catalog.parent.rglob("*.json"):
-        server.put("/stac/" + str(path.relative_to(catalog.parent)), path.read_text())
     for name, (path, *_) in images.items():
-        server.put(f"/img/{name}.tif", path.read_bytes())
-    server.fail("collection", times=1, status=503)
-    check_mosaic(open_imagery(server.url + "/stac/catalog.json", area=area()))
+        server.put(f"/stac/{name}.tif", path.read_bytes())
+    assert open_imagery(server.url + "/stac/catalog.json", area=area()).read(everything()).valid.any()
 
 
 def test_a_remote_catalog_may_not_name_local_files():
@@ -181,17 +174,11 @@ def api(server, images):
     searches: list[dict] = []
 
     def root(path, query, body):
-        links = [
-            {"rel": "self", "href": url, "type": "application/json"},
-            {"rel": "root", "href": url, "type": "application/json"},
-            {"rel": "data", "href": url + "/collections", "type": "application/json"},
-            {"rel": "search", "href": url + "/search", "type": "application/geo+json", "method": "POST"},
-        ]
-        conforms = [
-            "https://api.stacspec.org/v1.0.0/core",
-            "https://api.stacspec.org/v1.0.0/item-search",
-            "https://api.stacspec.org/v1.0.0/collections",
-        ]
+        kinds = {"self": url, "root": url, "data": url + "/collections", "search": url + "/search"}
+        links = [{"rel": rel, "href": href, "type": "application/json"} for rel, href in kinds.items()]
+        links[-1] |= {"type": "application/geo+json", "method": "POST"}
+        parts = ("core", "item-search", "collections")
+        conforms = [f"https://api.stacspec.org/v1.0.0/{part}" for part in parts]
         answer = {"type": "Catalog", "id": "local", "stac_version": "1.0.0", "description": "local",
                   "conformsTo": conforms, "links": links}  # fmt: skip
         return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
@@ -199,20 +186,11 @@ def api(server, images):
     def search(path, query, body):
         asked = json.loads(body)
         searches.append(asked)
-        wanted = box(*asked["bbox"])
-        hits = [i for i in items if box(*i["bbox"]).intersects(wanted)]
-        hits = [i for i in hits if not asked.get("collections") or i["collection"] in asked["collections"]]
+        wanted, named = box(*asked["bbox"]), asked.get("collections", ["aerial"])
+        hits = [i for i in items if box(*i["bbox"]).intersects(wanted) and i["collection"] in named]
         page = int(asked.get("token", 0))
-        links = []
-        if page + 1 < len(hits):
-            links = [
-                {
-                    "rel": "next",
-                    "href": url + "/search",
-                    "method": "POST",
-                    "body": asked | {"token": page + 1},
-                }
-            ]
+        more = {"rel": "next", "href": url + "/search", "method": "POST", "body": asked | {"token": page + 1}}
+        links = [more] if page + 1 < len(hits) else []
         answer = {"type": "FeatureCollection", "features": hits[page : page + 1], "links": links}
         return 200, {"Content-Type": "application/geo+json"}, json.dumps(answer).encode()
 
@@ -246,19 +224,6 @@ def test_a_busy_search_is_repeated_and_a_dead_one_named(api):
     check_mosaic(open_imagery(server.url + "/api", area=area()))
     server.fail("/api/search", times=1000, status=503)
     with pytest.raises(FetchError, match=r"127\.0\.0\.1:\d+ did not answer the search"):
-        open_imagery(server.url + "/api", area=area())
-
-
-def test_a_search_answer_that_is_a_web_page(api):
-    server, *_ = api
-    server.fail(
-        "/api/search",
-        times=1000,
-        status=200,
-        body=b"<html>log in</html>",
-        headers={"Content-Type": "text/html"},
-    )
-    with pytest.raises(ImageryError, match=r"127\.0\.0\.1"):
         open_imagery(server.url + "/api", area=area())
 
 
@@ -380,19 +345,16 @@ def test_three_single_band_assets_make_rgb(make_tif, rgb, tmp_path):
     assert source.dates == ("2020-01-01",)
 
 
-def test_newest_then_least_cloudy_then_by_id(images):
-    grid = place(0)
+def test_newest_then_least_cloudy_then_by_id():
     entries = [
-        found_of(pystac.Item.from_dict(item(name, grid, day, "a.tif", **more), href="/here.json"))
+        record_of(pystac.Item.from_dict(item(name, place(0), day, "a.tif", **more), href="/here.json"))
         for name, day, more in (
-            ("c", "2020-01-01", {"eo:cloud_cover": 30}),
-            ("b", "2020-01-01", {"eo:cloud_cover": 5}),
-            ("a", "2020-01-01", {}),
-            ("z", "2021-01-01", {"eo:cloud_cover": 90}),
+            ("c", "2020-01-01", {"eo:cloud_cover": 30}), ("b", "2020-01-01", {"eo:cloud_cover": 5}),
+            ("a", "2020-01-01", {}), ("z", "2021-01-01", {"eo:cloud_cover": 90}),
         )
-    ]
-    records = in_order(entries, None)
-    assert [(r.scene_id, r.hidden) for r in records] == [("z", False), ("b", True), ("c", True), ("a", True)]
+    ]  # fmt: skip
+    order = [(record.scene_id, record.hidden) for record in in_order(entries, None)]
+    assert order == [("z", False), ("b", True), ("c", True), ("a", True)]
 
 
 def test_a_hidden_scene_fills_where_the_newer_one_has_no_pixels(make_tif, tmp_path):

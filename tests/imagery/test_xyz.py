@@ -15,7 +15,7 @@ from canopy.geo.area import AOI
 from canopy.geo.grid import HALF_WORLD_M, Grid, quadkey_at
 from canopy.imagery.base import ReadOptions
 from canopy.imagery.open import open_imagery, open_pinned
-from canopy.imagery.xyz import TileService, TileSource, choose_zoom, decode_tile, open_tiles, tile_url
+from canopy.imagery.xyz import TileService, TileSource, choose_zoom, decode_tile, open_tiles
 
 LAT, LON = 44.083, -71.296
 ZOOM = 17
@@ -180,6 +180,7 @@ def test_a_tile_that_is_a_web_page_or_junk_names_host_and_tile(tiles):
         ("<html>portal</html>", "text/html", "sent a web page"),
         ("junk", "image/png", "no picture"),
         (picture(np.zeros((3, 512, 512), np.uint8) + 9), "image/png", "512 x 512"),
+        (picture(np.zeros((1, 256, 256), np.uint16)), "image/png", "256 x 256 pixels of kind I"),
     ):
         tiles.put(f"/xyz/{ZOOM}/{x}/{y}.png", body, kind)
         source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png?key=secret", area=area())
@@ -221,13 +222,6 @@ def test_zoom_respects_the_ground_scale_of_mercator():
     assert choose_zoom(0.1, 0, max_zoom=16) == 16 and choose_zoom(1e9, 0, min_zoom=2) == 2
 
 
-def test_tile_urls_and_quadkeys():
-    assert quadkey_at(5, 3, 3) == "213"
-    assert tile_url("t/{z}/{x}/{y}", 3, 3, 5) == "t/3/3/5"
-    assert tile_url("t/{z}/{x}/{-y}", 3, 3, 5) == "t/3/3/2"
-    assert tile_url("t/{q}", 3, 3, 5) == "t/213"
-
-
 def test_an_area_across_the_antimeridian_is_one_piece(server):
     lat, zoom = -17.0, 18
     _, cy = tile_number(lat, 179.9999, zoom)
@@ -263,8 +257,3 @@ def test_pictures_of_every_kind_decode():
     np.testing.assert_array_equal(valid, index[0] != 2)
     got, valid = decode_tile(picture(rgb[:1]), 256, "tile", "http://h/")
     np.testing.assert_array_equal(got, np.repeat(rgb[:1], 3, axis=0))
-
-
-def test_sixteen_bit_tiles_are_refused():
-    with pytest.raises(FetchError, match="256 x 256 pixels of kind I"):
-        decode_tile(picture(np.zeros((1, 256, 256), np.uint16)), 256, "tile", "http://h/")
