@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,11 +57,15 @@ class Ran:
 
 
 def run(folder: Path, *words: object, code: int = 0) -> Ran:
-    """`canopy WORDS` in `folder`, through the real entry point, in this process; it must exit with `code`."""
+    """`canopy WORDS` in `folder`, through the real entry point, in this process; it must exit with `code`.
+
+    A text among the words may hold several of them, as a shell's line does.
+    """
     from canopy.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
-    argv, sys.argv = sys.argv, ["canopy", *(str(word) for word in words)]
+    typed = [part for word in words for part in (shlex.split(word) if isinstance(word, str) else [str(word)])]
+    argv, sys.argv = sys.argv, ["canopy", *typed]
     found: Any = 0
     try:
         with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -292,36 +297,24 @@ def write_granule(
     return path
 
 
-def warped_copy(source: Path, path: Path, crs: str, gsd: float) -> Path:
-    """The same image in another CRS, by GDAL; 0 where there is none."""
+def warped(source: Path, path: Path, crs: str, gsd: float) -> Path:
+    """The same raster in another CRS, by GDAL: images bilinear and 0 as nodata, heights averaged and NaN."""
     from rasterio.warp import Resampling, calculate_default_transform, reproject
 
     with rasterio.open(source) as dataset:
         transform, width, height = calculate_default_transform(
             dataset.crs, crs, dataset.width, dataset.height, *dataset.bounds, resolution=gsd
         )
-        pixels = np.zeros((dataset.count, height, width), np.uint8)
+        image = dataset.count == 3
+        nothing, kernel = (0, Resampling.bilinear) if image else (float("nan"), Resampling.average)
+        values = np.full((dataset.count, height, width), nothing, dataset.dtypes[0])
         reproject(
-            dataset.read(), pixels, src_transform=dataset.transform, src_crs=dataset.crs,
-            dst_transform=transform, dst_crs=CRS.from_user_input(crs), resampling=Resampling.bilinear,
+            dataset.read(), values, src_transform=dataset.transform, src_crs=dataset.crs,
+            src_nodata=None if image else nothing, dst_transform=transform, dst_crs=CRS.from_string(crs),
+            resampling=kernel,
         )  # fmt: skip
-    return write_image(path, pixels, crs=crs, transform=transform, nodata=0)
-
-
-def warped_raster(source: Path, path: Path, crs: str, gsd: float) -> Path:
-    """The same heights in another CRS, by GDAL; NaN where there are none."""
-    from rasterio.warp import Resampling, calculate_default_transform, reproject
-
-    with rasterio.open(source) as dataset:
-        transform, width, height = calculate_default_transform(
-            dataset.crs, crs, dataset.width, dataset.height, *dataset.bounds, resolution=gsd
-        )
-        values = np.full((1, height, width), np.nan, np.float32)
-        reproject(
-            dataset.read(), values, src_transform=dataset.transform, src_crs=dataset.crs, src_nodata=np.nan,
-            dst_transform=transform, dst_crs=CRS.from_user_input(crs), resampling=Resampling.average,
-        )  # fmt: skip
-    return write_raster(path, values, crs=crs, transform=transform, nodata=float("nan"))
+    colours = {"photometric": "RGB"} if image else {}
+    return write_raster(path, values, crs=crs, transform=transform, nodata=nothing, **colours)
 
 
 def names_below(folder: Path) -> set[str]:

@@ -57,14 +57,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "wood_chm.tif", chm.reshape(120, 2, 150, 2).mean(axis=(1, 3)), gsd=1.0, nodata=float("nan")
     )
     whole = support.write_image(folder / "whole.tif", rgb, nodata=0, tags=day)
-    support.warped_copy(whole, folder / "zone17.tif", "EPSG:32617", 0.3)
-    support.warped_copy(whole, folder / "degrees.tif", "EPSG:4326", 0.5 / 111_320)
+    support.warped(whole, folder / "zone17.tif", "EPSG:32617", 0.3)
+    support.warped(whole, folder / "degrees.tif", "EPSG:4326", 0.5 / 111_320)
     rgb[:, 100:130, 200:240] = 0
     support.write_image(folder / "wood.tif", rgb, nodata=0, tags=day)
     left, right = rgb[:, :, :180], rgb[:, :, 140:]
     support.write_image(folder / "mixed" / "a.tif", left, nodata=0, tags=day)
     east = support.write_image(folder / "b.tif", right, west=support.WEST + 70, nodata=0)
-    support.warped_copy(east, folder / "mixed" / "b.tif", "EPSG:3857", 0.5 / np.cos(np.radians(44.09)))
+    support.warped(east, folder / "mixed" / "b.tif", "EPSG:3857", 0.5 / np.cos(np.radians(44.09)))
     return folder
 
 

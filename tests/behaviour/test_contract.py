@@ -103,25 +103,15 @@ def test_bad_input_is_one_line_and_writes_nothing(canopy, inputs, model, tmp_pat
 
 
 def test_outputs_are_kept_unless_overwrite(canopy, inputs, model, tmp_path) -> None:
-    words = (
-        "predict",
-        inputs / "wood.tif",
-        "--model",
-        model,
-        "--backend",
-        "torch",
-        "--quicklook",
-        "-o",
-        "chm.tif",
-    )
+    words = f"predict {inputs}/wood.tif --model {model} --backend torch --quicklook -o chm.tif"
     for name in ("chm.tif", "chm.json", "chm.png"):
         (tmp_path / name).write_text("mine")
-        line = canopy(*words, code=2).error_line
+        line = canopy(words, code=2).error_line
         assert name in line and "--overwrite" in line and (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
-    canopy(*words)
-    canopy(*words, code=2)
-    canopy(*words, "--overwrite")
+    canopy(words)
+    canopy(words, code=2)
+    canopy(words, "--overwrite")
     (tmp_path / "in.tif").write_bytes((inputs / "wood.tif").read_bytes())
     canopy("predict", "in.tif", "--model", model, "-o", "in.tif", "--overwrite", code=2)
     assert (tmp_path / "in.tif").read_bytes() == (inputs / "wood.tif").read_bytes()

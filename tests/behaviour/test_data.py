@@ -150,9 +150,8 @@ def test_shots(canopy, granule, tmp_path, name: str, words: tuple[object, ...]) 
     assert np.allclose(shots.geometry.x, shots.lon) and np.allclose(shots.geometry.y, shots.lat)
     table = shots.sort_values("shot_number").iloc[::7]
     columns = [c for c in table.columns if c.startswith("rh_")] + ["lat", "lon", "sensitivity"]
-    found = {c: [float(v) for v in table[c]] for c in columns} | {
-        "shots": [str(v) for v in table.shot_number]
-    }
+    found = {column: [float(v) for v in table[column]] for column in columns}
+    found["shots"] = [str(v) for v in table.shot_number]
     support.check_values(f"gedi_{name}", {**found, "columns": sorted(shots.columns), "n": len(shots)})
 
 
@@ -172,34 +171,18 @@ def test_chips(chips) -> None:
     found = support.names_below(chips)
     assert {"shards", "index.csv", "index.parquet", "summary.json"} <= found
     index = pandas.read_csv(chips / "index.csv").sort_values("id")
-    wanted = [
-        "id",
-        "pair",
-        "site",
-        "kind",
-        "split",
-        "row",
-        "col",
-        "height_px",
-        "width_px",
-        "gsd_m",
-        "label_gsd_m",
-    ]
-    rows = {column: index[column].tolist() for column in wanted}
+    wanted = "id pair site kind split row col height_px width_px gsd_m label_gsd_m"
+    rows = {column: index[column].tolist() for column in wanted.split()}
     # The last part of a name is a hash of the settings, which may grow.
     rows["id"] = [name.rsplit("-", 1)[0] for name in rows["id"]]
     support.check_values("chips", {**rows, "columns": sorted(index.columns)})
-    support.check_values(
-        "chips_heights", {c: index[c].tolist() for c in ("height_mean_m", "height_p95_m")}, abs_=0.02
-    )
+    heights = {column: index[column].tolist() for column in ("height_mean_m", "height_p95_m")}
+    support.check_values("chips_heights", heights, abs_=0.02)
     first = index.iloc[0]
     tensors = load_file(chips / str(first["shard"]))
     rgb, chm = tensors[f"{first['id']}/rgb"], tensors[f"{first['id']}/chm"]
-    assert (
-        rgb.dtype == np.uint8
-        and chm.dtype == np.uint16
-        and rgb.shape[1:] == (2 * chm.shape[0], 2 * chm.shape[1])
-    )
+    assert (rgb.dtype, chm.dtype) == (np.uint8, np.uint16)
+    assert rgb.shape[1:] == (2 * chm.shape[0], 2 * chm.shape[1])
     support.check_heights("chips_chm", np.where(chm == 65535, np.nan, chm / 100.0))
     support.check_heights("chips_rgb", rgb[1].astype(float), tol_m=1)
 
@@ -211,12 +194,12 @@ def test_a_shifted_label_is_put_back(canopy, tmp_path) -> None:
     labels = chm.reshape(128, 2, 128, 2).mean(axis=(1, 3))
     support.write_raster(tmp_path / "b.tif", labels, gsd=1.0, west=support.WEST + 4, nodata=float("nan"))
     (tmp_path / "m.csv").write_text("rgb_path,chm_path,split\na.tif,b.tif,train\n")
-    canopy("data", "chips", "--manifest", "m.csv", "-o", "out")
+    words = "data chips --manifest m.csv -o out"
+    canopy(words)
     row = pandas.read_csv(tmp_path / "out" / "index.csv").iloc[0]
     assert abs(row["shift_right_m"]) == pytest.approx(4, abs=1) and abs(row["shift_down_m"]) < 1
-    other = ("data", "chips", "--manifest", "m.csv", "-o", "out", "--size-px", 64)
-    assert "--overwrite" in canopy(*other, code=2).error_line
-    told = canopy("data", "chips", "--manifest", "m.csv", "-o", "out", "--json").json
+    assert "--overwrite" in canopy(words, "--size-px 64", code=2).error_line
+    told = canopy(words, "--json").json
     assert told["cut_now"] == 0, "nothing is cut twice"
 
 
@@ -227,9 +210,8 @@ def test_a_damaged_label_exits_3(canopy, tmp_path) -> None:
         support.write_raster(tmp_path / f"{name}_chm.tif", chm, nodata=float("nan"))
     damaged = tmp_path / "b_chm.tif"
     damaged.write_bytes(damaged.read_bytes()[:3000])
-    (tmp_path / "m.csv").write_text(
-        "id,rgb_path,chm_path,split\na,a.tif,a_chm.tif,train\nb,b.tif,b_chm.tif,train\n"
-    )
+    rows = "id,rgb_path,chm_path,split", "a,a.tif,a_chm.tif,train", "b,b.tif,b_chm.tif,train"
+    (tmp_path / "m.csv").write_text("\n".join(rows) + "\n")
     ran = canopy("data", "chips", "--manifest", "m.csv", "-o", "out", "--no-register", code=3)
     assert "index.csv" in ran.error_line
 
@@ -237,9 +219,8 @@ def test_a_damaged_label_exits_3(canopy, tmp_path) -> None:
 def test_synthetic_chips(canopy, tmp_path) -> None:
     canopy("data", "chips", "--synth", 2, "--size-px", 64, "--seed", 5, "-o", "out")
     index = pandas.read_csv(tmp_path / "out" / "index.csv")
-    support.check_values(
-        "chips_synth", {c: index[c].tolist() for c in ("id", "height_mean_m", "cover")}, rel=1e-3
-    )
+    found = {column: index[column].tolist() for column in ("id", "height_mean_m", "cover")}
+    support.check_values("chips_synth", found, rel=1e-3)
 
 
 def test_places_are_where_they_were(scene) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import behaviour_support as support
@@ -42,17 +41,6 @@ def test_the_network(shared, network, name: str) -> None:
     with torch.inference_mode():
         heights = network(rgb)[0, 0].numpy()
     support.check_heights(f"default_{name}", heights, stride=8)
-
-
-def test_goldens_are_sane(shared) -> None:
-    """The recorded heights are those of trees: they follow the lidar."""
-    with (shared / "data" / "manifest.csv").open(newline="") as file:
-        lidar = {row["id"]: float(row["chm_mean_m"]) for row in csv.DictReader(file)}
-    means = []
-    for name in IMAGES[:7]:
-        with np.load(support.GOLDENS / f"default_{name}.npz") as golden:
-            means.append(float(golden["mm"].mean()) / 1000)
-    assert np.corrcoef(means, [lidar[name] for name in IMAGES[:7]])[0, 1] > 0.6
 
 
 def test_a_map_of_half_a_metre(shared, network) -> None:

@@ -79,10 +79,8 @@ def brief(told: dict) -> dict:
         way: {part: {key: row[key]["value"] for key in some if key in row} for part, row in parts.items()}
         for way, parts in told["strata"].items()
     }
-    overall = {
-        key: {part: row[part] for part in ("value", "ci95") if part in row}
-        for key, row in told["overall"].items()
-    }
+    parts = ("value", "ci95")
+    overall = {key: {p: row[p] for p in parts if p in row} for key, row in told["overall"].items()}
     return told | {"strata": strata, "overall": overall}
 
 
@@ -98,11 +96,8 @@ def test_against_lidar(canopy, stand, tmp_path) -> None:
         low, high = told["overall"][name]["ci95"]
         assert low < told["overall"][name]["value"] < high
     found = support.names_below(tmp_path / "report")
-    wanted = {
-        "metrics.json",
-        "report.html",
-        *(f"by_{way}.csv" for way in ("height", "cover", "site", "slope", "kind")),
-    }
+    wanted = {"metrics.json", "report.html"}
+    wanted |= {f"by_{way}.csv" for way in ("height", "cover", "site", "slope", "kind")}
     assert wanted <= found and any(name.endswith(".png") for name in found)
     with (tmp_path / "report" / "by_height.csv").open() as file:
         rows = {row["height"]: row for row in csv.DictReader(file)}
@@ -115,7 +110,7 @@ def test_against_lidar(canopy, stand, tmp_path) -> None:
 
 def test_the_other_way_round_and_other_options(canopy, stand) -> None:
     """A coarser map against finer heights of another system; a floor; a planted shift."""
-    support.warped_raster(stand / "lidar.tif", stand / "utm17.tif", "EPSG:32617", 2.0)
+    support.warped(stand / "lidar.tif", stand / "utm17.tif", "EPSG:32617", 2.0)
     words = ("--floor-m", 2, "--replicates", 0, "--json")
     told = canopy("evaluate", stand / "utm17.tif", "--reference", stand / "lidar.tif", *words).json
     # Warped heights: the kernel may change, by centimetres.
@@ -126,9 +121,7 @@ def test_the_other_way_round_and_other_options(canopy, stand) -> None:
     with support.rasterio.open(stand / "lidar.tif") as dataset:
         heights = dataset.read(1)
     support.write_raster(stand / "moved.tif", heights, gsd=1.0, nodata=float("nan"), west=support.WEST + 3)
-    told = canopy(
-        "evaluate", stand / "moved.tif", "--reference", stand / "lidar.tif", "--replicates", 0, "--json"
-    ).json
+    told = canopy(f"evaluate {stand}/moved.tif --reference {stand}/lidar.tif --replicates 0 --json").json
     shift = told["shift_m"]
     assert abs(abs(shift["east"]) - 3) < 0.1 and abs(shift["north"]) < 0.1
     support.check_keys("evaluate_moved", shift)
@@ -137,20 +130,16 @@ def test_the_other_way_round_and_other_options(canopy, stand) -> None:
 @pytest.mark.parametrize(
     ("name", "reference", "words"),
     [
-        ("gedi", "shots.csv", ("--by", "beam_type,height")),
-        ("gedi_rh95", "shots.csv", ("--kind", "gedi", "--column", "rh_95")),
-        ("plots", "plots.gpkg", ("--by", "site")),
-        ("plots_p95", "plots.gpkg", ("--stat", "p95", "--radius-m", 8)),
-        ("squares", "squares.geojson", ("--kind", "plots")),
+        ("gedi", "shots.csv", "--by beam_type,height"),
+        ("gedi_rh95", "shots.csv", "--kind gedi --column rh_95"),
+        ("plots", "plots.gpkg", "--by site"),
+        ("plots_p95", "plots.gpkg", "--stat p95 --radius-m 8"),
+        ("squares", "squares.geojson", "--kind plots"),
     ],
 )
-def test_against_samples(
-    canopy, stand, tmp_path, name: str, reference: str, words: tuple[object, ...]
-) -> None:
-    report = ("-o", "report") if name == "gedi" else ()  # figures take their time
-    told = canopy(
-        "evaluate", stand / "map.tif", "--reference", stand / reference, *words, *report, "--json"
-    ).json
+def test_against_samples(canopy, stand, tmp_path, name: str, reference: str, words: str) -> None:
+    report = "-o report" if name == "gedi" else ""  # figures take their time
+    told = canopy(f"evaluate {stand}/map.tif --reference {stand}/{reference} --json", words, report).json
     metres = r"_m\b|r2|nmae|cover|\br\b"
     support.check_report(f"evaluate_{name}", brief(told), loose=metres, by=DISC_TOL_M)
     assert not report or (tmp_path / "report" / "report.html").is_file()
@@ -162,18 +151,10 @@ def test_scores_are_plain_arithmetic(canopy, stand) -> None:
     lidar = support.metres(stand / "lidar.tif")
     known = np.isfinite(height) & np.isfinite(lidar)
     error = (height - lidar)[known].astype(float)
-    told = canopy(
-        "evaluate", stand / "map.tif", "--reference", stand / "lidar.tif", "--json", "--replicates", 0
-    ).json
-    found = {key: told["overall"][key]["value"] for key in ("n", "mae_m", "rmse_m", "bias_m")}
-    expected = {
-        "n": known.sum(),
-        "mae_m": np.abs(error).mean(),
-        "rmse_m": np.sqrt((error**2).mean()),
-        "bias_m": error.mean(),
-    }
-    for key, value in expected.items():
-        assert found[key] == pytest.approx(float(value), rel=1e-5), key
+    told = canopy(f"evaluate {stand}/map.tif --reference {stand}/lidar.tif --json --replicates 0").json
+    expected = {"n": known.sum(), "mae_m": np.abs(error).mean(), "bias_m": error.mean()}
+    for key, value in (expected | {"rmse_m": np.sqrt((error**2).mean())}).items():
+        assert told["overall"][key]["value"] == pytest.approx(float(value), rel=1e-5), key
 
 
 def test_from_python(stand) -> None:
@@ -202,24 +183,22 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
             north = support.NORTH + 1000 * number
             support.write_image(folder / f"{row[0]}_rgb.tif", rgb, north=north)
             cm = np.round(chm.reshape(60, 2, 60, 2).mean(axis=(1, 3)) * 100).astype(np.uint16)
-            support.write_raster(
-                folder / f"{row[0]}_chm.tif", cm, gsd=1.0, nodata=65535, north=north, scale=0.01
-            )
+            stored = {"gsd": 1.0, "nodata": 65535, "scale": 0.01}
+            support.write_raster(folder / f"{row[0]}_chm.tif", cm, north=north, **stored)
             writer.writerow([*row, f"{row[0]}_rgb.tif", f"{row[0]}_chm.tif"])
     return folder
 
 
 def test_a_benchmark(canopy, pack, model, tmp_path) -> None:
-    words = ("evaluate", "--benchmark", "pack", "--model", model, "--data-dir", pack, "--backend", "torch")
-    done = canopy(*words, "-o", "out", "--replicates", 0)
+    words = f"evaluate --benchmark pack --model {model} --data-dir {pack} --backend torch --replicates 0"
+    done = canopy(words, "-o out")
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = {f"{row['model']}/{row['group']}": row for row in csv.DictReader(file)}
     support.check_keys("benchmark_rows", rows)
     # Predicted heights may move by centimetres.
-    numbers = {
-        f"{name} {key}": float(row[key]) for name, row in rows.items() for key in ("n", "mae_m", "bias_m")
-    }
+    scores = ("n", "mae_m", "bias_m")
+    numbers = {f"{name} {key}": float(row[key]) for name, row in rows.items() for key in scores}
     support.check_values("benchmark_rows", numbers, abs_=support.HEIGHT_TOL_M)
     assert "MAE m" in done.out and (tmp_path / "out" / "results.md").is_file()
-    told = canopy(*words, "--group", "val", "--replicates", 0, "--json", "-o", "other").json
+    told = canopy(words, "--group val --json -o other").json
     support.check_keys("benchmark_json", told)
