@@ -149,12 +149,6 @@ def cells_of(scored: Sequence[Scored]) -> Cells:
 
 
 def halves(scored: Sequence[Scored]) -> tuple[list[Scored], list[Scored]]:
-    """Chips dealt into two halves, site by site in order of their names, so that both see every site."""
-    first: list[Scored] = []
-    second: list[Scored] = []
-    for site in dict.fromkeys(chip.site for chip in scored):
-        members = sorted((c for c in scored if c.site == site), key=lambda c: c.id)
-        for number, chip in enumerate(members):
-            (first if number % 2 == 0 else second).append(chip)
-        first, second = second, first  # an odd chip goes to the other half next time
-    return first, second
+    """Chips dealt into two halves in order of sites and names, so that both see every site."""
+    ranked = sorted(scored, key=lambda chip: (chip.site, chip.id))
+    return ranked[::2], ranked[1::2]

@@ -219,7 +219,6 @@ def held_out(shots: Footprints) -> dict[str, Any]:
         fine = error[good > 0]
         report[name] = {
             "mae_m": round(float(np.abs(error).mean()), 3),
-            "median_error_m": round(float(np.median(error)), 3),
             "mae_good_m": round(float(np.abs(fine).mean()), 3) if len(fine) else None,
             "bias_good_m": round(float(fine.mean()), 3) if len(fine) else None,
         }
@@ -264,7 +263,6 @@ def correct_map(
         SourcePlace.of(dataset).grid()  # refuses rotated maps
     shots = read_footprints(map_path, read_shots(shots_path), rh)
     correction, at = fit_correction(shots), np.arange(0, 51, 2.5)
-    low, middle, high = (round(float(p), 2) for p in np.percentile(shots.map_m, (5, 50, 95)))
     report: dict[str, Any] = {
         "map": map_path.name, "shots_file": Path(shots_path).name, "rh": rh, "shots": correction.shots,
         "outlier_share": round(correction.outlier_share, 4), "noise_m": round(correction.noise_m, 3),
@@ -273,8 +271,6 @@ def correct_map(
             "map_m": at.tolist(), "change_m": np.round(correction(at) - at, 3).tolist(),
             "se_m": np.round(correction.errors(at), 3).tolist(),
         },
-        # How far the evidence reaches: percentiles of the map under the shots.
-        "limits": {"map_p5_m": low, "map_median_m": middle, "map_p95_m": high},
     }  # fmt: skip
     tags = {
         "CANOPY_CORRECTION": f"gedi spline, RH{rh}, {Path(shots_path).name}",

@@ -96,9 +96,9 @@ class ConvStem(nn.Module):
         return maps
 
 
-def _shared(config: EncoderConfig, bands: int, patch: int) -> dict[str, Any]:
-    """What timm's two transformer classes call by the same names."""
-    return {
+def _build(config: EncoderConfig, bands: int, patch: int) -> VisionTransformer | Eva:
+    """timm's transformer of a config; `bands` and `patch` are those of what it reads, stem or image."""
+    shared: dict[str, Any] = {
         "img_size": patch * config.pos_grid,
         "patch_size": patch,
         "in_chans": bands,
@@ -114,20 +114,11 @@ def _shared(config: EncoderConfig, bands: int, patch: int) -> dict[str, Any]:
         "drop_path_rate": config.drop_path,
         "norm_layer": partial(nn.LayerNorm, eps=config.norm_eps),
     }
-
-
-def _build_vit(config: EncoderConfig, bands: int, patch: int) -> VisionTransformer:
-    aligned = config.pos_resize == "bicubic_aligned"
-    return (AlignedViT if aligned else VisionTransformer)(
-        **_shared(config, bands, patch),
-        reg_tokens=config.registers,
-        no_embed_class=not config.pos_embed_prefix,
-    )
-
-
-def _build_rope(config: EncoderConfig, bands: int, patch: int) -> Eva:
+    if config.family == "vit":
+        plain = AlignedViT if config.pos_resize == "bicubic_aligned" else VisionTransformer
+        return plain(**shared, reg_tokens=config.registers, no_embed_class=not config.pos_embed_prefix)
     vit = Eva(
-        **_shared(config, bands, patch),
+        **shared,
         num_reg_tokens=config.registers,
         use_abs_pos_emb=False,
         use_rot_pos_emb=True,
@@ -157,8 +148,7 @@ class Encoder(nn.Module):
         self.stem = ConvStem(bands, config.stem) if config.stem else None
         # Behind a stem the transformer reads its 1/8 map, so that its tokens still cover `patch` pixels.
         channels, patch = (config.stem[-1], config.patch // 8) if config.stem else (bands, config.patch)
-        build = _build_vit if config.family == "vit" else _build_rope
-        self.vit = build(config, channels, patch)
+        self.vit = _build(config, channels, patch)
         if not config.norm_taps:
             self.vit.norm = nn.Identity()  # never reached: keep dead weights out of checkpoints
 

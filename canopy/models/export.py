@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from canopy.errors import CanopyError
-from canopy.models.height import HeightModel, pad_to_multiple
+from canopy.models.height import HeightModel
 from canopy.runtime import load_openvino, openvino_core
 
 OPSET = 18
@@ -42,23 +42,15 @@ class Scores(nn.Module):
 
     def __init__(self, model: HeightModel) -> None:
         super().__init__()
-        self.encoder, self.decoder = model.encoder, model.decoder
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", model.mean)
-        self.register_buffer("std", model.std)
-        self.pad_px = model.config.pad_px
+        self.model = model
 
     def forward(self, rgb: Tensor) -> Tensor:
-        padded = pad_to_multiple(rgb, self.pad_px)
-        return self.decoder(self.encoder((padded - self.mean) / self.std))
+        return self.model.scores(rgb, finite=True)[0]
 
 
 def network_of(model: HeightModel) -> Scores:
-    """The part to convert, on the CPU in eval mode; shares the model's weights and leaves it as it is."""
-    cpu = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
-    shared = {id(t): t for t in [*cpu.parameters(), *cpu.buffers()]}
-    own = copy.deepcopy(cpu, shared).eval()  # new modules round the same tensors
+    """The part to convert: a copy on the CPU in eval mode, which leaves radiometry to the model."""
+    own = copy.deepcopy(model).cpu().eval().with_radiometry(None)
     if own.config.encoder.family != "cnn":
         _fix_positions(own)
     return Scores(own).eval()

@@ -12,7 +12,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,29 @@ def _recognised(weights: Weights, path: Path) -> tuple[str, Weights]:
         expected="; ".join(row["said"] for row in kinds.values()),
         remedy=hint,
     )
+
+
+def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    """A name after each [pattern, replacement] in turn."""
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def as_original(layout: str, found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under the names of the original v2 files, and what the file calls each."""
+    rules = tables()["to_original"].get(layout, ())
+    names = {renamed(theirs, rules): theirs for theirs in found}
+    tensors = {name: found[theirs] for name, theirs in names.items()}
+    # The hub keeps queries, keys and values apart, and leaves out a key bias that is zero.
+    for name in [name for name in tensors if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
+        query, key, value = (tensors.pop(name.replace(".q.", f".{k}."), None) for k in "qkv")
+        if key is None and name.endswith("bias") and query is not None:
+            key = torch.zeros_like(query)
+        if query is not None and key is not None and value is not None:
+            whole = name.replace(".q.", ".qkv.")
+            tensors[whole], names[whole] = torch.cat([query, key, value]), names[name]
+    return tensors, names
 
 
 # ---- reading ----------------------------------------------------------------------------------------------

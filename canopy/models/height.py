@@ -80,51 +80,39 @@ def fill_invalid(rgb: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return np.pad(box, around, mode="symmetric")
 
 
-_EXPECTED = "none, match, the target's r5,r95,g5,g95,b5,b95 in 0..1, or the image's six and then the target's"
 _Z95 = 1.6448536269514722  # 95th percentile of the standard normal distribution
+Percentiles = tuple[float, ...]  # 5th and 95th of each band, in 0..1: r5, r95, g5, g95, b5, b95
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Moves percentiles `source` onto `target`, band by band.
+    """Moves percentiles `source` onto `target`, band by band."""
 
-    Attributes:
-        source, target: 5th and 95th percentile of each band, in the model's units (0..1), in the order
-            r5, r95, g5, g95, b5, b95.
-    """
-
-    source: tuple[float, ...]
-    target: tuple[float, ...]
+    source: Percentiles
+    target: Percentiles
 
     def __post_init__(self) -> None:
         if len(self.source) != len(self.target) or not self.source or len(self.source) % 2:
             raise ConfigError(
                 f"{len(self.source)} percentiles onto {len(self.target)}", expected="two for each band, both"
             )
-        for what, values in (("the image's", self.source), ("the target's", self.target)):
+        for values in (self.source, self.target):
             for low, high in zip(values[::2], values[1::2], strict=True):
                 if not (math.isfinite(low) and math.isfinite(high) and low < high):
                     raise ConfigError(
-                        f"{what} percentiles {low:.4g} and {high:.4g} leave no contrast",
+                        f"percentiles {low:.4g} and {high:.4g} leave no contrast",
                         expected="a 5th percentile below the 95th in every band",
                     )
 
     def factors(self) -> tuple[list[float], list[float]]:
         """Per-band factor and offset: moved = factor * value + offset. Values are not clipped."""
-        factor, offset = [], []
-        for i in range(0, len(self.source), 2):
-            low, high = self.source[i : i + 2]
-            wanted_low, wanted_high = self.target[i : i + 2]
-            factor.append((wanted_high - wanted_low) / (high - low))
-            offset.append(wanted_low - factor[-1] * low)
-        return factor, offset
+        source, target = np.reshape(self.source, (-1, 2)), np.reshape(self.target, (-1, 2))
+        factor = np.diff(target)[:, 0] / np.diff(source)[:, 0]
+        return factor.tolist(), (target[:, 0] - factor * source[:, 0]).tolist()
 
     def describe(self) -> str:
         """`r5,r95,... -> r5,r95,...`, as the tags of a map record it."""
         return " -> ".join(",".join(f"{v:.5g}" for v in values) for values in (self.source, self.target))
-
-
-Percentiles = tuple[float, ...]
 
 
 def parse_radiometry(text: str) -> tuple[Percentiles | None, Percentiles | None] | None:
@@ -135,8 +123,7 @@ def parse_radiometry(text: str) -> tuple[Percentiles | None, Percentiles | None]
             or the image's six followed by the target's six, which measures nothing.
 
     Returns:
-        None for `none`; else the image's percentiles, None where they are to be measured, and the target's,
-        None for the model's own.
+        None for `none`; else what is said of the image's percentiles and of the target's.
 
     Raises:
         ConfigError: anything else.
@@ -150,7 +137,10 @@ def parse_radiometry(text: str) -> tuple[Percentiles | None, Percentiles | None]
     except ValueError:
         values = ()
     if len(values) not in (6, 12) or not all(0 <= v <= 1 for v in values):
-        raise ConfigError(f"cannot read {text!r}", where="--radiometry", expected=_EXPECTED)
+        raise ConfigError(
+            f"cannot read {text!r}", where="--radiometry",
+            expected="none, match, the target's r5,r95,g5,g95,b5,b95 in 0..1, or the image's six and these",
+        )  # fmt: skip
     source, target = (values[:6] if len(values) == 12 else None), values[-6:]
     Stretch(source or target, target)  # refuses percentiles out of order
     return source, target
@@ -186,7 +176,16 @@ class HeightModel(nn.Module):
         self.sha256: str | None = None
         self.path: Path | None = None
         self.stretch: Stretch | None = None
-        self.encoder, self.decoder = _build(config)
+        self.encoder: Encoder | CnnEncoder
+        self.decoder: Decoder | UNetDecoder
+        if config.encoder.family == "cnn":
+            from canopy.models.cnn import CnnEncoder, UNetDecoder
+
+            self.encoder = CnnEncoder(config.encoder, len(config.bands))
+            self.decoder = UNetDecoder(config.decoder, self.encoder.channels)
+        else:
+            self.encoder = Encoder(config.encoder, len(config.bands))
+            self.decoder = Decoder(config.decoder, config.encoder.dim, config.encoder.stem)
         self.mean: Tensor
         self.std: Tensor
         self.centres: Tensor
@@ -209,7 +208,7 @@ class HeightModel(nn.Module):
         Training needs the scores; they cover the padded image, so they line up with the image only
         where H and W are multiples of `config.pad_px`.
         """
-        scores, size = self._scores(rgb)
+        scores, size = self.scores(rgb)
         H, W = rgb.shape[-2:]
         height, spread = self.layers_of(scores, OUTPUTS, size)[..., :H, :W].split(1, dim=1)
         return height, spread, scores
@@ -225,7 +224,7 @@ class HeightModel(nn.Module):
         Raises:
             ConfigError: an unknown name.
         """
-        scores, size = self._scores(rgb, finite)
+        scores, size = self.scores(rgb, finite=finite)
         H, W = rgb.shape[-2:]
         return self.layers_of(scores, outputs, size)[..., :H, :W]
 
@@ -243,7 +242,7 @@ class HeightModel(nn.Module):
             return maps
         return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
-    def _scores(self, rgb: Tensor, finite: bool = False) -> tuple[Tensor, tuple[int, int]]:
+    def scores(self, rgb: Tensor, *, finite: bool = False) -> tuple[Tensor, tuple[int, int]]:
         """Bin scores (B, bins, h, w) of the padded image, float32, and its size."""
         self._check(rgb, finite)
         padded = pad_to_multiple(self.moved(rgb), self.config.pad_px)
@@ -280,16 +279,6 @@ class HeightModel(nn.Module):
                 expected="finite RGB in 0..1",
                 remedy="fill invalid pixels with canopy.models.height.fill_invalid and mask the output",
             )
-
-
-def _build(config: ModelConfig) -> tuple[Encoder | CnnEncoder, Decoder | UNetDecoder]:
-    bands = len(config.bands)
-    if config.encoder.family == "cnn":
-        from canopy.models.cnn import CnnEncoder, UNetDecoder
-
-        network = CnnEncoder(config.encoder, bands)
-        return network, UNetDecoder(config.decoder, network.channels)
-    return Encoder(config.encoder, bands), Decoder(config.decoder, config.encoder.dim, config.encoder.stem)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -26,7 +26,7 @@ from canopy.files import check_output, file_sha256
 from canopy.models.checkpoint import BUFFERS, differences, write_model
 from canopy.models.config import ModelConfig
 from canopy.models.decoder import bin_centres
-from canopy.models.foreign import open_published, tables
+from canopy.models.foreign import as_original, open_published, renamed, tables
 from canopy.models.height import HeightModel, normal_percentiles
 
 _MEAN, _STD = (0.420, 0.411, 0.296), (0.213, 0.156, 0.143)
@@ -168,7 +168,7 @@ def recognise(
     paths = [Path(path).expanduser() for path in (checkpoint, backbone) if path is not None]
     where = ", ".join(map(str, paths))
     layout, weights = open_published(paths)
-    tensors, names = _as_original(layout, weights.tensors)
+    tensors, names = as_original(layout, weights.tensors)
     dropped = dict(weights.dropped)
     for name in [name for name in tensors if name.endswith(".bias_mask")]:
         mask, bias = tensors.pop(name), name.removesuffix("_mask")
@@ -190,28 +190,6 @@ def recognise(
         what = f"v1, quantised ({weights.quantised} layers of 8-bit integers, dequantised to fp32)"
     found = f"{what}: {name}"
     return Recognised(name, found, release, model_config, made, dropped | more, len(weights.tensors))
-
-
-def _renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    for pattern, new in rules:
-        name = re.sub(pattern, new, name)
-    return name
-
-
-def _as_original(layout: str, found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under the names of the original v2 files, and what the file calls each."""
-    rules = tables()["to_original"].get(layout, ())
-    names = {_renamed(theirs, rules): theirs for theirs in found}
-    tensors = {name: found[theirs] for name, theirs in names.items()}
-    # The hub keeps queries, keys and values apart, and leaves out a key bias that is zero.
-    for name in [name for name in tensors if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
-        query, key, value = (tensors.pop(name.replace(".q.", f".{k}."), None) for k in "qkv")
-        if key is None and name.endswith("bias") and query is not None:
-            key = torch.zeros_like(query)
-        if query is not None and key is not None and value is not None:
-            whole = name.replace(".q.", ".qkv.")
-            tensors[whole], names[whole] = torch.cat([query, key, value]), names[name]
-    return tensors, names
 
 
 # ---- its configuration ------------------------------------------------------------------------------------
@@ -360,7 +338,7 @@ def _assemble(
         outline = {k: t for k, t in HeightModel(config).state_dict().items() if k not in BUFFERS}
     origins, wanted = {}, {}
     for ours, like in outline.items():
-        theirs = _renamed(ours, tables()["from_ours"])
+        theirs = renamed(ours, tables()["from_ours"])
         third = re.search(r"\.attn\.([qkv])_bias$", ours)  # the files have the three in one
         origins[ours] = theirs, "qkv".index(third[1]) if third else None
         wanted[theirs] = (3 * like.shape[0],) if third else tuple(like.shape)
