@@ -2,8 +2,6 @@
 
 Every step is local (its reach is in `_reach_px`) and works on whole pixels of one world lattice, so a window
 equals the same pixels of any larger one, bit for bit.
-
-Write a three-band uint8 picture window by window: a verified Cloud-Optimized GeoTIFF.
 """
 
 from __future__ import annotations
@@ -157,7 +155,7 @@ def _stamp(
     gsd = spec.gsd_m
     chm = np.zeros((len(rows), len(cols)), np.float32)
     owner = np.full(chm.shape, -1, np.int32)
-    x, y = (cols + 0.5) * gsd, -(rows + 0.5) * gsd
+    x, y = _centres(spec, rows, cols)
     # Clumps of leaves: bumps that belong to the place, scaled by the crown they are on.
     bumps = noise_grid(spec.seed, 30, x, y, 1.7) + 0.6 * noise_grid(spec.seed, 31, x, y, 0.8) - 0.8
     r0 = np.floor((-trees.y - trees.radius * 1.2) / gsd).astype(int) - rows[0]

@@ -15,7 +15,6 @@ What real shots suffer from is planted: position errors, and shots that each fil
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,14 @@ from canopy.runtime import Progress
 from canopy.synth.forest import ROOF, TREE, WATER, SceneSpec, hash01
 from canopy.synth.render import truth
 
+Box = tuple[float, float, float, float]
+
+# ---- GEDI -------------------------------------------------------------------------------------
 DISC_RADIUS_M = 12.5
 BEAMS = ("BEAM0000", "BEAM0001", "BEAM0010", "BEAM0011", "BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
 COVERAGE = frozenset(BEAMS[:4])
 ALONG_M, ACROSS_M = 60.0, 75.0
-HEADING_DEG = 52.0
+_EAST, _NORTH = float(np.sin(np.deg2rad(52.0))), float(np.cos(np.deg2rad(52.0)))  # heading of the tracks
 _FIRST_ORBIT = 20_000
 _SHARES = {"quality_0": 0.08, "degraded": 0.05, "insensitive": 0.08}
 _VARIABLES: dict[str, Any] = {
@@ -44,17 +46,65 @@ _VARIABLES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Shot:
-    """Where a shot was taken, metres in the scene's plane, and what is wrong with it ("" for nothing)."""
+def tracks(plane: Box) -> range:
+    """Numbers of the ground tracks that may cross (west, south, east, north); beam = number modulo 8."""
+    across = [x * _NORTH - y * _EAST for x in plane[0::2] for y in plane[1::2]]
+    return range(int(np.floor(min(across) / ACROSS_M)), int(np.ceil(max(across) / ACROSS_M)) + 1)
 
-    beam: str
-    number: int
-    frame: int
-    x: float
-    y: float
-    fault: str
-    rng: np.random.Generator
+
+def _shots_on(track: int, plane: Box, gsd_m: float) -> Iterator[tuple[int, float, float]]:
+    """Step along a track and true place (x, y) of the shots whose disc lies wholly inside the scene."""
+    last = int(np.hypot(max(abs(plane[0]), abs(plane[2])), max(abs(plane[1]), abs(plane[3]))) / ALONG_M) + 1
+    room = DISC_RADIUS_M + gsd_m
+    for step in range(-last, last + 1):
+        along = (step + track % 8 / 8) * ALONG_M
+        x, y = track * ACROSS_M * _NORTH + along * _EAST, -track * ACROSS_M * _EAST + along * _NORTH
+        if plane[0] + room < x < plane[2] - room and plane[1] + room < y < plane[3] - room:
+            yield step, x, y
+
+
+def _measure(
+    spec: SceneSpec, track: int, step: int, x: float, y: float, jitter_m: float
+) -> tuple[dict[str, Any], str]:
+    """What the instrument reports of the shot at (x, y), and what is wrong with it ("" for nothing).
+
+    `x` and `y` of the report are the place in the scene's plane that it states. A shot is the same whatever
+    the scene's size.
+    """
+    rng = np.random.default_rng([spec.seed, track % 2**32, step % 2**32, 9])
+    pick = rng.random()
+    fault = next(
+        (name for name, end in zip(_SHARES, np.cumsum([*_SHARES.values()]), strict=True) if pick < end), ""
+    )
+    beam, orbit, frame = (
+        BEAMS[track % 8],
+        _FIRST_ORBIT + (track // 8) % 10_000,
+        (step + 50_000_000) % 100_000_000,
+    )
+    height, ground, surface = disc_heights(spec, x, y)
+    rh = np.percentile(height, np.arange(101)).astype(np.float32)
+    off = rng.normal(0.0, 1.0, 2) * jitter_m
+    turn, far = rng.uniform(0, 2 * np.pi), rng.uniform(30, 70)
+    sensitivity, elevation = rng.uniform(0.951 if beam in COVERAGE else 0.955, 0.99), float(ground.mean())
+    if fault == "quality_0":  # a cloud or a wrong mode taken for the ground
+        wrong = np.float32(rng.uniform(8.0, 40.0))
+        rh, elevation = rh + wrong, elevation - float(wrong)
+    elif fault == "degraded":  # the pointing was poor
+        off = off + far * np.array([np.cos(turn), np.sin(turn)])
+    elif fault == "insensitive":  # the pulse was too weak to reach the ground
+        sensitivity, lost = rng.uniform(0.5, 0.93), np.float32(0.4) * rh[-1]
+        rh, elevation = rh - lost, elevation + float(lost)
+    return {
+        "x": float(x + off[0]), "y": float(y + off[1]), "rh": rh, "elev_lowestmode": elevation,
+        "digital_elevation_model": float(ground.mean()) + rng.normal(0, 2.0),
+        "quality_flag": int(fault != "quality_0"), "degrade_flag": int(fault == "degraded"),
+        "sensitivity": sensitivity, "geolocation/sensitivity_a2": min(sensitivity + 0.01, 0.999),
+        "land_cover_data/landsat_water_persistence": round(100 * float((surface == WATER).mean())),
+        "land_cover_data/urban_proportion": round(100 * float((surface == ROOF).mean())),
+        "solar_elevation": rng.uniform(-40, 60), "beam": int(beam[4:], 2),
+        "shot_number": ((orbit * 100 + int(beam[4:], 2)) * 1000 + 2) * 100_000_000 + frame,
+        "delta_time": (track // 8) * 5_600.0 + (frame - 50_000_000) / 121.0,
+    }, fault  # fmt: skip
 
 
 def disc_heights(spec: SceneSpec, x: float, y: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -67,73 +117,6 @@ def disc_heights(spec: SceneSpec, x: float, y: float) -> tuple[np.ndarray, np.nd
     dy = -(row + np.arange(side) + 0.5) * gsd - y
     disc = np.hypot(dx[None, :], dy[:, None]) <= DISC_RADIUS_M
     return seen.chm[disc], seen.dtm[disc], seen.surface[disc]
-
-
-def tracks(plane: tuple[float, float, float, float]) -> range:
-    """Numbers of the ground tracks that may cross (west, south, east, north); beam = number modulo 8."""
-    across = _across([plane[0], plane[0], plane[2], plane[2]], [plane[1], plane[3], plane[1], plane[3]])
-    return range(int(np.floor(across.min() / ACROSS_M)), int(np.ceil(across.max() / ACROSS_M)) + 1)
-
-
-def _heading() -> tuple[float, float]:
-    return float(np.sin(np.deg2rad(HEADING_DEG))), float(np.cos(np.deg2rad(HEADING_DEG)))
-
-
-def _across(x: list[float], y: list[float]) -> np.ndarray:
-    east, north = _heading()
-    return np.array(x) * north - np.array(y) * east
-
-
-def shots_on(spec: SceneSpec, track: int, plane: tuple[float, float, float, float]) -> Iterator[Shot]:
-    """The shots of one track whose disc lies wholly inside the scene; the same whatever the scene's size."""
-    east, north = _heading()
-    reach = np.hypot(max(abs(plane[0]), abs(plane[2])), max(abs(plane[1]), abs(plane[3])))
-    last = int(reach / ALONG_M) + 1
-    beam, orbit = BEAMS[track % 8], _FIRST_ORBIT + (track // 8) % 10_000
-    room = DISC_RADIUS_M + spec.gsd_m
-    for step in range(-last, last + 1):
-        x = track * ACROSS_M * north + (step + track % 8 / 8) * ALONG_M * east
-        y = -track * ACROSS_M * east + (step + track % 8 / 8) * ALONG_M * north
-        if not (plane[0] + room < x < plane[2] - room and plane[1] + room < y < plane[3] - room):
-            continue
-        rng = np.random.default_rng([spec.seed, track % 2**32, step % 2**32, 9])
-        pick, fault = rng.random(), ""
-        for name, share in _SHARES.items():
-            if 0 <= pick < share:
-                fault = name
-            pick -= share
-        frame = (step + 50_000_000) % 100_000_000
-        number = ((orbit * 100 + int(beam[4:], 2)) * 1000 + 2) * 100_000_000 + frame
-        yield Shot(beam, number, frame, x, y, fault, rng)
-
-
-def measure(spec: SceneSpec, shot: Shot, jitter_m: float) -> dict[str, Any]:
-    """What the instrument reports of a shot; `x`, `y` are the REPORTED place in the scene's plane, metres."""
-    rng = shot.rng
-    height, ground, surface = disc_heights(spec, shot.x, shot.y)
-    rh = np.percentile(height, np.arange(101)).astype(np.float32)
-    off = rng.normal(0.0, 1.0, 2) * jitter_m
-    turn, far = rng.uniform(0, 2 * np.pi), rng.uniform(30, 70)
-    low = 0.955 if shot.beam not in COVERAGE else 0.951
-    sensitivity = rng.uniform(low, 0.99)
-    elevation = float(ground.mean())
-    if shot.fault == "quality_0":  # a cloud or a wrong mode taken for the ground
-        wrong = np.float32(rng.uniform(8.0, 40.0))
-        rh, elevation = rh + wrong, elevation - float(wrong)
-    elif shot.fault == "degraded":  # the pointing was poor
-        off = off + far * np.array([np.cos(turn), np.sin(turn)])
-    elif shot.fault == "insensitive":  # the pulse was too weak to reach the ground
-        sensitivity, lost = rng.uniform(0.5, 0.93), np.float32(0.4) * rh[-1]
-        rh, elevation = rh - lost, elevation + float(lost)
-    return {
-        "x": shot.x + off[0], "y": shot.y + off[1], "rh": rh, "elev_lowestmode": elevation,
-        "digital_elevation_model": float(ground.mean()) + rng.normal(0, 2.0),
-        "quality_flag": int(shot.fault != "quality_0"), "degrade_flag": int(shot.fault == "degraded"),
-        "sensitivity": sensitivity, "geolocation/sensitivity_a2": min(sensitivity + 0.01, 0.999),
-        "land_cover_data/landsat_water_persistence": round(100 * float((surface == WATER).mean())),
-        "land_cover_data/urban_proportion": round(100 * float((surface == ROOF).mean())),
-        "solar_elevation": rng.uniform(-40, 60), "beam": int(shot.beam[4:], 2), "shot_number": shot.number,
-    }  # fmt: skip
 
 
 def write_gedi(
@@ -154,44 +137,37 @@ def write_gedi(
     with h5py.File(path, "w", libver="v110") as file:
         file.attrs["short_name"], file.attrs["source"] = "GEDI_L2A", "canopy synthetic scene"
         for beam in BEAMS:
-            _open_beam(file.create_group(beam), beam)
+            group = file.create_group(beam)
+            group.attrs["description"] = "Coverage beam" if beam in COVERAGE else "Full power beam"
+            for name, dtype in _VARIABLES.items():
+                group.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(1024,))
+            rh = {"maxshape": (None, 101), "chunks": (256, 101), "compression": 4}
+            group.create_dataset("rh", (0, 101), np.float32, **rh)
         for track in tracks(plane):
-            rows = []
-            for shot in shots_on(spec, track, plane):
-                row = measure(spec, shot, jitter_m)
+            rows, beam = [], BEAMS[track % 8]
+            for step, true_x, true_y in _shots_on(track, plane, spec.gsd_m):
+                row, fault = _measure(spec, track, step, true_x, true_y, jitter_m)
                 x, y = row.pop("x") + ox, row.pop("y") + oy
                 row["lon_lowestmode"], row["lat_lowestmode"] = lonlat.transform(x, y)
-                row["delta_time"] = begin + (track // 8) * 5_600.0 + (shot.frame - 50_000_000) / 121.0
+                row["delta_time"] += begin
                 rows.append(row)
-                true = [round(shot.x + ox, 3), round(shot.y + oy, 3)]
-                reported = [round(float(x), 3), round(float(y), 3)]
+                places = {"true_xy": (true_x + ox, true_y + oy), "reported_xy": (x, y)}
+                rounded = {name: [round(v, 3) for v in place] for name, place in places.items()}
                 planted.append(
-                    {"shot_number": str(shot.number), "beam": shot.beam, "true_xy": true,
-                     "reported_xy": reported, "fault": shot.fault}
-                )  # fmt: skip
-            if rows:
-                _append(file[BEAMS[track % 8]], rows)
+                    {"shot_number": str(row["shot_number"]), "beam": beam, **rounded, "fault": fault}
+                )
+            for name in (*_VARIABLES, "rh") if rows else ():
+                data = file[beam][name]
+                data.resize(len(data) + len(rows), axis=0)
+                # Through the dtype at once: a shot number must never pass through a float.
+                data[-len(rows) :] = np.array([row[name] for row in rows], data.dtype)
             progress.advance()
     faults = {name: sum(p["fault"] == name for p in planted) for name in _SHARES}
     return {"count": len(planted), "jitter_m": jitter_m, "faults": faults, "disc_m": 2 * DISC_RADIUS_M,
             "shots": planted}  # fmt: skip
 
 
-def _open_beam(group: Any, beam: str) -> None:
-    group.attrs["description"] = "Coverage beam" if beam in COVERAGE else "Full power beam"
-    for name, dtype in _VARIABLES.items():
-        group.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(1024,))
-    group.create_dataset("rh", (0, 101), np.float32, maxshape=(None, 101), chunks=(256, 101), compression=4)
-
-
-def _append(group: Any, rows: list[dict[str, Any]]) -> None:
-    for name in (*_VARIABLES, "rh"):
-        data = group[name]
-        data.resize(len(data) + len(rows), axis=0)
-        # Through the dtype at once: a shot number must never pass through a float.
-        data[-len(rows) :] = np.array([row[name] for row in rows], data.dtype)
-
-
+# ---- lidar ------------------------------------------------------------------------------------
 PULSE_CELL_M = 0.4
 RANGE_SIGMA_M = 0.02
 BLOCK_CELLS = 256
@@ -200,29 +176,21 @@ _HIGH_M = 2.0  # vegetation from here on is class 5, below it class 3
 # Of ground, low and high vegetation, building, noise, water.
 _INTENSITY = np.array([900, 700, 600, 1200, 100, 60], np.uint16)[:, None]
 _EPOCH_S = 4.0e8  # any GPS second will do; returns of a pulse share theirs
+# Metres in the scene's plane, LAS class, number among the returns of its pulse, and the pulse.
+_RETURN = np.dtype(
+    [
+        ("x", "f8"),
+        ("y", "f8"),
+        ("z", "f8"),
+        ("kind", "u1"),
+        ("number", "u1"),
+        ("count", "u1"),
+        ("seconds", "f8"),
+    ]
+)
 
 
-@dataclass(frozen=True)
-class Returns:
-    """Lidar returns as columns: metres in the scene's plane, LAS class, number, count, and their pulse."""
-
-    x: np.ndarray
-    y: np.ndarray
-    z: np.ndarray
-    kind: np.ndarray
-    number: np.ndarray
-    count: np.ndarray
-    seconds: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def take(self, keep: np.ndarray) -> Returns:
-        """The rows of a mask or an index."""
-        return Returns(**{name: getattr(self, name)[keep] for name in self.__dataclass_fields__})
-
-
-def blocks(bounds: tuple[float, float, float, float]) -> list[tuple[int, int]]:
+def blocks(bounds: Box) -> list[tuple[int, int]]:
     """Indices (i, j) of the pulse blocks that meet (west, south, east, north), from the south-west."""
     side = BLOCK_CELLS * PULSE_CELL_M
     west, south, east, north = (v / side for v in bounds)
@@ -230,17 +198,17 @@ def blocks(bounds: tuple[float, float, float, float]) -> list[tuple[int, int]]:
     return [(i, j) for j in rows for i in range(int(np.floor(west)), int(np.ceil(east)))]
 
 
-def returns_in(spec: SceneSpec, block: tuple[int, int], bounds: tuple[float, float, float, float]) -> Returns:
-    """All returns of one block whose pulses fall within `bounds` of the scene's plane (metres)."""
+def returns_in(spec: SceneSpec, block: tuple[int, int], bounds: Box) -> np.ndarray:
+    """All returns (`_RETURN`) of one block whose pulses fall within `bounds` of the scene's plane."""
     cells = [np.arange(BLOCK_CELLS, dtype=np.int64) + BLOCK_CELLS * k for k in block]
     i, j = (c.ravel() for c in np.meshgrid(*cells))
-    draw = [hash01(spec.seed, 200 + n, i, j) for n in range(8)]
+    draw = np.stack([hash01(spec.seed, 200 + n, i, j) for n in range(8)])
     x, y = (i + 0.1 + 0.8 * draw[0]) * PULSE_CELL_M, (j + 0.1 + 0.8 * draw[1]) * PULSE_CELL_M
     west, south, east, north = bounds
     inside = (x > west) & (x < east) & (y > south) & (y < north)
-    i, j, x, y, draw = i[inside], j[inside], x[inside], y[inside], [d[inside] for d in draw]
+    i, j, x, y, draw = i[inside], j[inside], x[inside], y[inside], draw[:, inside]
     if not len(x):
-        return Returns(*[np.zeros(0)] * 7)
+        return np.empty(0, _RETURN)
     gsd = spec.gsd_m
     cols, rows = np.floor(x / gsd).astype(np.int64), np.floor(-y / gsd).astype(np.int64)
     col, row = int(cols.min()), int(rows.min())
@@ -251,42 +219,38 @@ def returns_in(spec: SceneSpec, block: tuple[int, int], bounds: tuple[float, flo
 
 
 def _trace(
-    x: np.ndarray, y: np.ndarray, seconds: np.ndarray, draw: list[np.ndarray],
+    x: np.ndarray, y: np.ndarray, seconds: np.ndarray, draw: np.ndarray,
     chm: np.ndarray, dtm: np.ndarray, surface: np.ndarray, roof: np.ndarray,
-) -> Returns:  # fmt: skip
+) -> np.ndarray:  # fmt: skip
     """Up to three returns per pulse: the surface, something inside the crown, and the ground below it."""
     crown = surface == TREE
     first = dtm + np.maximum(chm, roof)
-    kind = np.where(crown, np.where(chm >= _HIGH_M, 5, 3), 2).astype(np.uint8)
+    kind = np.where(crown, np.where(chm >= _HIGH_M, 5, 3), 2)
     kind[surface == ROOF], kind[surface == WATER] = 6, 9
     # Leaves let more light through than one thinks; tall crowns a little less.
     inside = crown & (chm > 3.0) & (draw[2] < 0.28)
     below = crown & (draw[3] < 0.34 - 0.006 * chm)
-    count = (1 + inside + below).astype(np.uint8)
+    count, one = 1 + inside + below, np.ones(len(x))
     depth = (0.15 + 0.75 * draw[4]) * chm
     parts = [
-        (np.ones(len(x), bool), first, kind, np.ones(len(x), np.uint8)),
-        (inside, first - depth, np.where(chm - depth >= _HIGH_M, 5, 3), np.full(len(x), 2)),
-        (below, dtm, np.full(len(x), 2), count),
+        (one > 0, first, kind, one),
+        (inside, first - depth, np.where(chm - depth >= _HIGH_M, 5, 3), 2 * one),
+        (below, dtm, 2 * one, count),
     ]
     lost = ((surface == WATER) & (draw[5] < 0.7)) | (draw[5] > 0.995)
-    columns = []
+    flown = []
     for n, (keep, z, kinds, number) in enumerate(parts):
-        keep = keep & ~lost
         # Three sums of uniforms make a bell; each return has its own error.
         bell = sum(((draw[6] * (7 + 10 * n + k)) % 1.0 for k in range(3)), -1.5) * 2.0
-        z = z + RANGE_SIGMA_M * bell
-        columns.append((x[keep], y[keep], z[keep], kinds[keep], number[keep], count[keep], seconds[keep]))
+        columns = (x, y, z + RANGE_SIGMA_M * bell, kinds, number, count, seconds)
+        flown.append(np.rec.fromarrays([column[keep & ~lost] for column in columns], dtype=_RETURN))
     # Birds and multipath: about one pulse in three thousand, far above or below everything.
     odd = (draw[7] < 3e-4) & ~lost
     off = np.where(draw[4] < 0.5, 25.0 + 60.0 * draw[3], -6.0 - 12.0 * draw[3])
-    base = np.where(off > 0, first, dtm)
-    one = np.ones(int(odd.sum()))
-    columns.append((x[odd], y[odd], (base + off)[odd], 7 * one, one, one, seconds[odd] + 5e-7))
-    dtypes = (np.float64, np.float64, np.float64, np.uint8, np.uint8, np.uint8, np.float64)
-    joined = [np.concatenate(c).astype(t) for c, t in zip(zip(*columns, strict=True), dtypes, strict=True)]
-    flown = Returns(*joined)
-    return flown.take(np.lexsort((flown.number, flown.seconds)))
+    columns = (x, y, np.where(off > 0, first, dtm) + off, 7 * one, one, one, seconds + 5e-7)
+    flown.append(np.rec.fromarrays([column[odd] for column in columns], dtype=_RETURN))
+    together = np.concatenate(flown)
+    return together[np.lexsort((together["number"], together["seconds"]))]
 
 
 def write_points(
@@ -299,45 +263,30 @@ def write_points(
     import laspy
     from pyproj import CRS
 
-    west, south, east, north = grid.bounds
+    (west, south, east, north), (ox, oy) = grid.bounds, origin_xy
     header = laspy.LasHeader(point_format=6, version="1.4")
     header.add_crs(CRS.from_wkt(grid.crs.to_wkt()))
     header.scales = np.array([0.01, 0.01, 0.01])
     header.offsets = np.array([np.floor(west), np.floor(south), 0.0])
     header.creation_date = day
     header.generating_software, header.system_identifier = "canopy", "synthetic scene"
-    ox, oy = origin_xy
     plane = (west - ox, south - oy, east - ox, north - oy)
     totals = dict.fromkeys(CLASSES.values(), 0)
     with laspy.open(path, mode="w", header=header, laz_backend=laspy.LazBackend.Lazrs) as writer:
-        for chunk in _blocks_of(spec, plane, progress):
-            if len(chunk):
-                writer.write_points(_record(laspy, header, chunk, origin_xy, grid.bounds))
+        for block in blocks(plane):
+            flown = returns_in(spec, block, plane)
+            points = laspy.ScaleAwarePointRecord.zeros(len(flown), header=header)
+            # Whole centimetres may round over the scene's edge: keep every point inside it.
+            points.x = np.clip(flown["x"] + ox, west, east - 0.01)
+            points.y = np.clip(flown["y"] + oy, south + 0.01, north)
+            points.z, points.gps_time = flown["z"], flown["seconds"]
+            points.classification = flown["kind"]
+            points.return_number, points.number_of_returns = flown["number"], flown["count"]
+            places = np.searchsorted([3, 5, 6, 7, 9], flown["kind"], "right")
+            points.intensity = np.choose(places, _INTENSITY)
+            if len(flown):
+                writer.write_points(points)
             for code, name in CLASSES.items():
-                totals[name] += int((chunk.kind == code).sum())
+                totals[name] += int((flown["kind"] == code).sum())
+            progress.advance()
     return {"total": sum(totals.values()), **totals}
-
-
-def _blocks_of(
-    spec: SceneSpec, plane: tuple[float, float, float, float], progress: Progress
-) -> Iterator[Returns]:
-    for block in blocks(plane):
-        yield returns_in(spec, block, plane)
-        progress.advance()
-
-
-def _record(  # type: ignore[no-untyped-def]
-    laspy, header, chunk: Returns, origin_xy: tuple[float, float], bounds: tuple[float, ...]
-):
-    """laspy's points of some returns, in the header's CRS."""
-    points = laspy.ScaleAwarePointRecord.zeros(len(chunk), header=header)
-    west, south, east, north = bounds
-    # Whole centimetres may round over the scene's edge: keep every point inside it.
-    points.x = np.clip(chunk.x + origin_xy[0], west, east - 0.01)
-    points.y = np.clip(chunk.y + origin_xy[1], south + 0.01, north)
-    points.z = chunk.z
-    points.classification = chunk.kind
-    points.return_number, points.number_of_returns = chunk.number, chunk.count
-    points.gps_time = chunk.seconds
-    points.intensity = np.choose(np.searchsorted([3, 5, 6, 7, 9], chunk.kind, "right"), _INTENSITY)
-    return points

@@ -220,10 +220,3 @@ def test_a_fault_leaves_nothing_behind(tmp_path):
     write_scene(tmp_path / "old", 1, 60.0, 1.0, overwrite=True)
     with rasterio.open(tmp_path / "old" / "chm.tif") as dataset:
         assert dataset.shape == (60, 60)
-
-
-def test_scenes_of_one_seed_show_the_same_trees(tmp_path, folder):
-    write_scene(tmp_path, 5, 40.0, 0.5)
-    with rasterio.open(tmp_path / "chm.tif") as small, rasterio.open(folder / "chm.tif") as large:
-        assert small.bounds.left == large.bounds.left + 30
-        np.testing.assert_array_equal(small.read(1), large.read(1)[60:140, 60:140])
