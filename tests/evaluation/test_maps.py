@@ -1,275 +1,180 @@
-"""Reading anybody's height map: bands, units, missing values, arrays, and the published quadkey tiles."""
+"""Height maps as people have them, brought onto any grid: bands, units, tiles, published maps, arrays."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
-from odc.geo import CRS
 
 from canopy.errors import ImageryError, InputError
 from canopy.evaluation.grids import common_grid, read_on
 from canopy.evaluation.opening import open_heights
 from canopy.geo.area import AOI
+from canopy.geo.crs import CRS
 from canopy.geo.grid import Grid, quadkey_bounds
 
-
-class Got:
-    def __init__(self, values, valid):
-        self.height_m, self.upper_m, self.valid = values[0], values[-1], valid
-
-
+UTM, WEST, NORTH = "EPSG:32618", 500_000.0, 4_882_000.0
 PX = 256  # a published tile has 32768 or 65536: the layout is the same
+V1, V2 = "023010212", "0230102120"
 
 
-def quadkey_grid(quadkey: str, px: int) -> Grid:
-    """The grid of px x px pixels that fills a quadkey."""
-    west, south, east, north = quadkey_bounds(quadkey)
-    return Grid.from_bounds((west, south, east, north), "EPSG:3857", (east - west) / px)
+def place(quadkey: str, px: int = PX) -> Grid:
+    return Grid.of("EPSG:3857", placed(quadkey, px), (px, px))
 
 
-def published_tile(
-    root: Path, quadkey: str, pixels: np.ndarray, *, nodata: float | None = None, shift_px: float = 0.0,
-    mask: np.ndarray | None = None, mask_folder: str = "msk",
-) -> Path:  # fmt: skip
-    """One uint8 tile of whole metres at its quadkey's place, and its `.tif.msk` (255 = masked, no GDAL
-    mark).
-    """
+def placed(quadkey: str, px: int = PX, shift_px: float = 0.0) -> rasterio.Affine:
     west, _, east, north = quadkey_bounds(quadkey)
-    size = (east - west) / pixels.shape[1]
-    transform = rasterio.Affine(size, 0, west + shift_px * size, 0, -size, north)
-    path = root / "chm" / f"{quadkey}.tif"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rasterio.open(
-        path, "w", driver="GTiff", count=1, dtype="uint8", height=pixels.shape[0], width=pixels.shape[1],
-        crs="EPSG:3857", transform=transform, nodata=nodata,
-    ) as dataset:  # fmt: skip
-        dataset.write(pixels[None])
-    if mask is not None:
-        folder = root / mask_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        with rasterio.open(
-            folder / f"{quadkey}.tif.msk", "w", driver="GTiff", count=1, dtype="uint8",
-            height=mask.shape[0], width=mask.shape[1],
-        ) as dataset:  # fmt: skip
-            dataset.write(mask[None])
-    return path
+    size = (east - west) / px
+    return rasterio.Affine(size, 0, west + shift_px * size, 0, -size, north)
+
+
+@pytest.fixture
+def published(write_map):
+    """`published("v1", quadkey, pixels, ...)`: a tile of whole metres, and its `.tif.msk` (255 = masked)."""
+
+    def write(root, quadkey, pixels, *, nodata=None, shift_px=0.0, mask=None, mask_folder="msk"):
+        web = {"crs": "EPSG:3857", "transform": placed(quadkey, shift_px=shift_px), "names": ()}
+        if mask is not None:
+            none = {"crs": None, "transform": rasterio.Affine.identity(), "nodata": None, "names": ()}
+            write_map(f"{root}/{mask_folder}/{quadkey}.tif.msk", mask, **none)
+        return write_map(f"{root}/chm/{quadkey}.tif", pixels, nodata=nodata, **web)
+
+    return write
 
 
 def whole_metres(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 40, (PX, PX)).astype(np.uint8)
 
 
+# ---- published maps -------------------------------------------------------------------------------
 @pytest.mark.parametrize("mask_folder", ["msk", "chm"])
-def test_v1_tile_reads_with_its_inverted_mask(tmp_path, mask_folder):
-    """255 in the .tif.msk is cloud; 255 in the map is never a height, tagged or not; 0 m stays a height."""
+def test_v1_tile_reads_with_its_inverted_mask(published, tmp_path, mask_folder):
+    """255 in the .tif.msk is cloud; 255 in the map is never a height; 0 m stays one; nothing bleeds."""
     heights = whole_metres()
-    heights[:10] = 0
-    heights[20:30, 20:30] = 255
-    mask = np.zeros((PX, PX), np.uint8)
-    mask[100:120] = 255
-    published_tile(tmp_path, "023010212", heights, mask=mask, mask_folder=mask_folder)
-    with open_heights(tmp_path) as product:
-        assert product.kind == "published v1" and product.step_m == 1.0
-        got = Got(*product.read(quadkey_grid("023010212", PX)))
-    np.testing.assert_array_equal(got.valid, (heights != 255) & (mask == 0))
-    np.testing.assert_array_equal(got.height_m[got.valid], heights[got.valid])
-    assert got.valid[:10].all()
-
-
-def test_a_masked_pixel_never_enters_a_resampled_one(tmp_path):
-    heights = np.full((PX, PX), 10, np.uint8)
-    heights[100:120] = 200  # under the cloud
+    heights[:10], heights[20:30, 20:30], heights[100:120] = 0, 255, 200
     mask = np.where(heights == 200, 255, 0).astype(np.uint8)
-    published_tile(tmp_path, "023010212", heights, mask=mask)
-    whole = quadkey_grid("023010212", PX)
-    px = whole.pixel[0]
-    with open_heights(tmp_path) as product:
-        moved = Grid.of(
-            "EPSG:3857", (px, 0, whole.bounds[0] + 0.3 * px, 0, -px, whole.bounds[3] - 0.4 * px), (PX, PX)
-        )
-        coarse = quadkey_grid("023010212", PX // 8)
-        for grid in (moved, coarse):
-            got = Got(*product.read(grid))
-            assert got.valid.any() and not got.valid.all()
-            np.testing.assert_allclose(got.height_m[got.valid], 10, atol=1e-5)
+    published("v1", V1, heights, mask=mask, mask_folder=mask_folder)
+    with open_heights(tmp_path / "v1") as product:
+        assert product.kind == "published v1" and product.step_m == 1.0
+        (height,), valid = product.read(place(V1))
+        np.testing.assert_array_equal(valid, (heights != 255) & (mask == 0))
+        np.testing.assert_array_equal(height[valid], heights[valid])
+        t = placed(V1)
+        moved = Grid.of("EPSG:3857", (t.a, 0, t.c + 0.3 * t.a, 0, t.e, t.f + 0.4 * t.e), (PX, PX))
+        for grid in (moved, place(V1, PX // 8)):
+            (height,), valid = product.read(grid)
+            assert valid.any() and not valid.all() and height[valid].max() < 41
 
 
-def test_v2_tiles_of_a_folder_are_one_map(tmp_path):
-    """Two neighbouring zoom-10 tiles: a window across their edge has both and no gap."""
+def test_v2_tiles_of_a_folder_are_one_map(published, tmp_path):
+    """Two neighbouring zoom-10 tiles: a window across their edge has both; a list of files is the same."""
     left, right = whole_metres(1), whole_metres(2)
-    for name, pixels in (("0230102120", left), ("0230102121", right)):
-        published_tile(tmp_path, name, pixels, nodata=255)
-    grid = quadkey_grid("0230102120", PX)
-    with open_heights(tmp_path) as product:
-        assert product.kind == "published v2" and len(product.tiles) == 2
-        assert not any("cannot be told apart" in note for note in product.notes)
-        got = Got(*product.read(grid.window(10, PX - 20, 50, 40)))
-    assert got.valid.all()
-    np.testing.assert_array_equal(got.height_m, np.hstack([left, right])[10:60, PX - 20 : PX + 20])
+    paths = [published("v2", V2, left, nodata=255), published("v2", "0230102121", right, nodata=255)]
+    listing = tmp_path / "tiles.txt"
+    listing.write_text(f"# tiles\nv2/chm/{paths[0].name}\n{paths[1]}\n")
+    for name in (tmp_path / "v2", listing, paths):
+        with open_heights(name) as product:
+            assert product.kind == "published v2" and len(product.tiles) == 2
+            assert not any("cannot be told apart" in note for note in product.notes)
+            (height,), valid = product.read(place(V2).window(10, PX - 20, 50, 40))
+        assert valid.all()
+        np.testing.assert_array_equal(height, np.hstack([left, right])[10:60, PX - 20 : PX + 20])
 
 
-def test_without_mask_or_nodata_the_confusion_is_said(tmp_path):
-    published_tile(tmp_path / "v2", "0230102120", whole_metres())
-    published_tile(tmp_path / "v1", "023010212", whole_metres())
-    for version in ("v1", "v2"):
+def test_what_published_tiles_do_not_say_is_said(published, tmp_path):
+    heights = whole_metres()
+    for version, quadkey in (("v1", V1), ("v2", V2)):
+        published(version, quadkey, heights)
         with open_heights(tmp_path / version) as product:
             assert any("cannot be told apart" in note for note in product.notes)
             assert any("whole multiples of 1 m" in note for note in product.notes)
-
-
-def test_a_tile_that_declares_zero_missing_is_followed_and_said(tmp_path):
-    heights = whole_metres()
-    published_tile(tmp_path, "0230102120", heights, nodata=0)
-    with open_heights(tmp_path) as product:
-        got = Got(*product.read(quadkey_grid("0230102120", PX)))
+    published("zero", V2, heights, nodata=0)
+    with open_heights(tmp_path / "zero") as product:
+        np.testing.assert_array_equal(product.read(place(V2))[1], heights > 0)
         assert any("declare 0 as missing" in note for note in product.notes)
-    np.testing.assert_array_equal(got.valid, heights > 0)
-    with open_heights(tmp_path, nodata=254) as product:
-        assert product.read(quadkey_grid("0230102120", PX))[1].all()
+    with open_heights(tmp_path / "zero", nodata=254) as product:
+        assert product.read(place(V2))[1].all() and not any("declare 0" in note for note in product.notes)
+    with open_heights(published("elsewhere", V1, heights, shift_px=50)) as product:
+        assert product.kind == "map", "its name is a quadkey, its place is another one"
 
 
-def test_a_quadkey_name_elsewhere_is_no_published_tile(tmp_path):
-    path = published_tile(tmp_path, "023010212", whole_metres(), shift_px=50)
-    with open_heights(path) as product:
-        assert product.kind == "map"
-
-
-def test_dates_beside_published_tiles(tmp_path):
-    published_tile(tmp_path / "v1", "023010212", whole_metres())
-    meta = tmp_path / "v1" / "metadata"
-    meta.mkdir()
+def test_dates_beside_published_tiles(published, write_map, tmp_path):
+    published("v1", V1, whole_metres())
     days = ["2018-05-02", "2020-11-30", "2019-01-01"]
     features = [{"type": "Feature", "geometry": None, "properties": {"acq_date": day}} for day in days]
-    (meta / "023010212.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
-    with open_heights(tmp_path / "v1") as product:
-        assert product.dates == ("2018-05-02", "2020-11-30")
-    published_tile(tmp_path / "v2", "0230102120", whole_metres())
-    (tmp_path / "v2" / "metadata").mkdir()
-    years = np.array([[17, 17], [21, 0]], np.uint8).repeat(128, 0).repeat(128, 1)
-    source = tmp_path / "v2" / "chm" / "0230102120.tif"
-    with (
-        rasterio.open(source) as tile,
-        rasterio.open(tmp_path / "v2" / "metadata" / "0230102120.tif", "w", **tile.profile) as dataset,
-    ):
-        dataset.write(years[None])
-    with open_heights(tmp_path / "v2") as product:
-        assert product.dates == ("2017", "2021")
-
-
-def test_list_file_and_sequence(tmp_path):
-    left = published_tile(tmp_path, "0230102120", whole_metres(1))
-    right = published_tile(tmp_path, "0230102121", whole_metres(2))
-    listing = tmp_path / "tiles.txt"
-    listing.write_text(f"# tiles\nchm/{left.name}\n{right}\n")
-    for name in (listing, [left, right]):
-        with open_heights(name) as product:
-            assert len(product.tiles) == 2
-
-
-def test_compact_encodings_and_interval_bands(write_map, forest):
-    heights = forest(60)
-    centimetres = np.stack([heights * 100, heights * 90, heights * 120]).round().astype(np.uint16)
-    centimetres[:, 5, 5] = 65535
-    names = ("canopy_height", "height_lower", "height_upper")
-    path = write_map("cm.tif", centimetres, nodata=65535, names=names, tags={"CANOPY_INTERVAL": "0.8"})
-    with rasterio.open(path, "r+") as dataset:
-        dataset.scales = (0.01, 0.01, 0.01)
-    with open_heights(path) as product:
-        assert product.has_interval and product.level == 0.8 and product.step_m == pytest.approx(0.01)
-        got = Got(*product.read(product.lattice, interval=True))
-    assert not got.valid[5, 5] and got.valid.sum() == got.valid.size - 1
-    np.testing.assert_allclose(got.height_m[got.valid], heights[got.valid], atol=0.006)
-    np.testing.assert_allclose(got.upper_m[got.valid], 1.2 * heights[got.valid], atol=0.006)
-
-
-def test_bad_inputs_are_named(tmp_path, write_map, forest):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty.txt").write_text("\n# nothing\n")
-    (tmp_path / "text.tif").write_text("not a raster")
-    for name, words in (
-        ("empty", "no height tiles"), ("empty.txt", "empty list"), ("text.tif", "not a readable raster"),
-        ("missing.tif", "no such file"),
-    ):  # fmt: skip
-        with pytest.raises(ImageryError, match=words):
-            open_heights(tmp_path / name)
-    rgb = write_map("rgb.tif", np.full((3, 20, 20), 9, np.uint8), nodata=None, names=(), photometric="RGB")
-    with pytest.raises(ImageryError, match="colour image"):
-        open_heights(rgb)
-    published_tile(tmp_path / "mix", "0230102120", whole_metres())
-    published_tile(tmp_path / "mix", "023010213", whole_metres())
-    with pytest.raises(ImageryError, match="different products"):
-        open_heights(tmp_path / "mix")
-    wrong = np.zeros((PX // 2, PX), np.uint8)
-    published_tile(tmp_path / "wrong", "023010212", whole_metres(), mask=wrong)
-    with open_heights(tmp_path / "wrong") as product, pytest.raises(ImageryError, match="mask of 256 x 128"):
-        product.read(quadkey_grid("023010212", PX))
-    here, there = write_map("here.tif", forest(40)), write_map("there.tif", forest(40), crs="EPSG:32633")
-    with open_heights(here) as a, open_heights(there) as b, pytest.raises(InputError, match="do not overlap"):
-        common_grid(a, b)
+    (tmp_path / "v1" / "metadata").mkdir()
+    (tmp_path / "v1" / "metadata" / f"{V1}.geojson").write_text(json.dumps({"features": features}))
+    published("v2", V2, whole_metres())
+    years = np.array([[17, 17], [21, 0]], np.uint8)
+    write_map(f"v2/metadata/{V2}.tif", years, nodata=None)
+    for version, dates in (("v1", ("2018-05-02", "2020-11-30")), ("v2", ("2017", "2021"))):
+        with open_heights(tmp_path / version) as product:
+            assert product.dates == dates
 
 
 # ---- what people's files are like -----------------------------------------------------------------
-def test_impossible_heights_are_missing_before_any_resampling(write_map, forest):
+def test_compact_encodings_and_interval_bands(write_map, forest):
+    heights = forest(60)
+    cm = np.stack([heights * 100, heights * 90, heights * 120]).round().astype(np.uint16)
+    cm[:, 5, 5] = 65535
+    names = ("canopy_height", "height_lower", "height_upper")
+    path = write_map("cm.tif", cm, nodata=65535, names=names, tags={"CANOPY_INTERVAL": "0.8"}, scale=0.01)
+    with open_heights(path) as product:
+        assert product.has_interval and product.level == 0.8 and product.step_m == pytest.approx(0.01)
+        (height, _, upper), valid = product.read(product.lattice, interval=True)
+    assert not valid[5, 5] and valid.sum() == valid.size - 1
+    np.testing.assert_allclose(height[valid], heights[valid], atol=0.006)
+    np.testing.assert_allclose(upper[valid], 1.2 * heights[valid], atol=0.006)
+
+
+def test_impossible_heights_are_missing_before_any_resampling(write_map):
     """A strip at an undeclared nodata value: no coarse pixel, no pixel of another CRS takes a part of it."""
-    heights = np.full((100, 100), 20, np.float32)
-    strip = np.zeros(heights.shape, bool)
+    strip = np.zeros((100, 100), bool)
     strip[:, 40:53] = True
     for value, nodata in ((-9999, None), (-3.4028235e38, -3.4e38), (1e20, np.nan)):
-        path = write_map("strip.tif", np.where(strip, np.float32(value), heights), nodata=nodata)
-        with open_heights(path) as opened:
-            own = Got(*opened.read(opened.lattice))
-            np.testing.assert_array_equal(own.valid, ~strip)
+        heights = np.where(strip, np.float32(value), np.float32(20))
+        with open_heights(write_map("strip.tif", heights, nodata=nodata)) as opened:
+            np.testing.assert_array_equal(opened.read(opened.lattice)[1], ~strip)
             note = next(note for note in opened.notes if "impossible heights" in note)
             assert f"{np.float32(value):.6g} m" in note and "undeclared nodata" in note
-            t = opened.lattice.transform
-            coarse = Grid.of(opened.crs, (3.3, 0, t.c + 0.7, 0, -3.3, t.f), (30, 30))
+            coarse = Grid.of(UTM, (3.3, 0, WEST + 0.7, 0, -3.3, NORTH), (30, 30))
             for grid in (coarse, AOI.from_grid(opened.lattice).grid("EPSG:32619", 1.5)):
-                got = Got(*read_on(opened, grid))
-                assert got.valid.any() and not got.valid.all()
-                np.testing.assert_allclose(got.height_m[got.valid], 20, rtol=1e-6)
+                (height,), valid = read_on(opened, grid)
+                assert valid.any() and not valid.all()
+                np.testing.assert_allclose(height[valid], 20, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("unit", "metres"),
-    [("ft", 0.3048), ("US survey foot", 1200 / 3937), ("cm", 0.01), ("dm", 0.1), ("metre", 1), ("m", 1)],
-)
+    [("ft", 0.3048), ("US survey foot", 1200 / 3937), ("us_survey_feet", 1200 / 3937), ("Meters", 1),
+     ("international feet", 0.3048), ("cm", 0.01), ("dm", 0.1), ("m", 1), ("furlong", None)],
+)  # fmt: skip
 def test_the_band_says_its_unit(write_map, forest, unit, metres):
     heights = forest(40)
-    path = write_map("u.tif", (heights / metres).astype(np.float32))
+    path = write_map("u.tif", (heights / (metres or 1)).astype(np.float32))
     with rasterio.open(path, "r+") as dataset:
         dataset.units = (unit,)
+    if metres is None:
+        with pytest.raises(ImageryError, match=r"heights in 'furlong'.*feet"):
+            open_heights(path)
+        return
     with open_heights(path) as opened:
         np.testing.assert_allclose(opened.read(opened.lattice)[0][0], heights, rtol=1e-5)
         assert any(f"in {unit} and were converted" in note for note in opened.notes) == (metres != 1)
 
 
-def test_an_unknown_unit_is_refused(write_map, forest):
-    path = write_map("u.tif", forest(20))
-    with rasterio.open(path, "r+") as dataset:
-        dataset.units = ("furlong",)
-    with pytest.raises(ImageryError, match=r"heights in 'furlong'.*feet"):
-        open_heights(path)
-
-
-def test_the_band_that_says_canopy_height_is_taken(write_map, forest):
+def test_which_band_is_the_height(write_map, forest):
     heights = forest(30)
     ground = np.full_like(heights, 215)
     for names in (("DSM", "DTM", "CHM"), ("zmean", "zsd", "Canopy height (m)"), ("a", "b", "canopy_height")):
-        path = write_map("bands.tif", np.stack([ground, ground, heights]), names=names)
-        with open_heights(path) as opened:
+        with open_heights(write_map("b.tif", np.stack([ground, ground, heights]), names=names)) as opened:
             np.testing.assert_array_equal(opened.read(opened.lattice)[0][0], heights)
-
-
-def test_other_bands_are_named_and_asked_for(write_map, forest):
-    heights = forest(30)
-    path = write_map("z.tif", np.stack([heights + 9, heights]), names=("zmean", "zmax"))
+    path = write_map("z.tif", np.stack([ground, heights]), names=("zmean", "zmax"))
     with pytest.raises(ImageryError, match=r"holds 2 bands \(1 zmean, 2 zmax\).*--band"):
         open_heights(path)
-    for band in (2, "2", "zmax", "ZMAX"):
+    for band in (2, "2", "ZMAX"):
         with open_heights(path, band=band) as opened:
             np.testing.assert_array_equal(opened.read(opened.lattice)[0][0], heights)
     for band in (3, 0, "zmin"):
@@ -277,47 +182,109 @@ def test_other_bands_are_named_and_asked_for(write_map, forest):
             open_heights(path, band=band)
 
 
+def test_bad_inputs_are_named(published, tmp_path, write_map, forest):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("\n# nothing\n")
+    (tmp_path / "text.tif").write_text("not a raster")
+    write_map("rgb.tif", np.full((3, 20, 20), 9, np.uint8), nodata=None, names=(), photometric="RGB")
+    published("mix", V2, whole_metres())
+    published("mix", "023010213", whole_metres())
+    for name, words in (
+        ("empty", "no height tiles"), ("empty.txt", "empty list"), ("text.tif", "not a readable raster"),
+        ("missing.tif", "no such file"), ("rgb.tif", "colour image"), ("mix", "different products"),
+    ):  # fmt: skip
+        with pytest.raises(ImageryError, match=words):
+            open_heights(tmp_path / name)
+    published("wrong", V1, whole_metres(), mask=np.zeros((PX // 2, PX), np.uint8))
+    with open_heights(tmp_path / "wrong") as product, pytest.raises(ImageryError, match="mask of 256 x 128"):
+        product.read(place(V1))
+    here, there = write_map("here.tif", forest(40)), write_map("there.tif", forest(40), crs="EPSG:32633")
+    with open_heights(here) as a, open_heights(there) as b, pytest.raises(InputError, match="do not overlap"):
+        common_grid(a, b)
+
+
 def test_a_three_dimensional_crs_is_its_horizontal_part(write_map, forest):
-    path = write_map("flat.tif", forest(30))
-    wkt = CRS("EPSG:32618").proj.to_3d().to_wkt()
+    wkt = CRS(UTM).proj.to_3d().to_wkt()
     three = write_map("three.tif", forest(30), crs=rasterio.crs.CRS.from_wkt(wkt))
-    with open_heights(path) as flat, open_heights(three) as deep:
-        assert deep.lattice.is_aligned(flat.lattice) and not deep.crs.proj.to_wkt().count(
-            "ellipsoidal height"
-        )
+    with open_heights(write_map("flat.tif", forest(30))) as flat, open_heights(three) as deep:
+        assert deep.lattice.is_aligned(flat.lattice) and "ellipsoidal height" not in deep.crs.proj.to_wkt()
 
 
 def test_arrays_are_read_as_files_are(write_map, forest):
     """As rioxarray opens them: scaled integers, nodata, band names, a lazy array, rows from the south."""
     import rioxarray
+    import xarray
 
     heights = forest(50)
     cm = np.where(heights > 20, 65535, heights * 100).round().astype(np.uint16)
-    path = write_map("cm.tif", cm, nodata=65535, tags={"CANOPY_DATES": "2020-05-01"})
-    with rasterio.open(path, "r+") as dataset:
-        dataset.scales = (0.01,)
+    path = write_map("cm.tif", cm, nodata=65535, tags={"CANOPY_DATES": "2020-05-01"}, scale=0.01)
     with open_heights(path) as file:
-        expected, dates = Got(*file.read(file.lattice)), file.dates
-        lattice = file.lattice
+        expected, dates, lattice = file.read(file.lattice), file.dates, file.lattice
     plain = rioxarray.open_rasterio(path)
     masked = rioxarray.open_rasterio(path, mask_and_scale=True, chunks=16)
     for array in (plain, masked, masked.squeeze("band"), masked.isel(y=slice(None, None, -1))):
         with open_heights(array) as opened:
-            got = Got(*opened.read(lattice))
-            np.testing.assert_array_equal(got.valid, expected.valid)
-            np.testing.assert_allclose(got.height_m, expected.height_m, atol=1e-6)
-    with open_heights(plain) as opened:
-        assert opened.dates == dates
-
-
-def test_an_array_without_its_place_is_refused():
-    import xarray
-
-    with pytest.raises(ImageryError, match="a ndarray is no height map; expected a path"):
-        open_heights(np.zeros((4, 5)))
-
+            for got, was in zip(opened.read(lattice), expected, strict=True):
+                np.testing.assert_allclose(got, was, atol=1e-6)
+            assert array is not plain or opened.dates == dates
     bare = xarray.DataArray(np.zeros((4, 5)), dims=("y", "x"), coords={"y": [4, 3, 2, 1], "x": range(5)})
-    with pytest.raises(ImageryError, match=r"no coordinate reference system.*write_crs"):
-        open_heights(bare)
-    with pytest.raises(ImageryError, match=r"expected \(y, x\)"):
-        open_heights(xarray.DataArray(np.zeros((4, 5)), dims=("row", "column")))
+    for array, words in (
+        (np.zeros((4, 5)), "a ndarray is no height map; expected a path"),
+        (bare, r"no coordinate reference system.*write_crs"),
+        (xarray.DataArray(np.zeros((4, 5)), dims=("row", "column")), r"expected \(y, x\)"),
+    ):
+        with pytest.raises(ImageryError, match=words):
+            open_heights(array)
+
+
+# ---- onto another grid ----------------------------------------------------------------------------
+def loop_mean(values: np.ndarray, gsd: float, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Area-weighted mean over every target pixel by plain loops; valid where half of it is."""
+    out, ok = np.zeros(grid.shape), np.zeros(grid.shape, bool)
+    side = grid.pixel[0] / gsd
+    h, w = values.shape
+    for i in range(grid.height):
+        for j in range(grid.width):
+            x, y = grid.xy(i, j)
+            left, top = (x - WEST) / gsd, (NORTH - y) / gsd
+            total = area = 0.0
+            for r in range(max(0, int(np.floor(top))), min(h, int(np.ceil(top + side)))):
+                for c in range(max(0, int(np.floor(left))), min(w, int(np.ceil(left + side)))):
+                    high = min(top + side, r + 1) - max(top, r)
+                    wide = min(left + side, c + 1) - max(left, c)
+                    if high > 0 and wide > 0 and np.isfinite(values[r, c]):
+                        total, area = total + high * wide * values[r, c], area + high * wide
+            if area >= 0.5 * side**2 - 1e-6:
+                out[i, j], ok[i, j] = total / area, True
+    return out, ok
+
+
+@pytest.mark.parametrize(("size", "dx", "dy"), [(1.0, 0.3, 0.7), (2.0, 0.25, 0.5), (3.7, -1.1, 2.2)])
+def test_mean_is_exactly_area_weighted_in_any_parts(write_map, monkeypatch, size, dx, dy):
+    rng = np.random.default_rng(0)
+    values = rng.gamma(2, 5, (26, 31)).astype(np.float32)
+    values[rng.random(values.shape) < 0.25] = np.nan
+    grid = Grid.of(UTM, (size, 0, WEST + dx, 0, -size, NORTH - dy), (9, 8))
+    expected, ok = loop_mean(values, 0.6, grid)
+    with open_heights(write_map("a.tif", values, gsd=0.6)) as side:
+        (got,), valid = read_on(side, grid, "mean")
+        monkeypatch.setattr("canopy.evaluation.grids._SOURCE_PX", 20)
+        for whole, parts in zip((got, valid), read_on(side, grid, "mean"), strict=True):
+            np.testing.assert_allclose(whole, np.squeeze(parts), atol=1e-9)
+    np.testing.assert_array_equal(valid, ok)
+    np.testing.assert_allclose(got[ok], expected[ok], rtol=1e-6)
+    assert (got[~ok] == 0).all()
+
+
+def test_highest_and_percentile_take_the_pixels_of_an_aligned_grid(write_map):
+    rng = np.random.default_rng(1)
+    values = rng.gamma(2, 5, (24, 24)).astype(np.float32)
+    values[rng.random(values.shape) < 0.3] = np.nan
+    grid = Grid.of(UTM, (3.0, 0, WEST, 0, -3.0, NORTH), (8, 8))
+    cells = values.reshape(8, 3, 8, 3).swapaxes(1, 2).reshape(8, 8, 9)
+    enough = np.isfinite(cells).sum(-1) >= 4.5
+    with open_heights(write_map("a.tif", values)) as side:
+        for stat, expected in (("max", np.nanmax), ("p95", lambda x, axis: np.nanpercentile(x, 95, axis))):
+            (got,), valid = read_on(side, grid, stat)
+            np.testing.assert_array_equal(valid, enough)
+            np.testing.assert_allclose(got[enough], expected(cells[enough], axis=-1), rtol=1e-6)

@@ -3,359 +3,338 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Callable
 from pathlib import Path
 
+import geopandas
 import numpy as np
 import pytest
-import rasterio
 from rasterio.warp import Resampling, calculate_default_transform, reproject
+from scipy import stats
+from shapely.geometry import box
 
 import canopy
+from canopy import metrics
 from canopy.errors import ImageryError, InputError
-from canopy.evaluation import pixels as rasters
-from canopy.evaluation.scores import Evaluation
+from canopy.evaluation import pixels
+from canopy.evaluation.maps import HeightMap
+from canopy.evaluation.pixels import LEAST_WANTED, BlockLayout
+from canopy.evaluation.scores import draws, intervals, replicate
+from canopy.geo.grid import Grid
 
-stand = runpy.run_path(str(Path(__file__).with_name("stand.py")))
+WEST, NORTH, UTM = 500_000.0, 4_882_000.0, "EPSG:32618"
+BANDS = ("canopy_height", "height_lower", "height_upper")
 score_arrays = runpy.run_path(str(Path(__file__).parents[1] / "whole_arrays.py"))["score_arrays"]
-WEST, NORTH, UTM = stand["WEST"], stand["NORTH"], stand["UTM"]
-REFERENCE = stand["forest"](0)
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Path]:
-    """`write("a.tif", heights, gsd=0.5, west=...)` in the test's folder; see stand.py."""
-    return lambda name, *bands, **kw: stand["write_heights"](tmp_path / name, *bands, **kw)
+@pytest.fixture(scope="module")
+def lidar(forest):
+    return forest((260, 310), 0)
 
 
-def predicted(seed: int = 1) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    heights = (0.9 * REFERENCE + rng.normal(0, 1.5, REFERENCE.shape)).round(3).astype(np.float32)
+@pytest.fixture(scope="module")
+def predicted(lidar):
+    rng = np.random.default_rng(1)
+    heights = (0.9 * lidar + rng.normal(0, 1.5, lidar.shape)).round(3).astype(np.float32)
     heights[:20, :30] = np.nan
     return heights
 
 
-def plain(result: Evaluation) -> dict[str, float | None]:
-    return {name: score.value for name, score in result.overall.metrics.items()}
+@pytest.fixture
+def paths(write_map, predicted, lidar):
+    """Of the map and its reference."""
+    return write_map("m.tif", predicted), write_map("r.tif", lidar)
 
 
-def test_equals_the_arrays_on_one_grid(write: Callable[..., Path]) -> None:
-    reference = REFERENCE.copy()
-    reference[100:140, 50:90] = np.nan
-    map_m = predicted()
-    result = canopy.evaluate(write("m.tif", map_m), write("r.tif", reference), replicates=0, shift=False)
-    expected = score_arrays(map_m, reference)
-    for name, value in plain(result).items():
-        assert value == pytest.approx(expected[name], rel=1e-9, abs=1e-9), name
-    assert set(expected) - set(plain(result)) == {"interval_coverage", "interval_width_m"}
-    counts, _, _ = np.histogram2d(*(x[np.isfinite(map_m + reference)] for x in (reference, map_m)), bins=5)
-    assert result.joint.sum() == counts.sum() == result.overall.n
+def quick(map_, reference, **options):
+    """Scores without intervals and shift."""
+    return canopy.evaluate(map_, reference, **({"replicates": 0, "shift": False} | options))
 
 
-def test_windows_give_what_one_piece_gives(
-    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths = write("m.tif", predicted()), write("r.tif", REFERENCE)
-    results = []
-    for side in (50, 100, 1000):
-        monkeypatch.setattr(rasters, "WINDOW_PX", side)
-        results.append(canopy.evaluate(*paths, by=("height", "cover"), replicates=50, shift=False))
-    one = results[-1]
-    for other in results[:-1]:
-        for a, b in ((one.overall, other.overall), *(
-            (one.strata[by][name], other.strata[by][name]) for by in one.strata for name in one.strata[by]
-        )):  # fmt: skip
-            for name in a.metrics:
-                if a[name].value is None:
-                    assert b[name].value is None
-                    continue
-                assert b[name].value == pytest.approx(a[name].value, rel=1e-9, abs=1e-9), name
-                if a[name].ci95:
-                    assert b[name].ci95 == pytest.approx(a[name].ci95, rel=1e-9, abs=1e-9), name
-        np.testing.assert_array_equal(one.joint, other.joint)
-        np.testing.assert_allclose(one.blocks.mae_m, other.blocks.mae_m, rtol=1e-9)
-        np.testing.assert_allclose(one.previews[0].map_m, other.previews[0].map_m, rtol=1e-5)
+# ---- scores ---------------------------------------------------------------------------------------
+def test_equals_the_arrays_on_one_grid(write_map, predicted, lidar):
+    holed = lidar.copy()
+    holed[100:140, 50:90] = np.nan
+    result = quick(write_map("m.tif", predicted), write_map("r.tif", holed))
+    expected = score_arrays(predicted, holed)
+    for name, score in result.overall.metrics.items():
+        assert score.value == pytest.approx(expected[name], rel=1e-9, abs=1e-9), name
+    assert set(expected) - set(result.overall.metrics) == {"interval_coverage", "interval_width_m"}
+    assert result.joint.sum() == result.overall.n
 
 
-def test_a_map_against_itself_is_perfect(write: Callable[..., Path]) -> None:
-    path = write("r.tif", REFERENCE)
-    result = canopy.evaluate(path, path, replicates=100)
-    got = plain(result)
-    zero = ("mae_m", "rmse_m", "bias_m", "nmae", "edge_error", "p95_error_m")
-    assert [got[name] for name in zero] == [0] * len(zero)
-    assert [got[name] for name in ("r2", "block_r2", "cover_iou_2m")] == [1, 1, 1]
-    assert result.shift is not None
-    assert result.shift.length_m < 0.01
-    assert result.corrected is result.overall
-    assert result.overall["mae_m"].ci95 == (0, 0)
+def test_windows_give_what_one_piece_gives_and_are_small(paths, monkeypatch):
+    class Counted:
+        total = done = 0
+
+        def start(self, total, what):
+            self.total, self.done = total, 0
+
+        def advance(self, steps=1):
+            self.done += steps
+
+    largest, read = [0], HeightMap.read
+
+    def watched(self, grid, **options):
+        largest[0] = max(largest[0], *grid.shape)
+        return read(self, grid, **options)
+
+    monkeypatch.setattr(HeightMap, "read", watched)
+    one = canopy.evaluate(*paths, by=("height", "cover"), replicates=50, shift=False)
+    monkeypatch.setattr(pixels, "WINDOW_PX", 50)
+    largest[0], progress = 0, Counted()
+    other = canopy.evaluate(*paths, by=("height", "cover"), replicates=50, shift=False, progress=progress)
+    assert progress.done == progress.total == 6 * 7  # 260 x 310 px
+    assert largest[0] == 52  # a window and its margin, whatever the raster's size
+    parts = [(one.strata[by][name], other.strata[by][name]) for by in one.strata for name in one.strata[by]]
+    for a, b in ((one.overall, other.overall), *parts):
+        assert [s.note for s in a.metrics.values()] == [s.note for s in b.metrics.values()]
+        for name, score in a.metrics.items():
+            one_by_one = [
+                (score.value, b[name].value),
+                *zip(score.ci95 or (), b[name].ci95 or (), strict=True),
+            ]
+            for was, found in (pair for pair in one_by_one if pair != (None, None)):
+                assert found == pytest.approx(was, rel=1e-9, abs=1e-9), name
+    np.testing.assert_array_equal(one.joint, other.joint)
+    np.testing.assert_allclose(one.blocks.mae_m, other.blocks.mae_m, rtol=1e-9)
+    np.testing.assert_allclose(one.previews[0].map_m, other.previews[0].map_m, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("east", "north"), [(2.0, 0.0), (0.0, -2.0), (1.3, -0.6)])
-def test_a_shift_is_found_and_undone(write: Callable[..., Path], east: float, north: float) -> None:
-    moved = write("m.tif", predicted(), west=WEST + east, north=NORTH + north)
-    result = canopy.evaluate(moved, write("r.tif", REFERENCE), replicates=0)
-    assert result.shift is not None
-    assert result.shift.sure
-    assert result.shift.east_m == pytest.approx(east, abs=0.15)
-    assert result.shift.north_m == pytest.approx(north, abs=0.15)
-    assert result.corrected is not None
-    straight = score_arrays(predicted(), REFERENCE)["mae_m"]
+def test_a_map_against_itself_is_perfect(paths):
+    result = canopy.evaluate(paths[1], paths[1], replicates=100)
+    for value, names in (
+        (0, "mae_m rmse_m bias_m nmae edge_error p95_error_m"),
+        (1, "r2 block_r2 cover_iou_2m"),
+    ):
+        assert {result.overall[name].value for name in names.split()} == {value}
+    assert result.corrected is result.overall and result.overall["mae_m"].ci95 == (0, 0)
+
+
+@pytest.mark.parametrize(("east", "north"), [(2.0, 0.0), (1.3, -0.6)])
+def test_a_shift_is_found_and_undone(write_map, paths, predicted, lidar, east, north):
+    moved = write_map("moved.tif", predicted, west=WEST + east, north=NORTH + north)
+    result = canopy.evaluate(moved, paths[1], replicates=0)
+    found = result.to_dict()
+    assert found["shift"]["sure"]
+    assert found["shift_m"] == pytest.approx({"east": east, "north": north}, abs=0.15)
+    straight = score_arrays(predicted, lidar)["mae_m"]
     assert result.overall["mae_m"].value > straight + 0.3
     assert result.corrected["mae_m"].value < straight + 0.1
-    shift_m = result.to_dict()["shift_m"]
-    assert np.hypot(shift_m["east"], shift_m["north"]) == pytest.approx(np.hypot(east, north), abs=0.15)
 
 
-def test_web_mercator_against_utm_needs_no_step(write: Callable[..., Path], tmp_path: Path) -> None:
-    reference = write("r.tif", REFERENCE)
-    out = tmp_path / "mercator.tif"
-    with rasterio.open(reference) as source:
-        transform, width, height = calculate_default_transform(
-            source.crs, "EPSG:3857", source.width, source.height, *source.bounds, resolution=1.0
-        )
-        profile = source.profile | {
-            "crs": "EPSG:3857",
-            "transform": transform,
-            "width": width,
-            "height": height,
-        }
-        with rasterio.open(out, "w", **profile) as target:
-            band = np.full((height, width), np.nan, np.float32)
-            reproject(
-                source.read(1), band, src_transform=source.transform, src_crs=source.crs,
-                src_nodata=np.nan, dst_transform=transform, dst_crs="EPSG:3857",
-                resampling=Resampling.bilinear,
-            )  # fmt: skip
-            target.write(band, 1)
-    result = canopy.evaluate(out, reference, replicates=0)
-    # 1 m of Web Mercator is 0.79 m on the ground here, so the reference's grid is the coarser one.
-    assert result.provenance["grid"]["crs"] == UTM
-    assert result.overall.n > 0.97 * REFERENCE.size
-    assert result.overall["mae_m"].value < 0.6
-    assert abs(result.overall["bias_m"].value) < 0.02
-    assert result.shift.length_m < 0.1
+def test_web_mercator_against_utm_needs_no_step(write_map, paths, lidar):
+    h, w = lidar.shape
+    bounds = WEST, NORTH - h, WEST + w, NORTH
+    transform, width, height = calculate_default_transform(UTM, "EPSG:3857", w, h, *bounds, resolution=1.0)
+    band = np.full((height, width), np.nan, np.float32)
+    own = calculate_default_transform(UTM, UTM, w, h, *bounds, resolution=1.0)[0]
+    reproject(
+        lidar, band, src_transform=own, src_crs=UTM, src_nodata=np.nan, dst_transform=transform,
+        dst_crs="EPSG:3857", resampling=Resampling.bilinear,
+    )  # fmt: skip
+    result = canopy.evaluate(
+        write_map("web.tif", band, crs="EPSG:3857", transform=transform), paths[1], replicates=0
+    )
+    # 1 m of Web Mercator is 0.72 m on the ground here, so the reference's grid is the coarser one.
+    assert result.provenance["grid"]["crs"] == UTM and result.overall.n > 0.97 * lidar.size
+    assert result.overall["mae_m"].value < 0.6 and abs(result.overall["bias_m"].value) < 0.02
 
 
 @pytest.mark.parametrize("stat", ["mean", "max", "p95"])
-def test_the_finer_side_is_pooled_onto_the_coarser(write: Callable[..., Path], stat: str) -> None:
-    fine = np.repeat(np.repeat(REFERENCE[:130, :155], 2, 0), 2, 1)
+def test_the_finer_side_is_pooled_onto_the_coarser(write_map, lidar, stat):
+    coarse = lidar[:130, :155]
+    fine = coarse.repeat(2, 0).repeat(2, 1)
     fine = (fine + np.random.default_rng(3).gamma(1, 1, fine.shape)).astype(np.float32)
     cells = fine.reshape(130, 2, 155, 2).swapaxes(1, 2).reshape(130, 155, 4).astype(np.float64)
     pooled = {"mean": cells.mean(-1), "max": cells.max(-1), "p95": np.percentile(cells, 95, axis=-1)}[stat]
-    paths = write("fine.tif", fine, gsd=0.5), write("r.tif", REFERENCE[:130, :155])
-    result = canopy.evaluate(*paths, stat=stat, replicates=0, shift=False)
-    expected = score_arrays(pooled, REFERENCE[:130, :155].astype(np.float64))
+    both = write_map("fine.tif", fine, gsd=0.5), write_map("r.tif", coarse)
+    result, expected = quick(*both, stat=stat), score_arrays(pooled, coarse.astype(np.float64))
     for name in ("n", "mae_m", "rmse_m", "r2", "block_r2", "edge_error", "cover_iou_5m"):
         assert result.overall[name].value == pytest.approx(expected[name], rel=1e-6), name
     # The other way round the grid is the same, and so is every difference but its sign.
-    back = canopy.evaluate(*paths[::-1], stat=stat, replicates=0, shift=False)
-    assert back.overall["bias_m"].value == pytest.approx(-expected["bias_m"], rel=1e-6)
+    back = quick(*both[::-1], stat=stat).overall["bias_m"].value
+    assert back == pytest.approx(-expected["bias_m"], rel=1e-6)
 
 
-def test_centimetres_in_integers_and_published_nodata(write: Callable[..., Path]) -> None:
-    map_cm = (
-        np.where(np.isfinite(predicted()), np.maximum(predicted(), 0) * 100, 65535).round().astype(np.uint16)
-    )
-    path = write("m.tif", map_cm, nodata=65535)
-    with rasterio.open(path, "r+") as dataset:
-        dataset.scales = (0.01,)
-    result = canopy.evaluate(path, write("r.tif", REFERENCE), replicates=0, shift=False)
-    expected = score_arrays(np.where(map_cm == 65535, np.nan, map_cm * 0.01), REFERENCE)
-    assert result.overall["mae_m"].value == pytest.approx(expected["mae_m"], abs=1e-5)
-    assert result.overall.n == expected["n"]
-
-
-def test_floor_counts_low_heights_as_zero_on_both_sides(write: Callable[..., Path]) -> None:
-    paths = write("m.tif", predicted()), write("r.tif", REFERENCE)
-    low = [np.where(x < 2, 0, x) for x in (predicted(), REFERENCE)]
-    expected = score_arrays(np.where(np.isfinite(predicted()), low[0], np.nan), low[1])["mae_m"]
+def test_floor_counts_low_heights_as_zero_on_both_sides(write_map, paths, predicted, lidar):
+    low = [np.where(x < 2, np.float32(0), x) for x in (predicted, lidar)]
+    expected = score_arrays(*low)["mae_m"]
     for option in ({"floor_m": 2.0}, {"sensor": "Optech Gemini"}):
-        got = canopy.evaluate(*paths, replicates=0, shift=False, **option)
+        got = quick(*paths, **option)
         assert got.overall["mae_m"].value == pytest.approx(expected, rel=1e-6)
         assert got.provenance["floor_m"] == [2.0]
-    tagged = write("t.tif", REFERENCE, tags={"CANOPY_SENSOR": "Gemini"})
-    assert canopy.evaluate(paths[0], tagged, replicates=0, shift=False).provenance["floor_m"] == [2.0]
+    tagged = write_map("t.tif", lidar, tags={"CANOPY_SENSOR": "Gemini"})
+    assert quick(paths[0], tagged).provenance["floor_m"] == [2.0]
 
 
-def test_impossible_heights_are_left_out_and_said(write: Callable[..., Path]) -> None:
-    map_m = np.nan_to_num(predicted(), nan=-9999)
-    result = canopy.evaluate(
-        write("m.tif", map_m, nodata=None), write("r.tif", REFERENCE), replicates=0, shift=False
-    )
-    assert result.overall.n == REFERENCE.size - 600
-    assert any("impossible heights" in note for note in result.notes)
-
-
-def test_interval_bands_are_judged(write: Callable[..., Path]) -> None:
-    map_m = np.nan_to_num(predicted())
-    rng = np.random.default_rng(5)
-    low, high = map_m - rng.gamma(2, 1, map_m.shape), map_m + rng.gamma(2, 1, map_m.shape)
-    names = ("canopy_height", "height_lower", "height_upper")
-    path = write("m.tif", map_m, low.astype(np.float32), high.astype(np.float32), names=names)
-    result = canopy.evaluate(path, write("r.tif", REFERENCE), replicates=0, shift=False)
-    inside = (low.astype(np.float32) <= REFERENCE) & (high.astype(np.float32) >= REFERENCE)
-    assert result.overall["interval_coverage"].value == pytest.approx(inside.mean(), abs=1e-6)
-    assert result.overall["interval_width_m"].value == pytest.approx((high - low).mean(), abs=1e-4)
-    assert "interval_coverage" in result.overall.by_height["0-2"]
-
-
-def test_bands_of_pixels_are_not_judged_by_other_things(write: Callable[..., Path]) -> None:
+def test_bands_are_judged_on_pixels_and_on_nothing_else(write_map, lidar):
     """Bands that are exact by construction fail as intervals of coarser pixels' means and of percentiles."""
-    map_m = np.nan_to_num(predicted())
-    names = ("canopy_height", "height_lower", "height_upper")
-    path = write("m.tif", map_m, map_m - 1, map_m + 1, names=names)
-    coarse = write("c.tif", REFERENCE[:260, :310].reshape(65, 4, 62, 5)[:, 0, :, 0], gsd=4.0)
-    fine = write("f.tif", REFERENCE.repeat(2, 0).repeat(2, 1), gsd=0.5)
-    for reference, stat, why in (
+    rng = np.random.default_rng(5)
+    map_m = (lidar + rng.normal(0, 1, lidar.shape)).astype(np.float32)
+    low, high = ((map_m + s * rng.gamma(2, 1, map_m.shape)).astype(np.float32) for s in (-1, 1))
+    path = write_map("m.tif", np.stack([map_m, low, high]), names=BANDS)
+    reference = write_map("r.tif", lidar)
+    scores = quick(path, reference).overall
+    inside = (low <= lidar) & (high >= lidar)
+    assert scores["interval_coverage"].value == pytest.approx(inside.mean(), abs=1e-6)
+    assert scores["interval_width_m"].value == pytest.approx((high - low).mean(), abs=1e-4)
+    assert "interval_coverage" in scores.by_height["0-2"]
+    # A map of 0.5 m against lidar of 1 m is what bands are calibrated on.
+    half = write_map("h.tif", np.stack([map_m, low, high]).repeat(2, 1).repeat(2, 2), names=BANDS, gsd=0.5)
+    again = quick(half, reference).overall["interval_coverage"].value
+    assert again == pytest.approx(inside.mean(), abs=1e-3)
+    coarse = write_map("c.tif", lidar[::4, ::4], gsd=4.0)
+    fine = write_map("f.tif", lidar.repeat(2, 0).repeat(2, 1), gsd=0.5)
+    for other, stat, why in (
         (coarse, "mean", "pixels of 4 m are none"), (fine, "p95", "not of the p95"),
         (coarse, "max", "not of the max"),
     ):  # fmt: skip
-        result = canopy.evaluate(path, reference, stat=stat, by=("height",), replicates=0, shift=False)
+        result = quick(path, other, stat=stat, by=("height",))
         for scores in (result.overall, *result.strata["height"].values()):
             for name in ("interval_coverage", "interval_width_m"):
                 assert scores[name].value is None and why in str(scores[name].note)
             assert "interval_coverage" not in scores.by_height["0-2"]
-    judged = canopy.evaluate(path, fine, replicates=0, shift=False).overall["interval_coverage"].value
-    assert judged == pytest.approx((abs(map_m - REFERENCE) <= 1).mean(), abs=1e-3)
-    # A map of 0.5 m against lidar of 1 m is what bands are calibrated on.
-    layers = (band.repeat(2, 0).repeat(2, 1) for band in (map_m, map_m - 1, map_m + 1))
-    half = write("h.tif", *layers, names=names, gsd=0.5)
-    result = canopy.evaluate(half, write("r.tif", REFERENCE), replicates=0, shift=False)
-    assert result.overall["interval_coverage"].value == pytest.approx(judged, abs=1e-3)
 
 
-def test_date_gap_is_stated(write: Callable[..., Path]) -> None:
-    map_path = write("m.tif", predicted(), tags={"CANOPY_DATES": "2019-06-01"})
-    dated = write("r.tif", REFERENCE, tags={"ACQUISITION_DATE": "2021-06-01"})
-    result = canopy.evaluate(map_path, dated, replicates=0, shift=False)
-    assert result.provenance["date_gap_years"] == pytest.approx(2.0, abs=0.05)
-    assert any("2.0 years after" in note for note in result.notes)
-    unknown = canopy.evaluate(map_path, write("u.tif", REFERENCE), replicates=0, shift=False)
-    assert unknown.provenance["date_gap_years"] is None
-    assert any("gap is unknown" in note for note in unknown.notes)
-    given = canopy.evaluate(
-        map_path, write("g.tif", REFERENCE), reference_date="2018-06", replicates=0, shift=False
-    )
-    assert given.provenance["date_gap_years"] == pytest.approx(-1.0, abs=0.1)
+def test_date_gap_is_stated(write_map, predicted, lidar):
+    map_path = write_map("m.tif", predicted, tags={"CANOPY_DATES": "2019-06-01"})
+    dated = write_map("dated.tif", lidar, tags={"ACQUISITION_DATE": "2021-06-01"})
+    undated = write_map("undated.tif", lidar)
+    for reference, options, gap, words in (
+        (dated, {}, 2.0, "2.0 years after"), (undated, {}, None, "gap is unknown"),
+        (undated, {"reference_date": "2018-06"}, -1.0, "1.0 years before"),
+    ):  # fmt: skip
+        result = quick(map_path, reference, **options)
+        assert result.provenance["date_gap_years"] == pytest.approx(gap, abs=0.1)
+        assert any(words in note for note in result.notes)
 
 
-def test_slope_in_scaled_degrees(write: Callable[..., Path]) -> None:
-    degrees = np.full(REFERENCE.shape, 7.5)
-    degrees[:, 150:] = 25.0
-    raw = write("s.tif", ((degrees + 5) * 100).astype(np.uint16), nodata=None)
-    with rasterio.open(raw, "r+") as dataset:
-        dataset.scales, dataset.offsets = (0.01,), (-5.0,)
-    result = canopy.evaluate(
-        write("m.tif", predicted()), write("r.tif", REFERENCE), slope=raw, replicates=0, shift=False
-    )
-    assert list(result.strata["slope"]) == ["5-10 deg", "20-30 deg"]
-
-
-def test_strata_of_rasters_polygons_and_slope(write: Callable[..., Path], tmp_path: Path) -> None:
-    import geopandas
-    from shapely.geometry import box
-
-    h, w = REFERENCE.shape
-    classes = (np.arange(w) // 100 + 3 * (np.arange(h)[:, None] > 130)).astype(np.uint8)
-    zones = geopandas.GeoDataFrame(
-        {"zone": ["north", "south"]},
-        geometry=[box(WEST, NORTH - 100, WEST + w, NORTH), box(WEST, NORTH - h, WEST + w, NORTH - 150)],
-        crs=UTM,
-    )
+# ---- strata ---------------------------------------------------------------------------------------
+def test_strata_of_rasters_polygons_and_slope(write_map, paths, predicted, lidar, tmp_path):
+    h, w = lidar.shape
+    classes = (np.arange(w) // 100 + 9 * (np.arange(h)[:, None] > 130)).astype(np.uint8)
+    north = box(WEST, NORTH - 100, WEST + w, NORTH), box(WEST, NORTH - h, WEST + w, NORTH - 150)
+    zones = geopandas.GeoDataFrame({"zone": ["north", "south"]}, geometry=list(north), crs=UTM)
     zones.to_file(tmp_path / "zones.gpkg")
     dem = np.where(np.arange(w) < 150, 0.0, 0.3 * (np.arange(w) - 150))[None].repeat(h, 0).astype(np.float32)
-    paths = write("m.tif", predicted()), write("r.tif", REFERENCE)
-    result = canopy.evaluate(
-        *paths, by=(f"class={write('c.tif', classes, nodata=255)}", f"zone={tmp_path / 'zones.gpkg'}:zone"),
-        dem=write("dem.tif", dem), replicates=0, shift=False,
-    )  # fmt: skip
-    parts = {(by, name): s for by, part in result.strata.items() for name, s in part.items()}
-    error = np.abs(predicted() - REFERENCE)
-    rows = np.arange(h)[:, None] + 0 * np.arange(w)
-    masks = {("class", str(k)): classes == k for k in range(7)}
+    ways = f"class={write_map('c.tif', classes, nodata=255)}", f"zone={tmp_path / 'zones.gpkg'}:zone"
+    result = quick(*paths, by=ways, dem=write_map("dem.tif", dem))
+    error, rows = np.abs(predicted - lidar), np.arange(h)[:, None] + 0 * np.arange(w)
+    masks = {("class", str(k)): classes == k for k in (0, 1, 2, 3, 9, 10, 11, 12)}
     masks |= {("zone", "north"): rows < 100, ("zone", "south"): rows >= 150}
-    for key, mask in masks.items():
-        assert parts[key]["mae_m"].value == pytest.approx(np.nanmean(error[mask]), rel=1e-6), key
-        assert parts[key].n == np.isfinite(error[mask]).sum()
-    slopes = list(result.strata["slope"])
-    assert slopes == ["0-5 deg", "5-10 deg", "10-20 deg"]  # 16.7 degrees, and what lies between
+    for (by, name), mask in masks.items():
+        scores = result.strata[by][name]
+        assert scores["mae_m"].value == pytest.approx(np.nanmean(error[mask]), rel=1e-6), (by, name)
+        assert scores.n == np.isfinite(error[mask]).sum()
+    assert list(result.strata["class"]) == ["0", "1", "2", "3", "9", "10", "11", "12"]
+    assert list(result.strata["slope"]) == ["0-5 deg", "5-10 deg", "10-20 deg"]  # 16.7 degrees, and between
 
 
-def test_several_references_are_pooled_and_named(write: Callable[..., Path]) -> None:
-    map_path = write("m.tif", predicted())
-    a, b = write("a.tif", REFERENCE[:, :150]), write("b.tif", REFERENCE[:, 150:], west=WEST + 150)
-    result = canopy.evaluate(map_path, [a, b], by=("site",), replicates=0, shift=False)
-    whole = canopy.evaluate(map_path, write("r.tif", REFERENCE), replicates=0, shift=False)
-    assert list(result.strata["site"]) == ["a", "b"]
+def test_slope_in_scaled_degrees(write_map, paths, lidar):
+    degrees = np.full(lidar.shape, 7.5)
+    degrees[:, 150:] = 25.0
+    raw = write_map("s.tif", (degrees * 100).astype(np.uint16), nodata=None, scale=0.01)
+    assert list(quick(*paths, slope=raw).strata["slope"]) == ["5-10 deg", "20-30 deg"]
+
+
+def test_several_references_are_pooled_and_named(write_map, paths, lidar):
+    a, b = write_map("a.tif", lidar[:, :150]), write_map("b.tif", lidar[:, 150:], west=WEST + 150)
+    result, whole = quick(paths[0], [a, b], by=("site",)), quick(*paths)
     for name in ("n", "mae_m", "rmse_m", "r2", "cover_iou_2m"):
         assert result.overall[name].value == pytest.approx(whole.overall[name].value, rel=1e-9)
-    assert result.overall.n == sum(s.n for s in result.strata["site"].values())
-    assert set(result.blocks.site) == {"a", "b"}
+    assert list(result.strata["site"]) == ["a", "b"] and set(result.blocks.site) == {"a", "b"}
+    assert result.overall.n == sum(scores.n for scores in result.strata["site"].values())
 
 
-def test_what_cannot_be_scored(write: Callable[..., Path], tmp_path: Path) -> None:
-    reference = write("r.tif", REFERENCE)
-    cases = {
-        "overlap": (write("far.tif", predicted(), west=WEST + 5000), reference, {}),
-        "valid in both": (write("void.tif", np.full_like(REFERENCE, np.nan)), reference, {}),
-        "coordinate reference": (write("nocrs.tif", predicted(), crs=None), reference, {}),
-        "a raster, not a table": (reference, reference, {"kind": "gedi"}),
-        "'chn'": (reference, reference, {"kind": "chn"}),
-        "statistic": (reference, reference, {"stat": "median"}),
-        "unknown stratum": (reference, reference, {"by": ("forest_type",)}),
-        "tell the slope": (reference, reference, {"by": ("slope",)}),
-        "no such file": (reference, tmp_path / "missing.tif", {}),
-    }
-    for text, (map_path, ref, options) in cases.items():
-        with pytest.raises((InputError, ImageryError), match=text):
-            canopy.evaluate(map_path, ref, out=tmp_path / "report", **options)
+def test_what_cannot_be_scored(write_map, paths, predicted, lidar, tmp_path):
+    reference = paths[1]
+    for words, map_path, other, options in (
+        ("overlap", write_map("far.tif", predicted, west=WEST + 5000), reference, {}),
+        ("valid in both", write_map("void.tif", np.full_like(lidar, np.nan)), reference, {}),
+        ("a raster, not a table", reference, reference, {"kind": "gedi"}),
+        ("'chn'", reference, reference, {"kind": "chn"}),
+        ("statistic", reference, reference, {"stat": "median"}),
+        ("unknown stratum", reference, reference, {"by": ("forest_type",)}),
+        ("tell the slope", reference, reference, {"by": ("slope",)}),
+        ("no such file", reference, tmp_path / "missing.tif", {}),
+    ):
+        with pytest.raises((InputError, ImageryError), match=words):
+            canopy.evaluate(map_path, other, out=tmp_path / "report", **options)
     assert not (tmp_path / "report").exists()
 
 
-def test_real_lidar_before_and_after_its_pits_were_filled(shared: Path) -> None:
+def test_real_lidar_before_and_after_its_pits_were_filled(shared):
+    """Filling pits raises heights and nothing else: the raw model lies below, and in the same place."""
     folder = shared / "data" / "pairs"
-    names = sorted(path.name for path in (folder / "chm_raw").glob("ky_*.tif"))[:2]
-    maps, references = ([folder / kind / name for name in names] for kind in ("chm_raw", "chm"))
-    result = canopy.evaluate(maps[0], references[0], by=("height",), replicates=100)
-    # Filling pits raises heights and nothing else: the raw model lies below, and in the same place.
-    assert result.overall.n > 40_000
+    name = min(path.name for path in (folder / "chm_raw").glob("ky_*.tif"))
+    result = canopy.evaluate(folder / "chm_raw" / name, folder / "chm" / name, replicates=100)
+    assert result.overall.n > 40_000 and result.overall["r"].value > 0.6
     assert -3 < result.overall["bias_m"].value < 0
-    assert result.overall["r"].value > 0.6
-    assert result.shift.length_m < 0.3
+    assert np.hypot(*result.to_dict()["shift_m"].values()) < 0.3
     assert result.overall["p98_error_m"].value == pytest.approx(0, abs=0.5)
-    low, high = result.overall["bias_m"].ci95
-    assert low < result.overall["bias_m"].value < high
-    other = canopy.evaluate(maps[1], references[1], replicates=0)
-    assert other.provenance["grid"]["crs"] == "EPSG:26917"
 
 
-def test_reads_small_windows_and_tells_its_progress(
-    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from canopy.evaluation.maps import HeightMap
+# ---- blocks and intervals -------------------------------------------------------------------------
+def field(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """120 x 120 px of heights and errors alike over a few pixels; (n,) map, reference, block of 20 px."""
+    # White noise smeared over 5 x 5 pixels by a box: cheap and exactly of known variance.
+    padded = np.pad(rng.normal(size=(2, 124, 124)).cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
+    smooth = (padded[:, 5:, 5:] - padded[:, :-5, 5:] - padded[:, 5:, :-5] + padded[:, :-5, :-5]) / 5
+    reference, error = 15 + 4 * smooth[0], 0.5 + 2 * smooth[1]
+    rows, cols = np.indices((120, 120)) // 20
+    return (reference + error).ravel(), reference.ravel(), (rows * 6 + cols).ravel()
 
-    class Counted:
-        total = done = 0
 
-        def start(self, total: int, what: str) -> None:
-            self.total, self.done = total, 0
+def test_intervals_cover_the_truth_at_their_nominal_rate():
+    # Errors are normal with mean 0.5 and standard deviation 2, independent of the height.
+    truth = {"bias_m": 0.5, "rmse_m": np.sqrt(4 + 0.25), "mae_m": stats.foldnorm(0.25, scale=2).mean()}
+    rng, fields = np.random.default_rng(0), 240
+    hits, naive = dict.fromkeys(truth, 0), 0
+    for k in range(fields):
+        p, r, block = field(rng)
+        rows = metrics.pixel_sums(p, r, block, 36)
+        found = intervals(metrics.scores(replicate(rows, 300, k % 5)), 36)
+        for name, value in truth.items():
+            low, high = found[name]
+            hits[name] += low <= value <= high
+        naive += abs((p - r).mean() - 0.5) <= 1.96 * (p - r).std() / np.sqrt(p.size)
+    rates = {name: count / fields for name, count in hits.items()}
+    assert all(0.90 <= rate <= 0.98 for rate in rates.values()), rates
+    assert naive / fields < 0.6, "resampling pixels instead would be right less than six times in ten"
 
-        def advance(self, steps: int = 1) -> None:
-            self.done += steps
 
-    largest = 0
-    read = HeightMap.read
+def test_replicates_are_sums_of_drawn_blocks():
+    rows, weights = np.random.default_rng(1).random((12, 3)), draws(12, 40, 7)
+    assert weights.shape == (40, 12) and (weights.sum(axis=1) == 12).all()
+    np.testing.assert_allclose(replicate(rows, 40, 7), weights @ rows)
 
-    def watched(self: HeightMap, grid: canopy.Grid, **options: object) -> object:
-        nonlocal largest
-        largest = max(largest, *grid.shape)
-        return read(self, grid, **options)
 
-    monkeypatch.setattr(HeightMap, "read", watched)
-    monkeypatch.setattr(rasters, "WINDOW_PX", 50)
-    progress = Counted()
-    paths = write("m.tif", predicted()), write("r.tif", REFERENCE)
-    result = canopy.evaluate(*paths, replicates=0, shift=False, progress=progress)
-    assert progress.done == progress.total == 6 * 7  # 260 x 310 px
-    assert largest == 52  # a window and its margin, whatever the raster's size
-    assert max(result.previews[0].map_m.shape) <= 1500
+def test_few_blocks_give_a_reason_and_missing_values_no_interval(paths):
+    few = canopy.evaluate(*paths, shift=False, block_m=150, replicates=50).overall
+    assert few["mae_m"].ci95 is None and "6 blocks of 150 m with data, at least 10" in few["mae_m"].note
+    drawn = np.where(np.arange(100) < 90, 1.0, np.nan)
+    assert intervals({"x": drawn, "y": np.arange(100.0)}, 20)["x"] is None
+
+
+@pytest.mark.parametrize(
+    ("side", "gsd", "expected"),
+    [(2000, 1.0, 250), (1000, 1.0, 200), (256, 1.0, 50), (4000, 0.5, 500), (300, 30.0, 50)],
+)
+def test_block_side_is_the_largest_that_leaves_enough(side, gsd, expected):
+    layout = BlockLayout([Grid.of(UTM, (gsd, 0, WEST, 0, -gsd, NORTH), (side, side))])
+    assert layout.side_px == expected and layout.side_px % metrics.BLOCK_PX == 0
+    assert layout.count >= LEAST_WANTED or expected == 50
+
+
+def test_blocks_number_every_pixel_of_every_raster_once():
+    grids = [Grid.of(UTM, (1, 0, WEST, 0, -1, NORTH), shape) for shape in ((130, 260), (70, 50))]
+    layout, seen = BlockLayout(grids, side_m=50), set()
+    for index, grid in enumerate(grids):
+        for row in range(0, grid.height, 100):
+            for col in range(0, grid.width, 100):
+                shape = min(100, grid.height - row), min(100, grid.width - col)
+                local, numbers = layout.local(index, row, col, shape)
+                seen |= set(numbers[np.unique(local)])
+    raster, bounds = layout.outlines()
+    assert len(bounds) == layout.count == 3 * 6 + 2 and seen == set(range(layout.count))
+    assert raster[-1] == 1 and bounds[-1].tolist() == [WEST, NORTH - 70, WEST + 50, NORTH - 50]

@@ -152,7 +152,8 @@ def error_by_height(
     above.axhline(0, color=INK, lw=0.8)
     above.set_ylabel(y_label)
     above.grid(axis="y", color="#ddd", lw=0.6)
-    above.legend(fontsize=8, frameon=False)
+    if above.get_legend_handles_labels()[0]:
+        above.legend(fontsize=8, frameon=False)
     counts = np.array([row[1] for row in rows])
     below.bar(np.arange(len(rows)), 100 * counts / max(1, counts.sum()), color="#8a949c")
     below.set(ylabel="pixels (%)", xlabel=x_label)
