@@ -334,17 +334,17 @@ def download(
     target = Path(dest)
     if not overwrite and _is_there(target, sha256, check):
         return target
-    part = _Part(target.with_name(target.name + ".part"))
+    part = target.with_name(target.name + ".part")
     with told_as_output(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with only_one(target):
             if not overwrite and _is_there(target, sha256, check):
                 return target  # another process was faster
             if overwrite or (sha256 is None and check is None):
-                part.path.unlink(missing_ok=True)
-            persist(url, lambda number: part.grow(url, headers or {}, sign, number > 0))
+                part.unlink(missing_ok=True)
+            persist(url, lambda number: _grow(part, url, headers or {}, sign, number > 0))
             try:
-                if sha256 is not None and (got := file_sha256(part.path)) != sha256.lower():
+                if sha256 is not None and (got := file_sha256(part)) != sha256.lower():
                     raise DataError(
                         f"sha256 is {got}",
                         where=redact(url),
@@ -353,12 +353,12 @@ def download(
                         "the download was discarded",
                     )
                 if check is not None:
-                    check(part.path)
+                    check(part)
             except DataError:
-                part.path.unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
                 raise
-            flush(part.path)
-            os.replace(part.path, target)
+            flush(part)
+            os.replace(part, target)
     return target
 
 
@@ -388,61 +388,38 @@ def only_one(target: Path) -> Iterator[None]:
                 lock.unlink()
 
 
-@dataclass
-class _Part:
-    """A file on its way; `version`: the host's name (an ETag or a date) for what it is a part of."""
+def _grow(part: Path, url: str, headers: Mapping[str, str], sign: Signer | None, fresh: bool) -> None:
+    """Append to `part` until it holds the whole body; raises `Again` where it does not yet."""
 
-    path: Path
-    version: str | None = None
+    def size() -> int:
+        return part.stat().st_size if part.exists() else 0
 
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def grow(self, url: str, headers: Mapping[str, str], sign: Signer | None, fresh: bool) -> None:
-        """Append until it holds the whole body; raises `Again` where it does not yet."""
-        have, total = self.size(), None
-        wanted = dict(headers)
-        if have:
-            wanted |= {"Range": f"bytes={have}-"} | ({"If-Range": self.version} if self.version else {})
-        try:
-            with _stream(sign(url, fresh) if sign else url, wanted) as response:
-                total = _total(response)
-                if response.status_code == 416 and total == have:
+    have, total = size(), None
+    wanted = {**headers, "Range": f"bytes={have}-"} if have else headers
+    try:
+        with _stream(sign(url, fresh) if sign else url, wanted) as response:
+            total = _total(response)
+            if response.status_code == 416:
+                if total == have:
                     return
-                resumed = response.status_code == 206
-                # A host that knows no If-Range, or whose new file is shorter.
-                if response.status_code == 416 or (
-                    resumed and self.version and _version_of(response) != self.version
-                ):
-                    self.path.unlink()
-                    self.version = None
-                    raise Again("the file changed at its source")
-                self._append(response, resumed, url, sign is not None)
-        except httpx.RequestError as error:
-            problem = f"{host_of(url)} cut the connection ({redact(error)})"
-            raise Again(problem, moved=self.size() - have >= _PROGRESS_BYTES) from None
-        size = self.size()
-        if total is not None and size != total:
-            if size > total:
-                self.path.unlink()
-            moved = size - have >= _PROGRESS_BYTES and size < total
-            raise Again(f"{host_of(url)} sent {size} of {total} bytes", moved=moved)
-
-    def _append(self, response: httpx.Response, resumed: bool, url: str, signed: bool) -> None:
-        body = response.iter_bytes()  # as they arrive: a cut loses nothing that came
-        first = next(body, b"")
-        _check_answer(response, url, "the file", signed=signed, first=b"" if resumed else first[:64])
-        self.version = _version_of(response)
-        with open(self.path, "ab" if resumed else "wb") as file:
-            file.write(first)
-            for chunk in body:
-                file.write(chunk)
-
-
-def _version_of(response: httpx.Response) -> str | None:
-    """A strong ETag, else the date of change (a weak ETag must not join bytes, RFC 9110, 13.1.5)."""
-    etag = response.headers.get("etag", "")
-    return etag if etag.startswith('"') else response.headers.get("last-modified")
+                part.unlink()
+                raise Again("the file changed at its source")
+            body = response.iter_bytes()  # as they arrive: a cut loses nothing that came
+            first, resumed = next(body, b""), response.status_code == 206
+            shown = b"" if resumed else first[:64]
+            _check_answer(response, url, "the file", signed=sign is not None, first=shown)
+            with open(part, "ab" if resumed else "wb") as file:
+                file.write(first)
+                for chunk in body:
+                    file.write(chunk)
+    except httpx.RequestError as error:
+        problem = f"{host_of(url)} cut the connection ({redact(error)})"
+        raise Again(problem, moved=size() - have >= _PROGRESS_BYTES) from None
+    if total is not None and size() != total:
+        got, moved = size(), have + _PROGRESS_BYTES <= size() < total
+        if got > total:
+            part.unlink()
+        raise Again(f"{host_of(url)} sent {got} of {total} bytes", moved=moved)
 
 
 def _total(response: httpx.Response) -> int | None:
