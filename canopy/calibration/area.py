@@ -24,7 +24,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from canopy.calibration.collect import Scored
-from canopy.errors import DataError, InputError
+from canopy.errors import DataError
 from canopy.geo.crs import to_lonlat
 from canopy.geo.grid import Grid, tiles_over
 from canopy.models.heads import IntervalTable, at_level, check_level
@@ -35,12 +35,14 @@ if TYPE_CHECKING:
     import pandas
     from shapely.geometry.base import BaseGeometry
 
+    from canopy.evaluation.maps import HeightMap
+    from canopy.evaluation.opening import HeightSource
+
 AREA_LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95)
 SIZES_M = (8, 16, 32, 64, 128, 256)
 RANGES_M = (3.0, 8.0, 20.0, 60.0, 200.0)
 BAND_LEVEL = 0.9
 TAG = "CANOPY_AREA_MODEL"
-_BANDS = ("canopy_height", "height_lower", "height_upper")
 _PAIRS = 4096
 # Over bare ground bands close; what remains is the error of the ground itself.
 _FLOOR_M = 0.3
@@ -276,7 +278,7 @@ def _conformal(ratio: np.ndarray, unit: np.ndarray) -> list[float]:
 
 # ---- polygons ---------------------------------------------------------------------------------------------
 def zone_intervals(
-    map_path: str | Path,
+    height_map: HeightSource,
     zones: str | Path | geopandas.GeoDataFrame,
     level: float = 0.9,
     *,
@@ -289,45 +291,33 @@ def zone_intervals(
 
     Raises:
         ConfigError: a level outside `AREA_LEVELS`. DataError: a map without 90 % bands and area model.
-        InputError: a map that is no file, unreadable zones.
+        InputError: an unreadable map or zones.
     """
     import pandas
 
-    from canopy.geo.place import SourcePlace
-    from canopy.geo.reading import open_raster
+    from canopy.evaluation.grids import own_grid
+    from canopy.evaluation.opening import open_heights
     from canopy.geo.vector import read_zones
 
-    path = Path(map_path)
-    if not path.is_file():
-        raise InputError("intervals need one map file", where=path, expected="a GeoTIFF of canopy predict")
     check_level(AREA_LEVELS, level)
-    with open_raster(path) as dataset:
-        model, names, grid = (
-            area_model_of(dataset.tags()),
-            dataset.descriptions,
-            SourcePlace.of(dataset).grid(),
-        )
-    missing = [name for name in _BANDS if name not in names]
-    if missing:
-        raise DataError(f"no band {', '.join(missing)}", where=path, remedy="predict it with --interval 0.9")
-    bands = [names.index(name) + 1 for name in _BANDS]
     frame, crs, shapes = read_zones(zones)
     progress = progress or NoProgress()
     progress.start(len(shapes), "intervals")
     rows = []
-    for shape in shapes:
-        there = None if shape is None else to_lonlat(shape, crs, grid.crs)
-        rows.append(_one_zone(path, grid, bands, there, model, level))
-        progress.advance()
+    with open_heights(height_map) as heights:
+        model, grid = area_model_of(heights.tags if heights.has_interval else {}), own_grid(heights)
+        for shape in shapes:
+            there = None if shape is None else to_lonlat(shape, crs, grid.crs)
+            rows.append(_one_zone(heights, grid, there, model, level))
+            progress.advance()
     return pandas.DataFrame(rows, index=frame.index, columns=["mean_lower_m", "mean_upper_m", "mean_sd_m"])
 
 
 def _one_zone(
-    path: Path, grid: Grid, bands: list[int], shape: BaseGeometry | None, model: AreaModel, level: float
+    heights: HeightMap, grid: Grid, shape: BaseGeometry | None, model: AreaModel, level: float
 ) -> tuple[float, float, float]:
     """Lower and upper end and standard deviation of one polygon in the map's CRS."""
     from canopy.evaluation.zones import coverage, window_of
-    from canopy.geo.reading import read_raster
 
     nothing = (float("nan"),) * 3
     window = None if shape is None or shape.is_empty else window_of(grid, shape, grid.bounds)
@@ -340,9 +330,9 @@ def _one_zone(
         share = coverage(shape, tile)
         if share is None:
             continue
-        raster = read_raster(path, tile, bands=bands)
-        share = np.where(raster.valid, share, 0.0)
-        sums += (np.where(raster.valid, raster.values, 0) * share).sum(axis=(1, 2), dtype=np.float64)
+        values, valid = heights.read(tile, interval=True)
+        share = np.where(valid, share, 0.0)
+        sums += (values * share).sum(axis=(1, 2), dtype=np.float64)
         weight += float(share.sum())
         top, left = window.offset_of(tile)
         rows, cols = np.nonzero(share > 0)

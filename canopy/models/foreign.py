@@ -66,21 +66,19 @@ def open_published(paths: list[Path]) -> tuple[str, Weights]:
     if sorted(kinds) == ["v2-backbone", "v2-head"]:
         one, two = (weights for _, weights in opened)
         return "v2", Weights(one.tensors | two.tensors, one.dropped | two.dropped)
-    said = [tables()["kinds"][kind]["said"] for kind in kinds]
-    if not kinds[0].startswith("v2-"):
-        if len(paths) > 1:
-            raise CheckpointError(
-                f"is {said[0]}, whole in itself", where=paths[0], remedy="leave --backbone out"
-            )
-        return opened[0]
-    other = "backbone" if kinds[0] == "v2-head" else "head"
+    said = " and ".join(tables()["kinds"][kind]["said"] for kind in kinds)
     if len(paths) > 1:
-        more = ", and so is the other" if kinds[0] == kinds[1] else ""
-        raise CheckpointError(f"is {said[1]}{more}", where=paths[1], expected=f"the v2 {other}")
-    raise CheckpointError(
-        f"is {said[0]} without its {other}", where=paths[0],
-        remedy=f"give the {other} file too: canopy models convert FILE --backbone OTHER -o MODEL.safetensors",
-    )  # fmt: skip
+        where = ", ".join(map(str, paths))
+        raise CheckpointError(
+            f"hold {said}", where=where, expected="the head and the backbone of a v2, or one file alone"
+        )
+    if kinds[0].startswith("v2-"):
+        other = "backbone" if kinds[0] == "v2-head" else "head"
+        raise CheckpointError(
+            f"is {said} without its {other}", where=paths[0], remedy=f"give the {other} file too: "
+            "canopy models convert FILE --backbone OTHER -o MODEL.safetensors",
+        )  # fmt: skip
+    return opened[0]
 
 
 def _recognised(weights: Weights, path: Path) -> tuple[str, Weights]:
