@@ -176,13 +176,9 @@ def _print_plan(plan: Plan) -> None:
 
 
 def _size(count: int | None, about: bool) -> str:
-    if count is None:
-        return "?"
-    amount, unit = float(count), 0
-    while amount >= 1000 and unit < 3:
-        amount, unit = amount / 1000, unit + 1
-    number = f"{amount:.1f}" if unit == 3 else f"{amount:.3g}"
-    return f"{'~' if about else ''}{number} {('B', 'kB', 'MB', 'GB')[unit]}"
+    from rich.filesize import decimal
+
+    return "?" if count is None else f"{'~' if about else ''}{decimal(count)}"
 
 
 @app.command("verify")

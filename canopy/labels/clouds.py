@@ -1,13 +1,12 @@
 """Point clouds to canopy height in metres.
 
-Points are streamed once into blocks on disk (`labels.points`); each block is then read with the margin that
-its steps look beyond it, its noise and ground are found, and its surface made (`labels.surface`), by dask in
-as many processes as asked. Memory holds one chunk of input and, per worker, one block with its margin.
+Points are streamed once to squares on disk (`labels.points`). Tile by tile they are read again, with the
+margin that the steps look beyond it; noise and ground are found and the surface is made (`labels.surface`),
+by dask in as many processes as asked. Memory holds one chunk of input and, per worker, one tile's points.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,12 +23,11 @@ from canopy.errors import CanopyError, DataError, InputError
 from canopy.files import check_output, told_as_output
 from canopy.geo.area import AOI
 from canopy.geo.cog import CogWriter
-from canopy.geo.grid import Grid
+from canopy.geo.grid import Grid, tiles_over
 from canopy.labels.chm import BANDS, ChmOptions, choose_crs, choose_grid, map_facts
 from canopy.labels.points import (
-    Block,
+    Bounds,
     LidarFile,
-    Range,
     Spool,
     Tally,
     fill,
@@ -44,7 +42,6 @@ from canopy.labels.surface import (
     TERRAIN_REACH_M,
     WATER,
     WIRE,
-    Window,
     classified_ground,
     close_pits,
     cloth_ground,
@@ -57,7 +54,7 @@ from canopy.labels.surface import (
 )
 from canopy.runtime import NoProgress, Progress, log
 
-# Side of a block of work; results depend on it by millimetres.
+# Side of a tile of work; results depend on it by millimetres.
 BLOCK_M = 512.0
 # Heights beyond any tree in a file said to be in metres are most often feet.
 _SUSPECT_M = 100.0
@@ -101,8 +98,9 @@ def chm_from_points(
         tempfile.TemporaryDirectory(f".{out.name}.", ".partial", out.absolute().parent) as name,
     ):
         plan, tally = _read(Path(name), clouds, grid, options, progress)
-        progress.start(len(plan.blocks), "canopy surface")
-        noise, ground = _run_blocks(plan, options.workers, progress)
+        tiles = tiles_over(grid, max(8, round(BLOCK_M / grid.pixel[0])))
+        progress.start(len(tiles), "canopy surface")
+        noise, ground = _run(plan, tiles, options.workers, progress)
         if ground < 3:
             raise DataError(
                 f"no ground found among {tally.points} points of {_names(clouds)}",
@@ -112,7 +110,7 @@ def chm_from_points(
         dates = _dates(tally)
         tags = _tags(plan, clouds, options) | ({"ACQUISITION_DATE": dates} if dates else {})
         with CogWriter(out, grid, BANDS, tags=tags, overwrite=options.overwrite) as writer:
-            returns = _write(writer, plan, area, _names(clouds))
+            returns = _write(writer, plan, tiles, area, _names(clouds))
     facts = map_facts(out, grid)
     if facts["highest_m"] > _SUSPECT_M and options.units == "auto":
         log.warning(
@@ -126,11 +124,10 @@ def chm_from_points(
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything a worker needs to know. `window` is the output grid in global pixels."""
+class SurfacePlan:
+    """How the surface of a tile is made, of which points; all that a worker needs to know."""
 
     spool: Spool
-    window: Window
     classified: bool
     policies: Mapping[int, str]
     pit_px: int
@@ -138,48 +135,29 @@ class Plan:
 
     @property
     def pad_px(self) -> int:
-        """How far the canopy's surface looks beyond a window."""
+        """How far the canopy's surface looks beyond a tile."""
         return self.pit_px + self.fill_px + 1
 
-    @property
-    def margin_m(self) -> float:
-        """How far beyond a block its points are read: for the terrain at its edge, and its ground."""
+    def reach(self, tile: Grid) -> Bounds:
+        """The bounds of the points that matter to a tile: for its noise, its ground and the terrain there."""
         found = NOISE_REACH_M if self.classified else CLOTH_MARGIN_M
-        return TERRAIN_REACH_M + found + (self.pad_px + 1 + 2 * EDGE_PX) * self.spool.pixel
-
-    @property
-    def blocks(self) -> list[Block]:
-        """Blocks that meet the output, from the north-west."""
-        r0, c0, r1, c1 = self.spool.over(*self.window)
-        return [(i, j) for i in range(r0, r1 + 1) for j in range(c0, c1 + 1)]
-
-    def core_of(self, block: Block) -> Window:
-        """A block's part of the output."""
-        side = self.spool.side_px
-        r0, c0, h, w = self.window
-        top, left = max(block[0] * side, r0), max(block[1] * side, c0)
-        bottom, right = min((block[0] + 1) * side, r0 + h), min((block[1] + 1) * side, c0 + w)
-        return top, left, bottom - top, right - left
+        margin = TERRAIN_REACH_M + found
+        west, south, east, north = tile.pad(self.pad_px + 1 + 2 * EDGE_PX).bounds
+        return west - margin, south - margin, east + margin, north + margin
 
 
 def _read(
     folder: Path, clouds: Sequence[LidarFile], grid: Grid, options: ChmOptions, progress: Progress
-) -> tuple[Plan, Tally]:
+) -> tuple[SurfacePlan, Tally]:
     """Spool the points and decide where ground comes from."""
-    pixel = grid.pixel[0]
-    spool = Spool(folder, pixel, max(8, round(BLOCK_M / pixel)))
-    window = (*grid.origin_rc, grid.height, grid.width)
-    pit_px = int(options.pit_width_m / pixel + 1e-9)
-    # Points for the cloth are spooled too: whether it is needed is known only when they are read.
     policies = {
         BUILDING: options.buildings, WATER: options.water, BRIDGE: options.bridges, WIRE: options.wires
     }  # fmt: skip
-    plan = Plan(spool, window, False, policies, pit_px, options.fill_px)
-    r0, c0, r1, c1 = spool.over(*window)
-    more = math.ceil(plan.margin_m / spool.side_m)
-    limits: Range = (r0 - more, c0 - more, r1 + more, c1 + more)
+    pit_px = int(options.pit_width_m / grid.pixel[0] + 1e-9)
+    # Points for the cloth are spooled too: whether it is needed is known only when they are read.
+    plan = SurfacePlan(Spool(folder, BLOCK_M), False, policies, pit_px, options.fill_px)
     progress.start(sum(c.points for c in clouds), "reading points")
-    tally = fill(spool, clouds, grid.crs, limits, progress)
+    tally = fill(plan.spool, clouds, grid.crs, plan.reach(grid), progress)
     if options.ground == "class" and not tally.ground:
         raise DataError(
             f"no ground points (class 2) in {_names(clouds)}",
@@ -201,44 +179,58 @@ def _names(clouds: Sequence[LidarFile]) -> str:
     return clouds[0].path.name + (f" and {len(clouds) - 1} more" if len(clouds) > 1 else "")
 
 
-def make_surface(plan: Plan, block: Block) -> tuple[int, int]:
-    """Heights and return counts of a block's part of the output: writes float32 (2, h, w), NaN = nodata.
+def make_surface(plan: SurfacePlan, tile: Grid) -> tuple[int, int]:
+    """Heights and return counts of a tile of the output: writes float32 (2, h, w), NaN = nodata.
 
     Returns how many noise and ground returns were found.
     """
-    spool, pixel = plan.spool, plan.spool.pixel
-    row, col, height, width = plan.core_of(block)
-    pad, more = plan.pad_px, plan.pad_px + 1 + 2 * EDGE_PX
-    window = row - pad, col - pad, height + 2 * pad, width + 2 * pad
-    wide = row - more, col - more, height + 2 * more, width + 2 * more
-    points, own = spool.load(block, plan.margin_m)
+    window, wide, pixel = tile.pad(plan.pad_px), tile.pad(plan.pad_px + 1 + 2 * EDGE_PX), tile.pixel[0]
+    points = plan.spool.load(plan.reach(tile))
     noise = lonely(points)
-    points = points[~noise]
+    lost, points = points[noise], points[~noise]
     ground = classified_ground(points, pixel) if plan.classified else cloth_ground(points, pixel)
-    plane = terrain(ground, pixel, wide)
-    rows, cols = spool.cells(points["x"], points["y"])
-    rows, cols = rows - window[0], cols - window[1]
-    inside = (rows >= 0) & (cols >= 0) & (rows < window[2]) & (cols < window[3])
-    points, cell = points[inside], (rows * window[3] + cols)[inside]
-    above = points["z"] - elevation_at(plane, pixel, wide, points["x"], points["y"])
-    made, count, fixed, impossible = highest(
-        points["kind"], above, cell, (window[2], window[3]), plan.policies, plan.classified
+    plane = terrain(ground, wide)
+    points, cell = _cells(points, window)
+    above = points["z"] - elevation_at(plane, wide, points["x"], points["y"])
+    height, count, fixed, impossible = highest(
+        points["kind"], above, cell, window.shape, plan.policies, plan.classified
     )
-    made = fill_gaps(close_pits(made, fixed, plan.pit_px), count == 0, plan.fill_px)
-    inner = np.s_[pad : pad + height, pad : pad + width]
+    height = fill_gaps(close_pits(height, fixed, plan.pit_px), count == 0, plan.fill_px)
+    inner = np.s_[plan.pad_px : -plan.pad_px, plan.pad_px : -plan.pad_px]
     # Whole millimetres: finer than any lidar, and files compress.
-    np.stack([np.round(made[inner], 3), count[inner]]).astype(np.float32).tofile(spool.path(block, "chm"))
-    return int(noise[:own].sum()) + impossible, len(ground)
+    bands = np.stack([np.round(height[inner], 3), count[inner]]).astype(np.float32)
+    bands.tofile(_tile_file(plan, tile))
+    return len(_cells(lost, tile)[0]) + impossible, len(ground)
 
 
-def _run_blocks(plan: Plan, workers: int | None, progress: Progress) -> tuple[int, int]:
-    """All blocks by dask; how many noise and ground returns were found. Heights travel through files."""
+def _cells(points: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """The points that lie in a grid, and the flat index of their pixels there.
+
+    Pixels are counted on the global lattice, so that a point on an edge belongs to the same one in every
+    window: west and north edges belong to a pixel.
+    """
+    pixel, (row, col) = grid.pixel[0], grid.origin_rc
+    rows = np.floor(-points["y"] / pixel).astype(np.int64) - row
+    cols = np.floor(points["x"] / pixel).astype(np.int64) - col
+    inside = (rows >= 0) & (cols >= 0) & (rows < grid.height) & (cols < grid.width)
+    return points[inside], (rows * grid.width + cols)[inside]
+
+
+def _tile_file(plan: SurfacePlan, tile: Grid) -> Path:
+    row, col = tile.origin_rc
+    return plan.spool.folder / f"chm_{row}_{col}"
+
+
+def _run(
+    plan: SurfacePlan, tiles: Sequence[Grid], workers: int | None, progress: Progress
+) -> tuple[int, int]:
+    """All tiles by dask; how many noise and ground returns were found. Heights travel through files."""
     import dask
     from dask.callbacks import Callback
     from dask.multiprocessing import RemoteException
 
-    count = min(workers or min(4, os.cpu_count() or 1), len(plan.blocks))
-    tasks = [dask.delayed(make_surface, pure=False)(plan, block) for block in plan.blocks]
+    count = min(workers or min(4, os.cpu_count() or 1), len(tiles))
+    tasks = [dask.delayed(make_surface, pure=False)(plan, tile) for tile in tiles]
     how: dict[str, Any] = {"scheduler": "sync"}
     if count > 1:
         how = {"scheduler": "processes", "num_workers": count, "chunksize": 1}
@@ -258,21 +250,18 @@ def _run_blocks(plan: Plan, workers: int | None, progress: Progress) -> tuple[in
     return sum(noise for noise, _ in done), sum(ground for _, ground in done)
 
 
-def _write(writer: CogWriter, plan: Plan, area: AOI | None, names: str) -> int:
-    """Put the blocks together; how many returns they hold."""
+def _write(writer: CogWriter, plan: SurfacePlan, tiles: Sequence[Grid], area: AOI | None, names: str) -> int:
+    """Put the tiles together; how many returns they hold."""
     returns, known = 0, False
-    grid = writer.grid
-    for block in plan.blocks:
-        row, col, height, width = plan.core_of(block)
-        row, col = row - plan.window[0], col - plan.window[1]
-        heights, count = np.fromfile(plan.spool.path(block, "chm"), np.float32).reshape(2, height, width)
+    for tile in tiles:
+        heights, count = np.fromfile(_tile_file(plan, tile), np.float32).reshape(2, *tile.shape)
         if area is not None:
-            inside = area.mask(grid.window(row, col, height, width))
+            inside = area.mask(tile)
             heights, count = np.where(inside, heights, np.nan), np.where(inside, count, 0)
         valid = np.isfinite(heights)
-        bands = np.stack([heights, count / np.prod(grid.pixel), valid]).astype(np.float32)
+        bands = np.stack([heights, count / np.prod(tile.pixel), valid]).astype(np.float32)
         always = np.ones_like(valid)
-        writer.write(bands, np.stack([valid, always, always]), row, col)
+        writer.write(bands, np.stack([valid, always, always]), *writer.grid.offset_of(tile))
         returns, known = returns + int(count.sum()), known or bool(valid.any())
     if not known:
         raise DataError(
@@ -290,7 +279,7 @@ def _dates(tally: Tally) -> str | None:
     return days[0] if days[0] == days[1] else "/".join(days)
 
 
-def _tags(plan: Plan, clouds: Sequence[LidarFile], options: ChmOptions) -> dict[str, object]:
+def _tags(plan: SurfacePlan, clouds: Sequence[LidarFile], options: ChmOptions) -> dict[str, object]:
     names = ",".join(sorted(c.path.name for c in clouds)[:20])
     structures = options.model_dump(include={"buildings", "water", "bridges", "wires"})
     return {

@@ -1,15 +1,15 @@
-"""Point clouds: what a LAS, LAZ or COPC file says of itself, and its points sorted on disk into blocks.
+"""Point clouds: what a LAS, LAZ or COPC file says of itself, and its points sorted on disk by place.
 
 Feet are the trap of this format: many American files count x and y in US survey feet and z in either foot,
 and some say so only in the WKT, others only in GeoTIFF keys. Everything after this module is in metres.
 
 Memory does not depend on the files' size: a chunk is decoded, brought to metres in the output CRS, and
-appended to the files of the blocks, of a fixed global lattice, that it meets. A block's points keep the order
-of the input, so a block's file does not depend on which other blocks were asked for.
+appended to the files of the squares that it meets.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,9 +28,6 @@ from canopy.labels.surface import GROUND, KIND_OF_CLASS, NOISE
 from canopy.runtime import Progress, log
 
 Bounds = tuple[float, float, float, float]
-# Block: (row, col) on the lattice of blocks. Range: first row, first col, last row, last col of blocks.
-Block = tuple[int, int]
-Range = tuple[int, int, int, int]
 
 METRES = {"m": 1.0, "ft": 0.3048, "us-ft": 1200 / 3937}
 # GeoTIFF keys of the vertical part (OGC 19-008r4) and EPSG's codes for the three units.
@@ -195,65 +192,45 @@ def vertical_unit(name: str, told: float | None, crs: CRS, units: str) -> float:
     return factor
 
 
-# ---- blocks on disk ---------------------------------------------------------------------------
+# ---- points on disk ---------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Spool:
-    """Points in files of a folder, one a block: squares of `side_px` pixels of `pixel` metres on the global
-    lattice, whose rows go southward. Any process can read them by block."""
+    """Points in files of a folder, one for each square of `side_m` metres, counted from the CRS's origin. Any
+    process can read them by bounds."""
 
     folder: Path
-    pixel: float
-    side_px: int
+    side_m: float
 
-    @property
-    def side_m(self) -> float:
-        """Side of a block, metres."""
-        return self.side_px * self.pixel
-
-    def cells(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Global (row, col) of the pixels that hold the points; west and north edges belong to a pixel."""
-        return np.floor(-y / self.pixel).astype(np.int64), np.floor(x / self.pixel).astype(np.int64)
-
-    def over(self, row: int, col: int, height: int, width: int) -> Range:
-        """The blocks that meet a window of pixels."""
-        n = self.side_px
-        return row // n, col // n, (row + height - 1) // n, (col + width - 1) // n
-
-    def path(self, block: Block, kind: str = "points") -> Path:
-        """The file of a block."""
-        return self.folder / f"{kind}_{block[0]}_{block[1]}"
-
-    def append(self, points: np.ndarray, limits: Range) -> None:
-        """Sort a chunk of RECORDs into its blocks; those beyond `limits` are left out."""
-        row, col = self.cells(points["x"], points["y"])
-        i, j = row // self.side_px, col // self.side_px
-        inside = (i >= limits[0]) & (j >= limits[1]) & (i <= limits[2]) & (j <= limits[3])
-        points, i, j = points[inside], i[inside], j[inside]
+    def append(self, points: np.ndarray, bounds: Bounds) -> None:
+        """Sort a chunk of RECORDs into its squares; those outside the bounds are left out."""
+        points = points[_within(points, bounds)]
+        i, j = (np.floor(points[axis] / self.side_m).astype(np.int64) for axis in "yx")
         order = np.lexsort((j, i))  # stable: the input's order stays
         points, i, j = points[order], i[order], j[order]
         edges = np.flatnonzero((np.diff(i) != 0) | (np.diff(j) != 0)) + 1
         for part, first in zip(np.split(points, edges), [0, *edges.tolist()], strict=True):
             if len(part):
-                with self.path((int(i[first]), int(j[first]))).open("ab") as file:
+                with self._path(i[first], j[first]).open("ab") as file:
                     part.tofile(file)
 
-    def load(self, block: Block, margin_m: float) -> tuple[np.ndarray, int]:
-        """RECORDs of a block, then those within `margin_m` of it; and how many are the block's own."""
-        reach = math.ceil(margin_m / self.side_m)
-        top, left = block[0] * self.side_m - margin_m, block[1] * self.side_m - margin_m
-        side = self.side_m + 2 * margin_m
-        parts = [self._read(block)]
-        for i in range(block[0] - reach, block[0] + reach + 1):
-            for j in range(block[1] - reach, block[1] + reach + 1):
-                if (i, j) != block:
-                    near = self._read((i, j))
-                    u, v = near["x"] - left, -near["y"] - top
-                    parts.append(near[(u >= 0) & (u < side) & (v >= 0) & (v < side)])
-        return np.concatenate(parts), len(parts[0])
+    def load(self, bounds: Bounds) -> np.ndarray:
+        """RECORDs of all points within the bounds."""
+        west, south, east, north = (math.floor(edge / self.side_m) for edge in bounds)
+        parts = [np.zeros(0, RECORD)]
+        for i, j in itertools.product(range(south, north + 1), range(west, east + 1)):
+            if self._path(i, j).exists():
+                near = np.fromfile(self._path(i, j), RECORD)
+                parts.append(near[_within(near, bounds)])
+        return np.concatenate(parts)
 
-    def _read(self, block: Block) -> np.ndarray:
-        path = self.path(block)
-        return np.fromfile(path, RECORD) if path.exists() else np.zeros(0, RECORD)
+    def _path(self, i: int, j: int) -> Path:
+        return self.folder / f"points_{i}_{j}"
+
+
+def _within(points: np.ndarray, bounds: Bounds) -> np.ndarray:
+    west, south, east, north = bounds
+    x, y = points["x"], points["y"]
+    return (x >= west) & (x < east) & (y > south) & (y <= north)
 
 
 @dataclass
@@ -268,10 +245,10 @@ class Tally:
     last_s: float = -math.inf
 
 
-def fill(spool: Spool, files: Sequence[LidarFile], crs: CRS, limits: Range, progress: Progress) -> Tally:
+def fill(spool: Spool, files: Sequence[LidarFile], crs: CRS, bounds: Bounds, progress: Progress) -> Tally:
     """Stream every file once into the spool; see the module's head.
 
-    Points of noise classes and withheld points are dropped, and those beyond the blocks `limits`. Raises
+    Points of noise classes and withheld points are dropped, and those outside the bounds. Raises
     DataError.
     """
     tally = Tally()
@@ -288,7 +265,7 @@ def fill(spool: Spool, files: Sequence[LidarFile], crs: CRS, limits: Range, prog
                 seconds = np.array(raw.gps_time)
                 tally.first_s = min(tally.first_s, float(seconds.min()))
                 tally.last_s = max(tally.last_s, float(seconds.max()))
-            spool.append(points[keep], limits)
+            spool.append(points[keep], bounds)
             progress.advance(len(points))
         tally.classified &= known
     return tally

@@ -18,14 +18,13 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
 from canopy.errors import MissingDependencyError
-
-# Window of pixels on the global lattice: row, col, height, width; rows count southward.
-Window = tuple[int, int, int, int]
+from canopy.geo.grid import Grid
 
 # What a return is to a canopy model. ASPRS LAS 1.4 classes; 64-67 as IGN's LiDAR HD uses them.
 OTHER, GROUND, BUILDING, WATER, BRIDGE, WIRE, NOISE = range(7)
@@ -165,23 +164,21 @@ def _thin_cells(points: np.ndarray, pixel: float) -> np.ndarray:
 
 
 # ---- terrain ----------------------------------------------------------------------------------
-def terrain(ground: np.ndarray, pixel: float, window: Window) -> np.ndarray:
-    """Elevation in metres at the pixel centres of `window`, float64 (height, width); NaN where unknown.
+def terrain(ground: np.ndarray, grid: Grid) -> np.ndarray:
+    """Elevation in metres at the pixel centres of a grid, float64 (height, width); NaN where unknown.
 
     Linear on the Delaunay triangles of the ground points (n, 3), of which only those with a circumradius of
     at most `MAX_CIRCUMRADIUS_M` count. Such a triangle is Delaunay if and only if its circumcircle is empty,
     and the circle of one that covers a pixel lies within `TERRAIN_REACH_M` of it: so the points farther away
     cannot matter. Beyond the outermost ground points the slope goes on for `EDGE_PX`.
     """
-    row, col, height, width = window
-    plane = np.full((height, width), np.nan)
+    plane = np.full(grid.shape, np.nan)
     if len(ground) >= 3:
         # Near the origin: circles through points at seven digits lose theirs.
-        origin = np.floor([col * pixel, -(row + height) * pixel])
-        x = (col + np.arange(width) + 0.5) * pixel - origin[0]
-        y = -(row + np.arange(height) + 0.5) * pixel - origin[1]
-        at = np.column_stack([axis.ravel() for axis in np.meshgrid(x, y)])
-        plane = _linear(ground[:, :2] - origin, ground[:, 2], at).reshape(height, width)
+        origin = np.floor(grid.bounds[:2])
+        centres: Any = np.mgrid[: grid.height, : grid.width].reshape(2, -1) + 0.5
+        at = np.column_stack(grid.xy(*centres)) - origin
+        plane = _linear(ground[:, :2] - origin, ground[:, 2], at).reshape(grid.shape)
     for _ in range(EDGE_PX):
         plane = _grow(plane)
     return plane
@@ -224,10 +221,10 @@ def _grow(plane: np.ndarray) -> np.ndarray:
         return np.where(np.isfinite(plane), plane, total / count)
 
 
-def elevation_at(plane: np.ndarray, pixel: float, window: Window, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def elevation_at(plane: np.ndarray, grid: Grid, x: Any, y: Any) -> np.ndarray:
     """Terrain under points, metres: bilinear between pixel centres, among those that are known; else NaN."""
     known = np.isfinite(plane)
-    at = [-y / pixel - window[0] - 0.5, x / pixel - window[1] - 0.5]
+    at = [axis - 0.5 for axis in grid.rowcol(x, y)]
     total = ndimage.map_coordinates(np.where(known, plane, 0.0), at, order=1, mode="grid-constant")
     weight = ndimage.map_coordinates(known.astype(np.float64), at, order=1, mode="grid-constant")
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -30,7 +30,7 @@ def neon(server, point_at, monkeypatch):
 def test_get_lists_asks_about_much_and_says_how_to_cite(canopy, neon, tmp_path):
     words = ("data", "get", "neon", *HERE, "-o", "out")
     ran = canopy(*words, "--dry-run")
-    assert ran.code == 0 and f"3 kB  {PLACE}  2022-08" in ran.out and "1 files, 3 kB; CC0 1.0" in ran.out
+    assert ran.code == 0 and f"3.0 kB  {PLACE}  2022-08" in ran.out and "1 files, 3.0 kB; CC0 1.0" in ran.out
     ran = canopy(*words, "--max-gb", "0.000001")
     assert ran.code == 2 and "--yes" in ran.error_line and not (tmp_path / "out").exists()
     ran = canopy(*words, "--max-gb", "0.000001", "--yes")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from canopy.geo.grid import Grid
 from canopy.labels.points import RECORD
 from canopy.labels.surface import (
     BUILDING,
@@ -33,26 +34,31 @@ def points_over(side: float, count: int, seed: int = 0) -> np.ndarray:
     return np.column_stack([xy, rng.uniform(0, 30, count)])
 
 
+def window(row: int, col: int, size: int) -> Grid:
+    """Pixels of 1 m, counted from the CRS's origin."""
+    return Grid.of("EPSG:32616", (1, 0, col, 0, -1, -row), (size, size))
+
+
 # ---- terrain ----------------------------------------------------------------------------------
 def test_a_plane_comes_back_as_a_plane_also_beyond_the_last_point():
     ground = points_over(60.0, 500)
     ground[:, 2] = 100 + 0.3 * (ground[:, 0] - 300_000) - 0.7 * (ground[:, 1] - 4_000_000)
-    window = (-4_000_002, 299_998, 64, 64)
-    plane = terrain(ground, 1.0, window)
+    grid = window(-4_000_002, 299_998, 64)
+    plane = terrain(ground, grid)
     x = 299_998 + np.arange(64) + 0.5
     y = 4_000_002 - np.arange(64) - 0.5
     wanted = 100 + 0.3 * (x - 300_000) - 0.7 * (y[:, None] - 4_000_000)
     # Millimetres of jitter that break ties move a slope of 0.76 by no more than that.
     assert np.nanmax(np.abs(plane - wanted)) < 0.02
     assert np.isfinite(plane[3:-3, 3:-3]).all()
-    sampled = elevation_at(plane, 1.0, window, ground[:, 0], ground[:, 1])
+    sampled = elevation_at(plane, grid, ground[:, 0], ground[:, 1])
     assert np.nanmax(np.abs(sampled - ground[:, 2])) < 0.01
 
 
 def test_a_window_with_only_the_points_within_reach_equals_the_whole():
     ground = points_over(300.0, 4000, seed=2)
     ground = ground[np.hypot(ground[:, 0] - 300_150, ground[:, 1] - 3_999_850) > 25]  # and a gap
-    whole = terrain(ground, 1.0, (-4_000_000, 300_000, 300, 300))
+    whole = terrain(ground, window(-4_000_000, 300_000, 300))
     for row, col, size in ((100, 120, 40), (0, 0, 30), (131, 67, 50)):
         near = (ground[:, 0] >= 300_000 + col - TERRAIN_REACH_M - 4) & (
             ground[:, 0] <= 300_000 + col + size + TERRAIN_REACH_M + 4
@@ -61,7 +67,7 @@ def test_a_window_with_only_the_points_within_reach_equals_the_whole():
             -ground[:, 1] <= -4_000_000 + row + size + TERRAIN_REACH_M + 4
         )
         assert near.sum() < len(ground)
-        part = terrain(ground[near], 1.0, (-4_000_000 + row - 6, 300_000 + col - 6, size + 12, size + 12))
+        part = terrain(ground[near], window(-4_000_000 + row - 6, 300_000 + col - 6, size + 12))
         np.testing.assert_allclose(part[6:-6, 6:-6], whole[row : row + size, col : col + size], atol=1e-9)
 
 
@@ -69,13 +75,13 @@ def test_there_is_no_terrain_where_ground_is_too_far():
     ground = points_over(300.0, 9000, seed=3)
     hole = 1.6 * MAX_CIRCUMRADIUS_M
     ground = ground[np.hypot(ground[:, 0] - 300_150, ground[:, 1] - 3_999_850) > hole]
-    plane = terrain(ground, 1.0, (-4_000_000, 300_000, 300, 300))
+    plane = terrain(ground, window(-4_000_000, 300_000, 300))
     assert np.isnan(plane[150, 150]) and np.isfinite(plane[30:80, 30:80]).all()
 
 
 @pytest.mark.parametrize("ground", [np.zeros((0, 3)), np.ones((2, 3)), np.tile([5.0, -5.0, 1.0], (9, 1))])
 def test_too_few_or_coinciding_ground_points_give_no_terrain(ground):
-    assert np.isnan(terrain(ground, 1.0, (0, 0, 10, 10))).all()
+    assert np.isnan(terrain(ground, window(0, 0, 10))).all()
 
 
 # ---- noise ------------------------------------------------------------------------------------
