@@ -43,14 +43,12 @@ class BandPlan:
 
     Attributes:
         indexes: 1-based band numbers; (red, green, blue), or the one palette band.
-        alpha: 1-based number of the alpha band, or None.
         palette: uint8 (256, 4) RGBA table when the raster is paletted, else None.
         divisor: pixel value that means white; RGB = value / divisor, clipped to 0..1.
         notes: what the user should know about the choice.
     """
 
     indexes: tuple[int, ...]
-    alpha: int | None
     palette: NDArray[np.uint8] | None
     divisor: float
     notes: tuple[str, ...] = ()
@@ -99,12 +97,10 @@ def plan_bands(
         ImageryError: grey, ambiguous, or of a type that needs an explicit scale.
     """
     if single:
-        return BandPlan((1,), None, None, _divisor(dataset, (1,), scale, where))
+        return BandPlan((1,), None, _divisor(dataset, (1,), scale, where))
     wanted = parse_bands(bands)
     if wanted is None and dataset.count == 1 and dataset.colorinterp[0] == ColorInterp.palette:
         return _palette_plan(dataset, where)
-    alphas = [i for i, colour in enumerate(dataset.colorinterp, 1) if colour == ColorInterp.alpha]
-    alpha = alphas[0] if len(alphas) == 1 and dataset.count > 1 else None
     notes: list[str] = []
     if wanted is None:
         wanted = declared_bands(dataset, where, notes)
@@ -114,15 +110,15 @@ def plan_bands(
             where=where,
             expected=f"numbers from 1 to {dataset.count}",
         )
-    alpha = None if alpha in wanted else alpha
     if any(dataset.colorinterp[index - 1] == ColorInterp.palette for index in wanted):
         raise ImageryError("a paletted band among several", where=where, remedy="expand the palette first")
     divisor = _divisor(dataset, wanted, scale, where)
-    if alpha is not None:
+    if ColorInterp.alpha in dataset.colorinterp:
+        alpha = dataset.colorinterp.index(ColorInterp.alpha) + 1
         notes.append(f"{where}: band {alpha} is alpha: not used as colour; alpha 0 means no image")
         if any(dataset.nodatavals[index - 1] is not None for index in wanted):
             notes.append(f"{where}: both alpha and a nodata value: only pixels that both call valid are used")
-    return BandPlan(wanted, alpha, None, divisor, tuple(notes))
+    return BandPlan(wanted, None, divisor, tuple(notes))
 
 
 def declared_bands(dataset: DatasetReader, where: str, notes: list[str]) -> tuple[int, int, int]:
@@ -194,7 +190,7 @@ def _palette_plan(dataset: DatasetReader, where: str) -> BandPlan:
         table[value] = rgba
     if (table[:, :3] == table[:, :1]).all():
         raise ImageryError("a palette of greys", where=where, expected="colour", remedy="give a colour image")
-    return BandPlan((1,), None, table, 255.0, (f"{where}: palette expanded to RGB",))
+    return BandPlan((1,), table, 255.0, (f"{where}: palette expanded to RGB",))
 
 
 def _divisor(dataset: DatasetReader, indexes: tuple[int, ...], scale: float | None, where: str) -> float:
@@ -317,7 +313,7 @@ def pixel_notes(dataset: DatasetReader, plan: BandPlan, label: str, nodata: floa
 def _collar_notes(dataset: DatasetReader, plan: BandPlan, label: str, nodata: float | None) -> list[str]:
     """Looks at eight small windows (corners and middles of the edges); black or white in two is a collar."""
     flags = dataset.mask_flag_enums[plan.indexes[0] - 1][0].name
-    if plan.alpha is not None or plan.palette is not None or flags not in ("all_valid", "nodata"):
+    if plan.palette is not None or flags not in ("all_valid", "nodata"):
         return []
     missing = dataset.nodatavals[plan.indexes[0] - 1] if nodata is None else nodata
     px = min(_COLLAR_PROBE_PX, dataset.height, dataset.width)

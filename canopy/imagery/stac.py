@@ -89,13 +89,11 @@ def open_stac(
 
     found, notes = find(area)
     if not found:
-        where, when = (
-            f" ({area.describe()})" if area else "",
-            f" of {options.datetime}" if options.datetime else "",
-        )
+        place = f" ({area.describe()})" if area else ""
+        when = f" of {options.datetime}" if options.datetime else ""
         swapped = swapped_area(area) if area else None
         remedy = SWAP_HINT if swapped and find(swapped)[0] else "; ".join(notes) or None
-        raise AreaError(f"no imagery{when} there{where}", where=name, remedy=remedy)
+        raise AreaError(f"no imagery{when} there{place}", where=name, remedy=remedy)
     colourless = [record.scene_id for record in found if not record.assets]
     if len(colourless) == len(found):
         raise ImageryError(

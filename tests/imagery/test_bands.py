@@ -86,24 +86,6 @@ def test_other_types_need_an_explicit_scale(make_tif, rgb, kind, top, white):
     np.testing.assert_allclose(image.rgb, values / np.float32(white), rtol=1e-5)
 
 
-def test_nan_and_infinity_are_masked_and_never_reach_the_pixels(make_tif, rgb):
-    values = (rgb / 255).astype(np.float32)
-    values[0, 3, 4], values[1, 5, 6], values[2, 7, 8] = np.nan, np.inf, -np.inf
-    _, image = read_all(make_tif(values, photometric="RGB"), scale=1)
-    assert np.isfinite(image.rgb).all()
-    assert [tuple(rc) for rc in np.argwhere(~image.valid)] == [(3, 4), (5, 6), (7, 8)]
-
-
-@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
-def test_nodata_is_where_all_three_have_it_in_every_type(make_tif, rgb, kind):
-    values = (rgb / (255 if kind == "float32" else 1)).astype(kind)
-    values[2, :4], values[:, 8:12] = 0, 0
-    scale = {"uint8": None, "uint16": 255.0, "float32": 1.0}[kind]
-    source = open_imagery(make_tif(values, photometric="RGB"), nodata=0, scale=scale)
-    valid = source.read(source.native_grid).valid
-    assert valid[:8].all() and not valid[8:12].any() and valid[12:].all()
-
-
 @pytest.mark.parametrize("bands", ["1,2", "1,1,2", "0,1,2", "r,g,b", "1,2,9"])
 def test_bands_that_cannot_be_meant(make_tif, rgb, bands):
     path = make_tif(rgb, photometric="RGB")

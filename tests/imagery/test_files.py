@@ -37,20 +37,16 @@ def tif(make_tif):
     return lambda values, name="image.tif", **more: make_tif(values, name, photometric="RGB", **more)
 
 
-def vrt_text(*files: str, size: tuple[int, int] = (80, 64)) -> str:
-    """A three-band VRT over files that lie beside it, all at the same place."""
+def vrt_text(file: str) -> str:
+    """A three-band VRT over a file that lies beside it."""
     bands = "".join(
-        f'<VRTRasterBand dataType="Byte" band="{band}"><ColorInterp>{name}</ColorInterp>'
-        + "".join(
-            f'<SimpleSource><SourceFilename relativeToVRT="1">{file}</SourceFilename>'
-            f"<SourceBand>{band}</SourceBand></SimpleSource>"
-            for file in files
-        )
-        + "</VRTRasterBand>"
+        f'<VRTRasterBand dataType="Byte" band="{band}"><ColorInterp>{name}</ColorInterp><SimpleSource>'
+        f'<SourceFilename relativeToVRT="1">{file}</SourceFilename><SourceBand>{band}</SourceBand>'
+        "</SimpleSource></VRTRasterBand>"
         for band, name in enumerate(("Red", "Green", "Blue"), 1)
     )
     return (
-        f'<VRTDataset rasterXSize="{size[0]}" rasterYSize="{size[1]}"><SRS>{UTM}</SRS>'
+        f'<VRTDataset rasterXSize="80" rasterYSize="64"><SRS>{UTM}</SRS>'
         f"<GeoTransform>{WEST}, 0.5, 0, {NORTH}, 0, -0.5</GeoTransform>{bands}</VRTDataset>"
     )
 
@@ -74,7 +70,6 @@ def test_no_crs_is_refused_unless_one_is_given(tif, rgb):
     assert source.native_crs.epsg == 32619 and source.read(source.native_grid).valid.all()
     assert open_imagery(path, fallback_crs=UTM).native_crs.epsg == 32619
     placed = tif(rgb, "placed.tif", crs="EPSG:32618")
-    assert open_imagery([path, placed], crs=UTM).area().crs.epsg == 32619
     assert open_imagery(placed, fallback_crs=UTM).native_crs.epsg == 32618
 
 
@@ -104,28 +99,21 @@ def test_no_georeference_and_control_points_only_are_refused(tif, rgb, tmp_path)
 def test_south_up_and_rotated_images_come_out_north_up(tif, rgb):
     upright = open_imagery(tif(rgb, "up.tif"))
     flipped = tif(rgb[:, ::-1].copy(), "down.tif", transform=Affine(0.5, 0, WEST, 0, 0.5, NORTH - 32))
-    turned = tif(
-        np.rot90(rgb, k=-1, axes=(1, 2)).copy(),
-        "turned.tif",
-        transform=Affine(0, 0.5, WEST, 0.5, 0, NORTH - 32),
-    )
-    expected = upright.read(upright.native_grid)
-    assert open_imagery(flipped).native_grid == upright.native_grid
-    assert open_imagery(turned).native_grid is None
-    np.testing.assert_allclose(open_imagery(flipped).read(expected.grid).rgb, expected.rgb, atol=1e-5)
     # Clockwise turn of the pixels, undone by the b, d terms: x grows with rows, y with columns.
-    np.testing.assert_allclose(open_imagery(turned).read(expected.grid).rgb, expected.rgb, atol=1e-5)
+    clockwise = np.rot90(rgb, k=-1, axes=(1, 2)).copy()
+    turned = tif(clockwise, "turned.tif", transform=Affine(0, 0.5, WEST, 0.5, 0, NORTH - 32))
+    expected = upright.read(upright.native_grid)
+    for path, grid in ((flipped, upright.native_grid), (turned, None)):
+        source = open_imagery(path)
+        assert source.native_grid == grid
+        np.testing.assert_allclose(source.read(expected.grid).rgb, expected.rgb, atol=1e-5)
 
 
-@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3857"])
 @pytest.mark.parametrize("lon", [179.9999, 288.7])
-def test_longitudes_that_cross_180_or_count_to_360_are_read_in_every_window(tif, rgb, crs, lon):
-    """In whatever turn image and grid count: one window or two, the image's own pixels come out."""
-    step = 4e-6
-    unit = 1.0 if crs == "EPSG:4326" else np.pi * 6378137.0 / 180
-    top = unit * 0.001  # next to the equator degrees and mercator metres have one shape
-    place = Affine(step * unit, 0, lon * unit, 0, -step * unit, top)
-    source = open_imagery(tif(rgb, crs=crs, transform=place))
+def test_longitudes_that_cross_180_or_count_to_360_are_read_in_every_window(tif, rgb, lon):
+    """In whatever turn image and grid count, the image's own pixels come out."""
+    place = Affine(4e-6, 0, lon, 0, -4e-6, 0.001)
+    source = open_imagery(tif(rgb, crs="EPSG:4326", transform=place))
     grid = source.area().grid("EPSG:32701" if lon > 179 and lon < 181 else "EPSG:32719", 0.5)
     whole = source.read(grid)
     assert whole.valid.mean() > 0.9
@@ -134,8 +122,8 @@ def test_longitudes_that_cross_180_or_count_to_360_are_read_in_every_window(tif,
         here = np.s_[..., left : left + grid.width // 2]
         np.testing.assert_array_equal(part.valid, whole.valid[here])
         np.testing.assert_array_equal(part.rgb, whole.rgb[here])
-    same = Grid.of(crs, place @ Affine.translation(40, 8), (16, 20))
-    turned = Grid.of(crs, Affine.translation(-360 * unit, 0) @ same.transform, same.shape)
+    same = Grid.of("EPSG:4326", place @ Affine.translation(40, 8), (16, 20))
+    turned = Grid.of("EPSG:4326", Affine.translation(-360, 0) @ same.transform, same.shape)
     for window in (same, turned):
         image = source.read(window)
         assert image.valid.all()
@@ -195,10 +183,8 @@ def test_coarse_images_among_fine_ones_are_named(tif, rgb):
     fine, coarse = tif(rgb, "fine.tif"), tif(rgb, "coarse.tif", transform=at(0, 0, 5.0))
     source = open_imagery([fine, coarse])
     assert [note for note in source.notes if "coarse.tif: pixels of 5 m among images of 0.5 m" in note]
-    assert (
-        open_imagery([fine]).notes == []
-        and not source.read(source.native_grid or Grid.of(UTM, at(9999, 0), (8, 8))).valid.any()
-    )
+    assert open_imagery([fine]).notes == []
+    assert not source.read(Grid.of(UTM, at(9999, 0), (8, 8))).valid.any()
 
 
 def test_files_are_closed_with_their_source(tif, rgb):
@@ -252,15 +238,7 @@ def test_an_empty_directory_and_a_missing_file_say_so(tmp_path):
 
 # ---- VRT and names ---------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "name",
-    [
-        "<VRTDataset rasterXSize='1' rasterYSize='1'></VRTDataset>",
-        "/vsicurl/http://127.0.0.1:1/a.tif",
-        "/vsizip/some.zip/a.tif",
-        "GTIFF_DIR:1:some.tif",
-        "NETCDF:some.nc:rgb",
-        "  ",
-    ],
+    "name", ["<VRTDataset/>", "/vsicurl/http://127.0.0.1:1/a.tif", "NETCDF:some.nc:rgb", "  "]
 )
 def test_names_that_gdal_would_interpret_are_refused(name):
     with pytest.raises(InputError):
@@ -269,11 +247,8 @@ def test_names_that_gdal_would_interpret_are_refused(name):
         open_imagery([name, name])
 
 
-def test_a_vrt_with_a_missing_or_broken_file_is_an_error_every_time(tmp_path):
+def test_a_vrt_with_a_broken_file_is_an_error_every_time(tmp_path):
     path = tmp_path / "mosaic.vrt"
-    path.write_text(vrt_text("gone.tif"))
-    with pytest.raises(ImageryError, match=r"mosaic\.vrt.*gone\.tif.*not there"):
-        open_imagery(path)
     (tmp_path / "broken.tif").write_bytes(b"II*\0 broken")
     path.write_text(vrt_text("broken.tif"))
     (tmp_path / "outer.vrt").write_text(vrt_text("mosaic.vrt"))
@@ -294,22 +269,6 @@ def test_a_vrt_of_remote_files_is_refused(tmp_path):
     assert "secret" not in str(caught.value)
 
 
-def test_a_vrt_over_a_damaged_file_raises_at_every_read(tif, tmp_path):
-    noise = np.random.default_rng(3).integers(0, 255, (3, 512, 512), dtype=np.uint8)
-    rasterio.shutil.copy(
-        tif(noise), tmp_path / "cog.tif", driver="COG", BLOCKSIZE=128, COMPRESS="DEFLATE", OVERVIEWS="NONE"
-    )
-    whole = (tmp_path / "cog.tif").read_bytes()
-    (tmp_path / "cog.tif").write_bytes(whole[: len(whole) * 2 // 3])
-    path = tmp_path / "mosaic.vrt"
-    path.write_text(vrt_text("cog.tif", size=(512, 512)))
-    source = open_imagery(path)
-    for _ in range(3):
-        with pytest.raises(ImageryError, match=r"mosaic\.vrt.*rows"):
-            source.read(source.native_grid.window(400, 400, 100, 100))
-    assert source.read(source.native_grid.window(0, 0, 50, 50)).valid.all()
-
-
 # ---- areas -----------------------------------------------------------------------------------
 def test_an_area_without_imagery_is_refused_and_a_swap_is_noticed(tif, rgb):
     source = open_imagery(tif(rgb))
@@ -323,7 +282,7 @@ def test_an_area_without_imagery_is_refused_and_a_swap_is_noticed(tif, rgb):
     assert not source.covers(AOI.from_bbox([lat, lon], size_m=1000))
 
 
-# ---- threads and real files ------------------------------------------------------------------
+# ---- real files ------------------------------------------------------------------
 def test_real_imagery_reads_as_rasterio_reads_it(shared):
     folder = shared / "data" / "pairs" / "rgb"
     for path in sorted(folder.glob("*.tif"))[::40]:

@@ -48,13 +48,6 @@ def test_a_busy_host_is_asked_again(server, cog, noise, status):
     np.testing.assert_allclose(source.read(source.native_grid).rgb * 255, noise, atol=1e-4)
 
 
-def test_retry_after_is_honoured(server, cog):
-    url = server.put("/a.tif", cog)
-    server.fail("/a.tif", times=100, status=429, headers={"Retry-After": "3600"})
-    with pytest.raises(FetchError, match=r"127\.0\.0\.1:\d+ asks to wait 3600 s"):
-        open_imagery(url)
-
-
 def test_a_host_that_always_cuts_is_given_up_on_and_named(server, cog):
     url = server.put("/a.tif", cog)
     source = open_imagery(url + "?sig=secret")
@@ -76,18 +69,6 @@ def test_a_host_without_ranges_is_told_clearly(server, cog):
     server.no_ranges.add("/a.tif")
     with pytest.raises(FetchError, match=r"does not answer range requests.*ownload"):
         open_imagery(url)
-
-
-def test_a_missing_remote_file_is_not_retried(server):
-    with pytest.raises(FetchError, match="no such file"):
-        open_imagery(server.url + "/nothing.tif")
-    assert server.asked("nothing") < 12  # every driver asks
-
-
-def test_a_host_that_does_not_exist_is_asked_only_twice(server):
-    for address in ("http://nowhere.invalid/a.tif", "http://nowhere.invalid/stac"):
-        with pytest.raises(FetchError, match=r"nowhere\.invalid did not answer.*gave up after 2 attempts"):
-            open_imagery(address)
 
 
 def test_an_expired_signature_is_renewed_and_never_shown(server, cog, noise):

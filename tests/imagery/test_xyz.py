@@ -96,16 +96,6 @@ def coarse_enough(monkeypatch):
     monkeypatch.setattr("canopy.imagery.xyz.DEFAULT_GSD_M", 0.8)
 
 
-def test_windows_on_utm_do_not_depend_on_the_cut_and_fetch_tiles_once(tiles):
-    source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png", area=area())
-    grid = area().grid("EPSG:32619", 0.5)
-    whole = source.read(grid)
-    fetched = len(tiles.log)
-    part = source.read(grid.window(100, 50, 200, 300))
-    assert whole.valid.all() and len(tiles.log) == fetched
-    np.testing.assert_array_equal(part.rgb, whole.rgb[:, 100:300, 50:350])
-
-
 def test_a_missing_tile_is_an_error_unless_declared(tiles):
     template = tiles.url + "/xyz/{z}/{x}/{y}.png"
     source = open_imagery(template, area=area())
@@ -144,6 +134,9 @@ def test_grey_tiles_get_the_note_of_grey_files_once_and_no_library_speaks(tiles,
     source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png", area=area())
     source.read(lattice_window(source))
     assert not any("grey" in note for note in source.notes)
+    fetched = len(tiles.log)
+    source.read(lattice_window(source, 200, 200).pad(20))  # of tiles that are kept
+    assert len(tiles.log) == fetched
     x, y = tile_number(LAT, LON, ZOOM)
     for dx in range(-2, 3):
         for dy in range(-2, 3):
@@ -164,14 +157,6 @@ def test_pinned_tiles_keep_their_zoom(tiles):
     np.testing.assert_array_equal(again.read(grid).rgb, source.read(grid).rgb)
     named = open_imagery("swissimage", area=AOI.from_bbox("46.9,7.4"))
     assert open_pinned(json.loads(json.dumps(named.pinned()))).area() == named.area()
-
-
-def test_busy_and_cut_tiles_are_fetched_again(tiles):
-    source = open_imagery(tiles.url + "/xyz/{z}/{x}/{y}.png", area=area())
-    grid = lattice_window(source)
-    tiles.fail("/xyz/", times=3, status=429, headers={"Retry-After": "0"})
-    tiles.cut("/xyz/", times=2, after=50)
-    np.testing.assert_allclose(source.read(grid).rgb * 255, expected(source, grid), atol=1e-4)
 
 
 def test_a_tile_that_is_a_web_page_or_junk_names_host_and_tile(tiles):
@@ -214,8 +199,8 @@ def test_options_that_make_no_sense_for_tiles_and_the_demo_are_refused(source, o
 
 
 def test_zoom_respects_the_ground_scale_of_mercator():
-    for latitude in (0, 30, 45, 60, 70):
-        for gsd in (0.2, 0.5, 1.0, 3.0):
+    for latitude in (0, 45, 70):
+        for gsd in (0.2, 1.0):
             zoom = choose_zoom(gsd, latitude)
             ground = 2 * HALF_WORLD_M / 256 / 2**zoom * math.cos(math.radians(latitude))
             assert gsd * 1.2 / 2 < ground <= gsd * 1.2 * (1 + 1e-9)
