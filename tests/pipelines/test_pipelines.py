@@ -66,7 +66,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "manifest.csv").open("w", newline="") as file:
         csv.writer(file).writerows([HEAD, *rows])
     with (folder / "ssl" / "manifest_ssl.csv").open("w", newline="") as file:
-        images = [(f"s{r[0]}", "somewhere", "train", r[4], 2020) for r in rows if r[3] == "train"]
+        images = [(f"s{r[0]}", "somewhere", "train", r[4], 2020) for r in rows if r[3] == "train"][::4]
         csv.writer(file).writerows([("id", "place", "split", "rgb_path", "year"), *images])
     return folder
 
