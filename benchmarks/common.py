@@ -26,7 +26,7 @@ from typing import Any
 TILE_PX = 512
 # What decides how fast a network runs on a CPU.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "asimd", "bf16")
-PACKAGES = ("canopy-height", "torch", "numpy", "rasterio", "openvino", "onnxruntime")
+PACKAGES = ("canopy-height", "torch", "numpy", "rasterio", "openvino")
 
 
 # ---- arguments and results ----------------------------------------------------------------------

@@ -70,7 +70,7 @@ def _help(results: Any) -> tuple[str, bool]:
 TARGETS = [
     Target(
         "whole raster on CPU, ViT-L fp32, against the eager loop", ">= 1.4x", "throughput",
-        _faster(("openvino", "torch", "onnx"), 1.4),
+        _faster(("openvino", "torch"), 1.4),
     ),
     Target(
         "whole raster on CPU, ViT-L int8, against dynamic int8 in the loop", ">= 2.5x", "throughput",

@@ -45,7 +45,6 @@ class Way:
 WAYS = {
     "torch": Way("torch fp32", {"backend": "torch", "precision": "fp32"}),
     "openvino": Way("OpenVINO fp32", {"backend": "openvino", "precision": "fp32"}),
-    "onnx": Way("ONNX fp32", {"backend": "onnx", "precision": "fp32"}),
     "openvino-bf16": Way("OpenVINO bf16", {"backend": "openvino", "precision": "bf16"}),
     "openvino-int8": Way("OpenVINO int8", {"backend": "openvino", "precision": "int8"}, int8=True),
     "loop": Way("loop fp32"),

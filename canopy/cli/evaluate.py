@@ -343,7 +343,8 @@ def predictor(model: HeightModel, choice: Choice, nodata: float | None) -> Predi
                 area = AOI(reference.outline, to_crs("EPSG:4326"), True)
         options = OneMapOptions(
             images=tuple(str(image) for image in scene.images), imagery=scene.imagery,
-            out=str(path), nodata=nodata, overwrite=True, workers=1, **choice.names,  # type: ignore[arg-type]
+            out=str(path), nodata=nodata, overwrite=True, workers=1,
+            backend=choice.backend, precision=choice.precision, device=choice.device,
         )  # fmt: skip
         prepare(options, area=area, model=model).run()
 

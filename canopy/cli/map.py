@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from canopy.region.ledger import Ledger
     from canopy.region.plan import Region
     from canopy.region.run import RunResult, Watch
-    from canopy.region.status import RegionCost
     from canopy.region.workers import Tally
 
 _RUN = "Run"
@@ -39,12 +38,6 @@ def map_(
     ] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", rich_help_panel=_RUN, help="Give failed tiles another chance.")
-    ] = False,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify", rich_help_panel=_RUN, help="Hash every finished tile again before going on."
-        ),
     ] = False,
     status: Annotated[
         str | None,
@@ -79,8 +72,8 @@ def map_(
 
       canopy map --status county
     """
+    from canopy.region.plan import region_cost
     from canopy.region.run import prepare_run, start
-    from canopy.region.status import elapsed_text, region_cost
     from canopy.runtime import setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
@@ -94,14 +87,14 @@ def map_(
     tiles = tiling.count(region.aoi)
     cost = region_cost(region) if dry_run else None
     text = f"{region.aoi.describe()}, {tiles:,} tile{'' if tiles == 1 else 's'} of {tiling.tile_px} px"
-    log.info(text + (f", ~{elapsed_text(cost.hours * 3600)}" if cost else ""))
+    log.info(text + (f", ~{elapsed_text(cost['hours'] * 3600)}" if cost else ""))
     for note in region.notes:
         log.warning(f"note: {note}")
     if cost:
         _show_cost(region, cost, json)
         return
     with _watching(quiet) as watch:
-        result = start(region, overwrite=overwrite, retry_failed=retry_failed, verify=verify, watch=watch)
+        result = start(region, overwrite=overwrite, retry_failed=retry_failed, watch=watch)
     if json:
         print_json(result.to_dict())
     elif not quiet:
@@ -111,7 +104,7 @@ def map_(
 
 
 def _show_status(folder: str, json: bool) -> None:
-    from canopy.region.status import elapsed_text, status
+    from canopy.region.run import status
 
     found = status(Path(folder).expanduser())
     if json:
@@ -136,12 +129,30 @@ def _show_status(folder: str, json: bool) -> None:
         typer.echo(f"failed {failed['tile']}: {failed['reason']}")
 
 
-def _show_cost(region: Region, cost: RegionCost, json: bool) -> None:
+def _show_cost(region: Region, cost: dict[str, Any], json: bool) -> None:
     if json:
-        print_json({"dry_run": True, "area": region.aoi.describe(), **cost.to_dict(), "notes": region.notes})
+        print_json({"dry_run": True, "area": region.aoi.describe(), **cost, "notes": region.notes})
         return
-    for line in cost.lines():
-        log.info(line)
+    log.info(f"{cost['tiles']:,} tiles, {cost['km2']:,.2f} km2, {cost['crops']:,} crops")
+    log.info(
+        f"imagery {cost['imagery_bytes'] / 1e9:,.2f} GB uncompressed (JPEG: about a tenth); "
+        f"map {cost['map_bytes'] / 1e9:,.2f} GB uncompressed"
+    )
+    log.info(
+        f"{cost['worker_hours']:,.2f} worker hours, {cost['hours']:,.2f} h with {cost['workers']} "
+        f"worker{'' if cost['workers'] == 1 else 's'}, {cost['km2_per_hour']:,.1f} km2/h"
+    )
+    if cost["money"] is not None:
+        log.info(f"{cost['money']:,.2f} at {cost['price_per_worker_hour']:g} an hour and worker")
+
+
+def elapsed_text(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h` or `2.1 days`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
 
 
 def _print_result(result: RunResult) -> None:
@@ -168,8 +179,6 @@ def _progress(ledger: Ledger, show: Callable[[int, int, str], None], every_s: fl
 
     The pace counts from where the first tile was begun: before it, workers only load the model.
     """
-    from canopy.region.status import elapsed_text
-
     counts, totals = ledger.counts(), ledger.totals()
     before = counts["done"] + counts["empty"] + counts["failed"]
     km2_left = totals["km2"] - totals["km2_finished"]

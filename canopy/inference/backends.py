@@ -3,86 +3,66 @@
 `auto` stands for OpenVINO in fp32 on a CPU where it is installed, and for torch in fp32 everywhere else. What
 is settled is pinned to a regional run and written into a map's tags, since the last bits depend on it.
 
-A model is converted once per weights, crop size, runtime and version, and kept in the cache as one
+A model is converted once per weights, crop size and version of OpenVINO, and kept in the cache as one
 uncompressed zip with a card. Several processes may want the same conversion at the same time: one makes it,
 the others wait, and a file appears whole or not at all.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import threading
-import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
 
-from canopy.errors import CanopyError, CheckpointError, ConfigError, InputError, OutputError
-from canopy.files import replacing
+from canopy.errors import CanopyError, CheckpointError, ConfigError, InputError
+from canopy.files import replacing, told_as_output
 from canopy.runtime import cache_dir, log, openvino_core, pick_device
 
 if TYPE_CHECKING:
     import torch
 
-    from canopy.models.height import HeightModel, Stretch
+    from canopy.models.config import ModelConfig
+    from canopy.models.height import HeightModel
 
 # Layers a runner may be asked for are those of `HeightModel.layers`; this one every model has.
 HEIGHT = "height_m"
-BACKENDS = ("auto", "torch", "openvino", "onnx")
+BACKENDS = ("auto", "torch", "openvino")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
-_TITLES = {"openvino": "OpenVINO", "onnx": "ONNX Runtime"}
-_PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime"}
-# int8 models keep their other operations in fp32.
-_HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
+# Reading, blending and writing beside the model: 0.1 s per Mpx mapped on the model's grid, 0.4 where imagery
+# is warped; charged for pixels predicted and pixels mapped.
+OVERHEAD_S_PER_PX = 0.15e-6
+# Floating-point operations per second that networks of this kind reach in fp32: on a processor per thread.
+_RATE = {"cpu": 45e9, "mps": 2e12, "cuda": 15e12}
+_FASTER = {"fp32": 1.0, "bf16": 2.0, "int8": 3.0, "openvino": 1.3}
 _FORMAT, _CARD = "canopy-converted", "card.json"
 # Raise whenever conversion changes: cached conversions of before are then made anew.
 _CONVERSION = 2
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same content gives the same bytes
-
-
-class Runner(Protocol):
-    """A model that is ready to run on one device in one precision.
-
-    Attributes:
-        backend: `torch`, `openvino` or `onnx`.
-        precision: `fp32`, `bf16` or `int8`.
-        device: where it runs.
-        outputs: layers of `HeightModel.layers` it gives, in order; the first is `height_m`.
-        alone: whether a crop's layers are the same bytes alone and in company of others.
-    """
-
-    backend: str
-    precision: str
-    device: torch.device
-    outputs: tuple[str, ...]
-    alone: bool
-
-    def forward(self, rgb: torch.Tensor) -> torch.Tensor:
-        """(n, 3, crop, crop) in 0..1, finite, on `device` -> (n, len(outputs), crop, crop); both float32."""
-        ...
-
-    def with_radiometry(self, stretch: Stretch | None) -> Runner:
-        """This runner, its weights shared, for images that are moved by `stretch` first."""
-        ...
+_NO_CACHE = "set CANOPY_CACHE to a folder that can be written, or use --backend torch"
 
 
 class TorchRunner:
-    """The model itself, eager, on any device that torch has; by default where the model is. See `Runner`."""
+    """The model itself, eager, on any device that torch has; by default where the model is.
+
+    Attributes:
+        backend, precision, device: of the runtime, as a map's tags have them.
+        model: that it runs.
+        outputs: layers of `HeightModel.layers` it gives, in order; the first is `height_m`.
+    """
 
     backend = "torch"
-    # A batch of one takes other kernels, and its heights differ in the last bits.
-    alone = False
 
     def __init__(
         self,
@@ -98,139 +78,93 @@ class TorchRunner:
         self.model = model.to(device).eval()
         self.device, self.precision, self.outputs = device, precision, outputs
         # A GPU's convolutions are fastest with the channels innermost; on CPUs it makes no difference.
-        encoder = getattr(model.config, "encoder", None)
-        self._channels_last = device.type == "cuda" and encoder is not None and encoder.family == "cnn"
+        self._channels_last = device.type == "cuda" and model.config.encoder.family == "cnn"
         if self._channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
 
     def forward(self, rgb: torch.Tensor) -> torch.Tensor:
+        """(n, 3, crop, crop) in 0..1, finite, on `device` -> (n, len(outputs), crop, crop); both float32."""
         import torch
-
-        from canopy.models.height import HeightModel
 
         bf16 = self.precision == "bf16"
         with torch.inference_mode(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             if self._channels_last:
                 rgb = rgb.contiguous(memory_format=torch.channels_last)
-            if isinstance(self.model, HeightModel):
-                # Crops are finite; to ask again would make the host wait for a GPU at every batch.
-                return self.model.layers(rgb, self.outputs, finite=True).float()
-            made = self.model(rgb) if self.outputs == (HEIGHT,) else self.model.layers(rgb, self.outputs)
-            return made.float()
-
-    def with_radiometry(self, stretch: Stretch | None) -> TorchRunner:
-        other = copy.copy(self)
-        other.model = self.model.with_radiometry(stretch)
-        return other
+            # Crops are finite; to ask again would make the host wait for a GPU at every batch.
+            return self.model.layers(rgb, self.outputs, finite=True).float()
 
 
-class ConvertedRunner:
-    """The network in another runtime on this CPU, crop by crop; heights are made by the model. See `Runner`.
+class OpenVinoRunner:
+    """The network in OpenVINO on this CPU, crop by crop; heights are made by the model. See `TorchRunner`.
 
     Args:
-        scores: one crop (1, 3, side, side) -> bin scores (1, bins, h, w), valid until the next call.
+        files: `model.xml` and `model.bin`: one crop (1, 3, side, side) -> bin scores (1, bins, h, w).
     """
 
-    alone = True
+    backend = "openvino"
 
     def __init__(
-        self,
-        backend: str,
-        precision: str,
-        model: HeightModel,
-        scores: Callable[[np.ndarray], np.ndarray],
-        outputs: tuple[str, ...] = (HEIGHT,),
+        self, model: HeightModel, files: Mapping[str, bytes], precision: str, outputs: tuple[str, ...]
     ) -> None:
         import torch
 
-        self.backend, self.precision, self.outputs = backend, precision, outputs
-        self.device = torch.device("cpu")
-        self._model, self._scores, self._lock = model, scores, threading.Lock()
+        self.model, self.precision, self.outputs = model, precision, outputs
+        self.device, self._lock = torch.device("cpu"), threading.Lock()
+        low = precision == "bf16"  # int8 models keep their other operations in fp32
+        settings = {
+            # Without these two, processors that have bf16 would use it for fp32 models.
+            "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
+            "EXECUTION_MODE_HINT": "PERFORMANCE" if low else "ACCURACY",
+            # One stream, and torch's number of threads: with another number the last bits may differ.
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            # Several workers would all be pinned to the same cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+        network = openvino_core().read_model(model=files["model.xml"], weights=files["model.bin"])
+        self._request = openvino_core().compile_model(network, "CPU", settings).create_infer_request()
 
     def forward(self, rgb: torch.Tensor) -> torch.Tensor:
+        """As `TorchRunner.forward`."""
         import torch
 
-        side = self._model.config.crop_px
-        padded = side + -side % self._model.config.pad_px
-        rgb, made = self._model.moved(rgb), []
+        side = self.model.config.crop_px
+        padded = side + -side % self.model.config.pad_px
+        rgb, made = self.model.moved(rgb), []
         with self._lock, torch.inference_mode():
             for crop in rgb.numpy():
-                scores = torch.from_numpy(self._scores(np.ascontiguousarray(crop[None])))
-                made.append(self._model.layers_of(scores, self.outputs, (padded, padded)))
+                self._request.infer({0: np.ascontiguousarray(crop[None])}, share_inputs=True)
+                scores = torch.from_numpy(self._request.get_output_tensor().data)
+                made.append(self.model.layers_of(scores, self.outputs, (padded, padded)))
         return torch.cat(made)[..., :side, :side]
 
-    def with_radiometry(self, stretch: Stretch | None) -> ConvertedRunner:
-        other = copy.copy(self)
-        other._model = self._model.with_radiometry(stretch)
-        return other
+
+Runner = TorchRunner | OpenVinoRunner
 
 
-def _openvino_scores(files: Mapping[str, bytes], precision: str) -> Callable[[np.ndarray], np.ndarray]:
-    """One stream, and torch's number of threads: with another number the last bits may differ."""
-    import torch
-
-    hint = _HINTS[precision]
-    settings = {
-        # Without these two, processors that have bf16 would use it for fp32 models.
-        "INFERENCE_PRECISION_HINT": hint,
-        "EXECUTION_MODE_HINT": "ACCURACY" if hint == "f32" else "PERFORMANCE",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-        # Several workers would all be pinned to the same cores.
-        "ENABLE_CPU_PINNING": False,
-    }
-    model = openvino_core().read_model(model=files["model.xml"], weights=files["model.bin"])
-    request = openvino_core().compile_model(model, "CPU", settings).create_infer_request()
-
-    def scores(crop: np.ndarray) -> np.ndarray:
-        request.infer({0: crop}, share_inputs=True)
-        return request.get_output_tensor().data
-
-    return scores
-
-
-def _onnx_scores(files: Mapping[str, bytes]) -> Callable[[np.ndarray], np.ndarray]:
-    import onnxruntime
-    import torch
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.use_deterministic_compute = True
-    options.log_severity_level = 3
-    providers = ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(files["model.onnx"], options, providers=providers)
-    return lambda crop: session.run(None, {"rgb": crop})[0]
-
-
-# ---- what is used -----------------------------------------------------------------------------------------
+# ---- what is used -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Choice:
     """What was settled.
 
     Attributes:
-        backend: torch, openvino or onnx.
+        backend: torch or openvino.
         precision: fp32, bf16 or int8.
-        device: as asked; `cpu` for openvino and onnx.
+        device: as asked; `cpu` for openvino.
         name: of the model, for people.
         weights_sha256: of the model, where it is converted.
         quantised: the file with the int8 network, and the hash of that network.
         notes: what the user should know.
     """
 
-    backend: str = "torch"
-    precision: str = "fp32"
-    device: str = "auto"
+    backend: str
+    precision: str
+    device: str
     name: str = "model"
     weights_sha256: str = ""
     quantised: Path | None = None
     quantised_sha256: str = ""
     notes: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Backend, precision and device, by these names."""
-        return {"backend": self.backend, "precision": self.precision, "device": self.device}
 
     def open(self, model: HeightModel, outputs: tuple[str, ...] = (HEIGHT,)) -> Runner:
         """The model, ready to run; `outputs` as of `HeightModel.layers`.
@@ -238,36 +172,45 @@ class Choice:
         Raises:
             InputError: the device is not here. CanopyError: a conversion that failed.
         """
-        if self.backend == "torch":
-            device = pick_device(self.device)
-            if self.precision == "bf16":
-                check_bf16(device)
-            return TorchRunner(model, device, self.precision, outputs)
-        files = self.network(model)
-        scores = _onnx_scores(files) if self.backend == "onnx" else _openvino_scores(files, self.precision)
-        return ConvertedRunner(self.backend, self.precision, model, scores, outputs)
+        if self.backend == "openvino":
+            return OpenVinoRunner(model, self.network(model), self.precision, outputs)
+        device = pick_device(self.device)
+        if self.precision == "bf16":
+            check_bf16(device)
+        return TorchRunner(model, device, self.precision, outputs)
 
     def network(self, model: HeightModel) -> Mapping[str, bytes]:
         """The converted network's files: int8 from its zip, others from the cache or made now.
 
         bf16 is made of the fp32 conversion when it is opened.
+
+        Raises:
+            OutputError: the cache cannot be written. CanopyError: a conversion that failed.
         """
         if self.quantised is not None:
             return read_network(self.quantised)
         facts = {
-            "backend": self.backend,
             "conversion": _CONVERSION,
-            "runtime": version(_PACKAGES[self.backend]),
+            "runtime": version("openvino"),
             "weights_sha256": self.weights_sha256,
             "crop_px": model.config.crop_px,
         }
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        path = cache_dir() / "backends" / f"{self.name}-openvino-{key}.zip"
+        with told_as_output(path.parent, "converted models cannot be kept there", _NO_CACHE):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(f"{path}.lock"):
+                try:
+                    return read_network(path)
+                except CheckpointError as error:
+                    if path.is_file():
+                        log.warning(f"{error}; it is made anew")
+                from canopy.models.export import to_openvino
 
-        def make() -> Mapping[str, bytes]:
-            from canopy.models.export import to_onnx, to_openvino
-
-            return to_onnx(model) if self.backend == "onnx" else to_openvino(model)
-
-        return _cached(self.name, _TITLES[self.backend], facts, make)
+                log.info(f"converting {self.name} for OpenVINO, once; kept in {path.parent} ...")
+                files = to_openvino(model)
+                write_network(path, files, facts)
+                return files
 
 
 def settle(
@@ -283,24 +226,23 @@ def settle(
         InputError: the package is not installed, or the hardware lacks bf16.
         CanopyError: the model cannot be converted, and this backend was asked for by name.
     """
-    from canopy.models.height import HeightModel
-
-    _check_names(backend, precision)
-    device = str(device)
-    chosen = _backend(model, backend, precision, device)
-    kind = "fp32" if precision == "auto" else precision
-    if chosen == "torch":
-        return Choice("torch", kind, device)
-    if not isinstance(model, HeightModel):
+    for given, known, option in ((backend, BACKENDS, "backend"), (precision, PRECISIONS, "precision")):
+        if given not in known:
+            raise ConfigError(
+                f"unknown {option} {given!r}", where=f"--{option}", expected=f"one of {', '.join(known)}"
+            )
+    if precision == "int8" and backend == "torch":
         raise ConfigError(
-            f"a {type(model).__name__} cannot be converted", where=f"--backend {chosen}",
-            expected="a HeightModel", remedy="use --backend torch",
-        )  # fmt: skip
-    _check_runtime(chosen, kind, device)
+            "int8 runs in OpenVINO alone", where="--backend torch", remedy="use --backend openvino"
+        )
+    device, kind = str(device), "fp32" if precision == "auto" else precision
+    if not _wants_openvino(model, backend, precision, device):
+        return Choice("torch", kind, device)
+    _check_openvino(kind, device)
     from canopy.models.checkpoint import weights_sha256
 
     name = re.sub(r"[^\w.-]+", "-", str(model.card.get("name") or "model"))[:40]
-    choice = Choice(chosen, kind, "cpu", name, weights_sha256(model))
+    choice = Choice("openvino", kind, "cpu", name, weights_sha256(model))
     if kind == "int8":
         return _with_int8(choice, model)
     try:
@@ -312,54 +254,25 @@ def settle(
     return choice
 
 
-def _check_names(backend: str, precision: str) -> None:
-    for given, known, option in ((backend, BACKENDS, "backend"), (precision, PRECISIONS, "precision")):
-        if given not in known:
-            raise ConfigError(
-                f"unknown {option} {given!r}", where=f"--{option}", expected=f"one of {', '.join(known)}"
-            )
-    if precision == "int8" and backend not in ("auto", "openvino"):
-        raise ConfigError(
-            "int8 runs in OpenVINO alone", where=f"--backend {backend}", remedy="use --backend openvino"
-        )
-    if precision == "bf16" and backend == "onnx":
-        raise ConfigError(
-            "ONNX Runtime has no bf16 here",
-            where="--precision bf16",
-            remedy="use --backend openvino or torch",
-        )
-
-
-def _backend(model: HeightModel, backend: str, precision: str, device: str) -> str:
-    """The backend that `auto` stands for; others stand for themselves."""
-    from canopy.models.height import HeightModel
-
-    if backend != "auto":
-        return backend
-    if precision == "int8":
-        return "openvino"
+def _wants_openvino(model: HeightModel, backend: str, precision: str, device: str) -> bool:
+    if backend != "auto" or precision == "int8":
+        return backend != "torch"
     # A machine without the card that is named may still settle what others will run.
     on_cpu = pick_device(device).type == "cpu" if device == "auto" else device.startswith("cpu")
     # Models that came from no file would be converted for a single use.
-    saved = isinstance(model, HeightModel) and model.sha256 is not None
-    return "openvino" if on_cpu and _installed("openvino") and saved else "torch"
+    return on_cpu and model.sha256 is not None and importlib.util.find_spec("openvino") is not None
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _check_runtime(backend: str, precision: str, device: str) -> None:
-    """Raises where a backend that was chosen cannot run at all."""
-    title = _TITLES[backend]
-    if not _installed(_PACKAGES[backend]):
+def _check_openvino(precision: str, device: str) -> None:
+    """Raises where it was chosen and cannot run at all."""
+    if importlib.util.find_spec("openvino") is None:
         raise InputError(
-            f"{title} is not installed", where=f"--backend {backend}",
+            "OpenVINO is not installed", where="--backend openvino",
             remedy="pip install 'canopy-height[export]', or use --backend torch",
         )  # fmt: skip
     if device != "auto" and not device.startswith("cpu"):
         raise ConfigError(
-            f"{title} runs on the CPU here", where=f"--device {device}", remedy="use --backend torch"
+            "OpenVINO runs on the CPU here", where=f"--device {device}", remedy="use --backend torch"
         )
     if precision == "bf16":
         import torch
@@ -406,9 +319,8 @@ def check_bf16(device: torch.device) -> None:
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else None
-        names = ("avx512_bf16", "amx_bf16", "bf16")
-        able = any(map(known.get, names)) if known else torch.cpu._is_avx512_bf16_supported()
+        known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        able = any(map(known.get, ("avx512_bf16", "amx_bf16", "bf16")))
     if not able:
         raise InputError(
             f"bf16 is not supported on {device}",
@@ -417,7 +329,37 @@ def check_bf16(device: torch.device) -> None:
         )
 
 
-# ---- converted networks on disk ---------------------------------------------------------------------------
+# ---- what it will take ------------------------------------------------------------------------
+def seconds_per_crop(model: HeightModel, runner: Runner) -> float:
+    """About how long a crop takes on a runtime: a guess to within a factor of two.
+
+    No pass of the network is made for it: its arithmetic is counted, and divided by what processors usually
+    do.
+    """
+    import torch
+
+    kind = runner.device.type
+    rate = _RATE.get(kind, _RATE["cpu"]) * (torch.get_num_threads() if kind == "cpu" else 1)
+    rate *= _FASTER[runner.precision] * _FASTER.get(runner.backend, 1.0)
+    return _operations_per_crop(model.config) / rate
+
+
+@functools.lru_cache(maxsize=8)
+def _operations_per_crop(config: ModelConfig) -> float:
+    """Floating-point operations from a crop to its bin scores, counted on a model without weights."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from canopy.models.height import HeightModel
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outline = HeightModel(config).eval()
+        side = config.crop_px + -config.crop_px % config.pad_px
+        outline.decoder(outline.encoder(torch.zeros(1, len(config.bands), side, side)))
+    return float(counter.get_total_flops())
+
+
+# ---- converted networks on disk ---------------------------------------------------------------
 def write_network(path: Path, files: Mapping[str, bytes], card: Mapping[str, Any]) -> None:
     """Write a converted network and its card as one zip, whole or not at all.
 
@@ -426,10 +368,7 @@ def write_network(path: Path, files: Mapping[str, bytes], card: Mapping[str, Any
     """
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     told = json.dumps({"format": _FORMAT, **card, "files": hashes}, indent=1).encode()
-    with replacing(
-        path, "the converted model cannot be written",
-        "set CANOPY_CACHE to a folder that can be written, or use --backend torch",
-    ) as part:  # fmt: skip
+    with replacing(path, "the converted model cannot be written", _NO_CACHE) as part:
         path.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
             for name, data in {_CARD: told, **files}.items():
@@ -455,47 +394,3 @@ def _read(path: Path, files: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
             return card, {name: file.read(name) for name in card["files"]} if files else {}
     except (OSError, zipfile.BadZipFile, ValueError, KeyError, NotImplementedError, EOFError) as error:
         raise CheckpointError(f"the converted model cannot be read ({error})", where=path) from error
-
-
-def _cached(
-    name: str, title: str, facts: dict[str, Any], make: Callable[[], Mapping[str, bytes]]
-) -> Mapping[str, bytes]:
-    """The network with these facts, made now if there is none or only a damaged one.
-
-    Raises:
-        OutputError: it cannot be kept. Whatever `make` raises.
-    """
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    path = cache_dir() / "backends" / f"{name}-{facts['backend']}-{key}.zip"
-    found = _usable(path)
-    if found is not None:
-        return found
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(13, "permission denied")
-    except OSError as error:
-        raise OutputError(
-            f"converted models cannot be kept there ({error.strerror})", where=path.parent,
-            remedy="set CANOPY_CACHE to a folder that can be written, or use --backend torch",
-        ) from error  # fmt: skip
-    with filelock.FileLock(f"{path}.lock"):
-        found = _usable(path)  # another process may have made it meanwhile
-        if found is not None:
-            return found
-        started = time.perf_counter()
-        log.info(f"converting {name} for {title}, once ...")
-        files = make()
-        write_network(path, files, facts)
-        log.info(f"converted in {time.perf_counter() - started:.0f} s, kept in {path.parent}")
-        return files
-
-
-def _usable(path: Path) -> dict[str, bytes] | None:
-    if not path.is_file():
-        return None
-    try:
-        return read_network(path)
-    except CheckpointError as error:
-        log.warning(f"{error}; it is made anew")
-        return None

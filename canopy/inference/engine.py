@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from canopy.errors import CanopyError, ImageryError
+from canopy.errors import CanopyError, ConfigError, ImageryError
 from canopy.inference.lattice import WINDOW_PX, Canvas, Lattice, Plan, WorkWindow, plan_windows
 from canopy.inference.layers import Extras
-from canopy.inference.predictor import Predictor, counted
-from canopy.runtime import NoProgress, Progress
+from canopy.runtime import NoProgress, Progress, log
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +31,12 @@ if TYPE_CHECKING:
     from canopy.geo.grid import Grid
     from canopy.imagery.base import Imagery
     from canopy.inference.backends import Runner
-    from canopy.models.height import HeightModel
 
 COVER_ABOVE_M = 2.0
+# Crops per batch at most, and pixels: beyond them a device gains nothing and only takes more memory. They are
+# fixed, not measured: in bf16 a height can move by centimetres with the batch, and parts of a map that are
+# made on several cards must fit together.
+AUTO_BATCH = {"cpu": (4, 2**20), "cuda": (64, 2**22), "mps": (8, 2**20)}
 Corner = tuple[int, int]
 """Row and column of a crop, counted within its window."""
 
@@ -55,7 +57,8 @@ class Sink(Protocol):
 class RunSummary:
     """What a run did. Heights are in metres, over the valid pixels of the grid that was predicted.
 
-    `black_share` is the share of these whose imagery is (0, 0, 0).
+    `black_share` is the share of these whose imagery is (0, 0, 0); `model_seconds` were spent in calls of the
+    network, which a GPU works off by itself.
     """
 
     windows: int = 0
@@ -106,33 +109,28 @@ class RunSummary:
 
 
 def predict_grid(
-    model: HeightModel,
+    runner: Runner,
     source: Source,
     grid: Grid,
     sink: Sink,
     *,
-    runner: Runner | None = None,
     aoi: AOI | None = None,
     extras: Extras | None = None,
     batch_size: int | str = "auto",
     workers: int | str = "auto",
-    lattice: Lattice | None = None,
     window_px: int = WINDOW_PX,
     progress: Progress | None = None,
 ) -> RunSummary:
     """Predict canopy height on every pixel of `grid` and hand it to `sink`.
 
     Args:
-        model: a `HeightModel`, or any module from RGB (B, 3, H, W) in 0..1 to metres (B, 1, H, W) whose
-            `config` has `crop_px` and `patch_px`. The grid's pixel size is taken to be the model's.
+        runner: the model on its runtime, with the outputs that `extras` need. The grid's pixel size is taken
+            to be the model's.
         source: gives RGB, validity and dates on any grid; read from `workers` threads at once (`auto`: by
             device).
         sink: receives the bands of `extras` (b, h, w), heights in metres first, and (h, w) validity. Each
             pixel comes once.
-        runner: the model on its runtime, with the outputs that `extras` need; by default eager torch, where
-            the model is.
         aoi: pixels whose centres lie outside become invalid; a box is not masked.
-        lattice: crop geometry; the model's own by default.
         window_px: side of a unit of reading; has no influence on the heights.
 
     Returns:
@@ -144,31 +142,28 @@ def predict_grid(
     """
     started = time.perf_counter()
     progress, extras = progress or NoProgress(), extras or Extras()
-    predictor = Predictor(model, runner=runner, batch_size=batch_size, extras=extras)
-    plan = plan_windows(grid, lattice or Lattice.of_model(model.config), window_px)
+    plan = plan_windows(grid, Lattice.of_model(runner.model.config), window_px)
     summary = RunSummary(windows=len(plan), crops=plan.n_crops)
+    predictor = Predictor(runner, batch_size, summary)
     progress.start(plan.n_crops, "predicting")
-    readers = reader_count(workers, predictor.device.type)
+    readers = reader_count(workers, runner.device.type)
     with ExitStack() as stack:
         # Pools of their own: a full write queue must not keep the readers from running.
         pools = [
             ThreadPoolExecutor(count, thread_name_prefix=f"canopy-{name}")
-            for name, count in (("read", readers), ("score", readers), ("write", 1))
+            for name, count in (("read", readers), ("write", 1))
         ]
         for pool in pools:
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         writes: deque[Future[None]] = deque()
         windows = _read_ahead(plan, source, aoi, pools[0], readers)
-        for window, pixels, layers in _blended(plan, predictor, extras, windows, pools[1], progress):
-            writes.append(pools[2].submit(_write, window, plan, layers, pixels, sink, summary, extras))
+        for window, pixels, layers in _blended(plan, predictor, extras, windows, pools[0], progress):
+            writes.append(pools[1].submit(_write, window, plan, layers, pixels, sink, summary, extras))
             while len(writes) > 2:
                 writes.popleft().result()
         for write in writes:
             write.result()
-    summary.batch_size, summary.model_seconds = predictor.batch_size, predictor.seconds
-    summary.crops_predicted = predictor.crops
     summary.black_share = summary.black_pixels / max(summary.valid_pixels, 1)
-    summary.notes += predictor.notes
     summary.seconds = time.perf_counter() - started
     return summary
 
@@ -177,10 +172,33 @@ def reader_count(workers: int | str, device_type: str = "cpu") -> int:
     """Threads that read imagery: `auto` takes two beside a CPU that predicts, up to eight for a GPU."""
     if workers == "auto":
         return 2 if device_type == "cpu" else min(8, os.cpu_count() or 2)
-    return counted(workers, "number of readers", "--workers")
+    return _counted(workers, "number of readers", "--workers")
 
 
-# ---- reading ----------------------------------------------------------------------------------------------
+def resolve_batch(batch_size: int | str, device_type: str, crop_px: int = 256) -> int:
+    """Crops per forward pass for `auto` (see `AUTO_BATCH`) or a positive number.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if batch_size == "auto":
+        crops, pixels = AUTO_BATCH.get(device_type, AUTO_BATCH["cpu"])
+        return max(1, min(crops, pixels // crop_px**2))
+    return _counted(batch_size, "batch size", "--batch-size")
+
+
+def _counted(value: int | str, what: str, option: str) -> int:
+    """A positive whole number, also from text; ConfigError otherwise."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ConfigError(f"{value!r} is no {what}", where=option, expected="auto or a number from 1")
+    return number
+
+
+# ---- reading ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Pixels:
     """A window as read: everything on `plan.read_grid(window)`.
@@ -200,11 +218,6 @@ class Pixels:
     date: np.ndarray
     crops: tuple[Corner, ...]
     filled: dict[Corner, np.ndarray]
-
-    def crop(self, corner: Corner, lattice: Lattice) -> np.ndarray:
-        """What the network sees of a crop, (3, crop, crop)."""
-        found = self.filled.get(corner)
-        return self.rgb[:, *lattice.crop_slices(corner)] if found is None else found
 
 
 def _read_ahead(
@@ -247,13 +260,67 @@ def _read(window: WorkWindow, plan: Plan, source: Source, aoi: AOI | None) -> Pi
     wanted = valid & inside
     rows, cols = range(len(window.rows.crops)), range(len(window.cols.crops))
     crops = tuple((r, c) for r in rows for c in cols if wanted[lattice.served_slices((r, c))].any())
-    holed = [corner for corner in crops if not valid[lattice.crop_slices(corner)].all()]
-    places = {corner: lattice.crop_slices(corner) for corner in holed}
-    filled = {corner: fill_invalid(rgb[:, *place], valid[place]) for corner, place in places.items()}
+    places = {corner: lattice.crop_slices(corner) for corner in crops}
+    filled = {
+        corner: fill_invalid(rgb[:, *place], valid[place])
+        for corner, place in places.items() if not valid[place].all()
+    }  # fmt: skip
     return Pixels(rgb, valid, wanted, imagery.date, crops, filled)
 
 
-# ---- predicting and blending --------------------------------------------------------------------------
+# ---- predicting and blending ------------------------------------------------------------------
+class Predictor:
+    """Calls the network on crops, in batches that fit the device's memory, and notes what it took."""
+
+    def __init__(self, runner: Runner, batch_size: int | str, summary: RunSummary) -> None:
+        self.runner, self.summary = runner, summary
+        summary.batch_size = resolve_batch(batch_size, runner.device.type, runner.model.config.crop_px)
+
+    def __call__(self, crops: torch.Tensor) -> torch.Tensor:
+        """Crops (n, 3, crop, crop) float32 in 0..1, finite -> layers (n, l, crop, crop) float32, on the
+        device: heights in metres, then what else the runner gives.
+        """
+        import torch
+
+        done: list[torch.Tensor] = []
+        start, begun = 0, time.perf_counter()
+        crops = crops.to(self.runner.device)
+        while start < len(crops):
+            part = crops[start : start + self.summary.batch_size]
+            try:
+                done.append(self._forward(part))
+                start += len(part)
+            except RuntimeError as error:
+                # torch.OutOfMemoryError is CUDA's and MPS's; the CPU allocator raises a plain RuntimeError.
+                full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if not full or self.summary.batch_size == 1:
+                    raise
+                self._halve_batch()
+        self.summary.model_seconds += time.perf_counter() - begun
+        self.summary.crops_predicted += len(crops)
+        return torch.cat(done)
+
+    def _forward(self, crops: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        # A map must not depend on how many crops were left over: other batch sizes take other kernels.
+        short = self.summary.batch_size - len(crops) if self.runner.device.type == "cuda" else 0
+        if short:
+            crops = torch.cat([crops, crops[-1:].expand(short, -1, -1, -1)])
+        layers = self.runner.forward(crops)
+        return layers[: len(layers) - short]
+
+    def _halve_batch(self) -> None:
+        import torch
+
+        device, self.summary.batch_size = self.runner.device.type, max(1, self.summary.batch_size // 2)
+        note = f"the {device} device ran out of memory; batch size reduced to {self.summary.batch_size}"
+        self.summary.notes.append(note)
+        log.warning(note)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
 Blended = tuple[WorkWindow, Pixels | None, "torch.Tensor"]
 """A window, its pixels, and the layers (l, h, w) of those that are final."""
 
@@ -263,7 +330,7 @@ def _blended(
     predictor: Predictor,
     extras: Extras,
     windows: Iterator[tuple[WorkWindow, Pixels | None]],
-    scorers: ThreadPoolExecutor,
+    pool: ThreadPoolExecutor,
     progress: Progress,
 ) -> Iterator[Blended]:
     """Windows in plan order, each as soon as its last crop is on the canvas.
@@ -271,12 +338,13 @@ def _blended(
     What waits is a list of crops in order, with a None behind the last one of each window.
     """
     # Float64 is not for every accelerator; where it is not, heights are summed on the CPU.
-    canvas = Canvas(plan, extras.layers, predictor.device if predictor.device.type == "cuda" else "cpu")
+    device = predictor.runner.device
+    canvas = Canvas(plan, extras.layers, device if device.type == "cuda" else "cpu")
     waiting: list[tuple[WorkWindow, Pixels | None, Corner | None]] = []
 
     def flush() -> Iterator[Blended]:
         batch = [(p, corner) for _, p, corner in waiting if p is not None and corner is not None]
-        layers = iter(_layers(batch, plan.lattice, predictor, extras, scorers, canvas.device))
+        layers = iter(_layers(batch, plan.lattice, predictor, extras, pool, canvas.device))
         for window, pixels, corner in waiting:
             canvas.begin(window)
             if corner is not None:
@@ -290,7 +358,7 @@ def _blended(
     for window, pixels in windows:
         for corner in pixels.crops if pixels else ():
             waiting.append((window, pixels, corner))
-            if sum(place is not None for *_, place in waiting) >= predictor.batch_size:
+            if sum(place is not None for *_, place in waiting) >= predictor.summary.batch_size:
                 yield from flush()
         waiting.append((window, pixels, None))
         if all(corner is None for *_, corner in waiting):
@@ -303,7 +371,7 @@ def _layers(
     lattice: Lattice,
     predictor: Predictor,
     extras: Extras,
-    scorers: ThreadPoolExecutor,
+    pool: ThreadPoolExecutor,
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
     """Layers (l, crop, crop) of each crop on `device`; scores of the flags are made beside the network."""
@@ -311,19 +379,20 @@ def _layers(
 
     if not batch:
         return
-    crops = [np.ascontiguousarray(pixels.crop(corner, lattice)) for pixels, corner in batch]
-    scores: list[Future[np.ndarray]] = []
+    places = [lattice.crop_slices(corner) for _, corner in batch]
+    crops = [
+        pixels.filled[corner] if corner in pixels.filled else pixels.rgb[:, *place]
+        for (pixels, corner), place in zip(batch, places, strict=True)
+    ]
+    scores: Iterator[np.ndarray] | None = None
     if extras.quality is not None:
-        valid = [pixels.valid[lattice.crop_slices(corner)] for pixels, corner in batch]
-        scores = [scorers.submit(extras.quality.scores, *both) for both in zip(crops, valid, strict=True)]
-    made = predictor(torch.from_numpy(np.stack(crops))).to(device)
-    for number, layers in enumerate(made):
-        if scores:
-            layers = torch.cat([layers, torch.from_numpy(scores[number].result()).to(layers)])
-        yield layers
+        valid = [pixels.valid[place] for (pixels, _), place in zip(batch, places, strict=True)]
+        scores = pool.map(extras.quality.scores, crops, valid)
+    for layers in predictor(torch.from_numpy(np.stack(crops))).to(device):
+        yield layers if scores is None else torch.cat([layers, torch.from_numpy(next(scores)).to(layers)])
 
 
-# ---- writing ----------------------------------------------------------------------------------------------
+# ---- writing ----------------------------------------------------------------------------------
 def _write(
     window: WorkWindow,
     plan: Plan,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # 4e9 px are 1000 km2 at 0.5 m and 16 GB of float32: a day of CPU work. More is a job for `canopy map`.
 MAX_PIXELS = 4_000_000_000
 
-HELP_BACKEND = "auto, torch, openvino or onnx. auto: openvino on a CPU where it is installed, else torch."
+HELP_BACKEND = "auto, torch or openvino. auto: openvino on a CPU where it is installed, else torch."
 HELP_PRECISION = "auto (fp32), fp32, bf16 where the hardware has it, or int8 (see canopy models quantize)."
 _HELP_CRS = (
     "CRS of the map; `image` for the image's own grid; `quadkey` for Web-Mercator pixels that quadkeys "
@@ -117,7 +117,7 @@ class PredictOptions(AreaOptions):
     precision: str = option("auto", HELP_PRECISION)
     batch_size: int | str = option("auto", "Crops per forward pass, or auto.")
 
-    @field_validator("imagery", "aoi", "model", mode="before")
+    @field_validator("imagery", "aoi", "model", "out", mode="before", check_fields=False)
     @classmethod
     def _path(cls, value: object) -> object:
         return str(value) if isinstance(value, Path) else value
@@ -139,8 +139,3 @@ class OneMapOptions(PredictOptions):
     quicklook: bool = option(False, "Draw OUT.png beside the map.")
     max_pixels: int = option(MAX_PIXELS, "Refuse maps larger than this.", shown="4e9")
     overwrite: bool = option(False, "Replace outputs that exist.")
-
-    @field_validator("out", mode="before")
-    @classmethod
-    def _name(cls, value: object) -> object:
-        return str(value) if isinstance(value, Path) else value

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
+import shapely.geometry
 
 from canopy import __version__
 from canopy.errors import ConfigError, InputError
@@ -25,18 +26,18 @@ from canopy.files import is_url, redact, replacing
 from canopy.geo.cog import ENCODINGS, encoding_named
 from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.geo.grid import Grid
-from canopy.inference.layers import Extras
+from canopy.inference.layers import HEIGHT_BAND, Band, Extras
 
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
 
-    from canopy.imagery.base import ImagerySource
+    from canopy.inference.backends import Choice, Runner
+    from canopy.models.height import HeightModel
 
 
 # The level whose bands the area model of `canopy.calibration.area` is fitted to.
 AREA_LEVEL = 0.9
-BANDS = (("canopy_height", "m"), ("acquisition_date", "d"))
 # Names in a tag beyond this number only make it unreadable; the STAC item has them all.
 _TAG_NAMES = 20
 
@@ -133,7 +134,7 @@ def extra_tags(extras: Extras, card: Mapping[str, Any]) -> dict[str, str]:
 
 def imagery_text(source: Scenes) -> str:
     """What the pixels came from, in one line without folders or signatures."""
-    names = [bare_name(name) for name in (source.scene_ids or (source.name,))]
+    names = scene_names(source)
     more = f" and {len(names) - _TAG_NAMES} more" if len(names) > _TAG_NAMES else ""
     origin = bare_name(source.name)
     listed = ", ".join(names[:_TAG_NAMES]) + more
@@ -154,16 +155,26 @@ def dates_text(dates: Sequence[str]) -> str:
     return days[0] if len(days) == 1 else f"{days[0]}/{days[-1]}"
 
 
-def imagery_links(source: ImagerySource) -> tuple[tuple[str, str], ...]:
-    """(name, href) of every scene, for the item's `derived_from` links; local files by name only."""
-    names = [bare_name(name) for name in (source.scene_ids or (source.name,))]
-    return tuple((name, name if is_url(name) else name.replace(" ", "%20")) for name in names)
+def scene_names(source: Scenes) -> tuple[str, ...]:
+    """What a map was derived from: URLs without their query, local files by name only."""
+    return tuple(bare_name(name) for name in (source.scene_ids or (source.name,)))
+
+
+def model_facts(model: HeightModel, name: str, runner: Runner | Choice) -> dict[str, str]:
+    """What a STAC item says of the model and its runtime."""
+    return {
+        "name": name,
+        "sha256": model.sha256 or "unsaved",
+        "licence": str(model.card.get("licence", "")),
+        "backend": runner.backend,
+        "precision": runner.precision,
+    }
 
 
 class ArraySink:
     """Keeps a map in memory: bands (n, height, width) float32, NaN where there is no height."""
 
-    def __init__(self, grid: Grid, bands: Sequence[tuple[str, str]] = BANDS[:1]) -> None:
+    def __init__(self, grid: Grid, bands: Sequence[Band] = (HEIGHT_BAND,)) -> None:
         self.grid, self.bands = grid, tuple(bands)
         self.values = np.full((len(self.bands), *grid.shape), np.nan, np.float32)
 
@@ -216,8 +227,8 @@ class MapFacts:
         encoding: float32, uint16cm or uint8m.
         bands: names and units, in order.
         dates: acquisition dates of the imagery, ISO; empty where unknown.
-        imagery: links (name, href) to what it was derived from.
-        model: name, sha256 and licence of the model.
+        imagery: names of what it was derived from.
+        model: see `model_facts`.
         quicklook: the PNG, if there is one.
         statistics: mean, maximum and valid percent of band 1.
     """
@@ -226,9 +237,9 @@ class MapFacts:
     sha256: str
     grid: Grid
     encoding: str
-    bands: tuple[tuple[str, str], ...]
+    bands: tuple[Band, ...]
     dates: tuple[str, ...]
-    imagery: tuple[tuple[str, str], ...]
+    imagery: tuple[str, ...]
     model: dict[str, str]
     quicklook: Path | None = None
     statistics: dict[str, float] | None = None
@@ -250,7 +261,7 @@ def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[
     item = pystac.Item(
         id=facts.path.stem,
         # Half a pixel of slack keeps a handful of the hundreds of points that follow a curved edge.
-        geometry=_plain(outline.simplify(grid.gsd_m / 2 / METRES_PER_DEGREE).__geo_interface__),
+        geometry=shapely.geometry.mapping(outline.simplify(grid.gsd_m / 2 / METRES_PER_DEGREE)),
         bbox=_bbox(outline),
         datetime=first if one else None,
         start_datetime=None if one else first,
@@ -269,56 +280,42 @@ def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[
         },
         stac_extensions=[PROJECTION, RASTER, FILE, PROCESSING],
     )
-    for name, href in facts.imagery:
+    for name in facts.imagery:
+        href = name if is_url(name) else name.replace(" ", "%20")
         item.add_link(pystac.Link("derived_from", href, title=name))
-    for name, asset in _assets(facts).items():
-        item.add_asset(name, pystac.Asset.from_dict(asset))
-    return item.to_dict(include_self_link=False, transform_hrefs=False)
-
-
-def _assets(facts: MapFacts) -> dict[str, Any]:
-    assets: dict[str, Any] = {
-        "canopy_height": {
-            "href": f"./{facts.path.name}",
-            **MAP_ASSET,
-            # A multihash: 0x12 says sha2-256, 0x20 that 32 bytes follow.
-            "file:checksum": f"1220{facts.sha256}",
-            "file:size": facts.path.stat().st_size,
-            "bands": _bands(facts),
-            "raster:bands": _raster_bands(facts),
-        }
-    }
+    item.add_asset("canopy_height", pystac.Asset.from_dict(_map_asset(facts)))
     if facts.quicklook is not None:
-        assets["quicklook"] = {
-            "href": f"./{facts.quicklook.name}",
-            "type": "image/png",
-            "title": "Quicklook",
-            "roles": ["overview"],
-        }
-    return assets
+        picture = pystac.Asset(f"./{facts.quicklook.name}", "Quicklook", None, "image/png", ["overview"])
+        item.add_asset("quicklook", picture)
+    # Through JSON: readers expect lists where shapely has tuples.
+    return json.loads(json.dumps(item.to_dict(include_self_link=False, transform_hrefs=False)))
 
 
-def band_facts(bands: tuple[tuple[str, str], ...], encoding: str) -> list[dict[str, Any]]:
+def _map_asset(facts: MapFacts) -> dict[str, Any]:
+    """The GeoTIFF, its bands, and the statistics of the first."""
+    bands = band_facts(facts.bands, facts.encoding)
+    if facts.statistics and all(math.isfinite(value) for value in facts.statistics.values()):
+        bands[0]["statistics"] = facts.statistics
+    # Days and flags are stored as they are; only heights are scaled.
+    step_m = encoding_named(facts.encoding).step_m
+    more = {"offset": 0, "sampling": "area", "spatial_resolution": round(facts.grid.gsd_m, 6)}
+    return {
+        "href": f"./{facts.path.name}",
+        **MAP_ASSET,
+        # A multihash: 0x12 says sha2-256, 0x20 that 32 bytes follow.
+        "file:checksum": f"1220{facts.sha256}",
+        "file:size": facts.path.stat().st_size,
+        "bands": bands,
+        # The same, and what the raster extension adds: most readers know these.
+        "raster:bands": [{**b, "scale": step_m if b["unit"] == "m" else 1.0, **more} for b in bands],
+    }
+
+
+def band_facts(bands: Sequence[Band], encoding: str) -> list[dict[str, Any]]:
     """What STAC itself says of bands (names and units) that are stored in an encoding."""
     stored = encoding_named(encoding)
     facts = {"data_type": stored.dtype, "nodata": "nan" if math.isnan(stored.nodata) else stored.nodata}
     return [{"name": name, **facts, "unit": unit} for name, unit in bands]
-
-
-def _bands(facts: MapFacts) -> list[dict[str, Any]]:
-    """The map's bands, with the statistics of the first."""
-    bands = band_facts(facts.bands, facts.encoding)
-    if facts.statistics and all(math.isfinite(value) for value in facts.statistics.values()):
-        bands[0]["statistics"] = facts.statistics
-    return bands
-
-
-def _raster_bands(facts: MapFacts) -> list[dict[str, Any]]:
-    """The same, and what the raster extension adds: most readers know its `raster:bands`."""
-    # Days and flags are stored as they are; only heights are scaled.
-    scale = encoding_named(facts.encoding).step_m
-    more = {"offset": 0, "sampling": "area", "spatial_resolution": round(facts.grid.gsd_m, 6)}
-    return [{**band, "scale": scale if band["unit"] == "m" else 1.0, **more} for band in _bands(facts)]
 
 
 def _bbox(outline: Any) -> list[float]:
@@ -329,11 +326,6 @@ def _bbox(outline: Any) -> list[float]:
         west = min(part.bounds[0] for part in parts if part.bounds[0] > 0)
         east = max(part.bounds[2] for part in parts if part.bounds[2] < 0)
     return [float(value) for value in (west, south, east, north)]
-
-
-def _plain(geometry: Any) -> Any:
-    """Tuples to lists, as JSON has them."""
-    return json.loads(json.dumps(geometry))
 
 
 def draw_scale_bar(axes: Axes, shape: tuple[int, ...], metres_per_px: float) -> None:
@@ -378,7 +370,9 @@ def write_quicklook(map_path: Path, png_path: Path, *, title: str, subtitle: str
     from matplotlib.figure import Figure
 
     heights, grid = _overview(map_path)
-    top = _scale_top(heights)
+    known = heights[np.isfinite(heights)]
+    # The 99.5th percentile rounded up to 5 m, at least 5 m.
+    top = max(5.0, np.ceil(np.percentile(known, 99.5) / 5) * 5) if known.size else 5.0
     ratio = heights.shape[0] / heights.shape[1]
     width = 8.0
     figure = Figure(
@@ -410,11 +404,3 @@ def _overview(path: Path) -> tuple[np.ndarray, Grid]:
         band = dataset.read(1, out_shape=shape, masked=True, resampling=Resampling.average)
         heights = np.ma.filled(band.astype(np.float32), np.nan) * dataset.scales[0] + dataset.offsets[0]
         return heights, Grid.of(dataset.crs.to_wkt(), dataset.transform, dataset.shape)
-
-
-def _scale_top(heights: np.ndarray) -> float:
-    """Upper end of the colours: the 99.5th percentile rounded up to 5 m, at least 5 m."""
-    known = heights[np.isfinite(heights)]
-    if known.size == 0:
-        return 5.0
-    return float(max(5.0, np.ceil(np.percentile(known, 99.5) / 5) * 5))

@@ -13,20 +13,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from canopy.errors import AreaError, InputError
+import numpy as np
+
+from canopy.errors import AreaError
 from canopy.files import check_output, write_json
 from canopy.geo.area import AOI
+from canopy.geo.cog import encoding_named
 from canopy.geo.reading import raster_env
 from canopy.inference import output
-from canopy.inference.backends import Runner, settle
-from canopy.inference.engine import RunSummary, Sink, predict_grid, reader_count
-from canopy.inference.estimate import Estimate, estimate, refuse_too_large, seconds_per_crop
+from canopy.inference.backends import OVERHEAD_S_PER_PX, Runner, seconds_per_crop, settle
+from canopy.inference.engine import RunSummary, Sink, predict_grid, reader_count, resolve_batch
+from canopy.inference.inputs import coverage_notes, load_named, open_source, scale_notes, with_radiometry
 from canopy.inference.lattice import Lattice, Plan, plan_windows
 from canopy.inference.layers import Extras, band_specs, extras_of
 from canopy.inference.options import OneMapOptions, PredictOptions
-from canopy.inference.output import MapFacts, map_item
-from canopy.inference.predictor import resolve_batch
-from canopy.inference.target import Target, choose_target, scale_notes
+from canopy.inference.target import Target, choose_target
 from canopy.models.height import parse_radiometry
 from canopy.runtime import Progress, log
 
@@ -43,14 +44,15 @@ _OF_THE_NETWORK = (
 )  # fmt: skip
 # Holes that nobody declared are pure black far more often than shadows are.
 BLACK_SHARE = 0.005
+# Without a file the map is held in memory.
+MAX_PIXELS_IN_MEMORY = 400_000_000
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Imagery, area, model and grids of a map or of a region's tile, ready to be predicted.
 
-    `runner` is the model on its runtime; without one it is torch, as the options have it. `readers` are the
-    threads that read imagery ahead.
+    `runner` is the model on its runtime; `readers` are the threads that read imagery ahead.
     """
 
     options: PredictOptions
@@ -59,15 +61,10 @@ class Prediction:
     model: HeightModel
     model_name: str
     target: Target
+    runner: Runner
     radiometry: str = "none"
     extras: Extras = field(default_factory=Extras)
-    runner: Runner | None = None
     readers: int | str = "auto"
-
-    @property
-    def bands(self) -> tuple[tuple[str, str], ...]:
-        """Names and units of the map's bands, in order."""
-        return self.extras.bands
 
     @property
     def model_sha256(self) -> str:
@@ -78,22 +75,19 @@ class Prediction:
         gsd_m = self.target.output.gsd_m
         tags = output.map_tags(scenes or self.source, self.model_name, self.model_sha256, gsd_m)
         tags |= output.extra_tags(self.extras, self.model.card)
-        if self.runner:
-            tags |= {"CANOPY_BACKEND": self.runner.backend, "CANOPY_PRECISION": self.runner.precision}
+        tags |= {"CANOPY_BACKEND": self.runner.backend, "CANOPY_PRECISION": self.runner.precision}
         return tags | ({"CANOPY_RADIOMETRY": self.radiometry} if self.radiometry != "none" else {})
 
     def predict_into(self, sink: Sink, progress: Progress | None, out: Path | None = None) -> RunSummary:
         """Predict into `sink`, by way of a scratch file beside `out` where the output has another grid."""
         target = self.target
         how: dict[str, Any] = {
-            "runner": self.runner, "batch_size": self.options.batch_size,
-            "workers": self.readers, "progress": progress,
+            "batch_size": self.options.batch_size, "workers": self.readers, "progress": progress
         }  # fmt: skip
         if not target.is_resampled:
             return predict_grid(
-                self.model, self.source, target.predict, sink,
-                aoi=self.aoi, extras=self.extras, **how,
-            )  # fmt: skip
+                self.runner, self.source, target.predict, sink, aoi=self.aoi, extras=self.extras, **how
+            )
         from canopy.inference.regrid import Scratch, regrid
 
         with ExitStack() as stack:
@@ -104,7 +98,7 @@ class Prediction:
             path = Path(folder) / "predicted.tif"
             with Scratch(path, target.predict, self.extras.layers) as scratch:
                 run = predict_grid(
-                    self.model, self.source, target.predict, scratch,
+                    self.runner, self.source, target.predict, scratch,
                     aoi=target.reach(self.aoi), extras=replace(self.extras, raw=True), **how,
                 )  # fmt: skip
             final = regrid(
@@ -126,37 +120,44 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: files, statistics, times, and what was used."""
-        files = self.files
-        statistics = {
-            "mean_height_m": self.summary.mean_height_m,
-            "max_height_m": self.summary.max_height_m,
-            "cover_2m": self.summary.cover_2m,
-        }
+        files, summary, known = self.files, self.summary, self.summary.valid_pixels > 0
         return {
             "output": str(files.tif) if files else None,
             "stac_item": str(files.item) if files else None,
             "quicklook": str(files.quicklook) if files and files.quicklook else None,
             "sha256": self.sha256,
             **self.job.to_dict(),
-            **{key: (value if self.summary.valid_pixels else None) for key, value in statistics.items()},
-            "valid_fraction": self.summary.valid_fraction,
-            "crops_predicted": self.summary.crops_predicted,
-            "batch_size": self.summary.batch_size,
-            "seconds": round(self.summary.seconds, 3),
-            "model_seconds": round(self.summary.model_seconds, 3),
-            "notes": [*self.job.notes, *self.summary.notes],
+            "mean_height_m": summary.mean_height_m if known else None,
+            "max_height_m": summary.max_height_m if known else None,
+            "cover_2m": summary.cover_2m if known else None,
+            "valid_fraction": summary.valid_fraction,
+            "crops_predicted": summary.crops_predicted,
+            "batch_size": summary.batch_size,
+            "seconds": round(summary.seconds, 3),
+            "model_seconds": round(summary.model_seconds, 3),
+            "notes": [*self.job.notes, *summary.notes],
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class MapPrediction(Prediction):
-    """A checked map. `notes` are warnings for the user; `cost` is what it will take."""
+    """A checked map. `seconds` is about what it will take, `notes` are warnings for the user."""
 
     options: OneMapOptions
     plan: Plan
-    cost: Estimate
+    seconds: float
     files: output.OutputFiles | None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def gigabytes(self) -> float:
+        """Of the map, uncompressed."""
+        grid, stored = self.target.output, np.dtype(encoding_named(self.options.encoding).dtype)
+        return grid.height * grid.width * len(self.extras.bands) * stored.itemsize / 1e9
+
+    @property
+    def dates(self) -> str:
+        return output.dates_text(self.source.dates)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready facts that are known before the run."""
@@ -170,16 +171,16 @@ class MapPrediction(Prediction):
             "gsd_m": grid.gsd_m,
             "model": self.model_name,
             "model_sha256": self.model_sha256,
-            "backend": self.runner.backend if self.runner else "torch",
-            "precision": self.runner.precision if self.runner else self.options.precision,
+            "backend": self.runner.backend,
+            "precision": self.runner.precision,
             "imagery": output.imagery_text(self.source),
-            "dates": output.dates_text(self.source.dates),
+            "dates": self.dates,
             "encoding": self.options.encoding,
             "radiometry": self.radiometry,
-            "tiles": self.cost.windows,
-            "crops": self.cost.crops,
-            "gigabytes": self.cost.gigabytes,
-            "estimated_seconds": self.cost.seconds,
+            "tiles": len(self.plan),
+            "crops": self.plan.n_crops,
+            "gigabytes": self.gigabytes,
+            "estimated_seconds": self.seconds,
         }
 
     def describe(self) -> list[str]:
@@ -187,15 +188,11 @@ class MapPrediction(Prediction):
         grid = self.target.output
         crs = f"EPSG:{grid.crs.epsg}" if grid.crs.epsg else "the image's CRS"
         return [
-            f"{self.aoi.describe()}, {self.cost.tiles_text}, {self.cost.time_text}",
-            f"imagery {output.bare_name(self.source.name)} ({output.dates_text(self.source.dates)}); "
-            f"model {self.model_name} ({self.model_sha256[:12]}){self._runtime_text}",
+            f"{self.aoi.describe()}, {_cost_text(self.plan, self.seconds)}",
+            f"imagery {output.bare_name(self.source.name)} ({self.dates}); model {self.model_name} "
+            f"({self.model_sha256[:12]}) in {self.runner.backend} {self.runner.precision}",
             f"map of {grid.width} x {grid.height} px, {grid.gsd_m:.3g} m, {crs}",
         ]
-
-    @property
-    def _runtime_text(self) -> str:
-        return f" in {self.runner.backend} {self.runner.precision}" if self.runner else ""
 
     def run(self, progress: Progress | None = None) -> Result:
         """Predict and write.
@@ -205,7 +202,12 @@ class MapPrediction(Prediction):
         """
         started = time.perf_counter()
         with raster_env():
-            result = self._to_files(progress) if self.files else self._to_memory(progress)
+            if self.files:
+                result = self._to_files(self.files, progress)
+            else:
+                sink = output.ArraySink(self.target.output, self.extras.bands)
+                summary = self.predict_into(sink, progress)
+                result = Result(None, summary, self, data=sink.to_xarray(self.tags()))
         result.summary.seconds = time.perf_counter() - started
         if result.summary.black_share >= BLACK_SHARE:
             note = (
@@ -216,19 +218,12 @@ class MapPrediction(Prediction):
             result.summary.notes.append(note)
         return result
 
-    def _to_memory(self, progress: Progress | None) -> Result:
-        sink = output.ArraySink(self.target.output, self.bands)
-        summary = self.predict_into(sink, progress)
-        return Result(None, summary, self, data=sink.to_xarray(self.tags()))
-
-    def _to_files(self, progress: Progress | None) -> Result:
+    def _to_files(self, files: output.OutputFiles, progress: Progress | None) -> Result:
         from canopy.geo.cog import CogWriter
 
-        files, options = self.files, self.options
-        if files is None:
-            raise RuntimeError("no output was asked for")
+        options = self.options
         writer = CogWriter(
-            files.tif, self.target.output, band_specs(self.bands),
+            files.tif, self.target.output, band_specs(self.extras.bands),
             encoding=options.encoding, tags=self.tags(), overwrite=options.overwrite,
         )  # fmt: skip
         with writer:
@@ -247,24 +242,17 @@ class MapPrediction(Prediction):
                 files.tif,
                 files.quicklook,
                 title=f"Canopy height, {self.aoi.describe()}",
-                subtitle=f"{output.bare_name(self.source.name)} ({output.dates_text(self.source.dates)}), "
-                f"model {self.model_name}",
+                subtitle=f"{output.bare_name(self.source.name)} ({self.dates}), model {self.model_name}",
             )
-        runtime = {"backend": self.runner.backend, "precision": self.runner.precision} if self.runner else {}
-        facts = MapFacts(
+        facts = output.MapFacts(
             path=files.tif,
             sha256=sha256,
             grid=self.target.output,
             encoding=self.options.encoding,
-            bands=self.bands,
+            bands=self.extras.bands,
             dates=self.source.dates,
-            imagery=output.imagery_links(self.source),
-            model={
-                "name": self.model_name,
-                "sha256": self.model_sha256,
-                "licence": str(self.model.card.get("licence", "")),
-                **runtime,
-            },
+            imagery=output.scene_names(self.source),
+            model=output.model_facts(self.model, self.model_name, self.runner),
             quicklook=files.quicklook,
             statistics={
                 "mean": summary.mean_height_m,
@@ -272,7 +260,7 @@ class MapPrediction(Prediction):
                 "valid_percent": 100 * summary.valid_fraction,
             },
         )
-        write_json(files.item, map_item(facts))
+        write_json(files.item, output.map_item(facts))
         return [path.name for path in files.all[1:]]
 
 
@@ -294,12 +282,12 @@ def prepare(
     Raises:
         InputError (and its kinds): whatever in the options cannot be done, in one line.
     """
-    files = _check_output(options, dry_run)
-    parse_radiometry(options.radiometry)  # before a model is fetched for it
+    files = _check_options(options, dry_run)
     area = area or options.area()
     model, model_name = load_named(model or options.model)
+    gsd_m = model.config.gsd_m
     if source is None or hasattr(source, "dims"):
-        source = open_source(options, model.config.gsd_m, area, source)  # type: ignore[arg-type]
+        source = open_source(options, gsd_m, area, source)  # type: ignore[arg-type]
     aoi = area or source.area()
     if aoi is None:
         raise AreaError(
@@ -309,40 +297,31 @@ def prepare(
         )
     notes = coverage_notes(source, aoi)
     target = choose_target(
-        aoi,
-        model.config.gsd_m,
-        gsd_m=options.gsd,
-        crs=options.crs,
-        native=source.native_grid,
-        native_crs=source.native_crs,
-    )
+        aoi, gsd_m, gsd_m=options.gsd, crs=options.crs,
+        native=source.native_grid, native_crs=source.native_crs,
+    )  # fmt: skip
     plan = plan_windows(target.predict, Lattice.of_model(model.config))
     extras = extras_of(options, model, aoi)
     choice = settle(model, options.backend, options.precision, options.device)
+    model, radiometry, more = with_radiometry(model, source, aoi, options.radiometry)
     runner = choice.open(model, extras.outputs)
-    resolve_batch(options.batch_size, runner.device.type)  # what is no number is told now
-    pace = seconds_per_crop(model, runner)
-    cost = estimate(plan, target, pace, len(extras.bands), options.encoding)
-    refuse_too_large(cost, options.max_pixels, aoi.describe(), in_memory=files is None)
-    notes += [*choice.notes, *scale_notes(source.native_gsd_m, model.config.gsd_m)]
-    radiometry, more = "none", list[str]()
-    if options.radiometry != "none":
-        from canopy.inference.radiometry import with_radiometry
-
-        model, radiometry, more = with_radiometry(model, source, aoi, options.radiometry)
-    # Models need not be a `HeightModel`, and others know no stretch.
-    stretch = getattr(model, "stretch", None)
-    return MapPrediction(
+    pixels = sum(grid.height * grid.width for grid in (target.output, target.predict))
+    job = MapPrediction(
         options=options, source=source, aoi=aoi, model=model, model_name=model_name, target=target,
-        radiometry=radiometry, extras=extras, readers=options.workers,
-        runner=runner.with_radiometry(stretch) if stretch else runner,
-        plan=plan, cost=cost, files=files, notes=notes + more,
+        radiometry=radiometry, extras=extras, readers=options.workers, runner=runner, plan=plan, files=files,
+        seconds=plan.n_crops * seconds_per_crop(model, runner) + OVERHEAD_S_PER_PX * pixels,
+        notes=[*notes, *choice.notes, *scale_notes(source.native_gsd_m, gsd_m), *more],
     )  # fmt: skip
+    _refuse_too_large(job)
+    return job
 
 
-def _check_output(options: OneMapOptions, dry_run: bool) -> output.OutputFiles | None:
+def _check_options(options: OneMapOptions, dry_run: bool) -> output.OutputFiles | None:
+    """Refuse what can be known to be wrong before a model is fetched for it; the names of the outputs."""
     output.check_encoding(options.encoding, options.date_band)
-    reader_count(options.workers)  # what is no number is told now
+    parse_radiometry(options.radiometry)
+    reader_count(options.workers)
+    resolve_batch(options.batch_size, "cpu")
     if options.out is None:
         return None
     files = output.OutputFiles.of(options.out, options.quicklook)
@@ -351,69 +330,32 @@ def _check_output(options: OneMapOptions, dry_run: bool) -> output.OutputFiles |
     return files
 
 
-def open_source(
-    options: PredictOptions, gsd_m: float, area: AOI | None, array: xr.DataArray | None = None
-) -> ImagerySource:
-    """The imagery, to be read at `gsd_m`: an array, files, a named source or address, or the best known."""
-    from canopy.imagery.open import open_imagery
-
-    if options.images and options.imagery:
-        raise InputError("images and --imagery", expected="one of them", remedy="leave one of them out")
-    what: Any = array if array is not None else options.imagery or options.images or _best_for(area)
-    return open_imagery(
-        what[0] if isinstance(what, tuple) and len(what) == 1 else what,
-        area=area,
-        bands=options.bands,
-        nodata=options.nodata,
-        crs=options.input_crs,
-        scale=options.scale,
-        datetime=options.datetime,
-        gsd_m=gsd_m,
-        # One CRS was named: for images that carry none it cannot have been meant for the map alone.
-        fallback_crs=None if options.crs in ("image", "quadkey") else options.crs,
+def _refuse_too_large(job: MapPrediction) -> None:
+    """Raises AreaError for a map that is larger than allowed, with what it would take."""
+    mapped, predicted = (grid.height * grid.width for grid in (job.target.output, job.target.predict))
+    limit, remedy = job.options.max_pixels, "choose a smaller area, or raise --max-pixels"
+    if max(mapped, predicted) <= limit:
+        if job.files is not None or mapped <= MAX_PIXELS_IN_MEMORY:
+            return
+        limit = MAX_PIXELS_IN_MEMORY
+        remedy = "give `out` a file name: a map of this size is not held in memory"
+    raise AreaError(
+        f"the area is too large: {max(mapped, predicted):,} px, {job.gigabytes:.1f} GB, "
+        f"{_cost_text(job.plan, job.seconds)}",
+        where=job.aoi.describe(),
+        expected=f"at most {limit:,} px",
+        remedy=remedy,
     )
 
 
-def _best_for(area: AOI | None) -> str:
-    """Name of the best known source that covers an area; says which it is."""
-    from canopy.imagery.named import best_source
-
-    if area is None:
-        raise InputError(
-            "neither an image nor an area",
-            expected="IMAGE files, --imagery NAME, or an area for which a source is known",
-            remedy="see canopy predict --help",
-        )
-    best = best_source(area)
-    if best is None:
-        raise AreaError(
-            "no named source covers the area",
-            where=area.describe(),
-            remedy="give IMAGE files, or --imagery with a STAC catalog or a tile template",
-        )
-    log.info(f"imagery: {best.name} ({best.title}), the best known source here")
-    return best.name
-
-
-def coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
-    """Warnings about imagery that does not reach everywhere; AreaError where there is none at all."""
-    from canopy.imagery.base import check_coverage
-
-    check_coverage(source, aoi)
-    notes = list(source.notes)
-    if not source.covers(aoi):
-        notes.append("the imagery covers only part of the area; the rest becomes nodata")
-    return notes
-
-
-def load_named(model: str | Path | HeightModel) -> tuple[HeightModel, str]:
-    """The model and the name that tags give it."""
-    from canopy.models.registry import load_model
-
-    name = None
-    if isinstance(model, (str, Path)):
-        name, model = Path(model).name, load_model(model)
-    return model, str(model.card.get("name") or name or "unnamed")
+def _cost_text(plan: Plan, seconds: float) -> str:
+    """`61 tiles, ~3 min`; minutes are the finest that such a guess deserves."""
+    hours = seconds / 3600
+    about = f"~{seconds / 60:.0f} min" if hours < 2 else f"~{hours:.0f} h"
+    if hours >= 72:
+        about = f"~{hours / 24:,.0f} days"
+    tiles = f"{len(plan):,} tile{'' if len(plan) == 1 else 's'}"
+    return f"{tiles}, {about if seconds >= 60 else 'under 1 min'}"
 
 
 def predict(

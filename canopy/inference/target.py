@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 # Within 5 % a model does not notice the scale of an image: its own grid can be used as it is.
 SAME_SCALE = 0.05
-# Coarser images hold less detail than the model expects; finer ones only cost reading.
-COARSEST = 1.5
-HOPELESS = 6  # at 3 m a crown is a pixel or two
 
 
 @dataclass(frozen=True)
@@ -151,21 +148,6 @@ def _resampled(aoi: AOI, output: Grid, model_gsd_m: float) -> Target:
     """Predict on a metric grid that covers `output` with two pixels to spare for interpolation."""
     metric = output.crs if output.crs.projected else aoi.output_crs()
     return Target(AOI.from_grid(output).grid(metric, model_gsd_m).pad(2), output)
-
-
-def scale_notes(native_gsd_m: float, model_gsd_m: float) -> list[str]:
-    """A warning where the imagery is coarser than what the model has learned on."""
-    if native_gsd_m <= COARSEST * model_gsd_m:
-        return []
-    what = (
-        "nothing of a tree is left to see, and heights will mean nothing"
-        if native_gsd_m > HOPELESS * model_gsd_m
-        else "heights will be less certain and less sharp than the model's card says"
-    )
-    return [
-        f"the imagery has {native_gsd_m:.2g} m pixels and the model expects {model_gsd_m:.2g} m: "
-        f"it is enlarged, and {what}"
-    ]
 
 
 # `--crs quadkey` is the grid of quadkeys, as `canopy map --grid quadkey` has it.

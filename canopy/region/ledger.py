@@ -1,8 +1,9 @@
-"""The ledger: one SQLite row per tile, so that a run can die at any moment and go on; and its lock.
+"""What a run remembers in its folder: run.json (what it is pinned to), the ledger, and who is at work.
 
-States: `pending`, `running`, `done`, `empty` (nothing to map, no file), `failed` (with its reason). What was
-running when a driver died is pending again when the next one starts: a tile's file is renamed into place when
-it is whole, so making it twice changes nothing.
+The ledger has one SQLite row per tile, so that a run can die at any moment and go on. States: `pending`,
+`running`, `done`, `empty` (nothing to map, no file), `failed` (with its reason). What was running when a
+driver died is pending again when the next one starts: a tile's file is renamed into place when it is whole,
+so making it twice changes nothing.
 
 One process writes a ledger. Shards (`--shard I/N`) may run on machines that share nothing but the folder, so
 each has a ledger of its own, DIR/shards/I-of-N.sqlite; whoever ends last, or `--resume`, gathers them.
@@ -10,8 +11,8 @@ each has a ledger of its own, DIR/shards/I-of-N.sqlite; whoever ends last, or `-
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import socket
 import sqlite3
 import time
@@ -24,14 +25,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from canopy.errors import CanopyError, DataError, InputError, OutputError
-from canopy.files import told_as_output
+from canopy.files import told_as_output, write_json
 from canopy.region.tiles import Tile
 from canopy.runtime import log
 
+RUN_FILE = "run.json"
+FORMAT = 2
 LEDGER = "ledger.sqlite"
 SHARDS = "shards"
 LOCK = ".lock"
 STATES = ("pending", "running", "done", "empty", "failed")
+# Where something lies may differ from machine to machine; what it is may not.
+_FREE = ("canopy.created", "area.wkb", "imagery.images", "imagery.imagery", "imagery.pin", "model.file")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS tiles (
@@ -45,7 +50,79 @@ CREATE TABLE IF NOT EXISTS tiles (
 CREATE INDEX IF NOT EXISTS tiles_by_state ON tiles (state, ordinal);
 """
 
+Pins = dict[str, Any]
 
+
+# ---- the run file -----------------------------------------------------------------------------
+def read_pins(folder: Path) -> Pins | None:
+    """The run file of a folder; None where there is none. Raises DataError."""
+    path = folder / RUN_FILE
+    try:
+        pins = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read ({error})", where=path, expected="the settings of a run") from error
+    if not isinstance(pins, dict) or pins.get("canopy", {}).get("format") != FORMAT:
+        raise DataError("is of another kind or another version of canopy", where=path)
+    return pins
+
+
+def write_pins(folder: Path, pins: Pins) -> Pins:
+    """Write the run file; of several shards that begin at once one wins, and all get its pins.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    path = folder / RUN_FILE
+    with told_as_output(path), FileLock(folder / f".{RUN_FILE}.lock"):
+        if not path.exists():
+            write_json(path, pins)
+    return read_pins(folder) or pins
+
+
+def run_id(pins: Pins) -> str:
+    """Hash of all that is pinned."""
+    plain = {path: value for path, value in _leaves(pins) if path == "area.wkb" or path not in _FREE}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def refuse_changes(old: Pins, new: Pins, folder: Path) -> None:
+    """Compare what a run is pinned to with what is asked now.
+
+    Raises:
+        InputError: what differs, old and new.
+    """
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    changed = [
+        f"{path} was {_short(before.get(path))} and is {_short(after.get(path))}"
+        for path in dict.fromkeys([*before, *after])
+        if path not in _FREE and before.get(path) != after.get(path)
+    ]
+    if not changed and before.get("area.wkb") != after.get("area.wkb"):
+        changed = ["the area's outline changed"]
+    if changed:
+        raise InputError(
+            f"the run there was begun with other settings: {'; '.join(changed[:4])}",
+            where=folder,
+            remedy="choose another -o for a new run, undo the change, or begin anew with --overwrite",
+        )
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping) and f"{prefix}{key}" not in _FREE:
+            yield from _leaves(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:24]}...{text[-8:]}"
+
+
+# ---- the ledger -------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Outcome:
     """What became of a tile.
@@ -94,8 +171,7 @@ class Ledger:
 
     def set(self, key: str, value: str) -> None:
         """Note a fact about the run."""
-        with self._told(), self._db:
-            self._db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
+        self._write("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
 
     def add(self, run: str, tiles: Iterable[tuple[Tile, str]]) -> None:
         """Enter the tiles of a run, each with its first state (`pending` or `empty`); all of them or none.
@@ -120,29 +196,24 @@ class Ledger:
 
     def reopen(self, retry_failed: bool = False) -> None:
         """Make tiles pending that were running when a driver died, and failed ones if asked."""
-        states = ("running", "failed") if retry_failed else ("running",)
-        marks = ", ".join("?" * len(states))
-        with self._told(), self._db:
-            self._db.execute(f"UPDATE tiles SET state = 'pending' WHERE state IN ({marks})", states)
+        states = ("running", "failed") if retry_failed else ("running", "running")
+        self._write("UPDATE tiles SET state = 'pending' WHERE state IN (?, ?)", states)
 
     def begin(self, tile: Tile) -> None:
         """A tile is being made."""
-        with self._told(), self._db:
-            self._db.execute(
-                "UPDATE tiles SET state = 'running', attempts = attempts + 1 WHERE ordinal = ?",
-                (tile.ordinal,),
-            )
+        self._write(
+            "UPDATE tiles SET state = 'running', attempts = attempts + 1 WHERE ordinal = ?", (tile.ordinal,)
+        )
 
     def finish(self, tile: Tile, outcome: Outcome) -> None:
         """Enter what became of a tile."""
         facts = json.dumps(outcome.facts, separators=(",", ":")) if outcome.facts else None
-        with self._told(), self._db:
-            self._db.execute(
-                "UPDATE tiles SET state = ?, host = ?, seconds = ?, sha256 = ?, bytes = ?, reason = ?, "
-                "facts = ?, updated = ? WHERE ordinal = ?",
-                (outcome.state, outcome.host, outcome.seconds, outcome.sha256, outcome.bytes, outcome.reason,
-                 facts, time.time(), tile.ordinal),
-            )  # fmt: skip
+        self._write(
+            "UPDATE tiles SET state = ?, host = ?, seconds = ?, sha256 = ?, bytes = ?, reason = ?, "
+            "facts = ?, updated = ? WHERE ordinal = ?",
+            (outcome.state, outcome.host, outcome.seconds, outcome.sha256, outcome.bytes, outcome.reason,
+             facts, time.time(), tile.ordinal),
+        )  # fmt: skip
 
     def rows(self, state: str, page: int = 1000) -> Iterator[tuple[Tile, Outcome]]:
         """Tiles of a state in order, each once; memory does not grow with their number."""
@@ -216,6 +287,10 @@ class Ledger:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
 
+    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
+        with self._told(), self._db:
+            self._db.execute(statement, values)
+
     @contextmanager
     def _told(self) -> Iterator[None]:
         """SQLite's errors in canopy's words."""
@@ -231,18 +306,19 @@ class Ledger:
             ) from error
 
 
+# ---- who is at work ---------------------------------------------------------------------------
 def ledger_path(folder: Path, shard: tuple[int, int] | None) -> Path:
     """The ledger of a whole run, or of one of its shards."""
-    return folder / SHARDS / f"{_stem(shard)}.sqlite" if shard else folder / LEDGER
+    return folder / SHARDS / f"{shard[0]:05d}-of-{shard[1]:05d}.sqlite" if shard else folder / LEDGER
 
 
-def shard_ledgers(folder: Path) -> list[Path]:
-    """The ledgers of all shards that ever worked in a run's folder."""
-    return sorted((folder / SHARDS).glob("*-of-*.sqlite"))
+def lock_of(folder: Path, ledger: Path) -> Path:
+    """The lock of who writes a ledger."""
+    return folder / (LOCK if ledger.name == LEDGER else f"{LOCK}-{ledger.stem}")
 
 
-def _stem(shard: tuple[int, int]) -> str:
-    return f"{shard[0]:05d}-of-{shard[1]:05d}"
+class HeldError(InputError):
+    """Another process is at work in a run's folder."""
 
 
 @contextmanager
@@ -256,43 +332,29 @@ def held(folder: Path, shard: tuple[int, int] | None = None) -> Iterator[None]:
     Raises:
         HeldError: another process is at work there; OutputError: the folder cannot be written.
     """
-    path = folder / (f"{LOCK}-{_stem(shard)}" if shard else LOCK)
-    note = path.with_name(f"{path.name}.json")
+    path = lock_of(folder, ledger_path(folder, shard))
+    beside = f"-of-{shard[1]:05d}" if shard else " "
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise HeldError.at(path) from None
+        raise _held(path) from None
     except OSError as error:
         raise OutputError(f"cannot be written ({error.strerror})", where=path) from error
     try:
-        beside = f"-of-{shard[1]:05d}" if shard else None
         for other in sorted(folder.glob(f"{LOCK}*")):
-            same = other == path or other.suffix == ".json" or (beside and other.name.endswith(beside))
-            if not same and is_held(other):
-                raise HeldError.at(other)
-        with told_as_output(note):
-            note.write_text(
-                json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
-            )
+            if other != path and not other.name.endswith(beside) and is_held(other):
+                raise _held(other)
         yield
     finally:
-        note.unlink(missing_ok=True)
         lock.release()
 
 
-class HeldError(InputError):
-    """Another process is at work in a run's folder."""
-
-    @classmethod
-    def at(cls, lock: Path) -> HeldError:
-        who = "another run" if lock.name == LOCK else "a shard of this run"
-        holder = holder_of(lock)
-        text = f"process {holder['pid']} on {holder['host']}" if holder else "its process is not known"
-        return cls(
-            f"{who} is at work here ({text}, {lock.name})",
-            where=lock.parent, remedy="wait for it, or stop it first; --status shows how far it is",
-        )  # fmt: skip
+def _held(lock: Path) -> HeldError:
+    return HeldError(
+        f"{'another run' if lock.name == LOCK else 'a shard of this run'} is at work here",
+        where=lock.parent, remedy="wait for it, or stop it first; --status shows who it is and how far",
+    )  # fmt: skip
 
 
 def is_held(lock: Path) -> bool:
@@ -304,12 +366,3 @@ def is_held(lock: Path) -> bool:
         return True
     except OSError:  # a folder that only may be looked at
         return False
-
-
-def holder_of(lock: Path) -> dict[str, Any]:
-    """Who holds a lock: host, pid, since; empty where that is not known."""
-    try:
-        found = json.loads(lock.with_name(f"{lock.name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

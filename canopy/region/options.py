@@ -65,11 +65,6 @@ class MapOptions(PredictOptions):
         None, "Price of a worker's hour, for --dry-run.", panel=_RUN
     )
 
-    @field_validator("out", mode="before")
-    @classmethod
-    def _name(cls, value: object) -> object:
-        return str(value) if isinstance(value, Path) else value
-
     @field_validator("tile_px")
     @classmethod
     def _power_of_two(cls, value: int) -> int:

@@ -1,32 +1,34 @@
-"""A region before any tile is made: everything opened and settled, and pinned in DIR/run.json.
+"""A region before any tile is made: everything opened and settled, what it is pinned to, what it will cost.
 
-The run file holds what the map depends on: the area, the imagery's scenes, the model's hash, the options,
-and what was settled from them (runtime, precision, radiometry). Workers and later starts take it from there
-and do not search or measure again. A run that went on with something changed would be a patchwork, so it
-refuses, and says what changed.
+The run file (`canopy.region.ledger`) holds what the map depends on: the area, the imagery's scenes, the
+model's hash, the options, and what was settled from them (runtime, precision, radiometry). Workers and later
+starts take it from there and do not search or measure again. A run that went on with something changed would
+be a patchwork, so it refuses, and says what changed.
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import shapely
 
 from canopy import __version__
-from canopy.errors import AreaError, DataError, InputError, OutputError
+from canopy.errors import AreaError
 from canopy.files import is_template, is_url
 from canopy.geo.area import AOI
+from canopy.geo.cog import encoding_named
 from canopy.geo.crs import metres_per_unit, to_crs
-from canopy.inference.backends import Choice, settle
+from canopy.inference.backends import OVERHEAD_S_PER_PX, Choice, seconds_per_crop, settle
+from canopy.inference.inputs import coverage_notes, load_named, open_source, scale_notes, with_radiometry
+from canopy.inference.lattice import Lattice, plan_windows
 from canopy.inference.layers import Extras, extras_of
-from canopy.inference.target import scale_notes
+from canopy.region.ledger import FORMAT, RUN_FILE, Pins
 from canopy.region.options import PINNED, MapOptions
 from canopy.region.tiles import Lattices, Tile, Tiling, choose_lattices, side_px
 
@@ -34,13 +36,9 @@ if TYPE_CHECKING:
     from canopy.imagery.base import ImagerySource
     from canopy.models.height import HeightModel
 
-RUN_FILE = "run.json"
-FORMAT = 2
 _SAMPLE = 1 << 20
-# Where something lies may differ from machine to machine; what it is may not.
-_FREE = ("canopy.created", "area.wkb", "imagery.images", "imagery.imagery", "imagery.pin", "model.file")
-
-Pins = dict[str, Any]
+# A worker reads its tile's imagery at its native pixel, three bytes each, before any compression.
+IMAGERY_BYTES_PER_PX = 3
 
 
 @dataclass(frozen=True)
@@ -69,18 +67,13 @@ class Region:
     choice: Choice
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def bands(self) -> tuple[tuple[str, str], ...]:
-        """Names and units of the map's bands, in order."""
-        return self.extras.bands
-
     def source_of(self, tile: Tile) -> ImagerySource | None:
         """The imagery for a tile; None where its place has none."""
         if not self.by_tile:
             return self.source
         window = self.tiling.window(tile.row, tile.col)
         try:
-            return _open_source(self.options, self.lattices.gsd_m, AOI.from_grid(window.pad(512)))
+            return open_source(self.options, self.lattices.gsd_m, AOI.from_grid(window.pad(512)))
         except AreaError:
             return None
 
@@ -95,11 +88,7 @@ def open_region(options: MapOptions, pins: Pins | None = None) -> Region:
     Raises:
         InputError (and its kinds): whatever cannot be done as asked.
     """
-    from canopy.inference.predict import coverage_notes, load_named
-    from canopy.inference.radiometry import with_radiometry
-
-    _check(options)
-    options = _absolute(options)
+    options = _absolute(_checked(options))
     pinned = pins["settled"] if pins else {}
     aoi = options.area() or (area_of(pins) if pins else None)
     model, model_name = load_named(options.model)
@@ -111,18 +100,16 @@ def open_region(options: MapOptions, pins: Pins | None = None) -> Region:
     if not options.images and options.imagery is None:
         options = options.model_copy(update={"imagery": source.name})
     notes = [] if by_tile else coverage_notes(source, aoi)
-    notes += scale_notes(source.native_gsd_m, gsd_m)
+    if by_tile:
+        notes.append("more images than one mosaic may have: every tile opens those of its own place")
     extras = extras_of(options, model, aoi)
     choice = settle(
         model, pinned.get("backend", options.backend), pinned.get("precision", options.precision),
         options.device,
     )  # fmt: skip
-    notes += choice.notes
     wish = pinned.get("radiometry", options.radiometry)
     model, radiometry, more = with_radiometry(model, source, aoi, wish)
-    notes += more
-    if by_tile:
-        notes.append("more images than one mosaic may have: every tile opens those of its own place")
+    notes += [*scale_notes(source.native_gsd_m, gsd_m), *choice.notes, *more]
     lattices = choose_lattices(
         options.grid, aoi, gsd_m, gsd_m=options.gsd, crs=options.crs, native_crs=source.native_crs
     )
@@ -130,21 +117,17 @@ def open_region(options: MapOptions, pins: Pins | None = None) -> Region:
     tiling = Tiling(
         options.grid, lattices.output, side_px(options.grid, pixel_m, options.zoom, options.tile_px)
     )
-    settled = {
-        "backend": choice.backend, "precision": choice.precision, "int8": choice.quantised_sha256 or None,
-        "radiometry": radiometry.replace(" -> ", ","),
-    }  # fmt: skip
-    made = _pins(options, aoi, source, by_tile, model, model_name, tiling, settled)
-    return Region(
-        options.model_copy(update={"device": choice.device}), made, aoi, source, by_tile, model, model_name,
+    region = Region(
+        options.model_copy(update={"device": choice.device}), {}, aoi, source, by_tile, model, model_name,
         lattices, tiling, radiometry, extras, choice, notes,
     )  # fmt: skip
+    return replace(region, pins=_pins(region))
 
 
-def _check(options: MapOptions) -> None:
+def _checked(options: MapOptions) -> MapOptions:
     """Refuse what can be known to be wrong before a model is fetched for it."""
+    from canopy.inference.engine import resolve_batch
     from canopy.inference.output import check_encoding
-    from canopy.inference.predictor import resolve_batch
     from canopy.models.height import parse_radiometry
     from canopy.runtime import check_device
 
@@ -153,6 +136,7 @@ def _check(options: MapOptions) -> None:
     resolve_batch(options.batch_size, "cpu")  # what is no number is told now, not for every tile
     parse_radiometry(options.radiometry)
     options.parse_shard()
+    return options
 
 
 def _absolute(options: MapOptions) -> MapOptions:
@@ -176,12 +160,6 @@ def _absolute(options: MapOptions) -> MapOptions:
     )
 
 
-def _open_source(options: MapOptions, gsd_m: float, aoi: AOI | None) -> ImagerySource:
-    from canopy.inference.predict import open_source
-
-    return open_source(options, gsd_m, aoi)
-
-
 def _open_imagery(
     options: MapOptions, aoi: AOI | None, gsd_m: float, pins: Pins | None
 ) -> tuple[ImagerySource, bool]:
@@ -199,25 +177,24 @@ def _open_imagery(
     if known["pin"] and [*options.images] == known["images"] and options.imagery == known["imagery"]:
         return open_pinned(known["pin"]), False
     try:
-        return _open_source(options, gsd_m, aoi), False
+        return open_source(options, gsd_m, aoi), False
     except TooManyItemsError:
         if aoi is None or options.radiometry == "match":
             raise
     outline = aoi.lonlat
     for place in (outline.representative_point(), outline.centroid):
         try:
-            return _open_source(options, gsd_m, AOI.from_bbox((place.y, place.x), 2000.0)), True
+            return open_source(options, gsd_m, AOI.from_bbox((place.y, place.x), 2000.0)), True
         except AreaError:
             continue
     raise AreaError("no imagery at the places that were tried", where=aoi.describe())
 
 
-# ---- the run file -----------------------------------------------------------------------------
-def _pins(
-    options: MapOptions, aoi: AOI, source: ImagerySource, by_tile: bool, model: HeightModel, model_name: str,
-    tiling: Tiling, settled: Mapping[str, Any],
-) -> Pins:  # fmt: skip
-    grid = tiling.area
+# ---- what a run is pinned to ------------------------------------------------------------------
+def _pins(region: Region) -> Pins:
+    """What the run file says of a region."""
+    options, aoi, source = region.options, region.aoi, region.source
+    grid = region.tiling.area
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     names = [*options.images, *([options.imagery] if options.imagery else [])]
     asked = options.model_dump(mode="json")
@@ -232,19 +209,26 @@ def _pins(
         "imagery": {
             "images": list(options.images),
             "imagery": options.imagery,
-            "pin": None if by_tile else source.pinned(),
+            "pin": None if region.by_tile else source.pinned(),
             "sha256": fingerprint(names, source),
         },
-        "model": {"file": options.model, "name": model_name, "sha256": model.sha256 or "unsaved"},
+        "model": {
+            "file": options.model, "name": region.model_name, "sha256": region.model.sha256 or "unsaved"
+        },
         "map": {
             **{name: asked[name] for name in PINNED},
-            "side_px": tiling.tile_px,
+            "side_px": region.tiling.tile_px,
             "bounds": list(grid.bounds),
             "width": grid.width,
             "height": grid.height,
         },
-        "settled": dict(settled),
-    }
+        "settled": {
+            "backend": region.choice.backend,
+            "precision": region.choice.precision,
+            "int8": region.choice.quantised_sha256 or None,
+            "radiometry": region.radiometry.replace(" -> ", ","),
+        },
+    }  # fmt: skip
 
 
 def pinned_options(pins: Pins, given: MapOptions) -> MapOptions:
@@ -263,7 +247,7 @@ def pinned_options(pins: Pins, given: MapOptions) -> MapOptions:
     return MapOptions.of(pinned | said, RUN_FILE)
 
 
-def area_of(pins: Pins) -> AOI:
+def area_of(pins: Mapping[str, Any]) -> AOI:
     """The pinned area."""
     area = pins["area"]
     return AOI(shapely.from_wkb(area["wkb"]), to_crs(area["crs"]), area["is_box"])
@@ -275,106 +259,86 @@ def fingerprint(names: Sequence[str], source: ImagerySource) -> str:
     Of a folder or a catalog on disk only its scenes count: maps, the notes of a viewer, and scenes that are
     published later may lie there too. What is no absolute path is a name.
     """
-    digest = hashlib.sha256()
     records = [scene.record for scene in getattr(source, "scenes", ())]
     ids = [record.scene_id for record in records] or [*source.scene_ids]
     # Scenes of a STAC catalog on disk have another name than their files.
-    ids += [href for record in records for href in record.assets if Path(href).is_absolute()]
-    names = [name for name in names if not Path(name).is_absolute()]
-    for name in dict.fromkeys([*names, *ids]):
+    files = [href for record in records for href in record.assets if Path(href).is_absolute()]
+    digest = hashlib.sha256()
+    for name in dict.fromkeys([*(n for n in names if not Path(n).is_absolute()), *ids, *files]):
         path = Path(name)
-        if path.is_absolute() and path.is_file():
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            digest.update(_ends(path))
-        else:
+        if not (path.is_absolute() and path.is_file()):
             digest.update(f"{name}\0".encode())
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE))
+            file.seek(max(0, size - _SAMPLE))
+            digest.update(file.read(_SAMPLE))
     return digest.hexdigest()
 
 
-def _ends(path: Path) -> bytes:
-    with path.open("rb") as file:
-        first = file.read(_SAMPLE)
-        file.seek(max(len(first), path.stat().st_size - _SAMPLE))
-        return hashlib.sha256(first + file.read(_SAMPLE)).digest()
+# ---- what it will take ------------------------------------------------------------------------
+def local_devices(device: str, workers: int | None) -> list[str]:
+    """A device for each local worker: one per GPU, or processors.
 
-
-def run_id(pins: Pins) -> str:
-    """Hash of all that is pinned."""
-    plain = {path: value for path, value in _leaves(pins) if path == "area.wkb" or path not in _FREE}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def refuse_changes(old: Pins, new: Pins, folder: Path) -> None:
-    """Compare what a run is pinned to with what is asked now.
-
-    Raises:
-        InputError: what differs, old and new.
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        workers: how many; by default one per GPU, else one.
     """
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    changed = [
-        f"{path} was {_short(before.get(path))} and is {_short(after.get(path))}"
-        for path in dict.fromkeys([*before, *after])
-        if path not in _FREE and before.get(path) != after.get(path)
-    ]
-    if not changed and before.get("area.wkb") != after.get("area.wkb"):
-        changed = ["the area's outline changed"]
-    if changed:
-        raise InputError(
-            f"the run there was begun with other settings: {'; '.join(changed[:4])}",
-            where=folder,
-            remedy="choose another -o for a new run, undo the change, or begin anew with --overwrite",
-        )
+    if device in ("auto", "cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            count = torch.cuda.device_count()
+            return [f"cuda:{i % count}" for i in range(workers or count)]
+    return [device] * (workers or 1)
 
 
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping) and f"{prefix}{key}" not in _FREE:
-            yield from _leaves(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
+def local_threads(workers: int) -> int:
+    """The network's threads in each of some workers on this machine."""
+    import torch
+
+    return max(1, torch.get_num_threads() // workers)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:24]}...{text[-8:]}"
+def region_cost(region: Region) -> dict[str, Any]:
+    """What a region takes if all of it has imagery, by its largest tile: clipped ones cost their share.
 
-
-def read_pins(folder: Path) -> Pins | None:
-    """The run file of a folder; None where there is none. Raises DataError."""
-    path = folder / RUN_FILE
-    try:
-        pins = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read ({error})", where=path, expected="the settings of a run") from error
-    if not isinstance(pins, dict) or pins.get("canopy", {}).get("format") != FORMAT:
-        raise DataError("is of another kind or another version of canopy", where=path)
-    return pins
-
-
-def write_pins(folder: Path, pins: Pins) -> Pins:
-    """Write the run file; of several shards that begin at once one wins, and all get its pins.
-
-    Raises:
-        OutputError: the folder cannot be written.
+    Returns:
+        JSON-ready: work `tiles`, `crops` that pass the network, `pixels` of the map, bytes of imagery and of
+        the map (uncompressed), hours of one worker and of all `workers`, and `money` where there is a price.
     """
-    path, part = folder / RUN_FILE, folder / f".{RUN_FILE}.{os.getpid()}.part"
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(pins, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(part, path)  # fails where a name exists, unlike a rename
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            if not path.exists():
-                os.replace(part, path)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror})", where=path) from error
-    finally:
-        part.unlink(missing_ok=True)
-    return read_pins(folder) or pins
+    options, config, tiling = region.options, region.model.config, region.tiling
+    tiles = list(tiling.tiles(region.aoi))
+    sizes = [tiling.window(tile.row, tile.col).shape for tile in tiles]
+    pixels, largest = sum(h * w for h, w in sizes), max(sizes, key=lambda size: size[0] * size[1])
+    tile, share = tiles[sizes.index(largest)], pixels / (largest[0] * largest[1])
+    predict = region.lattices.target(tiling.window(tile.row, tile.col)).predict
+    lattice = Lattice.of_model(config)
+    crops = round(plan_windows(predict, lattice).n_crops * share)
+    workers = options.workers or 1
+    if options.scheduler == "local":
+        workers = len(local_devices(options.device, options.workers))
+    runner = region.choice.open(region.model, region.extras.outputs)
+    crop_s = seconds_per_crop(region.model, runner)
+    if runner.device.type == "cpu":  # the estimate is that of all threads of this machine
+        crop_s *= local_threads(1) / (options.threads or local_threads(workers))
+    worker_s = crops * crop_s + OVERHEAD_S_PER_PX * (pixels + predict.height * predict.width * share)
+    pixel = np.dtype(encoding_named(options.encoding).dtype)
+    hours, km2 = worker_s / 3600, sum(tile.km2 for tile in tiles)
+    seen_m2 = crops * (lattice.stride_px * config.gsd_m) ** 2
+    return {
+        "tiles": len(tiles),
+        "km2": km2,
+        "crops": crops,
+        "pixels": pixels,
+        "imagery_bytes": seen_m2 / region.source.native_gsd_m**2 * IMAGERY_BYTES_PER_PX,
+        "map_bytes": float(pixels * len(region.extras.bands) * pixel.itemsize),
+        "workers": workers,
+        "worker_hours": hours,
+        "hours": hours / workers,
+        "km2_per_hour": km2 / (hours / workers) if hours else 0.0,
+        "price_per_worker_hour": options.price,
+        "money": None if options.price is None else hours * options.price,
+    }

@@ -1,12 +1,15 @@
-"""A regional run from its start to its outputs: the folder, the ledger, the shards, Ctrl-C."""
+"""A regional run from its start to its outputs: the folder, the ledger, shards, Ctrl-C; and its status."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,38 +17,35 @@ from typing import Any
 
 import shapely
 
-from canopy.errors import CanopyError, ConfigError, InputError, OutputError
-from canopy.files import check_output, file_sha256
+from canopy.errors import CanopyError, ConfigError, InputError
+from canopy.files import check_output, told_as_output
 from canopy.region.ledger import (
     LEDGER,
     LOCK,
+    RUN_FILE,
     SHARDS,
+    STATES,
     HeldError,
     Ledger,
     Outcome,
-    held,
-    ledger_path,
-    shard_ledgers,
-)
-from canopy.region.options import MapOptions
-from canopy.region.plan import (
-    RUN_FILE,
     Pins,
-    Region,
-    open_region,
-    pinned_options,
+    held,
+    is_held,
+    ledger_path,
+    lock_of,
     read_pins,
     refuse_changes,
     run_id,
     write_pins,
 )
-from canopy.region.task import TILES, How, remove_leftovers, tile_path
-from canopy.region.tiles import Tile
-from canopy.region.workers import Driver, Tally, local_cluster, local_devices, local_threads, remote_cluster
+from canopy.region.options import MapOptions
+from canopy.region.plan import Region, local_devices, local_threads, open_region, pinned_options
+from canopy.region.tiles import TILES, Tile, tile_path
+from canopy.region.workers import Driver, How, Tally, local_cluster, remote_cluster
 from canopy.runtime import log
 
-_STAC = "stac"
-_OUTPUTS = ("catalog.json", "collection.json", "model.json", "mosaic", "mosaic.vrt", "index.gti.gpkg")
+_OUTPUTS = ("catalog.json", "collection.json", "mosaic", "mosaic.vrt")
+_MOST_FAILURES = 20
 
 
 class Interrupted(CanopyError):  # noqa: N818  (a user may stop a run; nothing is wrong)
@@ -109,7 +109,9 @@ def prepare_run(options: MapOptions, *, resume: bool = False, overwrite: bool = 
     if folder.exists() and not folder.is_dir():
         raise InputError("is a file", where=folder, expected="the folder of a run")
     pins = read_pins(folder)
-    if pins is None and folder.is_dir() and not all(_is_ours(path.name) for path in folder.iterdir()):
+    # A start that died before it had pinned anything leaves these names.
+    ours = (TILES, SHARDS, LOCK, f".{RUN_FILE}", LEDGER)
+    if pins is None and folder.is_dir() and not all(p.name.startswith(ours) for p in folder.iterdir()):
         raise InputError(
             "the folder holds something that is no run", where=folder, remedy="choose another -o"
         )
@@ -136,15 +138,10 @@ def _check_inputs(options: MapOptions) -> None:
         # Of a folder only the images in it are read, not what lies below: that may be this very run.
         read += [*inside.glob("*.*")] if inside is not None and inside.is_dir() else [name]
     folder = options.folder
-    for name in (TILES, SHARDS, _STAC):
+    for name in (TILES, SHARDS):
         check_output(folder / name, read, overwrite=True, folder=True)
     if folder.is_dir():
         check_output([folder / name for name in (RUN_FILE, LEDGER, *_OUTPUTS)], read, overwrite=True)
-
-
-def _is_ours(name: str) -> bool:
-    """Names that a start leaves which died before it had pinned anything."""
-    return name in (TILES, SHARDS) or name.startswith((LOCK, f".{RUN_FILE}", LEDGER))
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -152,12 +149,7 @@ Watch = Callable[[Ledger], Callable[[Tally, int], None]]
 
 
 def start(
-    region: Region,
-    *,
-    overwrite: bool = False,
-    retry_failed: bool = False,
-    verify: bool = False,
-    watch: Watch | None = None,
+    region: Region, *, overwrite: bool = False, retry_failed: bool = False, watch: Watch | None = None
 ) -> RunResult:
     """Make all open tiles of a run, and its catalog and mosaic when none is left.
 
@@ -165,7 +157,6 @@ def start(
         region: of `prepare_run`.
         overwrite: begin anew.
         retry_failed: failed tiles get another chance.
-        verify: hash every finished tile again first, instead of trusting names and sizes.
         watch: makes, of the open ledger, what is told the tally and the number of tiles in work.
 
     Raises:
@@ -173,18 +164,23 @@ def start(
         Interrupted: stopped from outside; everything is ready to go on.
         CanopyError: the run cannot go on (full disk, workers unfit).
     """
-    options, folder, tally = region.options, region.options.folder, Tally()
-    shard = options.parse_shard()
-    _make_folder(folder, bool(shard))
+    folder, tally, shard = region.options.folder, Tally(), region.options.parse_shard()
+    _make_folders(folder)
     with held(folder, shard):
         if overwrite:
-            _clear(folder)
+            for name in (RUN_FILE, LEDGER, f"{LEDGER}-journal", *_OUTPUTS):
+                (folder / name).unlink(missing_ok=True)
+            for name in (TILES, SHARDS):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            _make_folders(folder)
         pins = write_pins(folder, region.pins)
         refuse_changes(pins, region.pins, folder)
         with Ledger(ledger_path(folder, shard)) as ledger:
+            who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+            ledger.set("driver", json.dumps(who))
             _enter_tiles(ledger, region, pins, shard)
             ledger.reopen(retry_failed)
-            _check_files(ledger, folder, verify)
+            _check_files(ledger, folder)
             mine = {tile.id for tile, _ in ledger.rows("pending")} if shard else None
             if ledger.counts()["pending"]:
                 ledger.set("outputs", "behind")
@@ -200,22 +196,10 @@ def start(
     return RunResult(folder, counts, totals, tally, outputs, failures, region.notes)
 
 
-def _make_folder(folder: Path, shards: bool = False) -> None:
-    try:
-        (folder / TILES).mkdir(parents=True, exist_ok=True)
-        if shards:
-            (folder / SHARDS).mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot be made ({error.strerror})", where=folder) from error
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a run made, and nothing else."""
-    for name in (RUN_FILE, LEDGER, f"{LEDGER}-journal", *_OUTPUTS):
-        (folder / name).unlink(missing_ok=True)
-    for name in (TILES, SHARDS, _STAC):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    _make_folder(folder)
+def _make_folders(folder: Path) -> None:
+    with told_as_output(folder, "cannot be made"):
+        for name in (TILES, SHARDS):
+            (folder / name).mkdir(parents=True, exist_ok=True)
 
 
 def _enter_tiles(ledger: Ledger, region: Region, pins: Pins, shard: tuple[int, int] | None) -> None:
@@ -238,28 +222,34 @@ def _enter_tiles(ledger: Ledger, region: Region, pins: Pins, shard: tuple[int, i
     tiles = region.tiling.tiles(region.aoi)
     mine = (tile for tile in tiles if shard is None or tile.ordinal % shard[1] == shard[0] - 1)
     ledger.add(run_id(pins), ((tile, state(tile)) for tile in mine))
-    folder = region.options.folder
-    for other in [folder / LEDGER, *shard_ledgers(folder)]:
-        if other != ledger.path and other.is_file():
+    for other in _ledgers(region.options.folder):
+        if other != ledger.path:
             ledger.gather(other)
 
 
-def _check_files(ledger: Ledger, folder: Path, verify: bool) -> None:
-    """Finished tiles whose file is gone or changed are pending again."""
+def _ledgers(folder: Path) -> list[Path]:
+    """The ledgers that there are: that of the whole run, and those of its shards."""
+    return [*folder.glob(LEDGER), *sorted((folder / SHARDS).glob("*-of-*.sqlite"))]
+
+
+def _check_files(ledger: Ledger, folder: Path) -> None:
+    """Finished tiles whose file is gone or has another size are pending again."""
     lost = []
     for tile, outcome in ledger.rows("done"):
         path = tile_path(folder, tile.id)
-        try:
-            same = path.stat().st_size == outcome.bytes
-            same = same and (not verify or file_sha256(path) == outcome.sha256)
-        except OSError:
-            same = False
-        if not same:
+        if not path.is_file() or path.stat().st_size != outcome.bytes:
             lost.append(tile)
     for tile in lost:
         ledger.finish(tile, Outcome("pending", reason="its file was missing or changed"))
     if lost:
         log.warning(f"{len(lost)} finished tiles have lost their file and are made again")
+
+
+def remove_leftovers(folder: Path, ids: Collection[str] | None = None) -> None:
+    """Drop what killed workers left under temporary names (`.ID.tif.*`), of the tiles `ids` or of all."""
+    for path in (folder / TILES).glob(".*"):
+        if ids is None or path.name.split(".")[1] in ids:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -292,7 +282,7 @@ def _drive(
     """Make every pending tile of the ledger.
 
     Raises:
-        Interrupted: asked to stop before all were made. CanopyError: see `workers.Driver.run`.
+        Interrupted: asked to stop before all were made. CanopyError: see `Driver.run`.
     """
     options = region.options
     local = options.scheduler == "local"
@@ -347,3 +337,55 @@ def _finish_shards(region: Region) -> dict[str, str]:
             return _finish(ledger, region)
     except HeldError:  # another shard ended in the same moment, and does it
         return {}
+
+
+# ---- how it stands ----------------------------------------------------------------------------
+def status(folder: Path) -> dict[str, Any]:
+    """Counts, area, failures and pace of a run, from all of its ledgers; changes nothing.
+
+    Raises:
+        InputError: no run there.
+    """
+    pins = read_pins(folder)
+    if pins is None:
+        raise InputError("no run there", where=folder, expected=f"a folder with {RUN_FILE}")
+    whole, run = folder / LEDGER, run_id(pins)
+    shards = [path for path in _ledgers(folder) if path != whole]
+    # The whole run's ledger is behind while shards are at work, and ahead of them afterwards.
+    counts, totals, failures, holders = max(
+        (_sum(folder, paths, run) for paths in ([whole] if whole.is_file() else [], shards)),
+        key=lambda one: one[0]["done"] + one[0]["empty"] + one[0]["failed"],
+    )
+    left_km2, pace = totals["km2"] - totals["km2_finished"], totals["km2_per_hour"]
+    return {
+        "folder": str(folder),
+        "area": pins["area"]["text"],
+        "model": pins["model"]["name"],
+        "created": pins["canopy"]["created"],
+        "tiles": counts,
+        "finished_fraction": (counts["done"] + counts["empty"]) / max(1, sum(counts.values())),
+        **{key: round(value, 6) for key, value in totals.items()},
+        "seconds_per_tile": round(totals["worker_seconds"] / max(1, counts["done"]), 3),
+        "at_work": [
+            {"host": h["host"], "pid": h["pid"], "for_s": round(time.time() - h["since"])} for h in holders
+        ],
+        "left_s": round(left_km2 / pace * 3600) if holders and pace > 0 else None,
+        "failures": [{"tile": tile, "reason": reason} for tile, reason in failures[:_MOST_FAILURES]],
+    }
+
+
+def _sum(folder: Path, paths: list[Path], run: str) -> tuple[Any, Any, Any, Any]:
+    """Counts, totals, failures, and who is at work, of some ledgers of a run."""
+    counts = dict.fromkeys(STATES, 0)
+    totals = dict.fromkeys(("km2", "km2_finished", "worker_seconds", "bytes", "km2_per_hour"), 0.0)
+    failures, holders = [], []
+    for path in paths:
+        with Ledger(path, read_only=True) as ledger:
+            if ledger.get("run") != run:
+                continue
+            counts = {state: counts[state] + count for state, count in ledger.counts().items()}
+            totals = {key: totals[key] + value for key, value in ledger.totals().items()}
+            failures += [(tile.id, outcome.reason or "") for tile, outcome in ledger.rows("failed")]
+            if is_held(lock_of(folder, path)):
+                holders.append(json.loads(ledger.get("driver") or "{}"))
+    return counts, totals, failures, [holder for holder in holders if holder]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import shapely
@@ -32,6 +33,12 @@ from canopy.inference.target import (
 # A UTM tile of zoom 10 is a square of this side, about what a quadkey of zoom 10 is at the equator.
 UTM_ZOOM_10_M = 40_960.0
 LEAST_TILE_PX = 16
+TILES = "tiles"
+
+
+def tile_path(folder: Path, tile_id: str) -> Path:
+    """Where a tile's map lies in a run's folder."""
+    return folder / TILES / f"{tile_id}.tif"
 
 
 @dataclass(frozen=True)

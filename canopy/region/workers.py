@@ -1,78 +1,225 @@
-"""Where tiles are made: futures of dask.distributed, the one engine of `canopy map`.
+"""Where tiles are made: futures of dask.distributed, the one engine of `canopy map`; and what a worker does.
 
 `--scheduler local` starts a `LocalCluster` of spawned processes, one per GPU or `--workers` of them; an
-address takes any cluster, whose workers need this package and the run's folder under the same path. Memory
-does not depend on the number of tiles: only those in work, those that wait for another try, and one page of
-the ledger are held.
+address takes any cluster, whose workers need this package and the run's folder under the same path.
+
+Every worker opens the run for itself, from the run file in the folder, and refuses if model, imagery or
+settings are not those that the run is pinned to. A tile is written under a temporary name, read back, and
+renamed: whoever makes a tile a second time replaces it by the same heights. Memory does not depend on the
+number of tiles: the driver holds those in work, those that wait for another try, and a page of the ledger.
 """
 
 from __future__ import annotations
 
+import datetime
+import errno
+import functools
 import logging
+import signal
+import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from canopy.errors import CanopyError, OutputError
-from canopy.region.ledger import Ledger, Outcome
-from canopy.region.task import How, make_tile
-from canopy.region.tiles import Tile
+from canopy.errors import CanopyError, FetchError, InputError, OutputError
+from canopy.geo.grid import Grid
+from canopy.region.ledger import Ledger, Outcome, read_pins, refuse_changes, run_id
+from canopy.region.options import MapOptions
+from canopy.region.plan import open_region, pinned_options
+from canopy.region.tiles import Tile, tile_path
 from canopy.runtime import log
 
 if TYPE_CHECKING:
-    from distributed import Client, LocalCluster
+    from distributed import Client
+
+    from canopy.imagery.base import ImagerySource
 
 CONNECT_S = 60.0
+_EPOCH = datetime.date(1970, 1, 1)
+# More scenes than this in one tile's row only make the ledger large.
+_MOST_SCENES = 50
+_one_at_a_time = threading.Lock()
 
 
-@dataclass
-class Tally:
-    """What this start of a run has done so far.
+# ---- one tile, on a worker --------------------------------------------------------------------
+@dataclass(frozen=True)
+class How:
+    """How workers work; nothing of it changes a tile's heights.
 
     Attributes:
-        began: when a worker began the first tile, its model loaded; None until one is finished.
+        folder: of the run.
+        run: the run's id, as `run_id` has it.
+        devices: of the workers of this machine, taken by their numbers; on a cluster one for all.
+        threads: of the network on a CPU; None: as many as the worker has.
+        batch_size, readers: of the engine.
     """
 
-    counts: Counter[str] = field(default_factory=Counter)
-    retried: int = 0
-    km2: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-    began: float | None = None
-
-    @property
-    def km2_per_hour(self) -> float:
-        """Of ground, since the first tile was begun: before it, workers only load the model."""
-        seconds = time.monotonic() - self.began if self.began is not None else 0.0
-        return self.km2 / seconds * 3600 if seconds > 0 else 0.0
+    folder: str
+    run: str
+    devices: tuple[str, ...] = ("auto",)
+    threads: int | None = None
+    batch_size: int | str = "auto"
+    readers: int = 2
 
 
-def local_devices(device: str, workers: int | None) -> list[str]:
-    """A device for each local worker: one per GPU, or processors.
+def dask_setup(worker: object) -> None:
+    """Of a local worker, called by dask as it starts: Ctrl-C is the driver's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    Args:
-        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        workers: how many; by default one per GPU, else one.
+
+def make_tile(how: How, tile: Tile) -> tuple[Outcome, bool]:
+    """On a dask worker: make one tile with the process's model, opened at its first tile.
+
+    Returns:
+        What became of it, and whether another try may help where it failed.
+
+    Raises:
+        CanopyError: this worker cannot work for the run at all.
     """
-    if device in ("auto", "cuda"):
+    from distributed import get_worker
+
+    worker = get_worker()
+    number = int(worker.name) if isinstance(worker.name, int) else 0
+    device = how.devices[number % len(how.devices)]
+    with _one_at_a_time:  # two in a process would only compete for the device
+        maker = _maker(how, device, how.threads or worker.state.nthreads)
+        started = time.perf_counter()
+        try:
+            return maker.make(tile), False
+        except Exception as error:
+            reason = str(error) if isinstance(error, CanopyError) else f"{type(error).__name__}: {error}"
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+            outcome = Outcome(
+                "failed", time.perf_counter() - started, reason=" ".join(reason.split())[:500],
+                stop=full or isinstance(error, OutputError),
+            )  # fmt: skip
+            # Bad input stays bad; a host, a device or a bug's bad luck may not.
+            return outcome, isinstance(error, FetchError) or not isinstance(error, InputError)
+
+
+@functools.cache
+def _maker(how: How, device: str, threads: int) -> TileMaker:
+    return TileMaker(how, device, threads)
+
+
+class _Empty(Exception):  # noqa: N818  (a signal, not an error)
+    """Nothing valid in a tile: its file is not kept."""
+
+
+class TileMaker:
+    """Model, imagery and grids of a run, ready to make tiles one at a time."""
+
+    def __init__(self, how: How, device: str, threads: int) -> None:
+        """Open everything.
+
+        Raises:
+            InputError: the folder is not seen from here, or model or imagery are not the run's.
+        """
         import torch
 
-        if torch.cuda.is_available():
-            count = torch.cuda.device_count()
-            return [f"cuda:{i % count}" for i in range(workers or count)]
-    return [device] * (workers or 1)
+        self.folder = Path(how.folder)
+        pins = read_pins(self.folder)
+        if pins is None or run_id(pins) != how.run:
+            raise InputError(
+                "the run's folder is not there, or is another run's",
+                where=f"{how.folder} on {socket.gethostname()}",
+                remedy="workers need the same folder under the same path as the driver",
+            )
+        torch.set_num_threads(threads)
+        options = pinned_options(
+            pins, MapOptions(out=how.folder, device=device, batch_size=how.batch_size, readers=how.readers)
+        )
+        self.region = open_region(options, pins)
+        refuse_changes(pins, self.region.pins, self.folder)
+        self.runner = self.region.choice.open(self.region.model, self.region.extras.outputs)
+        self.batch_size = self.region.options.batch_size
+
+    def make(self, tile: Tile) -> Outcome:
+        """Predict and write one tile.
+
+        Raises:
+            CanopyError: nothing is left at the tile's place then but what was there before.
+        """
+        from canopy.geo.cog import CogWriter
+        from canopy.geo.reading import raster_env
+        from canopy.inference.layers import band_specs
+        from canopy.inference.output import bare_name
+        from canopy.inference.predict import Prediction
+
+        started = time.perf_counter()
+        region, path = self.region, tile_path(self.folder, tile.id)
+        empty = functools.partial(Outcome, "empty", reason="no valid imagery in the area")
+        imagery = region.source_of(tile)
+        if imagery is None:
+            return empty(time.perf_counter() - started)
+        target = region.lattices.target(region.tiling.window(tile.row, tile.col))
+        scenes = SceneNames.of(imagery, target.output)
+        options = region.options.model_copy(update={"batch_size": self.batch_size})
+        prediction = Prediction(
+            options, imagery, region.aoi, region.model, region.model_name, target, self.runner,
+            region.radiometry, region.extras, options.readers,
+        )  # fmt: skip
+        try:
+            with (
+                raster_env(),
+                CogWriter(
+                    path, target.output, band_specs(region.extras.bands),
+                    encoding=options.encoding, tags=prediction.tags(scenes), overwrite=True,
+                ) as writer,
+            ):  # fmt: skip
+                summary = prediction.predict_into(writer, None, path)
+                # What was too much for the device once is not tried again with every tile.
+                self.batch_size = summary.batch_size or self.batch_size
+                if not summary.valid_pixels:
+                    raise _Empty
+        except _Empty:
+            path.unlink(missing_ok=True)
+            return empty(time.perf_counter() - started)
+        facts: dict[str, Any] = {
+            "pixels": summary.pixels,
+            "valid": summary.valid_pixels,
+            "mean_m": round(summary.mean_height_m, 4),
+            "max_m": round(summary.max_height_m, 4),
+            "cover_2m": round(summary.cover_2m, 6),
+            "crops": summary.crops_predicted,
+            "dates": [
+                (_EPOCH + datetime.timedelta(days=day)).isoformat()
+                for day in (summary.first_day, summary.last_day) if day
+            ],
+            "scenes": [bare_name(name) for name in scenes.scene_ids[:_MOST_SCENES]],
+        } | ({"notes": summary.notes} if summary.notes else {})  # fmt: skip
+        seconds = time.perf_counter() - started
+        return Outcome("done", seconds, sha256=writer.sha256, bytes=path.stat().st_size, facts=facts)
 
 
-def local_threads(workers: int) -> int:
-    """The network's threads in each of some workers on this machine."""
-    import torch
+@dataclass(frozen=True)
+class SceneNames:
+    """What tags say of imagery: of a mosaic, only the scenes that reach into a tile."""
 
-    return max(1, torch.get_num_threads() // workers)
+    name: str
+    scene_ids: Sequence[str]
+    dates: Sequence[str]
+
+    @classmethod
+    def of(cls, source: ImagerySource, window: Grid) -> SceneNames:
+        """The scenes of `source` that share ground with `window`."""
+        whole = cls(source.name, tuple(source.scene_ids), tuple(source.dates))
+        records = [scene.record for scene in getattr(source, "scenes", ())]
+        if len(records) < 2:
+            return whole
+        place = window.outline("EPSG:4326")
+        near = [r for r in records if r.outline is None or r.outline.intersects(place)]
+        near = [record for record in near if record.scene_id in whole.scene_ids]
+        dates = sorted({record.day.isoformat() for record in near if record.day})
+        return replace(whole, scene_ids=tuple(record.scene_id for record in near), dates=tuple(dates))
 
 
+# ---- all tiles, from the driver ---------------------------------------------------------------
 @contextmanager
 def local_cluster(workers: int) -> Iterator[Client]:
     """A client of spawned worker processes on this machine, which end with the block or with this process.
@@ -81,7 +228,7 @@ def local_cluster(workers: int) -> Iterator[Client]:
         CanopyError: they end before they are ready.
     """
     import dask
-    from distributed import Client
+    from distributed import Client, LocalCluster
 
     settings = {
         # A worker's death is counted by `Driver`, in the ledger, like any other failure of its tile.
@@ -91,30 +238,19 @@ def local_cluster(workers: int) -> Iterator[Client]:
         "distributed.nanny.pre-spawn-environ.PYTHONWARNINGS": "ignore",  # of libraries, to developers
     }
     _hush()
-    with (
-        dask.config.set(settings),
-        _started(workers) as cluster,
-        Client(cluster, set_as_default=False, timeout=CONNECT_S) as client,
-    ):
-        yield client
-
-
-def _started(workers: int, tries: int = 3) -> LocalCluster:
-    """A local cluster; one that loses a process while it starts, which ends all of it, is started again."""
-    from distributed import LocalCluster
-
-    try:
-        return LocalCluster(
-            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL, preload=["canopy.region.task"],
-        )  # fmt: skip
-    except RuntimeError as error:
-        if tries > 1:
-            return _started(workers, tries - 1)
-        raise CanopyError(
-            f"workers end before they are ready ({error})",
-            remedy="try fewer --workers: memory may be short; -v shows more",
-        ) from error
+    with dask.config.set(settings):
+        try:
+            cluster = LocalCluster(
+                n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL, preload=["canopy.region.workers"],
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise CanopyError(
+                f"workers end before they are ready ({error})",
+                remedy="try fewer --workers: memory may be short; -v shows more",
+            ) from error
+        with cluster, Client(cluster, set_as_default=False, timeout=CONNECT_S) as client:
+            yield client
 
 
 @contextmanager
@@ -142,6 +278,27 @@ def remote_cluster(address: str) -> Iterator[Client]:
 def _hush() -> None:
     """What dask says of lost workers and connections is told by `Driver`, of their tiles."""
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
+
+
+@dataclass
+class Tally:
+    """What this start of a run has done so far.
+
+    Attributes:
+        began: when a worker began the first tile, its model loaded; None until one is finished.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    retried: int = 0
+    km2: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    began: float | None = None
+
+    @property
+    def km2_per_hour(self) -> float:
+        """Of ground, since the first tile was begun: before it, workers only load the model."""
+        seconds = time.monotonic() - self.began if self.began is not None else 0.0
+        return self.km2 / seconds * 3600 if seconds > 0 else 0.0
 
 
 class Driver:

@@ -77,7 +77,7 @@ def test_what_is_said_and_the_default_name(canopy, make_image, model_file) -> No
 @pytest.mark.parametrize(
     "words",
     [
-        ("--gsd", "nan"), ("--precision", "bf16", "--backend", "onnx"), ("--precision", "int8"),
+        ("--gsd", "nan"), ("--precision", "int8", "--backend", "torch"), ("--precision", "int8"),
         ("--backend", "openvino", "--device", "cuda"), ("--batch-size", "0"), ("--workers", "0"),
         ("--bands", "1,2"), ("--date-band", "--encoding", "uint8m"), ("--interval", "0.9"),
         ("--model", "nothing"), ("--imagery", "demo"), ("-o", "x" * 250 + ".tif"),

@@ -14,6 +14,9 @@ import torch
 
 from canopy.geo.grid import Grid
 from canopy.imagery.base import Imagery
+from canopy.inference.backends import TorchRunner
+from canopy.inference.engine import RunSummary, predict_grid
+from canopy.inference.layers import Extras
 from canopy.models.checkpoint import save_checkpoint
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
@@ -23,20 +26,22 @@ from canopy.models.registry import load_model
 class AnalyticModel(torch.nn.Module):
     """Height = 30 x a local mean of green (5 x 5 box, valid inside): exact away from a crop's edge."""
 
-    def __init__(self, crop_px: int = 32, patch_px: int = 8) -> None:
+    def __init__(self, crop_px: int = 32, patch_px: int = 8, **more: int) -> None:
         super().__init__()
-        self.config = SimpleNamespace(crop_px=crop_px, patch_px=patch_px, gsd_m=1.0)
-        self.card = {"name": "analytic"}
-        self.sha256 = "0" * 64
+        self.config = SimpleNamespace(crop_px=crop_px, patch_px=patch_px, gsd_m=1.0, **more)
         self.calls = 0
         self.crops = 0
         self.largest_batch = 0
 
-    def forward(self, rgb: torch.Tensor) -> torch.Tensor:
+    def layers(self, rgb: torch.Tensor, outputs: tuple[str, ...], finite: bool) -> torch.Tensor:
         assert torch.isfinite(rgb).all(), "NaN entered the network"
         self.calls += 1
         self.crops += len(rgb)
         self.largest_batch = max(self.largest_batch, len(rgb))
+        made = {"height_m": self.heights(rgb), "spread_m": 0.5 + rgb[:, :1]}
+        return torch.cat([made[name] for name in outputs], dim=1)
+
+    def heights(self, rgb: torch.Tensor) -> torch.Tensor:
         box = torch.full((1, 1, 5, 5), 1 / 25.0)
         # Zero padding makes the outer two pixels of a crop wrong, as context-starved edges are.
         return 30 * torch.nn.functional.conv2d(rgb[:, 1:2], box, padding=2)
@@ -88,16 +93,29 @@ def utm_grid(row: int, col: int, height: int, width: int) -> Grid:
     return Grid.of("EPSG:32618", (1.0, 0, float(col), 0, -1.0, float(-row)), (height, width))
 
 
-@pytest.fixture
-def analytic() -> AnalyticModel:
-    return AnalyticModel()
+def run(
+    grid: Grid,
+    model: AnalyticModel | None = None,
+    source: object | None = None,
+    extras: Extras | None = None,
+    **options: object,
+) -> tuple[np.ndarray, Recorder, RunSummary]:
+    """Predict a grid: heights (h, w) with NaN where invalid, the recorder, and the summary."""
+    extras = extras or Extras()
+    sink, runner = (
+        Recorder(grid, len(extras.bands)),
+        TorchRunner(model or AnalyticModel(), outputs=extras.outputs),
+    )
+    summary = predict_grid(runner, source or FieldSource(), grid, sink, extras=extras, **options)
+    assert (sink.times == 1).all(), "every pixel is written exactly once"
+    return np.where(sink.valid, sink.values[0], np.nan), sink, summary
 
 
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     """The helpers of this file, for tests (pytest cannot import a conftest by name)."""
     return SimpleNamespace(
-        AnalyticModel=AnalyticModel, FieldSource=FieldSource, Recorder=Recorder, utm_grid=utm_grid
+        AnalyticModel=AnalyticModel, FieldSource=FieldSource, Recorder=Recorder, utm_grid=utm_grid, run=run
     )
 
 
@@ -151,12 +169,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., HeightModel
         return load_model(path)
 
     return load
-
-
-@pytest.fixture(scope="session")
-def unsaved() -> Callable[..., HeightModel]:
-    """`unsaved(family, seed=0)`: such a model that never was a file."""
-    return random_model
 
 
 @pytest.fixture

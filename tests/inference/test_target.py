@@ -11,7 +11,7 @@ from canopy.errors import AreaError, ConfigError, ImageryError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid
-from canopy.inference.target import choose_target, scale_notes
+from canopy.inference.target import choose_target
 
 UTM = to_crs("EPSG:32618")
 AREA = AOI(box(500_000.2, 4_880_000.2, 500_200.7, 4_880_150.9), UTM, is_box=True)
@@ -89,9 +89,3 @@ def test_what_cannot_be_is_refused() -> None:
     across = AOI.from_bounds("179.9,10,-179.9,10.1")
     with pytest.raises(AreaError, match="antimeridian"):
         choose_target(across, 0.5, crs="EPSG:4326")
-
-
-def test_coarse_imagery_is_warned_of() -> None:
-    assert scale_notes(0.6, 0.5) == []
-    assert "less certain" in scale_notes(1.0, 0.5)[0]
-    assert "mean nothing" in scale_notes(10.0, 0.5)[0]

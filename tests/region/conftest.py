@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +11,10 @@ import pytest
 import rasterio
 from affine import Affine
 
-from canopy.geo.area import AOI
-from canopy.geo.grid import Grid
+from canopy.files import file_sha256
 from canopy.region import run as engine
-from canopy.region.ledger import Ledger
 from canopy.region.options import MapOptions
 from canopy.region.run import RunResult, prepare_run, start
-from canopy.region.task import TILES
-from canopy.region.tiles import Tiling
 
 UTM = "EPSG:32618"
 TRANSFORM = Affine(0.5, 0, 500_000, 0, -0.5, 4_882_000)
@@ -94,26 +89,6 @@ def make_run(near_cluster: object, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 
 @pytest.fixture
-def tiling() -> Tiling:
-    """A tiling of 7 x 5 tiles, clipped on all sides."""
-    area = Grid.of(UTM, (0.5, 0, 500_010, 0, -0.5, 4_881_990), (400, 600))
-    return Tiling("utm", area, 96)
-
-
-@pytest.fixture
-def ledger(tmp_path: Path, tiling: Tiling) -> Iterator[Ledger]:
-    """A fresh ledger of those tiles, in a run's folder."""
-    (tmp_path / "run" / TILES).mkdir(parents=True)
-    with Ledger(tmp_path / "run" / "ledger.sqlite") as made:
-        made.add("run", ((tile, "pending") for tile in tiling.tiles(AOI.from_grid(tiling.area))))
-        yield made
-
-
-@pytest.fixture
 def hashes() -> Callable[[Path], dict[str, str]]:
     """`hashes(folder)`: what the tiles of a run hold."""
-
-    def read(folder: Path) -> dict[str, str]:
-        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (folder / TILES).glob("*.tif")}
-
-    return read
+    return lambda folder: {path.name: file_sha256(path) for path in folder.glob("tiles/*.tif")}

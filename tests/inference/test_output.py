@@ -15,6 +15,7 @@ from canopy.errors import InputError
 from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.grid import Grid
 from canopy.inference import output
+from canopy.inference.layers import HEIGHT_BAND
 from canopy.inference.output import MapFacts, map_item, round_length, write_quicklook
 
 
@@ -26,9 +27,9 @@ def facts(tmp_path: Path, grid: Grid, **more: object) -> MapFacts:
         sha256="ab" * 32,
         grid=grid,
         encoding="float32",
-        bands=output.BANDS[:1],
+        bands=(HEIGHT_BAND,),
         dates=more.pop("dates", ()),  # type: ignore[arg-type]
-        imagery=(("a.tif", "a.tif"),),
+        imagery=("a.tif",),
         model={"name": "m", "sha256": "00", "licence": "Apache-2.0"},
         **more,  # type: ignore[arg-type]
     )

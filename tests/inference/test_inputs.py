@@ -1,4 +1,4 @@
-"""`--radiometry`: the stretch itself, its measurement, and heights that do not depend on the cut."""
+"""`--radiometry`: how a scene is measured, and heights that do not depend on the cut; coarse imagery."""
 
 from __future__ import annotations
 
@@ -9,28 +9,24 @@ import pytest
 import rasterio
 import torch
 from affine import Affine
-from hypothesis import given
-from hypothesis import strategies as st
 
 import canopy
 from canopy.errors import ConfigError, InputError
 from canopy.geo.area import AOI
-from canopy.inference.radiometry import scene_percentiles, with_radiometry
+from canopy.inference.inputs import scale_notes, scene_percentiles, with_radiometry
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
-from canopy.models.height import HeightModel, Stretch, normal_percentiles, parse_radiometry
+from canopy.models.height import HeightModel, Stretch, parse_radiometry
 
 TARGET = (0.1, 0.7, 0.15, 0.65, 0.05, 0.55)
 
 
 def _model(percentiles: tuple[float, ...] = TARGET) -> HeightModel:
     torch.manual_seed(0)
-    config = ModelConfig(
-        crop_px=64,
-        percentiles=percentiles,
-        encoder=EncoderConfig(dim=32, depth=4, heads=2, taps=(0, 1, 2, 3)),
-        decoder=DecoderConfig(post_channels=(8, 8, 8, 8), fusion=8, hidden=8, bins=16),
-    )
-    return HeightModel(config).eval()
+    encoder = EncoderConfig(dim=32, depth=4, heads=2, taps=(0, 1, 2, 3))
+    decoder = DecoderConfig(post_channels=(8, 8, 8, 8), fusion=8, hidden=8, bins=16)
+    return HeightModel(
+        ModelConfig(crop_px=64, percentiles=percentiles, encoder=encoder, decoder=decoder)
+    ).eval()
 
 
 @pytest.fixture(params=[0, None], ids=["nodata declared", "black collar undeclared"])
@@ -49,37 +45,17 @@ def scene(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return path
 
 
-bands = st.tuples(st.floats(0, 0.45), st.floats(0.5, 1)).map(list)
-
-
-@given(source=st.lists(bands, min_size=3, max_size=3), target=st.lists(bands, min_size=3, max_size=3))
-def test_the_stretch_moves_percentiles_onto_percentiles(source: list, target: list) -> None:
-    stretch = Stretch(tuple(np.ravel(source)), tuple(np.ravel(target)))
-    factor, offset = map(np.array, stretch.factors())
-    assert np.allclose(factor * np.array(source)[:, 0] + offset, np.array(target)[:, 0])
-    assert np.allclose(factor * np.array(source)[:, 1] + offset, np.array(target)[:, 1])
-
-
 def test_what_the_option_takes() -> None:
     assert parse_radiometry("none") is None
     assert parse_radiometry("match") == (None, None)
     assert parse_radiometry("0.1,0.7,.15,.65,.05,.55") == (None, TARGET)
     assert parse_radiometry("0,1,0,1,0,1,0.1,0.7,.15,.65,.05,.55") == ((0, 1, 0, 1, 0, 1), TARGET)
-    for wrong in (
-        "Match",
-        "1,2",
-        "0.1,0.7,0.1,0.7,0.1,7",
-        "0.7,0.1,0.1,0.7,0.1,0.7",
-        "a,b,c,d,e,f",
-        "nan," * 5 + "1",
-    ):
+    for wrong in ("Match", "1,2", "0.1,0.7,0.1,0.7,0.1,7", "0.7,0.1,0.1,0.7,0.1,0.7", "a,b,c,d,e,f"):
         with pytest.raises(ConfigError):
             parse_radiometry(wrong)
-
-
-def test_percentiles_of_a_normal_distribution() -> None:
-    sample = np.random.default_rng(1).normal(0.42, 0.1, 200_000)
-    assert np.allclose(normal_percentiles((0.42,), (0.1,)), np.percentile(sample, (5, 95)), atol=2e-3)
+    factor, offset = map(np.array, Stretch((0.1, 0.6, 0.1, 0.5, 0.1, 0.4), TARGET).factors())
+    np.testing.assert_allclose(factor * (0.1, 0.1, 0.1) + offset, TARGET[::2])
+    np.testing.assert_allclose(factor * (0.6, 0.5, 0.4) + offset, TARGET[1::2])
 
 
 def test_the_scene_is_measured_without_its_nodata(scene: Path) -> None:
@@ -137,12 +113,14 @@ def test_a_search_has_no_extent_of_its_own(scene: Path) -> None:
     assert with_radiometry(_model(), source, whole, "match")[1] == fixed
 
 
-def test_a_flat_image_has_nothing_to_stretch(tmp_path: Path) -> None:
-    path = tmp_path / "flat.tif"
-    with rasterio.open(
-        path, "w", driver="GTiff", width=80, height=80, count=3, dtype="uint8", photometric="RGB",
-        crs="EPSG:32617", transform=Affine(0.5, 0, 310_000, 0, -0.5, 4_170_000),
-    ) as out:  # fmt: skip
-        out.write(np.full((3, 80, 80), 90, np.uint8))
+def test_a_flat_image_has_nothing_to_stretch(scene: Path) -> None:
+    with rasterio.open(scene, "r+") as image:
+        image.write(np.full((3, image.height, image.width), 90, np.uint8))
     with pytest.raises(ConfigError, match="no contrast"):
-        canopy.predict(path, model=_model(), radiometry="match", device="cpu")
+        canopy.predict(scene, model=_model(), radiometry="match", device="cpu")
+
+
+def test_coarse_imagery_is_warned_of() -> None:
+    assert scale_notes(0.6, 0.5) == []
+    assert "less certain" in scale_notes(1.0, 0.5)[0]
+    assert "mean nothing" in scale_notes(10.0, 0.5)[0]

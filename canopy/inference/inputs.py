@@ -1,0 +1,179 @@
+"""What a map is made of: the imagery, the model, and the colours of the one moved onto those of the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from canopy.errors import AreaError, ImageryError, InputError
+from canopy.geo.area import AOI
+from canopy.geo.crs import output_crs
+from canopy.models.height import Stretch, parse_radiometry
+from canopy.runtime import log
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from canopy.imagery.base import ImagerySource
+    from canopy.inference.options import PredictOptions
+    from canopy.models.height import HeightModel
+
+# Coarser images hold less detail than the model expects; finer ones only cost reading.
+COARSEST = 1.5
+HOPELESS = 6  # at 3 m a crown is a pixel or two
+# A lattice of small windows at the model's scale: what the network sees, a million pixels at most.
+_WINDOWS, _WINDOW_PX = 8, 128
+_DIGITS = 5  # what the tags record, so that the recorded numbers reproduce the map
+
+
+def load_named(model: str | Path | HeightModel) -> tuple[HeightModel, str]:
+    """The model and the name that tags give it."""
+    from canopy.models.registry import load_model
+
+    name = None
+    if isinstance(model, (str, Path)):
+        name, model = Path(model).name, load_model(model)
+    return model, str(model.card.get("name") or name or "unnamed")
+
+
+def open_source(
+    options: PredictOptions, gsd_m: float, area: AOI | None, array: xr.DataArray | None = None
+) -> ImagerySource:
+    """The imagery, to be read at `gsd_m`: an array, files, a named source or address, or the best known."""
+    from canopy.imagery.open import open_imagery
+
+    if options.images and options.imagery:
+        raise InputError("images and --imagery", expected="one of them", remedy="leave one of them out")
+    what: Any = array if array is not None else options.imagery or options.images or _best_for(area)
+    return open_imagery(
+        what[0] if isinstance(what, tuple) and len(what) == 1 else what,
+        area=area,
+        bands=options.bands,
+        nodata=options.nodata,
+        crs=options.input_crs,
+        scale=options.scale,
+        datetime=options.datetime,
+        gsd_m=gsd_m,
+        # One CRS was named: for images that carry none it cannot have been meant for the map alone.
+        fallback_crs=None if options.crs in ("image", "quadkey") else options.crs,
+    )
+
+
+def _best_for(area: AOI | None) -> str:
+    """Name of the best known source that covers an area; says which it is."""
+    from canopy.imagery.named import best_source
+
+    if area is None:
+        raise InputError(
+            "neither an image nor an area",
+            expected="IMAGE files, --imagery NAME, or an area for which a source is known",
+            remedy="see canopy predict --help",
+        )
+    best = best_source(area)
+    if best is None:
+        raise AreaError(
+            "no named source covers the area",
+            where=area.describe(),
+            remedy="give IMAGE files, or --imagery with a STAC catalog or a tile template",
+        )
+    log.info(f"imagery: {best.name} ({best.title}), the best known source here")
+    return best.name
+
+
+def coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
+    """Warnings about imagery that does not reach everywhere; AreaError where there is none at all."""
+    from canopy.imagery.base import check_coverage
+
+    check_coverage(source, aoi)
+    notes = list(source.notes)
+    if not source.covers(aoi):
+        notes.append("the imagery covers only part of the area; the rest becomes nodata")
+    return notes
+
+
+def scale_notes(native_gsd_m: float, model_gsd_m: float) -> list[str]:
+    """A warning where the imagery is coarser than what the model has learned on."""
+    if native_gsd_m <= COARSEST * model_gsd_m:
+        return []
+    what = (
+        "nothing of a tree is left to see, and heights will mean nothing"
+        if native_gsd_m > HOPELESS * model_gsd_m
+        else "heights will be less certain and less sharp than the model's card says"
+    )
+    return [
+        f"the imagery has {native_gsd_m:.2g} m pixels and the model expects {model_gsd_m:.2g} m: "
+        f"it is enlarged, and {what}"
+    ]
+
+
+# ---- --radiometry -----------------------------------------------------------------------------
+def with_radiometry(
+    model: HeightModel, source: ImagerySource, requested: AOI, wish: str
+) -> tuple[HeightModel, str, list[str]]:
+    """The model with the stretch that `--radiometry` asks for.
+
+    The percentiles are those of all of the source, whatever part of it is mapped, so that a pixel's height
+    does not depend on how the area is cut. Only where a source has no extent of its own (web tiles, searches)
+    are they those of the requested area; a note then gives the numbers that fix them for other areas.
+
+    Returns:
+        The model (its weights shared), the stretch for the tags or `none`, and notes for the user.
+
+    Raises:
+        ConfigError: `wish` cannot be read.
+        InputError: a model without stored percentiles, or imagery without pixels or contrast.
+    """
+    parsed = parse_radiometry(wish)
+    if parsed is None:
+        return model, "none", []
+    measured, target = parsed[0], parsed[1] or model.config.percentiles
+    if not target:
+        raise InputError(
+            "this model's file has no percentiles to match",
+            where=f"--radiometry {wish}",
+            remedy="give the six target percentiles r5,r95,g5,g95,b5,b95",
+        )
+    notes: list[str] = []
+    if measured is None:
+        whole = source.area() if source.has_own_extent else None
+        measured = scene_percentiles(source, whole or requested, model.config.gsd_m)
+        if whole is None:
+            numbers = ",".join(f"{v:g}" for v in (*measured, *target))
+            notes.append(
+                "the imagery has no extent of its own, so its percentiles were measured over this area; "
+                f"for neighbouring areas use --radiometry {numbers}"
+            )
+    stretch = Stretch(measured, tuple(target))
+    return model.with_radiometry(stretch), stretch.describe(), notes
+
+
+def scene_percentiles(source: ImagerySource, area: AOI, gsd_m: float) -> tuple[float, ...]:
+    """5th and 95th percentile of each band over `area`: r5, r95, g5, g95, b5, b95, in 0..1.
+
+    Measured on a regular lattice of windows at `gsd_m`; the same numbers every time.
+
+    Raises:
+        ImageryError: no valid pixel there.
+    """
+    grid = area.grid(output_crs(area.lonlat, source.native_crs), gsd_m)
+
+    def starts(length: int) -> list[int]:
+        """First pixels of the windows along one side: evenly spread, never overlapping."""
+        count = max(1, min(_WINDOWS, length // _WINDOW_PX))
+        return [int(start) for start in np.linspace(0, max(0, length - _WINDOW_PX), count)]
+
+    pixels = []
+    for row in starts(grid.height):
+        for col in starts(grid.width):
+            height, width = min(_WINDOW_PX, grid.height - row), min(_WINDOW_PX, grid.width - col)
+            imagery = source.read(grid.window(row, col, height, width))
+            # Pure black is a collar that nobody declared far more often than it is a colour.
+            valid = imagery.valid & np.isfinite(imagery.rgb).all(axis=0) & imagery.rgb.any(axis=0)
+            pixels.append(imagery.rgb[:, valid])
+    values = np.concatenate(pixels, axis=1)
+    if values.shape[1] == 0:
+        raise ImageryError("no valid pixel to measure its colours on", where=source.name)
+    measured = np.percentile(values.astype(np.float64), (5, 95), axis=1).T.ravel()
+    return tuple(float(f"{v:.{_DIGITS}g}") for v in measured)
