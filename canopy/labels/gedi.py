@@ -279,7 +279,7 @@ def _good_shots(
     shots, tops = shots[good], [rh_column(percent) for percent in rh]
     heights = beam.read("rh", rows[good])
     assert heights is not None  # `survey` has seen it
-    shots[tops] = heights[:, list(rh)].astype(np.float32)
+    shots[tops] = heights[:, list(rh)]
     if criteria:
         whole = shots[tops].notna().all(axis=1)
         rejected["no_height"] = int((~whole).sum())

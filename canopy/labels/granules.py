@@ -95,7 +95,7 @@ class Beam:
     def read(self, column: str, rows: np.ndarray) -> np.ndarray | None:
         """Values of the shots `rows` (ascending); None where the granule has no such variable.
 
-        uint64 for the shot number; else float64, (n,) or for "rh" (n, 101), with NaN for missing.
+        uint64 for the shot number, float32 (n, 101) for "rh", else float64 (n,); NaN for missing.
         """
         dataset = self.find(column)
         if dataset is None:
@@ -108,7 +108,7 @@ class Beam:
         values = dataset[int(rows[0]) : int(rows[-1]) + 1][rows - rows[0]] if len(rows) else dataset[:0]
         if column == "shot_number":
             return values.astype(np.uint64)
-        numbers = values.astype(np.float64)
+        numbers = values.astype(np.float32 if column == "rh" else np.float64)
         missing = (numbers < 0) | (numbers >= 255) if column in FLAGS else numbers <= FILL_BELOW
         return np.where(missing, np.nan, numbers)
 

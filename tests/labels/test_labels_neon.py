@@ -171,28 +171,6 @@ def test_no_room_is_said_before_fetching_but_usual_sizes_do_not_refuse(neon, ser
     assert get_files(rough, tmp_path)[0]
 
 
-def test_a_second_run_fetches_nothing_and_a_cut_one_resumes(neon, server, tmp_path):
-    server.cut(f"/signed/{neon.names[1]}", times=1, after=2000)
-    wish = Wish(sites=("STEI",))
-    assert len(get_files(plan_get("neon", wish), tmp_path)[0]) == 4
-    assert (2000 in {first for _, path, first in server.log if neon.names[1] in path}) and server.asked(
-        "/signed/"
-    ) == 5
-    fetched, kept = get_files(plan_get("neon", wish), tmp_path)
-    assert fetched == [] and len(kept) == 4 and server.asked("/signed/") == 5
-    (tmp_path / MONTH / neon.names[2]).unlink()
-    assert get_files(plan_get("neon", wish), tmp_path)[0] == [f"{MONTH}/{neon.names[2]}"]
-
-
-def test_a_damaged_download_is_discarded(neon, server, tmp_path):
-    name = neon.names[0]
-    server.put(f"/signed/{name}", b"x" + body(name)[1:])
-    plan = plan_get("neon", Wish(sites=("STEI",), match="297000_5041"))
-    with pytest.raises(DataError, match=rf"md5 of {name} is [0-9a-f]{{32}}; expected [0-9a-f]{{32}}"):
-        get_files(plan, tmp_path)
-    assert list(tmp_path.glob(f"{MONTH}/*.tif*")) == [] and not (tmp_path / RECORD).exists()
-
-
 def test_a_file_that_is_there_and_wrong_is_an_error_until_overwritten(neon, tmp_path):
     plan = plan_get("neon", Wish(sites=("STEI",), match="297000_5041"))
     path = tmp_path / MONTH / neon.names[0]
