@@ -17,12 +17,10 @@ from canopy.config import validate_settings
 from canopy.errors import InputError
 from canopy.evaluation.maps import HeightMap, years_apart
 from canopy.evaluation.opening import open_heights
-from canopy.evaluation.pixels import Points, RasterPair, RasterTally, Tally, tally_rasters
+from canopy.evaluation.pixels import Matched, RasterPair, Tally, tally_rasters
 from canopy.evaluation.samples import (
     PARQUETS,
     TEXTS,
-    SampleBlocks,
-    SampleSet,
     block_samples,
     load_gedi,
     load_plots,
@@ -176,22 +174,11 @@ def score_rasters(
     raster, bounds = tally.layout.outlines()
     crs = np.array([str(grid.crs) for grid in tally.layout.grids])[raster]
     blocks = _block_table(tally.plain, np.array([pair.site for pair in pairs])[raster], crs, bounds)
-    facts = _raster_facts(pairs, tally, options, blocks)
-    return Evaluation(
-        "chm", overall, corrected, tally.shift, tally.shift_note, strata, tally.plain.joint, blocks, side_m,
-        tally.previews, None, facts | dict(provenance or {}), _raster_notes(pairs, tally, options, facts),
-    )  # fmt: skip
-
-
-def _raster_facts(
-    pairs: Sequence[RasterPair], tally: RasterTally, options: Options, blocks: pandas.DataFrame
-) -> dict[str, Any]:
-    """The provenance: plain data."""
     maps = list({id(pair.map): pair.map for pair in pairs}.values())
     floors = {options.floor if options.floor is not None else pair.reference.floor_m for pair in pairs}
     grid, known = tally.layout.grids[0], [day for pair in pairs for day in pair.reference.dates]
-    return {
-        "canopy_version": __version__,
+    stat, dates = options.stat or "mean", (min(known), max(known)) if known else ()
+    facts = {
         "map": _map_facts(maps[0]) if len(maps) == 1 else {"maps": [one.name for one in maps]},
         "reference": [_map_facts(pair.reference) for pair in pairs[:50]],
         "references": len(pairs),
@@ -199,13 +186,21 @@ def _raster_facts(
             "crs": str(grid.crs), "gsd_m": round(grid.gsd_m, 4), "width_px": grid.width,
             "height_px": grid.height, "bounds": grid.bounds,
         },
-        "rule": f"both on the coarser grid, area-weighted {options.stat or 'mean'}; pixels valid in both",
-        "stat": options.stat or "mean",
+        "rule": f"both on the coarser grid, area-weighted {stat}; pixels valid in both",
+        "stat": stat,
         "floor_m": sorted(floors),
-        **_date_facts(options, maps[0].dates, (min(known), max(known)) if known else ()),
-        "bootstrap": _bootstrap_facts(options, tally.layout.side_m, len(blocks))
-        | {"block_px": tally.layout.side_px},
-    }  # fmt: skip
+    } | _common_facts(options, maps[0].dates, dates, side_m, len(blocks))  # fmt: skip
+    facts["bootstrap"]["block_px"] = tally.layout.side_px
+    sides = [*(pair.map for pair in pairs), *(pair.reference for pair in pairs)]
+    notes = [*dict.fromkeys(note for side in sides for note in side.notes), _date_note(facts)]
+    if tally.shift is not None and not tally.shift["sure"]:
+        notes.append(f"the measured shift is not sure, so there is no corrected score: {tally.shift_note}")
+    elif tally.shift is None and options.shift:
+        notes.append(f"no shift was measured: {tally.shift_note}")
+    return Evaluation(
+        "chm", overall, corrected, tally.shift, tally.shift_note, strata, tally.plain.joint, blocks, side_m,
+        tally.previews, None, facts | dict(provenance or {}), notes,
+    )  # fmt: skip
 
 
 def _map_facts(heights: HeightMap) -> dict[str, Any]:
@@ -228,36 +223,23 @@ def _known_sha256(path: object) -> str | None:
     return None if Path(path).stat().st_size > _HASH_BYTES else file_sha256(path)
 
 
-def _date_facts(options: Options, map_dates: tuple[str, ...], ref_dates: tuple[str, ...]) -> dict[str, Any]:
-    """Dates of both sides (given ones win) and the gap in years, None where one is unknown."""
-    ours = tuple(options.map_date.split("/")) if options.map_date else map_dates
-    theirs = tuple(options.reference_date.split("/")) if options.reference_date else ref_dates
+def _common_facts(
+    options: Options, map_dates: Sequence[str], ref_dates: Sequence[str], side_m: float, blocks: int
+) -> dict[str, Any]:
+    """What the provenance has for every kind: dates (given ones win), their gap in years, the bootstrap."""
+    ours = options.map_date.split("/") if options.map_date else map_dates
+    theirs = options.reference_date.split("/") if options.reference_date else ref_dates
     gap = years_apart(ours, theirs)
     return {
+        "canopy_version": __version__,
         "map_dates": list(dict.fromkeys(ours)),
         "reference_dates": list(dict.fromkeys(theirs)),
-        "date_gap_years": None if gap is None or not np.isfinite(gap) else round(gap, 2) + 0.0,
-    }
-
-
-def _bootstrap_facts(options: Options, side_m: float, blocks: int) -> dict[str, Any]:
-    return {
-        "level": LEVEL, "replicates": options.replicates, "seed": options.seed, "block_m": round(side_m, 2),
-        "blocks_with_data": blocks,
+        "date_gap_years": None if gap is None else round(gap, 2) + 0.0,
+        "bootstrap": {
+            "level": LEVEL, "replicates": options.replicates, "seed": options.seed,
+            "block_m": round(side_m, 2), "blocks_with_data": blocks,
+        },
     }  # fmt: skip
-
-
-def _raster_notes(
-    pairs: Sequence[RasterPair], tally: RasterTally, options: Options, facts: Mapping[str, Any]
-) -> list[str]:
-    """What a reader must know, one sentence each."""
-    sides = [*(pair.map for pair in pairs), *(pair.reference for pair in pairs)]
-    notes = [*dict.fromkeys(note for side in sides for note in side.notes), _date_note(facts)]
-    if tally.shift is not None and not tally.shift.sure:
-        notes.append(f"the measured shift is not sure, so there is no corrected score: {tally.shift.note}")
-    elif tally.shift is None and options.shift:
-        notes.append(f"no shift was measured: {tally.shift_note}")
-    return notes
 
 
 def _date_note(facts: Mapping[str, Any]) -> str:
@@ -325,49 +307,32 @@ def _against_samples(
     count = len(blocks.bounds)
     tally = Tally(count)
     cut = {by: (codes[seen], names) for by, (codes, names) in strata.items()}
-    tally.add(Points(ours, theirs, blocks.number, np.arange(count)), cut)
+    everything = np.ones(len(table), bool)
+    tally.add(Matched(ours, theirs, everything, blocks.number, np.arange(count)), cut)
     absent = ABSENT_IN_SAMPLES | (dict.fromkeys(BOUNDED, _NO_INTERVAL) if heights.has_interval else {})
     overall, parts = tally.scores(
         {by: names for by, (_, names) in cut.items()}, replicates=options.replicates, seed=options.seed,
         side_m=blocks.side_m, absent=absent,
     )  # fmt: skip
-    facts = _sample_facts(heights, samples, reference, options, blocks, len(table))
-    facts |= {"stat": stat, "floor_m": [floor], "rule": f"{stat} of {facts['rule']}"}
+    shape = "polygons" if samples.polygons is not None else f"discs of {2 * samples.radius_m:g} m"
+    in_file = len(samples) + sum(samples.dropped.values())
+    facts = {
+        "map": _map_facts(heights),
+        "reference": [{"name": samples.name, "sha256": _known_sha256(reference), "column": samples.column}],
+        "rule": f"{stat} of the map's pixels over {shape}, of which at least 90 % are valid",
+        "stat": stat,
+        "floor_m": [floor],
+        "samples": {"in_file": in_file, "with_height": len(samples), "scored": len(table)},
+    } | _common_facts(options, heights.dates, samples.dates, blocks.side_m, count)
+    notes = list(heights.notes)
+    notes += [f"{n} of {in_file} rows have {why} and were left out" for why, n in samples.dropped.items()]
+    if len(table) < len(samples):
+        off = len(samples) - len(table)
+        notes.append(f"{off} of {len(samples)} samples lie off the map or on missing pixels")
     keep = np.sort(np.random.default_rng(0).permutation(len(table))[:_MOST_SAMPLES])
     return Evaluation(
         kind, overall, None, None, "footprints and plots are placed to metres: no shift is measured on them",
         parts, tally.joint,
         _block_table(tally, np.full(count, samples.name), np.full(count, blocks.crs), blocks.bounds),
-        blocks.side_m, (), table.iloc[keep].reset_index(drop=True), facts,
-        _sample_notes(heights, samples, facts),
+        blocks.side_m, (), table.iloc[keep].reset_index(drop=True), facts, [*notes, _date_note(facts)],
     )  # fmt: skip
-
-
-def _sample_facts(
-    heights: HeightMap, samples: SampleSet, reference: Any, options: Options, blocks: SampleBlocks, n: int
-) -> dict[str, Any]:
-    shape = "polygons" if samples.polygons is not None else f"discs of {2 * samples.radius_m:g} m"
-    return {
-        "canopy_version": __version__,
-        "map": _map_facts(heights),
-        "reference": [{"name": samples.name, "sha256": _known_sha256(reference), "column": samples.column}],
-        "rule": f"the map's pixels over {shape}, of which at least 90 % are valid",
-        "samples": {
-            "in_file": len(samples) + sum(samples.dropped.values()), "with_height": len(samples), "scored": n,
-        },
-        **_date_facts(options, heights.dates, samples.dates),
-        "bootstrap": _bootstrap_facts(options, blocks.side_m, len(blocks.bounds)),
-    }  # fmt: skip
-
-
-def _sample_notes(heights: HeightMap, samples: SampleSet, facts: Mapping[str, Any]) -> list[str]:
-    told = facts["samples"]
-    notes = [
-        *heights.notes,
-        *(f"{count} of {told['in_file']} rows have {why} and were left out"
-          for why, count in samples.dropped.items()),
-    ]  # fmt: skip
-    if told["scored"] < len(samples):
-        off = len(samples) - told["scored"]
-        notes.append(f"{off} of {len(samples)} samples lie off the map or on missing pixels")
-    return [*notes, _date_note(facts)]

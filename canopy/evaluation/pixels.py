@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from canopy.chips.register import LIMIT_M, ShiftMeter
 from canopy.errors import InputError
 from canopy.evaluation.grids import SAME_GSD, BlockSums, common_grid, pixel_metres, read_on
 from canopy.evaluation.maps import HeightMap
-from canopy.evaluation.scores import BOUNDED, MapShift, Options, Preview, Scores, score_sums
+from canopy.evaluation.scores import BOUNDED, Options, Preview, Scores, score_sums
 from canopy.evaluation.strata import Stratifier, cells_of
 from canopy.geo.area import SCALE_SLACK
 from canopy.geo.grid import Grid
@@ -90,75 +89,40 @@ class BlockLayout:
 
 # ---- sums -----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Window:
-    """Matched pixels of a window; arrays (h, w), `margin` ones (h + 2, w + 2): a pixel more on every side.
+class Matched:
+    """Pixels of a window (h, w), or footprints or plots (n,), of both sides.
 
     Attributes:
-        margin_map_m, margin_reference_m, margin_valid: metres, and True where both are known.
-        block: local block of each pixel; blocks: number of each local block.
-        bounds_m: lower and upper end of the map's interval (h, w), NaN where unknown.
+        map_m, reference_m, valid: metres, and True where both are known.
+        block: local block of each; blocks: number of each local block.
+        gradients: of both sides, computed once for all ways of cutting; None for what has no neighbours.
+        bounds_m: lower and upper end of the map's interval (2, h, w), NaN where unknown.
     """
 
-    margin_map_m: np.ndarray
-    margin_reference_m: np.ndarray
-    margin_valid: np.ndarray
+    map_m: np.ndarray
+    reference_m: np.ndarray
+    valid: np.ndarray
     block: np.ndarray
     blocks: np.ndarray
+    gradients: metrics.Gradients | None = None
     bounds_m: np.ndarray | None = None
 
-    @property
-    def map_m(self) -> np.ndarray:
-        return self.margin_map_m[1:-1, 1:-1]
-
-    @property
-    def reference_m(self) -> np.ndarray:
-        return self.margin_reference_m[1:-1, 1:-1]
-
-    @property
-    def valid(self) -> np.ndarray:
-        return self.margin_valid[1:-1, 1:-1]
-
-    @cached_property
-    def gradients(self) -> metrics.Gradients:
-        """Of both sides; computed once for all ways of cutting."""
-        return metrics.gradients(self.margin_map_m, self.margin_reference_m, self.margin_valid)
-
     def sums(self, codes: np.ndarray, count: int) -> np.ndarray:
-        """Sums (count, local blocks, fields) of the parts that codes (h, w) of 0 ... count - 1 name."""
+        """Sums (count, local blocks, fields) of the parts that codes of 0 ... count - 1 name, -1 none."""
         local = len(self.blocks)
         group = np.where(codes >= 0, codes * local + self.block, -1)
         ok = self.valid & (group >= 0)
         p, r = self.map_m[ok], self.reference_m[ok]
         limits = None if self.bounds_m is None else (self.bounds_m[0][ok], self.bounds_m[1][ok])
         sums = metrics.pixel_sums(p, r, group[ok], count * local, limits)
-        cell, cells = cells_of(self.valid.shape)
-        # A cell lies in one block; the strata of its pixels make one cell each.
-        cell_block = np.zeros(cells, np.int64)
-        cell_block[cell.ravel()] = self.block.ravel()
-        cell_group = (np.arange(count)[:, None] * local + cell_block).ravel()
-        sums += metrics.block_sums(p, r, codes[ok] * cells + cell[ok], cell_group, count * local)
-        sums += metrics.gradient_sums(self.gradients, group, count * local)
-        return sums.reshape(count, local, len(FIELDS))
-
-
-@dataclass(frozen=True)
-class Points:
-    """Footprints or plots (n,): heights in metres of both sides, and the number of each one's block."""
-
-    map_m: np.ndarray
-    reference_m: np.ndarray
-    block: np.ndarray
-    blocks: np.ndarray
-
-    @property
-    def valid(self) -> np.ndarray:
-        return np.ones(self.map_m.shape, bool)
-
-    def sums(self, codes: np.ndarray, count: int) -> np.ndarray:
-        """As `Window.sums`; points have no neighbours, so those of 50 px cells and of gradients stay 0."""
-        ok, local = codes >= 0, len(self.blocks)
-        group = (codes * local + self.block)[ok]
-        sums = metrics.pixel_sums(self.map_m[ok], self.reference_m[ok], group, count * local)
+        if self.gradients is not None:
+            cell, cells = cells_of(self.valid.shape)
+            # A cell lies in one block; the strata of its pixels make one cell each.
+            cell_block = np.zeros(cells, np.int64)
+            cell_block[cell.ravel()] = self.block.ravel()
+            cell_group = (np.arange(count)[:, None] * local + cell_block).ravel()
+            sums += metrics.block_sums(p, r, codes[ok] * cells + cell[ok], cell_group, count * local)
+            sums += metrics.gradient_sums(self.gradients, group, count * local)
         return sums.reshape(count, local, len(FIELDS))
 
 
@@ -171,7 +135,7 @@ class _Part:
 
 
 class Tally:
-    """Adds up windows or points over `blocks` spatial blocks, whole and by strata (up to 100 per way)."""
+    """Adds up what matched over `blocks` spatial blocks, whole and by strata (up to 100 per way)."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
@@ -179,8 +143,8 @@ class Tally:
         self.strata: dict[str, dict[str, _Part]] = {"": {"": self.whole}}
         self.joint = np.zeros((JOINT_BINS, JOINT_BINS), np.int64)
 
-    def add(self, seen: Window | Points, strata: Codes) -> None:
-        """Add a window whose upper-left corner is a corner of a 50 px cell, or points."""
+    def add(self, seen: Matched, strata: Codes) -> None:
+        """Add footprints or plots, or a window whose upper-left corner is a corner of a 50 px cell."""
         ok = seen.valid
         if not ok.any():
             return
@@ -260,7 +224,7 @@ class RasterTally:
     layout: BlockLayout
     plain: Tally
     corrected: Tally | None
-    shift: MapShift | None
+    shift: dict[str, Any] | None
     shift_note: str | None
     previews: list[Preview]
     absent: dict[str, str]
@@ -340,7 +304,7 @@ def _unbounded(pairs: Sequence[RasterPair], stat: str) -> str | None:
 def _reader(
     pair: RasterPair, grid: Grid, part: Grid, place: tuple[np.ndarray, np.ndarray], floor_m: float | None,
     stat: str, *, bounds: bool,
-) -> Callable[[tuple[float, float]], Window]:  # fmt: skip
+) -> Callable[[tuple[float, float]], Matched]:  # fmt: skip
     """Reads a window (`part` of `grid`) with the map taken from (right, down) pixels further.
 
     The reference is read once for all displacements.
@@ -354,11 +318,13 @@ def _reader(
     rows, cols = row + np.arange(core.height), col + np.arange(core.width)
     known &= ((rows >= 0) & (rows < grid.height))[:, None] & (cols >= 0) & (cols < grid.width)
 
-    def window(offset: tuple[float, float]) -> Window:
+    def window(offset: tuple[float, float]) -> Matched:
         got, valid = read_on(pair.map, moved(core, offset), stat, interval=bounds)
-        got = np.where(got < floor_m, 0, got) if floor_m else got
+        got, valid = np.where(got < floor_m, 0, got) if floor_m else got, valid & known
+        gradients = metrics.gradients(got[0], reference, valid)
+        inner = np.s_[1:-1, 1:-1]
         ends = np.where(valid, got[1:], np.nan)[:, 1:-1, 1:-1] if len(got) == 3 else None
-        return Window(got[0], reference, valid & known, *place, ends)
+        return Matched(got[0][inner], reference[inner], valid[inner], *place, gradients, ends)
 
     return window
 
@@ -382,7 +348,7 @@ def _windows(grid: Grid, side: int) -> Iterator[tuple[int, int, Grid]]:
 # ---- shift ----------------------------------------------------------------------------------------
 def _measured(
     pairs: Sequence[RasterPair], grids: Sequence[Grid], stat: str, progress: Progress
-) -> tuple[MapShift | None, str | None]:
+) -> tuple[dict[str, Any] | None, str | None]:
     """One displacement for all pairs, and why there is none."""
     sizes = [pixel_metres(grid) for grid in grids]
     if any(abs(a / b - 1) > 0.05 for size in sizes for a, b in zip(size, sizes[0], strict=True)):
@@ -407,17 +373,24 @@ def _measured(
     if found is None:
         return None, "no window with enough height structure on both sides"
     # Plus 0: the -0.0 of a rounded trifle is 0.0.
-    east, north = round(found.right_m, 3) + 0.0, round(-found.down_m, 3) + 0.0
-    spread = None if found.spread_m is None else round(found.spread_m, 3)
-    fits = round(found.fit, 4), round(found.fit_unshifted, 4)
-    shift = MapShift(east, north, *fits, spread, found.windows, found.doubt is None, found.doubt)
-    return shift, shift.note
+    shift = {
+        "east_m": round(found.right_m, 3) + 0.0,
+        "north_m": round(-found.down_m, 3) + 0.0,
+        "fit": round(found.fit, 4),
+        "fit_unshifted": round(found.fit_unshifted, 4),
+        "spread_m": None if found.spread_m is None else round(found.spread_m, 3),
+        "windows": found.windows,
+        "sure": found.doubt is None,
+        "note": found.doubt,
+        "length_m": math.hypot(found.right_m, found.down_m),
+    }
+    return shift, found.doubt
 
 
-def _offset_px(shift: MapShift | None, grid: Grid) -> tuple[float, float] | None:
+def _offset_px(shift: Mapping[str, Any] | None, grid: Grid) -> tuple[float, float] | None:
     """(right, down) pixels to read the map from; None where nothing may be undone."""
-    if shift is None or not shift.sure:
+    if shift is None or not shift["sure"]:
         return None
     mx, my = pixel_metres(grid)
-    offset = shift.east_m / mx, -shift.north_m / my
+    offset = shift["east_m"] / mx, -shift["north_m"] / my
     return offset if math.hypot(*offset) >= _LEAST_SHIFT_PX else (0.0, 0.0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -135,32 +135,6 @@ class Scores:
         return plain | {"by_height": {"value": value, "ci95": ci95}}
 
 
-@dataclass(frozen=True)
-class MapShift:
-    """Where the map lies relative to the reference: the map's content is displaced by (east_m, north_m).
-
-    Attributes:
-        fit: correlation (-1..1) of the structures at this displacement; fit_unshifted: at none.
-        spread_m: how far the displacements of single windows scatter round it (None: one window).
-        windows: how many were used.
-        sure: whether it may be acted upon; `note` says why not.
-    """
-
-    east_m: float
-    north_m: float
-    fit: float
-    fit_unshifted: float
-    spread_m: float | None
-    windows: int
-    sure: bool
-    note: str | None = None
-
-    @property
-    def length_m(self) -> float:
-        """Length of the displacement."""
-        return math.hypot(self.east_m, self.north_m)
-
-
 @dataclass(frozen=True, eq=False)
 class Preview:
     """A small picture of both sides on one grid; float32 (h, w) metres, NaN where not scored.
@@ -183,7 +157,10 @@ class Evaluation:
     Attributes:
         kind: chm, gedi or plots.
         overall: scores as the map is; corrected: after undoing the measured shift (None: see `shift`).
-        shift: None where it cannot be measured; `shift_note` says why.
+        shift: where the map's content lies relative to the reference (east_m, north_m, length_m), how well the
+            structures correlate there and undisplaced (fit, fit_unshifted), how far those of single windows
+            scatter (spread_m), how many windows, whether it may be acted upon (sure), why not (note); None
+            where it cannot be measured: `shift_note` says why.
         strata: way of cutting -> name of the part -> its scores; empty if none was asked for.
         joint: how often which pair of heights occurs: int (k, k), reference by map, in steps of half a metre.
         blocks: a row per spatial block that has scored pixels: site, crs, west, south, east, north (in that
@@ -197,7 +174,7 @@ class Evaluation:
     kind: str
     overall: Scores
     corrected: Scores | None
-    shift: MapShift | None
+    shift: Mapping[str, Any] | None
     shift_note: str | None
     strata: Mapping[str, Mapping[str, Scores]]
     joint: np.ndarray
@@ -214,8 +191,8 @@ class Evaluation:
         plain = {
             "kind": self.kind,
             "overall": self.overall.to_dict(),
-            "shift_m": {"east": shift.east_m, "north": shift.north_m} if shift else None,
-            "shift": asdict(shift) | {"length_m": shift.length_m} if shift else {"note": self.shift_note},
+            "shift_m": {"east": shift["east_m"], "north": shift["north_m"]} if shift else None,
+            "shift": dict(shift) if shift else {"note": self.shift_note},
             "corrected": self.corrected.to_dict() if self.corrected else None,
             "strata": {
                 by: {name: scores.to_dict() for name, scores in parts.items()}
