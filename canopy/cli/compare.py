@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json, takes_groups
+from canopy.evaluation.compare import CompareOptions, Comparison
+from canopy.evaluation.compare import compare as compare_maps
 from canopy.inference.options import AreaOptions
 
-if TYPE_CHECKING:
-    from canopy.evaluation.compare import Comparison
-
-
 _HELP_MAP = "GeoTIFF, VRT, folder of tiles, or a text file that lists tiles."
-_HELP_AS = "products: how far they agree; dates: what changed from A to B; auto: from their tags."
-_HELP_GSD = "Metres per pixel to compare on, in UTM. Default: the coarser map's own pixels."
 _HELP_BAND = "The height's band, of a file with several."
-_HELP_SIGMA = "Standard deviation of a pixel of {}, metres. Default: its interval bands, else 4 m."
 
 
 @takes_groups
@@ -27,23 +22,8 @@ def compare(
     b: Annotated[str, typer.Argument(metavar="B.tif", help="Second (later) map, likewise.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for maps, tables, report.")],
     place: AreaOptions,
-    mode: Annotated[str, typer.Option("--as", metavar="auto|products|dates", help=_HELP_AS)] = "auto",
-    gsd: Annotated[float | None, typer.Option("--gsd", help=_HELP_GSD)] = None,
-    cover_height: Annotated[float, typer.Option("--cover-height", help="Canopy is higher, metres.")] = 2.0,
-    block_m: Annotated[float, typer.Option("--block-m", help="Side of the blocks in blocks.csv, m.")] = 100.0,
-    confidence: Annotated[float, typer.Option("--confidence", help="Of a change, with dates.")] = 0.95,
-    sigma_a: Annotated[float | None, typer.Option("--sigma-a", help=_HELP_SIGMA.format("A"))] = None,
-    sigma_b: Annotated[float | None, typer.Option("--sigma-b", help=_HELP_SIGMA.format("B"))] = None,
-    nodata_a: Annotated[
-        float | None, typer.Option("--nodata-a", help="Value that means missing in A.")
-    ] = None,
-    nodata_b: Annotated[
-        float | None, typer.Option("--nodata-b", help="Value that means missing in B.")
-    ] = None,
-    band_a: Annotated[str | None, typer.Option("--band-a", metavar="N|NAME", help=_HELP_BAND)] = None,
-    band_b: Annotated[str | None, typer.Option("--band-b", metavar="N|NAME", help=_HELP_BAND)] = None,
+    options: CompareOptions,
     band: Annotated[str | None, typer.Option("--band", metavar="N|NAME", help="Of both maps.")] = None,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Draw report.html.")] = True,
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -65,17 +45,14 @@ def compare(
 
       canopy compare v1 v2 --bbox 44.083,-71.296 --size-m 5000 -o v1-v2
     """
-    from canopy.evaluation.compare import compare as compare_maps
     from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
-    area = place.area()
+    bands = {"band_a": options.band_a or band, "band_b": options.band_b or band}
     with progress_bar(quiet or json_) as progress:
         found = compare_maps(
-            a, b, out, area=area, overwrite=overwrite, inputs=[place.aoi], progress=progress, mode=mode,
-            gsd=gsd, cover_m=cover_height, block_m=block_m, confidence=confidence, sigma_a=sigma_a,
-            sigma_b=sigma_b, nodata_a=nodata_a, nodata_b=nodata_b, band_a=band_a or band,
-            band_b=band_b or band, report=report,
+            a, b, out, area=place.area(), overwrite=overwrite, inputs=[place.aoi], progress=progress,
+            **(options.model_dump() | bands),
         )  # fmt: skip
     for note in found.notes:
         log.warning(f"note: {note}")

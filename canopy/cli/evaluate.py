@@ -11,124 +11,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json, refuse_given
+from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json, refuse_given, takes_groups
+from canopy.config import Settings, option
+from canopy.errors import InputError
+from canopy.evaluation.scores import Evaluation, Options, Score
 from canopy.files import replacing
 from canopy.inference.options import HELP_BACKEND, HELP_PRECISION
 
 if TYPE_CHECKING:
-    from canopy.evaluation.benchmark import BenchmarkResult, Judged, Predict
-    from canopy.evaluation.scores import Evaluation, Score
+    from canopy.evaluation.benchmark.run import BenchmarkResult, Judged, Predict
     from canopy.inference.backends import Choice
     from canopy.models.height import HeightModel
 
 
 _HELP_MAP = "Height GeoTIFF, folder of tiles, or a published v1 or v2 map."
 _HELP_REFERENCE = "Height raster (may be repeated), table of GEDI shots, or field plots."
-_HELP_BY = (
-    "site, height, cover, slope, a column, NAME=classes.tif, NAME=zones.gpkg:COLUMN; several with commas."
-)
-_HELP_STAT = "What a pixel, footprint or plot takes. Default: mean; for GEDI the column's percentile."
-_HELP_FLOOR = "Heights below this count as 0 on both sides (NEON's height models: 2, or 0.667 m)."
 _HELP_BENCHMARK = "Named benchmark: neon-test, sao-paulo, california, france, open-canopy, pack."
-_HELP_DATA = "Folder of the benchmark's files; `canopy data get` fills it."
-_SCORING = "Benchmarks"
-_HELP_BLOCK = "Side of the blocks resampled for intervals, m. Default: up to 250 m, so that 25 are left."
-
-Map = Annotated[str | None, typer.Argument(metavar="MAP.tif", help=_HELP_MAP)]
-Reference = Annotated[list[str] | None, typer.Option("--reference", help=_HELP_REFERENCE)]
-Kind = Annotated[
-    str | None, typer.Option("--kind", metavar="chm|gedi|plots", help="Default: told from the file.")
-]
-By = Annotated[list[str] | None, typer.Option("--by", metavar="WAY,WAY", help=_HELP_BY)]
-Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")]
-Stat = Annotated[str | None, typer.Option("--stat", metavar="mean|max|p95", help=_HELP_STAT)]
-FloorM = Annotated[float | None, typer.Option("--floor-m", help=_HELP_FLOOR)]
-Sensor = Annotated[
-    str | None, typer.Option("--sensor", help="The floor by NEON's lidar: gemini, riegl or galaxy.")
-]
-Column = Annotated[str | None, typer.Option("--column", help="Heights of a table, e.g. rh_98.")]
-RadiusM = Annotated[
-    float | None, typer.Option("--radius-m", help="Of plots that are points. Default 10; GEDI 12.5.")
-]
-Slope = Annotated[Path | None, typer.Option("--slope", help="Raster of slope in degrees.")]
-Dem = Annotated[Path | None, typer.Option("--dem", help="Elevation raster, for slope.")]
-Shift = Annotated[bool, typer.Option("--shift/--no-shift", help="Measure the shift.")]
-BlockM = Annotated[float | None, typer.Option("--block-m", help=_HELP_BLOCK)]
-Replicates = Annotated[int, typer.Option("--replicates", help="Of the bootstrap; 0: no intervals.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the bootstrap.")]
-Nodata = Annotated[float | None, typer.Option("--nodata", help="Missing in the map.")]
-ReferenceNodata = Annotated[
-    float | None, typer.Option("--reference-nodata", help="Missing in the reference.")
-]
-Band = Annotated[
-    str | None, typer.Option("--band", metavar="N|NAME", help="The map's height band, if it has several.")
-]
-ReferenceBand = Annotated[
-    str | None, typer.Option("--reference-band", metavar="N|NAME", help="The reference's, likewise.")
-]
-Layer = Annotated[str | None, typer.Option("--layer", help="Of a vector file with several (plots).")]
-MapDate = Annotated[str | None, typer.Option("--map-date", help="2021, 2021-07 or 2021-07-04.")]
-ReferenceDate = Annotated[str | None, typer.Option("--reference-date", help="Likewise.")]
-Benchmark = Annotated[
-    str | None, typer.Option("--benchmark", metavar="NAME", help=_HELP_BENCHMARK, rich_help_panel=_SCORING)
-]
-Model = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model", help="Name or file; may be repeated. Default: default.", rich_help_panel=_SCORING
-    ),
-]
-DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", metavar="DIR", help=_HELP_DATA, rich_help_panel=_SCORING)
-]
-Group = Annotated[
-    list[str] | None,
-    typer.Option("--group", help="Only this group of the benchmark; repeat.", rich_help_panel=_SCORING),
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.", rich_help_panel=_SCORING)]
-Backend = Annotated[str, typer.Option("--backend", help=HELP_BACKEND, rich_help_panel=_SCORING)]
-Precision = Annotated[str, typer.Option("--precision", help=HELP_PRECISION, rich_help_panel=_SCORING)]
+_PANEL = "Benchmarks"
 
 
-_OF_MAPS = (
-    "kind", "by", "stat", "floor_m", "sensor", "column", "radius_m", "slope", "dem", "shift", "block_m",
-    "seed", "nodata", "reference_nodata", "band", "reference_band", "layer", "map_date", "reference_date",
-)  # fmt: skip
-_OF_BENCHMARKS = ("model", "data_dir", "group", "device", "backend", "precision")
+class BenchmarkOptions(Settings):
+    """What only --benchmark takes."""
+
+    model: list[str] = option([], "Name or file; may be repeated. Default: default.", panel=_PANEL)
+    data_dir: Path | None = option(
+        None, "Folder of the benchmark's files; `canopy data get` fills it.", metavar="DIR", panel=_PANEL
+    )
+    group: list[str] = option([], "Only this group of the benchmark; repeat.", panel=_PANEL)
+    device: str = option("auto", "auto, cpu, cuda or mps.", panel=_PANEL)
+    backend: str = option("auto", HELP_BACKEND, panel=_PANEL)
+    precision: str = option("auto", HELP_PRECISION, panel=_PANEL)
 
 
+@takes_groups
 def evaluate(
     context: typer.Context,
-    map_: Map = None,
-    reference: Reference = None,
-    kind: Kind = None,
-    by: By = None,
-    out: Out = None,
-    stat: Stat = None,
-    floor_m: FloorM = None,
-    sensor: Sensor = None,
-    column: Column = None,
-    radius_m: RadiusM = None,
-    slope: Slope = None,
-    dem: Dem = None,
-    shift: Shift = True,
-    block_m: BlockM = None,
-    replicates: Replicates = 1000,
-    seed: Seed = 0,
-    nodata: Nodata = None,
-    reference_nodata: ReferenceNodata = None,
-    band: Band = None,
-    reference_band: ReferenceBand = None,
-    layer: Layer = None,
-    map_date: MapDate = None,
-    reference_date: ReferenceDate = None,
-    benchmark: Benchmark = None,
-    model: Model = None,
-    data_dir: DataDir = None,
-    group: Group = None,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    precision: Precision = "auto",
+    options: Options,
+    judged: BenchmarkOptions,
+    map_: Annotated[str | None, typer.Argument(metavar="MAP.tif", help=_HELP_MAP)] = None,
+    reference: Annotated[list[str] | None, typer.Option("--reference", help=_HELP_REFERENCE)] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")] = None,
+    benchmark: Annotated[
+        str | None, typer.Option("--benchmark", metavar="NAME", help=_HELP_BENCHMARK, rich_help_panel=_PANEL)
+    ] = None,
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -149,45 +74,35 @@ def evaluate(
 
       canopy evaluate --benchmark pack --model default --model first.safetensors --data-dir ../shared/data
     """
-    from canopy.errors import InputError
     from canopy.evaluation.evaluate import evaluate as score
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
     if benchmark is not None:
-        refuse_given(context, *_OF_MAPS, where="--benchmark", because="a benchmark has rules of its own")
-        _refuse_map(map_, reference)
-
+        rules = [name for name in Options.model_fields if name != "replicates"]
+        refuse_given(context, *rules, where="--benchmark", because="a benchmark has rules of its own")
+        if map_ is not None or reference:
+            expected = "one or the other"
+            raise InputError("a map and a benchmark together", where="--benchmark", expected=expected)
         raise typer.Exit(evaluate_benchmark(
-            benchmark, model or (), data_dir, out, groups=group or (), device=device, backend=backend,
-            precision=precision, replicates=replicates, overwrite=overwrite, json_=json_, quiet=quiet,
+            benchmark, judged, out, replicates=options.replicates, overwrite=overwrite, json_=json_,
+            quiet=quiet,
         ))  # fmt: skip
-    refuse_given(context, *_OF_BENCHMARKS, where="evaluate", because="only --benchmark NAME runs a model")
+    because = "only --benchmark NAME runs a model"
+    refuse_given(context, *BenchmarkOptions.model_fields, where="evaluate", because=because)
     if map_ is None or not reference:
         missing = "MAP.tif" if map_ is None else "--reference"
         raise InputError("nothing to score" if map_ is None else "no reference", remedy=f"give {missing}")
-    ways = tuple(word.strip() for words in by or () for word in words.split(",") if word.strip())
     with progress_bar(quiet or json_) as progress:
         result = score(
-            map_, reference, out=out, overwrite=overwrite, progress=progress, kind=kind, by=ways, stat=stat,
-            floor_m=floor_m, sensor=sensor, column=column, radius_m=radius_m, slope=slope, dem=dem,
-            shift=shift, block_m=block_m, replicates=replicates, seed=seed, nodata=nodata,
-            reference_nodata=reference_nodata, band=band, reference_band=reference_band, layer=layer,
-            map_date=map_date, reference_date=reference_date,
-        )  # fmt: skip
+            map_, reference, out=out, overwrite=overwrite, progress=progress, **options.model_dump()
+        )
     if json_:
         print_json(result.to_dict())
     elif not quiet:
         print_scores(result)
         if out is not None:
             typer.echo(f"written to {out}")
-
-
-def _refuse_map(map_: str | None, reference: list[str] | None) -> None:
-    from canopy.errors import InputError
-
-    if map_ is not None or reference:
-        raise InputError("a map and a benchmark together", where="--benchmark", expected="one or the other")
 
 
 def print_scores(result: Evaluation) -> None:
@@ -243,52 +158,35 @@ def _interval(score: Score) -> str:
 
 
 def evaluate_benchmark(
-    name: str,
-    models: Sequence[str],
-    data_dir: Path | None,
-    out: Path | None,
-    *,
-    groups: Sequence[str] = (),
-    device: str = "auto",
-    backend: str = "auto",
-    precision: str = "auto",
-    replicates: int = 1000,
-    overwrite: bool = False,
-    json_: bool = False,
-    quiet: bool = False,
-) -> int:
+    name: str, judged: BenchmarkOptions, out: Path | None, *, replicates: int, overwrite: bool, json_: bool,
+    quiet: bool,
+) -> int:  # fmt: skip
     """Predict and score a benchmark with one or several models; print one table. Returns the exit code.
 
     Maps that an earlier run of the same model left are used again, unless `overwrite`. 0: done; 3: some
     scenes could not be predicted. Raises InputError for an unknown benchmark, model or group, or a
     folder that lacks its files.
     """
-    from canopy.evaluation.benchmark import (
-        append_rows,
-        audit_lines,
-        benchmark,
-        markdown,
-        rows_of,
-        run_benchmark,
-        scenes_of,
-    )
+    from canopy.evaluation.benchmark.manifest import benchmark, scenes_of
+    from canopy.evaluation.benchmark.run import append_rows, audit_lines, markdown, rows_of, run_benchmark
     from canopy.inference.backends import settle
     from canopy.models.registry import load_model
     from canopy.runtime import progress_bar
 
     manifest = benchmark(name)
-    scenes = scenes_of(manifest, data_dir, tuple(groups))
-    loaded = [(given, load_model(given)) for given in models or ("default",)]
+    scenes = scenes_of(manifest, judged.data_dir, judged.group)
+    loaded = [(given, load_model(given)) for given in judged.model or ["default"]]
     folder = out if out is not None else Path(f"benchmark-{name}")
     folder.mkdir(parents=True, exist_ok=True)
     results: list[BenchmarkResult] = []
     rows: list[dict[str, str]] = []
-    chosen = [settle(model, backend, precision, device) for _, model in loaded]
+    runners = judged.backend, judged.precision, judged.device
+    chosen = [settle(model, *runners) for _, model in loaded]
     for (given, model), choice in zip(loaded, chosen, strict=True):
-        judged = judged_model(given, model, choice)
         with progress_bar(quiet or json_) as progress:
             done = run_benchmark(
-                manifest, scenes, judged, predictor(model, choice, manifest.image_nodata), folder,
+                manifest, scenes, judged_model(given, model, choice),
+                predictor(model, choice, manifest.image_nodata), folder,
                 replicates=replicates, again=overwrite, progress=progress,
             )  # fmt: skip
         results.append(done)
@@ -315,7 +213,7 @@ def judged_model(given: str, model: HeightModel, choice: Choice) -> Judged:
 
     In low precision it is another model: its maps and scores lie apart.
     """
-    from canopy.evaluation.benchmark import Judged
+    from canopy.evaluation.benchmark.run import Judged
 
     card = str(model.card.get("name", "")) if model.card else ""
     stem = Path(given).stem if Path(given).suffix else given
@@ -329,7 +227,7 @@ def judged_model(given: str, model: HeightModel, choice: Choice) -> Judged:
 
 def predictor(model: HeightModel, choice: Choice, nodata: float | None) -> Predict:
     """A function that maps one scene with the real inference."""
-    from canopy.evaluation.benchmark import Scene
+    from canopy.evaluation.benchmark.manifest import Scene
     from canopy.evaluation.opening import open_heights
     from canopy.geo.area import AOI
     from canopy.geo.crs import to_crs

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from canopy import __version__
-from canopy.config import Settings, validate_settings
+from canopy.config import Settings, option, validate_settings
 from canopy.errors import ConfigError, InputError
 from canopy.evaluation.change import (
     CHANGE_CLASSES,
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 TILE_PX = 1024
 MODES = ("auto", "products", "dates")
+_HELP_AS = "products: how far they agree; dates: what changed from A to B; auto: from their tags."
+_HELP_SIGMA = "Standard deviation of a pixel of {}, metres. Default: its interval bands, else 4 m."
 # Two maps of one model whose imagery is this far apart are two dates, not two products.
 DATES_APART_YEARS = 0.5
 # Of the canopy of A: beyond this share "no significant change" says more of the errors than of the trees.
@@ -50,32 +52,20 @@ COVER_CLASSES = {1: "open in both", 2: "canopy in A only", 3: "canopy in B only"
 
 
 class CompareOptions(Settings):
-    """What `canopy compare` can be asked.
+    """What `canopy compare` can be asked."""
 
-    Attributes:
-        mode: "products", "dates" (A is the earlier one) or "auto".
-        gsd: ground metres per pixel of the common grid; None: the coarser map's own pixels.
-        cover_m: canopy is what is higher.
-        block_m: side of the blocks of the table, ground metres.
-        confidence: of a change (dates).
-        sigma_a, sigma_b: standard deviation of each map's pixel in metres (dates).
-        nodata_a, nodata_b: values that mean missing, in place of what the files say.
-        band_a, band_b: number or name of each height's band.
-        report: whether to draw report.html.
-    """
-
-    mode: str = "auto"
-    gsd: float | None = None
-    cover_m: float = 2.0
-    block_m: float = 100.0
-    confidence: float = 0.95
-    sigma_a: float | None = None
-    sigma_b: float | None = None
-    nodata_a: float | None = None
-    nodata_b: float | None = None
-    band_a: int | str | None = None
-    band_b: int | str | None = None
-    report: bool = True
+    mode: str = option("auto", _HELP_AS, flags=("--as",), metavar="auto|products|dates")
+    gsd: float | None = option(None, "Metres per pixel to compare on, in UTM. Default: the coarser map's.")
+    cover_m: float = option(2.0, "Canopy is higher, metres.", flags=("--cover-height",))
+    block_m: float = option(100.0, "Side of the blocks in blocks.csv, ground metres.")
+    confidence: float = option(0.95, "Of a change, with dates.")
+    sigma_a: float | None = option(None, _HELP_SIGMA.format("A"))
+    sigma_b: float | None = option(None, _HELP_SIGMA.format("B"))
+    nodata_a: float | None = option(None, "Value that means missing in A, in place of what it says.")
+    nodata_b: float | None = option(None, "Value that means missing in B.")
+    band_a: int | str | None = option(None, "The height's band, of a file with several.", metavar="N|NAME")
+    band_b: int | str | None = option(None, "Likewise.", metavar="N|NAME")
+    report: bool = option(True, "Draw report.html.", flags=("--report/--no-report",))
 
     def check(self) -> CompareOptions:
         """The options, or InputError for a value out of range."""

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import field_validator
 from scipy import stats
 
 from canopy import metrics
 from canopy.chips.targets import sensor_floor
-from canopy.config import Settings
+from canopy.config import Settings, option
 from canopy.errors import InputError
 from canopy.metrics import COLUMN, HEIGHT_BINS_M, HeightCounts, percent_of
 
@@ -33,32 +34,43 @@ if TYPE_CHECKING:
     import pandas
 
 KINDS = ("chm", "gedi", "plots")
-REPLICATES = 1000
+_HELP_BY = (
+    "site, height, cover, slope, a column, NAME=classes.tif, NAME=zones.gpkg:COLUMN; several with commas."
+)
+_HELP_STAT = "What a pixel, footprint or plot takes. Default: mean; for GEDI the column's percentile."
+_HELP_FLOOR = "Heights below this count as 0 on both sides (NEON's height models: 2, or 0.667 m)."
+_HELP_BLOCK = "Side of the blocks resampled for intervals, m. Default: up to 250 m, so that 25 are left."
 
 
 class Options(Settings):
     """What `evaluate` takes besides the two sides; see there."""
 
-    kind: str | None = None
-    by: tuple[str, ...] = ()
-    stat: str | None = None
-    floor_m: float | None = None
-    sensor: str | None = None
-    column: str | None = None
-    radius_m: float | None = None
-    slope: str | Path | None = None
-    dem: str | Path | None = None
-    block_m: float | None = None
-    shift: bool = True
-    replicates: int = REPLICATES
-    seed: int = 0
-    nodata: float | None = None
-    reference_nodata: float | None = None
-    band: int | str | None = None
-    reference_band: int | str | None = None
-    layer: str | None = None
-    map_date: str | None = None
-    reference_date: str | None = None
+    kind: str | None = option(None, "Default: told from the file.", metavar="chm|gedi|plots")
+    by: list[str] = option([], _HELP_BY, metavar="WAY,WAY")
+    stat: str | None = option(None, _HELP_STAT, metavar="mean|max|p95")
+    floor_m: float | None = option(None, _HELP_FLOOR)
+    sensor: str | None = option(None, "The floor by NEON's lidar: gemini, riegl or galaxy.")
+    column: str | None = option(None, "Heights of a table, e.g. rh_98.")
+    radius_m: float | None = option(None, "Of plots that are points. Default 10; GEDI 12.5.")
+    slope: str | Path | None = option(None, "Raster of slope in degrees.")
+    dem: str | Path | None = option(None, "Elevation raster, for slope.")
+    block_m: float | None = option(None, _HELP_BLOCK)
+    shift: bool = option(True, "Measure the shift.", flags=("--shift/--no-shift",))
+    replicates: int = option(1000, "Of the bootstrap; 0: no intervals.")
+    seed: int = option(0, "Of the bootstrap.")
+    nodata: float | None = option(None, "Missing in the map.")
+    reference_nodata: float | None = option(None, "Missing in the reference.")
+    band: int | str | None = option(None, "The map's height band, if it has several.", metavar="N|NAME")
+    reference_band: int | str | None = option(None, "The reference's, likewise.", metavar="N|NAME")
+    layer: str | None = option(None, "Of a vector file with several (plots).")
+    map_date: str | None = option(None, "2021, 2021-07 or 2021-07-04.")
+    reference_date: str | None = option(None, "Likewise.")
+
+    @field_validator("by", mode="before")
+    @classmethod
+    def _ways(cls, value: Sequence[str]) -> list[str]:
+        """Each may be several, with commas between."""
+        return [way.strip() for words in value for way in words.split(",") if way.strip()]
 
     def check(self) -> Options:
         """The options, or InputError for one that is out of range."""
@@ -157,7 +169,7 @@ class Evaluation:
     Attributes:
         kind: chm, gedi or plots.
         overall: scores as the map is; corrected: after undoing the measured shift (None: see `shift`).
-        shift: where the map's content lies relative to the reference (east_m, north_m, length_m), how well the
+        shift: where the map's content lies relative to the reference (east_m, north_m, length_m), how well
             structures correlate there and undisplaced (fit, fit_unshifted), how far those of single windows
             scatter (spread_m), how many windows, whether it may be acted upon (sure), why not (note); None
             where it cannot be measured: `shift_note` says why.

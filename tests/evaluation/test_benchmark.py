@@ -12,16 +12,8 @@ import yaml
 
 from canopy.config import manifest_names
 from canopy.errors import AreaError, ConfigError, DataError, InputError
-from canopy.evaluation.benchmark import (
-    Judged,
-    append_rows,
-    audit_lines,
-    benchmark,
-    markdown,
-    rows_of,
-    run_benchmark,
-    scenes_of,
-)
+from canopy.evaluation.benchmark.manifest import benchmark, scenes_of
+from canopy.evaluation.benchmark.run import Judged, append_rows, audit_lines, markdown, rows_of, run_benchmark
 from canopy.runtime import manifests_dir
 
 NAMES = ["california", "france", "neon-test", "open-canopy", "pack", "sao-paulo"]
@@ -62,7 +54,7 @@ def pack(tmp_path, forest, write_map):
 def small(manifests, monkeypatch):
     """The pack benchmark with the groups that `pack` has; reports are others' tests and take their time."""
     monkeypatch.setattr(
-        "canopy.evaluation.benchmark.write_results", lambda result, out: out.mkdir(parents=True)
+        "canopy.evaluation.benchmark.run.write_results", lambda result, out: out.mkdir(parents=True)
     )
     groups = yaml.safe_load((manifests_dir() / "benchmarks" / "pack.yaml").read_text())["groups"]
     del groups["test-hard"]

@@ -1,0 +1,1 @@
+"""Named benchmarks: what they are, and running them."""
