@@ -83,8 +83,8 @@ def calibrate_model(
     Raises:
         InputError: bad names, data or model; nothing was written.
     """
-    source, target = resolve_model(model), Path(out)
-    check_output(target, [data, *kept_from], overwrite=overwrite, suffixes=(".safetensors",))
+    (target,) = check_output(out, [model, data, *kept_from], overwrite=overwrite, suffixes=(".safetensors",))
+    source = resolve_model(model)
     network = load_checkpoint(source)
     check_gsd(network, source)
     chips, identity = load_chips(data, splits)

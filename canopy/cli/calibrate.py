@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json
-from canopy.files import check_output
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -44,8 +43,6 @@ def gedi(
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
-    outs = [out, out.with_suffix(".gedi.json"), out.with_suffix(".gedi.png")]
-    check_output(outs, [map_, shots], overwrite=overwrite)
     with progress_bar(quiet or json_) as progress:
         report = correct_map(
             map_, shots, out, rh=rh, encoding=encoding, overwrite=overwrite, progress=progress
@@ -108,7 +105,6 @@ def interval(
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
-    check_output(out, [model, data, kept_from], overwrite=overwrite)
     with progress_bar(quiet or json_) as progress:
         facts = calibrate_model(
             model, data, out, kept_from=kept_from or (), splits=_names(splits),

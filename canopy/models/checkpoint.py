@@ -172,26 +172,37 @@ def write_model(
         CheckpointError: a value that is not a number, or none that fp16 can hold.
         OutputError: the file cannot be written.
     """
-    from safetensors.torch import save
+    import torch
 
-    stored = {
-        k: (v.half() if half and v.is_floating_point() and v.ndim > 1 and k not in BUFFERS else v)
-        .detach().cpu().contiguous()
-        for k, v in tensors.items()
-    }  # fmt: skip
-    check_finite(stored, path)
-    header = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "config": json.dumps(config.to_dict()),
-        "card": json.dumps(card),
+    def stored(name: str) -> Tensor:
+        value = tensors[name].detach().cpu()
+        if value.is_floating_point():
+            value = value.half() if half and value.ndim > 1 and name not in BUFFERS else value.float()
+        return value.contiguous()
+
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
+    table: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "config": json.dumps(config.to_dict()),
+            "card": json.dumps(card),
+        }
     }
-    data = memoryview(save(stored))
-    size = 8 + struct.unpack("<Q", data[:8])[0]
+    end = 0
+    # Wide numbers first, so that all are aligned; one at a time, as a model may be as large as the memory.
+    names = sorted(tensors, key=lambda name: (-stored(name).itemsize, name))
+    for name in names:
+        value = stored(name)
+        check_finite({name: value}, path)
+        place = [end, end + value.nbytes]
+        table[name] = {"dtype": kinds[value.dtype], "shape": list(value.shape), "data_offsets": place}
+        end = place[1]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part, part.open("wb") as file:
-        file.write(_header_bytes({"__metadata__": header, **json.loads(bytes(data[8:size]))}))
-        file.write(data[size:])
+        file.write(_header_bytes(table))
+        for name in names:
+            file.write(stored(name).view(-1).view(torch.uint8).numpy().tobytes())
     return file_sha256(path)
 
 

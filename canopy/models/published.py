@@ -91,7 +91,7 @@ def convert(
     half: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Convert a published checkpoint; takes about three times the memory of its weights.
+    """Convert a published checkpoint, one tensor at a time.
 
     Args:
         checkpoint, backbone, config: see `recognise`.
@@ -127,7 +127,7 @@ def convert(
         "dropped": dict(Counter(found.dropped.values())),
         "percentiles": "5th and 95th of each band, from the published mean and std of a normal distribution",
     }
-    tensors = {name: tensor.float() for name, tensor in found.tensors.items()} | {
+    tensors = found.tensors | {
         "mean": torch.tensor(found.config.mean).view(1, -1, 1, 1),
         "std": torch.tensor(found.config.std).view(1, -1, 1, 1),
         "centres": bin_centres(found.config.decoder),
