@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import rasterio
+import servers
 import yaml
 from affine import Affine
 from rasterio.enums import ColorInterp
@@ -141,22 +140,10 @@ def rgb() -> np.ndarray:
     return np.random.default_rng(0).integers(1, 255, (3, 64, 80), dtype=np.uint8)
 
 
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"canopy_tests_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def server() -> Iterator[object]:
+def server() -> Iterator[servers.Server]:
     """A running tests/servers.py server, with a retry policy that does not make the tests wait."""
-    running = _load("servers").start()
+    running = servers.start()
     with use_policy(RetryPolicy(attempts=4, first_wait_s=0.02, longest_wait_s=5.0, timeout_s=5.0)):
         yield running
     running.shutdown()

@@ -1,9 +1,13 @@
+"""Settings are read strictly, and every refusal is one line."""
+
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 
+from canopy import errors
 from canopy.config import Settings, load_settings
 from canopy.errors import ConfigError
 
@@ -26,9 +30,6 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_file_and_overrides_meet_the_defaults(tmp_path: Path) -> None:
     run = load_settings(Run, write(tmp_path, "steps: 5\n"), ["optim.learning_rate=2e-4"])
     assert run == Run(steps=5, optim=Optim(learning_rate=2e-4))
-
-
-def test_empty_file_means_defaults(tmp_path: Path) -> None:
     assert load_settings(Run, write(tmp_path, "")) == Run()
 
 
@@ -42,17 +43,23 @@ def test_empty_file_means_defaults(tmp_path: Path) -> None:
         ("steps: [1", [], ["not valid YAML"]),
         ("", ["steps"], ["key=value"]),
         ("", ["steps.deep=1", "steps=[1"], ["override"]),
+        (None, [], ["cannot be read"]),
     ],
 )
 def test_faults_are_named_in_one_line(
-    tmp_path: Path, text: str, overrides: list[str], words: list[str]
+    tmp_path: Path, text: str | None, overrides: list[str], words: list[str]
 ) -> None:
+    path = tmp_path / "none.yaml" if text is None else write(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
-        load_settings(Run, write(tmp_path, text), overrides)
+        load_settings(Run, path, overrides)
     assert all(word in str(caught.value) for word in words)
     assert "\n" not in str(caught.value)
 
 
-def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_settings(Run, tmp_path / "none.yaml")
+def test_an_error_is_one_line_with_every_part_also_from_another_process() -> None:
+    error = errors.ImageryError("holds 1 band\nof grey", where="a.tif", expected="RGB", remedy="use --bands")
+    assert str(error) == "a.tif: holds 1 band of grey; expected RGB. Use --bands"
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is errors.ImageryError and str(again) == str(error)
+    assert isinstance(error, ValueError) and error.exit_code == 2
+    assert issubclass(errors.OutputError, OSError) and errors.OutputError.exit_code == 1

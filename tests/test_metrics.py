@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage, stats
+from whole_arrays import score_arrays
 
 from canopy import metrics
 
-score_arrays = runpy.run_path(str(Path(__file__).with_name("whole_arrays.py")))["score_arrays"]
 TOL = 1e-9
 
 

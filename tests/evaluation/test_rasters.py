@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
 import geopandas
 import numpy as np
 import pytest
 from rasterio.warp import Resampling, calculate_default_transform, reproject
 from scipy import stats
 from shapely.geometry import box
+from whole_arrays import score_arrays
 
 import canopy
 from canopy import metrics
@@ -23,7 +21,6 @@ from canopy.geo.grid import Grid
 
 WEST, NORTH, UTM = 500_000.0, 4_882_000.0, "EPSG:32618"
 BANDS = ("canopy_height", "height_lower", "height_upper")
-score_arrays = runpy.run_path(str(Path(__file__).parents[1] / "whole_arrays.py"))["score_arrays"]
 
 
 @pytest.fixture(scope="module")
