@@ -63,31 +63,23 @@ class Lattice:
             )
 
     @classmethod
-    def of(cls, crop_px: int, patch_px: int = 16) -> Lattice:
-        """The default lattice of a model: stride and crop are multiples of its patch.
-
-        A multiple of the patch as stride makes the token grids of neighbouring crops coincide, so that what
-        is left of the patch pattern is the same in both.
-        """
-        # Three eighths: with a quarter, crops that saw different surroundings show as faint squares in closed
-        # forest at an 8-bit stretch; with half, nothing more is gained (embedded model, docs/predict.md).
-        overlap = max(patch_px, round(crop_px * 3 / 8 / patch_px) * patch_px)
-        if crop_px < 2 * patch_px:
-            return cls(crop_px, crop_px, 0)
-        # The taper gives the first tenth of the overlap under 3 % of the weight: a wide ramp hides seams
-        # better than a wide margin does (measured at equal cost).
-        return cls(crop_px, crop_px - overlap, overlap // 16)
-
-    @classmethod
     def of_model(cls, config: Any) -> Lattice:
         """The lattice that a model's `config` asks for by `overlap_px` and `margin_px`, else the default one.
 
-        A `config` needs no more than `crop_px` and `patch_px`.
+        A `config` needs no more than `crop_px` and `patch_px`. By default stride and crop are multiples of
+        the patch: so the token grids of neighbouring crops coincide, and what is left of the patch pattern is
+        the same in both.
         """
+        crop_px, patch_px = config.crop_px, config.patch_px
         overlap, margin = getattr(config, "overlap_px", 0), getattr(config, "margin_px", 0)
-        if not overlap:
-            return cls.of(config.crop_px, config.patch_px)
-        return cls(config.crop_px, config.crop_px - overlap, margin or overlap // 16)
+        if not overlap and crop_px < 2 * patch_px:
+            return cls(crop_px, crop_px, 0)
+        # Three eighths: with a quarter, crops that saw different surroundings show as faint squares in closed
+        # forest at an 8-bit stretch; with half, nothing more is gained (embedded model, docs/predict.md).
+        overlap = overlap or max(patch_px, round(crop_px * 3 / 8 / patch_px) * patch_px)
+        # The taper gives the first tenth of the overlap under 3 % of the weight: a wide ramp hides seams
+        # better than a wide margin does (measured at equal cost).
+        return cls(crop_px, crop_px - overlap, margin or overlap // 16)
 
     @property
     def served_px(self) -> int:
@@ -98,11 +90,6 @@ class Lattice:
     def overlap_px(self) -> int:
         """Pixels along an axis that two neighbours both serve."""
         return self.served_px - self.stride_px
-
-    @property
-    def waste(self) -> float:
-        """Pixels the network sees per pixel mapped, on a large area."""
-        return (self.crop_px / self.stride_px) ** 2
 
     def crop_slices(self, corner: tuple[int, int]) -> tuple[slice, slice]:
         """Rows and columns of a window that the crop in its row and column of crops reads."""
@@ -134,8 +121,9 @@ class Span:
     final: tuple[int, int]
 
     @property
-    def final_px(self) -> int:
-        return self.final[1] - self.final[0]
+    def final_slice(self) -> slice:
+        """The complete pixels, counted from the first crop's served part."""
+        return slice(self.final[0] - self.served_from, self.final[1] - self.served_from)
 
 
 @dataclass(frozen=True)
@@ -195,11 +183,12 @@ class Plan:
 
     def final_slices(self, window: WorkWindow) -> tuple[slice, slice]:
         """Rows and columns of `read_grid(window)` that are complete after the window."""
-        rows, cols = (
-            slice(*(edge - span.served_from + self.lattice.margin_px for edge in span.final))
-            for span in (window.rows, window.cols)
+        rows, cols = window.rows.final_slice, window.cols.final_slice
+        margin = self.lattice.margin_px
+        return (
+            slice(rows.start + margin, rows.stop + margin),
+            slice(cols.start + margin, cols.stop + margin),
         )
-        return rows, cols
 
 
 def plan_windows(grid: Grid, lattice: Lattice, window_px: int = WINDOW_PX) -> Plan:
@@ -222,7 +211,8 @@ def _spans(origin: int, length: int, lattice: Lattice, block: int) -> tuple[Span
         part = range(start, min(start + block, crops.stop))
         served_from = part.start * lattice.stride_px - origin
         done_to = part.stop * lattice.stride_px - origin
-        final = (min(max(served_from, 0), length), max(0, min(done_to, length)))
+        first = min(max(served_from, 0), length)
+        final = (first, max(first, min(done_to, length)))
         spans.append(Span(part, served_from, final))
     return tuple(spans)
 
@@ -300,13 +290,8 @@ class Canvas:
         left = window.cols.served_from - self._first_col
         self._carry_down[..., left : left + width] = self._sum[:, height:, :width]
         self._carry_right = self._sum[..., width:].clone()
-        top, side = (
-            span.final[0] - span.served_from if span.final_px > 0 else 0
-            for span in (window.rows, window.cols)
-        )
-        bottom, right = top + max(0, window.rows.final_px), side + max(0, window.cols.final_px)
         self._window = None
-        return self._sum[:, top:bottom, side:right].to(torch.float32)
+        return self._sum[:, window.rows.final_slice, window.cols.final_slice].to(torch.float32)
 
 
 def predict_array(
@@ -338,11 +323,11 @@ def predict_array(
     corners = [(row, col) for row in rows for col in cols]
     for first in range(0, len(corners), batch):
         part = corners[first : first + batch]
-        layers = network(np.stack([_crop(rgb, valid, row, col, crop_px) for row, col in part]))
+        places = [np.s_[row : row + crop_px, col : col + crop_px] for row, col in part]
+        layers = network(np.stack([_filled(rgb[:, *place], valid[place], crop_px) for place in places]))
         if first == 0:
             total = np.zeros((layers.shape[1], H, W))
-        for (row, col), maps in zip(part, layers, strict=True):
-            place = np.s_[row : row + crop_px, col : col + crop_px]
+        for place, maps in zip(places, layers, strict=True):
             height, width = weights[place].shape
             total[:, *place] += (maps * weight)[:, :height, :width]
             weights[place] += weight[:height, :width]
@@ -357,11 +342,9 @@ def _spread(length: int, crop_px: int, overlap_px: float) -> list[int]:
     return [round(start) for start in np.linspace(0, length - crop_px, count)]
 
 
-def _crop(rgb: np.ndarray, valid: np.ndarray, row: int, col: int, side: int) -> np.ndarray:
-    """A crop (3, side, side) of an image, its holes and what lies beyond the image filled."""
+def _filled(rgb: np.ndarray, valid: np.ndarray, side: int) -> np.ndarray:
+    """A part of an image as a crop (3, side, side), its holes and what lies beyond the image filled."""
     from canopy.models.height import fill_invalid
 
-    place = np.s_[row : row + side, col : col + side]
-    here = valid[place]
-    beyond = ((0, side - here.shape[0]), (0, side - here.shape[1]))
-    return fill_invalid(np.pad(rgb[:, *place], ((0, 0), *beyond)), np.pad(here, beyond))
+    beyond = tuple((0, side - length) for length in valid.shape)
+    return fill_invalid(np.pad(rgb, ((0, 0), *beyond)), np.pad(valid, beyond))

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from canopy.errors import CheckpointError, ConfigError
-from canopy.geo.cog import BandSpec
 
 if TYPE_CHECKING:
     from canopy.geo.area import AOI
+    from canopy.geo.cog import BandSpec
     from canopy.inference.options import PredictOptions
     from canopy.models.heads import IntervalTable
     from canopy.models.height import HeightModel
@@ -69,12 +69,15 @@ class Extras:
     @property
     def layers(self) -> int:
         """Layers that are predicted and blended: the network's outputs, then scores of the flags."""
-        return len(self.outputs) + (len(self.quality.names) if self.quality else 0)
+        return len(self.outputs) + (len(NAMES) if self.quality else 0)
 
     @property
     def bands(self) -> tuple[Band, ...]:
         """Names and units of the map's bands, in order."""
-        return band_list(self.date, self.interval is not None, self.quality is not None)
+        bands: tuple[Band, ...] = (HEIGHT_BAND,)
+        bands += INTERVAL_BANDS if self.interval is not None else ()
+        bands += (DATE_BAND,) if self.date else ()
+        return bands + ((QUALITY_BAND,) if self.quality is not None else ())
 
     def stack(self, layers: np.ndarray, days: np.ndarray) -> np.ndarray:
         """Blended layers (`layers`, h, w) and days (h, w) -> the map's bands (b, h, w) float32."""
@@ -102,30 +105,20 @@ def extras_of(options: PredictOptions, model: HeightModel, aoi: AOI | None = Non
     if options.interval is not None:
         from canopy.models.heads import check_level, table_of
 
-        table = table_of(model.card, () if aoi is None else _corners(aoi))
+        box = () if aoi is None else aoi.bounds_lonlat
+        corners = [(lon, lat) for lon in box[::2] for lat in box[1::2]]
+        table = table_of(model.card, corners)
         check_level(table.levels, options.interval)
     if options.quality_band:
         quality = rules_of(model.card)
     return Extras(options.date_band, table, options.interval or 0.9, quality)
 
 
-def _corners(aoi: AOI) -> list[tuple[float, float]]:
-    """(lon, lat) of the corners of an area's bounding box."""
-    west, south, east, north = aoi.bounds_lonlat
-    return [(lon, lat) for lon in (west, east) for lat in (south, north)]
-
-
 def band_specs(bands: Sequence[Band]) -> list[BandSpec]:
     """How a map's bands are written: flags stay whole numbers in every encoding."""
+    from canopy.geo.cog import BandSpec
+
     return [BandSpec(*band) for band in bands]
-
-
-def band_list(date: bool, interval: bool, quality: bool) -> tuple[Band, ...]:
-    """Names and units of a map's bands, in order."""
-    bands: tuple[Band, ...] = (HEIGHT_BAND,)
-    bands += INTERVAL_BANDS if interval else ()
-    bands += (DATE_BAND,) if date else ()
-    return bands + ((QUALITY_BAND,) if quality else ())
 
 
 CARD_KEY = "quality"
@@ -153,11 +146,6 @@ class QualityRules:
     scale: np.ndarray
     root: np.ndarray
     limit: float
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the score layers, in order."""
-        return NAMES
 
     def scores(self, rgb: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Scores (6, h, w) float32 of one crop: rgb (3, h, w) in 0..1, holes filled; valid (h, w).

@@ -8,7 +8,6 @@ towards zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +20,7 @@ from rasterio.windows import Window
 
 from canopy.errors import OutputError
 from canopy.geo.area import AOI
-from canopy.geo.grid import Grid
+from canopy.geo.grid import Grid, tiles_over
 from canopy.geo.reading import raster_env
 from canopy.inference.engine import RunSummary, Sink, Source
 from canopy.inference.layers import Extras
@@ -99,7 +98,7 @@ def regrid(
         Statistics of the resampled map (its `seconds` and `crops` stay 0).
     """
     extras = extras or Extras()
-    summary, tiles = RunSummary(), list(_tiles(grid))
+    summary, tiles = RunSummary(), tiles_over(grid, TILE_PX)
     if progress:
         progress.start(len(tiles), "resampling")
     with raster_env(), rasterio.open(scratch) as dataset, ExitStack() as stack:
@@ -116,7 +115,8 @@ def regrid(
             )
             for how in (Resampling.average if coarser else Resampling.bilinear, Resampling.nearest)
         )  # fmt: skip
-        for row, col, tile in tiles:
+        for tile in tiles:
+            row, col = grid.offset_of(tile)
             if finer:
                 window = Window(col, row, tile.width + 2 * FILL_PX, tile.height + 2 * FILL_PX)
                 layers, filled = _filled(*_read(smooth, nearest, window)[:2])
@@ -133,13 +133,6 @@ def regrid(
             if progress:
                 progress.advance()
     return summary
-
-
-def _tiles(grid: Grid) -> Iterator[tuple[int, int, Grid]]:
-    for row in range(0, grid.height, TILE_PX):
-        for col in range(0, grid.width, TILE_PX):
-            height, width = min(TILE_PX, grid.height - row), min(TILE_PX, grid.width - col)
-            yield row, col, grid.window(row, col, height, width)
 
 
 def _read(smooth: WarpedVRT, nearest: WarpedVRT, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

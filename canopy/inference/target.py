@@ -4,10 +4,8 @@ Usually they are one. They differ where the user asks for another ground sample 
 for a grid in degrees: then heights are predicted on a metric grid at the model's ground sample distance and
 resampled (see `regrid`), because a network only knows trees at the size it has learned.
 
-The grid of quadkeys: Web-Mercator pixels that divide every quadkey evenly, and heights on them.
-
-A Web-Mercator pixel shrinks with the cosine of the latitude, and a network only knows trees at the size it
-has learned. Heights are therefore predicted at the model's own ground sample distance, in UTM, and resampled.
+So are the Web-Mercator pixels that divide every quadkey evenly: they shrink with the cosine of the latitude,
+and heights on them are resampled from UTM.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from canopy.errors import AreaError, ConfigError, ImageryError
 from canopy.geo.area import AOI
-from canopy.geo.crs import METRES_PER_DEGREE, ground_crs, metres_per_unit, to_crs, utm_crs
-from canopy.geo.grid import Grid
+from canopy.geo.crs import METRES_PER_DEGREE, ground_crs, metres_per_unit, to_crs
+from canopy.geo.grid import HALF_WORLD_M, WEB_MERCATOR, Grid
 
 if TYPE_CHECKING:
     from odc.geo import CRS
@@ -79,8 +77,7 @@ def choose_target(
         ImageryError: `crs="image"` without a single image grid.
         AreaError: the area and the image do not meet.
     """
-    if gsd_m is not None and not (math.isfinite(gsd_m) and 0 < gsd_m <= 10_000):
-        raise ConfigError(f"{gsd_m} is no ground sample distance", where="--gsd", expected="metres, above 0")
+    _check_gsd(model_gsd_m if gsd_m is None else gsd_m)
     if crs == "image":
         return _on_image(aoi, model_gsd_m, gsd_m, native)
     if crs == "quadkey":
@@ -93,6 +90,11 @@ def choose_target(
         grid = aoi.grid(chosen, model_gsd_m)
         return Target(grid, grid)
     return _resampled(aoi, aoi.grid(chosen, gsd_m), model_gsd_m)
+
+
+def _check_gsd(gsd_m: float) -> None:
+    if not (math.isfinite(gsd_m) and 0 < gsd_m <= 10_000):
+        raise ConfigError(f"{gsd_m} is no ground sample distance", where="--gsd", expected="metres, above 0")
 
 
 def _on_image(aoi: AOI, model_gsd_m: float, gsd_m: float | None, native: Grid | None) -> Target:
@@ -119,14 +121,10 @@ def _on_image(aoi: AOI, model_gsd_m: float, gsd_m: float | None, native: Grid | 
 
 def _part_of(native: Grid, aoi: AOI) -> Grid:
     """The smallest window of `native` that holds the area; inside the image."""
-    bounds = aoi.to_crs(native.crs).geometry.bounds
-    corners = [native.rowcol(x, y) for x in bounds[0::2] for y in bounds[1::2]]
-    # A hair of tolerance: an area that was made from this very grid must not gain a row by rounding.
-    top, left = (max(0, math.floor(min(values) + 1e-6)) for values in zip(*corners, strict=True))
-    bottom, right = (
-        min(limit, math.ceil(max(values) - 1e-6))
-        for values, limit in zip(zip(*corners, strict=True), native.shape, strict=True)
-    )
+    over = native.window_over(aoi.to_crs(native.crs).geometry.bounds)
+    row, col = native.offset_of(over)
+    top, left = max(0, row), max(0, col)
+    bottom, right = min(native.height, row + over.height), min(native.width, col + over.width)
     if bottom <= top or right <= left:
         raise AreaError("the area and the image do not overlap", where=aoi.describe())
     return native.window(top, left, bottom - top, right - left)
@@ -159,19 +157,13 @@ MOST_STRETCH = 0.015
 _WORLD_PX_LEVELS = range(12, 31)
 
 
-def pixel_level(gsd_m: float, lat: float) -> int:
-    """n of the pixel 2 * HALF_WORLD_M / 2**n whose ground size at a latitude is nearest to `gsd_m`."""
-    from canopy.geo.grid import HALF_WORLD_M
+def quadkey_pixel(gsd_m: float, lat: float) -> float:
+    """Side, EPSG:3857 metres, of the pixel that is nearest to `gsd_m` on the ground at a latitude.
 
+    A power of two of such pixels fits around the world, so that every quadkey holds whole ones.
+    """
     exact = math.log2(2 * HALF_WORLD_M * math.cos(math.radians(lat)) / gsd_m)
-    return min(max(round(exact), _WORLD_PX_LEVELS.start), _WORLD_PX_LEVELS.stop - 1)
-
-
-def pixel_at(level: int) -> float:
-    """Side of a pixel, EPSG:3857 metres, when the world is 2**level pixels wide."""
-    from canopy.geo.grid import HALF_WORLD_M
-
-    return 2 * HALF_WORLD_M / (1 << level)
+    return 2 * HALF_WORLD_M / 2 ** min(max(round(exact), _WORLD_PX_LEVELS.start), _WORLD_PX_LEVELS.stop - 1)
 
 
 def quadkey_output(
@@ -185,10 +177,7 @@ def quadkey_output(
         AreaError: beyond Web Mercator's latitudes, or across the antimeridian.
         ConfigError: an impossible `gsd_m`.
     """
-    from canopy.geo.grid import WEB_MERCATOR
-
-    if not (math.isfinite(gsd_m) and 0 < gsd_m <= 10_000):
-        raise ConfigError(f"{gsd_m} is no ground sample distance", where="--gsd", expected="metres, above 0")
+    _check_gsd(gsd_m)
     west, south, east, north = aoi.bounds_lonlat
     if west > east:
         raise AreaError(
@@ -198,11 +187,11 @@ def quadkey_output(
         )
     if max(abs(south), abs(north)) > 85.05:
         raise AreaError("the area reaches beyond 85.05 degrees", where=option, remedy=instead)
-    pixel = pixel_at(pixel_level(gsd_m, aoi.centroid_lonlat[1]))
+    pixel = quadkey_pixel(gsd_m, aoi.centroid_lonlat[1])
     return Grid.from_bounds(aoi.to_crs(WEB_MERCATOR).geometry.bounds, to_crs(WEB_MERCATOR), pixel)
 
 
-def one_zone(aoi: AOI, native_crs: object = None):  # type: ignore[no-untyped-def]  # -> CRS | None
+def one_zone(aoi: AOI, native_crs: CRS | None = None) -> CRS | None:
     """The UTM zone that can serve the whole area without stretching it by more than 1.5 %, or None."""
     crs = aoi.output_crs(native_crs)
     west, _, east, _ = aoi.bounds_lonlat
@@ -218,14 +207,14 @@ def one_zone(aoi: AOI, native_crs: object = None):  # type: ignore[no-untyped-de
     return crs if all(abs(gsd - 1) <= MOST_STRETCH for gsd in nominal) else None
 
 
-def predict_grid_for(output: Grid, crs: object, gsd_m: float) -> Grid:
+def predict_grid_for(output: Grid, crs: CRS, gsd_m: float) -> Grid:
     """The pixels to predict for a map's window: on the lattice of `crs` at `gsd_m`, with a margin."""
     bounds = AOI.from_grid(output).to_crs(crs).geometry.bounds
     return Grid.from_bounds(bounds, crs, gsd_m).pad(MARGIN_PX)
 
 
 def quadkey_target(
-    aoi: AOI, model_gsd_m: float, gsd_m: float | None = None, native_crs: object = None
+    aoi: AOI, model_gsd_m: float, gsd_m: float | None = None, native_crs: CRS | None = None
 ) -> Target:
     """Both grids of an area's map on the grid of quadkeys.
 
@@ -242,8 +231,3 @@ def quadkey_target(
             remedy="use canopy map, which takes a zone for each tile",
         )
     return Target(predict_grid_for(output, crs, model_gsd_m), output)
-
-
-def zone_of(output: Grid):  # type: ignore[no-untyped-def]  # -> CRS
-    """The UTM zone of the middle of a window."""
-    return utm_crs(*AOI.from_grid(output).centroid_lonlat)

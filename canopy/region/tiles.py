@@ -18,7 +18,7 @@ from odc.geo import CRS
 
 from canopy.errors import AreaError, ConfigError
 from canopy.geo.area import AOI
-from canopy.geo.crs import to_crs
+from canopy.geo.crs import to_crs, utm_crs
 from canopy.geo.grid import HALF_WORLD_M, Grid, quadkey_at
 from canopy.inference.target import (
     MARGIN_PX,
@@ -27,7 +27,6 @@ from canopy.inference.target import (
     one_zone,
     predict_grid_for,
     quadkey_output,
-    zone_of,
 )
 
 # A UTM tile of zoom 10 is a square of this side, about what a quadkey of zoom 10 is at the equator.
@@ -190,7 +189,9 @@ class Lattices:
         """The grids of one tile, cut from those of the whole."""
         if self.predict == self.output:
             return Target(window, window)
-        whole = self.predict or _zone_grid(zone_of(window), self.gsd_m, self.output)
+        whole = self.predict or _zone_grid(
+            utm_crs(*AOI.from_grid(window).centroid_lonlat), self.gsd_m, self.output
+        )
         margin = MARGIN_PX + 2 * math.ceil(window.gsd_m / self.gsd_m)
         bounds = AOI.from_grid(window).to_crs(whole.crs).geometry.bounds
         top, left = (math.floor(v) - margin for v in whole.rowcol(bounds[0], bounds[3]))

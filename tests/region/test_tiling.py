@@ -12,7 +12,7 @@ from canopy.errors import AreaError, ConfigError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid, quadkey_bounds
-from canopy.inference.target import choose_target, one_zone, pixel_at, pixel_level, quadkey_output
+from canopy.inference.target import choose_target, one_zone, quadkey_output, quadkey_pixel
 from canopy.region.tiles import Tiling, side_px
 
 
@@ -65,7 +65,7 @@ def test_ground_area_is_that_of_the_map_also_in_web_mercator() -> None:
 
 
 def test_sides_follow_the_zoom_and_never_exceed_what_a_task_may_take() -> None:
-    pixel = pixel_at(26)
+    pixel = quadkey_pixel(0.6, 0.0)
     assert side_px("quadkey", pixel, 10, 2048) == 2048  # 65,536 px are divided by 32
     assert side_px("quadkey", pixel, 17, 2048) == 512
     assert side_px("utm", 0.5, 10, 2048) == 1280
@@ -75,9 +75,8 @@ def test_sides_follow_the_zoom_and_never_exceed_what_a_task_may_take() -> None:
 
 
 def test_pixels_of_quadkeys_are_powers_of_two_nearest_to_the_wish() -> None:
-    assert pixel_at(25) == pytest.approx(1.194329, abs=1e-6)  # of the published maps
-    assert pixel_level(1.19, 0.0) == 25
-    assert pixel_level(0.5, 60.0) == 25  # a pixel of 1.19 m is 0.6 m of ground there
+    assert quadkey_pixel(1.19, 0.0) == pytest.approx(1.194329, abs=1e-6)  # of the published maps
+    assert quadkey_pixel(0.5, 60.0) == quadkey_pixel(1.19, 0.0)  # that is 0.6 m of ground there
 
 
 def test_areas_that_one_utm_zone_cannot_serve() -> None:
