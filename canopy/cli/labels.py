@@ -149,7 +149,7 @@ def gedi(
     where = area.describe() if area else "all of the granules"
     count = f"{len(files)} granule{'s' * (len(files) != 1)}"
     if dry_run:
-        granules = [granule.facts() for granule in survey(files, filter_)]
+        granules = survey(files, filter_)
         total = sum(granule["shots"] for granule in granules)
         if json:
             shots = {"in_files": total}

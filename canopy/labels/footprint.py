@@ -58,6 +58,8 @@ def pool_over_disc(
     Raises:
         InputError: an unknown `how`, an array without a grid or of another shape.
     """
+    import pandas
+
     percent, radius = percent_of(how), diameter / 2
     if not (math.isfinite(diameter) and diameter > 0):
         raise InputError(f"disc diameter {diameter:g} m", expected="a number above 0")
@@ -67,21 +69,12 @@ def pool_over_disc(
     reach = math.ceil(radius / float(np.nanmin(scale, initial=np.inf)) + 1)
     near = (rows > -reach) & (rows < grid.height + reach) & (cols > -reach) & (cols < grid.width + reach)
     chosen = np.flatnonzero(near)
-    corners = (np.column_stack([rows, cols])[chosen] // _WINDOW_PX).astype(np.int64) * _WINDOW_PX
-    windows, which = np.unique(corners, axis=0, return_inverse=True)
-    parts = np.split(
-        chosen[np.argsort(which.ravel(), kind="stable")], np.cumsum(np.bincount(which.ravel()))[:-1]
-    )
-    for (row, col), shots_there in zip(windows.tolist(), parts, strict=True) if len(chosen) else ():
+    corners = pandas.DataFrame(np.column_stack([rows, cols])[chosen] // _WINDOW_PX * _WINDOW_PX).astype(int)
+    for (row, col), which in corners.groupby([0, 1]).indices.items():
         # With room for the discs on the window's edges.
-        top, left = max(row - reach, 0), max(col - reach, 0)
-        bottom, right = (
-            min(at + _WINDOW_PX + reach, n) for at, n in zip((row, col), grid.shape, strict=True)
-        )
-        if top >= bottom or left >= right:
-            continue
-        values = read(grid.window(top, left, bottom - top, right - left))
-        for at in np.array_split(shots_there, len(shots_there) * (2 * reach + 1) ** 2 // _GATHER_PX + 1):
+        top, left, side = row - reach, col - reach, _WINDOW_PX + 2 * reach
+        values = read(grid.window(top, left, side, side))
+        for at in np.array_split(chosen[which], len(which) * (2 * reach + 1) ** 2 // _GATHER_PX + 1):
             picked, size = _discs(values, rows[at] - top, cols[at] - left, scale[at], radius, reach)
             known = np.isfinite(picked)
             enough = known.sum(axis=1) >= np.maximum(min_valid * size - 1e-9, 1)
@@ -112,7 +105,10 @@ def _reader(raster: np.ndarray | str | Path | ReadHeights, grid: Grid | None) ->
 
     def from_array(window: Grid) -> np.ndarray:
         row, col = whole.offset_of(window)
-        return array[row : row + window.height, col : col + window.width]
+        inside = array[max(row, 0) : max(row + window.height, 0), max(col, 0) : max(col + window.width, 0)]
+        values = np.full(window.shape, np.nan, np.float32)
+        values[max(-row, 0) :, max(-col, 0) :][: inside.shape[0], : inside.shape[1]] = inside
+        return values
 
     return from_array, grid
 
@@ -145,15 +141,13 @@ def _pixel_places(grid: Grid, shots: pandas.DataFrame) -> tuple[np.ndarray, np.n
 def _discs(
     values: np.ndarray, rows: np.ndarray, cols: np.ndarray, scale: np.ndarray, radius: float, reach: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (n, m) of the discs round pixel-space places in an array (height, width), NaN for what is
-    missing or not of the disc; and how many pixels each disc has, (n,)."""
+    """Pixels (n, m) of the discs round pixel-space places well inside an array (height, width), NaN for what
+    is missing or not of the disc; and how many pixels each disc has, (n,)."""
     steps = np.arange(-reach, reach + 1)
     r, c = (np.floor(at).astype(np.int64)[:, None] + steps for at in (rows, cols))
     dy, dx = (r + 0.5 - rows[:, None]) * scale[:, 1:], (c + 0.5 - cols[:, None]) * scale[:, :1]
     disc = np.hypot(dx[:, None, :], dy[:, :, None]) <= radius + _EDGE_M
     # Coarse pixels: the one that holds the place.
     disc[~disc.any(axis=(1, 2)), reach, reach] = True
-    height, width = values.shape
-    inside = ((r >= 0) & (r < height))[:, :, None] & ((c >= 0) & (c < width))[:, None, :]
-    window = values[np.clip(r, 0, height - 1)[:, :, None], np.clip(c, 0, width - 1)[:, None, :]]
-    return np.where(disc & inside, window, np.nan).reshape(len(rows), -1), disc.sum(axis=(1, 2))
+    window = values[r[:, :, None], c[:, None, :]]
+    return np.where(disc, window, np.nan).reshape(len(rows), -1), disc.sum(axis=(1, 2))

@@ -110,25 +110,6 @@ def check_rh(rh: str | Sequence[int]) -> tuple[int, ...]:
     return percents
 
 
-@dataclass(frozen=True)
-class Granule:
-    """What a Level 2A file holds: version 2 or 3 by its variables, and shots per beam.
-
-    `absent` are the columns that it cannot fill, `unjudged` the filter's criteria that it cannot be held to.
-    """
-
-    path: Path
-    version: int
-    beams: dict[str, int]
-    absent: tuple[str, ...]
-    unjudged: tuple[str, ...]
-
-    def facts(self) -> dict[str, Any]:
-        """For `--json`."""
-        shots = sum(self.beams.values())
-        return {"file": str(self.path), "version": self.version, "shots": shots, "beams": self.beams}
-
-
 @dataclass
 class Tally:
     """Where the shots went; every shot read is in exactly one of the other counts.
@@ -194,11 +175,11 @@ def extract_shots(
     out = check_output(out, [*files, *l2b, *l4a], overwrite=overwrite, suffixes=SUFFIXES)[0]
     granules = survey(files, filter)
     progress, tally = progress or NoProgress(), Tally()
-    progress.start(sum(len(g.beams) for g in granules), "GEDI shots")
+    progress.start(sum(len(granule["beams"]) for granule in granules), "GEDI shots")
     tables: list[pandas.DataFrame] = []
     for granule in granules:
-        with open_granule(granule.path) as file:
-            for beam in beams_of(file, granule.path):
+        with open_granule(granule["file"]) as file:
+            for beam in beams_of(file, Path(granule["file"])):
                 tables.append(_good_shots(beam, area, percents, criteria, tally))
                 progress.advance()
     shots = pandas.concat(tables) if tables else pandas.DataFrame({name: [] for name in KEY})
@@ -217,22 +198,26 @@ def extract_shots(
     return {
         "out": str(out), "filter": filter, "rh": list(percents), "matched": matched,
         "shots": {name: value for name, value in vars(tally).items() if name != "extent"},
-        "granules": [granule.facts() for granule in granules], "notes": notes, "summary": str(tally),
+        "granules": granules, "notes": notes, "summary": str(tally),
     }  # fmt: skip
 
 
-def survey(files: Sequence[str | Path], filter: str = "strict") -> list[Granule]:
-    """Open every granule once and check that it can be used with the filter. Raises DataError."""
+def survey(files: Sequence[str | Path], filter: str = "strict") -> list[dict[str, Any]]:
+    """Open every granule once and check that it can be used with the filter. Raises DataError.
+
+    Returns for each what it holds, JSON-ready: `file`, `version` (2 or 3, by its variables), `shots`, and
+    shots per beam; `absent` columns that it cannot fill, `unjudged` criteria that it cannot be held to.
+    """
     require_gedi()
     paths = [Path(name) for name in files]
     for index, path in enumerate(paths):
         if path.resolve() in {other.resolve() for other in paths[:index]}:
             raise DataError("given twice", where=path, expected="every granule once")
     granules = [_survey_one(path, filter_named(filter)) for path in paths]
-    versions = {granule.version: granule.path for granule in granules if granule.beams}
+    versions = {granule["version"]: granule["file"] for granule in granules if granule["beams"]}
     if len(versions) > 1:
         raise DataError(
-            f"a granule of version 3 beside {versions[2].name} of version 2",
+            f"a granule of version 3 beside {Path(versions[2]).name} of version 2",
             where=versions[3],
             expected="one version: their geolocation and flags differ",
             remedy="run `canopy data gedi` once for each version",
@@ -240,7 +225,7 @@ def survey(files: Sequence[str | Path], filter: str = "strict") -> list[Granule]
     return granules
 
 
-def _survey_one(path: Path, criteria: Mapping[str, str]) -> Granule:
+def _survey_one(path: Path, criteria: Mapping[str, str]) -> dict[str, Any]:
     counts: dict[str, int] = {}
     absent: set[str] = set()
     version = 2
@@ -249,13 +234,16 @@ def _survey_one(path: Path, criteria: Mapping[str, str]) -> Granule:
             if lacking := [column for column in PLACE if beam.find(column) is None]:
                 raise beam.lacks(lacking)
             absent |= {column for column in L2A if beam.find(column) is None}
-            needed = set[str]().union(*map(_needs, criteria.values()))
             if criteria and all(absent & _needs(rule) for rule in criteria.values()):
-                raise beam.lacks([c for c in L2A if c in needed], remedy="use --filter none")
+                needed = set[str]().union(*map(_needs, criteria.values()))
+                raise beam.lacks([column for column in L2A if column in needed], remedy="use --filter none")
             counts[beam.name] = beam.count
             version = 3 if QUALITY_V3 in beam.group else version
-    unjudged = tuple(name for name, rule in criteria.items() if absent & _needs(rule))
-    return Granule(path, version, counts, tuple(column for column in L2A if column in absent), unjudged)
+    return {
+        "file": str(path), "version": version, "shots": sum(counts.values()), "beams": counts,
+        "absent": [column for column in L2A if column in absent],
+        "unjudged": [name for name, rule in criteria.items() if absent & _needs(rule)],
+    }  # fmt: skip
 
 
 def _good_shots(
@@ -327,15 +315,15 @@ def _nothing_left(tally: Tally, area: AOI | None, filter: str) -> InputError:
     return AreaError(what, where=area.describe(), remedy=remedy)
 
 
-def _notes_on(granules: Sequence[Granule], matched: dict[str, int], tally: Tally) -> Iterator[str]:
+def _notes_on(granules: Sequence[dict[str, Any]], matched: dict[str, int], tally: Tally) -> Iterator[str]:
     """What the user should know about a run that went well."""
-    for absent in dict.fromkeys(g.absent for g in granules if g.absent):
-        lacking = [g for g in granules if g.absent == absent]
-        names = lacking[0].path.name if len(lacking) == 1 else f"{len(lacking)} granules"
+    for absent in dict.fromkeys(tuple(g["absent"]) for g in granules if g["absent"]):
+        lacking = [g for g in granules if tuple(g["absent"]) == absent]
+        names = Path(lacking[0]["file"]).name if len(lacking) == 1 else f"{len(lacking)} granules"
         yield f"{names}: no {looked_for(absent)}; left empty there"
-        if lacking[0].unjudged:
-            yield f"{names}: the shots were not judged by {', '.join(lacking[0].unjudged)}"
-    yield from (f"{granule.path.name}: holds no shots" for granule in granules if not granule.beams)
+        if lacking[0]["unjudged"]:
+            yield f"{names}: the shots were not judged by {', '.join(lacking[0]['unjudged'])}"
+    yield from (f"{Path(g['file']).name}: holds no shots" for g in granules if not g["beams"])
     for product, count in matched.items():
         if count < tally.kept:
             yield f"{product}: values for {count} of {tally.kept} shots"

@@ -182,11 +182,11 @@ def test_version_3_is_told_by_its_variables(granule, tmp_path):
     columns["l2a_quality_flag_rel3"] = np.array([1, 0, 1, 0, 1, 1], np.uint8)
     columns["quality_flag"][:] = 1  # where one is left, it means less than the renamed one
     path = granule({"BEAM0101": columns})
-    assert survey([path])[0].version == 3
+    assert survey([path])[0]["version"] == 3
     assert run(path, tmp_path).shot_number.tolist() == [BIG, BIG + 2, BIG + 4, BIG + 5]
     del columns["quality_flag"]
     assert len(run(granule({"BEAM0101": columns}, "b.h5"), tmp_path)) == 4
-    assert survey([granule({"BEAM0101": l2a_columns(3)}, "c.h5")])[0].version == 2
+    assert survey([granule({"BEAM0101": l2a_columns(3)}, "c.h5")])[0]["version"] == 2
 
 
 def test_shot_numbers_are_exact_everywhere(granule, tmp_path):
@@ -321,7 +321,7 @@ def test_cover_and_biomass_are_joined_by_shot_number(granule, tmp_path):
 def test_missing_and_empty_beams_are_passed_over(granule, tmp_path):
     empty = {name: values[:0] for name, values in l2a_columns(1).items()}
     path = granule({"BEAM0101": l2a_columns(4), "BEAM0110": empty, "BEAM1000": {}, "METADATA": {}})
-    assert survey([path])[0].beams == {"BEAM0101": 4} and len(run(path, tmp_path)) == 4
+    assert survey([path])[0]["beams"] == {"BEAM0101": 4} and len(run(path, tmp_path)) == 4
 
 
 def damaged(name: str) -> dict[str, np.ndarray]:
