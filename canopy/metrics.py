@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -37,6 +38,8 @@ BLOCK_PX = 50
 BLOCK_VALID_SHARE = 0.5
 
 N_BINS = len(HEIGHT_BINS_M)
+# "0-2", "2-5", ... "60+"
+BIN_NAMES = (*(f"{low:g}-{high:g}" for low, high in pairwise(HEIGHT_BINS_M)), f"{HEIGHT_BINS_M[-1]:g}+")
 _COVER = tuple(f"{what}_{t}" for t in COVER_M for what in ("tp", "fp", "fn"))
 _BIN = tuple(f"{w}@{i}" for i in range(N_BINS) for w in ("n", "e", "ae", "ee", "in", "width", "bounded"))
 # One row of sums: pixels; relative errors; cover; bounds; height bins; blocks of 50 px; edges.

@@ -172,20 +172,26 @@ def compare(
     ):
         mode, why = choose_mode(one, two, chosen.mode)
         grid = common_grid(one, two, area, chosen.gsd)
-        if mode == "dates":
-            layers = {"change": ("change", "change_lower", "change_upper"), "classes": ("class",)}
-        else:
-            layers = {"difference": ("difference",), "cover": ("class",)}
+        dates = mode == "dates"
+        names = ("change", "classes") if dates else ("difference", "cover")
+        bands = ("change", "change_lower", "change_upper") if dates else ("difference",)
+        tags = {
+            "CANOPY_VERSION": __version__, "CANOPY_COMPARED_A": one.name, "CANOPY_COMPARED_B": two.name,
+        }  # fmt: skip
+        legend = CHANGE_CLASSES if dates else COVER_CLASSES
+        class_tags = {"CANOPY_CLASSES": "; ".join(f"{code} {name}" for code, name in legend.items())}
         with _staging(None if out is None else Path(out).expanduser()) as folder:
-            with contextlib.ExitStack() as stack:
-                tags = {"CANOPY_COMPARED_A": one.name, "CANOPY_COMPARED_B": two.name}
-                writers = [
-                    stack.enter_context(_writer(folder / f"{name}.tif", grid, bands, tags, mode))
-                    for name, bands in layers.items()
-                ]
-                found = _walk(one, two, grid, mode, why, chosen, writers, area, progress)
+            paths = [folder / f"{name}.tif" for name in names]
+            with (
+                CogWriter(paths[0], grid, [BandSpec(name) for name in bands], tags=tags) as metres,
+                CogWriter(
+                    paths[1], grid, [BandSpec("class", "1")], tags=tags | class_tags, encoding="uint8m",
+                    overviews="mode",
+                ) as classes,
+            ):  # fmt: skip
+                found = _walk(one, two, grid, mode, why, chosen, (metres, classes), area, progress)
             if out is None:
-                found.maps = {n: _array(folder / f"{n}.tif", bands) for n, bands in layers.items()}
+                found.maps = {path.stem: _array(path) for path in paths}
             else:
                 write_comparison(found, folder, chosen.report)
     return found
@@ -207,29 +213,20 @@ def choose_mode(a: HeightMap, b: HeightMap, asked: str) -> tuple[str, str]:
     return "products", "not known to be two dates of one product; --as dates compares them as such"
 
 
-def _array(path: Path, bands: Sequence[str]) -> xarray.DataArray:
+def _array(path: Path) -> xarray.DataArray:
     """A written map, NaN where missing, with dimensions (y, x), or (band, y, x) if there are several."""
     import rioxarray
 
     file: Any = rioxarray.open_rasterio(path, masked=True)
     with file:
         made = file.load().rename(path.stem)
-    return made.assign_coords(band=list(bands)) if len(bands) > 1 else made[0].drop_vars("band")
-
-
-def _writer(path: Path, grid: Grid, bands: Sequence[str], tags: dict[str, str], mode: str) -> CogWriter:
-    tags = {"CANOPY_VERSION": __version__, **tags}
-    if bands != ("class",):
-        return CogWriter(path, grid, [BandSpec(name) for name in bands], tags=tags)
-    legend = CHANGE_CLASSES if mode == "dates" else COVER_CLASSES
-    tags = tags | {"CANOPY_CLASSES": "; ".join(f"{code} {name}" for code, name in legend.items())}
-    spec = BandSpec("class", "1")
-    return CogWriter(path, grid, [spec], tags=tags, encoding="uint8m", overviews="mode")
+    names = made.attrs["long_name"]
+    return made[0].drop_vars("band") if isinstance(names, str) else made.assign_coords(band=list(names))
 
 
 def _walk(
     one: HeightMap, two: HeightMap, grid: Grid, mode: str, why: str, options: CompareOptions,
-    sinks: Sequence[CogWriter], area: AOI | None, progress: Progress | None,
+    writers: tuple[CogWriter, CogWriter], area: AOI | None, progress: Progress | None,
 ) -> Comparison:  # fmt: skip
     """Read both maps in windows of about 1000 px: memory does not depend on their size."""
     dates, cover_m, progress = mode == "dates", options.cover_m, progress or NoProgress()
@@ -263,8 +260,8 @@ def _walk(
             blind = canopy & (a[0] <= stored[2] - stored[0])
         else:
             stored, codes = b[:1] - a[:1], 1 + canopy + 2 * (b[0] > cover_m).astype(np.uint8)
-        sinks[0].write(stored.astype(np.float32), valid, row, col)
-        sinks[1].write(codes[None].astype(np.float32), valid, row, col)
+        writers[0].write(stored.astype(np.float32), valid, row, col)
+        writers[1].write(codes[None].astype(np.float32), valid, row, col)
         sums.add(a[0][valid], b[0][valid], ground[valid])
         members = {name: codes == code for code, name in legend.items()}
         preview.add(row, col, valid, {"a": a[0], "b": b[0], **members})

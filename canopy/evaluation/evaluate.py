@@ -22,8 +22,7 @@ from canopy.evaluation.samples import (
     PARQUETS,
     TEXTS,
     block_samples,
-    load_gedi,
-    load_plots,
+    load_samples,
     pool_map,
     sample_strata,
     table_format,
@@ -281,14 +280,10 @@ def _against_samples(
 
     if isinstance(reference, str | Path) and Path(reference).suffix.lower() in RASTERS:
         raise InputError("a raster, not a table", where=reference, remedy="use --kind chm")
-    if kind == "gedi":
-        samples = load_gedi(reference, options.column, options.radius_m)
-        # RH98 stands beside the 98th percentile of the disc's pixels.
-        percent = int("".join(c for c in samples.column if c.isdigit()) or 98)
-        stat = options.stat or f"p{percent if percent <= 100 else 98}"
-    else:
-        samples = load_plots(reference, options.column, options.radius_m, options.layer)
-        stat = options.stat or "mean"
+    samples = load_samples(kind, reference, options.column, options.radius_m, options.layer)
+    # RH98 stands beside the 98th percentile of the disc's pixels.
+    percent = "".join(c for c in samples.column if c.isdigit()) or "98"
+    stat = options.stat or (f"p{int(percent)}" if kind == "gedi" else "mean")
     strata = sample_strata(samples, options.by, slope=options.slope, dem=options.dem)
     values = pool_map(heights, samples, stat, progress)
     seen = np.isfinite(values)
@@ -314,7 +309,7 @@ def _against_samples(
         {by: names for by, (_, names) in cut.items()}, replicates=options.replicates, seed=options.seed,
         side_m=blocks.side_m, absent=absent,
     )  # fmt: skip
-    shape = "polygons" if samples.polygons is not None else f"discs of {2 * samples.radius_m:g} m"
+    shape = "polygons" if samples.radius_m is None else f"discs of {2 * samples.radius_m:g} m"
     in_file = len(samples) + sum(samples.dropped.values())
     facts = {
         "map": _map_facts(heights),

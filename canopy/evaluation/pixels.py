@@ -18,73 +18,15 @@ from canopy.errors import InputError
 from canopy.evaluation.grids import SAME_GSD, BlockSums, common_grid, pixel_metres, read_on
 from canopy.evaluation.maps import HeightMap
 from canopy.evaluation.scores import BOUNDED, Options, Preview, Scores, score_sums
-from canopy.evaluation.strata import Stratifier, cells_of
-from canopy.geo.area import SCALE_SLACK
+from canopy.evaluation.strata import BlockLayout, Stratifier, cells_of
 from canopy.geo.grid import Grid
 from canopy.metrics import BLOCK_PX, COLUMN, FIELDS, HeightCounts
 from canopy.runtime import NoProgress, Progress
 
 MOST_STRATA = 100
 JOINT_STEP_M, JOINT_BINS = 0.5, 160
-# Heights of forests are alike over some hundred metres; larger blocks would leave too few in a small area.
-WANTED_M = 250.0
-LEAST_WANTED = 25
-# Each block costs some kilobytes; more of them make intervals no truer.
-MOST = 1600
 # Codes (h, w) or (n,), -1 for none, and the names of the codes so far.
 Codes = Mapping[str, tuple[np.ndarray, Sequence[str]]]
-
-
-class BlockLayout:
-    """Blocks of `side_px` x `side_px` pixels from the upper left of every grid, numbered through.
-
-    The largest side up to 250 m (in steps of 50 px) that leaves 25 blocks; larger above 1,600 blocks.
-    `side_m` asks for a side; it is rounded to whole cells of 50 px.
-
-    Attributes:
-        count: blocks in all, also empty ones; side_m: their side in ground metres (median over the grids).
-    """
-
-    def __init__(self, grids: Sequence[Grid], side_m: float | None = None) -> None:
-        self.grids = tuple(grids)
-        gsd_m = float(np.median([grid.gsd_m for grid in grids]))
-        wanted = WANTED_M * (1 + SCALE_SLACK) if side_m is None else side_m + gsd_m * BLOCK_PX / 2
-        cells = max(1, math.floor(wanted / (gsd_m * BLOCK_PX)))
-        while side_m is None and cells > 1 and sum(self._sizes(cells)) < LEAST_WANTED:
-            cells -= 1
-        while sum(self._sizes(cells)) > max(MOST, len(grids)):
-            cells += 1
-        self.side_px = cells * BLOCK_PX
-        self.side_m = self.side_px * gsd_m
-        *self.bases, self.count = (int(x) for x in np.cumsum([0, *self._sizes(cells)]))
-
-    def _sizes(self, cells: int) -> list[int]:
-        side = cells * BLOCK_PX
-        return [-(-grid.height // side) * -(-grid.width // side) for grid in self.grids]
-
-    def local(self, raster: int, row: int, col: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks of a window: local number of each pixel's block (h, w), and the blocks' numbers (local,)."""
-        rows = (row + np.arange(shape[0])) // self.side_px
-        cols = (col + np.arange(shape[1])) // self.side_px
-        r, c = np.arange(rows[0], rows[-1] + 1), np.arange(cols[0], cols[-1] + 1)
-        inside = (rows - rows[0])[:, None] * len(c) + (cols - cols[0])
-        numbers = self.bases[raster] + r[:, None] * -(-self.grids[raster].width // self.side_px) + c
-        return inside, numbers.ravel()
-
-    def outlines(self) -> tuple[np.ndarray, np.ndarray]:
-        """Raster (count,) and west, south, east, north in its CRS (count, 4) of every block, by number."""
-        rasters, bounds = [], []
-        for raster, grid in enumerate(self.grids):
-            corners = np.mgrid[0 : grid.height : self.side_px, 0 : grid.width : self.side_px]
-            top, left = corners.reshape(2, -1)
-            t, end = (
-                grid.transform,
-                np.minimum(np.stack([top, left]) + self.side_px, [[n] for n in grid.shape]),
-            )
-            west, north = t.c + t.a * left, t.f + t.e * top
-            bounds.append(np.column_stack([west, t.f + t.e * end[0], t.c + t.a * end[1], north]))
-            rasters.append(np.full(len(top), raster))
-        return np.concatenate(rasters), np.concatenate(bounds)
 
 
 # ---- sums -----------------------------------------------------------------------------------------

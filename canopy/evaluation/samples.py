@@ -5,8 +5,10 @@ A map's statistic over discs and polygons, read in windows.
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +19,7 @@ import shapely
 from canopy.errors import DataError, InputError
 from canopy.evaluation.grids import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, own_grid
 from canopy.evaluation.maps import HeightMap
-from canopy.evaluation.pixels import LEAST_WANTED, MOST
-from canopy.evaluation.strata import missing_column, stratifiers
+from canopy.evaluation.strata import LEAST_WANTED, MOST, missing_column, stratifiers
 from canopy.evaluation.zones import geodesic_area_m2, pixels_in
 from canopy.geo.crs import to_crs, transformer, utm_crs
 from canopy.geo.grid import Grid
@@ -53,62 +54,56 @@ _MOST_PX = 30_000_000
 
 @dataclass(frozen=True, eq=False)
 class SampleSet:
-    """Places with a height; arrays are (n,).
+    """Places with a height.
 
     Attributes:
         name: of the file; column: where the height came from.
-        polygons: shapes in EPSG:4326, or None for discs of `radius_m` round lon, lat.
-        table: the other columns; dates: first and last, ISO, empty where unknown.
+        frame: one row per sample in EPSG:4326: points, which stand for discs of `radius_m`, or polygons
+            (`radius_m` None), and all columns of the file.
+        lon, lat, height_m: (n,) of the middle; metres. dates: first and last, ISO, empty where unknown.
         dropped: why rows were left out -> how many.
     """
 
     name: str
     column: str
+    frame: geopandas.GeoDataFrame
     lon: np.ndarray
     lat: np.ndarray
     height_m: np.ndarray
-    polygons: np.ndarray | None
-    radius_m: float
-    table: pandas.DataFrame
+    radius_m: float | None
     dates: tuple[str, ...]
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.lon)
 
 
 # ---- reading --------------------------------------------------------------------------------------
-def load_gedi(path: str | Path, column: str | None = None, radius_m: float | None = None) -> SampleSet:
-    """Shots of `canopy data gedi` (or any table that `read_shots` takes); heights are rh_98, else rh_95.
-
-    Raises DataError for no such table, InputError for a column that is not there.
-    """
-    from canopy.labels.shots import read_shots
-
-    shots = read_shots(path)
-    heights = [name for name in ("rh_98", "rh_95") if name in shots]
-    heights += sorted(name for name in shots if str(name).startswith("rh_"))
-    chosen = column or heights[0]
-    if chosen not in shots:
-        raise missing_column(chosen, shots.columns, path)
-    return _sample_set(shots, path, chosen, None, radius_m or GEDI_RADIUS_M)
-
-
-def load_plots(
+def load_samples(
+    kind: str,
     source: str | Path | geopandas.GeoDataFrame,
     column: str | None = None,
     radius_m: float | None = None,
     layer: str | None = None,
 ) -> SampleSet:
-    """Plots of a vector file, a GeoDataFrame, or a text table with lon and lat: points or polygons.
+    """GEDI shots (any table that `read_shots` takes), or plots: a vector file, a text table, a GeoDataFrame.
 
-    Points stand for discs of `radius_m`. Raises DataError for a file that cannot be read, InputError for a
-    missing column or mixed shapes.
+    Heights are in `column`, else in rh_98 or rh_95, or in the first of `HEIGHT_COLUMNS` that is there. Raises
+    DataError for a file that cannot be read, InputError for a missing column or mixed shapes.
     """
+    import pandas
+
     where = source if isinstance(source, str | Path) else "plots"
-    frame = read_places(source, layer) if isinstance(source, str | Path) else source
+    if kind == "gedi":
+        from canopy.labels.shots import read_shots
+
+        frame = read_shots(source)
+    else:
+        frame = read_places(source, layer) if isinstance(source, str | Path) else source
     names = {str(name).lower(): str(name) for name in frame.columns}
-    chosen = column or next((names[n] for n in HEIGHT_COLUMNS if n in names), None)
+    shot_heights = ("rh_98", "rh_95", *sorted(name for name in names if name.startswith("rh_")))
+    usual = shot_heights if kind == "gedi" else HEIGHT_COLUMNS
+    chosen = column or next((names[n] for n in usual if n in names), None)
     if chosen is None:
         raise InputError(
             "no height column found", where=where, expected=f"one of {', '.join(HEIGHT_COLUMNS)}",
@@ -117,75 +112,65 @@ def load_plots(
     if chosen not in frame:
         raise missing_column(chosen, frame.columns, where)
     if frame.crs is None:
-        raise DataError("no coordinate reference system", where=where, remedy="name it with .set_crs()")
-    kinds = set(frame.geom_type.dropna())
-    areas = kinds <= {"Polygon", "MultiPolygon"}
-    if not areas and not kinds <= {"Point"}:
-        raise InputError(f"{', '.join(sorted(kinds))}", where=where, expected="points, or polygons")
-    geographic = frame.to_crs("EPSG:4326")
-    polygons = geographic.geometry.make_valid().to_numpy() if areas else None
-    return _sample_set(geographic, where, chosen, polygons, radius_m or PLOT_RADIUS_M)
+        raise DataError("no coordinate reference system", where=where, remedy="add one to it")
+    shapes = set(frame.geom_type.dropna())
+    areas = shapes <= {"Polygon", "MultiPolygon"}
+    if not areas and not shapes <= {"Point"}:
+        raise InputError(f"{', '.join(sorted(shapes))}", where=where, expected="points, or polygons")
+    frame = frame.to_crs("EPSG:4326")
+    heights = pandas.to_numeric(frame[chosen], errors="coerce").to_numpy(np.float64)
+    centres = shapely.centroid(frame.geometry.to_numpy())
+    lon, lat = shapely.get_x(centres), shapely.get_y(centres)
+    placed, known = np.isfinite(lon + lat), np.isfinite(heights)
+    sane = (heights >= REFERENCE_LOWEST_M) & (heights <= REFERENCE_HIGHEST_M)
+    good = placed & known & sane
+    if not good.any():
+        raise DataError(f"no usable height in the column {chosen!r}", where=where, expected="metres")
+    dropped = {
+        f"no number in the column {chosen!r}": int((~known).sum()),
+        f"an impossible height in the column {chosen!r} (expected {REFERENCE_LOWEST_M:g} to "
+        f"{REFERENCE_HIGHEST_M:g} m)": int((known & ~sane).sum()),
+        "no place": int((known & sane & ~placed).sum()),
+    }
+    frame = frame[good].reset_index(drop=True)
+    default_m = GEDI_RADIUS_M if kind == "gedi" else PLOT_RADIUS_M
+    return SampleSet(
+        Path(str(where)).name, chosen, frame, lon[good], lat[good], np.maximum(heights[good], 0),
+        None if areas else radius_m or default_m, _dates(frame),
+        {why: count for why, count in dropped.items() if count},
+    )  # fmt: skip
 
 
 def read_places(path: str | Path, layer: str | None = None) -> geopandas.GeoDataFrame:
-    """A vector file, or a text or Parquet table with lon and lat, with a CRS. Raises DataError, AreaError."""
+    """A vector file, or a text or Parquet table with lon and lat. Raises DataError, AreaError."""
     import geopandas
     import pandas
 
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix in TEXTS + PARQUETS and not path.is_file():
+    if suffix not in TEXTS + PARQUETS:
+        return read_vector(path, layer)
+    if not path.is_file():
         raise DataError("no such file", where=path, remedy="check the spelling of the path")
     try:
-        if suffix in TEXTS:
-            separator, decimal = table_format(path)
-            frame = _with_points(
-                pandas.read_csv(path, sep=separator, decimal=decimal, encoding="utf-8-sig"), path
-            )
-        elif suffix in PARQUETS:
-            try:
-                frame = geopandas.read_parquet(path)
-            except ValueError:  # a table without geometry
-                frame = _with_points(pandas.read_parquet(path), path)
+        if suffix in PARQUETS:
+            with contextlib.suppress(ValueError):  # a table without geometry
+                return geopandas.read_parquet(path)
+            table = pandas.read_parquet(path)
         else:
-            frame = read_vector(path, layer)
-    except InputError:
-        raise
+            separator, decimal = table_format(path)
+            table = pandas.read_csv(path, sep=separator, decimal=decimal, encoding="utf-8-sig")
     except Exception as error:  # each reader has its own kind of exception
         raise DataError(
-            f"not a readable vector file or table ({type(error).__name__})", where=path,
+            f"not a readable table ({type(error).__name__})", where=path,
             expected="GeoPackage, GeoJSON, Shapefile, GeoParquet, or a text table with lon and lat",
         ) from error  # fmt: skip
-    if not len(frame):
-        raise DataError("no rows in the file", where=path)
-    if frame.crs is None:
-        raise DataError("the file names no coordinate reference system", where=path, remedy="add one to it")
-    return frame
-
-
-def table_format(path: Path) -> tuple[str, str]:
-    """Delimiter and decimal mark of a text table, told from its first two lines."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        head, line = file.readline(), file.readline()
-    separator = max(",;\t|", key=head.count)
-    comma = separator != "," and any(
-        part.count(",") == 1 and part.replace(",", "").strip(' "-\n').isdigit()
-        for part in line.split(separator)
-    )
-    return separator, "," if comma else "."
-
-
-def _with_points(table: pandas.DataFrame, path: Path) -> geopandas.GeoDataFrame:
-    import geopandas
-    import pandas
-
     names = {str(name).strip().lower(): name for name in table.columns}
     found = [next((names[n] for n in ways if n in names), None) for ways in (LON_COLUMNS, LAT_COLUMNS)]
     if None in found:
         there = ", ".join(map(str, list(table.columns)[:20]))
-        raise DataError(
-            "no columns lon and lat", where=path, expected=f"places in degrees; its columns are {there}"
-        )
+        expected = f"places in degrees; its columns are {there}"
+        raise DataError("no columns lon and lat", where=path, expected=expected)
     lon, lat = (pandas.to_numeric(table[name], errors="coerce") for name in found)
     if max(lon.abs().max(), 2 * lat.abs().max()) > 360:
         raise DataError(
@@ -196,47 +181,27 @@ def _with_points(table: pandas.DataFrame, path: Path) -> geopandas.GeoDataFrame:
     return geopandas.GeoDataFrame(table, geometry=geopandas.points_from_xy(lon, lat, crs="EPSG:4326"))
 
 
-def _sample_set(
-    frame: geopandas.GeoDataFrame, where: object, column: str, polygons: np.ndarray | None, radius_m: float
-) -> SampleSet:
-    import pandas
-
-    heights = pandas.to_numeric(frame[column], errors="coerce").to_numpy(np.float64)
-    if not np.isfinite(heights).any():
-        raise DataError(f"no numbers in the column {column!r}", where=where)
-    centres = shapely.centroid(frame.geometry.to_numpy())
-    lon, lat = shapely.get_x(centres), shapely.get_y(centres)
-    placed, known = np.isfinite(lon + lat), np.isfinite(heights)
-    sane = (heights >= REFERENCE_LOWEST_M) & (heights <= REFERENCE_HIGHEST_M)
-    good = placed & known & sane
-    if not good.any():
-        raise DataError(f"no usable height in the column {column!r}", where=where, expected="metres")
-    dropped = {
-        f"no number in the column {column!r}": int((~known).sum()),
-        f"an impossible height in the column {column!r} (expected {REFERENCE_LOWEST_M:g} to "
-        f"{REFERENCE_HIGHEST_M:g} m)": int((known & ~sane).sum()),
-        "no place": int((known & sane & ~placed).sum()),
-    }
-    table = pandas.DataFrame(frame.drop(columns=frame.geometry.name))[good].reset_index(drop=True)
-    return SampleSet(
-        Path(str(where)).name, column, lon[good], lat[good], np.maximum(heights[good], 0),
-        None if polygons is None else polygons[good], radius_m, table, _dates(table),
-        {why: count for why, count in dropped.items() if count},
-    )  # fmt: skip
+def table_format(path: Path) -> tuple[str, str]:
+    """Delimiter and decimal mark of a text table, told from its first two lines."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        head, line = file.readline(), file.readline()
+    separator = max(",;\t|", key=head.count)
+    numbers = line.split(separator) if separator != "," else []
+    return separator, "," if any(re.fullmatch(r'\s*"?-?\d+,\d+"?\s*', n) for n in numbers) else "."
 
 
 def _dates(table: pandas.DataFrame) -> tuple[str, ...]:
-    """First and last of the columns time, date or year."""
+    """First and last of the column year, time or date."""
     import pandas
 
-    for name in table.columns:
-        if str(name).lower() == "year":
-            years = pandas.to_numeric(table[name], errors="coerce").dropna()
-            return tuple(dict.fromkeys(str(int(y)) for y in (years.min(), years.max()))) if len(years) else ()
-        if str(name).lower() in ("time", "date", "datetime"):
-            days = pandas.to_datetime(table[name], errors="coerce", utc=True).dropna()
-            if len(days):
-                return tuple(dict.fromkeys(d.date().isoformat() for d in (days.min(), days.max())))
+    for name in (name for name in table.columns if str(name).lower() in ("year", "time", "date", "datetime")):
+        is_year = str(name).lower() == "year"
+        column = pandas.to_numeric(table[name], errors="coerce").astype("Int64") if is_year else table[name]
+        form = "%Y" if is_year else None
+        days = pandas.to_datetime(column, errors="coerce", utc=True, format=form).dropna()
+        if len(days):
+            ends = (day.isoformat()[: 4 if is_year else 10] for day in (days.min(), days.max()))
+            return tuple(dict.fromkeys(ends))
     return ()
 
 
@@ -274,11 +239,12 @@ def sample_strata(
 ) -> dict[str, tuple[np.ndarray, Sequence[str]]]:
     """Codes (n,) and names of every way of cutting: columns of the table, or what rasters have too."""
     found: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
+    columns = samples.frame.columns.drop(samples.frame.geometry.name)
     for word in by:
-        if word in samples.table and word not in ("height", "slope"):
-            found[word] = column_codes(samples.table[word])
+        if word in columns and word not in ("height", "slope"):
+            found[word] = column_codes(samples.frame[word])
         elif "=" not in word and word not in ("height", "slope"):
-            raise missing_column(word, [*samples.table.columns, "height", "slope"], f"--by {word}")
+            raise missing_column(word, [*columns, "height", "slope"], f"--by {word}")
     for way in stratifiers([w for w in by if w not in found], slope=slope, dem=dem):
         codes = way.at(samples.lon, samples.lat, samples.height_m)
         found[way.by] = (codes, tuple(way.names))
@@ -311,7 +277,7 @@ def pool_map(
     that they cover.
     """
     progress = progress or NoProgress()
-    if samples.polygons is None:
+    if samples.radius_m is not None:
         import pandas
 
         def read(window: Grid) -> np.ndarray:
@@ -325,7 +291,7 @@ def pool_map(
         ).astype(np.float64)  # fmt: skip
     progress.start(len(samples), "pooling")
     out = np.full(len(samples), np.nan)
-    for k, shape in enumerate(samples.polygons):
+    for k, shape in enumerate(samples.frame.geometry.make_valid()):
         out[k] = _pool_polygon(heights, shape, stat, k)
         progress.advance()
     return out

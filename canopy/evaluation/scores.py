@@ -16,7 +16,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from canopy import metrics
 from canopy.chips.targets import sensor_floor
 from canopy.config import Settings, option
 from canopy.errors import InputError
-from canopy.metrics import COLUMN, HEIGHT_BINS_M, HeightCounts, percent_of
+from canopy.metrics import BIN_NAMES, COLUMN, HeightCounts, percent_of
 
 if TYPE_CHECKING:
     import pandas
@@ -323,9 +322,8 @@ def score_sums(
     )
     bins = metrics.bin_scores(total)
     resampled = [{} for _ in bins] if drawn is None else metrics.bin_scores(drawn)
-    names = [f"{low:g}-{high:g}" for low, high in pairwise(HEIGHT_BINS_M)]
     by_height = {
         name: with_intervals(values, of_drawn, {})
-        for name, values, of_drawn in zip([*names, f"{HEIGHT_BINS_M[-1]:g}+"], bins, resampled, strict=True)
+        for name, values, of_drawn in zip(BIN_NAMES, bins, resampled, strict=True)
     }
     return Scores(overall, by_height)

@@ -1,12 +1,14 @@
-"""The ways of cutting a judgement into parts: by site, height, cover, slope, a class of a raster, a polygon.
+"""Spatial blocks, which the bootstrap resamples, and the ways of cutting a judgement into parts.
 
-Each way gives a code per pixel (-1: none) and the codes' names. Classes of rasters are found while reading.
+A part is a site, a height, a cover, a slope, a class of a raster, or a polygon. Each way gives a code per
+pixel (-1: none) and the codes' names. Classes of rasters are found while reading.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,75 @@ from shapely.geometry.base import BaseGeometry
 from canopy.errors import AreaError, InputError
 from canopy.evaluation.grids import pixel_metres
 from canopy.files import public_name
+from canopy.geo.area import SCALE_SLACK
 from canopy.geo.crs import METRES_PER_DEGREE, project, transformer
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
 from canopy.geo.vector import read_zones
-from canopy.metrics import BLOCK_PX, HEIGHT_BINS_M, height_bin
+from canopy.metrics import BIN_NAMES, BLOCK_PX, height_bin
 
+# Heights of forests are alike over some hundred metres; larger blocks would leave too few in a small area.
+WANTED_M, LEAST_WANTED = 250.0, 25
+# Each block costs some kilobytes; more of them make intervals no truer.
+MOST = 1600
 RASTERS = (".tif", ".tiff", ".vrt", ".jp2")
-COVER_SHARES = (0.1, 0.4, 0.7)
-COVER_ABOVE_M = 2.0
+COVER_SHARES, COVER_ABOVE_M = (0.1, 0.4, 0.7), 2.0
 SLOPE_DEG = (5, 10, 20, 30, 45)
 # Slope is what the ground does over some twenty metres, not between two pixels of a 1 m model.
 _SLOPE_REACH_M = 10.0
+
+
+class BlockLayout:
+    """Blocks of `side_px` x `side_px` pixels from the upper left of every grid, numbered through.
+
+    The largest side up to 250 m (in steps of 50 px) that leaves 25 blocks; larger above 1,600 blocks.
+    `side_m` asks for a side; it is rounded to whole cells of 50 px.
+
+    Attributes:
+        count: blocks in all, also empty ones; side_m: their side in ground metres (median over the grids).
+    """
+
+    def __init__(self, grids: Sequence[Grid], side_m: float | None = None) -> None:
+        self.grids = tuple(grids)
+        gsd_m = float(np.median([grid.gsd_m for grid in grids]))
+        wanted = WANTED_M * (1 + SCALE_SLACK) if side_m is None else side_m + gsd_m * BLOCK_PX / 2
+        cells = max(1, math.floor(wanted / (gsd_m * BLOCK_PX)))
+        while side_m is None and cells > 1 and sum(self._sizes(cells)) < LEAST_WANTED:
+            cells -= 1
+        while sum(self._sizes(cells)) > max(MOST, len(grids)):
+            cells += 1
+        self.side_px = cells * BLOCK_PX
+        self.side_m = self.side_px * gsd_m
+        *self.bases, self.count = (int(x) for x in np.cumsum([0, *self._sizes(cells)]))
+
+    def _sizes(self, cells: int) -> list[int]:
+        side = cells * BLOCK_PX
+        return [-(-grid.height // side) * -(-grid.width // side) for grid in self.grids]
+
+    def local(self, raster: int, row: int, col: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks of a window: local number of each pixel's block (h, w), and the blocks' numbers (local,)."""
+        rows = (row + np.arange(shape[0])) // self.side_px
+        cols = (col + np.arange(shape[1])) // self.side_px
+        r, c = np.arange(rows[0], rows[-1] + 1), np.arange(cols[0], cols[-1] + 1)
+        inside = (rows - rows[0])[:, None] * len(c) + (cols - cols[0])
+        numbers = self.bases[raster] + r[:, None] * -(-self.grids[raster].width // self.side_px) + c
+        return inside, numbers.ravel()
+
+    def outlines(self) -> tuple[np.ndarray, np.ndarray]:
+        """Raster (count,) and west, south, east, north in its CRS (count, 4) of every block, by number."""
+        rasters, bounds = [], []
+        for raster, grid in enumerate(self.grids):
+            corners = np.mgrid[0 : grid.height : self.side_px, 0 : grid.width : self.side_px]
+            top, left = corners.reshape(2, -1)
+            t, end = (
+                grid.transform,
+                np.minimum(np.stack([top, left]) + self.side_px, [[n] for n in grid.shape]),
+            )
+            west, north = t.c + t.a * left, t.f + t.e * top
+            bounds.append(np.column_stack([west, t.f + t.e * end[0], t.c + t.a * end[1], north]))
+            rasters.append(np.full(len(top), raster))
+        return np.concatenate(rasters), np.concatenate(bounds)
 
 
 def cells_of(shape: tuple[int, int]) -> tuple[np.ndarray, int]:
@@ -41,6 +99,7 @@ def cells_of(shape: tuple[int, int]) -> tuple[np.ndarray, int]:
     return rows[:, None] * wide + cols, wide * (int(rows[-1]) + 1)
 
 
+# ---- ways of cutting ------------------------------------------------------------------------------
 class Stratifier:
     """One way of cutting. `by`: its name; `names`: of the codes so far."""
 
@@ -83,10 +142,7 @@ class ByHeight(Stratifier):
     """By reference height: 0-2, 2-5, ... 60+."""
 
     by = "height"
-    names = (
-        *(f"{low:g}-{high:g} m" for low, high in pairwise(HEIGHT_BINS_M)),
-        f"{HEIGHT_BINS_M[-1]:g}+ m",
-    )
+    names = tuple(f"{name} m" for name in BIN_NAMES)
 
     def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         return height_bin(reference_m)
@@ -212,14 +268,12 @@ class ByPolygons(Stratifier):
 
     def _tree(self, crs: CRS) -> shapely.STRtree:
         if crs not in self._trees:
-            self._trees[crs] = shapely.STRtree([self._moved(shape, crs) for shape in self._shapes])
+            there: list[BaseGeometry | None] = [None] * len(self._shapes)
+            for k, shape in enumerate(self._shapes):
+                with contextlib.suppress(AreaError):  # on the Earth's other side the CRS has no place for it
+                    there[k] = None if shape is None else project(shape, self._crs, crs)
+            self._trees[crs] = shapely.STRtree(there)
         return self._trees[crs]
-
-    def _moved(self, shape: BaseGeometry | None, crs: CRS) -> BaseGeometry | None:
-        try:
-            return None if shape is None else project(shape, self._crs, crs)
-        except AreaError:  # on the other side of the Earth, where the CRS has no place for it
-            return None
 
     def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         tree = self._tree(grid.crs)

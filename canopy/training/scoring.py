@@ -88,10 +88,8 @@ def headline(table: Mapping[str, dict[str, T]]) -> dict[str, T]:
 def _row(sums: np.ndarray) -> dict[str, float]:
     every = metrics.scores(sums)
     row = {name: float(every[name]) for name in ROW}
-    edges = [*metrics.HEIGHT_BINS_M, None]
-    for low, high, part in zip(edges, edges[1:], metrics.bin_scores(sums), strict=False):
-        name = f"bias_{low:g}+_m" if high is None else f"bias_{low:g}-{high:g}_m"
-        row[name] = float(part["bias_m"])
+    for name, part in zip(metrics.BIN_NAMES, metrics.bin_scores(sums), strict=True):
+        row[f"bias_{name}_m"] = float(part["bias_m"])
     return row | {"n": int(row["n"])}
 
 

@@ -15,8 +15,8 @@ from canopy import metrics
 from canopy.errors import ImageryError, InputError
 from canopy.evaluation import pixels
 from canopy.evaluation.maps import HeightMap
-from canopy.evaluation.pixels import LEAST_WANTED, BlockLayout
 from canopy.evaluation.scores import draws, intervals, replicate
+from canopy.evaluation.strata import LEAST_WANTED, BlockLayout
 from canopy.geo.grid import Grid
 
 WEST, NORTH, UTM = 500_000.0, 4_882_000.0, "EPSG:32618"

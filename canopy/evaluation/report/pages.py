@@ -15,6 +15,7 @@ import numpy as np
 from canopy.evaluation.report import figures
 from canopy.evaluation.scores import Evaluation, Preview, Score, Scores
 from canopy.files import replacing, told_as_output, write_json
+from canopy.metrics import BIN_NAMES
 
 if TYPE_CHECKING:
     import pandas
@@ -94,12 +95,9 @@ def comparison_page(found: Any, blocks: pandas.DataFrame) -> str:
     most = np.stack([preview.sums[name] for name in found.legend.values()]).argmax(axis=0)
     codes = np.where(preview.count > 0, np.array(list(found.legend))[most], 0)
     rows = [
-        (
-            f"{r['low_m']:g}+" if r["high_m"] is None else f"{r['low_m']:g}-{r['high_m']:g}", r["n"],
-            Score(r["mean_difference_m"]), Score(r["mean_absolute_difference_m"]),
-        )
-        for r in found.sums.height_rows()
-    ]  # fmt: skip
+        (name, r["n"], Score(r["mean_difference_m"]), Score(r["mean_absolute_difference_m"]))
+        for name, r in zip(BIN_NAMES, found.sums.height_rows(), strict=True)
+    ]
     differences = ("mean of B - A", "mean |B - A|")
     pictures = {
         "side_by_side": figures.side_by_side(a, b, ("A", "B"), metres),
