@@ -1,8 +1,10 @@
-"""Height bins, and the DPT decoder: tapped transformer features -> per-pixel scores of height bins.
+"""Height bins, and the decoders that end in scores of them.
 
-After Ranftl, Bochkovskiy, Koltun 2021, "Vision Transformers for Dense Prediction" (arXiv 2103.13413):
-reassemble the tokens at four scales, fuse from coarse to fine through residual convolution units, and
-end in a small convolutional head.
+For transformers: DPT, after Ranftl, Bochkovskiy, Koltun 2021, "Vision Transformers for Dense Prediction"
+(arXiv 2103.13413): reassemble the tokens at four scales, fuse from coarse to fine through residual
+convolution units, and end in a small convolutional head. For convolutional networks, the conventional rival:
+a U-Net after Ronneberger, Fischer, Brox 2015 (arXiv 1505.04597), whose encoder is a residual network, as has
+been usual in remote sensing since.
 """
 
 from __future__ import annotations
@@ -204,3 +206,42 @@ def _resized(detail: Tensor, like: Tensor) -> Tensor:
     if detail.shape[-2:] == like.shape[-2:]:
         return detail
     return functional.interpolate(detail, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+# ---- U-Net ------------------------------------------------------------------------------------------------
+class UpStep(nn.Module):
+    """Double the scale, add the encoder's map of that scale as further channels, two 3x3 convolutions."""
+
+    def __init__(self, before: int, skip: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before + skip, width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = functional.interpolate(x, size=skip.shape[-2:], mode="nearest")
+        x = torch.relu(self.norm1(self.conv1(torch.cat([x, skip], dim=1))))
+        return torch.relu(self.norm2(self.conv2(x)))
+
+
+class UNetDecoder(nn.Module):
+    """`Features` of a CnnEncoder -> raw bin scores, at half the image's scale (head 'half') or at its own.
+
+    `config.post_channels` are the widths of the up-steps at 1/2, 1/4, 1/8 and 1/16; `config.fusion` is
+    not used.
+    """
+
+    def __init__(self, config: DecoderConfig, channels: list[int]) -> None:
+        super().__init__()
+        self.config = config
+        skips, widths = channels[-2::-1], config.post_channels[::-1]  # deep to shallow
+        befores = [channels[-1], *widths[:-1]]
+        self.steps = nn.ModuleList(UpStep(b, s, w) for b, s, w in zip(befores, skips, widths, strict=True))
+        self.head = Head(config.replaced(fusion=config.post_channels[0]))
+
+    def forward(self, features: Features) -> Tensor:
+        *skips, x = features.maps
+        for step, skip in zip(self.steps, reversed(skips), strict=True):
+            x = step(x, skip)
+        return self.head(x)

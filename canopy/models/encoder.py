@@ -1,17 +1,19 @@
-"""The encoder: a timm vision transformer whose inner features are tapped for the decoder."""
+"""Encoders: a timm vision transformer whose inner features are tapped, or a timm convolutional network."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+import timm
 import torch
 from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from canopy.models.config import EncoderConfig
+from canopy.errors import ConfigError
+from canopy.models.config import CNN_PATCH_PX, EncoderConfig
 
 
 class Features(NamedTuple):
@@ -207,3 +209,44 @@ class Encoder(nn.Module):
             h = block(h) if rope is None else block(h, rope=rope)
         h = vit.norm(h)
         return Tokens(h[:, 0], h[:, first:])
+
+
+class CnnEncoder(nn.Module):
+    """Normalised image (B, bands, H, W), sides multiples of 32 -> its maps at 1/2, 1/4, 1/8, 1/16 and 1/32.
+
+    State-dict keys: `net.*` are timm's own names.
+
+    Raises:
+        ConfigError: timm has no such network, it has no five scales, or it takes no `widths`.
+    """
+
+    def __init__(self, config: EncoderConfig, bands: int = 3) -> None:
+        super().__init__()
+        self.config = config
+        # A name with a prefix ("hf-hub:...") would make timm fetch what a config names.
+        if not config.network.replace("_", "").isalnum() or not timm.is_model(config.network):
+            raise ConfigError(
+                f"encoder network {config.network!r} is unknown", expected="a timm name such as 'resnet18'"
+            )
+        options: dict[str, Any] = {"channels": config.widths} if config.widths else {}
+        try:
+            net: Any = timm.create_model(
+                config.network,
+                pretrained=False,
+                features_only=True,
+                in_chans=bands,
+                drop_path_rate=config.drop_path,
+                **options,
+            )
+        except (TypeError, RuntimeError, AttributeError) as error:
+            raise ConfigError(f"encoder network {config.network!r} cannot be built ({error})") from error
+        scales = list(net.feature_info.reduction())
+        if scales != [2, 4, 8, 16, CNN_PATCH_PX]:
+            raise ConfigError(
+                f"{config.network} has maps at 1/{scales}", expected="maps at 1/2, 1/4, 1/8, 1/16 and 1/32"
+            )
+        self.net = net
+        self.channels: list[int] = list(net.feature_info.channels())
+
+    def forward(self, x: Tensor) -> Features:
+        return Features(list(self.net(x)), [], [])

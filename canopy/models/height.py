@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +24,8 @@ from torch.nn import functional
 
 from canopy.errors import ConfigError, InputError
 from canopy.models.config import ModelConfig
-from canopy.models.decoder import Decoder, bin_centres, bin_weights, moments
-from canopy.models.encoder import Encoder
-
-if TYPE_CHECKING:
-    from canopy.models.cnn import CnnEncoder, UNetDecoder
+from canopy.models.decoder import Decoder, UNetDecoder, bin_centres, bin_weights, moments
+from canopy.models.encoder import CnnEncoder, Encoder
 
 OUTPUTS = ("height_m", "spread_m")
 EMPTY_VALUE = 0.4  # close to the mean of aerial imagery: an empty crop looks like nothing in particular
@@ -179,8 +176,6 @@ class HeightModel(nn.Module):
         self.encoder: Encoder | CnnEncoder
         self.decoder: Decoder | UNetDecoder
         if config.encoder.family == "cnn":
-            from canopy.models.cnn import CnnEncoder, UNetDecoder
-
             self.encoder = CnnEncoder(config.encoder, len(config.bands))
             self.decoder = UNetDecoder(config.decoder, self.encoder.channels)
         else:

@@ -243,41 +243,14 @@ def _config(release: str, tensors: Mapping[str, Tensor], given: Given, where: st
         CheckpointError: a size that is not published and whose heads or taps `given` does not have.
         ConfigError: `given` disagrees with the tensors.
     """
-    shared, periods = tables()["releases"][release], tensors.get("rope_embed.periods")
-    sizes = _sizes(tensors, release, where)
+    shared, sizes = tables()["releases"][release], _sizes(tensors, release, where)
     for name, found in sizes.items():
         if getattr(given, name, None) not in (None, found):
             raise ConfigError(
                 f"{name} is {getattr(given, name)}, but the tensors have {found}", where="--config"
             )
-    dim, depth, patch = (sizes[name] for name in ("embed_dim", "depth", "patch_size"))
-    # Four channels of a head share a period, so the periods tell the heads.
-    told = dim // (4 * periods.numel()) if periods is not None else None
-    name, heads, taps = shared["sizes"].get(f"{dim}x{depth}", (f"{release}-{dim}x{depth}", told, None))
-    heads, taps = given.num_heads or heads, given.taps or taps
-    if not heads or not taps:
-        raise CheckpointError(
-            f"a {release} model of {dim} channels and {depth} blocks is not a published size, and its "
-            "tensors do not tell its attention heads and taps",
-            where=where,
-            remedy='use canopy models convert with --config FILE.json that has "num_heads" and "taps"',
-        )
-    if max(taps) >= depth:
-        raise ConfigError(f"taps {list(taps)} in {depth} blocks", where="--config")
-    encoder = shared["encoder"] | {
-        "dim": dim, "patch": patch, "registers": sizes["storage_tokens"], "heads": heads, "taps": taps,
-        "mlp_ratio": sizes["mlp"] / dim,
-        "depth": max(taps) + 1,  # blocks behind the last tap are never run
-    }  # fmt: skip
-    if release == "v1":
-        encoder["pos_grid"] = math.isqrt(sizes["positions"] - 1)
-    else:
-        biases = [t.chunk(3)[1] for n, t in tensors.items() if n.endswith(".attn.qkv.bias")]
-        encoder |= {"k_bias": any(bool(b.any()) for b in biases), "rope_temperature": given.rope_base}
-        if periods is not None and not _follows(periods.float(), given.rope_base):
-            encoder["rope_periods"] = periods.tolist()  # some files store them rounded to bfloat16
-    if given.norm_eps is not None:
-        encoder["norm_eps"] = given.norm_eps
+    patch = sizes["patch_size"]
+    name, encoder = _encoder(release, sizes, tensors, given, where)
     decoder = shared["decoder"] | {
         "post_channels": sizes["post_process_channels"], "fusion": sizes["fusion_channels"],
         "hidden": sizes["hidden_channels"], "bins": sizes["bins"],
@@ -295,6 +268,43 @@ def _config(release: str, tensors: Mapping[str, Tensor], given: Given, where: st
     }  # fmt: skip
     values |= {key: getattr(given, key) for key in ("gsd_m", "crop_px") if getattr(given, key)}
     return name, ModelConfig.from_dict(values)
+
+
+def _encoder(
+    release: str, sizes: Mapping[str, Any], tensors: Mapping[str, Tensor], given: Given, where: str
+) -> tuple[str, dict[str, Any]]:
+    """Name of the model, and settings of its encoder; errors as `_config`."""
+    shared, periods = tables()["releases"][release], tensors.get("rope_embed.periods")
+    dim, depth = sizes["embed_dim"], sizes["depth"]
+    # Four channels of a head share a rotary period, so the periods tell the heads.
+    told = dim // (4 * periods.numel()) if periods is not None else None
+    name, heads, taps = shared["sizes"].get(f"{dim}x{depth}", (f"{release}-{dim}x{depth}", told, None))
+    heads, taps = given.num_heads or heads, given.taps or taps
+    if not heads or not taps:
+        raise CheckpointError(
+            f"a {release} model of {dim} channels and {depth} blocks is not a published size, and its "
+            "tensors do not tell its attention heads and taps",
+            where=where,
+            remedy='use canopy models convert with --config FILE.json that has "num_heads" and "taps"',
+        )
+    if max(taps) >= depth:
+        raise ConfigError(f"taps {list(taps)} in {depth} blocks", where="--config")
+    encoder = shared["encoder"] | {
+        "dim": dim, "patch": sizes["patch_size"], "registers": sizes["storage_tokens"], "heads": heads,
+        "taps": taps, "mlp_ratio": sizes["mlp"] / dim,
+        "depth": max(taps) + 1,  # blocks behind the last tap are never run
+    }  # fmt: skip
+    if given.norm_eps is not None:
+        encoder["norm_eps"] = given.norm_eps
+    if release == "v1":
+        return name, encoder | {"pos_grid": math.isqrt(sizes["positions"] - 1)}
+    biases = [t.chunk(3)[1] for n, t in tensors.items() if n.endswith(".attn.qkv.bias")]
+    encoder |= {"k_bias": any(bool(b.any()) for b in biases), "rope_temperature": given.rope_base}
+    if periods is not None:
+        computed = given.rope_base ** (torch.arange(periods.numel(), dtype=torch.float32) / periods.numel())
+        if not torch.allclose(periods.float(), computed, rtol=1e-6, atol=0.0):
+            encoder["rope_periods"] = periods.tolist()  # some files store them rounded to bfloat16
+    return name, encoder
 
 
 def _sizes(tensors: Mapping[str, Tensor], release: str, where: str) -> dict[str, Any]:
@@ -317,12 +327,6 @@ def _sizes(tensors: Mapping[str, Tensor], release: str, where: str) -> dict[str,
         "hidden_channels": size("conv_depth.head.2.weight"),
         "bins": size("conv_depth.head.4.weight"),
     }
-
-
-def _follows(periods: Tensor, temperature: float) -> bool:
-    """Whether the rotary periods are those that the temperature gives."""
-    exact = temperature ** (torch.arange(periods.numel(), dtype=torch.float32) / periods.numel())
-    return bool(torch.allclose(periods, exact, rtol=1e-6, atol=0.0))
 
 
 # ---- its tensors ------------------------------------------------------------------------------------------
