@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -175,7 +176,8 @@ class ImagerySource(ABC):
         (height, width), t = whole.shape, whole.transform
         chunks = dask.array.core.normalize_chunks((3, chunk_px, chunk_px), (3, height, width))
         meta = np.empty((0, 0, 0), np.float32)
-        lazy = dask.array.map_blocks(chunk, chunks=chunks, dtype=np.float32, meta=meta)
+        name = f"imagery-{uuid.uuid4().hex}"  # two sources are never one array, whatever dask makes of them
+        lazy = dask.array.map_blocks(chunk, chunks=chunks, name=name, dtype=np.float32, meta=meta)
         coords = {
             "band": list(COLOURS),
             "y": t.f + t.e * (np.arange(height) + 0.5),

@@ -115,13 +115,11 @@ class SceneFacts:
     Attributes:
         place: affine, CRS and shape, of any orientation.
         plan: bands and scaling.
-        day: acquisition day, if the file says.
         notes: warnings for the user.
     """
 
     place: SourcePlace
     plan: BandPlan
-    day: date | None
     notes: tuple[str, ...]
 
     def frame(self) -> Polygon:
@@ -209,8 +207,6 @@ class Scene:
                 if isinstance(found, InputError):
                     raise found
                 self._facts[href] = found
-                known = {"day": self.record.day or found.day, "wkt": self.record.wkt or self._wkt(found)}
-                self.record = self.record.model_copy(update=known)
             return self._facts[href]
 
     def _study(self, href: str, dataset: DatasetReader) -> SceneFacts | InputError:
@@ -219,7 +215,7 @@ class Scene:
         try:
             check_local(dataset, label)
             check_georeference(dataset, label)
-            place = place_of(dataset, options, label)
+            place = _place(dataset, options, label)
             single = len(self.record.assets) > 1
             plan = plan_bands(dataset, where=label, bands=options.bands, scale=options.scale, single=single)
             check_nodata(dataset, plan, options.nodata, label)
@@ -230,16 +226,14 @@ class Scene:
         notes = list(plan.notes)
         if dataset.crs and options.crs and place.crs != to_crs(dataset.crs.to_wkt()):
             notes.append(f"{label}: --input-crs {options.crs} in place of the CRS that it carries")
-        day = acquisition_date(dataset.tags(), public_name(href))
-        return SceneFacts(place, plan, day, tuple(notes))
-
-    def _wkt(self, facts: SceneFacts) -> str:
+        facts, record = SceneFacts(place, plan, tuple(notes)), self.record
         try:
-            return to_lonlat(facts.frame(), facts.place.crs).wkt
+            wkt = record.wkt or to_lonlat(facts.frame(), place.crs).wkt
         except AreaError as error:
-            raise ImageryError(
-                f"lies outside the domain of its CRS ({error.what})", where=self.record.scene_id
-            ) from None
+            return ImageryError(f"lies outside the domain of its CRS ({error.what})", where=label)
+        day = record.day or acquisition_date(dataset.tags(), public_name(href))
+        self.record = record.model_copy(update={"day": day, "wkt": wkt})
+        return facts
 
     def _try(self, href: str, work: Callable[[DatasetReader], T]) -> T:
         """Run `work` on this thread's handle; for remote rasters again after failures that may pass."""
@@ -267,12 +261,8 @@ class Scene:
         return download.persist(href, one_try)
 
 
-def place_of(dataset: DatasetReader, options: ReadOptions, label: str) -> SourcePlace:
-    """Where an image is: `--input-crs` goes before what the image says, and that before a guess.
-
-    Raises:
-        InputError: no CRS, or one that places nothing on a map; names the way out.
-    """
+def _place(dataset: DatasetReader, options: ReadOptions, label: str) -> SourcePlace:
+    """Where an image is: `--input-crs` goes before what the image says, and that before a guess."""
     given = options.crs or dataset.crs or options.fallback_crs
     way_out = "name the CRS of its coordinates with --input-crs, for example --input-crs EPSG:32610"
     if not given:

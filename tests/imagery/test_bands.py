@@ -140,29 +140,22 @@ def test_a_scale_that_makes_all_black_or_white_is_told_of(make_tif, rgb):
     assert open_imagery(path, scale=4080).notes == []
 
 
-def test_scale_tags_that_are_not_applied_are_told_of(make_tif, rgb):
-    path = make_tif(rgb, photometric="RGB")
+def test_scale_tags_and_grey_are_told_of(make_tif, rgb):
+    path = make_tif(np.repeat(rgb[:1], 3, axis=0), photometric="RGB")
     with rasterio.open(path, "r+") as file:
         file.scales, file.offsets = (1e-4,) * 3, (-0.1,) * 3
-    assert any("not applied" in note for note in open_imagery(path).notes)
-
-
-def test_a_grey_image_in_three_bands_is_told_of(make_tif, rgb):
-    grey = np.repeat(rgb[:1], 3, axis=0)
-    assert any("grey" in note for note in open_imagery(make_tif(grey, photometric="RGB")).notes)
+    scaled, grey = open_imagery(path).notes
+    assert "not applied" in scaled and "grey" in grey
 
 
 def test_tiles_of_one_lattice_share_a_grid(make_tif, rgb):
-    """Also where one of them is stored from south to north; one half a pixel off has a grid of its own."""
-    with rasterio.open(make_tif(rgb, photometric="RGB")) as file:
+    """One half a pixel off has a grid of its own."""
+    first = make_tif(rgb, "a.tif", photometric="RGB")
+    with rasterio.open(first) as file:
         place = file.transform
     height, width = rgb.shape[1:]
-    turned = place * Affine.translation(0, height) * Affine.scale(1, -1)
-    first = make_tif(rgb[:, ::-1], "a.tif", photometric="RGB", transform=turned)
-    second = make_tif(rgb, "b.tif", photometric="RGB", transform=place * Affine.translation(width, 3))
+    second = make_tif(rgb, "b.tif", photometric="RGB", transform=place @ Affine.translation(width, 3))
     grid = open_imagery([first, second]).native_grid
     assert grid.shape == (height + 3, 2 * width) and grid.transform == place
-    _, image = read_all(first)
-    np.testing.assert_allclose(image.rgb, rgb / 255, atol=1e-6)
-    off = make_tif(rgb, "c.tif", photometric="RGB", transform=place * Affine.translation(width + 0.5, 0))
+    off = make_tif(rgb, "c.tif", photometric="RGB", transform=place @ Affine.translation(width + 0.5, 0))
     assert open_imagery([first, off]).native_grid is None

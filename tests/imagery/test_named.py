@@ -184,9 +184,7 @@ def test_every_way_of_writing_a_day_is_read(day):
         assert parse_day(text) == day
     assert date(1970, 1, 1) + timedelta(days=days_since_epoch(day)) == day
     assert date_from_name(f"ortho_{day:%Y%m%d}_x.tif") == day
-    assert all(
-        parse_day(text) is None for text in ("", "yesterday", "2021-13-01", "2021-02-30", "9999-01-01")
-    )
+    assert not any(map(parse_day, ("", "yesterday", "2021-13-01", "2021-02-30", "9999-01-01")))
 
 
 @pytest.mark.parametrize(
