@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
-from affine import Affine
 from numpy.typing import NDArray
 from odc.geo import CRS
 
@@ -22,7 +22,6 @@ from canopy.files import is_url, public_name
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_lonlat
 from canopy.geo.grid import Grid
-from canopy.geo.place import SourcePlace
 from canopy.imagery.bands import check_options
 from canopy.imagery.base import Imagery, ImagerySource, ReadOptions
 from canopy.imagery.names import days_since_epoch, is_within
@@ -50,34 +49,55 @@ class Mosaic(ImagerySource):
         scenes: Sequence[Scene],
         *,
         name: str,
-        native_crs: CRS,
-        native_gsd_m: float,
-        native_grid: Grid | None = None,
-        notes: Iterable[str] = (),
-        outline: AOI | None = None,
-        has_own_extent: bool = True,
+        notes: Iterable[str],
         handles: Handles,
         options: ReadOptions,
         signing: str | None = None,
+        has_own_extent: bool = True,
     ) -> None:
-        """Take the scenes' common facts from the caller, who opened them.
+        """Put scenes together; nothing is opened.
 
         Args:
             scenes: topmost first.
-            native_grid: the grid that the images share, if they do.
-            outline: where the imagery is, if known more exactly than the union of the scenes' outlines.
-            has_own_extent: False where they are what was found for one area.
+            name: for messages and tags.
+            notes: warnings to show to the user.
             handles: the open files of the scenes.
             options: how the scenes are read.
             signing: who signs their URLs.
+            has_own_extent: False where they are what was found for one area.
         """
         self.scenes = tuple(scenes)
         self.name = name
-        self.native_crs, self.native_gsd_m, self.native_grid = native_crs, native_gsd_m, native_grid
         self.notes = list(dict.fromkeys(notes))
         self.has_own_extent = has_own_extent
-        self._area, self._handles, self._options, self._signing = outline, handles, options, signing
+        self._handles, self._options, self._signing = handles, options, signing
         self._unused = {number for number, scene in enumerate(scenes) if scene.record.hidden}
+
+    @cached_property
+    def native_crs(self) -> CRS:  # type: ignore[override]
+        """CRS of the topmost scene, which is opened."""
+        return self.scenes[0].facts.place.crs
+
+    @cached_property
+    def native_gsd_m(self) -> float:  # type: ignore[override]
+        """Ground metres per pixel of the finest scene; of the topmost one where no catalog says."""
+        stated = [scene.record.gsd_m for scene in self.scenes if scene.record.gsd_m]
+        return min(stated) if stated else self.scenes[0].facts.place.gsd_m
+
+    @cached_property
+    def native_grid(self) -> Grid | None:  # type: ignore[override]
+        """The grid of one image, or that of tiles of one lattice, north up; None where there is none."""
+        if not self.has_own_extent or not all(scene.is_open for scene in self.scenes):
+            return None
+        try:
+            grids = [scene.facts.place.north_up().grid() for scene in self.scenes]
+            offsets = [grids[0].offset_of(grid) for grid in grids]
+        except InputError:
+            return None
+        top, left = (min(corner) for corner in zip(*offsets, strict=True))
+        bottom = max(row + grid.height for (row, _), grid in zip(offsets, grids, strict=True))
+        right = max(col + grid.width for (_, col), grid in zip(offsets, grids, strict=True))
+        return grids[0].window(top, left, bottom - top, right - left)
 
     @property
     def dates(self) -> tuple[str, ...]:
@@ -93,11 +113,20 @@ class Mosaic(ImagerySource):
         return [scene.record for number, scene in enumerate(self.scenes) if number not in self._unused]
 
     def area(self) -> AOI:
-        """Union of the scenes' outlines."""
-        if self._area is None:
-            union = shapely.union_all([scene.record.outline for scene in self.scenes])
-            self._area = AOI(to_lonlat(union, "EPSG:4326"), CRS("EPSG:4326"))
+        """Union of the scenes' outlines; where all were opened and share a CRS, exactly in that."""
         return self._area
+
+    @cached_property
+    def _area(self) -> AOI:
+        facts = [scene.facts for scene in self.scenes if scene.is_open]
+        crss = {fact.place.crs for fact in facts}
+        if len(facts) == len(self.scenes) and len(crss) == 1 and not facts[0].place.crs.geographic:
+            union = shapely.union_all([fact.frame() for fact in facts])
+            if isinstance(union, (shapely.Polygon, shapely.MultiPolygon)):
+                return AOI(union, crss.pop(), is_box=union.equals(union.envelope))
+        union = shapely.union_all([scene.record.outline for scene in self.scenes])
+        area = to_lonlat(union, "EPSG:4326")
+        return AOI(area, CRS("EPSG:4326"), is_box=area.equals(area.envelope))
 
     def close(self) -> None:
         """Close the files of all threads."""
@@ -143,18 +172,13 @@ class Mosaic(ImagerySource):
 
     def pinned(self) -> dict[str, Any]:
         """Facts and scene records, JSON-ready; see `ImagerySource.pinned`."""
-        grid, area = self.native_grid, self._area
         return {
             "kind": "scenes",
             "name": self.name,
-            "crs": self.native_crs.to_wkt(),
-            "gsd_m": self.native_gsd_m,
-            "grid": None if grid is None else [*grid.transform[:6], *grid.shape, grid.crs.to_wkt()],
-            "area": None if area is None else [area.geometry.wkt, area.crs.to_wkt(), area.is_box],
-            "has_own_extent": self.has_own_extent,
             "notes": list(self.notes),
             "options": self._options.to_json(),
             "signing": self._signing,
+            "has_own_extent": self.has_own_extent,
             "scenes": [scene.record.model_dump(mode="json") for scene in self.scenes],
         }
 
@@ -175,20 +199,10 @@ class Mosaic(ImagerySource):
             records = [r for r in records if shapely.dwithin(r.outline, area.lonlat, _ROUNDED_DEG)]
         if not records:
             raise AreaError("no imagery there", where=pin["name"])
-        options, handles, grid, outline = ReadOptions(**pin["options"]), Handles(), pin["grid"], pin["area"]
-        return cls(
-            [Scene(record, options, handles, sign) for record in records],
-            name=pin["name"],
-            native_crs=CRS(pin["crs"]),
-            native_gsd_m=pin["gsd_m"],
-            native_grid=grid and Grid.of(grid[8], Affine(*grid[:6]), (grid[6], grid[7])),
-            notes=pin["notes"],
-            outline=outline and AOI(shapely.from_wkt(outline[0]), CRS(outline[1]), outline[2]),
-            has_own_extent=pin["has_own_extent"],
-            handles=handles,
-            options=options,
-            signing=pin["signing"],
-        )
+        known = {key: pin[key] for key in ("name", "notes", "signing", "has_own_extent")}
+        options, handles = ReadOptions(**pin["options"]), Handles()
+        scenes = [Scene(record, options, handles, sign) for record in records]
+        return cls(scenes, handles=handles, options=options, **known)
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -221,18 +235,7 @@ def open_files(
     scenes = _within(scenes, options, name)
     if newest_first:
         scenes.sort(key=lambda s: (-(s.record.day or date.min).toordinal(), s.record.scene_id))
-    places = [scene.facts.place for scene in scenes]
-    return Mosaic(
-        scenes,
-        name=name,
-        native_crs=places[0].crs,
-        native_gsd_m=min(place.gsd_m for place in places),
-        native_grid=_common_grid(places),
-        notes=_notes(scenes),
-        outline=_outline(scenes),
-        handles=handles,
-        options=options,
-    )
+    return Mosaic(scenes, name=name, notes=_notes(scenes), handles=handles, options=options)
 
 
 def _within(scenes: list[Scene], options: ReadOptions, name: str) -> list[Scene]:
@@ -267,27 +270,3 @@ def _notes(scenes: Sequence[Scene]) -> list[str]:
     # A directory of a thousand RGBA files needs no thousand warnings.
     more = len(notes) - _MOST_NOTES
     return notes if more <= 0 else [*notes[:_MOST_NOTES], f"... and {more} more such notes"]
-
-
-def _common_grid(places: Sequence[SourcePlace]) -> Grid | None:
-    """The grid of one image, or that of tiles of one lattice, north up; None where there is no such grid."""
-    try:
-        grids = [place.north_up().grid() for place in places]
-        offsets = [grids[0].offset_of(grid) for grid in grids]
-    except InputError:
-        return None
-    top, left = (min(corner) for corner in zip(*offsets, strict=True))
-    bottom = max(row + grid.height for (row, _), grid in zip(offsets, grids, strict=True))
-    right = max(col + grid.width for (_, col), grid in zip(offsets, grids, strict=True))
-    return grids[0].window(top, left, bottom - top, right - left)
-
-
-def _outline(scenes: Sequence[Scene]) -> AOI:
-    """Union of the frames: exact in the common CRS if there is one, else in EPSG:4326."""
-    crs = scenes[0].facts.place.crs
-    if all(scene.facts.place.crs == crs for scene in scenes) and not crs.geographic:
-        union = shapely.union_all([scene.facts.frame() for scene in scenes])
-        if isinstance(union, (shapely.Polygon, shapely.MultiPolygon)):
-            return AOI(union, crs, is_box=union.equals(union.envelope))
-    area = to_lonlat(shapely.union_all([scene.record.outline for scene in scenes]), "EPSG:4326")
-    return AOI(area, CRS("EPSG:4326"), is_box=area.equals(area.envelope))

@@ -60,7 +60,8 @@ class SceneRecord(Settings):
         wkt: its outline in EPSG:4326, or None: only the file knows.
         bands: band numbers of red, green, blue in the one asset, when a catalog says.
         hidden: lies wholly under the outlines of images above it: read only where those have no pixels.
-        cloud: per cent of it; gsd_m: ground sample distance that a catalog states.
+        cloud: per cent of it, as a catalog states.
+        gsd_m: ground sample distance, as a catalog or the file states.
     """
 
     scene_id: str
@@ -132,7 +133,7 @@ class Scene:
     """A raster file or URL as one layer of a mosaic, or three of one colour each. Thread-safe.
 
     Attributes:
-        record: what is known of it; once it was opened, day and outline too.
+        record: what is known of it; once it was opened, also what only the file knows.
     """
 
     def __init__(
@@ -151,6 +152,11 @@ class Scene:
         self.record, self._options, self._handles, self._sign = record, options, handles, sign
         self._facts: dict[str, SceneFacts] = {}
         self._lock = threading.Lock()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its (first) file was opened, so that `facts` are known."""
+        return self.record.assets[0] in self._facts
 
     @property
     def facts(self) -> SceneFacts:
@@ -232,7 +238,8 @@ class Scene:
         except AreaError as error:
             return ImageryError(f"lies outside the domain of its CRS ({error.what})", where=label)
         day = record.day or acquisition_date(dataset.tags(), public_name(href))
-        self.record = record.model_copy(update={"day": day, "wkt": wkt})
+        gsd_m = record.gsd_m or place.gsd_m
+        self.record = record.model_copy(update={"day": day, "wkt": wkt, "gsd_m": gsd_m})
         return facts
 
     def _try(self, href: str, work: Callable[[DatasetReader], T]) -> T:

@@ -72,7 +72,7 @@ def open_stac(
         collection: limits an API search.
         assets: asset keys to take first, whatever their roles.
         signing: `planetary-computer`, or None: as the address tells.
-        gsd_m: ground sample distance to state when neither items nor files do.
+        gsd_m: ground sample distance to state when the items do not.
 
     Raises:
         AreaError: no item in the area; ImageryError: no item has colour; FetchError: the host.
@@ -81,7 +81,7 @@ def open_stac(
 
     def find(place: AOI | None) -> tuple[list[SceneRecord], list[str]]:
         items, notes = _items(href, collection, place, options.datetime)
-        records = [record_of(item, assets) for item in items]
+        records = [record_of(item, assets, gsd_m) for item in items]
         return [
             r for r in records
             if is_within(r.day, options.datetime) and (place is None or place.lonlat.intersects(r.outline))
@@ -109,18 +109,14 @@ def open_stac(
     signing, handles = signing or signing_of(href), Handles()
     records = in_order([record for record in found if record.assets], area)
     scenes = [Scene(record, options, handles, signer(signing)) for record in records]
-    first = scenes[0].facts
-    stated = min((record.gsd_m for record in records if record.gsd_m), default=gsd_m)
     return Mosaic(
         scenes,
         name=name,
-        native_crs=first.place.crs,
-        native_gsd_m=stated or first.place.gsd_m,
-        notes=[*notes, *first.notes, *scenes[0].pixel_notes()],
-        has_own_extent=False,
+        notes=[*notes, *scenes[0].facts.notes, *scenes[0].pixel_notes()],
         handles=handles,
         options=options,
         signing=signing,
+        has_own_extent=False,
     )
 
 
@@ -334,8 +330,13 @@ def _item(document: Mapping[str, Any], address: str) -> pystac.Item:
         raise ImageryError(f"no valid STAC item ({type(error).__name__}: {error})", where=name) from None
 
 
-def record_of(item: pystac.Item, preferred: Sequence[str] = ()) -> SceneRecord:
-    """Reduce an item to what reading needs; `preferred` are asset keys to take first.
+def record_of(item: pystac.Item, preferred: Sequence[str] = (), gsd_m: float | None = None) -> SceneRecord:
+    """Reduce an item to what reading needs.
+
+    Args:
+        item: with absolute hrefs, or with its own address.
+        preferred: asset keys to take first.
+        gsd_m: ground sample distance where it states none.
 
     Raises:
         ImageryError: the item has no usable geometry; the message names it.
@@ -358,7 +359,7 @@ def record_of(item: pystac.Item, preferred: Sequence[str] = ()) -> SceneRecord:
         wkt=outline.wkt,
         bands=bands,
         cloud=_ALL_CLOUD if cloud is None else cloud,
-        gsd_m=properties.get("gsd") or min((gsd for gsd in gsds if gsd), default=None),
+        gsd_m=properties.get("gsd") or min((gsd for gsd in gsds if gsd), default=gsd_m),
     )
 
 

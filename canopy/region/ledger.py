@@ -30,7 +30,7 @@ from canopy.region.tiles import Tile
 from canopy.runtime import log
 
 RUN_FILE = "run.json"
-FORMAT = 2
+FORMAT = 3
 LEDGER = "ledger.sqlite"
 SHARDS = "shards"
 LOCK = ".lock"

@@ -143,14 +143,14 @@ def test_leftovers_are_those_of_the_tiles_that_are_named(tmp_path: Path) -> None
 
 def test_the_run_file_says_what_changed(tmp_path: Path) -> None:
     pins = {
-        "canopy": {"version": "1", "format": 2, "created": "now"},
+        "canopy": {"version": "1", "format": 3, "created": "now"},
         "area": {"text": "here", "wkb": "00"},
         "imagery": {"images": ["/a/b.tif"], "sha256": "aa"},
         "model": {"file": "m", "sha256": "m" * 64},
         "map": {"gsd": None, "zoom": 10},
     }
     assert write_pins(tmp_path, pins) == pins
-    other = {**pins, "canopy": {"version": "1", "format": 2, "created": "later"},
+    other = {**pins, "canopy": {"version": "1", "format": 3, "created": "later"},
              "imagery": {"images": ["/elsewhere/b.tif"], "sha256": "aa"}}  # fmt: skip
     refuse_changes(pins, other, tmp_path)
     assert run_id(pins) == run_id(other)
