@@ -84,7 +84,7 @@ def map_(
     typed = {name: value for name, value in options if was_typed(context, name)}
     region = prepare_run(MapOptions.of(typed, "canopy map"), resume=resume, overwrite=overwrite)
     tiling = region.tiling
-    tiles = tiling.count(region.aoi)
+    tiles = sum(1 for _ in tiling.tiles(region.aoi))
     cost = region_cost(region) if dry_run else None
     text = f"{region.aoi.describe()}, {tiles:,} tile{'' if tiles == 1 else 's'} of {tiling.tile_px} px"
     log.info(text + (f", ~{elapsed_text(cost['hours'] * 3600)}" if cost else ""))

@@ -11,6 +11,7 @@ and heights on them are resampled from UTM.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -108,7 +109,7 @@ def _on_image(aoi: AOI, model_gsd_m: float, gsd_m: float | None, native: Grid | 
     if gsd_m is not None and not math.isclose(gsd_m, native.gsd_m, rel_tol=1e-3):
         make = aoi.grid if native.crs.projected else partial(_degree_grid, aoi)
         return _resampled(aoi, make(native.crs, gsd_m), model_gsd_m)
-    output = _part_of(native, aoi)
+    output = part_of(native, aoi.to_crs(native.crs).geometry.bounds, where=aoi.describe())
     x, y = native.pixel
     if (
         native.crs.projected
@@ -119,15 +120,19 @@ def _on_image(aoi: AOI, model_gsd_m: float, gsd_m: float | None, native: Grid | 
     return _resampled(aoi, output, model_gsd_m)
 
 
-def _part_of(native: Grid, aoi: AOI) -> Grid:
-    """The smallest window of `native` that holds the area; inside the image."""
-    over = native.window_over(aoi.to_crs(native.crs).geometry.bounds)
-    row, col = native.offset_of(over)
+def part_of(whole: Grid, bounds: Sequence[float], margin_px: int = 0, where: str | None = None) -> Grid:
+    """The smallest window of `whole` that holds (west, south, east, north), and a margin, inside of it.
+
+    Raises:
+        AreaError: they do not meet.
+    """
+    over = whole.window_over(bounds).pad(margin_px)
+    row, col = whole.offset_of(over)
     top, left = max(0, row), max(0, col)
-    bottom, right = min(native.height, row + over.height), min(native.width, col + over.width)
+    bottom, right = min(whole.height, row + over.height), min(whole.width, col + over.width)
     if bottom <= top or right <= left:
-        raise AreaError("the area and the image do not overlap", where=aoi.describe())
-    return native.window(top, left, bottom - top, right - left)
+        raise AreaError("the area and the image do not overlap", where=where)
+    return whole.window(top, left, bottom - top, right - left)
 
 
 def _degree_grid(aoi: AOI, crs: CRS, gsd_m: float) -> Grid:

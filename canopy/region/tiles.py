@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import shapely
 from odc.geo import CRS
 
@@ -25,6 +24,7 @@ from canopy.inference.target import (
     Target,
     choose_target,
     one_zone,
+    part_of,
     predict_grid_for,
     quadkey_output,
 )
@@ -71,18 +71,6 @@ class Tiling:
         world_px = 2 * HALF_WORLD_M / self.area.pixel[0]
         return round(math.log2(world_px / self.tile_px))
 
-    @property
-    def rows(self) -> range:
-        """Tile rows that the region touches, from north to south."""
-        first = self.area.origin_rc[0]
-        return range(first // self.tile_px, -(-(first + self.area.height) // self.tile_px))
-
-    @property
-    def cols(self) -> range:
-        """Tile columns that the region touches, from west to east."""
-        first = self.area.origin_rc[1]
-        return range(first // self.tile_px, -(-(first + self.area.width) // self.tile_px))
-
     def offset(self, row: int, col: int) -> tuple[int, int, int, int]:
         """(row, col, height, width) of a tile in the map of the region, in pixels."""
         row0, col0 = self.area.origin_rc
@@ -105,43 +93,21 @@ class Tiling:
 
     def tiles(self, aoi: AOI) -> Iterator[Tile]:
         """The tiles that share ground with the area, from north-west to south-east."""
-        shape = None
-        if not aoi.is_box:
-            shape = aoi.to_crs(self.area.crs).geometry
-            shapely.prepare(shape)
-        ordinal = 0
-        for row in self.rows:
-            km2 = self._km2_of(row)
-            for col in self._cols_hit(row, shape):
-                _, _, height, width = self.offset(row, col)
-                yield Tile(ordinal, self.name(row, col), row, col, km2 * height * width)
-                ordinal += 1
-
-    def count(self, aoi: AOI) -> int:
-        """How many tiles `tiles` gives."""
-        if aoi.is_box:
-            return len(self.rows) * len(self.cols)
-        shape = aoi.to_crs(self.area.crs).geometry
+        shape = None if aoi.is_box else aoi.to_crs(self.area.crs).geometry
         shapely.prepare(shape)
-        return sum(len(self._cols_hit(row, shape)) for row in self.rows)
-
-    def _cols_hit(self, row: int, shape: shapely.Geometry | None) -> list[int]:
-        cols = np.arange(self.cols.start, self.cols.stop)
-        if shape is None:
-            return [int(col) for col in cols]
-        west, _, _, north = self.area.bounds
-        px, py = self.area.pixel
-        row0, col0 = self.area.origin_rc
-        side = self.tile_px
-        left, top = west + (cols * side - col0) * px, north - (row * side - row0) * py
-        boxes = shapely.box(left, top - side * py, left + side * px, top)
-        return [int(col) for col in cols[shapely.intersects(shape, boxes)]]
-
-    def _km2_of(self, row: int) -> float:
-        """Square kilometres of ground in one pixel of a tile row (at the region's middle column)."""
-        top, _, height, _ = self.offset(row, self.cols.start)
-        middle = self.area.window(top + height // 2, self.area.width // 2, 1, 1)
-        return middle.gsd_m**2 / 1e6
+        rows, cols = (
+            range(first // self.tile_px, -(-(first + length) // self.tile_px))
+            for first, length in zip(self.area.origin_rc, self.area.shape, strict=True)
+        )
+        ordinal = 0
+        for row in rows:
+            pixel_km2 = self.window(row, cols[len(cols) // 2]).gsd_m ** 2 / 1e6
+            for col in cols:
+                window = self.window(row, col)
+                if shape is None or shape.intersects(shapely.box(*window.bounds)):
+                    km2 = pixel_km2 * window.height * window.width
+                    yield Tile(ordinal, self.name(row, col), row, col, km2)
+                    ordinal += 1
 
 
 def side_px(kind: str, pixel_m: float, zoom: int, most_px: int) -> int:
@@ -157,10 +123,9 @@ def side_px(kind: str, pixel_m: float, zoom: int, most_px: int) -> int:
         ConfigError: tiles without pixels.
     """
     if kind == "quadkey":
-        side = 2 * HALF_WORLD_M / pixel_m / (1 << zoom)
+        side = float(round(2 * HALF_WORLD_M / pixel_m / (1 << zoom)))
     else:
         side = UTM_ZOOM_10_M / pixel_m / 2.0 ** (zoom - 10)
-    side = float(round(side)) if kind == "quadkey" else side
     while side > most_px:
         side /= 2
     if side < LEAST_TILE_PX:
@@ -189,16 +154,11 @@ class Lattices:
         """The grids of one tile, cut from those of the whole."""
         if self.predict == self.output:
             return Target(window, window)
-        whole = self.predict or _zone_grid(
-            utm_crs(*AOI.from_grid(window).centroid_lonlat), self.gsd_m, self.output
-        )
+        zone = utm_crs(*AOI.from_grid(window).centroid_lonlat)
+        whole = self.predict or _zone_grid(zone, self.gsd_m, self.output)
         margin = MARGIN_PX + 2 * math.ceil(window.gsd_m / self.gsd_m)
         bounds = AOI.from_grid(window).to_crs(whole.crs).geometry.bounds
-        top, left = (math.floor(v) - margin for v in whole.rowcol(bounds[0], bounds[3]))
-        bottom, right = (math.ceil(v) + margin for v in whole.rowcol(bounds[2], bounds[1]))
-        top, left = max(0, top), max(0, left)
-        height, width = min(whole.height, bottom) - top, min(whole.width, right) - left
-        return Target(whole.window(top, left, height, width), window, whole)
+        return Target(part_of(whole, bounds, margin), window, whole)
 
 
 @lru_cache(maxsize=64)

@@ -35,8 +35,7 @@ Make = Callable[..., MapOptions]
 def at_once(options: MapOptions, out: Path) -> np.ndarray:
     """The stored pixels of one `canopy predict` over the region."""
     given = {name: getattr(options, name) for name in PredictOptions.model_fields}
-    crs = "quadkey" if options.grid == "quadkey" else options.crs
-    prepare(OneMapOptions(**given | {"out": str(out), "crs": crs})).run()
+    prepare(OneMapOptions(**given | {"out": str(out)})).run()
     with rasterio.open(out) as dataset:
         return dataset.read()
 
@@ -47,20 +46,10 @@ def check_equal(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"grid": "utm"},
-        {"grid": "quadkey", "zoom": 20},
-        {"grid": "utm", "gsd": 2.0, "zoom": 18, "tile_px": 64, "date_band": True},
-    ],
-    ids=["utm", "quadkey", "coarser"],
-)
-def test_a_region_is_the_map_made_at_once(
-    options: Make, make_run: Callable, tmp_path: Path, more: dict
-) -> None:
-    result = make_run(options(**more))
-    expected = at_once(options(**more), tmp_path / "once.tif")
+def test_a_coarser_region_is_the_map_made_at_once(options: Make, make_run: Callable, tmp_path: Path) -> None:
+    """On the model's own grid and on that of quadkeys: tests/behaviour/test_map.py."""
+    wish = options(gsd=2.0, zoom=18, tile_px=64, date_band=True)
+    result, expected = make_run(wish), at_once(wish, tmp_path / "once.tif")
     assert result.exit_code == 0 and result.counts["done"] >= 2
     with rasterio.open(tmp_path / "run" / "mosaic") as mosaic, rasterio.open(tmp_path / "once.tif") as once:
         assert mosaic.transform == once.transform and mosaic.crs == once.crs and mosaic.units == once.units
@@ -175,10 +164,8 @@ def test_only_the_images_are_the_imagery(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"batch_size": "many"}, "'many' is no batch size"),
         ({"batch_size": 0}, "0 is no batch size"),
         ({"device": "meta"}, "unknown device 'meta'"),
-        ({"device": "xpu", "backend": "torch"}, "unknown device 'xpu'"),
         ({"shard": "5/3"}, "I/N"),
     ],
 )
@@ -213,15 +200,6 @@ def test_shards_make_the_same_run(
     assert status(tmp_path / "run")["tiles"] == whole.counts
     with rasterio.open(tmp_path / "run" / "mosaic") as run, rasterio.open(tmp_path / "whole/mosaic") as at:
         assert run.read().tobytes() == at.read().tobytes()
-
-
-def test_what_shards_have_left_is_taken_over(
-    options: Make, make_run: Callable, hashes: Callable, tmp_path: Path
-) -> None:
-    make_run(options(shard="1/2"))
-    made = len(hashes(tmp_path / "run"))
-    result = make_run(MapOptions(out=str(tmp_path / "run")), resume=True)
-    assert 0 < made < result.counts["done"] and result.tally.counts["done"] == result.counts["done"] - made
 
 
 # ---- faults -----------------------------------------------------------------------------------
@@ -261,14 +239,11 @@ def test_tiles_without_imagery_cost_nothing(
     assert result.counts["empty"] > 0 and result.counts["failed"] == 0
     assert result.tally.counts.total() < sum(result.counts.values())
     assert len(hashes(tmp_path / "run")) == result.counts["done"]
-
-
-def test_an_area_without_a_valid_pixel_is_a_run_too(
-    options: Make, make_run: Callable, tmp_path: Path
-) -> None:
-    result = make_run(options(bounds="500052,4881964,500063,4881969", bounds_crs="EPSG:32618"))
+    # An area without a valid pixel is a run too.
+    hole = {"bounds": "500052,4881964,500063,4881969", "bounds_crs": "EPSG:32618"}
+    result = make_run(options(out=str(tmp_path / "hole"), **hole))
     assert result.counts["empty"] == 1 == sum(result.counts.values()) and result.exit_code == 0
-    with rasterio.open(tmp_path / "run" / "mosaic.vrt") as mosaic:
+    with rasterio.open(tmp_path / "hole" / "mosaic.vrt") as mosaic:
         assert np.isnan(mosaic.read()).all()
 
 
