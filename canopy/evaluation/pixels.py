@@ -18,7 +18,7 @@ from canopy.errors import InputError
 from canopy.evaluation.grids import SAME_GSD, BlockSums, common_grid, pixel_metres, read_on
 from canopy.evaluation.maps import HeightMap
 from canopy.evaluation.scores import BOUNDED, Options, Preview, Scores, score_sums
-from canopy.evaluation.strata import BlockLayout, Stratifier, cells_of
+from canopy.evaluation.strata import BlockLayout, Way, cells_of
 from canopy.geo.grid import Grid
 from canopy.metrics import BLOCK_PX, COLUMN, FIELDS, HeightCounts
 from canopy.runtime import NoProgress, Progress
@@ -175,7 +175,7 @@ class RasterTally:
 def tally_rasters(
     pairs: Sequence[RasterPair],
     options: Options,
-    strata: Sequence[Stratifier] = (),
+    strata: Sequence[Way] = (),
     progress: Progress | None = None,
 ) -> RasterTally:
     """Read all pairs once (and some windows of them before, to measure the shift) and add them up.

@@ -246,6 +246,7 @@ def sample_strata(
         elif "=" not in word and word not in ("height", "slope"):
             raise missing_column(word, [*columns, "height", "slope"], f"--by {word}")
     for way in stratifiers([w for w in by if w not in found], slope=slope, dem=dem):
+        assert way.at is not None  # the two that have none, site and cover, were columns or refused above
         codes = way.at(samples.lon, samples.lat, samples.height_m)
         found[way.by] = (codes, tuple(way.names))
         way.close()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import shapely
 from odc.geo import CRS
 from rasterio.features import rasterize
+from rasterio.io import DatasetReader
 from shapely.geometry.base import BaseGeometry
 
 from canopy.errors import AreaError, InputError
@@ -100,85 +103,81 @@ def cells_of(shape: tuple[int, int]) -> tuple[np.ndarray, int]:
 
 
 # ---- ways of cutting ------------------------------------------------------------------------------
-class Stratifier:
-    """One way of cutting. `by`: its name; `names`: of the codes so far."""
+@dataclass
+class Way:
+    """One way of cutting.
+
+    Attributes:
+        by: its name; names: of the codes so far, in the order to show them if `in_order`.
+        window: codes (h, w), -1 for none, of a window whose corner is the corner of a 50 px cell; called with
+            its grid, reference heights and validity (h, w), and the site's name.
+        at: codes (n,) of places in degrees; called with lon, lat and reference heights. None: there are none.
+        file: the raster it reads, if any.
+    """
 
     by: str
-    names: Sequence[str]
+    names: list[str]
+    window: Callable[[Grid, np.ndarray, np.ndarray, str], np.ndarray]
+    at: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None
+    file: DatasetReader | None = None
+    in_order: bool = True
 
-    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
-        """Codes (h, w), -1 for none, of a window whose corner is the corner of a 50 px cell."""
-        raise NotImplementedError
-
-    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        """Codes (n,) of places in degrees."""
-        raise InputError(
-            f"samples have no {self.by}", where=f"--by {self.by}", remedy="name a column or a raster"
-        )
-
-    def shown(self) -> Sequence[str]:
+    def shown(self) -> list[str]:
         """Names in the order to show them."""
-        return self.names
+        return self.names if self.in_order else sorted(self.names, key=natural)
 
     def close(self) -> None:
         """Close its file."""
+        if self.file is not None:
+            self.file.close()
 
 
-class BySite(Stratifier):
+def _by_site() -> Way:
     """By the reference raster that a pixel is from."""
+    names: list[str] = []
 
-    by = "site"
+    def window(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+        if site not in names:
+            names.append(site)
+        return np.full(grid.shape, names.index(site), np.int64)
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
-        if site not in self.names:
-            self.names.append(site)
-        return np.full(grid.shape, self.names.index(site), np.int64)
+    return Way("site", names, window)
 
 
-class ByHeight(Stratifier):
+def _by_height() -> Way:
     """By reference height: 0-2, 2-5, ... 60+."""
-
-    by = "height"
-    names = tuple(f"{name} m" for name in BIN_NAMES)
-
-    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
-        return height_bin(reference_m)
-
-    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        return height_bin(reference_m)
+    names = [f"{name} m" for name in BIN_NAMES]
+    return Way("height", names, lambda grid, h, valid, site: height_bin(h), lambda lon, lat, h: height_bin(h))
 
 
-class ByCover(Stratifier):
+def _by_cover() -> Way:
     """By canopy cover of the 50 x 50 px cell round a pixel: share of the reference above 2 m."""
 
-    by = "cover"
-    names = ("cover 0-10 %", "cover 10-40 %", "cover 40-70 %", "cover 70-100 %")
-
-    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+    def window(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         cell, count = cells_of(grid.shape)
         known = np.bincount(cell[valid], minlength=count)
         tall = np.bincount(cell[valid & (reference_m > COVER_ABOVE_M)], minlength=count)
         return np.searchsorted(COVER_SHARES, tall / np.maximum(known, 1), side="right")[cell]
 
+    names = ["cover 0-10 %", "cover 10-40 %", "cover 40-70 %", "cover 70-100 %"]
+    return Way("cover", names, window)
 
-class _OfRaster(Stratifier):
-    """A way that reads the first band of a raster."""
+
+class _Band:
+    """The first band of a raster, NaN where there is nothing."""
 
     def __init__(self, path: str | Path) -> None:
         self.file = open_raster(path)
         self.crs = SourcePlace.of(self.file).crs
 
     def on(self, grid: Grid, resampling: str | None = None) -> np.ndarray:
-        """The band on a grid, float64 (h, w), NaN where there is nothing."""
+        """On a grid, float64 (h, w)."""
         values, known = read_window(self.file, grid, [1], resampling=resampling)
         scaled = values[0].astype(np.float64) * self.file.scales[0] + self.file.offsets[0]
         return np.where(known, scaled, np.nan)
 
-    def sampled(self, lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
-        """The band at places in degrees, float64 (n,), NaN where there is nothing."""
+    def at(self, lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
+        """At places in degrees, float64 (n,)."""
         x, y = (np.asarray(v) for v in transformer("EPSG:4326", self.crs).transform(lon, lat))
         order = np.lexsort((x, -y // 1e3))  # near ones together: they share blocks of the file
         out = np.full(len(x), np.nan)
@@ -186,110 +185,89 @@ class _OfRaster(Stratifier):
         out[order] = [np.ma.filled(value.astype(np.float64), np.nan)[0] for value in picked]
         return out * self.file.scales[0] + self.file.offsets[0]
 
-    def close(self) -> None:
-        self.file.close()
 
-
-class BySlope(_OfRaster):
+def _by_slope(path: str | Path, *, elevation: bool) -> Way:
     """By the slope of the ground, from an elevation model (over 20 m) or a raster of degrees."""
+    band = _Band(path)
 
-    by = "slope"
-    names = ("0-5 deg", "5-10 deg", "10-20 deg", "20-30 deg", "30-45 deg", "45+ deg")
+    def classes(degrees: np.ndarray) -> np.ndarray:
+        return np.where(np.isfinite(degrees), np.searchsorted(SLOPE_DEG, degrees, side="right"), -1)
 
-    def __init__(self, path: str | Path, *, elevation: bool) -> None:
-        super().__init__(path)
-        self.elevation = elevation
-
-    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
-        if not self.elevation:
-            return _slope_class(self.on(grid))
+    def window(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+        if not elevation:
+            return classes(band.on(grid))
         k = max(1, round(_SLOPE_REACH_M / grid.gsd_m))
-        z, (mx, my) = self.on(grid.pad(k)), pixel_metres(grid)
+        z, (mx, my) = band.on(grid.pad(k)), pixel_metres(grid)
         right = (z[k:-k, 2 * k :] - z[k:-k, : -2 * k]) / (2 * k * mx)
         down = (z[2 * k :, k:-k] - z[: -2 * k, k:-k]) / (2 * k * my)
-        return _slope_class(np.degrees(np.arctan(np.hypot(right, down))))
+        return classes(np.degrees(np.arctan(np.hypot(right, down))))
 
-    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        if not self.elevation:
-            return _slope_class(self.sampled(lon, lat))
+    def at(lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
+        if not elevation:
+            return classes(band.at(lon, lat))
         north = _SLOPE_REACH_M / METRES_PER_DEGREE
         east = north / np.cos(np.radians(lat))
-        right = self.sampled(lon + east, lat) - self.sampled(lon - east, lat)
-        up = self.sampled(lon, lat + north) - self.sampled(lon, lat - north)
-        return _slope_class(np.degrees(np.arctan(np.hypot(right, up) / (2 * _SLOPE_REACH_M))))
+        right = band.at(lon + east, lat) - band.at(lon - east, lat)
+        up = band.at(lon, lat + north) - band.at(lon, lat - north)
+        return classes(np.degrees(np.arctan(np.hypot(right, up) / (2 * _SLOPE_REACH_M))))
+
+    names = ["0-5 deg", "5-10 deg", "10-20 deg", "20-30 deg", "30-45 deg", "45+ deg"]
+    return Way("slope", names, window, at, band.file)
 
 
-def _slope_class(degrees: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(degrees), np.searchsorted(SLOPE_DEG, degrees, side="right"), -1)
-
-
-class ByRaster(_OfRaster):
+def _by_raster(by: str, path: str | Path) -> Way:
     """By a raster of whole numbers; every pixel takes the class that its centre lies in."""
+    band, names = _Band(path), list[str]()
+    if np.dtype(band.file.dtypes[0]).kind not in "iub":
+        was, expected = band.file.dtypes[0], "classes as whole numbers"
+        raise InputError(f"a raster of {was}", where=public_name(path), expected=expected)
 
-    def __init__(self, by: str, path: str | Path) -> None:
-        super().__init__(path)
-        self.by, self.names = by, []
-        if np.dtype(self.file.dtypes[0]).kind not in "iub":
-            raise InputError(
-                f"a raster of {self.file.dtypes[0]}", where=public_name(path),
-                expected="classes as whole numbers",
-            )  # fmt: skip
-
-    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
-        return self._coded(self.on(grid, "nearest"))
-
-    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        return self._coded(self.sampled(lon, lat))
-
-    def _coded(self, values: np.ndarray) -> np.ndarray:
+    def coded(values: np.ndarray) -> np.ndarray:
         found, inverse = np.unique(values, return_inverse=True)
         labels = [f"{value:.0f}" for value in found]
-        self.names = [*self.names, *(n for n in labels if n != "nan" and n not in self.names)]
-        codes = np.array([self.names.index(n) if n != "nan" else -1 for n in labels], np.int64)
+        names.extend(label for label in labels if label != "nan" and label not in names)
+        codes = np.array([names.index(label) if label != "nan" else -1 for label in labels], np.int64)
         return codes[inverse].reshape(values.shape)
 
-    def shown(self) -> Sequence[str]:
-        return sorted(self.names, key=natural)
+    return Way(
+        by, names, lambda grid, h, valid, site: coded(band.on(grid, "nearest")),
+        lambda lon, lat, h: coded(band.at(lon, lat)), band.file, in_order=False,
+    )  # fmt: skip
 
 
-class ByPolygons(Stratifier):
+def _by_polygons(by: str, path: str | Path, column: str | None) -> Way:
     """By the polygon that a pixel's centre lies in: `FILE` (polygons 1, 2, ...) or `FILE:COLUMN`."""
+    frame, crs, shapes = read_zones(path)
+    if column is not None and column not in frame:
+        raise missing_column(column, frame.columns, path)
+    labels = [str(value) for value in (frame[column] if column else range(1, len(frame) + 1))]
+    names = sorted(set(labels), key=natural)
+    code = np.array([names.index(label) for label in labels])
 
-    def __init__(self, by: str, path: str | Path, column: str | None) -> None:
-        self.by = by
-        frame, self._crs, self._shapes = read_zones(path)
-        if column is not None and column not in frame:
-            raise missing_column(column, frame.columns, path)
-        labels = [str(value) for value in (frame[column] if column else range(1, len(frame) + 1))]
-        self.names = sorted(set(labels), key=natural)
-        self._codes = np.array([self.names.index(label) for label in labels])
-        # Reprojected once for each CRS that is asked for, and looked up by place.
-        self._trees: dict[CRS, shapely.STRtree] = {}
+    @lru_cache  # reprojected once for each CRS that is asked for, and looked up by place
+    def tree(target: CRS) -> shapely.STRtree:
+        there: list[BaseGeometry | None] = [None] * len(shapes)
+        for k, shape in enumerate(shapes):
+            with contextlib.suppress(AreaError):  # on the Earth's other side the CRS has no place for it
+                there[k] = None if shape is None else project(shape, crs, target)
+        return shapely.STRtree(there)
 
-    def _tree(self, crs: CRS) -> shapely.STRtree:
-        if crs not in self._trees:
-            there: list[BaseGeometry | None] = [None] * len(self._shapes)
-            for k, shape in enumerate(self._shapes):
-                with contextlib.suppress(AreaError):  # on the Earth's other side the CRS has no place for it
-                    there[k] = None if shape is None else project(shape, self._crs, crs)
-            self._trees[crs] = shapely.STRtree(there)
-        return self._trees[crs]
-
-    def window(self, grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
-        tree = self._tree(grid.crs)
+    def window(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         # In the file's order: where polygons overlap the last one counts.
-        near = np.sort(tree.query(shapely.box(*grid.bounds)))
+        near = np.sort(tree(grid.crs).query(shapely.box(*grid.bounds)))
         if not len(near):
             return np.full(grid.shape, -1, np.int64)
-        pairs = zip(tree.geometries[near], self._codes[near].tolist(), strict=True)
+        pairs = zip(tree(grid.crs).geometries[near], code[near].tolist(), strict=True)
         drawn = rasterize(pairs, grid.shape, fill=-1, transform=grid.transform, dtype="int32")
         return drawn.astype(np.int64)
 
-    def at(self, lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        point, polygon = self._tree(CRS("EPSG:4326")).query(shapely.points(lon, lat), predicate="within")
+    def at(lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
+        point, polygon = tree(CRS("EPSG:4326")).query(shapely.points(lon, lat), predicate="within")
         codes = np.full(len(lon), -1, np.int64)
-        codes[point] = self._codes[polygon]
+        codes[point] = code[polygon]
         return codes
+
+    return Way(by, names, window, at)
 
 
 def natural(label: str) -> tuple[int, float, str]:
@@ -302,13 +280,13 @@ def natural(label: str) -> tuple[int, float, str]:
 
 def stratifiers(
     by: Sequence[str], *, slope: str | Path | None = None, dem: str | Path | None = None
-) -> list[Stratifier]:
+) -> list[Way]:
     """The ways named by --by that need no table of samples; close them when done.
 
     Raises InputError for an unknown way, naming what there is.
     """
-    plain: dict[str, type[Stratifier]] = {"site": BySite, "height": ByHeight, "cover": ByCover}
-    made: list[Stratifier] = []
+    plain = {"site": _by_site, "height": _by_height, "cover": _by_cover}
+    made: list[Way] = []
     for word in [*by, *(["slope"] if (slope or dem) and "slope" not in by else [])]:
         name, equals, source = word.partition("=")
         if word == "slope" and not (slope or dem):
@@ -316,7 +294,7 @@ def stratifiers(
                 "nothing to tell the slope from", where="--by slope", remedy="add --dem or --slope FILE"
             )
         if word == "slope":
-            made.append(BySlope(dem or slope or "", elevation=dem is not None))
+            made.append(_by_slope(dem or slope or "", elevation=dem is not None))
         elif word in plain:
             made.append(plain[word]())
         elif equals and not (name and source):
@@ -324,7 +302,7 @@ def stratifiers(
         elif equals:
             path, column = _file_and_column(source)
             is_raster = Path(path).suffix.lower() in RASTERS
-            made.append(ByRaster(name, path) if is_raster else ByPolygons(name, path, column))
+            made.append(_by_raster(name, path) if is_raster else _by_polygons(name, path, column))
         else:
             raise InputError(
                 f"unknown stratum {word!r}", where="--by",

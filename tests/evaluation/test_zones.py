@@ -165,13 +165,3 @@ def test_frames_arrays_and_what_must_be_known(write_map, forest):
     assert any("impossible heights" in note for note in table.attrs["notes"])
     with pytest.raises(ConfigError, match="did you mean 'percentiles'"):
         zone_stats(path, frame, percentile=(50,))
-
-
-def test_an_input_is_never_written_over(write_map, forest, tmp_path):
-    path, zone = write_map("map.tif", forest(40)), save(tmp_path, [box(0, 0, 10, 10)])
-    table = tmp_path / "z.parquet"
-    geopandas.read_file(zone).to_parquet(table)
-    before = table.read_bytes()
-    with pytest.raises(InputError, match="is one of the inputs"):
-        zone_stats(path, table, table, overwrite=True)
-    assert table.read_bytes() == before
