@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,6 @@ from types import TracebackType
 import numpy as np
 import rasterio
 import rasterio.shutil
-from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
@@ -25,7 +24,7 @@ from canopy.geo.reading import raster_env
 
 BLOCK = 512
 OVERVIEWS = ("average", "mode")
-# The uncompressed scratch file, its overviews, and the result stand side by side for a moment.
+# The uncompressed scratch file, overviews and the result stand side by side for a moment.
 SCRATCH_FACTOR = 2.4
 # Deflate's level 6 takes twice as long as 3 for files 2 % (float32) to 4 % (uint16cm) smaller.
 LEVEL = 3
@@ -150,14 +149,13 @@ class CogWriter:
         self._dataset: rasterio.io.DatasetWriter | None = None
         self._folder: Path | None = None
         try:
-            self._folder = Path(
-                tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
-            )
-            self._open_scratch()
-        except BaseException as error:  # Ctrl-C too: nobody else knows of the folder yet
+            with self._told("cannot be written"):
+                self._folder = Path(
+                    tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
+                )
+                self._open_scratch()
+        except BaseException:  # Ctrl-C too: nobody else knows of the folder yet
             self._drop()
-            if isinstance(error, (OSError, RasterioError)):
-                raise self._failure("cannot be written", error) from error
             raise
 
     # ---- before -------------------------------------------------------------------------------
@@ -173,34 +171,45 @@ class CogWriter:
                 remedy="make room, choose another disk, or map a smaller area",
             )
 
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """GDAL's errors, and the system's, become one OutputError."""
+        try:
+            with raster_env():
+                yield
+        except CanopyError:
+            raise
+        except Exception as error:  # GDAL's own kinds of exceptions have no public name
+            reason = " ".join(str(error.__cause__ or error).split())[:160]
+            raise OutputError(f"{what} ({reason})", where=self.path) from error
+
     def _open_scratch(self) -> None:
-        with raster_env():
-            self._dataset = rasterio.open(
-                self._scratch,
-                "w",
-                driver="GTiff",
-                height=self.grid.height,
-                width=self.grid.width,
-                count=len(self.bands),
-                dtype=self.encoding.dtype,
-                crs=rasterio.crs.CRS.from_wkt(self.grid.crs.to_wkt()),
-                transform=self.grid.transform,
-                nodata=self.encoding.nodata,
-                tiled=True,
-                blockxsize=BLOCK,
-                blockysize=BLOCK,
-                interleave="band",
-                photometric="MINISBLACK",  # four uint8 bands are no RGBA picture
-                ALPHA="UNSPECIFIED",
-                sparse_ok=True,  # blocks never written read back as nodata
-                bigtiff="IF_SAFER",
-            )
-            self._dataset.update_tags(AREA_OR_POINT="Area", **self._tags)
-            for index, band in enumerate(self.bands, 1):
-                self._dataset.set_band_description(index, band.name)
-                self._dataset.set_band_unit(index, band.unit)
-                self._dataset.update_tags(index, units=band.unit)
-            self._dataset.scales = self._scales
+        self._dataset = rasterio.open(
+            self._scratch,
+            "w",
+            driver="GTiff",
+            height=self.grid.height,
+            width=self.grid.width,
+            count=len(self.bands),
+            dtype=self.encoding.dtype,
+            crs=rasterio.crs.CRS.from_wkt(self.grid.crs.to_wkt()),
+            transform=self.grid.transform,
+            nodata=self.encoding.nodata,
+            tiled=True,
+            blockxsize=BLOCK,
+            blockysize=BLOCK,
+            interleave="band",
+            photometric="MINISBLACK",  # four uint8 bands are no RGBA picture
+            ALPHA="UNSPECIFIED",
+            sparse_ok=True,  # blocks never written read back as nodata
+            bigtiff="IF_SAFER",
+        )
+        self._dataset.update_tags(AREA_OR_POINT="Area", **self._tags)
+        for index, band in enumerate(self.bands, 1):
+            self._dataset.set_band_description(index, band.name)
+            self._dataset.set_band_unit(index, band.unit)
+            self._dataset.update_tags(index, units=band.unit)
+        self._dataset.scales = self._scales
 
     # ---- during -------------------------------------------------------------------------------
     def write(self, values: np.ndarray, valid: np.ndarray, row_off: int = 0, col_off: int = 0) -> None:
@@ -218,11 +227,8 @@ class CogWriter:
                 f"valid pixels that are not finite near row {row_off}, column {col_off}", where=self.path
             )
         stored = self.encoding.encode(values, valid, self._scales)
-        try:
-            with raster_env():
-                self._dataset.write(stored, window=Window(col_off, row_off, w, h))
-        except (RasterioError, OSError, ValueError) as error:
-            raise self._failure("cannot be written", error) from error
+        with self._told("cannot be written"):
+            self._dataset.write(stored, window=Window(col_off, row_off, w, h))
         self._sum += self._sum_of(stored)
 
     # ---- after --------------------------------------------------------------------------------
@@ -232,8 +238,12 @@ class CogWriter:
             return
         result = self._folder / self.path.name
         try:
+            with self._told("cannot be finished"):
+                self._dataset.close()
+                self._dataset = None
+                self._make_cog(result)
+                self._verify(result)
             with told_as_output(self.path, "cannot be finished"):
-                self._finish(result)
                 self._scratch.unlink()
                 flush(result)
                 self.sha256 = file_sha256(result)
@@ -242,21 +252,6 @@ class CogWriter:
                     os.replace(self._folder / name, self.path.with_name(name))
         finally:
             self._drop()
-
-    def _finish(self, result: Path) -> None:
-        """From the scratch file to a COG that holds what was written."""
-        try:
-            with raster_env():
-                assert self._dataset is not None  # close() has looked
-                self._dataset.close()
-                self._dataset = None
-                self._add_overviews()
-                self._make_cog(result)
-                self._verify(result)
-        except CanopyError:
-            raise
-        except Exception as error:  # GDAL's own kinds of exceptions have no public name
-            raise self._failure("cannot be finished", error) from error
 
     def _drop(self) -> None:
         """Remove everything that was written; `path` stays as it was."""
@@ -273,18 +268,6 @@ class CogWriter:
         assert self._folder is not None  # only asked for between construction and close
         return self._folder / f"{self.path.name}.pixels"
 
-    def _add_overviews(self) -> None:
-        """Halve the scratch file until it fits one block.
-
-        GDAL's COG driver would do it through a compressed file of its own, at the cost of all the rest.
-        """
-        factors: list[int] = []
-        while max(self.grid.shape) > BLOCK * 2 ** len(factors):
-            factors.append(2 ** (len(factors) + 1))
-        if factors:
-            with rasterio.open(self._scratch, "r+") as scratch:
-                scratch.build_overviews(factors, Resampling[self._overviews])
-
     def _make_cog(self, result: Path) -> None:
         rasterio.shutil.copy(
             self._scratch,
@@ -294,7 +277,7 @@ class CogWriter:
             COMPRESS="DEFLATE",
             LEVEL=str(LEVEL),
             PREDICTOR="YES",
-            OVERVIEWS="FORCE_USE_EXISTING",
+            RESAMPLING=self._overviews,
             BIGTIFF="IF_SAFER",
             NUM_THREADS="2",  # fixed: results and memory do not depend on the machine
             STATISTICS="NO",
@@ -325,10 +308,6 @@ class CogWriter:
         whole = np.dtype(f"u{stored.itemsize}")
         nodata = int(np.array(self.encoding.nodata, dtype=stored.dtype).view(whole))
         return int(stored.view(whole).sum(dtype=np.uint64)) - nodata * stored.size
-
-    def _failure(self, what: str, error: BaseException) -> OutputError:
-        reason = " ".join(str(error.__cause__ or error).split())[:160]
-        return OutputError(f"{what} ({reason})", where=self.path)
 
     def __enter__(self) -> CogWriter:
         return self

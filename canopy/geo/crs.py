@@ -179,19 +179,15 @@ def lonlat_bounds(area_lonlat: BaseGeometry) -> tuple[float, float, float, float
 
 
 # ---- moving shapes ----------------------------------------------------------------------------
-def densify(geometry: BaseGeometry) -> BaseGeometry:
-    """The same shape with no edge longer than a 64th of its extent."""
-    west, south, east, north = geometry.bounds
-    return shapely.segmentize(geometry, max(east - west, north - south) / EDGE_PIECES or 1.0)
-
-
 def project(geometry: BaseGeometry, source: Any, target: Any) -> BaseGeometry:
-    """Densify and move a shape between CRSs. Raises AreaError where it leaves the target's domain."""
+    """Move a shape between CRSs, its edges bent. Raises AreaError where it leaves the target's domain."""
     source, target = to_crs(source), to_crs(target)
     if source == target:
         return geometry
+    west, south, east, north = geometry.bounds
+    dense = shapely.segmentize(geometry, max(east - west, north - south) / EDGE_PIECES or 1.0)
     move = transformer(source, target).transform
-    moved = shapely.transform(densify(geometry), lambda xy: np.column_stack(move(xy[:, 0], xy[:, 1])))
+    moved = shapely.transform(dense, lambda xy: np.column_stack(move(xy[:, 0], xy[:, 1])))
     if not np.isfinite(shapely.get_coordinates(moved)).all():
         raise AreaError(
             f"the area is outside the domain of {target}", remedy="choose another --crs or leave it out"
@@ -205,8 +201,7 @@ def to_lonlat(geometry: BaseGeometry, source: Any, target: Any = "EPSG:4326") ->
     Longitudes come out in -180..180. A polygon around a pole gets an edge along that pole.
     """
     target = to_crs(target)
-    dense = densify(geometry) if to_crs(source) == target else geometry
-    moved = project(dense, source, target)
+    moved = project(geometry, source, target)
     if not target.geographic:
         return _as_polygons(moved)
     pieces = [q for p in shapely.get_parts(moved) for q in _cut_at_antimeridian(_unwrap(p))]

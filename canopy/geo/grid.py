@@ -48,17 +48,13 @@ class Grid:
         Raises InputError for no CRS, a rotated, sheared or south-up transform, or an empty shape.
         """
         affine = transform if isinstance(transform, Affine) else Affine(*transform[:6])
-        if abs(affine.b) > 1e-9 * abs(affine.a) or abs(affine.d) > 1e-9 * abs(affine.e):
-            raise InputError(
-                f"rotated or sheared geotransform (b={affine.b:g}, d={affine.d:g})",
-                expected="a north-up grid",
-                remedy="read it through canopy.geo.reading.read_window, which warps it",
-            )
         values = (affine.a, affine.c, affine.e, affine.f)
-        if not all(math.isfinite(v) for v in values) or affine.a <= 0 or affine.e >= 0:
+        straight = abs(affine.b) <= 1e-9 * abs(affine.a) and abs(affine.d) <= 1e-9 * abs(affine.e)
+        if not (all(map(math.isfinite, values)) and straight and affine.a > 0 and affine.e < 0):
             raise InputError(
-                f"geotransform with pixel size ({affine.a:g}, {affine.e:g}) is not north-up",
-                expected="x size > 0 and y size < 0",
+                f"geotransform {tuple(affine)[:6]} is not north-up",
+                expected="x size > 0, y size < 0, neither rotation nor shear",
+                remedy="read it through canopy.geo.reading.read_window, which warps it",
             )
         height, width = (int(n) for n in shape)
         if height < 1 or width < 1:
@@ -75,13 +71,6 @@ class Grid:
         """
         px, py = pixel if isinstance(pixel, tuple) else (pixel, pixel)
         west, south, east, north = (float(v) for v in bounds)
-        if not all(math.isfinite(v) for v in (west, south, east, north, px, py)):
-            raise InputError(f"bounds {tuple(bounds)} at pixel {pixel} are not finite numbers")
-        if px <= 0 or py <= 0 or west > east or south > north:
-            raise InputError(
-                f"bounds {(west, south, east, north)} at pixel {pixel} are crossed or have no pixel",
-                expected="west <= east, south <= north, pixel > 0",
-            )
         c0, c1 = _snap_out(west / px, east / px)
         r0, r1 = _snap_out(-north / py, -south / py)
         return cls.of(crs, Affine(px, 0, c0 * px, 0, -py, -r0 * py), (r1 - r0, c1 - c0))
