@@ -19,6 +19,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,8 +69,10 @@ class How:
 
 
 def dask_setup(worker: object) -> None:
-    """Of a local worker, called by dask as it starts: Ctrl-C is the driver's to handle."""
+    """Of a local worker, called by dask as it starts: Ctrl-C is the driver's to handle, and what libraries
+    warn of is for developers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
 
 
 def make_tile(how: How, tile: Tile) -> tuple[Outcome, bool]:
@@ -235,7 +238,6 @@ def local_cluster(workers: int) -> Iterator[Client]:
         "distributed.scheduler.allowed-failures": 0,
         "distributed.scheduler.worker-saturation": 1.0,
         "distributed.worker.multiprocessing-method": "spawn",
-        "distributed.nanny.pre-spawn-environ.PYTHONWARNINGS": "ignore",  # of libraries, to developers
     }
     _hush()
     with dask.config.set(settings):
