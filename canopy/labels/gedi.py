@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 
+from canopy import __version__
 from canopy.errors import AreaError, DataError, InputError
 from canopy.files import check_output
 from canopy.geo.area import AOI
@@ -191,7 +192,10 @@ def extract_shots(
     for product, paths in (("L2B", l2b), ("L4A", l4a)):
         if paths:
             once, matched[product] = _join(once, product, paths)
-    write_shots(once.reset_index(drop=True), out)
+    once = once.reset_index(drop=True)
+    names = [Path(granule["file"]).name for granule in granules]
+    once.attrs = {"version": __version__, "filter": filter, "rh": list(percents), "granules": names}
+    write_shots(once, out)
     notes = list(_notes_on(granules, matched, tally))
     for note in notes:
         log.warning(f"note: {note}")

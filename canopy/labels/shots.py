@@ -1,7 +1,8 @@
 """Tables of GEDI shots: written as GeoParquet or GeoPackage, read back from ours and from anybody's.
 
-A row is a shot, a point in EPSG:4326 (the place of the lowest mode). There is no wall-clock time in a table:
-the same granules and options give the same one.
+A row is a shot, a point in EPSG:4326 (the place of the lowest mode). A GeoParquet's metadata say by which
+filter and of which granules it was made (pandas' `attrs`), but no wall-clock time: the same granules and
+options give the same table.
 """
 
 from __future__ import annotations

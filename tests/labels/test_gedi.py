@@ -383,6 +383,7 @@ def test_the_output_is_geoparquet_with_the_promised_columns(granule, tmp_path):
     assert str(schema.field("time").type) == "timestamp[us, tz=UTC]"
     shots = geopandas.read_parquet(tmp_path / "a.parquet")
     assert shots.crs.to_epsg() == 4326 and (shots.geometry.x == shots.lon).all()
+    assert shots.attrs["filter"] == "strict" and shots.attrs["granules"] == ["GEDI02_A_x.h5"]
     assert shots.granule.tolist() == ["GEDI02_A_x"] * 3 and (shots.geometry.y == shots.lat).all()
     assert shots.time[0] == pandas.Timestamp("2018-01-01", tz="UTC") + pandas.Timedelta(1e8, "s")
     extract_shots([path], tmp_path / "b.parquet")

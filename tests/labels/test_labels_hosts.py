@@ -325,16 +325,3 @@ def test_map_sheets_are_found_by_area_and_fetched_by_their_names(geosampa, tmp_p
     assert [f.bytes for f in plan.files] == [5000, 5000]
     assert len(get_files(plan, tmp_path)[0]) == 2
     assert len(plan_get("sao-paulo", Wish(area=geosampa, match="3314-13[34]")).files) == 2
-
-
-def test_what_changed_after_the_download_is_found(geosampa, tmp_path):
-    get_files(plan_get("sao-paulo", Wish(area=geosampa, match="3314-13[0123]")), tmp_path)
-    (tmp_path / "MDS_color_3314-130.laz").write_bytes(b"short")
-    (tmp_path / "MDS_color_3314-131.laz").write_bytes(bytes(5000))
-    (tmp_path / "MDS_color_3314-132.laz").unlink()
-    problems = verify_folder(tmp_path)["problems"]
-    assert problems == {
-        "MDS_color_3314-130.laz": "5 bytes instead of 5000",
-        "MDS_color_3314-131.laz": "another sha256 than when it was fetched",
-        "MDS_color_3314-132.laz": "missing",
-    }

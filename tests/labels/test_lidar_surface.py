@@ -14,7 +14,6 @@ from canopy.labels.surface import (
     GROUND,
     MAX_CIRCUMRADIUS_M,
     OTHER,
-    TERRAIN_REACH_M,
     WATER,
     WIRE,
     close_pits,
@@ -53,22 +52,6 @@ def test_a_plane_comes_back_as_a_plane_also_beyond_the_last_point():
     assert np.isfinite(plane[3:-3, 3:-3]).all()
     sampled = elevation_at(plane, grid, ground[:, 0], ground[:, 1])
     assert np.nanmax(np.abs(sampled - ground[:, 2])) < 0.01
-
-
-def test_a_window_with_only_the_points_within_reach_equals_the_whole():
-    ground = points_over(300.0, 4000, seed=2)
-    ground = ground[np.hypot(ground[:, 0] - 300_150, ground[:, 1] - 3_999_850) > 25]  # and a gap
-    whole = terrain(ground, window(-4_000_000, 300_000, 300))
-    for row, col, size in ((100, 120, 40), (0, 0, 30), (131, 67, 50)):
-        near = (ground[:, 0] >= 300_000 + col - TERRAIN_REACH_M - 4) & (
-            ground[:, 0] <= 300_000 + col + size + TERRAIN_REACH_M + 4
-        )
-        near &= (-ground[:, 1] >= -4_000_000 + row - TERRAIN_REACH_M - 4) & (
-            -ground[:, 1] <= -4_000_000 + row + size + TERRAIN_REACH_M + 4
-        )
-        assert near.sum() < len(ground)
-        part = terrain(ground[near], window(-4_000_000 + row - 6, 300_000 + col - 6, size + 12))
-        np.testing.assert_allclose(part[6:-6, 6:-6], whole[row : row + size, col : col + size], atol=1e-9)
 
 
 def test_there_is_no_terrain_where_ground_is_too_far():
