@@ -197,16 +197,15 @@ def _open_array(array: Any, area: AOI | None, options: ReadOptions) -> ImagerySo
     try:
         path = f"{folder}/array.tif"
         bands.rio.to_raster(
-            path, tiled=True, blockxsize=256, blockysize=256, bigtiff="IF_SAFER", lock=threading.Lock(),
-            photometric="RGB" if len(bands) == 3 else "MINISBLACK", alpha="NO",
-            tags={"ACQUISITION_DATE": day.isoformat()} if day else {},
+            path, tiled=True, blockxsize=256, blockysize=256, compress="ZSTD", zstd_level=1,
+            bigtiff="IF_SAFER", lock=threading.Lock(), photometric="RGB" if len(bands) == 3 else "MINISBLACK",
+            alpha="NO", tags={"ACQUISITION_DATE": day.isoformat()} if day else {},
         )  # fmt: skip
         source = open_files([path], options, name=name, label=name)
-    except (TypeError, ValueError, OSError) as error:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise ImageryError(f"not an image ({error})", where=name, expected=_EXPECTED) from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, (TypeError, ValueError, OSError)):
+            raise ImageryError(f"not an image ({error})", where=name, expected=_EXPECTED) from None
         raise
     weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
     return source
