@@ -227,18 +227,18 @@ def test_an_area_across_the_antimeridian_is_one_piece(server):
 # ---- decoding --------------------------------------------------------------------------------
 def test_pictures_of_every_kind_decode():
     rgb = tile_at(3, 4)
-    for driver in ("PNG", "WEBP", "JPEG"):
-        got, valid = decode_tile(picture(rgb, driver), 256, "tile", "http://h/")
-        assert got.shape == (3, 256, 256) and valid.all()
     alpha = np.zeros((1, 256, 256), np.uint8)
     alpha[0, :, 100:] = 255
-    got, valid = decode_tile(picture(np.concatenate([rgb, alpha])), 256, "tile", "http://h/")
-    np.testing.assert_array_equal(got, rgb)
-    np.testing.assert_array_equal(valid, alpha[0] > 0)
     index = (rgb[:1] % 3).astype(np.uint8)
     table = {0: (1, 2, 3, 255), 1: (40, 50, 60, 255), 2: (200, 100, 0, 0)}
-    got, valid = decode_tile(picture(index, colormap=table), 256, "tile", "http://h/")
-    np.testing.assert_array_equal(got[:, index[0] == 1].T[0], (40, 50, 60))
-    np.testing.assert_array_equal(valid, index[0] != 2)
-    got, valid = decode_tile(picture(rgb[:1]), 256, "tile", "http://h/")
-    np.testing.assert_array_equal(got, np.repeat(rgb[:1], 3, axis=0))
+    colours = np.array([table[i][:3] for i in range(3)])[index[0]].transpose(2, 0, 1)
+    for body, shown, seen in (
+        (picture(np.concatenate([rgb, alpha])), rgb, alpha[0] > 0),
+        (picture(index, colormap=table), colours, index[0] != 2),
+        (picture(rgb[:1]), np.repeat(rgb[:1], 3, axis=0), alpha[0] >= 0),
+        (picture(rgb, "WEBP"), None, alpha[0] >= 0), (picture(rgb, "JPEG"), None, alpha[0] >= 0),
+    ):  # fmt: skip
+        got, valid = decode_tile(body, 256, "tile", "http://h/")
+        np.testing.assert_array_equal(valid, seen)
+        if shown is not None:
+            np.testing.assert_array_equal(got[:, valid], shown[:, valid])
