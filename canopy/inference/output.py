@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
 
+    from canopy.imagery.base import ImagerySource
     from canopy.inference.backends import Choice, Runner
     from canopy.models.height import HeightModel
 
@@ -90,25 +91,46 @@ def check_encoding(encoding: str, date_band: bool) -> None:
         )
 
 
-class Scenes(Protocol):
-    """What tags say of imagery: all of a source, or what a part of a map was made from."""
+@dataclass(frozen=True)
+class Scenes:
+    """What tags say of imagery: all of a source, or those of its scenes that reach into a window.
+
+    Attributes:
+        name: of the source.
+        scene_ids, dates: of its images; empty where they are not known.
+    """
+
+    name: str
+    scene_ids: tuple[str, ...]
+    dates: tuple[str, ...]
+
+    @classmethod
+    def of(cls, source: ImagerySource, window: Grid | None = None) -> Scenes:
+        """The scenes of a source; of a mosaic those that share ground with `window`."""
+        ids, dates = tuple(source.scene_ids), tuple(source.dates)
+        records = [scene.record for scene in getattr(source, "scenes", ())]
+        if window is None or len(records) < 2:
+            return cls(source.name, ids, dates)
+        place = window.outline("EPSG:4326")
+        near = [r for r in records if r.outline is None or r.outline.intersects(place)]
+        near = [record for record in near if record.scene_id in ids]
+        days = sorted({record.day.isoformat() for record in near if record.day})
+        return cls(source.name, tuple(record.scene_id for record in near), tuple(days))
 
     @property
-    def name(self) -> str: ...
-    @property
-    def scene_ids(self) -> Sequence[str]: ...
-    @property
-    def dates(self) -> Sequence[str]: ...
+    def names(self) -> tuple[str, ...]:
+        """URLs without their query, local files by name only."""
+        return tuple(bare_name(name) for name in (self.scene_ids or (self.name,)))
 
 
-def map_tags(source: Scenes, model_name: str, model_sha256: str, gsd_m: float) -> dict[str, str]:
+def map_tags(scenes: Scenes, model_name: str, model_sha256: str, gsd_m: float) -> dict[str, str]:
     """Tags of the GeoTIFF. No wall-clock time, no folders: the same input gives the same bytes anywhere."""
     return {
         "CANOPY_VERSION": __version__,
         "CANOPY_MODEL": model_name,
         "CANOPY_MODEL_SHA256": model_sha256,
-        "CANOPY_IMAGERY": imagery_text(source),
-        "CANOPY_DATES": dates_text(source.dates),
+        "CANOPY_IMAGERY": imagery_text(scenes),
+        "CANOPY_DATES": dates_text(scenes.dates),
         "CANOPY_GSD_M": f"{gsd_m:.6g}",
     }
 
@@ -132,11 +154,11 @@ def extra_tags(extras: Extras, card: Mapping[str, Any]) -> dict[str, str]:
     return tags
 
 
-def imagery_text(source: Scenes) -> str:
+def imagery_text(scenes: Scenes) -> str:
     """What the pixels came from, in one line without folders or signatures."""
-    names = scene_names(source)
+    names = scenes.names
     more = f" and {len(names) - _TAG_NAMES} more" if len(names) > _TAG_NAMES else ""
-    origin = bare_name(source.name)
+    origin = bare_name(scenes.name)
     listed = ", ".join(names[:_TAG_NAMES]) + more
     # Files are their own name ("a.tif and 3 more" says nothing that the list does not).
     return listed if origin.startswith(names[0]) else f"{origin}: {listed}"
@@ -153,11 +175,6 @@ def dates_text(dates: Sequence[str]) -> str:
     if not days:
         return "unknown"
     return days[0] if len(days) == 1 else f"{days[0]}/{days[-1]}"
-
-
-def scene_names(source: Scenes) -> tuple[str, ...]:
-    """What a map was derived from: URLs without their query, local files by name only."""
-    return tuple(bare_name(name) for name in (source.scene_ids or (source.name,)))
 
 
 def model_facts(model: HeightModel, name: str, runner: Runner | Choice) -> dict[str, str]:

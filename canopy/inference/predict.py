@@ -73,7 +73,9 @@ class Prediction:
     def tags(self, scenes: output.Scenes | None = None) -> dict[str, str]:
         """Tags of the GeoTIFF; no wall-clock time and no folders. `scenes`: those in it, if not all."""
         gsd_m = self.target.output.gsd_m
-        tags = output.map_tags(scenes or self.source, self.model_name, self.model_sha256, gsd_m)
+        tags = output.map_tags(
+            scenes or output.Scenes.of(self.source), self.model_name, self.model_sha256, gsd_m
+        )
         tags |= output.extra_tags(self.extras, self.model.card)
         tags |= {"CANOPY_BACKEND": self.runner.backend, "CANOPY_PRECISION": self.runner.precision}
         return tags | ({"CANOPY_RADIOMETRY": self.radiometry} if self.radiometry != "none" else {})
@@ -173,7 +175,7 @@ class MapPrediction(Prediction):
             "model_sha256": self.model_sha256,
             "backend": self.runner.backend,
             "precision": self.runner.precision,
-            "imagery": output.imagery_text(self.source),
+            "imagery": output.imagery_text(output.Scenes.of(self.source)),
             "dates": self.dates,
             "encoding": self.options.encoding,
             "radiometry": self.radiometry,
@@ -251,7 +253,7 @@ class MapPrediction(Prediction):
             encoding=self.options.encoding,
             bands=self.extras.bands,
             dates=self.source.dates,
-            imagery=output.scene_names(self.source),
+            imagery=output.Scenes.of(self.source).names,
             model=output.model_facts(self.model, self.model_name, self.runner),
             quicklook=files.quicklook,
             statistics={

@@ -153,7 +153,7 @@ def _collection(name: str, region: Region, pins: Pins) -> Any:
     collection = pystac.Collection(
         name,
         f"Canopy height in metres of {pins['area']['text']}, predicted from "
-        f"{output.imagery_text(region.source)} by the model {region.model_name}.",
+        f"{output.imagery_text(output.Scenes.of(region.source))} by the model {region.model_name}.",
         pystac.Extent(pystac.SpatialExtent([list(area_of(pins).bounds_lonlat)]), unknown),
         title="Canopy height map",
         keywords=["canopy height", "forest"],

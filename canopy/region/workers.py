@@ -21,14 +21,13 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from canopy.errors import CanopyError, FetchError, InputError, OutputError
-from canopy.geo.grid import Grid
 from canopy.region.ledger import Ledger, Outcome, read_pins, refuse_changes, run_id
 from canopy.region.options import MapOptions
 from canopy.region.plan import open_region, pinned_options
@@ -38,7 +37,6 @@ from canopy.runtime import log
 if TYPE_CHECKING:
     from distributed import Client
 
-    from canopy.imagery.base import ImagerySource
 
 CONNECT_S = 60.0
 _EPOCH = datetime.date(1970, 1, 1)
@@ -151,7 +149,7 @@ class TileMaker:
         from canopy.geo.cog import CogWriter
         from canopy.geo.reading import raster_env
         from canopy.inference.layers import band_specs
-        from canopy.inference.output import bare_name
+        from canopy.inference.output import Scenes
         from canopy.inference.predict import Prediction
 
         started = time.perf_counter()
@@ -161,7 +159,7 @@ class TileMaker:
         if imagery is None:
             return empty(time.perf_counter() - started)
         target = region.lattices.target(region.tiling.window(tile.row, tile.col))
-        scenes = SceneNames.of(imagery, target.output)
+        scenes = Scenes.of(imagery, target.output)
         options = region.options.model_copy(update={"batch_size": self.batch_size})
         prediction = Prediction(
             options, imagery, region.aoi, region.model, region.model_name, target, self.runner,
@@ -194,32 +192,10 @@ class TileMaker:
                 (_EPOCH + datetime.timedelta(days=day)).isoformat()
                 for day in (summary.first_day, summary.last_day) if day
             ],
-            "scenes": [bare_name(name) for name in scenes.scene_ids[:_MOST_SCENES]],
+            "scenes": scenes.names[:_MOST_SCENES],
         } | ({"notes": summary.notes} if summary.notes else {})  # fmt: skip
         seconds = time.perf_counter() - started
         return Outcome("done", seconds, sha256=writer.sha256, bytes=path.stat().st_size, facts=facts)
-
-
-@dataclass(frozen=True)
-class SceneNames:
-    """What tags say of imagery: of a mosaic, only the scenes that reach into a tile."""
-
-    name: str
-    scene_ids: Sequence[str]
-    dates: Sequence[str]
-
-    @classmethod
-    def of(cls, source: ImagerySource, window: Grid) -> SceneNames:
-        """The scenes of `source` that share ground with `window`."""
-        whole = cls(source.name, tuple(source.scene_ids), tuple(source.dates))
-        records = [scene.record for scene in getattr(source, "scenes", ())]
-        if len(records) < 2:
-            return whole
-        place = window.outline("EPSG:4326")
-        near = [r for r in records if r.outline is None or r.outline.intersects(place)]
-        near = [record for record in near if record.scene_id in whole.scene_ids]
-        dates = sorted({record.day.isoformat() for record in near if record.day})
-        return replace(whole, scene_ids=tuple(record.scene_id for record in near), dates=tuple(dates))
 
 
 # ---- all tiles, from the driver ---------------------------------------------------------------

@@ -99,12 +99,11 @@ def test_a_model_that_cannot_be_converted(saved, cache) -> None:
     assert "\n" not in str(caught.value) and not list(cache.glob("*.zip"))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(saved, cache, value) -> None:
+def test_weights_that_are_no_numbers_are_refused(saved, cache) -> None:
     """OpenVINO would make a smooth map of them."""
     model = saved("cnn", seed=5)
     with torch.no_grad():
-        next(model.encoder.parameters()).view(-1)[3] = value
+        next(model.encoder.parameters()).view(-1)[3] = float("nan")
     with pytest.raises(CheckpointError, match=r"encoder\.\S+ holds values that are not numbers"):
         settle(model, "openvino")
 

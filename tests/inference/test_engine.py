@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapely.geometry import Point
 
-from canopy.errors import CanopyError, ConfigError, ImageryError
+from canopy.errors import CanopyError, ImageryError
 from canopy.geo.area import AOI
 from canopy.inference.backends import TorchRunner
 from canopy.inference.engine import predict_grid, reader_count, resolve_batch
@@ -188,19 +188,6 @@ def test_out_of_memory_halves_the_batch_and_says_so(kit) -> None:
     Small.most = 0  # one crop alone does not fit
     with pytest.raises(torch.OutOfMemoryError):
         kit.run(grid, model=Small(), batch_size=4)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"workers": "many"}, "--workers"),
-        ({"batch_size": 0}, "--batch-size"),
-        ({"batch_size": "x"}, "--batch-size"),
-    ],
-)
-def test_impossible_settings_are_refused(kit, options, words) -> None:
-    with pytest.raises(ConfigError, match=words):
-        kit.run(kit.utm_grid(0, 0, 20, 20), **options)
 
 
 def test_automatic_sizes() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.grid import Grid
 from canopy.inference import output
 from canopy.inference.layers import HEIGHT_BAND
-from canopy.inference.output import MapFacts, map_item, round_length, write_quicklook
+from canopy.inference.output import MapFacts, Scenes, map_item, round_length, write_quicklook
 
 
 def facts(tmp_path: Path, grid: Grid, **more: object) -> MapFacts:
@@ -89,14 +88,15 @@ def test_a_map_without_heights_still_has_a_picture(tmp_path: Path) -> None:
 
 
 def test_names_in_tags_have_no_folders_and_no_signatures() -> None:
-    source = SimpleNamespace(name="/data/in/a.tif", scene_ids=("/data/in/a.tif",))
-    assert output.imagery_text(source) == "a.tif"  # type: ignore[arg-type]
-    files = SimpleNamespace(name="/in/a.tif and 1 more", scene_ids=("/in/a.tif", "/in/b.tif"))
-    assert output.imagery_text(files) == "a.tif, b.tif"  # type: ignore[arg-type]
-    remote = SimpleNamespace(name="naip", scene_ids=("https://host/a.tif?sig=secret",))
-    assert output.imagery_text(remote) == "naip: https://host/a.tif"  # type: ignore[arg-type]
-    many = SimpleNamespace(name="folder", scene_ids=tuple(f"{i}.tif" for i in range(50)))
-    assert output.imagery_text(many).endswith("19.tif and 30 more")  # type: ignore[arg-type]
+    for name, ids, text in (
+        ("/data/in/a.tif", ("/data/in/a.tif",), "a.tif"),
+        ("/in/a.tif and 1 more", ("/in/a.tif", "/in/b.tif"), "a.tif, b.tif"),
+        ("naip", ("https://host/a.tif?sig=secret",), "naip: https://host/a.tif"),
+        ("naip", (), "naip"),
+    ):
+        assert output.imagery_text(Scenes(name, ids, ())) == text
+    many = Scenes("folder", tuple(f"{i}.tif" for i in range(50)), ())
+    assert output.imagery_text(many).endswith("19.tif and 30 more")
 
 
 def test_default_names() -> None:

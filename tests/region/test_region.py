@@ -22,7 +22,6 @@ from canopy.geo.reading import read_raster
 from canopy.imagery.open import open_imagery
 from canopy.inference.options import OneMapOptions, PredictOptions
 from canopy.inference.predict import prepare
-from canopy.region.ledger import Ledger
 from canopy.region.options import MapOptions
 from canopy.region.plan import fingerprint, region_cost
 from canopy.region.run import prepare_run, status
@@ -295,32 +294,6 @@ def test_what_a_server_refuses_for_now_is_tried_again_later(
     result = make_run(options(attempts=2))
     assert result.exit_code == 3 and result.tally.retried == 2 and tried[-2:] == [1, 2]
     assert [why for _, why in result.failures] == ["https://host/a.tif: answers 503 (after 2 tries)"]
-
-
-def test_short_memory_halves_the_batch_once_for_all_tiles(
-    options: Make, make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    from canopy.inference.backends import TorchRunner
-
-    expected = at_once(options(), tmp_path / "once.tif")
-    real, refused = TorchRunner.forward, []
-
-    def forward(self: TorchRunner, crops: torch.Tensor) -> torch.Tensor:
-        if len(crops) > 1:
-            refused.append(len(crops))
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, crops)
-
-    monkeypatch.setattr(TorchRunner, "forward", forward)
-    result = make_run(options(batch_size=4))
-    assert result.exit_code == 0 and refused == [4, 2]
-    with Ledger(tmp_path / "run" / "ledger.sqlite", read_only=True) as ledger:
-        notes = [row.facts["notes"] for _, row in ledger.rows("done") if "notes" in row.facts]
-    assert len(notes) == 1 and "batch size reduced to 1" in notes[0][-1]
-    with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
-        check_equal(mosaic.read(), expected)
 
 
 def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
