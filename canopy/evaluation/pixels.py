@@ -17,14 +17,14 @@ from canopy.chips.register import LIMIT_M, ShiftMeter
 from canopy.errors import InputError
 from canopy.evaluation.grids import SAME_GSD, BlockSums, common_grid, pixel_metres, read_on
 from canopy.evaluation.maps import HeightMap
-from canopy.evaluation.scores import BOUNDED, Options, Preview, Scores, score_sums
+from canopy.evaluation.scores import BOUNDED, JOINT_STEP_M, Options, Preview, Scores, score_sums
 from canopy.evaluation.strata import BlockLayout, Way, cells_of
 from canopy.geo.grid import Grid
 from canopy.metrics import BLOCK_PX, COLUMN, FIELDS, HeightCounts
 from canopy.runtime import NoProgress, Progress
 
 MOST_STRATA = 100
-JOINT_STEP_M, JOINT_BINS = 0.5, 160
+JOINT_BINS = 160
 # Codes (h, w) or (n,), -1 for none, and the names of the codes so far.
 Codes = Mapping[str, tuple[np.ndarray, Sequence[str]]]
 
@@ -202,11 +202,8 @@ def tally_rasters(
             place = layout.local(index, row, col, part.shape)
             read = _reader(pair, grid, part, place, options.floor, stat, bounds=unbounded is None)
             window = read((0.0, 0.0))
-            codes = {
-                way.by: (way.window(part, window.reference_m, window.valid, pair.site), way.names)
-                for way in strata
-            }
-            plain.add(window, {by: (of_by, tuple(names)) for by, (of_by, names) in codes.items()})
+            seen = window.reference_m, window.valid, pair.site
+            plain.add(window, {way.by: (way.window(part, *seen), way.names) for way in strata})
             picture.add(row, col, window.valid, {"map": window.map_m, "reference": window.reference_m})
             if corrected is not None and corrected is not plain and offset is not None:
                 corrected.add(read(offset), {})

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import pandas
 
 KINDS = ("chm", "gedi", "plots")
+JOINT_STEP_M = 0.5
 _HELP_BY = (
     "site, height, cover, slope, a column, NAME=classes.tif, NAME=zones.gpkg:COLUMN; several with commas."
 )
@@ -173,7 +174,7 @@ class Evaluation:
             scatter (spread_m), how many windows, whether it may be acted upon (sure), why not (note); None
             where it cannot be measured: `shift_note` says why.
         strata: way of cutting -> name of the part -> its scores; empty if none was asked for.
-        joint: how often which pair of heights occurs: int (k, k), reference by map, in steps of half a metre.
+        joint: how often which pair of heights occurs: int (k, k), reference by map, by steps of JOINT_STEP_M.
         blocks: a row per spatial block that has scored pixels: site, crs, west, south, east, north (in that
             CRS), lon, lat (its centre), n, map_mean_m, reference_mean_m, bias_m, mae_m. block_m: their side.
         previews: one per reference raster (none for GEDI and plots, which have `samples`).

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from canopy.evaluation.report import figures
-from canopy.evaluation.scores import Evaluation, Preview, Score, Scores
+from canopy.evaluation.scores import JOINT_STEP_M, Evaluation, Preview, Score, Scores
 from canopy.files import replacing, told_as_output, write_json
 from canopy.metrics import BIN_NAMES
 
@@ -54,7 +54,7 @@ def evaluation_page(result: Evaluation) -> tuple[str, dict[str, bytes]]:
     rows = [(name, int(s["n"].value or 0), s["bias_m"], s["mae_m"]) for name, s in bins.items()]
     pictures = {
         "error_by_height": figures.error_by_height(rows, "reference height (m)"),
-        "density": figures.density(result.joint, 0.5, "reference height (m)", "map height (m)"),
+        "density": figures.density(result.joint, JOINT_STEP_M, "reference height (m)", "map height (m)"),
     }
     if result.samples is not None and len(result.samples):
         lon, lat, theirs, ours = result.samples.to_numpy().T
