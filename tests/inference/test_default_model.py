@@ -15,7 +15,7 @@ from canopy.inference.output import ArraySink
 def test_the_demo_scene() -> None:
     runner, source = TorchRunner(canopy.load_model("default")), open_imagery("demo")
     config = runner.model.config
-    area = canopy.AOI.from_bbox((44.083, -71.296), 140)
+    area = canopy.AOI.from_bbox((44.083, -71.296), 200)
     grid = area.grid(source.native_crs, config.gsd_m)
 
     def heights_of(part, **options: object) -> np.ndarray:
