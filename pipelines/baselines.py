@@ -21,7 +21,7 @@ TITLES = {"val": "Validation rows", "test": "Test rows", "test_hard": "Hard test
 def beside_baselines(model: Any, chips: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
     """split -> {'model', 'training_mean', 'ridge'} -> site -> scores, on the same pixels."""
     from canopy.chips.store import ChipShards
-    from canopy.training.scoring import heights_of, plain, score
+    from canopy.training.height import heights_of, plain, score
 
     shards = ChipShards(chips)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,6 +21,9 @@ from canopy.cli.options import (
 )
 from canopy.cli.options import RunResume as Resume
 from canopy.files import check_output
+
+if TYPE_CHECKING:
+    from canopy.training.settings import FinetuneSettings, PretrainSettings
 
 
 def train(
@@ -40,43 +44,10 @@ def train(
 
     Example: canopy train configs/finetune/small.yaml data.chips=chips minutes=30 -o runs/first
     """
-    from canopy.runtime import progress_bar
     from canopy.training.settings import FinetuneSettings
 
     settings = settings_of(FinetuneSettings, config, overrides, quiet, verbose)
-    settled = run_dir / "config.yaml"
-    if not resume and settled.exists():  # a run writes its own
-        check_output(settled, [config], overwrite=True)
-    from canopy.training.fit import finetune
-    from canopy.training.run_folder import first_process
-
-    with progress_bar(quiet or json_) as progress:
-        exported = finetune(
-            settings,
-            run_dir,
-            resume=resume,
-            fast_dev_run=fast_dev_run,
-            command=command(),
-            progress=progress,
-        )
-    if not first_process():
-        return  # one of several has the word
-    if fast_dev_run:
-        if json_:
-            print_json({"fast_dev_run": True, "config": str(config)})
-        elif not quiet:
-            typer.echo(f"{config}: two steps, validation and export work")
-        return
-    from canopy.models.checkpoint import describe
-
-    card = describe(exported)["card"]
-    if json_:
-        keys = ("steps", "minutes", "exported", "val", "seen")
-        print_json(
-            {"model": str(exported), "run_dir": str(run_dir), **{k: card[k] for k in keys if k in card}}
-        )
-    elif not quiet:
-        typer.echo(exported)
+    _run(settings, config, run_dir, resume, fast_dev_run, json_, quiet)
 
 
 def pretrain(
@@ -98,33 +69,42 @@ def pretrain(
 
     Example: canopy pretrain configs/pretrain/small.yaml data.chips=chips minutes=30 -o runs/encoder
     """
-    from canopy.runtime import progress_bar
     from canopy.training.settings import PretrainSettings
 
     settings = settings_of(PretrainSettings, config, overrides, quiet, verbose)
+    _run(settings, config, run_dir, resume, fast_dev_run, json_, quiet)
+
+
+def _run(
+    settings: FinetuneSettings | PretrainSettings,
+    config: Path,
+    run_dir: Path,
+    resume: bool,
+    fast_dev_run: bool,
+    json_: bool,
+    quiet: bool,
+) -> None:
+    from canopy.runtime import progress_bar
+    from canopy.training import fit
+    from canopy.training.optim import first_process
+    from canopy.training.settings import FinetuneSettings
+
     settled = run_dir / "config.yaml"
     if not resume and settled.exists():  # a run writes its own
         check_output(settled, [config], overwrite=True)
-    from canopy.training.fit import ENCODER
-    from canopy.training.fit import pretrain as run
-    from canopy.training.run_folder import first_process
-
     with progress_bar(quiet or json_) as progress:
-        card = run(
-            settings,
-            run_dir,
-            resume=resume,
-            fast_dev_run=fast_dev_run,
-            command=command(),
-            progress=progress,
-        )
+        said: dict[str, Any] = {
+            "resume": resume, "fast_dev_run": fast_dev_run, "command": command(), "progress": progress,
+        }  # fmt: skip
+        if isinstance(settings, FinetuneSettings):
+            card, what, exported = fit.finetune(settings, run_dir, **said), "model", run_dir / fit.MODEL
+        else:
+            card, what, exported = fit.pretrain(settings, run_dir, **said), "encoder", run_dir / fit.ENCODER
     if not first_process():
         return  # one of several has the word
-    shown = {k: card[k] for k in ("objective", "steps", "minutes", "images_seen", "probe")}
     if json_:
-        where = {"fast_dev_run": True} if fast_dev_run else {"encoder": str(run_dir / ENCODER)}
-        print_json({**where, "run_dir": str(run_dir), **shown})
-    elif not quiet and fast_dev_run:
-        typer.echo(f"{config}: two steps, probe and export work")
+        where = {"fast_dev_run": True} if fast_dev_run else {what: str(exported)}
+        keys = ("objective", "steps", "minutes", "exported", "val", "seen", "images_seen", "probe")
+        print_json({**where, "run_dir": str(run_dir), **{k: card[k] for k in keys if k in card}})
     elif not quiet:
-        typer.echo(run_dir / ENCODER)
+        typer.echo(f"{config}: two steps and all that follows them work" if fast_dev_run else exported)

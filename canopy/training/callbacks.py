@@ -7,15 +7,12 @@ height, and the features' effective rank, which tells whether the representation
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from pytorch_lightning.callbacks import Timer, WeightAveraging
 from torch import Tensor
 from torch.nn import functional
@@ -23,12 +20,15 @@ from torch.nn.utils import get_total_norm
 
 from canopy.chips.data import evenly
 from canopy.chips.store import Chip, ChipShards
-from canopy.errors import CanopyError, DataError
-from canopy.models.encoder import Encoder
+from canopy.errors import CanopyError
 from canopy.models.height import fill_invalid
 from canopy.runtime import Progress, log
-from canopy.training.optim import TrainingModule, ema_decay
-from canopy.training.run_folder import distributed
+from canopy.training.optim import TrainingModule, ema_decay, largest_of_processes
+
+_MOST_ROWS = 1024  # of a singular value decomposition, so that it takes milliseconds
+_SIDE_PX = 256  # chips are cropped to this, so that a probe stays a matter of seconds
+_LEAST_KNOWN = 0.5  # share of a patch's label pixels
+_LAMBDAS = np.logspace(-4, 2, 7)  # times the number of rows
 
 
 class TrainingError(CanopyError):
@@ -57,11 +57,8 @@ class Schedule(Timer):
         """Share of the run that is done, 0..1. All processes must ask."""
         done = trainer.global_step / self.steps
         if self.minutes:
-            share = self.time_elapsed() / (60 * self.minutes)
-            elapsed = torch.tensor(share, device=trainer.strategy.root_device)
-            if distributed():
-                dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-            done = max(done, float(elapsed))
+            elapsed = self.time_elapsed() / (60 * self.minutes)
+            done = max(done, largest_of_processes(elapsed, trainer.strategy.root_device))
         return min(1.0, done)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -117,7 +114,7 @@ class NanGuard(pl.Callback):
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if not _all_finite(pl_module.buffers()):
             bad.append("a running statistic is not finite")
-        pl_module.left_out = _anywhere(bool(bad), norm.device)
+        pl_module.left_out = largest_of_processes(float(bool(bad)), norm.device) > 0
         if pl_module.left_out:
             self._leave_out(pl_module, ", ".join(bad) or "another process's values are not finite")
 
@@ -148,15 +145,6 @@ def _all_finite(buffers: Iterable[Tensor]) -> bool:
     return not found or bool(torch.stack(torch._foreach_norm(found, math.inf)).isfinite().all())
 
 
-def _anywhere(bad: bool, device: torch.device) -> bool:
-    """Whether it is so in any process."""
-    if not distributed():
-        return bad
-    flag = torch.tensor(float(bad), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
-
-
 class AveragedWeights(WeightAveraging):
     """Lightning's running average of the weights: what is validated, and `state_dict` in checkpoints."""
 
@@ -174,15 +162,23 @@ class AveragedWeights(WeightAveraging):
         """Both stay what they are: the run may be resumed from a checkpoint that is written after its end."""
 
 
+# ---- probes of features -----------------------------------------------------------------------------
+Patches = tuple[Tensor, np.ndarray]  # image (3, H, W) in 0..1, mean heights (rows * cols) or NaN
+
+
 class Probe(pl.Callback):
     """Scores frozen features at the start, every so many steps, and at the end.
+
+    Args:
+        train, val: images and what their patches should say, to fit on and to score.
+        every: steps.
 
     Attributes:
         scores, at: of the last probe, and its step.
     """
 
-    def __init__(self, probe: HeightProbe, every: int) -> None:
-        self.probe, self.every = probe, every
+    def __init__(self, train: list[Patches], val: list[Patches], every: int) -> None:
+        self.train, self.val, self.every = train, val, every
         self.scores: dict[str, float] = {}
         self.at = -1
 
@@ -202,107 +198,31 @@ class Probe(pl.Callback):
         """Score the module's useful encoder, and log it; the first process alone."""
         self.at = trainer.global_step
         if trainer.is_global_zero:
-            precision = module.settings.precision
-            self.scores = self.probe.score(module.useful_encoder(), module.normalised, precision)
+            encoder = module.useful_encoder()
+
+            def features(image: Tensor) -> Tensor:
+                return encoder.tokens(module.normalised(image)).patches[0]
+
+            with torch.autocast(
+                module.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"
+            ):
+                self.scores = self.score(features, module.device)
             for each in trainer.loggers:
                 each.log_metrics({f"probe/{k}": v for k, v in self.scores.items()}, step=self.at)
                 each.save()
             log.info("step %d probe: %s", self.at, " ".join(f"{k} {v:.3g}" for k, v in self.scores.items()))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores, "at": self.at}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.scores, self.at = dict(state_dict["scores"]), int(state_dict["at"])
-
-
-_MOST_ROWS = 1024  # of a singular value decomposition, so that it takes milliseconds
-
-
-@torch.no_grad()
-def feature_std(features: Tensor) -> float:
-    """Spread of features (n, dim) of length 1 over the batch, times sqrt(dim): about 1 where they fill the
-    sphere, 0 where they have collapsed to a point (Chen and He 2020, arXiv 2011.10566, section 4.1)."""
-    unit = functional.normalize(features.float(), dim=-1)
-    return float(unit.std(dim=0).mean() * features.shape[-1] ** 0.5)
-
-
-@torch.no_grad()
-def effective_rank(features: Tensor) -> float:
-    """RankMe (Garrido et al. 2022, arXiv 2210.02885, eq. 2): exp(entropy of the singular values) of (n, dim).
-
-    At least 1, at most min(n, dim); rows beyond 1024 are thinned out evenly.
-    """
-    step = -(-len(features) // _MOST_ROWS)
-    values = torch.linalg.svdvals(features[::step].float().cpu())
-    share = values / values.sum().clamp_min(1e-12) + 1e-7
-    return float(torch.exp(-(share * share.log()).sum()))
-
-
-_SIDE_PX = 256  # chips are cropped to this, so that a probe stays a matter of seconds
-_LEAST_KNOWN = 0.5  # share of a patch's label pixels
-_LAMBDAS = np.logspace(-4, 2, 7)  # times the number of rows
-
-
-@dataclass(frozen=True, eq=False)
-class Patches:
-    """Images and what their patches should say.
-
-    Attributes:
-        images: each float (3, H, W) in 0..1, sides multiples of the patch.
-        heights: each float64 (rows * cols), metres, NaN where too little is known.
-    """
-
-    images: list[Tensor]
-    heights: list[np.ndarray]
-
-    @classmethod
-    def of(cls, chips: Sequence[Chip], patch: int) -> Patches:
-        """From chips; those without a known patch are left out."""
-        images, heights = [], []
-        for chip in chips:
-            h, w = (min(n, _SIDE_PX) // patch * patch for n in chip.rgb.shape[1:])
-            if not h or not w:
-                continue
-            rgb = fill_invalid(chip.rgb[:, :h, :w].astype(np.float32) / 255, chip.image_valid[:h, :w])
-            means = patch_means(chip.chm_m[: h // 2, : w // 2], chip.image_valid[:h, :w], patch // 2)
-            if np.isfinite(means).any():
-                images.append(torch.from_numpy(np.ascontiguousarray(rgb)))
-                heights.append(means.ravel())
-        return cls(images, heights)
-
-
-class HeightProbe:
-    """Fits frozen features of `train` chips and scores on `val` chips.
-
-    Args:
-        train, val: what to fit and what to score on.
-
-    Raises:
-        DataError: one of them is empty.
-    """
-
-    def __init__(self, train: Patches, val: Patches) -> None:
-        for name, part in (("train", train), ("val", val)):
-            if not part.images:
-                raise DataError(f"the probe has no {name} chips with heights", remedy="or set probe.every=0")
-        self.train, self.val = train, val
-
     @torch.no_grad()
-    def score(
-        self, encoder: Encoder, normalise: Callable[[Tensor], Tensor], precision: str = "32-true"
-    ) -> dict[str, float]:
+    def score(self, features: Any, device: torch.device | str = "cpu") -> dict[str, float]:
         """mae_m and r2 of a ridge on the val chips' patches, mae_constant_m beside it, and the features'
-        effective rank."""
-        known = [np.isfinite(np.concatenate(part.heights)) for part in (self.train, self.val)]
-        fitted, scored = (
-            _features(encoder, part.images, normalise, precision)[mask]
-            for part, mask in zip((self.train, self.val), known, strict=True)
-        )
-        target, truth = (
-            np.concatenate(part.heights)[mask]
-            for part, mask in zip((self.train, self.val), known, strict=True)
-        )
+        effective rank; `features` of an image (1, 3, H, W) are (rows * cols, dim)."""
+        seen, heights = [], []
+        for part in (self.train, self.val):
+            rows = torch.cat([features(image[None].to(device)).float().cpu() for image, _ in part])
+            truth = np.concatenate([mean for _, mean in part])
+            seen.append(rows.numpy().astype(np.float64)[np.isfinite(truth)])
+            heights.append(truth[np.isfinite(truth)])
+        (fitted, scored), (target, truth) = seen, heights
         guess = ridge(fitted, target, scored)
         return {
             "mae_m": float(np.abs(guess - truth).mean()),
@@ -311,29 +231,35 @@ class HeightProbe:
             "rank": effective_rank(torch.from_numpy(scored)),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores, "at": self.at}
 
-def open_probe(places: Path | Sequence[Path], patch: int, chips: int, gsd_m: float) -> HeightProbe | None:
-    """The probe over chips folders; None where they have no heights. Plots of 20 m are left out.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scores, self.at = dict(state_dict["scores"]), int(state_dict["at"])
 
-    Args:
-        places: folders of `canopy data chips`; splits train and val are used.
-        patch: pixels per token side; chips: how many of each split, spread evenly.
-        gsd_m: ground metres per pixel of the encoder.
 
-    Raises:
-        DataError: no such chips, or chips of another scale.
-    """
-    shards = ChipShards(places)
-    shards.require_gsd(gsd_m)
+def open_probe(shards: ChipShards, patch: int, chips: int, every: int) -> Probe | None:
+    """The probe over the splits train and val of chips, so many of each, spread evenly; None where they have
+    no heights. Plots of 20 m and synthetic chips are left out."""
     parts = []
     for split in ("train", "val"):
         wanted = [
             i for i, r in enumerate(shards.rows)
             if r.split == split and r.label_share > 0 and r.kind not in ("neon", "synth")
         ]  # fmt: skip
-        parts.append(Patches.of([shards[wanted[i]] for i in evenly(len(wanted), chips)], patch))
-    train, val = parts
-    return HeightProbe(train, val) if train.images and val.images else None
+        found = (_patches(shards[wanted[i]], patch) for i in evenly(len(wanted), chips))
+        parts.append([each for each in found if each is not None])
+    return Probe(parts[0], parts[1], every) if all(parts) else None
+
+
+def _patches(chip: Chip, patch: int) -> Patches | None:
+    """None where no patch of it is known."""
+    h, w = (min(n, _SIDE_PX) // patch * patch for n in chip.rgb.shape[1:])
+    if not h or not w:
+        return None
+    rgb = fill_invalid(chip.rgb[:, :h, :w].astype(np.float32) / 255, chip.image_valid[:h, :w])
+    means = patch_means(chip.chm_m[: h // 2, : w // 2], chip.image_valid[:h, :w], patch // 2)
+    return (torch.from_numpy(np.ascontiguousarray(rgb)), means.ravel()) if np.isfinite(means).any() else None
 
 
 def patch_means(height_m: np.ndarray, image_valid: np.ndarray, side: int) -> np.ndarray:
@@ -344,24 +270,11 @@ def patch_means(height_m: np.ndarray, image_valid: np.ndarray, side: int) -> np.
         height_m: (h, w), NaN = unknown; image_valid: bool (2 h, 2 w).
     """
     h, w = height_m.shape
-    seen = image_valid.reshape(h, 2, w, 2).all(axis=(1, 3))
-    known = np.isfinite(height_m) & seen
+    known = np.isfinite(height_m) & image_valid.reshape(h, 2, w, 2).all(axis=(1, 3))
     blocks = (h // side, side, w // side, side)
     share = known.reshape(blocks).mean(axis=(1, 3))
     total = np.where(known, height_m, 0).astype(np.float64).reshape(blocks).mean(axis=(1, 3))
     return np.where(share >= _LEAST_KNOWN, total / np.maximum(share, 1e-9), np.nan)
-
-
-def _features(
-    encoder: Encoder, images: list[Tensor], normalise: Callable[[Tensor], Tensor], precision: str
-) -> np.ndarray:
-    device = next(encoder.parameters()).device
-    out = []
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-        for image in images:
-            tokens = encoder.tokens(normalise(image[None].to(device)))
-            out.append(tokens.patches[0].float().cpu().numpy())
-    return np.concatenate(out).astype(np.float64)
 
 
 def ridge(features: np.ndarray, target: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -388,3 +301,23 @@ def ridge(features: np.ndarray, target: np.ndarray, wanted: np.ndarray) -> np.nd
     penalty = min(_LAMBDAS * n, key=error)
     weights = vectors @ (loads / (values + penalty))
     return (wanted - mean) / std @ weights + target.mean()
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> float:
+    """Spread of features (n, dim) of length 1 over the batch, times sqrt(dim): about 1 where they fill the
+    sphere, 0 where they have collapsed to a point (Chen and He 2020, arXiv 2011.10566, section 4.1)."""
+    unit = functional.normalize(features.float(), dim=-1)
+    return float(unit.std(dim=0).mean() * features.shape[-1] ** 0.5)
+
+
+@torch.no_grad()
+def effective_rank(features: Tensor) -> float:
+    """RankMe (Garrido et al. 2022, arXiv 2210.02885, eq. 2): exp(entropy of the singular values) of (n, dim).
+
+    At least 1, at most min(n, dim); rows beyond 1024 are thinned out evenly.
+    """
+    step = -(-len(features) // _MOST_ROWS)
+    values = torch.linalg.svdvals(features[::step].float().cpu())
+    share = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(share * share.log()).sum()))

@@ -1,30 +1,40 @@
-"""Supervised height training as a LightningModule."""
+"""Supervised height training as a LightningModule, and scores of heights on chips, per site."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from canopy import metrics
 from canopy.chips.augment import Sample
 from canopy.chips.data import ChipDataModule
-from canopy.chips.store import ChipRow
+from canopy.chips.store import Chip, ChipRow, predict_chip
 from canopy.models.decoder import bin_weights
 from canopy.models.height import HeightModel
 from canopy.runtime import log
 from canopy.training import losses
-from canopy.training.optim import TrainingModule, layer_factor, learning_rate, parameter_groups
-from canopy.training.run_folder import from_all, mean_of_processes
-from canopy.training.scoring import chip_sums, headline, heights_of, table_of
+from canopy.training.optim import (
+    TrainingModule,
+    from_all,
+    layer_factor,
+    learning_rate,
+    mean_of_processes,
+    parameter_groups,
+)
 from canopy.training.settings import FinetuneSettings, weight_at
 
 _LAST_RATE = 0.01  # the learning rate at the end, as a share of its peak
 VAL_MAE = "val_mae_m"  # what chooses between validations
 _OF_SITES = ("mae_m", "r", "bias_m")
+_ROW = ("n", "mae_m", "rmse_m", "r", "bias_m", "r2", "block_r2", "edge_error")
+Table = dict[str, dict[str, float]]
+T = TypeVar("T")
 
 
 class Output(NamedTuple):
@@ -57,15 +67,14 @@ class HeightModule(TrainingModule):
         s = self.settings
 
         def factor(name: str) -> float:
-            scale = s.encoder_lr_scale if name.startswith("encoder.") else 1.0
-            return scale * layer_factor(name, s.architecture.encoder.depth, s.layer_decay)
+            return layer_factor(name, s.architecture.encoder.depth, s.layer_decay)
 
         groups = parameter_groups(self.model.named_parameters(), factor)
         return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
     def rates(self) -> tuple[float, float]:
         s = self.settings
-        rate = learning_rate(self.progress, s.lr, _LAST_RATE * s.lr, s.warmup, s.lr_schedule)
+        rate = learning_rate(self.progress, s.lr, _LAST_RATE * s.lr, s.warmup)
         return rate, s.weight_decay
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
@@ -99,7 +108,6 @@ class HeightModule(TrainingModule):
         centres = self.model.centres * self.model.config.decoder.scale
         by_name: dict[str, Callable[[], Tensor]] = {
             "charbonnier": lambda: losses.charbonnier(pred, target, weight),
-            "l1": lambda: losses.l1(pred, target, weight),
             "silog": lambda: losses.silog(pred, target, weight),
             "gradient": lambda: losses.gradient_loss(pred, target, weight),
             "two_hot": lambda: losses.two_hot_loss(
@@ -151,3 +159,87 @@ class HeightModule(TrainingModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ChipDataModule)
         return data
+
+
+# ---- scores on chips ---------------------------------------------------------------------------------
+def score_chips(
+    model: HeightModel, chips: Iterable[Chip], *, crop_px: int | None = None, overlap_px: int = 64
+) -> Table:
+    """Table of site -> scores at 1 m; see `table_of`."""
+    side = crop_px or model.config.crop_px
+    return table_of((c.row, chip_sums(heights_of(model, c, side, overlap_px), c)) for c in chips)
+
+
+@torch.inference_mode()
+def heights_of(model: HeightModel, chip: Chip, crop_px: int, overlap_px: int, batch: int = 4) -> np.ndarray:
+    """Heights (h, w) in metres at 1 m, from crops of the chip's image with a linear cross-fade.
+
+    Each crop sees invalid pixels filled from itself alone, as in a map.
+    """
+
+    def network(crops: np.ndarray) -> np.ndarray:
+        inputs = torch.from_numpy(crops).to(model.mean.device).contiguous(memory_format=torch.channels_last)
+        return model(inputs).float().cpu().numpy()
+
+    return predict_chip(network, chip, crop_px, overlap_px, batch)[0]
+
+
+def score(chips: Iterable[Chip], predictor: Callable[[Chip], np.ndarray]) -> Table:
+    """Scores of any `predictor` (chip -> heights (h, w) at 1 m); see `table_of`."""
+    return table_of((chip.row, chip_sums(predictor(chip), chip)) for chip in chips)
+
+
+def table_of(sums: Iterable[tuple[ChipRow, np.ndarray]]) -> Table:
+    """Scores from the rows and `chip_sums` of chips.
+
+    Returns:
+        One row per site in order of appearance, then 'all but plots', 'plots' (where there are any) and
+        'all', each over its pooled pixels; empty where there are no chips. A row has n, mae_m, rmse_m, r,
+        bias_m, r2, block_r2, edge_error (see `canopy.metrics`; blocks and gradients within chips) and
+        bias_LOW-HIGH_m, the bias of pixels by their measured height.
+    """
+    sites: dict[str, np.ndarray] = {}
+    groups = {name: np.zeros(len(metrics.FIELDS)) for name in ("all but plots", "plots", "all")}
+    for row, found in sums:
+        sites[row.site] = sites.get(row.site, 0) + found
+        groups["plots" if row.kind == "neon" else "all but plots"] += found
+        groups["all"] += found
+    kept = {name: total for name, total in groups.items() if total[metrics.COLUMN["n"]]}
+    return {name: _row(total) for name, total in {**sites, **kept}.items()}
+
+
+def chip_sums(pred: np.ndarray, chip: Chip) -> np.ndarray:
+    """Sums (len(metrics.FIELDS),) over the pixels of a chip that are `scored`; those of chips add up."""
+    known, truth = chip.scored, chip.chm_m
+    h, w = known.shape
+    one = np.zeros(int(known.sum()), np.int64)
+    sums = metrics.pixel_sums(pred[known], truth[known], one, 1)
+    side = metrics.BLOCK_PX
+    block = (np.arange(h) // side)[:, None] * -(-w // side) + np.arange(w) // side
+    blocks = np.zeros(int(block.max(initial=-1)) + 1, np.int64)
+    sums += metrics.block_sums(pred[known], truth[known], block[known], blocks, 1)
+    if min(h, w) > 2:
+        inner = np.zeros((h - 2, w - 2), np.int64)
+        sums += metrics.gradient_sums(metrics.gradients(pred, truth, known), inner, 1)
+    return sums[0]
+
+
+def headline(table: Mapping[str, dict[str, T]]) -> dict[str, T]:
+    """The row that chooses between models: all but plots, or all where there are only plots."""
+    return table.get("all but plots") or table["all"]
+
+
+def _row(sums: np.ndarray) -> dict[str, float]:
+    every = metrics.scores(sums)
+    row = {name: float(every[name]) for name in _ROW}
+    for name, part in zip(metrics.BIN_NAMES, metrics.bin_scores(sums), strict=True):
+        row[f"bias_{name}_m"] = float(part["bias_m"])
+    return row | {"n": int(row["n"])}
+
+
+def plain(table: Table) -> dict[str, dict[str, float | None]]:
+    """Rounded to the millimetre, NaN to None, so that JSON stays JSON."""
+    return {
+        site: {k: None if math.isnan(v) else round(v, 3) for k, v in row.items()}
+        for site, row in table.items()
+    }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from canopy.training.run_folder import mean_of_processes
+from canopy.training.optim import mean_of_processes
 
 RADIUS_M = 12.5
 EPS_M = 0.1
@@ -38,11 +38,6 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
 def charbonnier(pred: Tensor, target: Tensor, weight: Tensor, eps: float = 0.1) -> Tensor:
     """Mean of sqrt(d^2 + eps^2) - eps in metres: L1 for large errors, smooth at 0 (Charbonnier 1994)."""
     return weighted_mean(torch.sqrt((pred - target) ** 2 + eps * eps) - eps, weight)
-
-
-def l1(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Mean |d| in metres: the MAE itself, at the price of a median's view of the tails."""
-    return weighted_mean((pred - target).abs(), weight)
 
 
 def silog(pred: Tensor, target: Tensor, weight: Tensor, lam: float = 0.85, eps: float = 1.0) -> Tensor:
@@ -68,25 +63,13 @@ def gradient_loss(pred: Tensor, target: Tensor, weight: Tensor, scales: int = 3)
     scales = min(scales, min(pred.shape[-2:]).bit_length())  # a side of 1 cannot be halved
     for scale in range(scales):
         for axis in (-1, -2):
-            ahead, back = slice(1, None), slice(None, -1)
-            a, b = (
-                (error[..., ahead], error[..., back])
-                if axis == -1
-                else (error[..., ahead, :], error[..., back, :])
-            )
-            p, q = (
-                (known[..., ahead], known[..., back])
-                if axis == -1
-                else (known[..., ahead, :], known[..., back, :])
-            )
-            total = total + weighted_mean((a - b).abs(), p * q)
+            pairs = error.diff(dim=axis).abs()
+            both = known.narrow(axis, 1, known.shape[axis] - 1) * known.narrow(axis, 0, known.shape[axis] - 1)
+            total = total + weighted_mean(pairs, both)
         if scale + 1 < scales:
             # Only blocks known throughout go on to the next scale.
-            error, known = (
-                functional.avg_pool2d(error, 2),
-                (functional.avg_pool2d(known, 2) > 0.999).to(pred.dtype),
-            )
-            error = error * known
+            known = (functional.avg_pool2d(known, 2) > 0.999).to(pred.dtype)
+            error = functional.avg_pool2d(error, 2) * known
     return total / (2 * scales)
 
 
@@ -195,7 +178,7 @@ def footprint_loss(
         penalty: metres of error that each metre of movement costs in the choice.
     """
     image, slot = torch.nonzero(shots[..., 3] > 0, as_tuple=True)
-    total = mean_of_processes(shots[..., 3].sum())  # of all processes, as in `height_losses.weighted_mean`
+    total = mean_of_processes(shots[..., 3].sum())  # of all processes, as in `weighted_mean`
     if not len(image):
         return pred.sum() * 0.0
     chosen = shots[image, slot].to(pred.dtype)

@@ -1,4 +1,4 @@
-"""How weights move: schedules over a run's progress, AdamW's groups, and the base of both trainings' modules.
+"""How weights move: schedules, AdamW's groups, several processes, and the base of both trainings' modules.
 
 Schedules are pure functions of progress, the share of a run that is done, 0..1 (clamped).
 """
@@ -9,16 +9,18 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from canopy.errors import ConfigError
 
-SHAPES = ("linear", "cosine", "step")
+T = TypeVar("T")
+SHAPES = ("linear", "cosine")
 _LEAST_WARMUP = 1e-3  # of the peak: a first step at rate 0 would be thrown away
 _TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 _STATE, _STATE_FORMAT = "canopy", 3  # raise it when checkpoints change
@@ -32,11 +34,10 @@ def ramp(
     end: float = 1.0,
     shape: str = "linear",
 ) -> float:
-    """`first` until progress `begin`, `last` from `end` on; between them a line ('linear'), half a cosine
-    ('cosine'), or `first` until `end` ('step')."""
+    """`first` until progress `begin`, `last` from `end` on; between them a line or half a 'cosine'."""
     if progress >= end:
         return last
-    if progress <= begin or shape == "step":
+    if progress <= begin:
         return first
     share = (progress - begin) / (end - begin)
     if shape == "cosine":
@@ -44,12 +45,11 @@ def ramp(
     return first + (last - first) * share
 
 
-def learning_rate(progress: float, peak: float, end: float, warmup: float, shape: str = "cosine") -> float:
-    """In a line from nearly 0 to `peak` over the share `warmup` (below 1), then to `end` by a 'cosine' or a
-    'linear' fall, or 'constant' at `peak`."""
+def learning_rate(progress: float, peak: float, end: float, warmup: float) -> float:
+    """In a line from nearly 0 to `peak` over the share `warmup` (below 1), then along a cosine to `end`."""
     if progress < warmup:
         return peak * max(progress / warmup, _LEAST_WARMUP)
-    return peak if shape == "constant" else ramp(progress, peak, end, warmup, 1.0, shape)
+    return ramp(progress, peak, end, warmup, 1.0, "cosine")
 
 
 def ema_decay(step: int, final: float = 0.998) -> float:
@@ -108,11 +108,46 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     torch._foreach_lerp_([ours[n].data for n in names], [theirs[n].data for n in names], 1.0 - momentum)
 
 
-def compile_parts(module: nn.Module) -> None:
-    """torch.compile every transformer block in `module`, where it stands: names of weights stay."""
-    for name, part in module.named_modules():
-        if re.search(r"\bblocks\.\d+$", name):
-            part.compile()
+# ---- several processes ------------------------------------------------------------------------------
+def first_process() -> bool:
+    """Whether this one writes files and says what is going on. Known before the processes have met."""
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@torch.no_grad()
+def mean_of_processes(x: Tensor) -> Tensor:
+    """The mean of `x` over all processes, without gradient; `x` itself where there is only one."""
+    if not distributed():
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
+
+
+@torch.no_grad()
+def largest_of_processes(value: float, device: torch.device) -> float:
+    """The largest `value` of all processes. All must ask."""
+    if not distributed():
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def from_all(mine: list[T]) -> list[T]:
+    """The lists of all processes, joined in their order."""
+    parts: list[list[T]] = [mine]
+    if distributed():
+        parts = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, mine)
+    return [x for part in parts for x in part]
 
 
 class TrainingModule(pl.LightningModule):

@@ -5,9 +5,7 @@ A config file holds only what differs from these defaults.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,18 +17,14 @@ from canopy.training.optim import SHAPES, ramp
 from canopy.training.ssl_data import PretrainDataSettings, ViewRules
 
 
-def shown(places: Sequence[Path] | None) -> list[str] | None:
-    """Places by name alone, for a card: folders are this machine's business."""
-    return None if places is None else [place.name for place in places]
-
-
 class RunSettings(Settings):
     """What every training run has.
 
     Attributes:
+        minutes, steps: bound the run in time and in work; the first to come ends it. With minutes None all
+            schedules follow the steps alone, and a run is repeatable to the bit.
         threads: of torch, in each process.
-        strategy: of several processes; auto is ddp, each holds everything.
-        devices, nodes: processes on each machine, and machines. Batches are per process.
+        devices, nodes: processes on each machine, and machines, by DDP. Batches are per process.
         compile: torch.compile the transformer blocks; costs minutes at the start.
         tensorboard: log there too, where it is installed.
         model: what differs from `ModelConfig`'s defaults.
@@ -38,12 +32,14 @@ class RunSettings(Settings):
     """
 
     name: str = "canopy"
+    steps: int = Field(default=100_000, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
+    device: str = "cpu"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     threads: int = Field(default=1, ge=1)
     devices: int = Field(default=1, ge=1)
     nodes: int = Field(default=1, ge=1)
-    strategy: Literal["auto", "ddp"] = "auto"
     compile: bool = False
     tensorboard: bool = True
     log_every: int = Field(default=25, ge=1)
@@ -55,6 +51,12 @@ class RunSettings(Settings):
     def _known_model(cls, value: dict[str, Any]) -> dict[str, Any]:
         ModelConfig.from_dict(value)  # raises on unknown keys
         return value
+
+    @model_validator(mode="after")
+    def _say_the_device(self) -> Self:
+        if self.processes > 1 and self.device not in ("cpu", "cuda"):
+            raise ValueError("several devices need device=cuda or device=cpu to be said")
+        return self
 
     @property
     def processes(self) -> int:
@@ -105,7 +107,6 @@ class LossSettings(Settings):
     """
 
     charbonnier: Weight = 1.0
-    l1: Weight = 0.0
     silog: Weight = 0.0
     gradient: Weight = 0.3
     two_hot: Weight = 0.3
@@ -130,45 +131,41 @@ class LossSettings(Settings):
 
 
 class FinetuneSettings(RunSettings):
-    """One supervised run. `minutes` bounds it in time, `steps` in work; the first to come ends it.
+    """One supervised run.
 
-    With `minutes: null` the learning rate follows the steps alone, and a run is repeatable to the bit.
+    Attributes:
+        workers: processes that make batches ahead; what they make does not depend on it.
+        init_from: encoder.safetensors of a pretraining, a model's name or file, or a last.ckpt.
+        init_part: of that file; auto is whatever the file is made for.
+        layer_decay: each transformer block learns this much slower than the next.
+        patience: validations without a better MAE before the run stops; 0 = never.
+        export: the best weights by val MAE, or the last; always the last where val was trained on.
     """
 
     minutes: float | None = Field(default=60.0, gt=0)
-    steps: int = Field(default=100_000, ge=1)
     batch: int = Field(default=8, ge=1)
     crop_px: int = Field(default=256, ge=16, multiple_of=2)
     lr: float = Field(default=6e-4, gt=0)
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = 0.05
     clip_norm: float = Field(default=1.0, gt=0)
     ema_final: float = Field(default=0.998, ge=0, lt=1)
-    workers: int = Field(
-        default=0, ge=0
-    )  # processes that make batches ahead; what they make does not depend on it
-    device: str = "cpu"
-    init_from: str | None = None  # encoder.safetensors of a pretraining, a model's name or file, a last.ckpt
-    init_part: Literal["auto", "all", "encoder"] = "auto"  # auto: whatever the file is made for
+    workers: int = Field(default=0, ge=0)
+    init_from: str | None = None
+    init_part: Literal["auto", "encoder"] = "auto"
     freeze_encoder: bool = False
-    encoder_lr_scale: float = Field(default=1.0, gt=0)
-    layer_decay: float = Field(
-        1.0, gt=0, le=1
-    )  # each transformer block learns this much slower than the next
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
     validate_every: int = Field(default=250, ge=1)
-    patience: int = Field(default=0, ge=0)  # validations without a better MAE before the run stops; 0 = never
-    export: Literal["auto", "best", "last"] = "auto"  # auto: best, or last where val was trained on
+    patience: int = Field(default=0, ge=0)
+    export: Literal["best", "last"] = "best"
     data: DataSettings = DataSettings()
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = LossSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> FinetuneSettings:
-        if self.data.include_val and (self.export == "best" or self.patience):
-            raise ValueError("val chips that are trained on can choose nothing: no export: best, no patience")
-        if self.processes > 1 and self.device not in ("cpu", "cuda"):
-            raise ValueError("several devices need device=cuda or device=cpu to be said")
+        if self.data.include_val and self.patience:
+            raise ValueError("val chips that are trained on can choose nothing: no patience")
         if self.init_part != "auto" and self.init_from is None:
             raise ValueError("init_part needs init_from")
         if self.layer_decay < 1 and self.architecture.encoder.family == "cnn":
@@ -178,11 +175,11 @@ class FinetuneSettings(RunSettings):
     @property
     def exports_best(self) -> bool:
         """Whether the best weights by val MAE are exported, rather than the last."""
-        return self.export == "best" or (self.export == "auto" and not self.data.include_val)
+        return self.export == "best" and not self.data.include_val
 
 
 class FinalSettings(Settings):
-    """The last `share` of the run sees larger views (DINOv2's high-resolution phase); 0 leaves it out."""
+    """The last `share` of the steps sees larger views (DINOv2's high-resolution phase); 0 leaves it out."""
 
     share: float = Field(default=0.0, ge=0, lt=1)
     global_px: int = Field(default=448, gt=0)
@@ -195,7 +192,6 @@ class DinoSettings(Settings):
     Attributes:
         class_prototypes, patch_prototypes: of the two heads.
         freeze_last: share of the run in which prototypes stay as they began.
-        centring: how the teacher's scores become targets.
     """
 
     class_prototypes: int = Field(default=65_536, ge=2)
@@ -208,7 +204,6 @@ class DinoSettings(Settings):
     temperature_warmup: float = Field(default=0.3, ge=0, le=1)
     momentum: float = Field(default=0.992, ge=0, le=1)
     momentum_end: float = Field(default=1.0, ge=0, le=1)
-    centring: Literal["sinkhorn", "softmax"] = "sinkhorn"
     freeze_last: float = Field(default=0.01, ge=0, le=1)
     dino_weight: float = Field(default=1.0, ge=0)
     ibot_weight: float = Field(default=1.0, ge=0)
@@ -249,9 +244,7 @@ class ProbeSettings(Settings):
 
 
 class PretrainSettings(RunSettings):
-    """One pretraining run. It ends after `steps`, or `minutes` of training if those come first.
-
-    Only a run bounded by steps alone repeats bit for bit: minutes are this machine's business.
+    """One pretraining run.
 
     Attributes:
         batch: images per process and step.
@@ -263,8 +256,6 @@ class PretrainSettings(RunSettings):
 
     name: str = "canopy-encoder"
     objective: Literal["dinov2", "mae"] = "dinov2"
-    steps: int = Field(default=100_000, ge=1)
-    minutes: float | None = Field(default=None, gt=0)
     batch: int = Field(default=64, ge=2)
     lr: float = Field(default=1e-3, gt=0)
     lr_end: float = Field(default=1e-6, ge=0)
@@ -275,7 +266,6 @@ class PretrainSettings(RunSettings):
     clip_norm: float = Field(default=3.0, ge=0)
     layer_decay: float = Field(default=0.9, gt=0, le=1)
     patch_lr: float = Field(default=0.2, gt=0, le=1)
-    device: Literal["cpu", "cuda", "auto"] = "cpu"
     checkpoint_every: int = Field(default=250, ge=1)
     keep_every: int = Field(default=0, ge=0)
     data: PretrainDataSettings = PretrainDataSettings()
@@ -287,8 +277,8 @@ class PretrainSettings(RunSettings):
 
     @model_validator(mode="after")
     def _views_divide_into_patches(self) -> PretrainSettings:
-        if self.processes > 1 and self.device == "auto":
-            raise ValueError("several devices need device=cuda or device=cpu to be said")
+        if self.final.share and self.minutes:
+            raise ValueError("final.share is a share of the steps: no minutes")
         if self.architecture.encoder.family == "cnn":
             raise ValueError("only transformers can be pretrained (model.encoder.family vit or rope)")
         if self.views.globals < 2 and self.objective == "dinov2":

@@ -6,13 +6,13 @@ Masked autoencoding (He et al. 2021, arXiv 2111.06377): a light decoder paints w
 
 from __future__ import annotations
 
-import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
@@ -39,7 +39,7 @@ _NORM_BATCHES = 8
 
 
 class PretrainModule(TrainingModule):
-    """Base of `DinoModule` and `MaeModule`; a subclass gives `terms`, `weights`, and `useful_encoder`.
+    """Base of `DinoModule` and `MaeModule`; a subclass gives `terms`, `trained` and `useful_encoder`.
 
     Views are a function of the step, as all that is random: unless `minutes` bound it, a run that was killed
     and resumed gives the weights of one that was not, bit for bit on a CPU.
@@ -58,17 +58,14 @@ class PretrainModule(TrainingModule):
         self.config = settings.architecture
         self.register_buffer("mean", torch.tensor(self.config.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.config.std).view(1, -1, 1, 1), persistent=False)
+        self.weights: dict[str, float] = {}  # of the terms; 1 where nothing is said
         self.looked_at: tuple[Tensor, Tensor] | None = None
         self._logged, self._images = time.monotonic(), 0
 
     # ---- what a pretext task gives ---------------------------------------------------------------
     @abstractmethod
     def terms(self, views: Views) -> Terms:
-        """Losses of a batch by name, unweighted, each a scalar with its gradient."""
-
-    @abstractmethod
-    def weights(self) -> dict[str, float]:
-        """Weight of each term now."""
+        """Losses of a batch by name, each a scalar with its gradient; the log has them unweighted."""
 
     @abstractmethod
     def useful_encoder(self) -> Encoder:
@@ -101,15 +98,9 @@ class PretrainModule(TrainingModule):
         """RGB (..., 3, H, W) in 0..1 as the encoder wants it."""
         return (rgb - self.mean) / self.std
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
-        share = self.settings.final.share
-        if share and self.progress >= 1 - share:
-            self.stream.go_late()
-
     def training_step(self, batch: Views, batch_idx: int) -> Tensor:
-        terms, weights = self.terms(Views(*batch)), self.weights()
-        total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+        terms = self.terms(Views(*batch))
+        total = torch.stack([self.weights.get(name, 1.0) * value for name, value in terms.items()]).sum()
         self.losses = {f"loss/{k}": v.detach() for k, v in terms.items()} | {"loss": total.detach()}
         self.log_dict(self.losses | {"step": torch.tensor(self.global_step + 1.0)})
         self._images += len(batch[0]) * self.trainer.world_size
@@ -188,23 +179,10 @@ class PixelDecoder(nn.Module):
         known = self.embed(visible)
         at = keep[..., None].expand(-1, -1, known.shape[-1])
         x = self.mask_token.to(known.dtype).expand(B, patches, -1).scatter(1, at, known)
-        x = x + sine_positions(grid, x.shape[-1]).to(x)
+        x = x + build_sincos2d_pos_embed(list(grid), x.shape[-1]).to(x)
         for block in self.blocks:
             x = block(x)
         return self.pixels(self.norm(x))
-
-
-def sine_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed positions (rows * cols, width): sines and cosines of the row in one half, of the column in the
-    other (Vaswani et al. 2017, arXiv 1706.03762, section 3.5). Raises ValueError unless 4 divides width."""
-    if width % 4:
-        raise ValueError(f"positions of width {width}, expected a multiple of 4")
-    rates = torch.exp(-math.log(10_000.0) * torch.arange(width // 4) / (width // 4))
-    rows, cols = (torch.arange(n).float()[:, None] * rates for n in grid)
-    y, x = (torch.cat([a.sin(), a.cos()], dim=1) for a in (rows, cols))
-    return torch.cat([y[:, None].expand(-1, grid[1], -1), x[None].expand(grid[0], -1, -1)], dim=2).flatten(
-        0, 1
-    )
 
 
 class Network(nn.Module):
@@ -246,27 +224,19 @@ class DinoModule(PretrainModule):
     norms use the statistics of the batch, and keep running ones of whole views, which the export needs.
     """
 
-    centre_class: Tensor
-    centre_patch: Tensor
-
     def __init__(self, settings: PretrainSettings, stream: ViewStream) -> None:
         super().__init__(settings, stream)
         dino = settings.dino
+        self.weights = {"dino": dino.dino_weight, "ibot": dino.ibot_weight, "koleo": dino.koleo_weight}
         self.student = Network(self.config, dino, self.config.encoder.drop_path)
         self.mask_token = nn.Parameter(torch.zeros(self.config.encoder.dim))
         self.teacher = Network(self.config, dino, 0.0)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
-        self.register_buffer("centre_class", torch.zeros(1, dino.class_prototypes))
-        self.register_buffer("centre_patch", torch.zeros(1, dino.patch_prototypes))
 
     def trained(self) -> Iterable[tuple[str, nn.Parameter]]:
         yield from self.student.named_parameters()
         yield "mask_token", self.mask_token
-
-    def weights(self) -> dict[str, float]:
-        d = self.settings.dino
-        return {"dino": d.dino_weight, "ibot": d.ibot_weight, "koleo": d.koleo_weight}
 
     # ---- one step ------------------------------------------------------------------------------------
     def terms(self, views: Views) -> Terms:
@@ -292,24 +262,14 @@ class DinoModule(PretrainModule):
 
     @torch.no_grad()
     def _teach(self, wide: Tensor, mask: Tensor, globals_: int) -> Targets:
-        first, patches = self.teacher(wide)
-        of_views = self.teacher.class_head(first)
-        of_patches = self.teacher.patch_head(patches[mask])
-        views = self._targets(of_views, self.centre_class)
-        return Targets(
-            views.unflatten(0, (globals_, -1)), self._targets(of_patches, self.centre_patch), first, patches
-        )
-
-    def _targets(self, scores: Tensor, centre: Tensor) -> Tensor:
         d = self.settings.dino
-        temperature = ramp(
+        heat = ramp(
             self.progress, d.teacher_temperature_start, d.teacher_temperature, end=d.temperature_warmup
         )
-        if d.centring == "sinkhorn":
-            return losses.sinkhorn(scores, temperature)
-        out = losses.centred_softmax(scores, centre, temperature)
-        centre.copy_(losses.updated_centre(centre, scores))
-        return out
+        first, patches = self.teacher(wide)
+        views = losses.sinkhorn(self.teacher.class_head(first), heat)
+        of_patches = losses.sinkhorn(self.teacher.patch_head(patches[mask]), heat)
+        return Targets(views.unflatten(0, (globals_, -1)), of_patches, first, patches)
 
     # ---- around it -----------------------------------------------------------------------------------
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -347,9 +307,6 @@ class MaeModule(PretrainModule):
     def trained(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self.named_parameters()
 
-    def weights(self) -> dict[str, float]:
-        return {"mae": 1.0}
-
     def terms(self, views: Views) -> Terms:
         rgb = views.wide[:, 0]
         patch = self.config.patch_px
@@ -382,13 +339,8 @@ def random_masks(
 
     Returns:
         Patch numbers (count, k), rising, and masks (count, rows * cols), True = hidden.
-
-    Raises:
-        ValueError: the grid does not divide into such squares.
     """
     rows, cols = grid
-    if rows % unit or cols % unit:
-        raise ValueError(f"{rows} x {cols} patches do not divide into squares of {unit}")
     squares = rows // unit * (cols // unit)
     kept = max(1, squares - round(share * squares))
     # Drawn on the CPU: the same masks whatever the device.

@@ -19,8 +19,10 @@ from canopy.chips.augment import Rng, turn, vary_colour
 from canopy.chips.data import BatchStream, ChipPlaces
 from canopy.chips.store import ChipShards
 from canopy.config import Settings
-from canopy.errors import DataError, InputError
 from canopy.models.height import fill_invalid
+
+_MASKED_VIEWS, _MASKED_SHARES = 0.5, (0.1, 0.5)
+_LEAST_BLOCK = 4  # patches
 
 
 class PretrainDataSettings(Settings):
@@ -75,15 +77,11 @@ class Views(NamedTuple):
 
 
 class ViewStream(BatchStream[Views]):
-    """Batches of views; labels are not looked at. Larger views at the end, where wanted.
-
-    Batches from number `late_from` on have the late rules. A run that is bounded by minutes does not know
-    that number; it calls `go_late()`, which also reaches worker processes, for the batches they have not
-    made yet.
+    """Batches of views; labels are not looked at.
 
     Args:
-        shards: chips to draw from; batch: images; rules, late_rules: of the views.
-        late_from: number of the first late batch; None: there is none.
+        shards: chips to draw from; batch: images; rules: of the views; patch_px: side of a mask's patch.
+        late_from, late_rules: number of the final phase's first batch (None: there is none), and its rules.
         chances: (n,) of each chip, summing to 1; None draws all alike.
     """
 
@@ -102,28 +100,19 @@ class ViewStream(BatchStream[Views]):
         super().__init__(shards, batch, seed)
         self.rules, self.late_rules, self.late_from = rules, late_rules or rules, late_from
         self.patch_px, self.chances = patch_px, chances
-        for side in (self.rules.global_px, self.late_rules.global_px):
-            if side % patch_px:
-                raise DataError(f"views of {side} px", expected=f"a multiple of {patch_px}")
-        self._late = torch.zeros(1, dtype=torch.bool).share_memory_()
-
-    def go_late(self) -> None:
-        """Begin the final phase now."""
-        self._late[0] = True
 
     def drawn(self, number: int) -> Views:
         late = self.late_from is not None and number >= self.late_from * self.world
-        rules = self.late_rules if late or bool(self._late[0]) else self.rules
+        rules = self.late_rules if late else self.rules
         rng = np.random.default_rng((self.seed, number, 1))
-        wide, near = [], []
+        crops = []
         for _ in range(self.batch):
             chip = self.shards[int(rng.choice(len(self.shards), p=self.chances))]
-            crops = multi_crop(chip.rgb.astype(np.float32) / 255, chip.image_valid, rng, rules)
-            wide.append(crops[0])
-            near.append(crops[1])
+            crops.append(multi_crop(chip.rgb.astype(np.float32) / 255, chip.image_valid, rng, rules))
+        wide, near = (np.stack(part) for part in zip(*crops, strict=True))
         side = rules.global_px // self.patch_px
         masks = batch_masks(self.batch * rules.globals, (side, side), rng)
-        return Views(*(torch.from_numpy(x) for x in (np.stack(wide), np.stack(near), masks)))
+        return Views(*(torch.from_numpy(x) for x in (wide, near, masks)))
 
 
 def multi_crop(
@@ -137,8 +126,6 @@ def multi_crop(
     Returns:
         float32 (globals, 3, G, G) and (locals, 3, L, L), in 0..1.
     """
-    if rgb.ndim != 3 or valid.shape != rgb.shape[1:]:
-        raise InputError(f"image {rgb.shape} and validity {valid.shape} do not match")
     full = fill_invalid(np.ascontiguousarray(rgb), valid)
     wide = [view(full, rules.global_px, rules.global_area, rng, rules) for _ in range(rules.globals)]
     near = [view(full, rules.local_px, rules.local_area, rng, rules) for _ in range(rules.locals)]
@@ -151,8 +138,9 @@ def multi_crop(
 def view(rgb: np.ndarray, side_px: int, area: tuple[float, float], rng: Rng, rules: ViewRules) -> np.ndarray:
     """One crop: float32 (3, side_px, side_px)."""
     top, left, height, width = crop_box(rgb.shape[1:], area, rules.aspect, rng)
-    crop = _resize(rgb[:, top : top + height, left : left + width], side_px)
-    crop = turn(crop, int(rng.integers(4)), bool(rng.integers(2)))
+    box = torch.from_numpy(np.ascontiguousarray(rgb[:, top : top + height, left : left + width], np.float32))
+    resized = functional.interpolate(box[None], size=(side_px, side_px), mode="bilinear", antialias=True)
+    crop = turn(resized[0].clamp(0, 1).numpy(), int(rng.integers(4)), bool(rng.integers(2)))
     crop = vary_colour(np.ascontiguousarray(crop), rng, rules.colour * rng.random())
     return np.ascontiguousarray(crop, np.float32)
 
@@ -169,33 +157,24 @@ def crop_box(
     return int(rng.integers(0, H - height + 1)), int(rng.integers(0, W - width + 1)), height, width
 
 
-def _resize(rgb: np.ndarray, side_px: int) -> np.ndarray:
-    tensor = torch.from_numpy(np.ascontiguousarray(rgb, np.float32))[None]
-    size = (side_px, side_px)
-    return functional.interpolate(tensor, size=size, mode="bilinear", antialias=True)[0].clamp(0, 1).numpy()
-
-
-def block_mask(shape: tuple[int, int], ratio: float, rng: Rng, *, least: int = 4) -> np.ndarray:
+def block_mask(shape: tuple[int, int], ratio: float, rng: Rng) -> np.ndarray:
     """Mask exactly round(ratio * rows * cols) patches, in blocks as far as they fit.
 
     Args:
         shape: (rows, cols) of the patch grid.
         ratio: share to mask, 0..1.
-        least: patches in the smallest block.
 
     Returns:
         bool (rows, cols), True = masked.
     """
     rows, cols = shape
-    if not 0 <= ratio <= 1 or rows < 1 or cols < 1:
-        raise InputError(f"mask of {ratio} on {rows} x {cols} patches", expected="a share in 0..1")
     wanted = round(ratio * rows * cols)
     mask = np.zeros(shape, bool)
     for _ in range(40):
         room = wanted - int(mask.sum())
-        if room < least:
+        if room < _LEAST_BLOCK:
             break
-        size = rng.uniform(least, max(room, least))
+        size = rng.uniform(_LEAST_BLOCK, max(room, _LEAST_BLOCK))
         lean = np.exp(rng.uniform(np.log(0.3), -np.log(0.3)) / 2)
         h = int(np.clip(round(np.sqrt(size) * lean), 1, rows))
         w = int(np.clip(round(np.sqrt(size) / lean), 1, cols))
@@ -209,18 +188,11 @@ def block_mask(shape: tuple[int, int], ratio: float, rng: Rng, *, least: int = 4
     return mask
 
 
-def batch_masks(
-    count: int,
-    shape: tuple[int, int],
-    rng: Rng,
-    *,
-    chance: float = 0.5,
-    ratios: tuple[float, float] = (0.1, 0.5),
-) -> np.ndarray:
-    """Masks bool (count, rows, cols) for a batch: a share `chance` of them masked, their ratios spread evenly
-    over `ratios`, so that a batch always has the same number of masked patches; order shuffled."""
-    masked = round(count * chance)
-    steps = np.linspace(*ratios, masked + 1)
+def batch_masks(count: int, shape: tuple[int, int], rng: Rng) -> np.ndarray:
+    """Masks bool (count, rows, cols) for a batch: half of them masked, by shares spread evenly over 10 to
+    50 %, so that a batch always has the same number of masked patches; order shuffled."""
+    masked = round(count * _MASKED_VIEWS)
+    steps = np.linspace(*_MASKED_SHARES, masked + 1)
     out = np.zeros((count, *shape), bool)
     for i, k in enumerate(rng.permutation(count)[:masked]):
         out[k] = block_mask(shape, (steps[i] + steps[i + 1]) / 2, rng)

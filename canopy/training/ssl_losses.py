@@ -1,35 +1,16 @@
 """Losses of self-supervised pretraining: pure functions of tensors, all in float32.
 
-Logits are raw scores of prototypes; temperatures are applied here. What comes from the teacher must be
-detached by the caller (it is made under `no_grad`); `cross_entropy` never sends a gradient there anyway.
+Logits are raw scores of prototypes; temperatures are applied here. No gradient goes to the teacher.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from canopy.training.run_folder import distributed
-
-F = TypeVar("F", bound=Callable[..., Tensor])
-
-
-def _exact(function: F) -> F:
-    """Work in float32 also where mixed precision would turn products into bfloat16, of three digits."""
-
-    @wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
-        first = next(x for x in args if isinstance(x, Tensor))
-        with torch.autocast(first.device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return cast(F, wrapped)
+from canopy.training.optim import distributed
 
 
 # ---- the teacher's targets ---------------------------------------------------------------------------
@@ -41,8 +22,6 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     2006.09882, eq. 3; in DINOv2, Oquab et al. 2023, arXiv 2304.07193). Worked in logarithms, so that no
     temperature overflows. With several processes the rows of all count; n may differ between them.
     """
-    if logits.ndim != 2:
-        raise ValueError(f"logits of shape {tuple(logits.shape)}, expected (n, prototypes)")
     scores = logits.float() / temperature
     for _ in range(iterations):
         scores = scores - _logsumexp_of_all_rows(scores)
@@ -63,31 +42,7 @@ def _logsumexp_of_all_rows(scores: Tensor) -> Tensor:
     return top + torch.log(total)
 
 
-@torch.no_grad()
-def centred_softmax(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
-    """Teacher's logits (n, prototypes) less a running centre (1, prototypes), sharpened (DINO, Caron et al.
-    2021, arXiv 2104.14294, eq. 1)."""
-    return torch.softmax((logits.float() - centre) / temperature, dim=1)
-
-
-@torch.no_grad()
-def updated_centre(centre: Tensor, logits: Tensor, momentum: float = 0.9) -> Tensor:
-    """The centre after a batch: a running mean (1, prototypes) of the teacher's logits (DINO, eq. 4)."""
-    total, count = logits.float().sum(dim=0, keepdim=True), torch.tensor(float(len(logits)))
-    if distributed():
-        count = count.to(logits.device)
-        dist.all_reduce(total)
-        dist.all_reduce(count)
-    return momentum * centre + (1 - momentum) * total / count.clamp_min(1).to(total.device)
-
-
 # ---- student against teacher -------------------------------------------------------------------------
-def cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 0.1) -> Tensor:
-    """Cross-entropy (...) of the student's logits (..., prototypes) against probabilities of that shape."""
-    return -(targets.detach() * functional.log_softmax(logits.float() / temperature, dim=-1)).sum(dim=-1)
-
-
-@_exact
 def dino_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
     """DINO: every view of the student against every global view of the teacher but itself; the mean.
 
@@ -96,11 +51,11 @@ def dino_loss(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Ten
         teacher: probabilities (globals, B, prototypes).
     """
     views, globals_ = student.shape[0], teacher.shape[0]
-    if student.shape[1:] != teacher.shape[1:] or views < globals_ or views * globals_ < 2:
-        raise ValueError(f"views {tuple(student.shape)} against {tuple(teacher.shape)}")
-    log_p = functional.log_softmax(student.float() / temperature, dim=-1)
-    # (views, globals): cross-entropy averaged over the batch
-    losses = -torch.einsum("vbk,gbk->vg", log_p, teacher.detach().float()) / student.shape[1]
+    # Mixed precision would turn these products into bfloat16, of three digits.
+    with torch.autocast(student.device.type, enabled=False):
+        log_p = functional.log_softmax(student.float() / temperature, dim=-1)
+        # (views, globals): cross-entropy averaged over the batch
+        losses = -torch.einsum("vbk,gbk->vg", log_p, teacher.detach().float()) / student.shape[1]
     itself = torch.eye(views, globals_, dtype=torch.bool, device=losses.device)
     return losses.masked_fill(itself, 0).sum() / (views * globals_ - globals_)
 
@@ -116,32 +71,29 @@ def ibot_loss(
         student: logits (n, prototypes) of all masked patches; teacher: probabilities of the same patches.
         image: (n,) whole numbers, which image each patch belongs to; images: how many there are.
     """
-    losses = cross_entropy(student, teacher, temperature)
+    log_p = functional.log_softmax(student.float() / temperature, dim=-1)
+    losses = -(teacher.detach() * log_p).sum(dim=-1)
     counts = torch.bincount(image, minlength=images)
     return (losses / counts[image]).sum() / images
 
 
-@_exact
 def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
-    """KoLeo (Sablayrolles et al. 2019, arXiv 1806.03198): spreads the features (n, dim) of a batch evenly.
+    """KoLeo (Sablayrolles et al. 2019, arXiv 1806.03198): spreads features (n >= 2, dim) of a batch evenly.
 
-    -mean(log(distance to the nearest other one)), all of length 1. Needs at least two.
+    -mean(log(distance to the nearest other one)), all of length 1.
     """
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features of shape {tuple(features.shape)}, expected (n >= 2, dim)")
-    unit = functional.normalize(features.float(), dim=-1, eps=eps)
-    with torch.no_grad():
-        nearest = (unit @ unit.T).fill_diagonal_(-2).argmax(dim=1)
-    distance = functional.pairwise_distance(unit, unit[nearest], eps=eps)
-    return -torch.log(distance + eps).mean()
+    with torch.autocast(features.device.type, enabled=False):
+        unit = functional.normalize(features.float(), dim=-1, eps=eps)
+        with torch.no_grad():
+            nearest = (unit @ unit.T).fill_diagonal_(-2).argmax(dim=1)
+        distance = functional.pairwise_distance(unit, unit[nearest], eps=eps)
+        return -torch.log(distance + eps).mean()
 
 
 # ---- masked autoencoding -----------------------------------------------------------------------------
 def patchify(rgb: Tensor, patch: int) -> Tensor:
     """Images (B, C, H, W) -> patches (B, rows * cols, patch * patch * C), row by row, colours last."""
     B, C, H, W = rgb.shape
-    if H % patch or W % patch:
-        raise ValueError(f"an image of {H} x {W} px does not divide into patches of {patch}")
     x = rgb.reshape(B, C, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // patch) * (W // patch), patch * patch * C)
 
@@ -155,8 +107,6 @@ def mae_loss(predicted: Tensor, rgb: Tensor, mask: Tensor, patch: int, eps: floa
         predicted: (B, patches, patch * patch * C); rgb: (B, C, H, W); mask: bool (B, patches), True = masked.
     """
     pixels = patchify(rgb.float(), patch)
-    if predicted.shape != pixels.shape or mask.shape != pixels.shape[:2]:
-        raise ValueError(f"{tuple(predicted.shape)}, {tuple(pixels.shape)}, {tuple(mask.shape)} do not fit")
     mean, var = pixels.mean(dim=-1, keepdim=True), pixels.var(dim=-1, keepdim=True)
     errors = (predicted.float() - (pixels - mean) / (var + eps).sqrt()).square().mean(dim=-1)
     return (errors * mask).sum() / mask.sum().clamp_min(1)

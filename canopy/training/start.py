@@ -1,19 +1,34 @@
-"""Where the weights of a new run come from: an encoder, a model, an earlier run, or a network of timm's."""
+"""How a run begins: its folder is held, and weights come from an encoder, a model or an earlier run."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
+from filelock import FileLock, Timeout
+from pydantic import BaseModel
 from torch import Tensor
 
-from canopy.errors import CheckpointError
+from canopy.errors import CheckpointError, ConfigError
+from canopy.files import replacing, told_as_output
 from canopy.models.checkpoint import load_strict
 from canopy.models.height import HeightModel
 from canopy.runtime import log
-from canopy.training.run_folder import without_folders
+from canopy.training.optim import first_process
 
+CONFIG, LAST, LOCK = "config.yaml", "last.ckpt", ".lock"
+# What a resumed run may change: how long, on what machine, how it is watched.
+FREE = {
+    "steps", "minutes", "threads", "device", "log_every", "compile", "tensorboard", "workers", "patience",
+    "checkpoint_every", "keep_every", "data.workers", "probe.every", "probe.labels", "probe.chips",
+}  # fmt: skip
+_FOLDERS = re.compile(r"(?<![^\s='\"])/(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
 _ENCODER = "encoder."
 _MODEL = "model."  # a HeightModel's weights in a run's checkpoint
 _FIXED = ("mean", "std", "centres")  # buffers that the new run's own config decides
@@ -21,7 +36,78 @@ _FIXED = ("mean", "std", "centres")  # buffers that the new run's own config dec
 _CLASSIFIER = ("classifier.", "head.", "fc.", "fc_norm.", "conv_head.", "bn2.", "norm.")
 
 
-def start_from(model: HeightModel, path: Path, part: str = "auto") -> str:
+@contextmanager
+def held(folder: Path, settings: BaseModel, resume: bool) -> Iterator[None]:
+    """Hold RUN_DIR `folder` (created) for a run that starts or goes on in it; its settings go to config.yaml.
+
+    Of several processes of one run the first holds it for all.
+
+    Raises:
+        ConfigError: there is a run and `resume` is off, there is none and it is on, settings changed, or
+            another process trains there.
+        OutputError: it cannot be written.
+    """
+    if not first_process():
+        yield
+        return
+    _check_place(folder, resume)
+    lock = FileLock(folder / LOCK, timeout=0)
+    with told_as_output(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                "another process trains here", where=folder, remedy="wait for it, or choose another folder"
+            ) from error
+    try:
+        _check_place(folder, resume)  # again, for another process may just have begun or ended
+        _write_settings(folder / CONFIG, settings, resume)
+        yield
+    finally:
+        lock.release()
+
+
+def _check_place(folder: Path, resume: bool) -> None:
+    if resume != (folder / LAST).exists():
+        raise ConfigError(
+            "holds no run to resume" if resume else "holds a run already",
+            where=folder,
+            remedy="leave out --resume" if resume else "add --resume, or choose another folder",
+        )
+
+
+def _write_settings(path: Path, settings: BaseModel, resume: bool) -> None:
+    now = json.loads(settings.model_dump_json())
+    if resume and path.is_file():
+        before, after = _flat(yaml.safe_load(path.read_text())), _flat(now)
+        names = before.keys() | after.keys()
+        changed = sorted(name for name in names - FREE if before.get(name) != after.get(name))
+        if changed:
+            raise ConfigError(
+                f"the run was started with other settings: {', '.join(changed)}",
+                where=path.parent,
+                remedy="use the same config, or start a new run in another folder",
+            )
+    with replacing(path) as part:
+        part.write_text(yaml.safe_dump(now, sort_keys=False))
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    out: dict[str, Any] = {}
+    for name, value in settings.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def without_folders(command: str) -> str:
+    """A command as a card may show it: absolute paths by name alone, because folders are this machine's."""
+    return _FOLDERS.sub("", command)
+
+
+# ---- weights ----------------------------------------------------------------------------------------
+def start_from(model: HeightModel, path: Path, part: str = "auto") -> None:
     """Load weights into `model`, strictly: every tensor of the part fits, or nothing is loaded.
 
     Args:
@@ -29,10 +115,7 @@ def start_from(model: HeightModel, path: Path, part: str = "auto") -> str:
         path: a safetensors file (a pretraining's `encoder.safetensors`, a model file, or a timm network in
             its own names, with `timm`, `mean` and `std` in the metadata), or a run's checkpoint (its averaged
             weights).
-        part: 'encoder', 'all', or 'auto': all that the file has, whole encoder or whole model.
-
-    Returns:
-        'encoder' or 'all', what was loaded.
+        part: 'encoder', or 'auto': all that the file has, whole encoder or whole model.
 
     Raises:
         CheckpointError: no such file, damaged, or keys and shapes that differ (they are named).
@@ -46,16 +129,14 @@ def start_from(model: HeightModel, path: Path, part: str = "auto") -> str:
         raise CheckpointError(
             "holds no encoder", where=path, expected="tensors named encoder.*", remedy="name another file"
         )
-    if part == "auto":
-        part = "encoder" if len(inside) >= len(found) else "all"
     _same_normalisation(model, said, path)
-    if part == "encoder":
+    if part == "encoder" or len(inside) >= len(found):
         load_strict(model.encoder, inside, path)
+        log.info("encoder of %s: %d tensors", path.name, len(inside))
     else:
         own = {k: v for k, v in model.state_dict().items() if k in _FIXED}
         load_strict(model, {**found, **own}, path)
-    log.info("%s of %s: %d tensors", part, path.name, len(inside) if part == "encoder" else len(found))
-    return part
+        log.info("%s: %d tensors", path.name, len(found))
 
 
 def _in_our_names(model: HeightModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,6 +225,4 @@ def describe_start(path: Path) -> dict[str, object]:
         card = {}
     facts: dict[str, object] = {k: said[k] for k in ("timm", "licence", "source") if k in said}
     facts |= {k: v for k, v in card.items() if isinstance(v, (str, int, float))}
-    if "command" in facts:
-        facts["command"] = without_folders(str(facts["command"]))
     return {"file": path.name, **facts}

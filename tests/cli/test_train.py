@@ -47,7 +47,7 @@ def test_a_config_is_not_written_over_by_its_own_run(refused, repo, chips, tmp_p
 
 
 def test_a_card_names_no_folders() -> None:
-    from canopy.training.run_folder import without_folders
+    from canopy.training.start import without_folders
 
     given = "canopy train configs/a.yaml data.chips=/home/me/chips -o /runs/x '/a b/c' ../y lr=1e-3"
     assert without_folders(given) == "canopy train configs/a.yaml data.chips=chips -o x 'a b/c' ../y lr=1e-3"

@@ -109,14 +109,20 @@ def views_dir(tmp_path_factory) -> Path:
     return folder
 
 
-def table(run: Path) -> list[dict[str, str]]:
-    """All lines that a run's calls have logged."""
-    logs = sorted(run.glob("log*/metrics.csv"), key=lambda p: (len(p.parent.name), p))
-    out: list[dict[str, str]] = []
-    for path in logs:
-        with path.open(newline="") as file:
-            out += csv.DictReader(file)
-    return out
+@pytest.fixture(scope="session")
+def table() -> Callable[[Path], list[dict[str, str]]]:
+    """`table(run)`: all lines that a run's calls have logged."""
+
+    def read(run: Path) -> list[dict[str, str]]:
+        logs = sorted(run.glob("log*/metrics.csv"), key=lambda p: (len(p.parent.name), p))
+        return [line for path in logs for line in csv.DictReader(path.open(newline=""))]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def make_folder() -> Callable[[Path, list[str]], Path]:
+    return write_folder
 
 
 @pytest.fixture

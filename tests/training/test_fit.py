@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -16,16 +15,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from canopy.chips.write import write_synth
 from canopy.config import load_settings
 from canopy.errors import CheckpointError, ConfigError, DataError
+from canopy.models.config import ModelConfig
+from canopy.models.height import HeightModel
 from canopy.models.registry import load_model
 from canopy.training.callbacks import TrainingError
 from canopy.training.fit import finetune
 from canopy.training.settings import FinetuneSettings
+from canopy.training.start import describe_start, held, start_from
 
-helpers = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
-table = helpers["table"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
@@ -46,11 +45,7 @@ def same(a, b) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def skipped(saved: dict) -> list[int]:
-    return next(v["skipped"] for k, v in saved["callbacks"].items() if "NanGuard" in k)
-
-
-def test_a_run_leaves_its_settings_its_log_and_a_model(tiny_run):
+def test_a_run_leaves_its_settings_its_log_and_a_model(tiny_run, table):
     card = load_model(tiny_run / "model.safetensors").card
     assert card["steps"] == 6 and card["exported"].startswith("best")
     assert card["data"]["train_ids"] == ["p0", "p1", "p2", "p3"] and card["data"]["val_chips"] == 2
@@ -59,11 +54,8 @@ def test_a_run_leaves_its_settings_its_log_and_a_model(tiny_run):
     lines = table(tiny_run)
     train, val = [r for r in lines if r["loss"]], [r for r in lines if r["val_mae_m"]]
     assert [int(r["step"]) for r in train] == [1, 2, 3, 4, 5, 6]
-    # Also those that are written first or count later: a ramp begins at 0.
-    terms = ("loss", "charbonnier", "gradient", "two_hot", "footprint", "mae_m", "lr", "grad_norm", "minutes")
-    assert all(math.isfinite(float(row[name])) for row in train for name in terms)
-    assert float(train[0]["footprint"]) == 0 and sorted({int(r["step"]) for r in val}) == [2, 4, 6]
-    assert all(float(r["val/site0/mae_m"]) > 0 and float(r["val/all/mae_m"]) > 0 for r in val)
+    assert [int(r["step"]) for r in val] == [2, 4, 6]
+    assert all(math.isfinite(float(r["footprint"])) for r in train)  # also before its ramp begins
     assert yaml.safe_load((tiny_run / "config.yaml").read_text())["batch"] == 2
     step = int(card["exported"].split()[-1])
     maes = {int(r["step"]): float(r["val_mae_m"]) for r in val}
@@ -71,26 +63,29 @@ def test_a_run_leaves_its_settings_its_log_and_a_model(tiny_run):
     assert card["val"]["all"]["mae_m"] == pytest.approx(maes[step], abs=0.02)  # fp16 weights
 
 
-def test_a_folder_is_begun_once_and_resumed_with_its_own_settings(config, tiny_run, tmp_path):
+def test_a_folder_is_for_one_process_and_one_set_of_settings(config, tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="holds a run already"):
         finetune(settings(config), tiny_run)
-    with pytest.raises(ConfigError, match=r"other settings: loss\.l1, lr"):
-        finetune(settings(config, "lr=0.01", "loss.l1=1"), tiny_run, resume=True)
+    with pytest.raises(ConfigError, match=r"other settings: loss\.ranked, lr"):
+        finetune(settings(config, "lr=0.01", "loss.ranked=1", "steps=9"), tiny_run, resume=True)
     with pytest.raises(ConfigError, match="no run to resume"):
         finetune(settings(config), tmp_path / "elsewhere", resume=True)
     assert not (tmp_path / "elsewhere").exists()
+    with held(tiny_run, settings(config), True), pytest.raises(ConfigError, match="another process trains"):
+        finetune(settings(config), tiny_run, resume=True)
+    with held(tiny_run, settings(config), True):
+        pass
 
 
 KILLED = """
 import os, signal, sys
+sys.modules.update(dict.fromkeys("rasterio geopandas pyproj odc shapely rioxarray xarray".split()))
 from pathlib import Path
-import torch
 from canopy.config import load_settings
 from canopy.training.callbacks import Schedule
 from canopy.training.fit import finetune
 from canopy.training.settings import FinetuneSettings
 config, run, stop = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-torch.set_num_threads(1)
 after = Schedule.on_train_batch_end
 def stepped(self, trainer, *args, **kwargs):
     after(self, trainer, *args, **kwargs)
@@ -101,7 +96,7 @@ finetune(load_settings(FinetuneSettings, config), run)
 """
 
 
-def test_killed_and_resumed_it_ends_in_the_same_bits(config, tiny_run, tmp_path):
+def test_killed_without_geo_libraries_and_resumed_it_ends_in_the_same_bits(config, tiny_run, tmp_path, table):
     cut = tmp_path / "cut"
     done = subprocess.run(  # checkpoints are written at steps 2, 4 and 6
         [sys.executable, "-c", KILLED, str(config), str(cut), "3"],
@@ -118,8 +113,6 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(config, tiny_run, tmp_path)
         for run in (tiny_run, cut)
     ]
     assert losses[0] == losses[1]
-    weights = (load_model(run / "model.safetensors").state_dict() for run in (tiny_run, cut))
-    assert same(*map(dict, weights))
     finetune(settings(config, "steps=8"), cut, resume=True)  # a finished run goes on
     assert load_model(cut / "model.safetensors").card["steps"] == 8
 
@@ -131,17 +124,17 @@ def test_workers_change_nothing(config, tiny_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
+def test_two_processes_are_one_with_twice_the_batch(config, tmp_path, table):
     # No batch norms, which see one process's images, and nothing drawn at random by process.
     plain = ["model.encoder.stem=[]", "model.decoder.detail=false", "model.decoder.unit_norm=false"]
     plain += ["model.encoder.drop_path=0", "loss.ranked=0.1", "steps=4", "export=last"]
     finetune(settings(config, *plain, "batch=4"), tmp_path / "one")
-    words = [sys.executable, "-m", "canopy", "train", str(config), *plain, "devices=2"]
+    words = [sys.executable, "-m", "canopy", "train", str(config), *plain, "devices=2", "-q"]
     for more in ([], ["steps=6", "--resume"]):
-        words_now = [*words, *more, "-o", str(tmp_path / "two"), "-q"]
         done = subprocess.run(
-            words_now, env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=900
-        )
+            [*words, *more, "-o", str(tmp_path / "two")],
+            env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-1500:]
         if not more:
             alone, both = (state(tmp_path / name)["current_model_state"] for name in ("one", "two"))
@@ -152,51 +145,6 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):
     assert state(tmp_path / "two")["global_step"] == 6
 
 
-WITHOUT_GEO = """
-import sys
-blocked = ["rasterio", "geopandas", "pyproj", "odc", "shapely", "rioxarray", "xarray", "fiona"]
-sys.modules.update(dict.fromkeys(blocked))
-from pathlib import Path
-from canopy.config import load_settings
-from canopy.training.fit import finetune, pretrain
-from canopy.training.settings import FinetuneSettings, PretrainSettings
-config, smoke, out = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-chips = load_settings(FinetuneSettings, config).data.chips[0]
-first = [f"data.chips={out}/synth", "probe.every=0", "steps=1"]
-pretrain(load_settings(PretrainSettings, smoke, first), out / "p")
-second = [f"data.chips=[{chips},{out}/synth]", "steps=1"]
-finetune(load_settings(FinetuneSettings, config, second), out / "f")
-"""
-
-
-def test_pretraining_and_training_run_without_geo_libraries(config, repo, tmp_path):
-    smoke = repo / "configs" / "pretrain" / "smoke.yaml"
-    write_synth(tmp_path / "synth", 2, 64)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_GEO, str(config), str(smoke), str(tmp_path)],
-        env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-1500:]
-    card = load_model(tmp_path / "f" / "model.safetensors").card
-    assert card["data"]["train_ids"][-2:] == ["synth_1000", "synth_1001"]
-    assert card["settings"]["data"]["chips"] == ["chips", "synth"]
-
-
-def test_two_processes_do_not_share_a_folder(config, tiny_run):
-    code = "import sys, pathlib; from canopy.config import load_settings\n"
-    code += "from canopy.training.run_folder import held\n"
-    code += "from canopy.training.settings import FinetuneSettings\n"
-    code += "s = load_settings(FinetuneSettings, sys.argv[2])\n"
-    code += "with held(pathlib.Path(sys.argv[1]), s, True, frozenset()): pass"
-    words = [sys.executable, "-c", code, str(tiny_run), str(config)]
-    from canopy.training.run_folder import held
-
-    with held(tiny_run, settings(config), True, frozenset()):
-        done = subprocess.run(words, capture_output=True, text=True)
-        assert done.returncode and "another process trains here" in done.stderr
-    assert subprocess.run(words).returncode == 0
-
-
 def test_bad_steps_are_left_out_and_the_third_stops_the_run(config, tmp_path, monkeypatch):
     from canopy.training import losses
 
@@ -204,33 +152,13 @@ def test_bad_steps_are_left_out_and_the_third_stops_the_run(config, tmp_path, mo
 
     def poisoned(pred, *args):
         calls.append(1)
-        return real(pred, *args) * (float("nan") if len(calls) in bad else 1.0)
+        return real(pred, *args) * (float("nan") if len(calls) in (1, 2, 5) else 1.0)
 
     monkeypatch.setattr(losses, "charbonnier", poisoned)
-    bad = {2, 4}
-    finetune(settings(config), tmp_path / "two")
-    saved = state(tmp_path / "two")
-    assert len(calls) == saved["global_step"] == 6 and skipped(saved) == [1, 3]
-    assert all(bool(torch.isfinite(v).all()) for v in saved["state_dict"].values())
-    calls.clear()
-    bad = {1, 2, 3}
-    with pytest.raises(TrainingError, match=r"loss is nan, charbonnier is nan.* at step 2, .* \[0, 1\]"):
-        finetune(settings(config), tmp_path / "three")
-
-
-def test_an_overflow_in_the_stem_poisons_nothing(config, tmp_path, monkeypatch):
-    from canopy.training.height import HeightModule
-
-    real, calls = HeightModule.terms, []
-
-    def blinding(self, batch):
-        calls.append(1)
-        return real(self, batch._replace(rgb=batch.rgb * 1e30) if len(calls) == 3 else batch)
-
-    monkeypatch.setattr(HeightModule, "terms", blinding)
-    finetune(settings(config), tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"loss is nan, charbonnier is nan.* at step 4, .* \[0, 1\]"):
+        finetune(settings(config), tmp_path / "run")
     saved = state(tmp_path / "run")
-    assert skipped(saved) == [2] and saved["global_step"] == 6
+    assert saved["global_step"] == 4
     assert all(bool(torch.isfinite(v).all()) for v in saved["state_dict"].values())
 
 
@@ -249,72 +177,57 @@ def test_early_stop_keeps_the_best(config, tmp_path, monkeypatch):
 
 
 def test_minutes_end_a_run_which_is_then_validated(config, tmp_path):
-    run = tmp_path / "run"
-    finetune(settings(config, "minutes=0.001", "steps=100000", "validate_every=1000"), run)
-    card = load_model(run / "model.safetensors").card
+    brief = settings(config, "minutes=0.001", "steps=100000", "validate_every=1000")
+    card = finetune(brief, tmp_path / "run")
     assert 0 < card["steps"] < 1000 and card["exported"].endswith(f"step {card['steps']}")
-    finetune(settings(config, "minutes=0.001", "steps=100000", "validate_every=1000"), run, resume=True)
-    assert load_model(run / "model.safetensors").card["steps"] == card["steps"]  # it is over
+    assert finetune(brief, tmp_path / "run", resume=True)["steps"] == card["steps"]  # it is over
 
 
 def test_val_may_be_trained_on_and_is_then_called_seen(config, tmp_path):
-    run = tmp_path / "run"
-    finetune(settings(config, "data.include_val=true", "steps=2"), run)
-    card = load_model(run / "model.safetensors").card
+    card = finetune(settings(config, "data.include_val=true", "steps=2"), tmp_path / "run")
     assert card["exported"] == "last" and "val" not in card and card["seen"]["all"]["n"] > 0
     assert card["data"]["train_chips"] == 6 and card["data"]["val_seen"]
-    with pytest.raises(ConfigError, match="can choose nothing"):
-        settings(config, "data.include_val=true", "patience=3")
 
 
-def test_without_val_chips_the_last_weights_are_exported(config, shards, tmp_path):
-    folder = helpers["write_folder"](tmp_path / "chips", ["train"] * 3)
-    run = tmp_path / "run"
-    finetune(settings(config, f"data.chips={folder}", "steps=3"), run)
-    card = load_model(run / "model.safetensors").card
-    assert card["exported"] == "last" and "val" not in card and state(run)["global_step"] == 3
-
-
-def test_starting_from_other_weights(config, tiny_run, tmp_path):
+# ---- where weights come from ---------------------------------------------------------------------------
+def test_a_frozen_encoder_stays_what_it_was(config, tiny_run, tmp_path):
     tensors = load_file(tiny_run / "model.safetensors")
     encoder = {k: v for k, v in tensors.items() if k.startswith("encoder.")}
     save_file(encoder, tmp_path / "encoder.safetensors", metadata={"card": '{"objective": "dinov2"}'})
-    frozen = settings(config, "steps=3", f"init_from={tmp_path}/encoder.safetensors", "freeze_encoder=true")
-    card = load_model(finetune(frozen, tmp_path / "frozen")).card
+    frozen = settings(config, "steps=2", f"init_from={tmp_path}/encoder.safetensors", "freeze_encoder=true")
+    card = finetune(frozen, tmp_path / "frozen")
     assert card["started_from"] == {"file": "encoder.safetensors", "objective": "dinov2"}
     after = state(tmp_path / "frozen")["current_model_state"]
     assert all(torch.equal(after[f"model.{k}"], v.float()) for k, v in encoder.items())
     decoder = [k for k in tensors if k.startswith("decoder.")]
     assert any(not torch.equal(after[f"model.{k}"], tensors[k].float()) for k in decoder)
-    for name, part in (("model.safetensors", "all"), ("last.ckpt", "encoder")):
-        finetune(
-            settings(config, "steps=1", f"init_from={tiny_run}/{name}", f"init_part={part}"), tmp_path / part
-        )
-    spoiled = dict(encoder)
-    spoiled["encoder.new"] = spoiled.pop(next(iter(encoder)))
-    save_file(spoiled, tmp_path / "spoiled.safetensors")
+
+
+def test_whole_models_and_parts_of_them_are_loaded_strictly(config, tiny_run, tmp_path):
+    tensors = load_file(tiny_run / "model.safetensors")
+    for name, part, whole in (("model.safetensors", "auto", True), ("last.ckpt", "encoder", False)):
+        model = HeightModel(settings(config).architecture)
+        start_from(model, tiny_run / name, part)
+        key = "decoder.head.conv1.weight"
+        assert torch.equal(model.state_dict()[key], tensors[key].float()) == whole
+    encoder = {k: v for k, v in tensors.items() if k.startswith("encoder.")}
+    encoder["encoder.new"] = encoder.pop(next(iter(encoder)))
+    save_file(encoder, tmp_path / "spoiled.safetensors")
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
     for name, words in (
-        (f"{tmp_path}/spoiled.safetensors", r"2 differences.*missing.*unexpected new"),
-        (f"{tmp_path}/other.safetensors", "holds no encoder"),
-        (f"{tmp_path}/junk.safetensors", "damaged"),
-        (f"{tmp_path}/junk.ckpt", "no checkpoint"),
-        (f"{tmp_path}/none.safetensors", "no such file"),
-        ("default", "differences"),  # a model's name: that of another size
-        ("nobody", "no model 'nobody'"),
-    ):
+        ("spoiled.safetensors", r"2 differences.*missing.*unexpected new"),
+        ("other.safetensors", "holds no encoder"), ("junk.safetensors", "damaged"),
+        ("junk.ckpt", "no checkpoint"), ("none.safetensors", "no such file"),
+    ):  # fmt: skip
         with pytest.raises(CheckpointError, match=words):
-            finetune(settings(config, f"init_from={name}"), tmp_path / "bad" / Path(name).name)
+            start_from(model, tmp_path / name)
+    with pytest.raises(CheckpointError, match="no model 'nobody'"):
+        finetune(settings(config, "init_from=nobody"), tmp_path / "run")
 
 
 def test_encoders_in_timms_names(shared):
-    from canopy.models.config import ModelConfig
-    from canopy.models.height import HeightModel
-    from canopy.training.start import describe_start, start_from
-
-    folder = shared / "data" / "encoders"
     half = {"head": "half", "bins": 8, "bin_max": 4.0, "weights": "softmax"}
     lite = {"family": "cnn", "network": "tf_efficientnet_lite2", "patch": 32}
     vit = {"family": "vit", "dim": 384, "depth": 12, "heads": 6, "patch": 14, "pos_grid": 37}
@@ -323,45 +236,47 @@ def test_encoders_in_timms_names(shared):
         ("tf_efficientnet_lite2_imagenet", lite, [0.5] * 3, [0.5] * 3),
         ("vit_small_patch14_dinov2_imgfocus", vit, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     ):
-        path = folder / f"{file}.safetensors"
+        path = shared / "data" / "encoders" / f"{file}.safetensors"
         raw = {"encoder": encoder, "decoder": half, "mean": mean, "std": std}
         model = HeightModel(ModelConfig.from_dict(raw))
-        assert start_from(model, path) == "encoder"
-        found = load_file(path)
+        start_from(model, path)
         name = "conv_stem.weight" if encoder is lite else "blocks.3.attn.qkv.weight"
         ours = model.encoder.state_dict()[("net." if encoder is lite else "vit.") + name]
-        assert torch.equal(ours, found[name].float())
+        assert torch.equal(ours, load_file(path)[name].float())
         assert describe_start(path)["licence"] and describe_start(path)["timm"]
         other = HeightModel(ModelConfig.from_dict(raw | {"mean": [0.1] * 3}))
         with pytest.raises(CheckpointError, match=r"images of mean .*Set model\.mean"):
             start_from(other, path)
 
 
-def test_fast_dev_run_leaves_nothing(config, tmp_path):
-    finetune(settings(config, "init_from=null"), tmp_path / "run", fast_dev_run=True)
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(DataError, match="no such chips"):
-        finetune(settings(config, "data.chips=nowhere"), tmp_path / "run", fast_dev_run=True)
-
-
-def test_settings_name_the_nearest_known_key(config):
-    with pytest.raises(ConfigError, match=r"shift_reach.*did you mean 'shift_reach_m'"):
-        settings(config, "loss.shift_reach=2")
-    with pytest.raises(ConfigError, match=r"'dpth'.*'depth'"):
-        settings(config, "model.encoder.dpth=2")
-    for wrong in ("precision=16-mixed", "data.label_share=0", "loss.height_weight=[[5,1],[3,1]]"):
-        with pytest.raises(ConfigError):
-            settings(config, wrong)
-    for wrong in ("device=auto", "device=cuda:1"):
-        with pytest.raises(ConfigError, match="device=cuda or device=cpu"):
-            settings(config, "devices=2", wrong)
+# ---- settings ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["loss.shift_reach=2"], r"shift_reach.*did you mean 'shift_reach_m'"),
+        (["model.encoder.dpth=2"], r"'dpth'.*'depth'"),
+        (["precision=16-mixed"], "precision"),
+        (["data.label_share=0"], "label_share"),
+        (["loss.height_weight=[[5,1],[3,1]]"], "rising"),
+        (["devices=2", "device=auto"], "device=cuda or device=cpu"),
+        (["data.include_val=true", "patience=3"], "can choose nothing"),
+        (["data.include_val=true", "data.val_sites=[a]"], "unseen"),
+    ],
+)
+def test_settings_that_cannot_be(config, words, says):
+    with pytest.raises(ConfigError, match=says):
+        settings(config, *words)
 
 
 def test_every_shipped_config_is_valid(repo):
-    from canopy.models.height import HeightModel
-
     paths = sorted((repo / "configs" / "finetune").glob("*.yaml"))
-    assert paths
+    assert len(paths) > 5
     for path in paths:
         with torch.device("meta"):
             HeightModel(load_settings(FinetuneSettings, path).architecture)
+
+
+def test_chips_that_are_not_there_leave_nothing(config, tmp_path):
+    with pytest.raises(DataError, match="no such chips"):
+        finetune(settings(config, "data.chips=nowhere"), tmp_path / "run")
+    assert not list(Path(tmp_path).iterdir())

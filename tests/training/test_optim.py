@@ -1,4 +1,4 @@
-"""Schedules, learning rates by layer, what is decayed, and what bad steps and averages leave."""
+"""Schedules, learning rates by layer, what is decayed, and what bad steps leave."""
 
 from __future__ import annotations
 
@@ -25,29 +25,19 @@ from canopy.training.optim import (
     ramp,
 )
 from canopy.training.settings import Ramp, weight_at
-from canopy.training.start import expect_heights
 
 GRID = np.linspace(0, 1, 101)
-CONFIG = ModelConfig(
-    encoder=EncoderConfig(dim=16, depth=4, heads=2, taps=(0, 1, 2, 3), norm_taps=True),
-    decoder=DecoderConfig(
-        post_channels=(4, 4, 4, 4), fusion=4, hidden=4, bins=41, bin_min=0.0, bin_max=4.0, weights="softmax"
-    ),
-)
 
 
 # ---- schedules --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("shape", ["cosine", "linear"])
 @pytest.mark.parametrize("warmup", [0.0, 0.1])
-def test_the_learning_rate_rises_then_falls(warmup, shape):
-    values = np.array([learning_rate(p, 1e-3, 1e-6, warmup, shape) for p in GRID])
+def test_the_learning_rate_rises_then_falls(warmup):
+    values = np.array([learning_rate(p, 1e-3, 1e-6, warmup) for p in GRID])
     top = round(100 * warmup)
     assert values[top] == values.max() == 1e-3 and values[-1] == 1e-6 and values.min() > 0
     assert (np.diff(values[: top + 1]) > 0).all() and (np.diff(values[top:]) < 0).all()
-    middle = learning_rate((1 + warmup) / 2, 1e-3, 1e-6, warmup, shape)
+    middle = learning_rate((1 + warmup) / 2, 1e-3, 1e-6, warmup)
     assert middle == pytest.approx((1e-3 + 1e-6) / 2)
-    assert learning_rate(0.05, 2.0, 0.1, 0.1, "constant") == pytest.approx(1.0)
-    assert learning_rate(1.0, 2.0, 0.1, 0.1, "constant") == 2
 
 
 @given(
@@ -65,15 +55,11 @@ def test_ramps_stay_between_their_ends_and_reach_them(progress, first, last, beg
 def test_ramp_shapes_on_the_way():
     assert ramp(0.25, 0.0, 2.0) == pytest.approx(0.5)
     assert ramp(0.25, 0.0, 2.0, 0.0, 1.0, "cosine") == pytest.approx(2 * 0.1464466, rel=1e-5)
-    assert ramp(0.99, 0.5, 2.0, 0.0, 1.0, "step") == 0.5
     assert weight_at(0.3, 0.9) == 0.3
     assert weight_at(Ramp(first=1.0, last=0.0, begin=0.2, end=0.4), 0.3) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="lies before"):
         Ramp(first=0, last=1, begin=0.5, end=0.2)
-
-
-def test_the_average_forgets_fast_at_first():
-    decays = [ema_decay(step, 0.99) for step in range(2000)]
+    decays = [ema_decay(step, 0.99) for step in range(2000)]  # the average forgets fast at first
     assert decays[0] == pytest.approx(0.1) and decays[-1] == 0.99 and decays == sorted(decays)
 
 
@@ -92,8 +78,10 @@ def test_layers_are_read_from_names():
 
 @pytest.mark.parametrize("family", ["vit", "rope"])
 def test_every_trainable_parameter_is_in_one_group_and_tokens_are_spared(family):
-    encoder = CONFIG.encoder.replaced(family=family, registers=2, pos_grid=4)
-    model = HeightModel(CONFIG.replaced(encoder=encoder))
+    encoder = EncoderConfig(dim=16, depth=4, heads=2, taps=(0, 1, 2, 3), norm_taps=True)
+    encoder = encoder.replaced(family=family, registers=2, pos_grid=4)
+    decoder = DecoderConfig(post_channels=(4, 4, 4, 4), fusion=4, hidden=4, bins=8)
+    model = HeightModel(ModelConfig(encoder=encoder, decoder=decoder))
     model.decoder.project.requires_grad_(False)
     groups = parameter_groups(model.named_parameters(), lambda name: layer_factor(name, 4, 0.5))
     inside = [id(p) for g in groups for p in g["params"]]
@@ -104,21 +92,6 @@ def test_every_trainable_parameter_is_in_one_group_and_tokens_are_spared(family)
     assert all(token.ndim > 1 and where[id(token)] == (0.5**5, 0) for token in tokens)
     assert where[id(vit.blocks[0].mlp.fc1.weight)] == (0.5**4, 1)
     assert where[id(vit.blocks[3].mlp.fc1.bias)] == (0.5, 0) and where[id(vit.norm.weight)] == (1.0, 0)
-    plain = {id(p) for p in model.parameters() if p.ndim < 2} | {id(token) for token in tokens}
-    assert all((key in plain) == (decays == 0) for key, (_, decays) in where.items())
-
-
-@torch.no_grad()
-def test_a_fresh_head_expects_the_training_heights():
-    torch.manual_seed(0)
-    model = HeightModel(CONFIG)
-    heights = torch.tensor(np.random.default_rng(0).gamma(3.0, 4.0, 5000)).float()
-    image = torch.rand(1, 3, 64, 64)
-    assert model(image).mean() > 17  # all bins alike
-    expect_heights(model, heights)
-    height, spread, _ = model.heights_and_scores(image)
-    assert height.mean().item() == pytest.approx(heights.mean().item(), abs=1.0)
-    assert spread.mean().item() == pytest.approx(heights.std().item(), abs=1.5)
 
 
 # ---- bad steps --------------------------------------------------------------------------------------------
@@ -163,7 +136,6 @@ def test_a_good_step_is_left_alone_and_bad_ones_are_forgotten():
     module, guard = Tiny(), NanGuard(memory=100)
     step(guard, module)
     assert not module.left_out and all(p.grad is not None for p in module.parameters())
-    assert module.net[1].num_batches_tracked == 1
     guard.load_state_dict({"skipped": [-500, -300, -2]})
     step(guard, module, ibot=float("nan"))
     assert guard.state_dict() == {"skipped": [-2, 0]}
@@ -172,6 +144,5 @@ def test_a_good_step_is_left_alone_and_bad_ones_are_forgotten():
 
 
 def test_a_checkpoint_of_another_version_is_named():
-    for checkpoint in ({}, {"canopy": {"trained_s": 1.0}}):
-        with pytest.raises(ConfigError, match="another version"):
-            Tiny().on_load_checkpoint(checkpoint)
+    with pytest.raises(ConfigError, match="another version"):
+        Tiny().on_load_checkpoint({"canopy": {"format": 1}})
