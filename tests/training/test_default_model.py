@@ -7,7 +7,6 @@ import csv
 import numpy as np
 import pytest
 import torch
-from canopy.training.scoring import score, score_chips
 
 from canopy.chips.options import CutOptions
 from canopy.chips.store import Chip, ChipRow, ChipShards
@@ -15,6 +14,7 @@ from canopy.chips.write import write_chips
 from canopy.models.registry import load_model
 from canopy.synth.forest import SceneSpec
 from canopy.synth.render import render
+from canopy.training.height import score, score_chips
 
 VAL = ["ky_magoffin_r02c08", "ky_frankfort_r02c05", "ky_frankfort_r05c04", "neon_mlbs_1", "neon_osbs_1"]
 

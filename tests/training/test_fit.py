@@ -254,7 +254,7 @@ def test_encoders_in_timms_names(shared):
     ("words", "says"),
     [
         (["loss.shift_reach=2"], r"shift_reach.*did you mean 'shift_reach_m'"),
-        (["model.encoder.dpth=2"], r"'dpth'.*'depth'"),
+        (["model.encoder.dpth=2"], r"dpth'.*'depth'"),
         (["precision=16-mixed"], "precision"),
         (["data.label_share=0"], "label_share"),
         (["loss.height_weight=[[5,1],[3,1]]"], "rising"),

@@ -138,7 +138,9 @@ def test_mae_equals_a_loop_over_hidden_patches(rows, cols, patch):
 
 
 # ---- the encoder's tokens, heads ------------------------------------------------------------------------
-SIZE: dict[str, Any] = {"dim": 16, "depth": 4, "heads": 2, "taps": (0, 1, 2, 3), "norm_taps": True}
+SIZE: dict[str, Any] = {
+    "dim": 16, "depth": 4, "heads": 2, "taps": (0, 1, 2, 3), "norm_taps": True, "layer_scale": None,
+}  # fmt: skip
 ENCODERS = {
     "rope": EncoderConfig(family="rope", registers=2, **SIZE),
     "vit": EncoderConfig(family="vit", pos_grid=4, **SIZE),
