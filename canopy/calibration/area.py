@@ -47,7 +47,7 @@ _PAIRS = 4096
 # Over bare ground bands close; what remains is the error of the ground itself.
 _FLOOR_M = 0.3
 _LAGS_M = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 180)
-_LEAST_SIDE, _LEAST_KNOWN = 100, 0.7
+_LEAST_SIDE, _LEAST_KNOWN, _MOST_WINDOWS = 100, 0.7, 40
 # Windows within squares of this side, or within one window if that is larger, count as one unit.
 _UNIT_M = 128
 _TILE_PX = 1024
@@ -169,19 +169,21 @@ class _Tile:
         )
         self.maps = np.stack([height, *table.bounds(height, spread, BAND_LEVEL), truth]).astype(np.float64)
 
-    def windows(self, size: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
-        """Means (n, 4) and known cells (n,) of squares side by side, at most 40, and the unit of each."""
+    def windows(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Squares side by side, if well known: means (n, 4), known cells (n,), and units (n, 2)."""
         h, w = self.known.shape
         step = min(size, h, w)
-        corners = [(r, c) for r in range(0, h - step + 1, step) for c in range(0, w - step + 1, step)]
-        rows = []
-        for r, c in corners if step >= 0.9 * size else []:
-            known = self.known[r : r + step, c : c + step]
-            if known.mean() >= _LEAST_KNOWN:
-                sums = self.maps[:, r : r + step, c : c + step].sum(axis=(1, 2))
-                rows.append((*(sums / known.sum()), known.sum(), r // _UNIT_M, c // _UNIT_M))
-        found = np.array(rows[:: -(-len(rows) // 40) or 1]).reshape(-1, 7)
-        return found[:, :4], found[:, 4], [(int(r), int(c)) for r, c in found[:, 5:]]
+        found = []
+        for r in range(0, h - step + 1, step) if step >= 0.9 * size else ():
+            for c in range(0, w - step + 1, step):
+                square = np.s_[r : r + step, c : c + step]
+                cells = self.known[square].sum()
+                if cells >= _LEAST_KNOWN * step * step:
+                    means = self.maps[:, *square].sum(axis=(1, 2)) / cells
+                    found.append((*means, cells, r // _UNIT_M, c // _UNIT_M))
+        picked = found[:: max(1, -(-len(found) // _MOST_WINDOWS))]
+        table = np.array(picked, np.float64).reshape(-1, 7)
+        return table[:, :4], table[:, 4], table[:, 5:]
 
 
 def _tiles(scored: Sequence[Scored], table: Tables) -> list[_Tile]:
@@ -208,12 +210,12 @@ def fit_areas(scored: Sequence[Scored], table: Tables) -> AreaModel:
         whole = plain.mean_correlation(np.ones((size, size), bool), 1.0)
         ratios, units = [], []
         for number, tile in enumerate(tiles):
-            means, _, owners = tile.windows(size)
+            means, _, unit = tile.windows(size)
             centre, sd = plain.centre_and_sd(means, whole)
             ratios.append(np.abs(means[:, 3] - centre) / sd)
-            units += [(number, *owner) for owner in owners]
-        if units:
-            factors[:, n] = _conformal(np.concatenate(ratios), np.array(units))
+            units.append(np.insert(unit, 0, number, axis=1))
+        if any(len(part) for part in ratios):
+            factors[:, n] = _conformal(np.concatenate(ratios), np.concatenate(units))
         elif n:
             factors[:, n] = factors[:, n - 1]
     return AreaModel(pull, nugget, plateau, weights, np.maximum.accumulate(factors, axis=0))

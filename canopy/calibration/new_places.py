@@ -161,7 +161,7 @@ def score_unseen(
         for site in sites:
             # Chips of a few metres, as plots are, are no place.
             large = [c for c in chips if c.row.site == site and min(c.chm_m.shape) >= BLOCK_M]
-            held += large[:: -(-len(large) // _MOST_CHIPS) or 1]
+            held += large[:: max(1, -(-len(large) // _MOST_CHIPS))]
         seen = list(predict_chips(network, known, progress=progress))
         found += unseen_places(seen, list(predict_chips(network, held)))
     return found
