@@ -310,7 +310,7 @@ def download(
 ) -> Path:
     """Fetch a URL into a file.
 
-    What an earlier run left of it is resumed where `sha256` or `check` can tell whether the parts fit.
+    What a cut or an earlier run left of it is resumed, unless the host says that the file changed since.
 
     Args:
         url: http(s) address; its query is never shown or stored.
@@ -340,7 +340,7 @@ def download(
         with only_one(target):
             if not overwrite and _is_there(target, sha256, check):
                 return target  # another process was faster
-            if overwrite or (sha256 is None and check is None):
+            if overwrite:
                 part.unlink(missing_ok=True)
             persist(url, lambda number: _grow(part, url, headers or {}, sign, number > 0))
             try:
@@ -395,12 +395,15 @@ def _grow(part: Path, url: str, headers: Mapping[str, str], sign: Signer | None,
         return part.stat().st_size if part.exists() else 0
 
     have, total = size(), None
-    wanted = {**headers, "Range": f"bytes={have}-"} if have else headers
+    wanted = dict(headers)
+    if have:
+        since = email.utils.formatdate(part.stat().st_mtime, usegmt=True)
+        wanted |= {"Range": f"bytes={have}-", "If-Unmodified-Since": since}
     try:
         with _stream(sign(url, fresh) if sign else url, wanted) as response:
             total = _total(response)
-            if response.status_code == 416:
-                if total == have:
+            if response.status_code in (412, 416):
+                if response.status_code == 416 and total == have:
                     return
                 part.unlink()
                 raise Again("the file changed at its source")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -44,6 +45,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, tuple[bytes, str]] = {}
+        self.times: dict[str, int] = {}  # when they were put there
         self.routes: dict[str, Callable[[str, dict[str, list[str]], bytes], Answer]] = {}
         self.faults: list[Fault] = []
         self.no_ranges: set[str] = set()
@@ -60,6 +62,7 @@ class Server(ThreadingHTTPServer):
         """Serve `content` at `path`; returns the URL."""
         if isinstance(content, dict):
             content, kind = json.dumps(content), "application/json"
+        self.times[path] = int(time.time())
         self.files[path] = (content.encode() if isinstance(content, str) else content, kind)
         return self.url + path
 
@@ -135,6 +138,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(404, {}, b"not here", send_body)
         content, kind = server.files[parts.path]
         headers = {"Content-Type": kind}
+        since = self.headers.get("If-Unmodified-Since")
+        if since and parsedate_to_datetime(since).timestamp() < server.times.get(parts.path, 0):
+            return self.send(412, {}, b"changed", send_body)
         cut = fault.cut_after if fault else None
         if wanted is None or parts.path in server.no_ranges:
             return self.send(200, headers, content, send_body, cut)

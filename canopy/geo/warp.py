@@ -248,39 +248,36 @@ def _block_means(
     """
     top, left, height, width = window
     if block == 1:
-        got, good, edges = _framed(place, read, bands, window)
-        return (np.pad(got, ((0, 0), *edges)), np.pad(good, edges)) if np.any(edges) else (got, good)
+        return _framed(place, read, bands, window, outside=False)
     means = np.zeros((bands, height, width), dtype=np.float32)
     whole = np.zeros((height, width), dtype=bool)
     step = max(1, PIECE_PX // block)
     for i in range(0, height, step):
         for j in range(0, width, step):
             h, w = min(step, height - i), min(step, width - j)
-            piece = (top + i * block, left + j * block, h * block, w * block)
-            got, good, edges = _framed(place, read, bands, piece)
-            if np.any(edges):
-                got, good = np.pad(got, ((0, 0), *edges)), np.pad(good, edges, constant_values=True)
-            rows = _overlap(piece[0], h, block, place.height)
-            cols = _overlap(piece[1], w, block, place.width)
-            counts, here = rows[:, None] * cols, np.s_[i : i + h, j : j + w]
+            row, col, here = top + i * block, left + j * block, np.s_[i : i + h, j : j + w]
+            got, good = _framed(place, read, bands, (row, col, h * block, w * block), outside=True)
+            counts = _overlap(row, h, block, place.height)[:, None] * _overlap(col, w, block, place.width)
             means[:, *here] = _block_sums(got, block) / np.maximum(counts, 1)
             whole[here] = _all_good(good, block) & (counts > 0)
     return means, whole
 
 
 def _framed(
-    place: SourcePlace, read: Reader, bands: int, window: tuple[int, int, int, int]
-) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, int], tuple[int, int]]]:
-    """What exists of a source window, 0 where not valid, and how many pixels are missing on each side."""
+    place: SourcePlace, read: Reader, bands: int, window: tuple[int, int, int, int], outside: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of a window that may reach outside, 0 where not valid, and validity (there: `outside`)."""
     row, col, height, width = window
     top, bottom = (min(max(r, 0), place.height) for r in (row, row + height))
     left, right = (min(max(c, 0), place.width) for c in (col, col + width))
     if top >= bottom or left >= right:
-        empty = np.zeros((bands, 0, 0), np.float32), np.zeros((0, 0), bool)
-        return *empty, ((0, height), (0, width))
+        return np.zeros((bands, height, width), np.float32), np.full((height, width), outside)
     values, valid = read(top, left, bottom - top, right - left)
+    values = values if valid.all() else np.where(valid, values, 0)
     edges = (top - row, row + height - bottom), (left - col, col + width - right)
-    return values if valid.all() else np.where(valid, values, 0), valid, edges
+    if np.any(edges):
+        values, valid = np.pad(values, ((0, 0), *edges)), np.pad(valid, edges, constant_values=outside)
+    return values, valid
 
 
 def _block_sums(values: np.ndarray, block: int) -> np.ndarray:
