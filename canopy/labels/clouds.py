@@ -17,41 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shapely
 
 from canopy import __version__
 from canopy.errors import CanopyError, DataError, InputError
 from canopy.files import check_output, told_as_output
 from canopy.geo.area import AOI
 from canopy.geo.cog import CogWriter
+from canopy.geo.crs import project
 from canopy.geo.grid import Grid, tiles_over
+from canopy.labels import surface
 from canopy.labels.chm import BANDS, ChmOptions, choose_crs, choose_grid, map_facts
-from canopy.labels.points import (
-    Bounds,
-    LidarFile,
-    Spool,
-    Tally,
-    fill,
-    open_lidar,
-)
-from canopy.labels.surface import (
-    BRIDGE,
-    BUILDING,
-    CLOTH_MARGIN_M,
-    EDGE_PX,
-    NOISE_REACH_M,
-    TERRAIN_REACH_M,
-    WATER,
-    WIRE,
-    classified_ground,
-    close_pits,
-    cloth_ground,
-    elevation_at,
-    fill_gaps,
-    highest,
-    lonely,
-    require_cloth,
-    terrain,
-)
+from canopy.labels.points import Bounds, LidarFile, Spool, Tally, fill, open_lidar
+from canopy.labels.surface import BRIDGE, BUILDING, EDGE_PX, WATER, WIRE
 from canopy.runtime import NoProgress, Progress, log
 
 # Side of a tile of work; results depend on it by millimetres.
@@ -92,7 +70,9 @@ def chm_from_points(
     given = options.input_crs if options.input_crs is not None else options.crs
     clouds = [open_lidar(f, crs=given, units=options.units) for f in files]
     crs = choose_crs([(c.crs, c.bounds) for c in clouds], options)
-    grid = choose_grid([c.bounds_in(crs) for c in clouds], crs, options.gsd, area)
+    grid = choose_grid(
+        [project(shapely.box(*c.bounds), c.crs, crs).bounds for c in clouds], crs, options.gsd, area
+    )
     with (
         told_as_output(out, "cannot be made"),
         tempfile.TemporaryDirectory(f".{out.name}.", ".partial", out.absolute().parent) as name,
@@ -108,7 +88,13 @@ def chm_from_points(
                 + ("; try --ground csf" if plan.classified else ""),
             )
         dates = _dates(tally)
-        tags = _tags(plan, clouds, options) | ({"ACQUISITION_DATE": dates} if dates else {})
+        tags = {
+            "CANOPY_VERSION": __version__,
+            "CANOPY_SOURCE": f"lidar: {_names(clouds)}",
+            "CANOPY_GROUND": "class 2" if plan.classified else "cloth simulation",
+            "CANOPY_CHM": options.model_dump_json(exclude={"workers", "overwrite"}),
+        }
+        tags |= {"ACQUISITION_DATE": dates} if dates else {}
         with CogWriter(out, grid, BANDS, tags=tags, overwrite=options.overwrite) as writer:
             returns = _write(writer, plan, tiles, area, _names(clouds))
     facts = map_facts(out, grid)
@@ -140,8 +126,8 @@ class SurfacePlan:
 
     def reach(self, tile: Grid) -> Bounds:
         """The bounds of the points that matter to a tile: for its noise, its ground and the terrain there."""
-        found = NOISE_REACH_M if self.classified else CLOTH_MARGIN_M
-        margin = TERRAIN_REACH_M + found
+        found = surface.NOISE_REACH_M if self.classified else surface.CLOTH_MARGIN_M
+        margin = surface.TERRAIN_REACH_M + found
         west, south, east, north = tile.pad(self.pad_px + 1 + 2 * EDGE_PX).bounds
         return west - margin, south - margin, east + margin, north + margin
 
@@ -171,7 +157,7 @@ def _read(
             which = "some files carry" if tally.ground else "the points carry"
             log.warning(f"note: {which} no ground class; ground is found with a cloth simulation")
     if not classified:
-        require_cloth()
+        surface.require_cloth()
     return replace(plan, classified=classified), tally
 
 
@@ -186,16 +172,18 @@ def make_surface(plan: SurfacePlan, tile: Grid) -> tuple[int, int]:
     """
     window, wide, pixel = tile.pad(plan.pad_px), tile.pad(plan.pad_px + 1 + 2 * EDGE_PX), tile.pixel[0]
     points = plan.spool.load(plan.reach(tile))
-    noise = lonely(points)
+    noise = surface.lonely(points)
     lost, points = points[noise], points[~noise]
-    ground = classified_ground(points, pixel) if plan.classified else cloth_ground(points, pixel)
-    plane = terrain(ground, wide)
+    ground = (
+        surface.classified_ground(points, pixel) if plan.classified else surface.cloth_ground(points, pixel)
+    )
+    plane = surface.terrain(ground, wide)
     points, cell = _cells(points, window)
-    above = points["z"] - elevation_at(plane, wide, points["x"], points["y"])
-    height, count, fixed, impossible = highest(
+    above = points["z"] - surface.elevation_at(plane, wide, points["x"], points["y"])
+    height, count, fixed, impossible = surface.highest(
         points["kind"], above, cell, window.shape, plan.policies, plan.classified
     )
-    height = fill_gaps(close_pits(height, fixed, plan.pit_px), count == 0, plan.fill_px)
+    height = surface.fill_gaps(surface.close_pits(height, fixed, plan.pit_px), count == 0, plan.fill_px)
     inner = np.s_[plan.pad_px : -plan.pad_px, plan.pad_px : -plan.pad_px]
     # Whole millimetres: finer than any lidar, and files compress.
     bands = np.stack([np.round(height[inner], 3), count[inner]]).astype(np.float32)
@@ -231,16 +219,10 @@ def _run(
 
     count = min(workers or min(4, os.cpu_count() or 1), len(tiles))
     tasks = [dask.delayed(make_surface, pure=False)(plan, tile) for tile in tiles]
-    how: dict[str, Any] = {"scheduler": "sync"}
-    if count > 1:
-        how = {"scheduler": "processes", "num_workers": count, "chunksize": 1}
+    how: dict[str, Any] = {"scheduler": "processes", "num_workers": count, "chunksize": 1}
     try:
-        # Spawned, never forked: GDAL and thread pools do not survive a fork.
-        with (
-            dask.config.set({"multiprocessing.context": "spawn"}),
-            Callback(posttask=lambda *_: progress.advance()),
-        ):
-            done = dask.compute(*tasks, **how)
+        with Callback(posttask=lambda *_: progress.advance()):
+            done = dask.compute(*tasks, **(how if count > 1 else {"scheduler": "sync"}))
     except (BrokenProcessPool, MemoryError) as error:
         raise CanopyError(
             "a worker process died, probably for want of memory", remedy="use fewer --workers"
@@ -277,15 +259,3 @@ def _dates(tally: Tally) -> str | None:
         return None
     days = [(_GPS_EPOCH + timedelta(seconds=s)).date().isoformat() for s in (tally.first_s, tally.last_s)]
     return days[0] if days[0] == days[1] else "/".join(days)
-
-
-def _tags(plan: SurfacePlan, clouds: Sequence[LidarFile], options: ChmOptions) -> dict[str, object]:
-    names = ",".join(sorted(c.path.name for c in clouds)[:20])
-    structures = options.model_dump(include={"buildings", "water", "bridges", "wires"})
-    return {
-        "CANOPY_VERSION": __version__,
-        "CANOPY_SOURCE": f"lidar: {names}{',...' if len(clouds) > 20 else ''}",
-        "CANOPY_GROUND": "class 2" if plan.classified else "cloth simulation",
-        "CANOPY_STRUCTURES": ",".join(f"{k}={v}" for k, v in structures.items()),
-        "CANOPY_PITS": f"closed up to {options.pit_width_m:g} m" if options.pit_width_m else "kept",
-    }

@@ -161,12 +161,10 @@ class _Api:
 
     def _ask(self, url: str) -> httpx.Response:
         headers = {"Accept": "application/json", **self.headers_for(url)}
-        response = download.get(url, headers=headers, what="the list of files", absent=(400, 401, 403, 404))
+        response = download.get(url, headers=headers, what="the list of files", absent=(401, 403))
         if response.status_code in (401, 403):
             told = "refuses the token in " + TOKEN if "X-API-TOKEN" in headers else "asks for a token"
             raise FetchError(
                 f"{host_of(url)} {told} ({response.status_code})", where=redact(url), remedy=_HELP
             )
-        if response.status_code in (400, 404):
-            raise FetchError(f"{host_of(url)} has no such product, site or month", where=redact(url))
         return response

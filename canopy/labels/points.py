@@ -60,15 +60,6 @@ class LidarFile:
     point_format: int
     has_dates: bool
 
-    def bounds_in(self, crs: CRS) -> Bounds:
-        """Its rectangle in another CRS, the edges followed; exact when the CRS is the file's own."""
-        if self.crs == crs:
-            return self.bounds
-        west, south, east, north = transformer(self.crs, crs).transform_bounds(*self.bounds, densify_pts=64)
-        if not np.isfinite([west, south, east, north]).all():
-            raise DataError(f"cannot be placed in {crs}", where=self.path, remedy="choose another --crs")
-        return west, south, east, north
-
 
 def require_lidar() -> None:
     """Raises MissingDependencyError where LAZ cannot be read."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -102,21 +101,10 @@ def test_real_shots_agree_with_the_packs_csv(real, tmp_path, name, source, count
     for percent in (25, 50, 95, 98, 100):
         assert np.abs(told[f"rh{percent}"].to_numpy() - shots[f"rh_{percent}"].to_numpy()).max() < 0.0051
     if source == "rGEDI":
+        assert shots.beam_type.value_counts().to_dict() == {"full": 188, "coverage": 113}
+        assert shots.time.min() == pandas.Timestamp("2019-04-18T08:21:59.206121Z")  # its name says 08:03:38
         assert np.abs(told.sensitivity.to_numpy() - shots.sensitivity.to_numpy()).max() < 1e-4
         assert (told.quality_flag.to_numpy() == shots.quality_flag.to_numpy()).all()
-
-
-def test_real_beam_types_and_times(real, tmp_path):
-    shots = run(real["mato_grosso"], tmp_path, filter="loose")
-    assert len(shots) == 301 and shots.beam_type.value_counts().to_dict() == {"full": 188, "coverage": 113}
-    # The file's name says day 108 of 2019, 08:03:38, for the orbit's start; an orbit takes 93 minutes.
-    started = pandas.to_datetime("2019108080338", format="%Y%j%H%M%S", utc=True)
-    assert pandas.Timedelta(0) < shots.time.min() - started < pandas.Timedelta("93min")
-    assert shots.time.min() == pandas.Timestamp("2019-04-18T08:21:59.206121Z")
-    assert str(shots.time.dt.tz) == "UTC" and shots.crs.to_epsg() == 4326
-    assert shots.landsat_water_persistence.isna().all()  # this granule has none
-    assert (shots.weight[shots.beam_type == "full"] == 1).all()
-    assert shots.weight[shots.beam_type == "coverage"].between(0.4, 0.5).all()
 
 
 def test_real_granules_that_lack_flags_are_judged_by_the_rest_and_it_is_said(real, tmp_path):
@@ -136,42 +124,6 @@ def test_real_granules_that_lack_flags_are_judged_by_the_rest_and_it_is_said(rea
     assert len(table) == 8301 and table.shot_number.dtype == np.uint64
     assert str(table.shot_number.iloc[0]) == real["table"].index[0]
     assert {"rh_95", "rh_98", "elev_lowestmode", "beam"} <= set(table)
-
-
-# --- the synthetic forest's truth ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def synth_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A scene of 400 m whose shots are reported where they were taken."""
-    from canopy.synth.scene import write_scene
-
-    folder = tmp_path_factory.mktemp("scene")
-    write_scene(folder, seed=5, size_m=400, gsd_m=1.0)
-    return folder
-
-
-def test_strict_drops_every_planted_fault_and_nothing_else(synth_scene, tmp_path):
-    planted = json.loads((synth_scene / "scene.json").read_text())["planted"]["gedi"]
-    everything = run(synth_scene / "gedi.h5", tmp_path, filter="none")
-    strict = run(synth_scene / "gedi.h5", tmp_path)
-    assert len(everything) == planted["count"]
-    faults = {int(shot["shot_number"]): shot["fault"] for shot in planted["shots"]}
-    assert sum(map(bool, faults.values())) > 5
-    dry = everything[(everything.landsat_water_persistence < 10) & (everything.urban_proportion < 50)]
-    wanted = {number for number in dry.shot_number.tolist() if not faults[number]}
-    assert set(strict.shot_number.tolist()) == wanted
-
-
-def test_known_places_give_back_known_heights(synth_scene, tmp_path):
-    """RH of the good shots are the percentiles of the true heights in their discs."""
-    from canopy.labels.footprint import pool_over_disc
-
-    shots = run(synth_scene / "gedi.h5", tmp_path, rh=(50, 95, 100))
-    assert len(shots) > 15 and shots.rh_95.max() > 10
-    for column, how in (("rh_50", "p50"), ("rh_95", "p95"), ("rh_100", "max")):
-        pooled = pool_over_disc(synth_scene / "chm.tif", shots, how)
-        assert np.abs(pooled - shots[column].to_numpy()).max() < 1e-3
 
 
 # --- versions, variables ------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_a_site_published_under_another_one_is_looked_for_there(neon):
     assert plan_get("neon", Wish(sites=("STEI",), match="298000_50[4]1")).files[0].name == neon.names[2]
 
 
-def test_every_flight_in_the_dates_is_listed(neon):
+def test_every_flight_in_the_dates_is_listed_and_provisional_ones_said(neon):
     plan = plan_get("neon", Wish(area=tree(), datetime="2018/2023"))
     assert [f.path for f in plan.files] == [
         f"STEI-{f.day}/{neon.names[n]}" for f, n in zip(plan.files, (0, 2, 0, 2), strict=True)
@@ -111,9 +111,6 @@ def test_every_flight_in_the_dates_is_listed(neon):
     assert [f.day for f in plan.files] == ["2019-06", "2019-06", "2022-07", "2022-07"] and plan.notes == ()
     with pytest.raises(AreaError, match=r"no DP3.30015.001 in 2030"):
         plan_get("neon", Wish(area=tree(), datetime="2030"))
-
-
-def test_provisional_data_are_said_to_be(neon):
     neon.release = "PROVISIONAL"
     assert "STEI-2022-07 is provisional" in plan_get("neon", Wish(area=tree())).notes[-1]
 
