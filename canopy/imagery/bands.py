@@ -110,8 +110,6 @@ def plan_bands(
             where=where,
             expected=f"numbers from 1 to {dataset.count}",
         )
-    if any(dataset.colorinterp[index - 1] == ColorInterp.palette for index in wanted):
-        raise ImageryError("a paletted band among several", where=where, remedy="expand the palette first")
     divisor = _divisor(dataset, wanted, scale, where)
     if ColorInterp.alpha in dataset.colorinterp:
         alpha = dataset.colorinterp.index(ColorInterp.alpha) + 1
@@ -220,16 +218,17 @@ def _divisor(dataset: DatasetReader, indexes: tuple[int, ...], scale: float | No
 
 def sample_values(dataset: DatasetReader, indexes: Sequence[int]) -> NDArray[np.float64]:
     """Finite, valid values of a bounded sample of the bands, (n,); for messages only."""
-    side = 1024
-    if dataset.overviews(indexes[0]) or max(dataset.shape) <= 2 * side:
-        step = max(1.0, max(dataset.shape) / side)
-        shape = (len(indexes), max(1, int(dataset.height / step)), max(1, int(dataset.width / step)))
-        values = dataset.read(list(indexes), out_shape=shape, masked=True)
+    if dataset.overviews(indexes[0]):
+        shape = (max(1, 1024 * extent // max(dataset.shape)) for extent in dataset.shape)
+        values = dataset.read(list(indexes), out_shape=(len(indexes), *shape), masked=True)
     else:
-        row, col = (max(0, (extent - side) // 2) for extent in dataset.shape)
-        window = Window(col, row, min(side, dataset.width), min(side, dataset.height))
-        values = dataset.read(list(indexes), window=window, masked=True)
+        values = dataset.read(list(indexes), window=_middle(dataset, 1024), masked=True)
     return np.ma.masked_invalid(values).compressed().astype(np.float64)
+
+
+def _middle(dataset: DatasetReader, side: int) -> Window:
+    height, width = (min(side, extent) for extent in dataset.shape)
+    return Window((dataset.width - width) // 2, (dataset.height - height) // 2, width, height)
 
 
 GREY = "{}: its red, green and blue are equal: heights of grey images are wrong"
@@ -251,22 +250,16 @@ def check_local(dataset: DatasetReader, label: str) -> None:
 
 def check_georeference(dataset: DatasetReader, label: str) -> None:
     """Refuse a raster without a geotransform, or with control points or RPCs in its place (ImageryError)."""
-    if dataset.transform != Affine.identity():
-        return
-    if dataset.gcps[0] or dataset.rpcs:
-        kind = "ground control points" if dataset.gcps[0] else "rational polynomial coefficients"
+    if dataset.transform == Affine.identity():
+        points = bool(dataset.gcps[0] or dataset.rpcs)
         raise ImageryError(
-            f"placed only by {kind}",
+            "placed only by control points or rational polynomials" if points else "no georeferencing",
             where=label,
-            expected="a geotransform",
-            remedy="orthorectify it first, for example with gdalwarp",
+            expected="a geotransform (GeoTIFF tags or a world file)",
+            remedy="orthorectify it first, for example with gdalwarp"
+            if points
+            else "georeference the image first, for example with gdal_translate -a_ullr",
         )
-    raise ImageryError(
-        "no georeferencing",
-        where=label,
-        expected="a geotransform (GeoTIFF tags or a world file)",
-        remedy="georeference the image first, for example with gdal_translate -a_ullr",
-    )
 
 
 def check_nodata(dataset: DatasetReader, plan: BandPlan, nodata: float | None, label: str) -> None:
@@ -296,9 +289,7 @@ def pixel_notes(dataset: DatasetReader, plan: BandPlan, label: str, nodata: floa
             "(gdal_translate -unscale applies them)"
         )
     if len(bands) == 3:
-        px = min(4 * _COLLAR_PROBE_PX, dataset.height, dataset.width)
-        row, col = ((extent - px) // 2 for extent in dataset.shape)
-        red, *others = dataset.read(bands, window=Window(col, row, px, px))
+        red, *others = dataset.read(bands, window=_middle(dataset, 4 * _COLLAR_PROBE_PX))
         if red.min() < red.max() and all(np.array_equal(red, other) for other in others):
             notes.append(GREY.format(label))
     if dataset.dtypes[bands[0] - 1] != "uint8":

@@ -6,7 +6,6 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -132,14 +131,11 @@ class ImagerySource(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def to_xarray(
         self,
-        grid: Grid | None = None,
         *,
         area: AOI | None = None,
         crs: Any | None = None,
@@ -149,7 +145,6 @@ class ImagerySource(ABC):
         """The images as a lazy, dask-chunked array; a chunk is read (`read`) when it is computed.
 
         Args:
-            grid: the pixels wanted; default: the source's own grid, or one made of the following.
             area: what to show; default: the whole area of the source.
             crs: of the array; default: the images' own.
             gsd_m: ground metres per pixel; default: the images' own.
@@ -166,7 +161,14 @@ class ImagerySource(ABC):
         import rioxarray  # noqa: F401  (gives arrays their `.rio`)
         import xarray
 
-        whole = grid or _grid_of(self, area, crs, gsd_m)
+        outline, whole = area or self.area(), self.native_grid
+        wanted = self.native_crs if crs is None else to_crs(crs)
+        if outline is None:
+            raise InputError("its area is not known", where=self.name, remedy="give to_xarray an area")
+        if whole is None or wanted != whole.crs or gsd_m is not None:
+            whole = outline.grid(wanted, gsd_m or self.native_gsd_m)
+        elif area is not None:
+            whole = whole.window_over(area.to_crs(wanted).geometry.bounds)
 
         def chunk(block_info: Any) -> NDArray[np.float32]:
             _, (top, bottom), (left, right) = block_info[None]["array-location"]
@@ -187,21 +189,6 @@ class ImagerySource(ABC):
         array = xarray.DataArray(lazy, coords, ("band", "y", "x"), "rgb", attrs)
         array = array.rio.write_crs(whole.crs.to_wkt()).rio.write_transform(t).rio.write_nodata(np.nan)
         return array.assign_coords(valid=(("y", "x"), ~dask.array.isnan(lazy[0])))
-
-
-def _grid_of(source: ImagerySource, area: AOI | None, crs: Any | None, gsd_m: float | None) -> Grid:
-    native = source.native_grid
-    if native is not None and area is None and crs is None and gsd_m is None:
-        return native
-    outline = area or source.area()
-    if outline is None:
-        raise InputError(
-            "its area is not known", where=source.name, remedy="give to_xarray a grid or an area"
-        )
-    wanted = to_crs(crs) if crs is not None else source.native_crs
-    if native is not None and wanted == native.crs and gsd_m is None:
-        return native.window_over(outline.to_crs(wanted).geometry.bounds)
-    return outline.grid(wanted, gsd_m or source.native_gsd_m)
 
 
 WHITE = "canopy_white"  # attribute of arrays: the value that means white, in place of `scale`

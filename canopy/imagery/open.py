@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from canopy.errors import ImageryError, InputError
+from canopy.errors import CanopyError, ImageryError, InputError
 from canopy.files import (
     RASTER_SUFFIXES,
     check_name,
@@ -66,7 +66,7 @@ def open_imagery(
     """
     options = ReadOptions(bands, nodata, crs, scale, datetime, gsd_m, fallback_crs)
     if hasattr(source, "dims"):
-        return _open_array(source, area, options)
+        return _open_array(source, options)
     items = [str(source)] if isinstance(source, (str, Path)) else [str(item) for item in source]
     if not items or not all(item.strip() for item in items):
         raise InputError("no image was given", expected="a file, a URL or the name of a source")
@@ -96,9 +96,11 @@ def open_pinned(pin: Mapping[str, Any], *, area: AOI | None = None) -> ImagerySo
         AreaError: none of the scenes touches the area.
     """
     if pin["kind"] == "tiles":
-        from canopy.imagery.xyz import TileSource
+        from canopy.imagery.xyz import TileService, TileSource
 
-        return TileSource.from_pin(pin)
+        source = TileSource(TileService(**pin["service"]), pin["nodata"], pin["zoom"], pin["place"])
+        source.notes = list(pin["notes"])
+        return source
     if pin["kind"] == "demo":
         from canopy.imagery.named import DemoSource
 
@@ -156,11 +158,10 @@ def _not_found(item: str, remedy: str) -> InputError:
 
 # ---- arrays ----------------------------------------------------------------------------------
 _EXPECTED = "a DataArray (band, y, x) with a CRS, as rioxarray.open_rasterio gives it"
-_CLIP_PX = 512  # of a lazy array, so much more than the area is computed
 
 
-def _open_array(array: Any, area: AOI | None, options: ReadOptions) -> ImagerySource:
-    """A DataArray by the rules of files: it is written to one (chunk by chunk) that goes with the source.
+def _open_array(array: Any, options: ReadOptions) -> ImagerySource:
+    """A DataArray by the rules of files: it is written to one, chunk by chunk, that goes with the source.
 
     Raises:
         ImageryError: no CRS, no even coordinates, or no bands that are red, green and blue.
@@ -171,81 +172,43 @@ def _open_array(array: Any, area: AOI | None, options: ReadOptions) -> ImagerySo
     import weakref
     from dataclasses import replace
 
+    import numpy as np
     import rioxarray  # noqa: F401  (gives arrays their `.rio`)
 
     from canopy.imagery.files import open_files
     from canopy.imagery.names import acquisition_date
 
     name = str(array.encoding.get("source") or array.attrs.get("imagery") or "DataArray")
-    bands = _checked(array, name, options)
-    if area is not None and bands.chunks is not None:
-        bands = _clipped(bands, area.to_crs(options.crs or bands.rio.crs or options.fallback_crs))
-    white = bands.attrs.get(WHITE)
-    if bands.dtype.kind == "f":
-        # uint8 that was made float to hold NaN is still white at 255; NaN stays what is missing.
-        stored = bands.encoding.get("rasterio_dtype") or bands.encoding.get("dtype")
-        white = 255.0 if str(stored) == "uint8" else white
-        own = bands.rio.nodata
-        bands = bands.drop_encoding().astype("float32")
-        bands = bands.rio.write_nodata(float("nan") if own is None else own)
-    if options.scale is None:
-        options = replace(options, scale=white)
-    day = acquisition_date({key: str(value) for key, value in bands.attrs.items()}, name)
-    if not isinstance(bands.attrs.get("long_name"), (tuple, list)) and bands.dims[0] in bands.coords:
-        bands = bands.assign_attrs(long_name=[str(label) for label in bands[bands.dims[0]].values])
     folder = tempfile.mkdtemp(prefix="canopy-")
     try:
-        path = f"{folder}/array.tif"
+        y, x = array.rio.y_dim, array.rio.x_dim
+        for axis in (y, x):
+            steps = np.diff(array[axis].values.astype(float))
+            if axis not in array.coords or not np.allclose(steps, steps.mean(), rtol=0.01):
+                raise ValueError(f"no even coordinates {axis}")
+        bands = array if array.ndim == 3 else array.expand_dims("band")
+        bands = bands.transpose(..., y, x)
+        white, labels = bands.attrs.get(WHITE), bands.coords.get(bands.dims[0])
+        if bands.dtype.kind == "f":
+            # uint8 that was made float to hold NaN is still white at 255; NaN stays what is missing.
+            stored = bands.encoding.get("rasterio_dtype") or bands.encoding.get("dtype")
+            white, own = 255.0 if str(stored) == "uint8" else white, bands.rio.nodata
+            bands = bands.drop_encoding().astype("float32")
+            bands = bands.rio.write_nodata(float("nan") if own is None else own)
+        if labels is not None and not isinstance(bands.attrs.get("long_name"), (tuple, list)):
+            bands = bands.assign_attrs(long_name=[str(label) for label in labels.values])
+        day = acquisition_date({key: str(value) for key, value in bands.attrs.items()}, name)
         bands.rio.to_raster(
-            path, tiled=True, blockxsize=256, blockysize=256, compress="ZSTD", zstd_level=1,
-            bigtiff="IF_SAFER", lock=threading.Lock(), photometric="RGB" if len(bands) == 3 else "MINISBLACK",
-            alpha="NO", tags={"ACQUISITION_DATE": day.isoformat()} if day else {},
+            f"{folder}/array.tif", tiled=True, compress="ZSTD", zstd_level=1, bigtiff="IF_SAFER",
+            photometric="RGB" if len(bands) == 3 else "MINISBLACK", alpha="NO", lock=threading.Lock(),
+            tags={"ACQUISITION_DATE": day.isoformat()} if day else {},
         )  # fmt: skip
-        source = open_files([path], options, name=name, label=name)
+        options = replace(options, scale=white if options.scale is None else options.scale)
+        source = open_files([f"{folder}/array.tif"], options, name=name, label=name)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, (TypeError, ValueError, OSError)):
-            raise ImageryError(f"not an image ({error})", where=name, expected=_EXPECTED) from None
-        raise
+        if isinstance(error, (CanopyError, KeyboardInterrupt)):
+            raise
+        raise ImageryError(f"not an image ({error})", where=name, expected=_EXPECTED) from error
     weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
     return source
-
-
-def _checked(array: Any, name: str, options: ReadOptions) -> xarray.DataArray:
-    """The array as (band, y, x) with even coordinates."""
-    import numpy as np
-
-    try:
-        x, y = array.rio.x_dim, array.rio.y_dim
-        others = [dim for dim in array.dims if dim not in (x, y)]
-    except Exception as error:  # rioxarray has no common root of its errors
-        raise ImageryError(f"no x and y dimensions ({error})", where=name, expected=_EXPECTED) from None
-    if type(array).__name__ != "DataArray" or len(others) > 1:
-        found = f"a {type(array).__name__} with dimensions {', '.join(map(str, array.dims))}"
-        raise ImageryError(found, where=name, expected=_EXPECTED)
-    if not (options.crs or array.rio.crs or options.fallback_crs):
-        raise ImageryError(
-            "no coordinate reference system",
-            where=name,
-            expected=_EXPECTED,
-            remedy='set it with array.rio.write_crs("EPSG:32610")',
-        )
-    for axis in (x, y):
-        if axis not in array.coords:
-            raise ImageryError("no x and y coordinates", where=name, expected=_EXPECTED)
-        steps = np.diff(array[axis].values.astype(float))
-        if not steps.size or abs(steps - steps.mean()).max() > 0.01 * abs(steps.mean()):
-            raise ImageryError(f"uneven {axis} coordinates", where=name, expected="a regular grid of pixels")
-    bands = array if others else array.expand_dims("band")
-    return bands.transpose(*(others or ["band"]), y, x)
-
-
-def _clipped(bands: xarray.DataArray, area: AOI) -> xarray.DataArray:
-    """What of an array lies round an area; all of it where none does."""
-    from rioxarray.exceptions import NoDataInBounds
-
-    more = _CLIP_PX * max(abs(side) for side in bands.rio.resolution())
-    try:
-        return bands.rio.clip_box(*area.geometry.buffer(more).bounds)
-    except NoDataInBounds:
-        return bands

@@ -6,13 +6,11 @@ reader; remote files are retried here, because only the application can see why 
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
@@ -83,30 +81,21 @@ class Handles:
     """Open datasets of one source: each thread has its own, since GDAL's may not be shared."""
 
     def __init__(self) -> None:
-        self._of_threads: dict[int, OrderedDict[str, DatasetReader]] = {}
+        self._here = threading.local()
 
     def get(self, url: str) -> DatasetReader:
-        """This thread's dataset of a file; the least recently used is closed when there are many."""
-        held = self._of_threads.setdefault(threading.get_ident(), OrderedDict())
-        if url not in held or held[url].closed:
-            held[url] = open_raster(url, georeferenced=False)
-            while len(held) > OPEN_FILES_PER_THREAD:
-                held.popitem(last=False)[1].close()
-        held.move_to_end(url)
-        return held[url]
+        """This thread's dataset of a file; the least recently used is let go of when there are many."""
+        if not hasattr(self._here, "open"):
+            self._here.open = lru_cache(OPEN_FILES_PER_THREAD)(partial(open_raster, georeferenced=False))
+        return self._here.open(url)
 
-    def drop(self, url: str) -> None:
-        """Close this thread's dataset of a file: what GDAL gives after it has failed is not to be trusted."""
-        dataset = self._of_threads.get(threading.get_ident(), OrderedDict()).pop(url, None)
-        if dataset is not None:
-            with contextlib.suppress(RasterioError):
-                dataset.close()
+    def drop(self) -> None:
+        """Let go of this thread's datasets: what GDAL gives after it has failed is not to be trusted."""
+        vars(self._here).clear()
 
     def close(self) -> None:
-        """Close all datasets of all threads; nobody may be reading."""
-        for held in list(self._of_threads.values()):
-            while held:
-                held.popitem()[1].close()
+        """Let go of the datasets of all threads."""
+        self._here = threading.local()
 
 
 @dataclass(frozen=True)
@@ -188,7 +177,7 @@ class Scene:
             try:
                 return pixel_notes(dataset, plan, self.record.scene_id, self._options.nodata)
             except RasterioError:
-                dataset.close()  # after a failure it is of no more use
+                self._handles.drop()
                 return []
 
         return self._try(href, look)
@@ -248,7 +237,7 @@ class Scene:
             try:
                 return work(self._handles.get(href))
             except ImageryError:
-                self._handles.drop(href)
+                self._handles.drop()
                 raise
         from canopy import download
 
@@ -260,7 +249,7 @@ class Scene:
             except FetchError:
                 raise
             except ImageryError as error:
-                self._handles.drop(url)
+                self._handles.drop()
                 # What GDAL says of a host is not enough to tell whether another try can help.
                 download.diagnose(url, signed=self._sign is not None)
                 raise download.Again(f"{host_of(url)} answers, but {error.what}") from None

@@ -234,7 +234,7 @@ def walk(
                     items += [_item(feature, address) for feature in features]
                 elif kind not in ("Catalog", "Collection") and "links" not in document:
                     raise ImageryError(f"JSON of type {kind!r}", where=redact(address), expected="STAC")
-                elif wanted is None or _may_touch(document, wanted):
+                elif wanted is None or any(_box(each).intersects(wanted) for each in _extent(document)):
                     links = [
                         link for link in document.get("links", []) if link.get("rel") in ("child", "item")
                     ]
@@ -256,12 +256,6 @@ def walk(
         else []
     )
     return items, notes
-
-
-def _may_touch(document: Mapping[str, Any], wanted: BaseGeometry) -> bool:
-    """Whether a collection's extent touches the area; True when it does not say."""
-    boxes = document.get("extent", {}).get("spatial", {}).get("bbox") or []
-    return not boxes or any(_box(bounds).intersects(wanted) for bounds in boxes)
 
 
 def _read_if_there(where: str) -> Mapping[str, Any] | None:
@@ -287,6 +281,11 @@ def _read_if_there(where: str) -> Mapping[str, Any] | None:
     if not isinstance(value, dict):
         raise ImageryError("not a JSON object", where=redact(where), expected="a STAC catalog or item")
     return value
+
+
+def _extent(document: Mapping[str, Any]) -> Sequence[Sequence[float]]:
+    """Boxes of a collection; the whole world where it does not say."""
+    return document.get("extent", {}).get("spatial", {}).get("bbox") or [(-180, -90, 180, 90)]
 
 
 def _box(bounds: Sequence[float]) -> BaseGeometry:
@@ -320,11 +319,12 @@ def resolve(href: str, base: str) -> str:
 # ---- items -----------------------------------------------------------------------------------
 def _item(document: Mapping[str, Any], address: str) -> pystac.Item:
     """An item's JSON as pystac reads it; relative hrefs count from its own address, else from `address`."""
-    own = next((link.get("href") for link in document.get("links", []) if link.get("rel") == "self"), None)
+    links = [str(link.get("href")) for link in document.get("links", []) if link.get("rel") == "self"]
+    own = next(filter(is_url, links), address)
     try:
-        whole = {"stac_version": "1.0.0", "links": [], "properties": {}, "assets": {}, **document}
-        whole["properties"] = {"datetime": None, **whole["properties"]}
-        return pystac.Item.from_dict(whole, href=own if own and is_url(own) else address)
+        properties = {"datetime": None, **document.get("properties", {})}
+        whole = {"stac_version": "1.0.0", "links": [], "assets": {}, **document, "properties": properties}
+        return pystac.Item.from_dict(whole, href=own)
     except (KeyError, TypeError, ValueError, AttributeError, pystac.STACError) as error:
         name = str(document.get("id") or redact(address))
         raise ImageryError(f"no valid STAC item ({type(error).__name__}: {error})", where=name) from None
@@ -345,7 +345,7 @@ def record_of(item: pystac.Item, preferred: Sequence[str] = (), gsd_m: float | N
     hrefs, bands = choose_assets(item.assets, preferred)
     gsds = [asset.extra_fields.get("gsd") for asset in item.assets.values()]
     try:
-        outline = shape(item.geometry) if item.geometry else _box(item.bbox or ())
+        outline = shape(item.geometry)
     except Exception as error:  # shapely raises many kinds on malformed GeoJSON
         raise ImageryError(f"item without a usable geometry ({error})", where=item.id) from None
     outline = outline if outline.is_valid else outline.buffer(0)

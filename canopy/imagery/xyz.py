@@ -12,7 +12,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -108,8 +108,7 @@ def open_tiles(service: TileService, options: ReadOptions, area: AOI | None = No
     latitude = where.centroid_lonlat[1] if where else 0.0
     wanted = options.gsd_m or DEFAULT_GSD_M
     zoom = choose_zoom(wanted, latitude, service.tile_px, service.min_zoom, service.max_zoom)
-    west, _, east, _ = where.bounds_lonlat if where else (0.0, 0.0, 0.0, 0.0)
-    return TileSource(service, options.nodata, zoom, latitude, turned=west > east)
+    return TileSource(service, options.nodata, zoom, where.bounds_lonlat if where else (0.0,) * 4)
 
 
 class TileSource(ImagerySource):
@@ -117,26 +116,25 @@ class TileSource(ImagerySource):
 
     has_own_extent = False  # the outline of a service may be a country
 
-    def __init__(
-        self, service: TileService, nodata: float | None, zoom: int, latitude: float, *, turned: bool
-    ) -> None:
+    def __init__(self, service: TileService, nodata: float | None, zoom: int, place: Sequence[float]) -> None:
         """Describe the tiles; nothing is fetched.
 
         Args:
             service: where they come from.
             nodata: a pixel whose red, green and blue all have this value is missing.
             zoom: their level.
-            latitude: where the ground sample distance is that of the source, degrees.
-            turned: the lattice begins at Greenwich, so that an area round the antimeridian is in one piece.
+            place: west, south, east, north in degrees of what will be read, for the ground sample distance.
         """
         self.service, self.name, self.zoom = service, service.name, zoom
-        self._nodata, self._latitude, self._turned = nodata, latitude, turned
+        self._nodata, self._place = nodata, tuple(place)
+        # Round the antimeridian the lattice begins at Greenwich, so that the area is in one piece.
+        self._turned = place[0] > place[2]
         side = service.tile_px * 2**zoom
         pixel = 2 * HALF_WORLD_M / side
-        crs = _MERCATOR_180 if turned else "EPSG:3857"
+        crs = _MERCATOR_180 if self._turned else "EPSG:3857"
         self.lattice = Grid.of(crs, Affine(pixel, 0, -HALF_WORLD_M, 0, -pixel, HALF_WORLD_M), (side, side))
         self.native_crs: CRS = self.lattice.crs
-        self.native_gsd_m = pixel * math.cos(math.radians(latitude))
+        self.native_gsd_m = pixel * math.cos(math.radians((place[1] + place[3]) / 2))
         self.notes = [f"{service.name}: the tiles carry no acquisition date"]
         self._tile = lru_cache(CACHED_TILES)(self._fetch)
         self._colour: bool | None = None  # whether any tile had colour; None: none was seen yet
@@ -158,18 +156,9 @@ class TileSource(ImagerySource):
             "service": self.service.model_dump(mode="json"),
             "nodata": self._nodata,
             "zoom": self.zoom,
-            "latitude": self._latitude,
-            "turned": self._turned,
+            "place": self._place,
             "notes": list(self.notes),
         }
-
-    @classmethod
-    def from_pin(cls, pin: Mapping[str, Any]) -> TileSource:
-        """What `pinned` described."""
-        service = TileService(**pin["service"])
-        source = cls(service, pin["nodata"], pin["zoom"], pin["latitude"], turned=pin["turned"])
-        source.notes = list(pin["notes"])
-        return source
 
     def read(self, grid: Grid) -> Imagery:
         """Pixels on `grid`, fetched at the source's zoom."""
