@@ -6,18 +6,19 @@ driver died is pending again when the next one starts: a tile's file is renamed 
 so making it twice changes nothing.
 
 One process writes a ledger. Shards (`--shard I/N`) may run on machines that share nothing but the folder, so
-each has a ledger of its own, DIR/shards/I-of-N.sqlite; whoever ends last, or `--resume`, gathers them.
+each has a ledger of its own, DIR/shards/I-of-N.sqlite; the whole run (`--resume`) gathers them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,19 +149,19 @@ class Outcome:
 class Ledger:
     """An open ledger; a context manager. Use it from one thread."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Open or create the ledger at `path`.
+    def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
+        """Open or create the ledger at `path`; None: one in memory, to gather others in.
 
         Raises:
             DataError: no ledger of canopy; OutputError: it cannot be opened or written.
         """
         self.path = path
         with self._told():
+            place = _uri(path, "ro" if read_only else "rwc") if path else "file::memory:"
+            self._db = sqlite3.connect(place, uri=True, timeout=30)
             if read_only:
-                self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)
                 self._db.execute("SELECT 1 FROM tiles LIMIT 1").fetchone()
             else:
-                self._db = sqlite3.connect(path, timeout=30)
                 self._db.executescript(_SCHEMA)
 
     def get(self, key: str) -> str | None:
@@ -256,27 +257,34 @@ class Ledger:
             "km2_per_hour": pace,
         }  # fmt: skip
 
-    def gather(self, other: Path) -> None:
+    def gather(self, other: Path, tiles: str = "known") -> None:
         """Take over what another ledger of the same run has finished and this one has not.
 
         A ledger that cannot be read now (its shard is at work elsewhere) is left out: its tiles are only made
         twice then.
+
+        Args:
+            tiles: `known`, those that this ledger has; or `all`.
         """
-        columns = "state, attempts, host, seconds, sha256, bytes, reason, facts, updated"
+        of = "ordinal IN (SELECT ordinal FROM main.tiles)" if tiles == "known" else "true"
+        columns = ("state", "attempts", "host", "seconds", "sha256", "bytes", "reason", "facts", "updated")
         try:
-            with self._told(), closing(sqlite3.connect(f"file:{other}?mode=ro", uri=True)) as db:
-                if db.execute("SELECT value FROM run WHERE key = 'run'").fetchone() != (self.get("run"),):
-                    return
-                found = db.execute(
-                    f"SELECT {columns}, ordinal FROM tiles WHERE state IN ('done', 'empty', 'failed')"
-                )
-                with self._db:
-                    self._db.executemany(
-                        f"UPDATE tiles SET ({columns}) = (?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE ordinal = ? AND "
-                        "state IN ('pending', 'running', 'failed')", found,
-                    )  # fmt: skip
+            with self._told():
+                self._db.execute("ATTACH ? AS other", (_uri(other, "ro"),))
+            with self._told(), self._db:
+                found = self._db.execute("SELECT value FROM other.run WHERE key = 'run'").fetchone()
+                if found == (self.get("run"),):
+                    self._db.execute(
+                        f"INSERT INTO main.tiles SELECT * FROM other.tiles WHERE {of} ON CONFLICT (ordinal) "
+                        f"DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in columns)} "
+                        "WHERE state IN ('pending', 'running', 'failed') "
+                        "AND excluded.state IN ('done', 'empty', 'failed')"
+                    )
         except CanopyError as error:
             log.info(f"{other.name} is left out: {error}")
+        finally:
+            with contextlib.suppress(sqlite3.Error):  # it may not have been attached
+                self._db.execute("DETACH other")
 
     def close(self) -> None:
         self._db.close()
@@ -304,6 +312,11 @@ class Ledger:
             raise OutputError(
                 f"the ledger cannot be used ({text})", where=self.path, remedy=remedy
             ) from error
+
+
+def _uri(path: Path, mode: str) -> str:
+    """A database's address for SQLite, whatever its name has in it."""
+    return f"{path.absolute().as_uri()}?mode={mode}"
 
 
 # ---- who is at work ---------------------------------------------------------------------------

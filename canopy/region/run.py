@@ -24,8 +24,6 @@ from canopy.region.ledger import (
     LOCK,
     RUN_FILE,
     SHARDS,
-    STATES,
-    HeldError,
     Ledger,
     Outcome,
     Pins,
@@ -151,7 +149,7 @@ Watch = Callable[[Ledger], Callable[[Tally, int], None]]
 def start(
     region: Region, *, overwrite: bool = False, retry_failed: bool = False, watch: Watch | None = None
 ) -> RunResult:
-    """Make all open tiles of a run, and its catalog and mosaic when none is left.
+    """Make all open tiles of a run, and then its catalog and mosaic; of a shard only its tiles.
 
     Args:
         region: of `prepare_run`.
@@ -191,8 +189,6 @@ def start(
             outputs = {} if shard else _finish(ledger, region)
             counts, totals = ledger.counts(), ledger.totals()
             failures = [(tile.id, outcome.reason or "") for tile, outcome in ledger.rows("failed")]
-    if shard and all(_is_through(ledger_path(folder, (i, shard[1]))) for i in range(1, shard[1] + 1)):
-        outputs = _finish_shards(region)
     return RunResult(folder, counts, totals, tally, outputs, failures, region.notes)
 
 
@@ -295,7 +291,7 @@ def _drive(
     )  # fmt: skip
     cluster = local_cluster(len(devices)) if local else remote_cluster(options.scheduler)
     with cluster as client:
-        Driver(ledger, client, how, options.attempts, tally, stop, watch and watch(ledger)).run()
+        Driver(ledger, client, how, options.attempts, tally).run(stop, watch and watch(ledger))
     left = ledger.counts()["pending"]
     if left:
         raise Interrupted(
@@ -318,27 +314,6 @@ def _finish(ledger: Ledger, region: Region) -> dict[str, str]:
     return outputs
 
 
-def _is_through(path: Path) -> bool:
-    """Whether a shard has no open tile left."""
-    if not path.is_file():
-        return False
-    with Ledger(path, read_only=True) as ledger:
-        counts = ledger.counts()
-    return not counts["pending"] and not counts["running"]
-
-
-def _finish_shards(region: Region) -> dict[str, str]:
-    """One ledger of all shards, and the outputs."""
-    folder = region.options.folder
-    try:
-        with held(folder), Ledger(folder / LEDGER) as ledger:
-            _enter_tiles(ledger, region, read_pins(folder) or region.pins, None)
-            ledger.set("outputs", "behind")
-            return _finish(ledger, region)
-    except HeldError:  # another shard ended in the same moment, and does it
-        return {}
-
-
 # ---- how it stands ----------------------------------------------------------------------------
 def status(folder: Path) -> dict[str, Any]:
     """Counts, area, failures and pace of a run, from all of its ledgers; changes nothing.
@@ -349,13 +324,16 @@ def status(folder: Path) -> dict[str, Any]:
     pins = read_pins(folder)
     if pins is None:
         raise InputError("no run there", where=folder, expected=f"a folder with {RUN_FILE}")
-    whole, run = folder / LEDGER, run_id(pins)
-    shards = [path for path in _ledgers(folder) if path != whole]
-    # The whole run's ledger is behind while shards are at work, and ahead of them afterwards.
-    counts, totals, failures, holders = max(
-        (_sum(folder, paths, run) for paths in ([whole] if whole.is_file() else [], shards)),
-        key=lambda one: one[0]["done"] + one[0]["empty"] + one[0]["failed"],
-    )
+    holders = []
+    with Ledger(None) as ledger:
+        ledger.set("run", run_id(pins))
+        for path in _ledgers(folder):
+            ledger.gather(path, "all")
+            if is_held(lock_of(folder, path)):
+                with Ledger(path, read_only=True) as held_one:
+                    holders.append(json.loads(held_one.get("driver") or "{}"))
+        counts, totals = ledger.counts(), ledger.totals()
+        failures = [(tile.id, outcome.reason or "") for tile, outcome in ledger.rows("failed")]
     left_km2, pace = totals["km2"] - totals["km2_finished"], totals["km2_per_hour"]
     return {
         "folder": str(folder),
@@ -367,25 +345,10 @@ def status(folder: Path) -> dict[str, Any]:
         **{key: round(value, 6) for key, value in totals.items()},
         "seconds_per_tile": round(totals["worker_seconds"] / max(1, counts["done"]), 3),
         "at_work": [
-            {"host": h["host"], "pid": h["pid"], "for_s": round(time.time() - h["since"])} for h in holders
+            {"host": h["host"], "pid": h["pid"], "for_s": round(time.time() - h["since"])}
+            for h in holders
+            if h
         ],
         "left_s": round(left_km2 / pace * 3600) if holders and pace > 0 else None,
         "failures": [{"tile": tile, "reason": reason} for tile, reason in failures[:_MOST_FAILURES]],
     }
-
-
-def _sum(folder: Path, paths: list[Path], run: str) -> tuple[Any, Any, Any, Any]:
-    """Counts, totals, failures, and who is at work, of some ledgers of a run."""
-    counts = dict.fromkeys(STATES, 0)
-    totals = dict.fromkeys(("km2", "km2_finished", "worker_seconds", "bytes", "km2_per_hour"), 0.0)
-    failures, holders = [], []
-    for path in paths:
-        with Ledger(path, read_only=True) as ledger:
-            if ledger.get("run") != run:
-                continue
-            counts = {state: counts[state] + count for state, count in ledger.counts().items()}
-            totals = {key: totals[key] + value for key, value in ledger.totals().items()}
-            failures += [(tile.id, outcome.reason or "") for tile, outcome in ledger.rows("failed")]
-            if is_held(lock_of(folder, path)):
-                holders.append(json.loads(ledger.get("driver") or "{}"))
-    return counts, totals, failures, [holder for holder in holders if holder]

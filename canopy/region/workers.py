@@ -282,21 +282,15 @@ class Tally:
 class Driver:
     """As many tiles in work as there are workers, each tried until it is made or quarantined."""
 
-    def __init__(
-        self, ledger: Ledger, client: Client, how: How, attempts: int, tally: Tally, stop: threading.Event,
-        watch: Callable[[Tally, int], None] | None,
-    ) -> None:  # fmt: skip
-        self.ledger, self.client, self.how, self.attempts = ledger, client, how, attempts
-        self.tally, self.stop, self.watch = tally, stop, watch
-        self.open = (tile for tile, _ in ledger.rows("pending"))
+    def __init__(self, ledger: Ledger, client: Client, how: How, attempts: int, tally: Tally) -> None:
+        self.ledger, self.client, self.how, self.attempts, self.tally = ledger, client, how, attempts, tally
         self.again: deque[Tile] = deque()
         self.failures: Counter[str] = Counter()
-        self.in_work: dict[str, Tile] = {}
         info = client.scheduler_info(n_workers=-1)["workers"].values()
         gpus = how.devices[0] in ("auto", "cuda") and any("GPU" in one.get("resources", {}) for one in info)
         self.resources = {"GPU": 1} if gpus else None
 
-    def run(self) -> None:
+    def run(self, stop: threading.Event, watch: Callable[[Tally, int], None] | None) -> None:
         """Until no tile is open, or `stop` is set and those in work are made.
 
         Raises:
@@ -305,52 +299,54 @@ class Driver:
         """
         from distributed import as_completed
 
+        waiting, in_work = (tile for tile, _ in self.ledger.rows("pending")), dict[str, Tile]()
         results = as_completed(loop=self.client.loop)
-        self._fill(results)
+
+        def fill() -> None:
+            """Give every worker a tile; those that failed come again when all others have had their turn."""
+            while not stop.is_set() and len(in_work) < max(1, len(self.client.nthreads())):
+                tile = next(waiting, None) or (self.again.popleft() if self.again else None)
+                if tile is None:
+                    return
+                self.ledger.begin(tile)
+                key = f"canopy-{self.how.run[:8]}-{tile.id}-{time.time_ns()}"
+                in_work[key] = tile
+                results.add(
+                    self.client.submit(
+                        make_tile, self.how, tile, key=key, pure=False, resources=self.resources
+                    )
+                )
+
+        fill()
         for future in results:
-            self._take(future)
-            self._fill(results)
-            if self.watch:
-                self.watch(self.tally, len(self.in_work))
+            tile = in_work.pop(future.key)
+            self._enter(tile, *self._outcome(future))
+            fill()
+            if watch:
+                watch(self.tally, len(in_work))
 
-    def _fill(self, results: Any) -> None:
-        """Give every worker a tile; tiles that failed come again when all others have had their turn."""
-        while not self.stop.is_set() and len(self.in_work) < max(1, len(self.client.nthreads())):
-            tile = next(self.open, None) or (self.again.popleft() if self.again else None)
-            if tile is None:
-                return
-            self.ledger.begin(tile)
-            key = f"canopy-{self.how.run[:8]}-{tile.id}-{self.failures[tile.id]}-{time.time_ns()}"
-            self.in_work[key] = tile
-            results.add(
-                self.client.submit(make_tile, self.how, tile, key=key, pure=False, resources=self.resources)
-            )
-
-    def _take(self, future: Any) -> None:
-        tile = self.in_work.pop(future.key)
+    def _outcome(self, future: Any) -> tuple[Outcome, bool]:
+        """What a worker says of its tile, or what became of the worker; and whether another try may help."""
         if future.status == "finished":
-            outcome, retryable = future.result()
-        elif future.cancelled():
+            return future.result()
+        if future.cancelled():
             raise CanopyError(
                 "the scheduler is gone", remedy="start it and run the same command again to go on"
             )
-        else:
-            error = future.exception()
-            if isinstance(error, CanopyError):
-                raise error  # a worker that is unfit for the run: all others are like it
-            killed = type(error).__name__ == "KilledWorker"
-            reason = "its worker died while it had the tile" if killed else f"{type(error).__name__}: {error}"
-            outcome, retryable = Outcome("failed", host="", reason=" ".join(reason.split())[:500]), True
-        if outcome.stop:
-            self.ledger.finish(tile, Outcome("pending", reason=outcome.reason))
-            raise OutputError(
-                outcome.reason or "cannot be written",
-                remedy="with room there, run the same command again to go on",
-            )
-        self._enter(tile, outcome, retryable)
+        error = future.exception()
+        if isinstance(error, CanopyError):
+            raise error  # a worker that is unfit for the run: all others are like it
+        killed = type(error).__name__ == "KilledWorker"
+        reason = "its worker died while it had the tile" if killed else f"{type(error).__name__}: {error}"
+        return Outcome("failed", host="", reason=" ".join(reason.split())[:500]), True
 
     def _enter(self, tile: Tile, outcome: Outcome, retryable: bool) -> None:
         reason = outcome.reason
+        if outcome.stop:
+            self.ledger.finish(tile, Outcome("pending", reason=reason))
+            raise OutputError(
+                reason or "cannot be written", remedy="with room there, run the same command again to go on"
+            )
         if outcome.state == "failed":
             self.failures[tile.id] += 1
             tries = self.failures[tile.id]
