@@ -14,12 +14,16 @@ import rasterio
 import servers
 import yaml
 from affine import Affine
+from hypothesis import settings
 from rasterio.enums import ColorInterp
 
 from canopy.download import RetryPolicy, use_policy
 from canopy.runtime import bundled_dir, log
 
 ROOT = Path(__file__).resolve().parent.parent
+# The first call of PROJ or GDAL is slow, and machines differ: correctness has no deadline.
+settings.register_profile("canopy", deadline=None)
+settings.load_profile("canopy")
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +113,7 @@ def make_tif(tmp_path: Path) -> Callable[..., Path]:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         count, height, width = values.shape
-        settings = {
+        given = {
             "driver": "GTiff",
             "dtype": values.dtype.name,
             "count": count,
@@ -118,7 +122,7 @@ def make_tif(tmp_path: Path) -> Callable[..., Path]:
             "crs": UTM,
             "transform": NORTH_UP,
         } | profile
-        with rasterio.open(path, "w", **settings) as dataset:
+        with rasterio.open(path, "w", **given) as dataset:
             if colors:
                 dataset.colorinterp = colors
             dataset.write(values)
@@ -132,6 +136,11 @@ def make_tif(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
 
 
 @pytest.fixture
