@@ -27,17 +27,15 @@ from canopy.config import Settings
 from canopy.errors import DataError
 
 T = TypeVar("T")
-SYNTH, PLOT = "synth", "neon"
 _BARE_P95_M, _TALL_P95_M = 2.0, 35.0
 _MOST_TIMES = 4
 
-
-def _several(value: Any) -> Any:
-    return (value,) if isinstance(value, str | Path) else value
-
-
 # One folder of `canopy data chips`, or a list of them: `data.chips=[chips,synth]`.
-ChipPlaces = Annotated[tuple[Path, ...], BeforeValidator(_several), Field(min_length=1)]
+ChipPlaces = Annotated[
+    tuple[Path, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value),
+    Field(min_length=1),
+]
 
 
 class DataSettings(Settings):
@@ -47,9 +45,9 @@ class DataSettings(Settings):
     of that height category; `neon_share`, `synth_share`: chance of a plot or a synthetic chip, where there
     are any.
     `label_share`: share of the training chips that may be used; a smaller share is a subset of a larger
-    one. `include_val`: train on the val chips too, but for those within the
-    folder's buffer of a test chip; their scores are then called "seen". `val_chips`: validate on at most so
-    many, evenly spaced (the final scores count all).
+    one. `include_val`: train on the val chips too, but for those within the folder's buffer of a test chip;
+    their scores are then called "seen". `val_chips`: validate on at most so many, evenly spaced (the final
+    scores count all).
     `val_sites`: beginnings of sites' names; validation is then on all train and val chips of these sites, and
     training on the others: what a model knows of places it has not seen, without looking at a test chip.
     """
@@ -74,23 +72,18 @@ class DataSettings(Settings):
 # ---- which chips ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ChosenChips:
-    """The chips of a run.
-
-    Attributes:
-        train: chips that are drawn from; val: chips to validate on, may be empty.
-        sha256: stands for all chips of both.
-        val_seen: whether val is part of train.
-    """
+    """The chips of a run: `train` is drawn from, `val` (may be empty) validated on; `val_seen`: it is part
+    of train."""
 
     train: ChipShards
     val: ChipShards
-    sha256: str
     val_seen: bool
 
     def facts(self) -> dict[str, object]:
         """For the model's card."""
+        ids = [row.id for row in [*self.train.rows, *self.val.rows]]
         return {
-            "sha256": self.sha256,
+            "sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
             "train_chips": len(self.train),
             "val_chips": len(self.val),
             "train_ids": sorted({row.pair for row in self.train.rows}),
@@ -116,36 +109,28 @@ def choose_chips(settings: DataSettings, gsd_m: float | None) -> ChosenChips:
     chips.require_gsd(gsd_m)
     train, val = ([r for r in chips.rows if r.split == s and r.is_labelled] for s in ("train", "val"))
     if settings.val_sites:
-        train, val = hold_out(train, val, settings.val_sites)
+        # The other sites' val chips are left out: they lie beside training chips, and would mix two questions.
+        every = [*train, *val]
+        held = {_site(name, sorted({row.site for row in every})) for name in settings.val_sites}
+        train, val = [r for r in train if r.site not in held], [r for r in every if r.site in held]
     train = label_subset(train, settings.label_share)
     if settings.include_val:
         train = [*train, *(row for row in val if not chips.near_test(row))]
     if not train:
         places = ", ".join(map(str, settings.chips))
         raise DataError("no training chips", where=places, expected="labelled chips of the split 'train'")
-    digest = hashlib.sha256("\n".join(r.id for r in [*train, *val]).encode()).hexdigest()
-    return ChosenChips(chips.subset(train), chips.subset(val), digest, settings.include_val)
+    return ChosenChips(chips.subset(train), chips.subset(val), settings.include_val)
 
 
-def hold_out(
-    train: Sequence[ChipRow], val: Sequence[ChipRow], sites: Sequence[str]
-) -> tuple[list[ChipRow], list[ChipRow]]:
-    """Training chips of other sites than `sites` (beginnings of names), and all chips of these.
-
-    The other sites' val chips are left out: they lie beside training chips, and would mix two questions.
-    """
-    known = sorted({row.site for row in [*train, *val]})
-    held = set()
-    for name in sites:
-        found = [site for site in known if site.lower().startswith(name.lower())]
-        if len(found) != 1:
-            raise DataError(
-                f"val_sites: {name!r} begins the name of {len(found)} sites",
-                expected=f"the beginning of one of: {'; '.join(known)}",
-            )
-        held.add(found[0])
-    unseen = [row for row in [*train, *val] if row.site in held]
-    return [row for row in train if row.site not in held], unseen
+def _site(beginning: str, known: Sequence[str]) -> str:
+    """The one site whose name begins so."""
+    found = [site for site in known if site.lower().startswith(beginning.lower())]
+    if len(found) != 1:
+        raise DataError(
+            f"val_sites: {beginning!r} begins the name of {len(found)} sites",
+            expected=f"the beginning of one of: {'; '.join(known)}",
+        )
+    return found[0]
 
 
 def label_subset(rows: Sequence[ChipRow], share: float) -> list[ChipRow]:
@@ -163,11 +148,8 @@ def label_subset(rows: Sequence[ChipRow], share: float) -> list[ChipRow]:
 
 def some_heights(chips: ChipShards, most: int = 200) -> np.ndarray:
     """Known heights (n,) in metres of evenly spaced pixels of at most so many evenly spaced chips."""
-    found = []
-    for number in evenly(len(chips), most):
-        chip = chips[number]
-        found.append(chip.chm_m[::4, ::4][chip.weight[::4, ::4] > 0])
-    return np.concatenate(found)
+    some = (chips[number] for number in evenly(len(chips), most))
+    return np.concatenate([chip.chm_m[::4, ::4][chip.weight[::4, ::4] > 0] for chip in some])
 
 
 def evenly(count: int, most: int | None) -> list[int]:
@@ -187,34 +169,24 @@ def chances(rows: Sequence[ChipRow], settings: DataSettings) -> np.ndarray:
     of all that is seen. Within a category sites count by the square root of their number of chips, so that
     the largest does not rule.
     """
-    kinds = np.array([row.kind if row.kind in (SYNTH, PLOT) else "lidar" for row in rows])
-    shares = {PLOT: settings.neon_share, SYNTH: settings.synth_share}
-    shares["lidar"] = max(1.0 - sum(s for k, s in shares.items() if (kinds == k).any()), 0.0)
+    kinds = np.array([row.kind for row in rows])
+    p95 = np.array([row.height_p95_m for row in rows])
+    category = np.where(p95 < _BARE_P95_M, 0, np.where(p95 > _TALL_P95_M, 1, 2))
+    kind_shares = {"neon": settings.neon_share, "synth": settings.synth_share}
+    kind_shares["lidar"] = max(1.0 - sum(s for k, s in kind_shares.items() if (kinds == k).any()), 0.0)
     out = np.zeros(len(rows))
-    for kind, share in shares.items():
-        members = np.flatnonzero(kinds == kind)
-        if len(members):
-            part = [rows[int(i)] for i in members]
-            out[members] = share * _by_height(part, settings.bare_share, settings.tall_share)
+    for kind in np.unique(kinds):
+        counts = np.bincount(category[kinds == kind], minlength=3) / (kinds == kind).sum()
+        shares = np.minimum([settings.bare_share, settings.tall_share, 1.0], [*(_MOST_TIMES * counts[:2]), 1])
+        shares[2] = max(1.0 - shares[:2].sum(), 0.0) if counts[2] else 0.0
+        shares = shares if shares.sum() > 0 else counts
+        for number in np.flatnonzero(counts):
+            members = np.flatnonzero((kinds == kind) & (category == number))
+            part = kind_shares[kind] * shares[number] / shares[counts > 0].sum()
+            out[members] = part * site_weights([rows[int(i)] for i in members])
     if not out.sum() > 0:
         raise DataError("no training chip has a chance", remedy="raise neon_share or synth_share")
     return out / out.sum()
-
-
-def _by_height(rows: Sequence[ChipRow], bare: float, tall: float) -> np.ndarray:
-    """Chances (n,) within one kind, by height category and site."""
-    p95 = np.array([row.height_p95_m for row in rows])
-    category = np.where(p95 < _BARE_P95_M, 0, np.where(p95 > _TALL_P95_M, 1, 2))
-    found = np.bincount(category, minlength=3) / len(rows)
-    shares = np.array([min(bare, _MOST_TIMES * found[0]), min(tall, _MOST_TIMES * found[1]), 0.0])
-    shares[2] = max(1.0 - shares.sum(), 0.0) if found[2] else 0.0
-    if not shares.sum() > 0:
-        shares = found
-    weights = np.zeros(len(rows))
-    for number in np.flatnonzero(found):
-        members = np.flatnonzero(category == number)
-        weights[members] = shares[number] * site_weights([rows[int(i)] for i in members])
-    return weights / weights.sum()
 
 
 def site_weights(rows: Sequence[ChipRow], power: float = 0.5) -> np.ndarray:
@@ -235,10 +207,8 @@ class BatchStream(IterableDataset[T], Generic[T], ABC):
     as large. Use with `DataLoader(stream, batch_size=None, num_workers=n)`.
     """
 
-    def __init__(self, shards: ChipShards, batch: int, seed: int) -> None:
-        if batch < 1:
-            raise DataError(f"batch of {batch}", expected="at least 1")
-        self.shards, self.batch, self.seed = shards, batch, seed
+    def __init__(self, shards: ChipShards, batch: int, seed: int, chances: np.ndarray | None = None) -> None:
+        self.shards, self.batch, self.seed, self.chances = shards, batch, seed, chances
         self.first, self.rank, self.world = 0, 0, 1
 
     def __iter__(self) -> Iterator[T]:
@@ -278,20 +248,18 @@ class ChipDataset(BatchStream[Sample]):
         chances: np.ndarray | None = None,
         with_shots: bool = True,
     ) -> None:
-        super().__init__(shards, batch, seed)
-        self.chances, self.crop_px, self.augment, self.with_shots = chances, crop_px, augment, with_shots
+        super().__init__(shards, batch, seed, chances)
+        self.crop_px, self.augment, self.with_shots = crop_px, augment, with_shots
 
     def drawn(self, number: int) -> Sample:
-        samples = [self._sample(number * self.batch + k) for k in range(self.batch)]
+        samples = []
+        for index in range(number * self.batch, (number + 1) * self.batch):
+            rng = np.random.default_rng((self.seed, index, 2))
+            chip = self.shards[int(rng.choice(len(self.shards), p=self.chances))]
+            samples.append(make_crop(chip, self.crop_px, rng, self.augment))
+            if not self.with_shots:
+                samples[-1].shots[:, 3] = 0
         return Sample(*(torch.stack(parts) for parts in zip(*samples, strict=True)))
-
-    def _sample(self, index: int) -> Sample:
-        rng = np.random.default_rng((self.seed, index, 2))
-        chip = self.shards[int(rng.choice(len(self.shards), p=self.chances))]
-        sample = make_crop(chip, self.crop_px, rng, self.augment)
-        if not self.with_shots:
-            sample.shots[:, 3] = 0
-        return sample
 
 
 class StreamDataModule(pl.LightningDataModule):
@@ -333,33 +301,14 @@ class StreamDataModule(pl.LightningDataModule):
 
 
 class ChipDataModule(StreamDataModule):
-    """Training crops, and the numbers of the whole chips to validate on.
-
-    Attributes:
-        chosen: all chips of the run.
-        val: those that are validated on along the way, at most `settings.val_chips`.
-    """
+    """Training crops, and the numbers of the whole chips `val` to validate on, at most `val_chips`."""
 
     def __init__(
-        self,
-        settings: DataSettings,
-        chosen: ChosenChips,
-        batch: int,
-        crop_px: int,
-        augment: AugmentSettings | None = None,
-        *,
-        seed: int = 0,
-        workers: int = 0,
-        with_shots: bool = True,
+        self, stream: ChipDataset, chosen: ChosenChips, val_chips: int | None, workers: int = 0
     ) -> None:
-        drawn = chances(chosen.train.rows, settings)
-        stream = ChipDataset(
-            chosen.train, batch, crop_px, augment, seed=seed, chances=drawn, with_shots=with_shots
-        )
         super().__init__(stream, workers)
-        rows = chosen.val.rows
-        self.chosen = chosen
-        self.val = chosen.val.subset([rows[i] for i in evenly(len(rows), settings.val_chips)])
+        self.chosen, rows = chosen, chosen.val.rows
+        self.val = chosen.val.subset([rows[i] for i in evenly(len(rows), val_chips)])
 
     def val_dataloader(self) -> DataLoader[int] | list[Any]:
         """Numbers of chips in `val`, each once over all processes; -1 where a process has none left."""

@@ -21,7 +21,15 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from canopy.chips.data import ChipDataModule, StreamDataModule, choose_chips, site_weights, some_heights
+from canopy.chips.data import (
+    ChipDataModule,
+    ChipDataset,
+    StreamDataModule,
+    chances,
+    choose_chips,
+    site_weights,
+    some_heights,
+)  # fmt: skip
 from canopy.chips.store import ChipShards
 from canopy.files import replacing
 from canopy.models.checkpoint import load_strict, save_checkpoint
@@ -91,10 +99,11 @@ def finetune(
             return finetune(settings.model_copy(update=brief), Path(folder), command=command)
     device, start = pick_device(settings.device), _start(settings.init_from)
     chosen = choose_chips(settings.data, settings.architecture.gsd_m)
-    data_module = ChipDataModule(
-        settings.data, chosen, settings.batch, settings.crop_px, settings.augment,
-        seed=settings.seed, workers=settings.workers, with_shots=settings.loss.footprint != 0,
+    dataset = ChipDataset(
+        chosen.train, settings.batch, settings.crop_px, settings.augment, seed=settings.seed,
+        chances=chances(chosen.train.rows, settings.data), with_shots=settings.loss.footprint != 0,
     )  # fmt: skip
+    data_module = ChipDataModule(dataset, chosen, settings.data.val_chips, settings.workers)
     with held(run_dir, settings, resume):
         _begin(settings)
         if first_process() and not len(chosen.val):

@@ -97,9 +97,9 @@ class ViewStream(BatchStream[Views]):
         seed: int = 0,
         chances: np.ndarray | None = None,
     ) -> None:
-        super().__init__(shards, batch, seed)
+        super().__init__(shards, batch, seed, chances)
         self.rules, self.late_rules, self.late_from = rules, late_rules or rules, late_from
-        self.patch_px, self.chances = patch_px, chances
+        self.patch_px = patch_px
 
     def drawn(self, number: int) -> Views:
         late = self.late_from is not None and number >= self.late_from * self.world
