@@ -109,7 +109,7 @@ def choose_chips(settings: DataSettings, gsd_m: float | None) -> ChosenChips:
     chips.require_gsd(gsd_m)
     train, val = ([r for r in chips.rows if r.split == s and r.is_labelled] for s in ("train", "val"))
     if settings.val_sites:
-        # The other sites' val chips are left out: they lie beside training chips, and would mix two questions.
+        # Other sites' val chips are left out: they lie beside training chips, and would mix two questions.
         every = [*train, *val]
         held = {_site(name, sorted({row.site for row in every})) for name in settings.val_sites}
         train, val = [r for r in train if r.site not in held], [r for r in every if r.site in held]

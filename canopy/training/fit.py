@@ -216,17 +216,9 @@ def view_stream(settings: PretrainSettings) -> ViewStream:
     """The views of a run. Raises DataError where there are no chips, or chips of another scale."""
     shards = ChipShards(settings.data.chips, splits=settings.data.splits)
     shards.require_gsd(settings.architecture.gsd_m)
-    share = settings.final.share
-    return ViewStream(
-        shards,
-        settings.images,
-        settings.rules(),
-        settings.rules(final=True),
-        late_from=round(settings.steps * (1 - share)) if share else None,
-        patch_px=settings.architecture.patch_px,
-        seed=settings.seed,
-        chances=site_weights(shards.rows, settings.data.site_power),
-    )
+    weights = site_weights(shards.rows, settings.data.site_power)
+    patch = settings.architecture.patch_px
+    return ViewStream(shards, settings.images, settings.rules, patch, settings.seed, weights)
 
 
 def _probe(settings: PretrainSettings) -> Probe | None:

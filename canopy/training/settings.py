@@ -178,14 +178,6 @@ class FinetuneSettings(RunSettings):
         return self.export == "best" and not self.data.include_val
 
 
-class FinalSettings(Settings):
-    """The last `share` of the steps sees larger views (DINOv2's high-resolution phase); 0 leaves it out."""
-
-    share: float = Field(default=0.0, ge=0, lt=1)
-    global_px: int = Field(default=448, gt=0)
-    local_px: int = Field(default=192, gt=0)
-
-
 class DinoSettings(Settings):
     """DINOv2: heads, temperatures, the teacher's memory, weights of the losses.
 
@@ -270,25 +262,21 @@ class PretrainSettings(RunSettings):
     keep_every: int = Field(default=0, ge=0)
     data: PretrainDataSettings = PretrainDataSettings()
     views: ViewRules = ViewRules()
-    final: FinalSettings = FinalSettings()
     dino: DinoSettings = DinoSettings()
     mae: MaeSettings = MaeSettings()
     probe: ProbeSettings = ProbeSettings()
 
     @model_validator(mode="after")
     def _views_divide_into_patches(self) -> PretrainSettings:
-        if self.final.share and self.minutes:
-            raise ValueError("final.share is a share of the steps: no minutes")
         if self.architecture.encoder.family == "cnn":
             raise ValueError("only transformers can be pretrained (model.encoder.family vit or rope)")
         if self.views.globals < 2 and self.objective == "dinov2":
             raise ValueError("views.globals: DINOv2 compares at least two")
-        patch = self.architecture.patch_px
-        rules = self.rules(), self.rules(final=True)
-        for side in {r.global_px for r in rules} | {r.local_px for r in rules if r.locals}:
+        patch, rules = self.architecture.patch_px, self.rules
+        for side in (rules.global_px, rules.local_px if rules.locals else patch):
             if side % patch:
                 raise ValueError(f"views of {side} px do not divide into patches of {patch} px")
-        if self.objective == "mae" and any(r.global_px % (patch * self.mae.unit) for r in rules):
+        if self.objective == "mae" and rules.global_px % (patch * self.mae.unit):
             raise ValueError(f"views do not divide into squares of mae.unit {self.mae.unit} patches")
         return self
 
@@ -297,14 +285,11 @@ class PretrainSettings(RunSettings):
         """Images per process and step."""
         return (self.mae.batch or self.batch) if self.objective == "mae" else self.batch
 
-    def rules(self, final: bool = False) -> ViewRules:
-        """How views are cut, in the main or in the final phase. MAE sees one view of each image."""
-        late = self.final if final and self.final.share else None
-        sizes = {"global_px": late.global_px, "local_px": late.local_px} if late else {}
-        rules = self.views.model_copy(update=sizes)
+    @property
+    def rules(self) -> ViewRules:
+        """How views are cut; MAE sees one view of each image."""
         if self.objective == "dinov2":
-            return rules
-        side = rules.global_px if late else self.mae.view_px or rules.global_px
-        area = self.mae.area or rules.global_area
-        one = {"global_px": side, "local_px": side, "globals": 1, "locals": 0, "global_area": area}
-        return rules.model_copy(update=one)
+            return self.views
+        area, side = self.mae.area or self.views.global_area, self.mae.view_px or self.views.global_px
+        one = {"global_px": side, "globals": 1, "locals": 0, "global_area": area}
+        return self.views.model_copy(update=one)

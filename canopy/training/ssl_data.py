@@ -81,7 +81,6 @@ class ViewStream(BatchStream[Views]):
 
     Args:
         shards: chips to draw from; batch: images; rules: of the views; patch_px: side of a mask's patch.
-        late_from, late_rules: number of the final phase's first batch (None: there is none), and its rules.
         chances: (n,) of each chip, summing to 1; None draws all alike.
     """
 
@@ -90,21 +89,15 @@ class ViewStream(BatchStream[Views]):
         shards: ChipShards,
         batch: int,
         rules: ViewRules,
-        late_rules: ViewRules | None = None,
-        *,
-        late_from: int | None = None,
-        patch_px: int = 16,
+        patch_px: int,
         seed: int = 0,
         chances: np.ndarray | None = None,
     ) -> None:
         super().__init__(shards, batch, seed, chances)
-        self.rules, self.late_rules, self.late_from = rules, late_rules or rules, late_from
-        self.patch_px = patch_px
+        self.rules, self.patch_px = rules, patch_px
 
     def drawn(self, number: int) -> Views:
-        late = self.late_from is not None and number >= self.late_from * self.world
-        rules = self.late_rules if late else self.rules
-        rng = np.random.default_rng((self.seed, number, 1))
+        rules, rng = self.rules, np.random.default_rng((self.seed, number, 1))
         crops = []
         for _ in range(self.batch):
             chip = self.shards[int(rng.choice(len(self.shards), p=self.chances))]

@@ -23,10 +23,11 @@ from canopy.runtime import log
 from canopy.training.optim import first_process
 
 CONFIG, LAST, LOCK = "config.yaml", "last.ckpt", ".lock"
-# What a resumed run may change: how long, on what machine, how it is watched.
+# What a resumed run may change: how long, on what machine, how it is watched; the sides of views.
 FREE = {
     "steps", "minutes", "threads", "device", "log_every", "compile", "tensorboard", "workers", "patience",
     "checkpoint_every", "keep_every", "data.workers", "probe.every", "probe.labels", "probe.chips",
+    "views.global_px", "views.local_px",  # DINOv2 ends on larger views
 }  # fmt: skip
 _FOLDERS = re.compile(r"(?<![^\s='\"])/(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
 _ENCODER = "encoder."

@@ -214,21 +214,13 @@ def test_masks_have_exactly_the_wanted_size(h, w, ratio, seed):
     assert (masks.any(axis=(1, 2))).sum() == 4 and abs(masks.sum() - 4 * 0.3 * 196) <= 2
 
 
-SMALL = ViewRules(global_px=32, local_px=16, globals=2, locals=1)
-LARGE = SMALL.model_copy(update={"global_px": 64, "local_px": 32})
-
-
-def test_views_grow_at_the_end_and_processes_share_the_work_of_one(views_dir):
-    def stream(late_from: int) -> ViewStream:
-        return ViewStream(ChipShards(views_dir, splits=("train",)), 2, SMALL, LARGE, late_from=late_from)
-
-    assert [stream(3).make(i).wide.shape[-1] for i in (0, 2, 3, 9)] == [32, 32, 64, 64]
-    assert stream(3).make(3).masks.shape == (4, 4, 4)
-    for rank in range(2):
-        part = stream(99)
-        part.rank, part.world = rank, 2
+def test_processes_share_the_work_of_one(views_dir):
+    rules = ViewRules(global_px=32, local_px=16, globals=2, locals=1)
+    alone, part = (ViewStream(ChipShards(views_dir, splits=("train",)), 2, rules, 16) for _ in range(2))
+    assert alone.make(3).wide.shape == (2, 2, 3, 32, 32) and alone.make(3).masks.shape == (4, 2, 2)
+    for part.rank, part.world in ((0, 2), (1, 2)):
         for j in range(3):
-            whole = stream(99).make(2 * j + rank)
+            whole = alone.make(2 * j + part.rank)
             assert all(torch.equal(a, b) for a, b in zip(part.make(j), whole, strict=True))
 
 
