@@ -85,7 +85,8 @@ class HeightMap:
         name: what the user called it, without folders; kind: "map", "tiles", "published v1", "published v2".
         tiles: its files. step_m: what heights are rounded to (0: nothing).
         reference: whether maps are judged by it; what that changes is said in `canopy.evaluation.grids`.
-        impossible: a height among those read so far that is none; such pixels are invalid. None: all are.
+        impossible: how many pixels read so far have a height that is none, and one such height; they are
+            invalid.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class HeightMap:
         self.step_m = max(tile.step_m for tile in tiles)
         self.tags = first.tags
         self.has_interval = all(len(tile.bands) == 3 for tile in tiles)
-        self.impossible: float | None = None
+        self.impossible: tuple[int, float] = 0, 0.0
+        self._known_px = 0
         self._tree = shapely.STRtree([tile.outline for tile in tiles])
         self._open: OrderedDict[str, DatasetReader] = OrderedDict()
         self._at_close = contextlib.ExitStack()
@@ -160,10 +162,13 @@ class HeightMap:
     def notes(self) -> tuple[str, ...]:
         """What the user must know, one sentence each; complete when everything has been read."""
         found = dict.fromkeys(note for tile in self.tiles for note in tile.notes)
-        if self.impossible is not None:
+        count, example = self.impossible
+        if count:
+            # A share, because windows overlap and some are read twice.
+            share = f"{100 * count / max(self._known_px, count):.2g} %"
             found[
-                f"pixels with impossible heights (such as {self.impossible:.6g} m) count as missing: an "
-                "undeclared nodata value, or not metres"
+                f"{share} of its pixels have impossible heights (such as {example:.6g} m) and count as "
+                "missing: an undeclared nodata value, or not metres"
             ] = None
         return tuple(f"{self.name}: {note}" for note in found)
 
@@ -199,6 +204,7 @@ class HeightMap:
             values = raw.astype(np.float32) * scale + offset
             if tile.published and self.nodata is None:
                 valid = valid & (raw[0] != NOT_A_HEIGHT)
+            self._known_px += int(valid.sum())
             return values, self.without_impossible(values[0], valid, LOWEST_M, HIGHEST_M)
 
         values, valid = read_window(
@@ -218,7 +224,7 @@ class HeightMap:
         sane = (height_m >= low_m) & (height_m <= high_m)
         strange = height_m[valid & ~sane]
         if strange.size:
-            self.impossible = float(strange[0])
+            self.impossible = self.impossible[0] + strange.size, float(strange[0])
         return valid & sane
 
     def _dataset(self, path: str, georeferenced: bool = True) -> DatasetReader:

@@ -145,7 +145,8 @@ WINDOW_PX = 20 * BLOCK_PX
 SHIFT_PX, SHIFT_WINDOWS, SHIFT_CANDIDATES = 400, 16, 48
 # A shift below this share of a pixel changes nothing.
 _LEAST_SHIFT_PX = 0.05
-_PREVIEWS, _PREVIEW_PX, _PREVIEW_TOTAL = 64, 1200, 3_000_000
+# Pages of a hundred sites stay readable: the largest references are drawn, the rest are in the tables.
+SHOWN_PREVIEWS = 4
 # What `canopy calibrate interval` calibrates bands on: the pixels of lidar, means of 2 x 2 of a map of 0.5 m.
 BAND_CELL_M = 1.0
 
@@ -193,11 +194,10 @@ def tally_rasters(
     corrected = None if offset is None else Tally(layout.count) if any(offset) else plain
     unbounded = _unbounded(pairs, stat)
     previews: list[Preview] = []
-    longest = max(64, min(_PREVIEW_PX, int((_PREVIEW_TOTAL / min(len(pairs), _PREVIEWS)) ** 0.5)))
     windows = [list(_windows(grid, WINDOW_PX)) for grid in grids]
     progress.start(sum(map(len, windows)), "scoring")
     for index, (pair, grid) in enumerate(zip(pairs, grids, strict=True)):
-        picture = BlockSums.picture(grid, ("map", "reference"), longest)
+        picture = BlockSums.picture(grid, ("map", "reference"))
         for row, col, part in windows[index]:
             place = layout.local(index, row, col, part.shape)
             read = _reader(pair, grid, part, place, options.floor, stat, bounds=unbounded is None)
@@ -208,10 +208,10 @@ def tally_rasters(
             if corrected is not None and corrected is not plain and offset is not None:
                 corrected.add(read(offset), {})
             progress.advance()
-        if len(previews) < _PREVIEWS:
-            frame = picture.block_grid()
-            ours, theirs = (picture.mean(name).astype(np.float32) for name in ("map", "reference"))
-            previews.append(Preview(pair.site, ours, theirs, frame.bounds, round(frame.gsd_m, 4)))
+        ours, theirs = (picture.mean(name).astype(np.float32) for name in ("map", "reference"))
+        previews.append(Preview(pair.site, ours, theirs, round(picture.block_grid().gsd_m, 4)))
+        previews.sort(key=lambda p: -int(np.isfinite(p.map_m).sum()))
+        del previews[SHOWN_PREVIEWS:]
     if not plain.n_by_block.any():
         raise InputError(
             "no pixel is valid in both", where=f"{pairs[0].map.name}, {pairs[0].reference.name}",

@@ -149,16 +149,11 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """A small picture of both sides on one grid; float32 (h, w) metres, NaN where not scored.
-
-    Attributes:
-        bounds: (west, south, east, north) in the reference grid's CRS; gsd_m: ground metres per pixel.
-    """
+    """A small picture of both sides: float32 (h, w) metres, NaN where not scored; ground metres per pixel."""
 
     site: str
     map_m: np.ndarray
     reference_m: np.ndarray
-    bounds: tuple[float, float, float, float]
     gsd_m: float
 
 
@@ -177,7 +172,7 @@ class Evaluation:
         joint: how often which pair of heights occurs: int (k, k), reference by map, by steps of JOINT_STEP_M.
         blocks: a row per spatial block that has scored pixels: site, crs, west, south, east, north (in that
             CRS), lon, lat (its centre), n, map_mean_m, reference_mean_m, bias_m, mae_m. block_m: their side.
-        previews: one per reference raster (none for GEDI and plots, which have `samples`).
+        previews: of the largest reference rasters (none for GEDI and plots, which have `samples`).
         samples: lon, lat, reference_m, map_m of a random 20,000 samples at most; None for rasters.
         provenance: plain data: files and their sha256, grids, rules, dates and gap, bootstrap, versions.
         notes: what a reader must know, one sentence each.

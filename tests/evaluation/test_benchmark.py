@@ -169,7 +169,9 @@ def test_scores_are_pooled_and_the_table_grows_and_replaces(small, pack, tmp_pat
     second = run_benchmark(small, scenes, other, too_high_by(-2), tmp_path / "out", replicates=0)
     assert len(append_rows(path, rows_of(second))) == 14
     text = markdown(small, append_rows(path, rows_of(first)))
-    line = next(line for line in text.splitlines() if line.startswith("| val:") and "default" in line)
+    lines = [line for line in text.split("\n\n")[1].splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + 10 and len({line.count("|") for line in lines}) == 1, "one table of equal rows"
+    line = next(line for line in lines if line.startswith("| val:") and "default" in line)
     assert "| near | 20,000 | 1.50 | 1.50 | 1.50 |" in line
     assert any("v2 `cdcdcdcd`" in line and "unknown" in line for line in text.splitlines())
     path.write_text("a,b\n1,2\n")

@@ -219,7 +219,7 @@ def test_assumptions_and_undeclared_nodata_are_said(write_map, tmp_path):
     later = write_map("b.tif", late, nodata=None)
     found = compare_with_report(sure, later, tmp_path / "out", mode="dates")
     assert found.classes_ha["canopy lost"] == 0 and found.sums.n == 60 * 50
-    assert any("impossible heights (such as -9999 m)" in note for note in found.notes)
+    assert any("17 % of its pixels have impossible heights (such as -9999 m)" in note for note in found.notes)
     rule = found.to_dict()["change"]["rule"]
     assert "interval bands" in rule["error_a"] and "ASSUMED" in rule["error_b"]
     assert any("ASSUMED" in note for note in found.notes)

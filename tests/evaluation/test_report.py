@@ -13,7 +13,7 @@ from PIL import Image
 
 from canopy.evaluation.evaluate import evaluate
 from canopy.evaluation.report import figures
-from canopy.evaluation.report.pages import cell_text, evaluation_page, label, ranked, strip, write_results
+from canopy.evaluation.report.pages import cell_text, evaluation_page, label, write_results
 from canopy.evaluation.scores import Score
 
 
@@ -59,17 +59,7 @@ def test_the_page_is_whole_and_needs_nothing_else(judged, tmp_path):
         assert words in text, words
     assert "http://" not in text and "https://" not in text and str(tmp_path) not in text
     names = {p.stem for p in (tmp_path / "out" / "figures").iterdir()}
-    assert names == {"density", "error_by_height", "side_by_side", "error_map", "best_blocks", "worst_blocks"}
-
-
-def test_blocks_are_ranked_and_cut_out_of_the_picture(judged):
-    order = ranked(judged.blocks)
-    assert (np.diff(judged.blocks.mae_m[order]) >= 0).all()
-    assert (judged.blocks.n[order] >= 0.25 * judged.blocks.n.max()).all()
-    worst = judged.blocks.iloc[order[-1]]
-    caption, left, right = strip(judged.previews, worst)
-    assert left.shape == right.shape == (50, 50) and f"{worst.mae_m:.1f}" in caption
-    assert np.nanmean(np.abs(left - right)) == pytest.approx(worst.mae_m, abs=1e-3)
+    assert names == {"density", "error_by_height", "side_by_side", "error_map"}
 
 
 def test_samples_get_a_map_of_points(judged):

@@ -60,15 +60,12 @@ class Published(Settings):
 
     Attributes:
         measured_on: what exactly they were measured on. source: where they were read.
-        comparable: whether scenes and rules are the same as here. note: what else a reader must know.
     """
 
     model: str
     scores: dict[Metric, float] = Field(min_length=1)
     measured_on: str
     source: Text
-    comparable: bool = False
-    note: str = ""
 
 
 class Leak(Settings):
@@ -96,7 +93,6 @@ class BenchmarkManifest(Named):
         floor_m: heights below count as 0 on both sides; None: what the reference's own tags say.
         get: commands that fill DIR, with `{dir}` for it.
         groups: what is pooled, metrics: columns; both in the table's order.
-        exclusions: pattern of reference file names or row ids that are left out -> why.
         leakage: who has seen the place.
     """
 
@@ -107,7 +103,6 @@ class BenchmarkManifest(Named):
     get: tuple[str, ...] = Field(min_length=1)
     groups: dict[str, Group] = Field(min_length=1)
     metrics: tuple[Metric, ...] = Field(min_length=1)
-    exclusions: dict[re.Pattern[str], Text] = Field(default_factory=dict)
     published: tuple[Published, ...] = ()
     leakage: tuple[Leak, ...] = Field(min_length=1)
     licence: str
@@ -187,19 +182,14 @@ def scenes_of(manifest: BenchmarkManifest, data_dir: Path | None, groups: Sequen
     for name in groups or manifest.groups:
         group = manifest.groups[name]
         find = _folder_scenes if group.rows is None else _pack_scenes
-        left_in = [
-            scene
-            for scene, key in find(manifest, data_dir, name)
-            if not any(pattern.search(key) for pattern in manifest.exclusions)
-        ]
-        if not left_in:
+        found = list(find(manifest, data_dir, name))
+        if not found:
             raise InputError(f"no scenes of group {name!r}", where=data_dir, remedy=how)
-        scenes += left_in
+        scenes += found
     return scenes
 
 
-def _pack_scenes(manifest: BenchmarkManifest, data_dir: Path, group: str) -> Iterator[tuple[Scene, str]]:
-    """Scenes of a pack's group with what exclusions look at: the row's id."""
+def _pack_scenes(manifest: BenchmarkManifest, data_dir: Path, group: str) -> Iterator[Scene]:
     table, wanted = data_dir / "manifest.csv", manifest.groups[group].rows or {}
     if not table.is_file():
         how = manifest.how_to_get(data_dir)
@@ -218,11 +208,10 @@ def _pack_scenes(manifest: BenchmarkManifest, data_dir: Path, group: str) -> Ite
             for path in (image, reference):
                 if not path.is_file():
                     raise InputError("a file of manifest.csv is not there", where=path)
-            yield Scene(row["id"], group, row["site"], reference, (image,), whole_image=True), row["id"]
+            yield Scene(row["id"], group, row["site"], reference, (image,), whole_image=True)
 
 
-def _folder_scenes(manifest: BenchmarkManifest, data_dir: Path, group: str) -> Iterator[tuple[Scene, str]]:
-    """Scenes of a folder's group with what exclusions look at: the reference's file name."""
+def _folder_scenes(manifest: BenchmarkManifest, data_dir: Path, group: str) -> Iterator[Scene]:
     references, images = _rasters(data_dir / "reference"), data_dir / "imagery"
     has_images = bool(_rasters(images))
     if not references or (not has_images and manifest.imagery is None):
@@ -234,7 +223,7 @@ def _folder_scenes(manifest: BenchmarkManifest, data_dir: Path, group: str) -> I
         folder = path.parent.name if path.parent.name != "reference" else path.stem
         site = tile.site if tile is not None and tile.site else folder
         source = ((images,), None) if has_images else ((), manifest.imagery)
-        yield Scene(path.stem, group, site, path, *source), path.name
+        yield Scene(path.stem, group, site, path, *source)
 
 
 def _rasters(folder: Path) -> list[Path]:

@@ -176,22 +176,6 @@ def points_map(lon: np.ndarray, lat: np.ndarray, error: np.ndarray, label: str) 
     return _png(figure)
 
 
-def block_strip(rows: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> bytes:
-    """Blocks as rows of map, reference and error; `rows` are (caption, map, reference), metres (h, w)."""
-    top = scale_top(*(image for _, *pair in rows for image in pair))
-    span = difference_top(*(ours - theirs for _, ours, theirs in rows))
-    figure = _figure(7.0, 2.1 * len(rows) + 0.5)
-    grid = figure.subplots(len(rows), 3, squeeze=False)
-    for i, (caption, ours, theirs) in enumerate(rows):
-        titles = ("map", "reference", "error") if i == 0 else ("", "", "")
-        _image(grid[i, 0], ours, HEIGHTS, 0, top, titles[0]).axes.set_ylabel(caption, fontsize=8)
-        height = _image(grid[i, 1], theirs, HEIGHTS, 0, top, titles[1])
-        error = _image(grid[i, 2], ours - theirs, DIFFERENCES, -span, span, titles[2])
-    figure.colorbar(height, ax=grid[:, :2], shrink=0.8, pad=0.02, extend="max", label="height (m)")
-    figure.colorbar(error, ax=grid[:, 2:], shrink=0.8, pad=0.02, extend="both", label="error (m)")
-    return _png(figure)
-
-
 def _image(axis: Any, image: np.ndarray, colours: str, low: float, high: float, title: str) -> Any:
     from matplotlib import colormaps
 

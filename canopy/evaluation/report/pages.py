@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from canopy.evaluation.report import figures
-from canopy.evaluation.scores import JOINT_STEP_M, Evaluation, Preview, Score, Scores
+from canopy.evaluation.scores import JOINT_STEP_M, Evaluation, Score, Scores
 from canopy.files import replacing, told_as_output, write_json
 from canopy.metrics import BIN_NAMES
 
@@ -21,14 +21,9 @@ if TYPE_CHECKING:
     import pandas
 
 METRICS = "metrics.json"
-# Pages of a hundred sites stay readable: the largest references are drawn, the rest are in the tables.
-SHOWN_PREVIEWS = 4
 SHOWN_BLOCKS = 8
-STRIP_BLOCKS = 3
 # A block with fewer pixels than this share of the fullest one ranks nowhere: its mean says little.
 RANKED_SHARE = 0.25
-# A block smaller than this in the picture shows nothing.
-STRIP_PX = 12
 LABELS = {
     "n": "pixels or samples",
     "mae_m": "mean absolute error (m)",
@@ -59,24 +54,19 @@ def evaluation_page(result: Evaluation) -> tuple[str, dict[str, bytes]]:
     if result.samples is not None and len(result.samples):
         lon, lat, theirs, ours = result.samples.to_numpy().T
         pictures["samples"] = figures.points_map(lon, lat, ours - theirs, "map - reference (m)")
-    largest = sorted(result.previews, key=lambda p: -int(np.isfinite(p.map_m).sum()))[:SHOWN_PREVIEWS]
-    drawn = [(f"_{i}" if len(largest) > 1 else "", preview) for i, preview in enumerate(largest, 1)]
+    many = len(result.previews) > 1
+    drawn = [(f"_{i}" if many else "", preview) for i, preview in enumerate(result.previews, 1)]
     for number, p in drawn:
         pair = figures.side_by_side(p.reference_m, p.map_m, ("reference", "map"), p.gsd_m)
         error = figures.difference_map(p.map_m - p.reference_m, "map - reference (m)", p.gsd_m)
         pictures |= {f"side_by_side{number}": pair, f"error_map{number}": error}
-    order = ranked(result.blocks)
-    shown = min(SHOWN_BLOCKS, len(order) // 2)
+    blocks, shown = result.blocks, min(SHOWN_BLOCKS, len(result.blocks) // 2)
+    ranked = blocks[blocks["n"] >= RANKED_SHARE * blocks["n"].max()].sort_values("mae_m", kind="stable")
     columns = ["site", "lon", "lat", "n", "reference_mean_m", "map_mean_m", "bias_m", "mae_m"]
-    ranks = {}
-    for name, chosen in (("best", order[:shown]), ("worst", order[::-1][:shown])):
-        ranks[name] = _degrees(result.blocks.iloc[chosen][columns])
-        strips = [s for s in (strip(result.previews, result.blocks.iloc[i]) for i in chosen) if s is not None]
-        if strips:
-            pictures[f"{name}_blocks"] = figures.block_strip(strips[:STRIP_BLOCKS])
+    chosen = {"best": ranked[:shown], "worst": ranked[::-1][:shown]}
     page = render(
         "evaluate.html.j2", result=result, facts=result.provenance, notes=result.notes, pictures=pictures,
-        drawn=drawn, ranks=ranks if len(result.blocks) > 1 else {},
+        drawn=drawn, ranks={name: _degrees(part[columns]) for name, part in chosen.items() if shown},
         heights=[
             (f"{name} m", s["n"].value, s["bias_m"].value, s["mae_m"].value, s["rmse_m"].value)
             for name, s in bins.items()
@@ -200,31 +190,6 @@ def _degrees(table: pandas.DataFrame) -> list[tuple[Any, ...]]:
     """Rows of a table whose lon and lat are shown to a metre."""
     shown = table.assign(lon=table["lon"].map("{:.5f}".format), lat=table["lat"].map("{:.5f}".format))
     return list(shown.itertuples(index=False, name=None))
-
-
-def ranked(blocks: pandas.DataFrame) -> np.ndarray:
-    """Positions of the blocks with enough pixels, best MAE first."""
-    enough = np.flatnonzero(blocks["n"] >= RANKED_SHARE * blocks["n"].max())
-    return enough[np.argsort(blocks["mae_m"].to_numpy()[enough], kind="stable")]
-
-
-def strip(previews: Sequence[Preview], block: Any) -> tuple[str, np.ndarray, np.ndarray] | None:
-    """(caption, map, reference) of a block out of its preview; None where it is too small there to show."""
-    x, y = (block.west + block.east) / 2, (block.south + block.north) / 2
-    for preview in previews:  # several references may share a site's name
-        west, south, east, north = preview.bounds
-        if preview.site == block.site and west <= x <= east and south <= y <= north:
-            break
-    else:
-        return None
-    height, width = preview.map_m.shape
-    cols = [round((v - west) / (east - west) * width) for v in (block.west, block.east)]
-    rows = [round((north - v) / (north - south) * height) for v in (block.north, block.south)]
-    here = np.s_[max(0, rows[0]) : rows[1], max(0, cols[0]) : cols[1]]
-    pair = preview.map_m[here], preview.reference_m[here]
-    if min(pair[0].shape) < STRIP_PX or not np.isfinite(pair[0]).any():
-        return None
-    return f"MAE {block.mae_m:.1f} m", *pair
 
 
 # ---- files ----------------------------------------------------------------------------------------
