@@ -49,25 +49,6 @@ def test_bands_are_found_by_interpretation_or_description(make_tif, rgb, colours
     assert image.valid.all()
 
 
-def test_four_undeclared_bands_ask_for_bands(make_tif, rgb):
-    path = make_tif(np.concatenate([rgb, rgb[:1]]), photometric="MINISBLACK", alpha="NO")
-    with pytest.raises(ImageryError, match=r"image\.tif.*4 bands.*--bands"):
-        open_imagery(path)
-    _, image = read_all(path, bands="3,2,1")
-    np.testing.assert_allclose(image.rgb * 255, rgb[::-1], atol=1e-4)
-
-
-def test_palette_is_expanded_and_transparent_entries_are_invalid(make_tif):
-    index = np.random.default_rng(1).integers(0, 4, (1, 64, 80), dtype=np.uint8)
-    table = {0: (10, 20, 30, 255), 1: (200, 100, 50, 255), 2: (0, 255, 0, 255), 3: (1, 2, 3, 255)}
-    path = make_tif(index, colormap=table, photometric="PALETTE", nodata=3)
-    source, image = read_all(path)
-    expected = np.array([table[i][:3] for i in range(4)])[index[0]].transpose(2, 0, 1)
-    np.testing.assert_array_equal(image.valid, index[0] != 3)
-    np.testing.assert_allclose((image.rgb * 255)[:, image.valid], expected[:, image.valid], atol=1e-4)
-    assert any("palette" in note for note in source.notes)
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_grey_is_refused(make_tif, rgb, count):
     with pytest.raises(ImageryError, match="red, green and blue"):

@@ -146,23 +146,7 @@ def test_the_first_file_lies_on_top_and_the_next_fills(tif, rgb):
     assert set(np.unique(image.date[:, 30:])) == {(date(2021, 7, 4) - date(1970, 1, 1)).days}
     assert set(np.unique(image.date[:, :30])) == {(date(2019, 1, 2) - date(1970, 1, 1)).days}
     assert open_imagery([second, first]).scene_ids == tuple(reversed(source.scene_ids))
-
-
-def test_files_of_two_utm_zones_make_one_mosaic(tif, rgb):
-    whole = np.tile(rgb, (1, 4, 4))
-    zone19 = tif(whole, "z19.tif")
-    area = AOI.from_grid(open_imagery(zone19).native_grid)
-    other = area.grid("EPSG:32618", 0.5)
-    zone18 = tif(
-        np.full((3, *other.shape), 77, np.uint8), "z18.tif", crs="EPSG:32618", transform=other.transform
-    )
-    source = open_imagery([zone19, zone18])
-    image = source.read(open_imagery(zone19).native_grid.pad(4))
-    np.testing.assert_allclose(image.rgb[:, 4:-4, 4:-4] * 255, whole, atol=1e-4)
-    rim = image.valid.copy()
-    rim[4:-4, 4:-4] = False
-    np.testing.assert_allclose(image.rgb[:, rim] * 255, 77, atol=1e-3)
-    assert source.area().crs.epsg == 4326 and source.covers(area)
+    assert not source.read(Grid.of(UTM, at(9999, 0), (8, 8))).valid.any()
 
 
 def test_a_directory_is_sorted_newest_first(tif, rgb, tmp_path):
@@ -180,11 +164,8 @@ def test_a_directory_is_sorted_newest_first(tif, rgb, tmp_path):
 
 
 def test_coarse_images_among_fine_ones_are_named(tif, rgb):
-    fine, coarse = tif(rgb, "fine.tif"), tif(rgb, "coarse.tif", transform=at(0, 0, 5.0))
-    source = open_imagery([fine, coarse])
+    source = open_imagery([tif(rgb, "fine.tif"), tif(rgb, "coarse.tif", transform=at(0, 0, 5.0))])
     assert [note for note in source.notes if "coarse.tif: pixels of 5 m among images of 0.5 m" in note]
-    assert open_imagery([fine]).notes == []
-    assert not source.read(Grid.of(UTM, at(9999, 0), (8, 8))).valid.any()
 
 
 def test_files_are_closed_with_their_source(tif, rgb):

@@ -72,12 +72,9 @@ def test_every_shipped_manifest_is_valid_and_says_its_terms():
     ("lat", "lon", "name"),
     [
         (44.083, -71.296, "naip"),  # White Mountains; the demo, which is there too, is never chosen
-        (37.8, -83.6, "naip"),  # Kentucky
         (43.7, -79.4, None),  # Toronto
-        (49.3, -123.1, None),  # Vancouver
         (32.4, -117.0, None),  # Tijuana
         (48.4, 2.7, "ign-ortho"),  # Fontainebleau
-        (42.3, 9.15, "ign-ortho"),  # Corte
         (50.85, 4.35, None),  # Brussels
         (46.8, 8.2, "swissimage"),  # Obwalden
         (45.46, 9.19, None),  # Milan
@@ -92,14 +89,11 @@ def test_the_best_source_is_on_the_right_side_of_borders(lat, lon, name):
     ("old", "new", "message"),
     [
         ("licence: CC0\n", "licence: CC0\nlicens: x\n", r"'licens'.*did you mean 'licence'"),
-        ("gsd_m: 0.5", "gsd_m: -1", "gsd_m"),
         ("kind: file", "kind: files", "kind"),
         ("href: a.tif", "href: ''", "needs href"),
         ("[-72, 44, -71, 45]", "[-71, 44, -72, 45]", "west, south, east, north"),
-        ("[-72, 44, -71, 45]", "'POLYGON (('", "coverage"),
         ("[-72, 44, -71, 45]", "[-72, 44, -71, 99]", "coverage"),
         ("name: mine", "name: yours", "expected 'mine'"),
-        ("licence: CC0\n", "", "licence"),
         ("title: Test", "title: [unclosed", "YAML"),
     ],
 )
@@ -191,13 +185,10 @@ def test_every_way_of_writing_a_day_is_read(day):
     ("name", "day"),
     [
         ("m_4407131_ne_19_060_20210826_20211201.tif", date(2021, 8, 26)),
-        ("m_3511901_sw_11_1_20120502_20120904.tif", date(2012, 5, 2)),
         ("https://host/naip/m_4407131_ne_19_060_20210826.tif?sig=20200101", date(2021, 8, 26)),
         ("scene-2020-06-30-rgb.tif", date(2020, 6, 30)),
-        ("events/x/2023-02-10/10300100E1/visual.tif", None),
         ("a_20200101_20210101.tif", None),  # two dates: which?
         ("2019_HARV_6_732000_4713000_image.tif", None),
-        ("12345678901234.tif", None),
     ],
 )
 def test_dates_in_names(name, day):

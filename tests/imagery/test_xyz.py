@@ -12,10 +12,10 @@ from rasterio.io import MemoryFile
 
 from canopy.errors import FetchError, InputError
 from canopy.geo.area import AOI
-from canopy.geo.grid import HALF_WORLD_M, Grid, quadkey_at
+from canopy.geo.grid import Grid, quadkey_at
 from canopy.imagery.base import ReadOptions
 from canopy.imagery.open import open_imagery, open_pinned
-from canopy.imagery.xyz import TileService, TileSource, choose_zoom, decode_tile, open_tiles
+from canopy.imagery.xyz import TileService, TileSource, decode_tile, open_tiles
 
 LAT, LON = 44.083, -71.296
 ZOOM = 17
@@ -175,8 +175,7 @@ def test_a_tile_that_is_a_web_page_or_junk_names_host_and_tile(tiles):
 
 
 @pytest.mark.parametrize(
-    "template",
-    ["https://h/{z}/{x}.png", "https://h/{q}/{s}.png", "tiles/{z}/{x}/{y}.png", "https://h/{z}/{y}"],
+    "template", ["https://h/{z}/{x}.png", "https://h/{q}/{s}.png", "tiles/{z}/{x}/{y}.png"]
 )
 def test_incomplete_templates_are_refused(template):
     with pytest.raises(InputError, match="template"):
@@ -196,15 +195,6 @@ def test_options_that_make_no_sense_for_tiles_and_the_demo_are_refused(source, o
     with pytest.raises(InputError, match=f"RGB.*Leave {named} out"):
         open_imagery(source, area=area, **option)
     assert open_imagery(source, area=area, fallback_crs="EPSG:2056").native_crs.epsg != 2056
-
-
-def test_zoom_respects_the_ground_scale_of_mercator():
-    for latitude in (0, 45, 70):
-        for gsd in (0.2, 1.0):
-            zoom = choose_zoom(gsd, latitude)
-            ground = 2 * HALF_WORLD_M / 256 / 2**zoom * math.cos(math.radians(latitude))
-            assert gsd * 1.2 / 2 < ground <= gsd * 1.2 * (1 + 1e-9)
-    assert choose_zoom(0.1, 0, max_zoom=16) == 16 and choose_zoom(1e9, 0, min_zoom=2) == 2
 
 
 def test_an_area_across_the_antimeridian_is_one_piece(server):
