@@ -117,16 +117,6 @@ def test_the_maps_crs_goes_with_web_tiles(canopy, bad, model_file, imagery) -> N
     assert "--input-crs" in bad(*place, "--input-crs", "EPSG:2056")
 
 
-def test_files_of_two_zones_make_one_map(predict, make_image, heights) -> None:
-    """Two pieces on either side of the border of zones 18 and 19, at 72 degrees west."""
-    west = make_image("west.tif", transform=rasterio.Affine(0.5, 0, 740_000, 0, -0.5, 4_882_000))
-    x, y = Transformer.from_crs(32618, 32619, always_xy=True).transform(740_060.0, 4_882_000.0)
-    place = rasterio.Affine(0.5, 0, x, 0, -0.5, y)
-    done = predict(west, make_image("east.tif", crs="EPSG:32619", transform=place))
-    assert 0.8 < np.isfinite(heights("chm.tif")).mean() <= 1
-    assert "2 more" not in done.err
-
-
 def test_the_ends_of_the_earth(predict, bad, make_image) -> None:
     # Web Mercator ends before the pole.
     pole = make_image("pole.tif", crs="EPSG:3413", transform=rasterio.Affine(0.5, 0, 0, 0, -0.5, 30))
