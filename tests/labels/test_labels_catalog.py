@@ -99,26 +99,14 @@ def test_all_sites_are_there_once_and_their_splits_are_apart():
     assert min(distance_km(a, b) for a in tested for b in train) > 25
 
 
-def test_sites_that_share_flights_are_published_under_one_name_and_in_one_split():
+def test_sites_that_share_flights_are_published_under_one_name_and_fly_in_its_zone():
     shared = {code: site.published_under for code, site in neon_sites().items() if site.published_under}
-    assert len(shared) == 23
-    assert shared == shared | {
-        "TREE": "STEI",
-        "CHEQ": "STEI",
-        "KONA": "KONZ",
-        "DCFS": "WOOD",
-        "LEWI": "BLAN",
-        "BIGC": "SOAP",
-    }
+    known = {"TREE": "STEI", "CHEQ": "STEI", "KONA": "KONZ", "DCFS": "WOOD", "LEWI": "BLAN", "BIGC": "SOAP"}
+    assert len(shared) == 23 and shared == shared | known
     for code, flight in shared.items():
         assert neon_site(code).split == neon_site(flight).split and neon_site(flight).published_under is None
-        if code != "LEWI" and code != "CHEQ":
-            assert neon_site(code).utm_zone == neon_site(flight).utm_zone
-
-
-def test_blandy_flies_in_17n_and_every_other_site_in_the_zone_where_it_lies():
     assert aop_crs("BLAN") == aop_crs("LEWI") == "EPSG:32617" and neon_site("LEWI").utm_zone == "18N"
-    for code, site in neon_sites().items():
+    for code, site in neon_sites().items():  # everybody else in the zone where the site lies
         if site.lat is not None and code != "LEWI":
             assert aop_crs(code) == f"EPSG:{utm_crs(site.lon, site.lat).epsg}", code
 

@@ -27,22 +27,17 @@ def body(name: str, size: int = 5000) -> bytes:
 class Neon:
     """The API's two listings, behind a token, in two pages; files behind a signature that runs out."""
 
-    def __init__(self, server, site: str = "STEI", domain: str = "D05") -> None:
-        self.server, self.site = server, site
-        self.names = [
-            f"NEON_{domain}_{site}_DP3_{e}000_{n}000_CHM.tif" for e in (297, 298) for n in (5041, 5042)
-        ]
-        self.release = "RELEASE-2024"
+    def __init__(self, server) -> None:
+        self.server, self.release = server, "RELEASE-2024"
+        corners = [(e, n) for e in (297, 298) for n in (5041, 5042)]
+        self.names = [f"NEON_D05_STEI_DP3_{e}000_{n}000_CHM.tif" for e, n in corners]
         server.signature = "good"
         for name in self.names:
             server.put(f"/signed/{name}", body(name))
-        server.routes["/api/products/DP3.30015.001"] = self.products
+        rows = [{"siteCode": "STEI", "availableMonths": ["2022-07", "2019-06"]}]
+        server.put("/api/products/DP3.30015.001", {"data": {"siteCodes": rows}})
         for month in ("2019-06", "2022-07"):
-            server.routes[f"/api/data/DP3.30015.001/{site}/{month}"] = self.files
-
-    def products(self, path, query, _body):
-        rows = [{"siteCode": self.site, "availableMonths": ["2022-07", "2019-06"]}]
-        return 200, {"Content-Type": "application/json"}, json.dumps({"data": {"siteCodes": rows}}).encode()
+            server.routes[f"/api/data/DP3.30015.001/STEI/{month}"] = self.files
 
     def files(self, path, query, _body):
         if not self.server.token_ok:
@@ -52,18 +47,15 @@ class Neon:
         self.server.fresh = True
         rows = [
             {
-                "name": name,
-                "size": str(len(body(name))),
-                "md5": hashlib.md5(body(name)).hexdigest(),
+                "name": name, "size": "5000", "md5": hashlib.md5(body(name)).hexdigest(),
                 "url": f"{self.server.url}/signed/{name}?sig={signature}",
             }
             for name in self.names[2 * page : 2 * page + 2]
-        ]
+        ]  # fmt: skip
         rows.append({"name": "readme.txt", "size": 3, "url": f"{self.server.url}/readme.txt"})
-        headers = {"Content-Type": "application/json"}
-        if page == 0:
-            headers["Link"] = f'<{path.split("?")[0]}?page=1>; rel="next"'
-        return 200, headers, json.dumps({"data": {"files": rows, "release": self.release}}).encode()
+        more = {} if page else {"Link": f'<{path.split("?")[0]}?page=1>; rel="next"'}
+        answer = json.dumps({"data": {"files": rows, "release": self.release}}).encode()
+        return 200, {"Content-Type": "application/json", **more}, answer
 
 
 @pytest.fixture
