@@ -85,19 +85,17 @@ def describe(
 def _facts(name: str) -> dict[str, Any]:
     from canopy.config import manifest_names
     from canopy.imagery.named import named_source
-    from canopy.labels.catalog import aop_crs, known_labels, label_source, neon_sites, read_name
+    from canopy.labels.catalog import known_labels, label_source, neon_sites, read_name
 
     if name in known_labels():
         return {"labels": name, **label_source(name).model_dump(mode="json", exclude={"name"})}
     if name in manifest_names("imagery"):
         return {"imagery": name, **named_source(name).model_dump(mode="json", exclude={"name"})}
-    site = neon_sites().get(name.upper())
-    if site is not None:
-        flight = {"flight_site": site.flight_site, "flight_crs": aop_crs(site.site)}
-        return {**site.model_dump(mode="json"), **flight}
+    if name.upper() in neon_sites():
+        return neon_sites()[name.upper()]
     tile = read_name(name)
     if tile is not None:
-        return {"file": tile.filename, "bounds": list(tile.bounds), "crs": tile.crs}
+        return {"file": name, "bounds": list(tile.bounds), "crs": tile.crs}
     known = ", ".join([*known_labels(), *manifest_names("imagery")])
     raise InputError("no such source, NEON site or tile name", where=name, expected=f"one of {known}")
 

@@ -13,13 +13,13 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from shapely.geometry.base import BaseGeometry
 
-from canopy.config import Named, Settings, load_manifest, manifest_names, validate_settings
-from canopy.errors import InputError
+from canopy.config import Named, Settings, load_manifest, manifest_names
+from canopy.errors import ConfigError, InputError
 from canopy.imagery.named import Coverage, coverage_geometry
 from canopy.runtime import manifests_dir
 
@@ -177,65 +177,46 @@ def label_source(name: str) -> LabelManifest:
 
 
 # ---- NEON's sites -----------------------------------------------------------------------------
-class NeonSite(Settings):
-    """One field site, a row of `data_manifests/labels/neon-sites.csv`.
+def neon_sites() -> dict[str, dict[str, Any]]:
+    """NEON's field sites by their four letters: the rows of `neon-sites.csv`; what is not known is None.
 
-    Attributes:
-        site: NEON's four letters.
-        name, state: as NEON writes them.
-        kind: terrestrial, aquatic, or `flight` for a flight box that is no field site.
-        domain: NEON domain, D01 to D20.
-        lat, lon: of the tower or stream station, WGS 84 degrees.
-        utm_zone: zone of the site's own coordinates, such as 17N.
-        published_under: the site whose name its airborne data carry; None: its own.
-        flown: True where airborne data are known to exist, None where we do not know.
-        years: years of flights that we could verify, those of the flight site; there may be more.
-        split: part of the training plan; `none`: not used.
-        unverified: fields that could not be verified in a public source and are empty.
-        notes: what a user should know.
+    site, name, state (as NEON writes them), kind (terrestrial, aquatic, or `flight` for a flight box that is
+    no field site), domain (D01 to D20), lat and lon (of the tower or stream station, WGS 84 degrees),
+    utm_zone (of the site's own coordinates, such as 17N), published_under (the site whose name its airborne
+    data carry; None: its own), flown (True where airborne data are known to exist), years (of flights that we
+    could verify, those of the flight site), split (part of the training plan, or none), unverified (fields
+    that are empty because no public source has them), notes. Made of them: flight_site, whose name airborne
+    data carry, and flight_crs, the zone that it was flown in: BLAN and LEWI fly in 17N.
+
+    Raises ConfigError for a table that cannot be read.
     """
-
-    site: str = Field(pattern=r"^[A-Z]{4}$")
-    name: str = Field(min_length=1)
-    kind: Literal["terrestrial", "aquatic", "flight"]
-    domain: str = Field(pattern=r"^D(0[1-9]|1\d|20)$")
-    state: str = Field(pattern=r"^[A-Z]{2}$")
-    lat: float | None = Field(ge=-90, le=90)
-    lon: float | None = Field(ge=-180, le=180)
-    utm_zone: str | None = Field(pattern=r"^\d{1,2}[NS]$")
-    published_under: str | None = None
-    flown: bool | None = None
-    years: tuple[int, ...] = ()
-    split: Literal["train", "val", "test", "none"]
-    unverified: tuple[str, ...] = ()
-    notes: str = ""
-
-    @property
-    def flight_site(self) -> str:
-        """The site whose name its airborne data carry."""
-        return self.published_under or self.site
-
-
-@lru_cache(maxsize=4)
-def _read_sites(path: Path) -> dict[str, NeonSite]:
-    sites = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for line, row in enumerate(csv.DictReader(file), 2):
-            lists = {name: tuple(row.pop(name, "").split()) for name in ("years", "unverified")}
-            given = {name: text for name, text in row.items() if text} | lists
-            empty = {name: None for name in ("lat", "lon", "utm_zone") if name not in given}
-            site = validate_settings(NeonSite, given | empty, where=f"{path}, line {line}")
-            sites[site.site] = site
-    return sites
-
-
-def neon_sites() -> dict[str, NeonSite]:
-    """All sites by their four letters. Raises ConfigError for a wrong row."""
     return _read_sites(manifests_dir() / "labels" / "neon-sites.csv")
 
 
-def neon_site(code: str) -> NeonSite:
-    """One site. Raises InputError for an unknown one; names the nearest ones."""
+@lru_cache(maxsize=4)
+def _read_sites(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            sites = {row["site"]: dict[str, Any](row) for row in csv.DictReader(file)}
+        for row in sites.values():
+            flight = sites[row["published_under"] or row["site"]]
+            zone = flight["utm_zone"]
+            row |= {
+                "lat": float(row["lat"]) if row["lat"] else None,
+                "lon": float(row["lon"]) if row["lon"] else None,
+                "flown": row["flown"] == "yes" or None,
+                "years": [int(year) for year in row["years"].split()],
+                "unverified": row["unverified"].split(),
+                "flight_site": flight["site"],
+                "flight_crs": f"EPSG:{326 if zone[-1] == 'N' else 327}{int(zone[:-1]):02d}",
+            }
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        raise ConfigError(f"cannot be read ({error!r})", where=path) from error
+    return {code: {k: None if v == "" else v for k, v in row.items()} for code, row in sites.items()}
+
+
+def neon_site(code: str) -> dict[str, Any]:
+    """One of `neon_sites`. Raises InputError for an unknown one; names the nearest ones."""
     sites = neon_sites()
     if code.upper() not in sites:
         close = difflib.get_close_matches(code.upper(), sites, n=3, cutoff=0.5)
@@ -244,17 +225,6 @@ def neon_site(code: str) -> NeonSite:
             expected="a four-letter code such as HARV",
         )
     return sites[code.upper()]
-
-
-def aop_crs(code: str) -> str:
-    """CRS of a site's airborne data, such as `EPSG:32617`: the zone of the site that was flown.
-
-    It may be another one than where the site lies: BLAN and LEWI fly in 17N. Raises InputError.
-    """
-    zone = neon_site(neon_site(code).flight_site).utm_zone
-    if zone is None:
-        raise InputError(f"the zone of {code}'s flights is not known", remedy="read it from the file")
-    return f"EPSG:{326 if zone.endswith('N') else 327}{int(zone[:-1]):02d}"
 
 
 # ---- tiles ------------------------------------------------------------------------------------
@@ -283,13 +253,11 @@ class Tile:
     """A 1 km tile of lidar or of its images, as its file's name has it.
 
     Attributes:
-        filename: the name.
         bounds: (west, south, east, north) of the tile, metres.
         crs: of the bounds.
         site: NEON's flight site, or None.
     """
 
-    filename: str
     bounds: tuple[float, float, float, float]
     crs: str
     site: str | None = None
@@ -305,12 +273,12 @@ def read_name(name: str) -> Tile | None:
     if found := _NEON.fullmatch(base):
         site = neon_site(found["site"] or found["flown"])
         west, south = int(found["east"]), int(found["north"])
-        return Tile(base, (west, south, west + _KM, south + _KM), aop_crs(site.site), site.site)
+        return Tile((west, south, west + _KM, south + _KM), site["flight_crs"], site["site"])
     found = _IGN.fullmatch(base)
     if not found or found["crs"] not in IGN_CRS:
         return None
     west, north = int(found["x"]) * _KM, int(found["y"]) * _KM
-    return Tile(base, (west, north - _KM, west + _KM, north), IGN_CRS[found["crs"]])
+    return Tile((west, north - _KM, west + _KM, north), IGN_CRS[found["crs"]])
 
 
 def base_name(name: str) -> str:

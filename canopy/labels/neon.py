@@ -39,14 +39,15 @@ def sites_near(area: AOI) -> list[str]:
     width = (east - west) % 360.0
     found: dict[str, float] = {}
     for site in neon_sites().values():
-        if site.lat is None or site.lon is None or site.flown is not True:
+        lat, lon, code = site["lat"], site["lon"], site["flight_site"]
+        if lat is None or lon is None or not site["flown"]:
             continue
-        past = (site.lon - west) % 360.0  # degrees east of the west edge
+        past = (lon - west) % 360.0  # degrees east of the west edge
         beside = 0.0 if past <= width else min(past - width, 360.0 - past)
-        above = max(south - site.lat, 0.0, site.lat - north)
-        distance = METRES_PER_DEGREE / 1000 * math.hypot(above, beside * math.cos(math.radians(site.lat)))
+        above = max(south - lat, 0.0, lat - north)
+        distance = METRES_PER_DEGREE / 1000 * math.hypot(above, beside * math.cos(math.radians(lat)))
         if distance <= REACH_KM:
-            found[site.flight_site] = min(distance, found.get(site.flight_site, math.inf))
+            found[code] = min(distance, found.get(code, math.inf))
     return sorted(found, key=lambda code: (found[code], code))
 
 
@@ -61,9 +62,9 @@ def plan_neon(manifest: LabelManifest, product: Product, wish: Wish) -> tuple[li
     """
     notes = []
     for site in map(neon_site, wish.sites):
-        if site.published_under:
-            notes.append(f"{site.site} is published under {site.published_under}")
-    sites = list(dict.fromkeys(neon_site(code).flight_site for code in wish.sites))
+        if site["published_under"]:
+            notes.append(f"{site['site']} is published under {site['published_under']}")
+    sites = list(dict.fromkeys(neon_site(code)["flight_site"] for code in wish.sites))
     if not sites:
         if wish.area is None:
             raise InputError("neither an area nor a site", expected="--site CODE, --bbox, --bounds or --aoi")
