@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 import rasterio
 import shapely
-from pyproj import Geod, Transformer
 
 from canopy.errors import InputError
 from canopy.evaluation import change
 from canopy.evaluation.change import MapError, choose_error, classify, difference_interval, z_of
 from canopy.evaluation.compare import compare as compare_with_report
 from canopy.geo.area import AOI
-from canopy.geo.grid import Grid
-from canopy.geo.reading import open_raster, read_window
 
 WEST, NORTH, UTM = 500_000.0, 4_882_000.0, "EPSG:32618"
 BANDS = MapError(None, 0.9, 0.0, "")
@@ -137,27 +134,6 @@ def test_windows_do_not_change_the_result(pair, tmp_path, monkeypatch):
     for name in ("difference.tif", "cover.tif"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     np.testing.assert_allclose(whole.blocks.sums["a"], parts.blocks.sums["a"], rtol=1e-12)
-
-
-def test_finer_map_in_another_crs_meets_on_the_coarser_pixels(write_map, forest, tmp_path):
-    """0.5 m UTM against 2.8 m Web Mercator made from it: no manual step, no false difference."""
-    path = write_map("fine.tif", np.kron(forest(150, 2), np.ones((2, 2), np.float32)), gsd=0.5)
-    west, north = Transformer.from_crs(UTM, "EPSG:3857", always_xy=True).transform(WEST + 10, NORTH - 10)
-    grid = Grid.of("EPSG:3857", (2.8, 0, west, 0, -2.8, north), (60, 60))
-    with open_raster(path) as dataset:
-        values, valid = read_window(dataset, grid, [1])
-    assert valid.all()
-    other = write_map("mercator.tif", values[0], crs="EPSG:3857", transform=grid.transform)
-    found = compare(path, other, tmp_path / "out").to_dict()
-    assert [found["grid"][k] for k in ("crs", "width_px", "height_px")] == ["EPSG:3857", 60, 60]
-    assert found["overall"]["rms_difference_m"] < 1e-4
-    corners = Transformer.from_crs("EPSG:3857", "EPSG:4326", always_xy=True).transform(
-        [west, west + 168, west + 168, west], [north, north, north - 168, north - 168]
-    )
-    area, _ = Geod(ellps="WGS84").polygon_area_perimeter(*corners)
-    assert found["overall"]["area_ha"] == pytest.approx(abs(area) / 1e4, rel=1e-3)
-    again = compare(path, other, tmp_path / "utm", gsd=3.0).to_dict()
-    assert again["grid"]["crs"] == UTM and again["grid"]["gsd_m"] == pytest.approx(3, rel=1e-3)
 
 
 def test_rotated_map_is_compared_upright(write_map):

