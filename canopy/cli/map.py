@@ -1,11 +1,7 @@
-"""`canopy map`: parse, call, print; progress is a bar on a terminal, a line a minute elsewhere."""
+"""`canopy map`: parse, call, print."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,13 +12,10 @@ from canopy.region.options import MapOptions
 from canopy.runtime import log
 
 if TYPE_CHECKING:
-    from canopy.region.ledger import Ledger
     from canopy.region.plan import Region
-    from canopy.region.run import RunResult, Watch
-    from canopy.region.workers import Tally
+    from canopy.region.run import RunResult
 
 _RUN = "Run"
-LINE_EVERY_S = 60.0
 
 
 @takes_groups
@@ -74,7 +67,7 @@ def map_(
     """
     from canopy.region.plan import region_cost
     from canopy.region.run import prepare_run, start
-    from canopy.runtime import setup_logging
+    from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
     if status is not None:
@@ -93,8 +86,8 @@ def map_(
     if cost:
         _show_cost(region, cost, json)
         return
-    with _watching(quiet) as watch:
-        result = start(region, overwrite=overwrite, retry_failed=retry_failed, watch=watch)
+    with progress_bar(quiet) as progress:
+        result = start(region, overwrite=overwrite, retry_failed=retry_failed, progress=progress)
     if json:
         print_json(result.to_dict())
     elif not quiet:
@@ -172,55 +165,3 @@ def _print_result(result: RunResult) -> None:
         typer.echo(f"... and {len(result.failures) - 10} more; see canopy map --status {result.folder}")
     for name, path in result.outputs.items():
         typer.echo(f"{path}: {name}")
-
-
-def _progress(ledger: Ledger, show: Callable[[int, int, str], None], every_s: float) -> Any:
-    """What shows tiles finished, pace, failures and time left, at most once in `every_s`.
-
-    The pace counts from where the first tile was begun: before it, workers only load the model.
-    """
-    counts, totals = ledger.counts(), ledger.totals()
-    before = counts["done"] + counts["empty"] + counts["failed"]
-    km2_left = totals["km2"] - totals["km2_finished"]
-    shown = time.monotonic()
-
-    def update(tally: Tally, in_work: int) -> None:
-        nonlocal shown
-        if time.monotonic() - shown < every_s:
-            return
-        shown, pace = time.monotonic(), tally.km2_per_hour
-        parts = [f"{pace:,.3g} km2/h"]
-        if tally.counts["failed"]:
-            parts.append(f"{tally.counts['failed']} failed")
-        parts.append(f"{in_work} in work")
-        if pace > 0:
-            parts.append(f"{elapsed_text(max(0.0, (km2_left - tally.km2) / pace * 3600))} left")
-        show(before + tally.counts.total(), sum(counts.values()), ", ".join(parts))
-
-    return update
-
-
-@contextmanager
-def _watching(quiet: bool) -> Iterator[Watch]:
-    """What makes, of a run's open ledger, what is told of each finished tile."""
-    if quiet or not sys.stderr.isatty():
-
-        def line(done: int, total: int, text: str) -> None:
-            log.info(f"{done:,} of {total:,} tiles, {text}")
-
-        yield lambda ledger: _progress(ledger, line, LINE_EVERY_S)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("tiles"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting workers", total=None)
-
-        def show(done: int, total: int, text: str) -> None:
-            bar.update(task, completed=done, total=total, description=text)
-
-        yield lambda ledger: _progress(ledger, show, 0.5)

@@ -233,42 +233,36 @@ COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
 MAP_ASSET = {"type": COG_TYPE, "title": "Canopy height, metres", "roles": ["data"]}
 
 
-@dataclass(frozen=True)
-class MapFacts:
-    """What the item says about a map.
+def map_item(
+    path: Path,
+    grid: Grid,
+    *,
+    sha256: str,
+    encoding: str,
+    bands: Sequence[Band],
+    scenes: Scenes,
+    model: Mapping[str, str],
+    statistics: Mapping[str, float],
+    quicklook: Path | None = None,
+    created: datetime.datetime | None = None,
+) -> dict[str, Any]:
+    """A map's STAC Item as JSON-ready values.
 
-    Attributes:
-        path: the GeoTIFF.
+    Args:
+        path, grid: the GeoTIFF, and its grid.
         sha256: hex digest of its bytes.
-        grid: its grid.
-        encoding: float32, uint16cm or uint8m.
-        bands: names and units, in order.
-        dates: acquisition dates of the imagery, ISO; empty where unknown.
-        imagery: names of what it was derived from.
+        scenes: what it was derived from.
         model: see `model_facts`.
-        quicklook: the PNG, if there is one.
         statistics: mean, maximum and valid percent of band 1.
+        quicklook: the PNG, if there is one.
     """
-
-    path: Path
-    sha256: str
-    grid: Grid
-    encoding: str
-    bands: tuple[Band, ...]
-    dates: tuple[str, ...]
-    imagery: tuple[str, ...]
-    model: dict[str, str]
-    quicklook: Path | None = None
-    statistics: dict[str, float] | None = None
-
-
-def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[str, Any]:
-    """The map's STAC Item as JSON-ready values."""
     import pystac
 
     now = (created or datetime.datetime.now(datetime.UTC)).astimezone(datetime.UTC).replace(microsecond=0)
-    grid, outline = facts.grid, facts.grid.outline("EPSG:4326")
-    days = sorted(datetime.datetime.fromisoformat(f"{day[:10]}T00:00:00+00:00") for day in facts.dates if day)
+    outline = grid.outline("EPSG:4326")
+    days = sorted(
+        datetime.datetime.fromisoformat(f"{day[:10]}T00:00:00+00:00") for day in scenes.dates if day
+    )
     # Unknown dates become the widest true statement: some time before now.
     first, last = (days[0], days[-1]) if days else (datetime.datetime(1900, 1, 1, tzinfo=datetime.UTC), now)
     one = bool(days) and first == last
@@ -276,7 +270,7 @@ def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[
     if grid.crs.epsg is None:
         code = {"proj:code": None, "proj:wkt2": grid.crs.to_wkt()}
     item = pystac.Item(
-        id=facts.path.stem,
+        id=path.stem,
         # Half a pixel of slack keeps a handful of the hundreds of points that follow a curved edge.
         geometry=shapely.geometry.mapping(outline.simplify(grid.gsd_m / 2 / METRES_PER_DEGREE)),
         bbox=_bbox(outline),
@@ -292,39 +286,42 @@ def map_item(facts: MapFacts, created: datetime.datetime | None = None) -> dict[
             "proj:transform": [*grid.transform][:6],
             "proj:bbox": list(grid.bounds),
             "processing:software": {"canopy": __version__},
-            "processing:lineage": f"canopy height predicted from RGB by the model {facts.model['name']}",
-            "canopy:model": facts.model,
+            "processing:lineage": f"canopy height predicted from RGB by the model {model['name']}",
+            "canopy:model": dict(model),
         },
         stac_extensions=[PROJECTION, RASTER, FILE, PROCESSING],
     )
-    for name in facts.imagery:
+    for name in scenes.names:
         href = name if is_url(name) else name.replace(" ", "%20")
         item.add_link(pystac.Link("derived_from", href, title=name))
-    item.add_asset("canopy_height", pystac.Asset.from_dict(_map_asset(facts)))
-    if facts.quicklook is not None:
-        picture = pystac.Asset(f"./{facts.quicklook.name}", "Quicklook", None, "image/png", ["overview"])
+    asset = _map_asset(path, grid, sha256, encoding, bands, statistics)
+    item.add_asset("canopy_height", pystac.Asset.from_dict(asset))
+    if quicklook is not None:
+        picture = pystac.Asset(f"./{quicklook.name}", "Quicklook", None, "image/png", ["overview"])
         item.add_asset("quicklook", picture)
     # Through JSON: readers expect lists where shapely has tuples.
     return json.loads(json.dumps(item.to_dict(include_self_link=False, transform_hrefs=False)))
 
 
-def _map_asset(facts: MapFacts) -> dict[str, Any]:
+def _map_asset(
+    path: Path, grid: Grid, sha256: str, encoding: str, bands: Sequence[Band], statistics: Mapping[str, float]
+) -> dict[str, Any]:
     """The GeoTIFF, its bands, and the statistics of the first."""
-    bands = band_facts(facts.bands, facts.encoding)
-    if facts.statistics and all(math.isfinite(value) for value in facts.statistics.values()):
-        bands[0]["statistics"] = facts.statistics
+    facts = band_facts(bands, encoding)
+    if all(math.isfinite(value) for value in statistics.values()):
+        facts[0]["statistics"] = dict(statistics)
     # Days and flags are stored as they are; only heights are scaled.
-    step_m = encoding_named(facts.encoding).step_m
-    more = {"offset": 0, "sampling": "area", "spatial_resolution": round(facts.grid.gsd_m, 6)}
+    step_m = encoding_named(encoding).step_m
+    more = {"offset": 0, "sampling": "area", "spatial_resolution": round(grid.gsd_m, 6)}
     return {
-        "href": f"./{facts.path.name}",
+        "href": f"./{path.name}",
         **MAP_ASSET,
         # A multihash: 0x12 says sha2-256, 0x20 that 32 bytes follow.
-        "file:checksum": f"1220{facts.sha256}",
-        "file:size": facts.path.stat().st_size,
-        "bands": bands,
+        "file:checksum": f"1220{sha256}",
+        "file:size": path.stat().st_size,
+        "bands": facts,
         # The same, and what the raster extension adds: most readers know these.
-        "raster:bands": [{**b, "scale": step_m if b["unit"] == "m" else 1.0, **more} for b in bands],
+        "raster:bands": [{**b, "scale": step_m if b["unit"] == "m" else 1.0, **more} for b in facts],
     }
 
 

@@ -246,23 +246,22 @@ class MapPrediction(Prediction):
                 title=f"Canopy height, {self.aoi.describe()}",
                 subtitle=f"{output.bare_name(self.source.name)} ({self.dates}), model {self.model_name}",
             )
-        facts = output.MapFacts(
-            path=files.tif,
+        item = output.map_item(
+            files.tif,
+            self.target.output,
             sha256=sha256,
-            grid=self.target.output,
             encoding=self.options.encoding,
             bands=self.extras.bands,
-            dates=self.source.dates,
-            imagery=output.Scenes.of(self.source).names,
+            scenes=output.Scenes.of(self.source),
             model=output.model_facts(self.model, self.model_name, self.runner),
-            quicklook=files.quicklook,
             statistics={
                 "mean": summary.mean_height_m,
                 "maximum": summary.max_height_m,
                 "valid_percent": 100 * summary.valid_fraction,
             },
+            quicklook=files.quicklook,
         )
-        write_json(files.item, output.map_item(facts))
+        write_json(files.item, item)
         return [path.name for path in files.all[1:]]
 
 

@@ -125,21 +125,18 @@ def tile_item(tile: Tile, outcome: Outcome, region: Region, pins: Pins) -> dict[
     """The item of one finished tile."""
     options, facts = region.options, outcome.facts
     return output.map_item(
-        output.MapFacts(
-            path=tile_path(options.folder, tile.id),
-            sha256=str(outcome.sha256),
-            grid=region.tiling.window(tile.row, tile.col),
-            encoding=options.encoding,
-            bands=region.extras.bands,
-            dates=tuple(facts.get("dates", ())),
-            imagery=tuple(facts.get("scenes", ())),
-            model=output.model_facts(region.model, region.model_name, region.choice),
-            statistics={
-                "mean": facts["mean_m"],
-                "maximum": facts["max_m"],
-                "valid_percent": round(100 * facts["valid"] / facts["pixels"], 4),
-            },
-        ),
+        tile_path(options.folder, tile.id),
+        region.tiling.window(tile.row, tile.col),
+        sha256=str(outcome.sha256),
+        encoding=options.encoding,
+        bands=region.extras.bands,
+        scenes=output.Scenes("", tuple(facts.get("scenes", ())), tuple(facts.get("dates", ()))),
+        model=output.model_facts(region.model, region.model_name, region.choice),
+        statistics={
+            "mean": facts["mean_m"],
+            "maximum": facts["max_m"],
+            "valid_percent": round(100 * facts["valid"] / facts["pixels"], 4),
+        },
         created=_moment(pins["canopy"]["created"]),
     )
 

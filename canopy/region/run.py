@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ from canopy.region.options import MapOptions
 from canopy.region.plan import Region, local_devices, local_threads, open_region, pinned_options
 from canopy.region.tiles import TILES, Tile, tile_path
 from canopy.region.workers import Driver, How, Tally, local_cluster, remote_cluster
-from canopy.runtime import log
+from canopy.runtime import NoProgress, Progress, log
 
 _OUTPUTS = ("catalog.json", "collection.json", "mosaic", "mosaic.vrt")
 _MOST_FAILURES = 20
@@ -143,11 +143,12 @@ def _check_inputs(options: MapOptions) -> None:
 
 
 # ---- the run ----------------------------------------------------------------------------------
-Watch = Callable[[Ledger], Callable[[Tally, int], None]]
-
-
 def start(
-    region: Region, *, overwrite: bool = False, retry_failed: bool = False, watch: Watch | None = None
+    region: Region,
+    *,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    progress: Progress | None = None,
 ) -> RunResult:
     """Make all open tiles of a run, and then its catalog and mosaic; of a shard only its tiles.
 
@@ -155,7 +156,7 @@ def start(
         region: of `prepare_run`.
         overwrite: begin anew.
         retry_failed: failed tiles get another chance.
-        watch: makes, of the open ledger, what is told the tally and the number of tiles in work.
+        progress: is told of each tile; without one the log has a line a minute.
 
     Raises:
         HeldError: another process is at work there.
@@ -184,7 +185,7 @@ def start(
                 ledger.set("outputs", "behind")
                 remove_leftovers(folder, mine)
                 with _stopping() as stop:
-                    _drive(ledger, region, run_id(pins), tally, stop, watch)
+                    _drive(ledger, region, run_id(pins), tally, stop, progress or NoProgress())
                 remove_leftovers(folder, mine)  # of workers that died on the way
             outputs = {} if shard else _finish(ledger, region)
             counts, totals = ledger.counts(), ledger.totals()
@@ -273,7 +274,7 @@ def _stopping() -> Iterator[threading.Event]:
 
 
 def _drive(
-    ledger: Ledger, region: Region, run: str, tally: Tally, stop: threading.Event, watch: Watch | None
+    ledger: Ledger, region: Region, run: str, tally: Tally, stop: threading.Event, progress: Progress
 ) -> None:
     """Make every pending tile of the ledger.
 
@@ -291,7 +292,7 @@ def _drive(
     )  # fmt: skip
     cluster = local_cluster(len(devices)) if local else remote_cluster(options.scheduler)
     with cluster as client:
-        Driver(ledger, client, how, options.attempts, tally).run(stop, watch and watch(ledger))
+        Driver(ledger, client, how, options.attempts, tally).run(stop, progress)
     left = ledger.counts()["pending"]
     if left:
         raise Interrupted(

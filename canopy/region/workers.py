@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,13 +32,14 @@ from canopy.region.ledger import Ledger, Outcome, read_pins, refuse_changes, run
 from canopy.region.options import MapOptions
 from canopy.region.plan import open_region, pinned_options
 from canopy.region.tiles import Tile, tile_path
-from canopy.runtime import log
+from canopy.runtime import NoProgress, Progress, log
 
 if TYPE_CHECKING:
     from distributed import Client
 
 
 CONNECT_S = 60.0
+LINE_EVERY_S = 60.0
 _EPOCH = datetime.date(1970, 1, 1)
 # More scenes than this in one tile's row only make the ledger large.
 _MOST_SCENES = 50
@@ -290,7 +291,7 @@ class Driver:
         gpus = how.devices[0] in ("auto", "cuda") and any("GPU" in one.get("resources", {}) for one in info)
         self.resources = {"GPU": 1} if gpus else None
 
-    def run(self, stop: threading.Event, watch: Callable[[Tally, int], None] | None) -> None:
+    def run(self, stop: threading.Event, progress: Progress) -> None:
         """Until no tile is open, or `stop` is set and those in work are made.
 
         Raises:
@@ -317,13 +318,20 @@ class Driver:
                     )
                 )
 
+        total, told = self.ledger.counts()["pending"], time.monotonic()
+        progress.start(total, "tiles")
         fill()
         for future in results:
-            tile = in_work.pop(future.key)
-            self._enter(tile, *self._outcome(future))
+            before = self.tally.counts.total()
+            self._enter(in_work.pop(future.key), *self._outcome(future))
             fill()
-            if watch:
-                watch(self.tally, len(in_work))
+            made, failed = self.tally.counts.total(), self.tally.counts["failed"]
+            progress.advance(made - before)
+            if isinstance(progress, NoProgress) and time.monotonic() - told > LINE_EVERY_S:
+                told = time.monotonic()
+                log.info(
+                    f"{made:,} of {total:,} tiles, {self.tally.km2_per_hour:,.3g} km2/h, {failed:,} failed"
+                )
 
     def _outcome(self, future: Any) -> tuple[Outcome, bool]:
         """What a worker says of its tile, or what became of the worker; and whether another try may help."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +16,22 @@ from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.grid import Grid
 from canopy.inference import output
 from canopy.inference.layers import HEIGHT_BAND
-from canopy.inference.output import MapFacts, Scenes, map_item, round_length, write_quicklook
+from canopy.inference.output import Scenes, map_item, round_length, write_quicklook
 
 
-def facts(tmp_path: Path, grid: Grid, **more: object) -> MapFacts:
+def item_of(tmp_path: Path, grid: Grid, dates: tuple[str, ...] = (), **more: object) -> dict:
     path = tmp_path / "chm.tif"
     path.write_bytes(b"pixels")
-    return MapFacts(
-        path=path,
-        sha256="ab" * 32,
-        grid=grid,
-        encoding="float32",
-        bands=(HEIGHT_BAND,),
-        dates=more.pop("dates", ()),  # type: ignore[arg-type]
-        imagery=("a.tif",),
-        model={"name": "m", "sha256": "00", "licence": "Apache-2.0"},
-        **more,  # type: ignore[arg-type]
-    )
+    return map_item(
+        path, grid, sha256="ab" * 32, encoding="float32", bands=(HEIGHT_BAND,),
+        scenes=Scenes("a.tif", (), dates), model={"name": "m"}, statistics={"mean": math.nan}, **more,
+    )  # fmt: skip
 
 
 def test_an_item_across_the_antimeridian_is_split(tmp_path: Path) -> None:
     # The border of UTM zones 60 and 1, on the equator's side where 180 degrees is at 833,979 m of zone 60.
     grid = Grid.of("EPSG:32660", (100, 0, 832_000, 0, -100, 10_000), (50, 40))
-    item = map_item(facts(tmp_path, grid))
+    item = item_of(tmp_path, grid)
     assert item["geometry"]["type"] == "MultiPolygon"
     west, south, east, north = item["bbox"]
     assert west > 179 and east < -179 and 0 < south < north < 1
@@ -45,20 +39,20 @@ def test_an_item_across_the_antimeridian_is_split(tmp_path: Path) -> None:
 
 def test_an_item_without_an_epsg_code_has_its_wkt(tmp_path: Path) -> None:
     grid = Grid.of("+proj=laea +lat_0=12 +lon_0=33 +datum=WGS84", (10, 0, 0, 0, -10, 0), (5, 6))
-    properties = map_item(facts(tmp_path, grid))["properties"]
+    properties = item_of(tmp_path, grid)["properties"]
     assert properties["proj:code"] is None
     assert "Lambert Azimuthal" in properties["proj:wkt2"]
 
 
 def test_dates_of_an_item(tmp_path: Path) -> None:
     grid = Grid.of("EPSG:32618", (1, 0, 500_000, 0, -1, 4_000_000), (5, 6))
-    one = map_item(facts(tmp_path, grid, dates=("2020-05-01",)))["properties"]
+    one = item_of(tmp_path, grid, dates=("2020-05-01",))["properties"]
     assert one["datetime"] == "2020-05-01T00:00:00Z"
-    two = map_item(facts(tmp_path, grid, dates=("2021-05-01", "2019-01-02")))["properties"]
+    two = item_of(tmp_path, grid, dates=("2021-05-01", "2019-01-02"))["properties"]
     assert two["datetime"] is None
     assert (two["start_datetime"], two["end_datetime"]) == ("2019-01-02T00:00:00Z", "2021-05-01T23:59:59Z")
     moment = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
-    assert map_item(facts(tmp_path, grid), created=moment)["properties"]["created"] == "2026-01-02T03:04:05Z"
+    assert item_of(tmp_path, grid, created=moment)["properties"]["created"] == "2026-01-02T03:04:05Z"
 
 
 @given(st.floats(1e-3, 1e7))
