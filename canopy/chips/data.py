@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from canopy.chips.augment import AugmentSettings, Sample, make_crop
-from canopy.chips.store import ChipRow, ChipShards
+from canopy.chips.store import Chip, ChipRow, ChipShards
 from canopy.config import Settings
 from canopy.errors import DataError
 
@@ -222,6 +222,10 @@ class BatchStream(IterableDataset[T], Generic[T], ABC):
         """Batch `number` of this process."""
         return self.drawn(number * self.world + self.rank)
 
+    def draw_chip(self, rng: np.random.Generator) -> Chip:
+        """A chip by its chance."""
+        return self.shards[int(rng.choice(len(self.shards), p=self.chances))]
+
     @abstractmethod
     def drawn(self, number: int) -> T:
         """Batch `number` of the stream that all processes share."""
@@ -255,8 +259,7 @@ class ChipDataset(BatchStream[Sample]):
         samples = []
         for index in range(number * self.batch, (number + 1) * self.batch):
             rng = np.random.default_rng((self.seed, index, 2))
-            chip = self.shards[int(rng.choice(len(self.shards), p=self.chances))]
-            samples.append(make_crop(chip, self.crop_px, rng, self.augment))
+            samples.append(make_crop(self.draw_chip(rng), self.crop_px, rng, self.augment))
             if not self.with_shots:
                 samples[-1].shots[:, 3] = 0
         return Sample(*(torch.stack(parts) for parts in zip(*samples, strict=True)))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import fft, ndimage
 
-LIMIT_M = 10.0
+LIMIT_M, IMAGE_LIMIT_M = 10.0, 12.0  # largest displacement looked for, in each direction
 _FINE_PX, _COARSE_PX = 0.6, 5.5  # standard deviations between which structures are looked at
 _LEAST_VALID, _LEAST_SIDE_PX = 0.2, 24
 _AWAY_M = 5.0  # a rival displacement lies at least so far away
@@ -148,9 +148,7 @@ class ShiftMeter:
         return None
 
 
-def image_shift(
-    rgb: np.ndarray, height_m: np.ndarray, valid: np.ndarray, gsd_m: float, *, limit_m: float = 12.0
-) -> Shift | None:
+def image_shift(rgb: np.ndarray, height_m: np.ndarray, valid: np.ndarray, gsd_m: float) -> Shift | None:
     """Displacement of heights against an image on the same pixel grid.
 
     Args:
@@ -158,7 +156,6 @@ def image_shift(
         height_m: (h, w) canopy height in metres; ignored where not valid.
         valid: bool (h, w), True where both are known.
         gsd_m: ground metres per pixel, at most 2.
-        limit_m: largest displacement looked for, in each direction.
 
     Returns:
         The displacement, or None where there is nothing to measure: less than 48 m or 20 % of the tile
@@ -174,7 +171,7 @@ def image_shift(
     bright, heights = (block_means(x, n) for x in (bright, _filled(height_m, valid)))
     there = block_means(valid.astype(np.float32), n) > 0.5
     signals = _seen_under_any_sun(heights, gsd_m * n)
-    meter = ShiftMeter((gsd_m * n, gsd_m * n), limit_m, OF_IMAGES)
+    meter = ShiftMeter((gsd_m * n, gsd_m * n), IMAGE_LIMIT_M, OF_IMAGES)
     h, w = (size // 2 for size in heights.shape)
     for part in (np.s_[r : r + h, c : c + w] for r in (0, h) for c in (0, w)):
         meter.add(signals[:, *part], bright[part], there[part])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canopy.errors import DataError
+from canopy.errors import DataError, MissingDependencyError
 
 if TYPE_CHECKING:
     from canopy.geo.grid import Grid
@@ -139,10 +139,14 @@ def shots_on(path: str | Path, grid: Grid, *, rh: int = 98) -> np.ndarray:
 @functools.lru_cache(maxsize=4)  # one table serves all chips of its pair
 def _shot_table(path: str, rh: int) -> np.ndarray:
     """Rows lat, lon, height, weight of a shots file, float64 (4, n)."""
-    import pandas
-
     try:
-        table = pandas.read_parquet(path)
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingDependencyError(
+            "reading GEDI tables needs pyarrow", remedy="pip install 'canopy-height[gedi]'"
+        ) from error
+    try:
+        names = parquet.read_schema(path).names
     except FileNotFoundError as error:
         raise DataError("no such file", where=path) from error
     except (ValueError, OSError) as error:
@@ -150,8 +154,9 @@ def _shot_table(path: str, rh: int) -> np.ndarray:
             "is not a Parquet table", where=path, remedy="make it with canopy data gedi"
         ) from error
     wanted = ["lat", "lon", f"rh_{rh}"]
-    missing = [name for name in wanted if name not in table]
+    missing = [name for name in wanted if name not in names]
     if missing:
         raise DataError(f"lacks the columns {', '.join(missing)}", where=path)
+    table = parquet.read_table(path, columns=[n for n in (*wanted, "weight") if n in names]).to_pandas()
     table["weight"] = table.get("weight", 1.0)
     return table[[*wanted, "weight"]].to_numpy(np.float64).T

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import build_sincos2d_pos_embed
@@ -203,20 +203,6 @@ class Network(nn.Module):
         return Tokens(self.norm(tokens.class_token), self.norm(tokens.patches))
 
 
-class Targets(NamedTuple):
-    """The teacher's word, without gradients.
-
-    Attributes:
-        views: probabilities (globals, B, class prototypes); patches: (masked, patch prototypes).
-        class_tokens: (globals * B, dim); patch_tokens: (globals * B, patches, dim).
-    """
-
-    views: Tensor
-    patches: Tensor
-    class_tokens: Tensor
-    patch_tokens: Tensor
-
-
 class DinoModule(PretrainModule):
     """Student, EMA teacher, DINO on class tokens, iBOT on masked patches, KoLeo.
 
@@ -244,32 +230,32 @@ class DinoModule(PretrainModule):
         # View by view: (views * B, 3, H, W). Masks are random, so any order of them will do.
         wide, near = (self.normalised(x).transpose(0, 1).flatten(0, 1) for x in (views.wide, views.near))
         mask = views.masks.flatten(1)
-        targets = self._teach(wide, mask, globals_)
-        self.looked_at = targets.class_tokens, targets.patch_tokens.flatten(0, 1)
+        of_views, of_patches = self._teach(wide, mask)
         first, patches = self.student(wide, mask, self.mask_token)
         scores = [self.student.class_head(first)]
         if len(near):
             scores.append(self.student.class_head(self.student(near).class_token))
         d = self.settings.dino
         every = torch.cat(scores).unflatten(0, (-1, B))  # (views, B, prototypes)
-        out = {"dino": losses.dino_loss(every, targets.views, d.student_temperature)}
+        out = {"dino": losses.dino_loss(every, of_views.unflatten(0, (globals_, B)), d.student_temperature)}
         hidden = self.student.patch_head(patches[mask])
         image = mask.nonzero()[:, 0]
-        out["ibot"] = losses.ibot_loss(hidden, targets.patches, image, len(wide), d.student_temperature)
+        out["ibot"] = losses.ibot_loss(hidden, of_patches, image, len(wide), d.student_temperature)
         # DINOv2 sums over the views.
         out["koleo"] = torch.stack([losses.koleo_loss(x) for x in first.split(B)]).sum()
         return out
 
     @torch.no_grad()
-    def _teach(self, wide: Tensor, mask: Tensor, globals_: int) -> Targets:
+    def _teach(self, wide: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's probabilities: (globals * B, class prototypes), (masked, patch prototypes)."""
         d = self.settings.dino
         heat = ramp(
             self.progress, d.teacher_temperature_start, d.teacher_temperature, end=d.temperature_warmup
         )
         first, patches = self.teacher(wide)
-        views = losses.sinkhorn(self.teacher.class_head(first), heat)
-        of_patches = losses.sinkhorn(self.teacher.patch_head(patches[mask]), heat)
-        return Targets(views.unflatten(0, (globals_, -1)), of_patches, first, patches)
+        self.looked_at = first, patches.flatten(0, 1)
+        of_views = losses.sinkhorn(self.teacher.class_head(first), heat)
+        return of_views, losses.sinkhorn(self.teacher.patch_head(patches[mask]), heat)
 
     # ---- around it -----------------------------------------------------------------------------------
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

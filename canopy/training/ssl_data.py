@@ -100,7 +100,7 @@ class ViewStream(BatchStream[Views]):
         rules, rng = self.rules, np.random.default_rng((self.seed, number, 1))
         crops = []
         for _ in range(self.batch):
-            chip = self.shards[int(rng.choice(len(self.shards), p=self.chances))]
+            chip = self.draw_chip(rng)
             crops.append(multi_crop(chip.rgb.astype(np.float32) / 255, chip.image_valid, rng, rules))
         wide, near = (np.stack(part) for part in zip(*crops, strict=True))
         side = rules.global_px // self.patch_px

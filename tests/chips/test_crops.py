@@ -90,13 +90,6 @@ def test_too_many_shots_are_thinned_and_the_shape_is_fixed(make_chip):
     assert len(set(sample.shots[:, 2].tolist())) == MAX_SHOTS
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_crop_is_a_function_of_the_generator(make_chip, seed):
-    one, two = (make_crop(make_chip(), 48, np.random.default_rng(seed), AugmentSettings()) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    assert all(bool(torch.isfinite(part).all()) for part in one)
-
-
 # ---- batches --------------------------------------------------------------------------------------------
 def stream(folder: Path, rows=None, batch=3, side=64, augment=None, **more) -> ChipDataset:
     shards = ChipShards(folder, splits=["train"])

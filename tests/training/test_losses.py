@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from canopy.training import losses
-from canopy.training.losses import EPS_M, footprint_loss, pool_discs
+from canopy.training.losses import EPS_M, footprint_loss
 
 SHAPES = [(2, 1, 12, 16), (3, 1, 9, 7), (1, 1, 1, 20)]
 CENTRES = np.linspace(0, 28, 15)  # some targets lie above the last bin
@@ -224,15 +224,6 @@ def test_footprints_against_loops(shape, reach):
     pred, shots = make(shape, 3, seed=sum(shape))
     got = footprint_loss(torch.tensor(pred), torch.tensor(shots), top=0.1, reach_m=reach, penalty=0.05)
     assert got.item() == pytest.approx(loss_by_loops(pred, shots, 0.1, reach, 0.05), rel=1e-5)
-
-
-@pytest.mark.parametrize("top", [0.02, 0.5, 1.0])
-def test_what_stands_for_a_disc(top):
-    pred, shots = make((1, 1, 40, 40), 4)
-    places, radius = torch.tensor(shots[0, :4, :2])[:, None], torch.tensor(shots[0, :4, 4])
-    heights, fits = pool_discs(torch.tensor(pred), torch.zeros(4, dtype=torch.long), places, radius, top)
-    expected = [pooled_by_loops(pred[0, 0], *shot[:2], shot[4], top) for shot in shots[0, :4]]
-    assert np.allclose(heights[:, 0], expected) and fits.all()
 
 
 def test_no_shots_cost_nothing_and_leave_a_gradient_of_nought():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -113,19 +111,6 @@ def test_a_run_goes_on_with_the_settings_and_chips_it_was_started_with(repo, vie
     (chips / "index.csv").write_text("".join((views_dir / "index.csv").open().readlines()[:-6]))
     with pytest.raises(DataError, match="the run has chips"):
         pretrain(smoke(repo, chips, "steps=3", "views.locals=0"), run, resume=True)
-
-
-@pytest.mark.slow
-def test_two_processes_train_together_and_resume(repo, views_dir, tmp_path):
-    words = [sys.executable, "-m", "canopy", "pretrain", "configs/pretrain/smoke.yaml"]
-    words += [f"data.chips={views_dir}", "devices=2", "probe.every=2", "-q", "--json"]
-    for steps, more in ((2, []), (4, ["--resume"])):
-        ran = subprocess.run(
-            [*words, "-o", str(tmp_path / "run"), f"steps={steps}", *more],
-            capture_output=True, text=True, timeout=900, cwd=repo,
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stderr[-800:]
-        assert json.loads(ran.stdout.strip())["steps"] == steps  # one process has the word
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
