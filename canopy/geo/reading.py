@@ -101,11 +101,14 @@ def open_raster(path: str | Path, *, georeferenced: bool = True) -> DatasetReade
     return dataset
 
 
-def _check_vrt(path: Path) -> None:
-    """Refuse a VRT with a source that is missing or that is no plain file; nested VRTs are looked into.
+def _check_vrt(path: Path, within: tuple[Path, ...] = ()) -> None:
+    """Refuse a VRT with a source that is missing or no plain file, and one within itself.
 
-    GDAL complains about a missing source at the first read only, and gives zeros from then on.
+    GDAL may complain about a missing source at the first read only, and give zeros from then on; after it has
+    read a VRT that holds itself it does so for all VRTs of the process.
     """
+    if path.resolve() in within:
+        raise ImageryError("the VRT refers to itself", where=path)
     try:
         elements = list(ElementTree.parse(path).iter())
     except (OSError, ElementTree.ParseError) as error:
@@ -121,8 +124,8 @@ def _check_vrt(path: Path) -> None:
         source = path.parent / text if element.get("relativeToVRT") == "1" else Path(text)
         if not source.is_file():
             raise ImageryError(f"the VRT refers to {text}, which is not there", where=path)
-        if source.suffix.lower() == ".vrt" and not source.samefile(path):
-            _check_vrt(source)
+        if source.suffix.lower() == ".vrt":
+            _check_vrt(source, (*within, path.resolve()))
 
 
 def _open_as(name: str, drivers: list[str]) -> DatasetReader:

@@ -25,7 +25,6 @@ import rasterio.crs
 import rasterio.warp
 from affine import Affine
 from rasterio.enums import Resampling
-from scipy import ndimage
 
 from canopy.errors import InputError
 from canopy.geo.crs import transformer, x_period
@@ -170,6 +169,8 @@ class _ToSource:
                 YSCALE="1",
             )
         else:
+            from scipy import ndimage  # rarely needed, and slow to import
+
             at = self._exactly((np.arange(h * k) + 0.5) / k, (np.arange(w * k) + 0.5) / k) / block
             at = np.nan_to_num(at, posinf=0.0, neginf=0.0) - low[:, None, None] - 0.5
             order = 0 if kernel == Resampling.nearest else 1
@@ -191,7 +192,7 @@ def _affine_through(nine: np.ndarray, steps: np.ndarray) -> Affine | None:
     terms = np.stack([u.ravel(), v.ravel(), np.ones(9)], axis=1)
     if not np.isfinite(nine).all():
         return None
-    found, *_ = np.linalg.lstsq(terms, nine.reshape(2, 9).T[:, ::-1])
+    found, *_ = np.linalg.lstsq(terms, nine.reshape(2, 9).T[:, ::-1], rcond=None)
     if np.abs(terms @ found - nine.reshape(2, 9).T[:, ::-1]).max() > POSITION_TOL_PX:
         return None
     # Rounded to 5e-7 px over a cell: whole pixels stay whole, and take nothing of their neighbours.

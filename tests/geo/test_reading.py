@@ -94,7 +94,7 @@ def test_the_formats_that_open_and_others(tif, tmp_path):
         (_vrt("/vsizip/x.zip/a.tif", 0), "virtual path"),
         (_vrt("&lt;VRTDataset/&gt;", 0), "inline XML"),
         (_vrt("in.tif").replace("<VRTRasterBand ", '<VRTRasterBand subClass="VRTRawRasterBand" '), ""),
-        (_vrt("some.vrt"), ""),
+        (_vrt("some.vrt"), "refers to itself"),
         ("<VRTDataset>", "readable VRT"),
     ],
 )
