@@ -102,3 +102,23 @@ def refuse_options(given: Mapping[str, object], *, where: object, because: str) 
     useless = [name for name, value in given.items() if value is not None and value != ()]
     if useless:
         raise InputError(because, where=where, remedy=f"leave {', '.join(useless)} out")
+
+
+def require(what: str, install: str, *modules: str) -> None:
+    """Refuse work whose optional libraries are not installed.
+
+    Args:
+        what: that needs them, in the plural.
+        install: what pip installs them by.
+        modules: of the libraries.
+
+    Raises:
+        MissingDependencyError: names the library and how to have it.
+    """
+    for module in modules:
+        try:
+            __import__(module)
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"{what} need {module.split('.')[0]}", remedy=f"run: pip install '{install}'"
+            ) from error

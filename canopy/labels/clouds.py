@@ -20,7 +20,7 @@ import numpy as np
 import shapely
 
 from canopy import __version__
-from canopy.errors import CanopyError, DataError, InputError
+from canopy.errors import CanopyError, DataError, InputError, require
 from canopy.files import check_output, told_as_output
 from canopy.geo.area import AOI
 from canopy.geo.cog import CogWriter
@@ -157,7 +157,7 @@ def _read(
             which = "some files carry" if tally.ground else "the points carry"
             log.warning(f"note: {which} no ground class; ground is found with a cloth simulation")
     if not classified:
-        surface.require_cloth()
+        require("point clouds without ground classes", "canopy-height[lidar]", "CSF")
     return replace(plan, classified=classified), tally
 
 

@@ -155,7 +155,7 @@ def open_granule(path: str | Path, product: str = "L2A") -> Iterator[h5py.File]:
         raise
     except (OSError, RuntimeError) as error:  # what HDF5 says of damaged chunks, and of no HDF5 at all
         raise DataError(
-            f"cannot be read ({' '.join(str(error).split())[:160]})",
+            f"cannot be read ({str(error)[:160]})",
             where=path,
             expected="a whole GEDI .h5 file",
             remedy="it is truncated, damaged or another format; download it again",

@@ -24,7 +24,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 from shapely.geometry import shape
 
 from canopy import download
-from canopy.errors import AreaError, FetchError, InputError, MissingDependencyError, refuse_options
+from canopy.errors import AreaError, FetchError, InputError, refuse_options, require
 from canopy.files import host_of, redact
 from canopy.geo.area import AOI
 from canopy.imagery.names import parse_day
@@ -242,12 +242,9 @@ def _plan_earthdata(manifest: LabelManifest, product: Product, wish: Wish, area:
 
 
 def _earthaccess() -> Any:
-    try:
-        import earthaccess
-    except ImportError:
-        raise MissingDependencyError(
-            "Earthdata needs earthaccess", remedy="install it: pip install earthaccess"
-        ) from None
+    require("searches of Earthdata", "earthaccess", "earthaccess")
+    import earthaccess
+
     return earthaccess
 
 

@@ -22,7 +22,7 @@ import pyproj
 from odc.geo import CRS
 from pyproj.exceptions import CRSError
 
-from canopy.errors import CanopyError, DataError, MissingDependencyError
+from canopy.errors import CanopyError, DataError, require
 from canopy.geo.crs import ground_crs, metres_per_unit, to_crs, transformer
 from canopy.labels.surface import GROUND, KIND_OF_CLASS, NOISE
 from canopy.runtime import Progress, log
@@ -63,13 +63,7 @@ class LidarFile:
 
 def require_lidar() -> None:
     """Raises MissingDependencyError where LAZ cannot be read."""
-    try:
-        import laspy  # noqa: F401
-        import lazrs  # noqa: F401 - laspy finds it by itself
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"point clouds need {error.name}", remedy="run: pip install 'canopy-height[lidar]'"
-        ) from error
+    require("point clouds", "canopy-height[lidar]", "laspy", "lazrs")
 
 
 @contextmanager
@@ -80,7 +74,7 @@ def reading(path: Path) -> Iterator[None]:
     except (CanopyError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of the Rust decoder is not even an Exception
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = str(error)[:160] or type(error).__name__
         raise DataError(
             f"unreadable point cloud ({reason})",
             where=path,

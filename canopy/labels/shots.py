@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from canopy.errors import DataError, MissingDependencyError
+from canopy.errors import DataError, require
 from canopy.files import replacing
 
 if TYPE_CHECKING:
@@ -38,14 +38,7 @@ _SPELLINGS = {
 
 def require_gedi() -> None:
     """Raises MissingDependencyError where HDF5 cannot be read or Parquet not be written."""
-    try:
-        import h5py  # noqa: F401
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"GEDI files need {(error.name or 'h5py').split('.')[0]}",
-            remedy="run: pip install 'canopy-height[gedi]'",
-        ) from error
+    require("GEDI files", "canopy-height[gedi]", "h5py", "pyarrow.parquet")
 
 
 def rh_column(percent: int) -> str:
@@ -99,7 +92,7 @@ def read_shots(path: str | Path) -> geopandas.GeoDataFrame:
         table = readers.get(path.suffix.lower(), _read_parquet)(path)
     except Exception as error:  # those of pandas, pyarrow and pyogrio have no common base
         raise DataError(
-            f"not a table of shots ({_short(error)})", where=path, expected="Parquet, GeoPackage or CSV"
+            f"not a table of shots ({str(error)[:120]})", where=path, expected="Parquet, GeoPackage or CSV"
         ) from error
     table = table.rename(columns=_our_name)
     missing = [name for name in ("shot_number", "lat", "lon") if name not in table]
@@ -164,8 +157,4 @@ def _exact(numbers: pandas.Series, path: Path) -> np.ndarray:
             return numbers.to_numpy().astype(np.uint64)
         return np.array([int(text) for text in numbers], np.uint64)
     except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"shot_number: {_short(error)}", where=path, expected="whole numbers") from error
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120]
+        raise DataError(f"shot_number: {str(error)[:120]}", where=path, expected="whole numbers") from error

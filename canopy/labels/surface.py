@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from canopy.errors import MissingDependencyError
 from canopy.geo.grid import Grid
 
 # What a return is to a canopy model. ASPRS LAS 1.4 classes; 64-67 as IGN's LiDAR HD uses them.
@@ -105,17 +104,6 @@ def cloth_ground(points: np.ndarray, pixel: float) -> np.ndarray:
     xyz = np.column_stack([low[a].astype(np.float64) for a in "xyz"])
     # Near the origin: the library keeps its own arithmetic from there.
     return xyz[_drape(xyz - np.floor(xyz.min(axis=0)))]
-
-
-def require_cloth() -> None:
-    """Raises MissingDependencyError where the cloth simulation filter is not installed."""
-    try:
-        import CSF  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            "a point cloud without ground classes needs cloth-simulation-filter",
-            remedy="run: pip install 'canopy-height[lidar]'",
-        ) from error
 
 
 def _drape(xyz: np.ndarray) -> np.ndarray:

@@ -250,7 +250,7 @@ def test_a_failed_login_says_how_and_nothing_else(earthaccess, tmp_path, tells_n
         get_files(plan_get("gedi-l2a", Wish(area=BRAZIL)), tmp_path)
     tells_no_secret(caught.value)
     monkeypatch.setitem(sys.modules, "earthaccess", None)
-    with pytest.raises(MissingDependencyError, match="pip install earthaccess"):
+    with pytest.raises(MissingDependencyError, match="pip install 'earthaccess'"):
         plan_get("gedi-l2a", Wish(area=BRAZIL))
 
 
