@@ -118,11 +118,9 @@ class ImageryManifest(Named):
     placeholder_sha256: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _kind_has_what_it_needs(self) -> ImageryManifest:
+    def _has_what_it_needs(self) -> ImageryManifest:
         if self.kind != "demo" and not self.href:
             raise ValueError(f"kind {self.kind} needs href")
-        if self.kind == "demo" and self.rank is not None:
-            raise ValueError("the demo is never chosen by itself: it has no rank")
         return self
 
     @property

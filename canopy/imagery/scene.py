@@ -1,4 +1,4 @@
-"""One image as a layer of a mosaic: a raster file or URL, or three of one colour each, opened on first need.
+"""One image of a mosaic: a raster file or URL, or three of one colour each, opened on first need.
 
 A scene knows its place, its bands and its white from the file's header. Pixels come through the one warped
 reader; remote files are retried here, because only the application can see why a host failed.
@@ -119,7 +119,7 @@ class SceneFacts:
 
 
 class Scene:
-    """A raster file or URL as one layer of a mosaic, or three of one colour each. Thread-safe.
+    """A raster file or URL as one image of a mosaic, or three of one colour each. Thread-safe.
 
     Attributes:
         record: what is known of it; once it was opened, also what only the file knows.

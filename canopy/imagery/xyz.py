@@ -202,7 +202,10 @@ class TileSource(ImagerySource):
     def _fetch(self, x: int, y: int) -> Tile | None:
         if self._turned:
             x = (x + 2**self.zoom // 2) % 2**self.zoom
-        url = tile_url(self.service.template, self.zoom, x, y)
+        url, last = self.service.template, 2**self.zoom - 1
+        values = {"z": self.zoom, "x": x, "y": y, "-y": last - y, "q": quadkey_at(y, x, self.zoom)}
+        for field, value in values.items():
+            url = url.replace(f"{{{field}}}", str(value))
         where = f"web tile {self.zoom}/{x}/{y} of {self.name}"
         absent = (204, *self.service.absent_statuses)
         response = download.get(url, what=where, absent=absent)
@@ -220,14 +223,6 @@ class TileSource(ImagerySource):
         if self._nodata is not None:
             valid = valid & ~(rgb == self._nodata).all(axis=0)
         return rgb, valid
-
-
-def tile_url(template: str, zoom: int, x: int, y: int) -> str:
-    """URL of one tile; y counts from the north, as XYZ does."""
-    values = {"{z}": zoom, "{x}": x, "{y}": y, "{-y}": 2**zoom - 1 - y, "{q}": quadkey_at(y, x, zoom)}
-    for field, value in values.items():
-        template = template.replace(field, str(value))
-    return template
 
 
 def decode_tile(body: bytes, tile_px: int, where: str, url: str) -> Tile:

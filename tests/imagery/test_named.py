@@ -217,9 +217,6 @@ def test_tags_are_trusted_in_order():
 )
 def test_intervals(text, first, last):
     assert parse_range(text) == (first, last)
-
-
-@pytest.mark.parametrize("text", ["summer", "2021/2020", "21-06-01", "2021-13"])
-def test_what_is_no_interval(text):
-    with pytest.raises(ValueError):
-        parse_range(text)
+    for wrong in ("summer", "2021/2020", "21-06-01", "2021-13"):
+        with pytest.raises(ValueError):
+            parse_range(wrong)
