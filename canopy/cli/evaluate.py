@@ -46,14 +46,15 @@ class BenchmarkOptions(Settings):
 @takes_groups
 def evaluate(
     context: typer.Context,
-    options: Options,
-    judged: BenchmarkOptions,
     map_: Annotated[str | None, typer.Argument(metavar="MAP.tif", help=_HELP_MAP)] = None,
     reference: Annotated[list[str] | None, typer.Option("--reference", help=_HELP_REFERENCE)] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")] = None,
+    *,
+    options: Options,
     benchmark: Annotated[
         str | None, typer.Option("--benchmark", metavar="NAME", help=_HELP_BENCHMARK, rich_help_panel=_PANEL)
     ] = None,
+    judged: BenchmarkOptions,
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
