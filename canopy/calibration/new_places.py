@@ -173,23 +173,20 @@ def trained_on(card: Mapping[str, Any], rows: Sequence[ChipRow]) -> list[ChipRow
     data = card.get("data", {})
     if not data.get("train_ids"):
         return None
-    seen = _named_in(data["train_ids"], rows)
-    if not data.get("val_seen"):
-        # Of a pair that was divided between training and validation, the card names the pair in both.
-        seen -= _named_in(data.get("val_ids", ()), [row for row in rows if row.split != "train"])
-    return [row for row in rows if row.id in seen]
+    whole, held = set(data["train_ids"]), set(() if data.get("val_seen") else data.get("val_ids", ()))
+    # Of a pair that was divided between training and validation, the card names the pair in both.
+    return [
+        row for row in rows
+        if _is_named(row.id, whole) and not (row.split != "train" and _is_named(row.id, held))
+    ]  # fmt: skip
 
 
-def _named_in(names: Sequence[str], rows: Sequence[ChipRow]) -> set[str]:
-    """Ids of the chips, or pairs that chips are cut from, that are among others, or cut from or into them.
+def _is_named(chip: str, names: set[str]) -> bool:
+    """Whether a chip, or the pair that it is cut from, is among names, or one of them is cut from it.
 
     A chip's name is that of its pair, `-` and the place and settings it was cut at.
     """
-    whole = set(names)
-    return {
-        row.id for row in rows
-        if row.id in whole or any(n.startswith(f"{row.id}-") or row.id.startswith(f"{n}-") for n in whole)
-    }  # fmt: skip
+    return chip in names or any(n.startswith(f"{chip}-") or chip.startswith(f"{n}-") for n in names)
 
 
 def kept_from(card: Mapping[str, Any], rows: Sequence[ChipRow]) -> list[str]:
@@ -198,15 +195,13 @@ def kept_from(card: Mapping[str, Any], rows: Sequence[ChipRow]) -> list[str]:
     Raises:
         DataError: the card names no training chips, or chips of every site.
     """
-    trained = card.get("data", {}).get("train_ids", ())
-    if not trained:
+    seen = trained_on(card, rows)
+    if seen is None:
         raise DataError("the model does not say which chips it was trained on", where="--kept-from")
-    seen = _named_in(trained, rows)
-    known = {row.site for row in rows if row.id in seen}
-    found = [site for site in dict.fromkeys(row.site for row in rows) if site not in known]
-    if not found:
+    sites = dict.fromkeys(row.site for row in rows if row.site not in {row.site for row in seen})
+    if not sites:
         raise DataError(
             "the model was trained on every place of the data", where="--kept-from",
             remedy="train one with data.val_sites",
         )  # fmt: skip
-    return found
+    return list(sites)

@@ -90,8 +90,7 @@ class TorchRunner:
         with torch.inference_mode(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             if self._channels_last:
                 rgb = rgb.contiguous(memory_format=torch.channels_last)
-            # Crops are finite; to ask again would make the host wait for a GPU at every batch.
-            return self.model.layers(rgb, self.outputs, finite=True).float()
+            return self.model.layers(rgb, self.outputs).float()
 
 
 class OpenVinoRunner:

@@ -45,7 +45,7 @@ class Scores(nn.Module):
         self.model = model
 
     def forward(self, rgb: Tensor) -> Tensor:
-        return self.model.scores(rgb, finite=True)[0]
+        return self.model.scores(rgb)[0]
 
 
 def network_of(model: HeightModel) -> Scores:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import pickle
 import re
 import warnings
@@ -24,7 +23,7 @@ from torch import Tensor
 from canopy.errors import CheckpointError
 from canopy.models.checkpoint import BARE_WEIGHTS, BUFFERS, RUN_MODEL
 
-# How torch names the parameters of a dynamically quantised layer: once, or in early releases' way twice.
+# How torch names the parameters of a dynamically quantised layer.
 _PACKED = "._packed_params"
 # What a training script may have put around the weights.
 _NESTS = ("state_dict", "model")
@@ -128,19 +127,22 @@ def as_original(layout: str, found: Mapping[str, Tensor]) -> tuple[dict[str, Ten
 
 
 # ---- reading ----------------------------------------------------------------------------------------------
+def weight_file(path: Path) -> Path:
+    """The file of tensors that a path stands for: of a directory in the hub's layout, its model.safetensors."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
 def open_weights(path: Path) -> Weights:
     """Open a PyTorch pickle, a safetensors file, or a directory in the hub's layout.
 
     Raises:
         CheckpointError: missing, truncated, needing more than plain tensors, or holding none.
     """
-    if path.is_dir():
-        index, whole = path / "model.safetensors.index.json", path / "model.safetensors"
-        if not index.is_file() and not whole.is_file():
-            raise CheckpointError(
-                "holds no model.safetensors", where=path, expected="a directory in the hub's layout"
-            )
-        return Weights(_safetensors(_shards(index) if index.is_file() else [whole]))
+    if path.is_dir() and not weight_file(path).is_file():
+        raise CheckpointError(
+            "holds no model.safetensors", where=path, expected="a directory in the hub's layout"
+        )
+    path = weight_file(path)
     if not path.is_file():
         raise CheckpointError("no such file", where=path, expected="a checkpoint")
     with path.open("rb") as file:
@@ -148,36 +150,15 @@ def open_weights(path: Path) -> Weights:
     # safetensors: the length of a JSON header, eight bytes, and the header's brace.
     if first[4:] != b"\0\0\0\0{" and (first[:2] == b"PK" or first[:1] == b"\x80"):
         return _from_pickle(path)
-    return Weights(_safetensors([path]))
-
-
-def _safetensors(paths: list[Path]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors: dict[str, Tensor] = {}
-    for path in paths:
-        try:
-            tensors |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"is neither a PyTorch nor a whole safetensors file ({error})", where=path, remedy=_DAMAGED
-            ) from error
-    return tensors
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that a `*.safetensors.index.json` lists, all of them in its own folder."""
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError("is not an index of shards", where=index, remedy=_DAMAGED) from error
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"names the shard {name!r}", where=index, expected="plain file names")
-        if not (index.parent / name).is_file():
-            raise CheckpointError("shard is missing", where=index.parent / name, remedy=_DAMAGED)
-    return [index.parent / name for name in names]
+        return Weights(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"is neither a PyTorch nor a whole safetensors file ({error})", where=path, remedy=_DAMAGED
+        ) from error
 
 
 def _from_pickle(path: Path) -> Weights:

@@ -194,7 +194,18 @@ class HeightModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, rgb: Tensor) -> Tensor:
-        """RGB (B, 3, H, W) in 0..1 -> canopy height (B, 1, H, W) in metres."""
+        """RGB (B, 3, H, W) in 0..1 -> canopy height (B, 1, H, W) in metres.
+
+        Raises:
+            InputError: another shape or kind of numbers, or NaN, for which nothing else here looks: on a GPU
+                that would mean to wait for it at every batch.
+        """
+        if not torch.isfinite(rgb).all():
+            raise InputError(
+                "the image holds NaN or infinite values",
+                expected="finite RGB in 0..1",
+                remedy="fill invalid pixels with canopy.models.height.fill_invalid and mask the output",
+            )
         return self.layers(rgb, OUTPUTS[:1])
 
     def heights_and_scores(self, rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,18 +219,17 @@ class HeightModel(nn.Module):
         height, spread = self.layers_of(scores, OUTPUTS, size)[..., :H, :W].split(1, dim=1)
         return height, spread, scores
 
-    def layers(self, rgb: Tensor, outputs: Sequence[str] = OUTPUTS, *, finite: bool = False) -> Tensor:
+    def layers(self, rgb: Tensor, outputs: Sequence[str] = OUTPUTS) -> Tensor:
         """The named maps, in metres, (B, len(outputs), H, W) float32.
 
         Args:
-            rgb: as for `forward`.
+            rgb: as for `forward`; NaN is not looked for.
             outputs: of "height_m" and "spread_m", how unsure the network is between heights.
-            finite: `rgb` is known to hold no NaN, and is not searched for it.
 
         Raises:
             ConfigError: an unknown name.
         """
-        scores, size = self.scores(rgb, finite=finite)
+        scores, size = self.scores(rgb)
         H, W = rgb.shape[-2:]
         return self.layers_of(scores, outputs, size)[..., :H, :W]
 
@@ -237,9 +247,9 @@ class HeightModel(nn.Module):
             return maps
         return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
-    def scores(self, rgb: Tensor, *, finite: bool = False) -> tuple[Tensor, tuple[int, int]]:
+    def scores(self, rgb: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Bin scores (B, bins, h, w) of the padded image, float32, and its size."""
-        self._check(rgb, finite)
+        self._check(rgb)
         padded = pad_to_multiple(self.moved(rgb), self.config.pad_px)
         scores = self.decoder(self.encoder((padded - self.mean) / self.std)).float()
         return scores, (padded.shape[-2], padded.shape[-1])
@@ -257,7 +267,7 @@ class HeightModel(nn.Module):
         factor, offset = (rgb.new_tensor(v).view(1, -1, 1, 1) for v in self.stretch.factors())
         return rgb * factor + offset
 
-    def _check(self, rgb: Tensor, finite: bool) -> None:
+    def _check(self, rgb: Tensor) -> None:
         bands, patch = len(self.config.bands), self.config.patch_px
         if rgb.ndim != 4 or rgb.shape[1] != bands or not rgb.is_floating_point():
             raise InputError(
@@ -267,12 +277,6 @@ class HeightModel(nn.Module):
         if min(rgb.shape[-2:]) < patch:
             raise InputError(
                 f"the image is {rgb.shape[-2]}x{rgb.shape[-1]} px", expected=f"at least {patch}x{patch} px"
-            )
-        if not finite and not torch.isfinite(rgb).all():
-            raise InputError(
-                "the image holds NaN or infinite values",
-                expected="finite RGB in 0..1",
-                remedy="fill invalid pixels with canopy.models.height.fill_invalid and mask the output",
             )
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from canopy.files import check_output, file_sha256
 from canopy.models.checkpoint import BUFFERS, differences, write_model
 from canopy.models.config import ModelConfig
 from canopy.models.decoder import bin_centres
-from canopy.models.foreign import as_original, open_published, renamed, tables
+from canopy.models.foreign import as_original, open_published, renamed, tables, weight_file
 from canopy.models.height import HeightModel, normal_percentiles
 
 _MEAN, _STD = (0.420, 0.411, 0.296), (0.213, 0.156, 0.143)
@@ -117,7 +117,7 @@ def convert(
         "source": source or release["source"],
         "inputs": [
             {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
-            for file in _files(checkpoint, backbone)
+            for file in (weight_file(Path(one).expanduser()) for one in (checkpoint, backbone) if one)
         ],
     }
     card = shared | {
@@ -144,11 +144,6 @@ def convert(
         "dropped": found.dropped,
         "config": found.config.to_dict(),
     }
-
-
-def _files(*given: str | Path | None) -> Iterable[Path]:
-    for path in (Path(one).expanduser() for one in given if one is not None):
-        yield from sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
 
 
 def recognise(

@@ -38,13 +38,7 @@ EMBEDDED = {
 # Raise when a conversion would come out differently: older results in caches are then left alone.
 _CONVERTER = 2
 _HUB = "hf://"
-_HUB_FILES = [
-    "config.json",
-    "preprocessor_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-]
+_HUB_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
 
 
 class WeightFile(Settings):
@@ -186,8 +180,8 @@ def _digest(path: Path) -> str:
     """sha256 of a file, or of the contents of a model directory."""
     if path.is_file():
         return file_sha256(path)
-    files = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".safetensors") and p.is_file()]
-    return hashlib.sha256("".join(f"{p.name}:{file_sha256(p)};" for p in files).encode()).hexdigest()
+    files = [path / name for name in _HUB_FILES if (path / name).is_file()]
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
 def _published(name: str, entry: PublishedModel) -> Path:
