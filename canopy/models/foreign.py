@@ -128,7 +128,7 @@ def as_original(layout: str, found: Mapping[str, Tensor]) -> tuple[dict[str, Ten
 
 # ---- reading ----------------------------------------------------------------------------------------------
 def weight_file(path: Path) -> Path:
-    """The file of tensors that a path stands for: of a directory in the hub's layout, its model.safetensors."""
+    """The file of tensors that a path stands for: model.safetensors of a directory in the hub's layout."""
     return path / "model.safetensors" if path.is_dir() else path
 
 
