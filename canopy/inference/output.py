@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import shapely.geometry
 
 from canopy import __version__
-from canopy.errors import ConfigError, InputError
+from canopy.errors import ConfigError
 from canopy.files import is_url, redact, replacing
 from canopy.geo.cog import ENCODINGS, encoding_named
 from canopy.geo.crs import METRES_PER_DEGREE
@@ -53,12 +52,8 @@ class OutputFiles:
 
     @classmethod
     def of(cls, out: str | Path, quicklook: bool) -> OutputFiles:
-        """Derive the names beside `out`; InputError where it is no GeoTIFF's name."""
+        """The names beside `out`."""
         tif = Path(out).expanduser()
-        if tif.is_dir() or str(out).endswith(("/", os.sep)):
-            raise InputError("is a directory", where=out, expected="a file name ending in .tif")
-        if tif.suffix.lower() not in (".tif", ".tiff"):
-            raise InputError("is not a GeoTIFF's name", where=out, expected="a file name ending in .tif")
         return cls(tif, tif.with_suffix(".json"), tif.with_suffix(".png") if quicklook else None)
 
     @property

@@ -327,7 +327,10 @@ def _check_options(options: OneMapOptions, dry_run: bool) -> output.OutputFiles 
         return None
     files = output.OutputFiles.of(options.out, options.quicklook)
     inputs = [options.images, options.imagery, options.aoi, options.model]
-    check_output(files.all, inputs, overwrite=options.overwrite or dry_run)
+    check_output(
+        files.all, inputs, overwrite=options.overwrite or dry_run,
+        expected="a file name ending in .tif", suffixes=(".tif", ".tiff"),
+    )  # fmt: skip
     return files
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import canopy
 from canopy.errors import InputError
 from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.grid import Grid
@@ -102,6 +103,7 @@ def test_default_names() -> None:
 
 
 def test_outputs_must_be_geotiffs(tmp_path: Path) -> None:
-    for name in (tmp_path, "a/", "chm.png", "chm"):
-        with pytest.raises(InputError):
-            output.OutputFiles.of(name, quicklook=False)
+    (tmp_path / "folder.tif").mkdir()
+    for name in (tmp_path, tmp_path / "folder.tif", tmp_path / "chm.png", tmp_path / "chm"):
+        with pytest.raises(InputError, match=r"expected a file name ending in \.tif"):
+            canopy.predict("image.tif", out=name)
