@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,26 +41,6 @@ def test_a_failure_leaves_nothing_and_stays_what_it_was(tmp_path: Path, error: B
         raise error
     assert caught.value is error
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
-    """A real refusal of the system: files of this process may not grow beyond 1,000 bytes."""
-    code = (
-        "import resource, signal, sys\n"
-        "from canopy.errors import OutputError\n"
-        "from canopy.files import replacing\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "try:\n"
-        "    with replacing(sys.argv[1]) as part:\n"
-        "        part.write_bytes(bytes(5000))\n"
-        "except OutputError as error:\n"
-        "    print(error)\n"
-    )
-    path = tmp_path / "a.bin"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert done.stdout == f"{path}: cannot be written (File too large)\n"
-    assert not list(tmp_path.iterdir())
 
 
 def test_errors_of_the_system_are_told_with_the_remedy(tmp_path: Path) -> None:
