@@ -119,10 +119,8 @@ class ImagerySource(ABC):
     def pinned(self) -> dict[str, Any]:
         """What this source is, JSON-ready: `canopy.imagery.open.open_pinned` opens it again without a search.
 
-        URLs in it are unsigned, unless the user's own address carried a signature.
-
-        Raises:
-            InputError: the source exists in this process only.
+        URLs in it are unsigned, unless the user's own address carried a signature. What an array became is a
+        temporary file of this process.
         """
 
     def close(self) -> None:  # noqa: B027  (a source without files has nothing to do)
