@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from canopy.chips.plan import LABEL_FACTOR, PlannedChip, Shard
-from canopy.chips.register import Shift, block_means, image_shift
+from canopy.chips.register import block_means, image_shift
 from canopy.chips.store import NO_SHOTS, SHARDS, Chip, ChipRow, described, write_shard
 from canopy.chips.targets import chm_target, gap_weight, shots_on
 from canopy.errors import DataError, FetchError, ImageryError
@@ -119,15 +119,13 @@ def _read(shard: Shard, grid: Grid, labels: Grid) -> tuple[Imagery, np.ndarray, 
     undo = shift.is_sure and _LEAST_SHIFT_M <= shift.length_m <= options.most_shift_m
     if undo:
         heights = chm_target(pair.chm, labels, options.rule, (shift.down_m, shift.right_m))
-    return image, heights, _shift_facts(shift, undo, options.most_shift_m)
-
-
-def _shift_facts(shift: Shift, undone: bool, most_m: float) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "shift_down_m": round(shift.down_m, 3), "shift_right_m": round(shift.right_m, 3),
-        "shift_sure": shift.is_sure, "shift_applied": undone,
+        "shift_sure": shift.is_sure, "shift_applied": undo,
     }  # fmt: skip
-    return facts | ({"reason": DISPLACED} if shift.is_sure and shift.length_m > most_m else {})
+    if shift.is_sure and shift.length_m > options.most_shift_m:
+        facts["reason"] = DISPLACED
+    return image, heights, facts
 
 
 def _cut_chip(

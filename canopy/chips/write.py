@@ -28,7 +28,7 @@ from canopy.chips.store import (
     described,
     write_index,
     write_shard,
-)  # fmt: skip
+)
 from canopy.errors import DataError, InputError
 from canopy.files import replacing, told_as_output, write_json
 from canopy.runtime import NoProgress, Progress, log

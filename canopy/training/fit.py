@@ -29,7 +29,7 @@ from canopy.chips.data import (
     choose_chips,
     site_weights,
     some_heights,
-)  # fmt: skip
+)
 from canopy.chips.store import ChipShards
 from canopy.files import replacing
 from canopy.models.checkpoint import load_strict, save_checkpoint
@@ -50,7 +50,7 @@ from canopy.training.start import (
     read_weights,
     start_from,
     without_folders,
-)  # fmt: skip
+)
 
 MODEL, ENCODER = "model.safetensors", "encoder.safetensors"
 FORMAT, FORMAT_VERSION = "canopy-encoder", "1"
