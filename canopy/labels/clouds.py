@@ -75,7 +75,7 @@ def chm_from_points(
     )
     with (
         told_as_output(out, "cannot be made"),
-        tempfile.TemporaryDirectory(f".{out.name}.", ".partial", out.absolute().parent) as name,
+        tempfile.TemporaryDirectory(".partial", f".{out.name}.", out.absolute().parent) as name,
     ):
         plan, tally = _read(Path(name), clouds, grid, options, progress)
         tiles = tiles_over(grid, max(8, round(BLOCK_M / grid.pixel[0])))
