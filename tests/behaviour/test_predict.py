@@ -49,6 +49,11 @@ def test_aligned(predict, inputs, tmp_path) -> None:
     support.check_keys("predict_aligned", told)
     assert told["mean_height_m"] == pytest.approx(np.nanmean(support.metres(tmp_path / "chm.tif")), rel=1e-4)
     assert (tmp_path / "chm.png").stat().st_size > 5000
+    # A coarser map is the average of the fine one, whatever was recorded.
+    fine = support.metres(tmp_path / "chm.tif").reshape(60, 4, 75, 4).mean(axis=(1, 3))
+    predict(inputs / "wood.tif", "--gsd 2", out="coarse.tif")
+    whole = np.isfinite(fine)
+    np.testing.assert_allclose(support.metres(tmp_path / "coarse.tif")[whole], fine[whole], atol=1e-3)
 
 
 def test_the_map_is_a_valid_cog_and_says_where_it_comes_from(predict, inputs, model, tmp_path) -> None:
