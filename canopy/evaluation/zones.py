@@ -25,7 +25,7 @@ from canopy.evaluation.grids import own_grid, pixel_areas_m2
 from canopy.evaluation.maps import HIGHEST_M, LOWEST_M, HeightMap
 from canopy.evaluation.opening import open_heights
 from canopy.files import check_output, replacing
-from canopy.geo.crs import geod_of, to_crs, to_lonlat
+from canopy.geo.crs import EDGE_PIECES, geod_of, to_crs, to_lonlat
 from canopy.geo.grid import Grid, tiles_over
 from canopy.geo.vector import read_zones
 from canopy.runtime import NoProgress, Progress
@@ -186,6 +186,10 @@ def window_of(lattice: Grid, shape: BaseGeometry, frame: Sequence[float]) -> Gri
 def geodesic_area_m2(shape: BaseGeometry, crs: CRS) -> float:
     """Area of polygons on the WGS84 ellipsoid, holes taken off."""
     geod = geod_of(to_crs("EPSG:4326"))
+    if to_crs(crs) == to_crs("EPSG:4326"):
+        # Edges are straight in degrees, along a parallel too; the shortest way between their ends is not.
+        west, south, east, north = shape.bounds
+        shape = shapely.segmentize(shape, max(east - west, north - south) / EDGE_PIECES or 1.0)
     parts = (orient(part) for part in shapely.get_parts(to_lonlat(shape, crs)))
     return float(sum(abs(geod.geometry_area_perimeter(part)[0]) for part in parts))
 

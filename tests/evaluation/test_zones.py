@@ -10,6 +10,7 @@ from pyproj import Transformer
 
 from canopy.errors import ConfigError, InputError
 from canopy.evaluation import zones
+from canopy.evaluation.zones import geodesic_area_m2
 from canopy.evaluation.zones import stats as zone_stats
 
 WEST, NORTH, UTM = 500_000.0, 4_882_000.0, "EPSG:32618"
@@ -67,6 +68,12 @@ def test_web_mercator_map_gives_ground_area(write_map, tmp_path):
     zone = save(tmp_path, [box(60, 60, 160, 160)])
     row = zone_stats(path, zone).iloc[0]
     assert row.area_ha == pytest.approx(1, rel=2e-3) and row.valid_ha == pytest.approx(row.area_ha, rel=1e-3)
+
+
+def test_edges_along_a_parallel_are_no_geodesics():
+    x, y = Transformer.from_crs("EPSG:4326", "EPSG:6933", always_xy=True).transform([-80, -70], [40, 50])
+    wanted = (x[1] - x[0]) * (y[1] - y[0])  # a cylinder of equal area on the ellipsoid
+    assert geodesic_area_m2(shapely.box(-80, 40, -70, 50), "EPSG:4326") == pytest.approx(wanted, rel=1e-5)
 
 
 def test_outside_and_odd_features_stay_with_n_0(write_map, forest, tmp_path):
