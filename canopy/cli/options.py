@@ -73,54 +73,44 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     Its other parameters stay as they are. Meant as a decorator.
     """
     hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, list[inspect.Parameter]] = {}
+    groups = {name: kind for name, kind in hints.items() if hasattr(kind, "model_fields")}
     spread: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        kind = hints[parameter.name]
-        if hasattr(kind, "model_fields"):
-            groups[parameter.name] = _of_model(kind)
-            spread += groups[parameter.name]
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            spread += [_parameter(field, info) for field, info in groups[name].model_fields.items()]
         else:
-            spread.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+            spread.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        filled = {}
-        for name, parameters in groups.items():
-            values = {parameter.name: given.pop(parameter.name) for parameter in parameters}
-            filled[name] = validate_settings(hints[name], _said(values), "the command")
-        command(**given, **filled)
+        for name, group in groups.items():
+            values = {field: given.pop(field) for field in group.model_fields}
+            # What may be repeated is None where it was left out; None says nothing anywhere.
+            said = {field: value for field, value in values.items() if value is not None}
+            given[name] = validate_settings(group, said, "the command")
+        command(**given)
 
     run.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
     return run
 
 
-def _said(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what was left out: an argument that may be repeated is None then."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _of_model(kind: Any) -> list[inspect.Parameter]:
-    parameters = []
-    for name, field in kind.model_fields.items():
-        typed = field.json_schema_extra or {}
-        if typed.get("argument"):
-            info: Any = typer.Argument(metavar=typed["metavar"], help=field.description)
-        else:
-            info = typer.Option(
-                *typed.get("flags", ("--" + name.replace("_", "-"),)),
-                metavar=typed.get("metavar"), help=field.description,
-                rich_help_panel=typed.get("panel"), show_default=typed.get("shown", True),
-            )  # fmt: skip
-        repeated = get_origin(field.annotation) is list
-        many = typed.get("argument", False) or repeated
-        parameters.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None if many else field.default,
-                annotation=Annotated[list[str] | None if many else _typed_as(field.annotation), info],
-            )
+def _parameter(name: str, field: Any) -> inspect.Parameter:
+    """A field of a group as typer has it in a command's signature."""
+    typed = field.json_schema_extra or {}
+    if typed.get("argument"):
+        info: Any = typer.Argument(metavar=typed["metavar"], help=field.description)
+    else:
+        info = typer.Option(
+            *typed.get("flags", ("--" + name.replace("_", "-"),)),
+            metavar=typed.get("metavar"), help=field.description,
+            rich_help_panel=typed.get("panel"), show_default=typed.get("shown", True),
         )  # fmt: skip
-    return parameters
+    many = typed.get("argument", False) or get_origin(field.annotation) is list
+    kind = list[str] | None if many else _typed_as(field.annotation)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None if many else field.default,
+        annotation=Annotated[kind, info],
+    )  # fmt: skip
 
 
 def _typed_as(annotation: Any) -> Any:
