@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,13 +92,12 @@ class Prediction:
             )
         from canopy.inference.regrid import Scratch, regrid
 
-        with ExitStack() as stack:
-            # Beside the output: the system's temporary folder is often small, or memory.
-            beside = out.absolute().parent if out else None
-            prefix = f".{out.name}.canopy-" if out else ".canopy-"
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=beside))
+        # Beside the output: the system's temporary folder is often small, or memory.
+        beside = out.absolute().parent if out else None
+        prefix = f".{out.name}.canopy-" if out else ".canopy-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=beside) as folder:
             path = Path(folder) / "predicted.tif"
-            with Scratch(path, target.predict, self.extras.layers) as scratch:
+            with closing(Scratch(path, target.predict, self.extras.layers)) as scratch:
                 run = predict_grid(
                     self.runner, self.source, target.predict, scratch,
                     aoi=target.reach(self.aoi), extras=replace(self.extras, raw=True), **how,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import rasterio
@@ -57,14 +56,6 @@ class Scratch:
             raise OutputError(f"cannot write there ({error})", where=path.parent) from error
         self._folder = path.parent
 
-    def __enter__(self) -> Scratch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._dataset.close()
-
     def write(self, values: np.ndarray, valid: np.ndarray, row_off: int, col_off: int) -> None:
         """Take (layers + 1, h, w) layers and days, with (h, w) validity."""
         window = Window(col_off, row_off, valid.shape[1], valid.shape[0])
@@ -74,6 +65,9 @@ class Scratch:
             self._dataset.write(np.stack(bands).astype(np.float32), window=window)
         except (rasterio.errors.RasterioError, OSError) as error:
             raise OutputError(f"cannot write predictions ({error})", where=self._folder) from error
+
+    def close(self) -> None:
+        self._dataset.close()
 
 
 def regrid(
