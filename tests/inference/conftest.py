@@ -33,7 +33,7 @@ class AnalyticModel(torch.nn.Module):
         self.crops = 0
         self.largest_batch = 0
 
-    def layers(self, rgb: torch.Tensor, outputs: tuple[str, ...], finite: bool) -> torch.Tensor:
+    def layers(self, rgb: torch.Tensor, outputs: tuple[str, ...]) -> torch.Tensor:
         assert torch.isfinite(rgb).all(), "NaN entered the network"
         self.calls += 1
         self.crops += len(rgb)
