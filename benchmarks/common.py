@@ -244,14 +244,15 @@ def forest(side: int) -> Any:
 
 def cheap_model() -> Any:
     """Height = 30 x green: no work for a network, but all of the reading, blending and writing."""
-    from types import SimpleNamespace
+    from collections import namedtuple
 
     import torch
 
     class Cheap(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.config = SimpleNamespace(crop_px=256, patch_px=16, gsd_m=0.5, percentiles=())
+            facts = {"crop_px": 256, "patch_px": 16, "gsd_m": 0.5, "percentiles": ()}
+            self.config = namedtuple("Config", facts)(**facts)
             self.card, self.sha256 = {"name": "cheap"}, None
 
         def forward(self, rgb: torch.Tensor) -> torch.Tensor:
