@@ -30,9 +30,10 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Predict an image in this process."""
     import canopy
 
-    model = common.cheap_model() if case["model"] == "cheap" else canopy.load_model(case["model"])
+    cheap = case["model"] == "cheap"
+    model, backend = (common.cheap_model(), "torch") if cheap else (canopy.load_model(case["model"]), "auto")
     clock = common.Clock()
-    canopy.predict(case["image"], model=model, out=case["to"], overwrite=True, device="cpu")
+    canopy.predict(case["image"], model=model, out=case["to"], overwrite=True, device="cpu", backend=backend)
     return clock.read() | {"peak_mb": common.peak_mb()}
 
 
