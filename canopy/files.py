@@ -207,7 +207,8 @@ def gdal_name(name: str | Path) -> str:
     if path.is_dir():
         raise ImageryError("a folder, not a raster", where=name, expected="a raster file")
     if not path.is_file():
-        raise ImageryError("no such file", where=name, remedy="check the spelling of the path")
+        what = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise ImageryError(what, where=name, remedy="check the spelling of the path")
     return str(path.absolute())
 
 
@@ -262,21 +263,13 @@ def list_directory(folder: Path) -> list[Path]:
     """Images of a directory (not of its subdirectories), sorted by name.
 
     Raises:
-        ImageryError: it holds none, or one that is a link to nowhere.
+        ImageryError: it holds none.
     """
     found = sorted(
         path
         for path in folder.iterdir()
         if path.suffix.lower() in DIRECTORY_SUFFIXES and not path.is_dir() and not path.name.startswith(".")
     )
-    broken = [path for path in found if not path.is_file()]
-    if broken:
-        more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
-        raise ImageryError(
-            f"a link to a file that is not there{more}",
-            where=broken[0],
-            remedy="mend or remove it: the map would have a hole there",
-        )
     if not found:
         raise ImageryError(
             "the directory holds no image",

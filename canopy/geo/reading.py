@@ -218,7 +218,7 @@ def read_window(
     place = SourcePlace.of(ds, crs).in_turn_of(grid)
 
     def read(row: int, col: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        values, valid = _read_native(ds, indexes, Window(col, row, width, height), nodata, colours)
+        values, valid = read_native(ds, indexes, Window(col, row, width, height), nodata, colours)
         return decode(values, valid) if decode else (values, valid)
 
     bands = len(indexes)
@@ -275,10 +275,10 @@ def read_raster(
 
 
 # ---- source pixels ----------------------------------------------------------------------------
-def _read_native(
+def read_native(
     ds: DatasetReader, indexes: Sequence[int], window: Window, nodata: float | None, colours: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values (b, h, w) in the file's dtype and valid (h, w) of a window inside the dataset."""
+    """Values (b, h, w) in the file's dtype and valid (h, w) of a window inside it; see `read_window`."""
     try:
         with gdal_complaints() as complaints:
             values = ds.read(list(indexes), window=window)

@@ -51,6 +51,7 @@ class ReadOptions:
         bands: 1-based band numbers of red, green and blue.
         nodata: a pixel whose red, green and blue all have this value is missing (any, if it is below 0).
         crs: CRS of the images, in place of what they say.
+        on_damaged: of several images, what becomes of one that cannot be read: `fail` or `skip`.
         fallback_crs: for images without a CRS: guessed from what the user said about the map.
         scale: pixel value that means white.
         datetime: STAC-style instant or interval that limits acquisitions.
@@ -64,6 +65,7 @@ class ReadOptions:
     datetime: str | None = None
     gsd_m: float | None = None
     fallback_crs: str | None = None
+    on_damaged: str = "fail"
 
     def to_json(self) -> dict[str, Any]:
         """What was said, JSON-ready: `ReadOptions(**options.to_json())` is the same."""

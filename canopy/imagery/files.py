@@ -17,7 +17,7 @@ import shapely
 from numpy.typing import NDArray
 from odc.geo import CRS
 
-from canopy.errors import AreaError, ImageryError, InputError
+from canopy.errors import AreaError, FetchError, ImageryError, InputError
 from canopy.files import is_url, public_name
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_lonlat
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # In one mosaic, an image so many times coarser than the finest is told of.
 _COARSER = 3.0
 _MOST_NOTES = 6
+_MOST_NAMED = 3
 # Catalogs round outlines: degrees (11 m) by which an image may reach beyond its own.
 _ROUNDED_DEG = 1e-4
 
@@ -224,18 +225,46 @@ def open_files(
         newest_first: sort by date (unknown dates last) and then by name instead of keeping the order.
 
     Raises:
-        ImageryError: one of them cannot be read as RGB; the message names it.
+        ImageryError: one of them, or where they may be skipped all, cannot be read as RGB; it names the file.
     """
     check_options(options)
     handles = Handles()
     records = [SceneRecord(scene_id=label or public_name(href), assets=(href,)) for href in hrefs]
     scenes = [Scene(record, options, handles) for record in records]
-    for scene in scenes:
-        _ = scene.facts  # a bad file is an error now, not in the middle of the work
+    scenes, skipped = _readable(scenes, options)
     scenes = _within(scenes, options, name)
     if newest_first:
         scenes.sort(key=lambda s: (-(s.record.day or date.min).toordinal(), s.record.scene_id))
-    return Mosaic(scenes, name=name, notes=_notes(scenes), handles=handles, options=options)
+    return Mosaic(scenes, name=name, notes=[*skipped, *_notes(scenes)], handles=handles, options=options)
+
+
+def _readable(scenes: list[Scene], options: ReadOptions) -> tuple[list[Scene], list[str]]:
+    """Scenes that can be read, and a note on the others, which are an error unless they may be skipped."""
+    if len(scenes) == 1:
+        _ = scenes[0].facts
+        return scenes, []
+    kept, damaged = [], []
+    for scene in scenes:
+        try:
+            scene.check()
+            kept.append(scene)
+        except FetchError:  # the host may be back in a minute
+            raise
+        except ImageryError as error:
+            if options.on_damaged != "skip":
+                skip = "leave out what cannot be read with --on-damaged skip"
+                remedy = f"{error.remedy}, or {skip}" if error.remedy else skip
+                raise ImageryError(
+                    error.what, where=error.where, expected=error.expected, remedy=remedy
+                ) from error
+            damaged.append(error)
+    if not kept:
+        raise damaged[0]
+    if not damaged:
+        return kept, []
+    named = [f"{error.where} ({error.what})" for error in damaged[:_MOST_NAMED]]
+    named += [f"and {len(damaged) - _MOST_NAMED} more"] if len(damaged) > _MOST_NAMED else []
+    return kept, [f"{len(damaged)} of {len(scenes)} images left out: {', '.join(named)}"]
 
 
 def _within(scenes: list[Scene], options: ReadOptions, name: str) -> list[Scene]:

@@ -40,6 +40,7 @@ def open_imagery(
     datetime: str | None = None,
     gsd_m: float | None = None,
     fallback_crs: str | None = None,
+    on_damaged: str = "fail",
 ) -> ImagerySource:
     """Open images of any kind.
 
@@ -55,6 +56,7 @@ def open_imagery(
         datetime: an acquisition instant or interval such as `2021-06/2021-09`.
         gsd_m: ground metres per pixel that will be read; web tiles choose their zoom by it (default 0.5).
         fallback_crs: CRS of images that carry none.
+        on_damaged: where one of several images cannot be read: `fail`, or `skip` it with a note.
 
     Returns:
         The source: `read(grid)`, `to_xarray()`, and `close()` or `with`.
@@ -64,7 +66,7 @@ def open_imagery(
         ImageryError: an image that cannot be read as RGB; FetchError for remote hosts.
         AreaError: no imagery in `area`.
     """
-    options = ReadOptions(bands, nodata, crs, scale, datetime, gsd_m, fallback_crs)
+    options = ReadOptions(bands, nodata, crs, scale, datetime, gsd_m, fallback_crs, on_damaged)
     if hasattr(source, "dims"):
         return _open_array(source, options)
     items = [str(source)] if isinstance(source, (str, Path)) else [str(item) for item in source]
@@ -78,7 +80,7 @@ def open_imagery(
     from canopy.imagery.files import open_files
 
     for item in items:
-        if not is_url(item) and not Path(item).is_file():
+        if not (is_url(item) or Path(item).is_file() or Path(item).is_symlink()):
             raise _not_found(
                 item, "when several images are given, each must be a file or the URL of an image"
             )

@@ -19,6 +19,7 @@ import shapely
 from numpy.typing import NDArray
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
+from rasterio.windows import Window
 from shapely.geometry import MultiPolygon, Polygon
 
 from canopy.config import Settings
@@ -27,7 +28,7 @@ from canopy.files import host_of, is_url, public_name
 from canopy.geo.crs import ground_crs, to_crs, to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
-from canopy.geo.reading import open_raster, read_window
+from canopy.geo.reading import open_raster, read_native, read_window
 from canopy.imagery.bands import (
     BandPlan,
     check_georeference,
@@ -155,6 +156,21 @@ class Scene:
             ImageryError: it cannot be read as RGB in a known place; FetchError when its host fails.
         """
         return self._facts_of(self.record.assets[0])
+
+    def check(self) -> None:
+        """Open it; of a file of this machine, read the last pixel, which one that was cut short lacks.
+
+        Raises:
+            ImageryError: it cannot be read; see `facts`.
+        """
+        href, plan = self.record.assets[0], self.facts.plan
+        if not is_url(href):
+            self._try(
+                href,
+                lambda ds: read_native(
+                    ds, plan.indexes, Window(ds.width - 1, ds.height - 1, 1, 1), None, colours=True
+                ),
+            )
 
     def read(self, grid: Grid) -> Pixels:
         """RGB in 0..1 and validity on `grid`; of three files, a pixel needs all."""

@@ -56,6 +56,7 @@ def open_source(
         scale=options.scale,
         datetime=options.datetime,
         gsd_m=gsd_m,
+        on_damaged=options.on_damaged,
         # One CRS was named: for images that carry none it cannot have been meant for the map alone.
         fallback_crs=None if options.crs in ("image", "quadkey") else options.crs,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import field_validator
 
@@ -101,6 +101,10 @@ class PredictOptions(AreaOptions):
     )
     nodata: float | None = option(None, "Image value that means missing where all bands have it.")
     scale: float | None = option(None, "Image value that means white; needed unless uint8.")
+    on_damaged: Literal["fail", "skip"] = option(
+        "fail", "Where one of several images cannot be read: stop, or leave it out with a note.",
+        metavar="fail|skip",
+    )  # fmt: skip
 
     model: str = option("default", "See canopy models list.", metavar="NAME|FILE")
     gsd: float | None = option(None, "Ground metres per pixel of the map. Default: the model's.")

@@ -52,11 +52,15 @@ def refused(canopy: Callable, tmp_path: Path) -> Callable[..., str]:
     """`refused("predict", ...)`: the one line of a command that exits with 2 and writes nothing."""
 
     def run(*words: object) -> str:
-        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+        def times() -> dict[Path, int]:
+            return {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+        before = times()
         ran = canopy(*words)
         assert ran.code == 2, ran.err
         assert ran.out == "" and "Traceback" not in ran.err
-        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before, "it wrote something"
+        assert times() == before, "it wrote something"
         return ran.error_line
 
     return run

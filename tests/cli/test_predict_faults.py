@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 from pyproj import Transformer
 from rasterio.enums import ColorInterp
 
@@ -208,3 +209,32 @@ def test_files_that_are_not_what_they_seem(bad, make_image, tmp_path) -> None:
     ):  # fmt: skip
         assert says in bad(image)
     assert "--imagery" in bad()
+
+
+def test_one_of_several_images_is_damaged(bad, predict, make_image, tmp_path, rgb) -> None:
+    """No file behind a link, no image in a file, a file cut short: refused, or left out with one note."""
+    folder = tmp_path / "tiles"
+    good = make_image("tiles/good.tif")
+    beside = rasterio.Affine(0.5, 0, 500_060, 0, -0.5, 4_882_000)
+    cut = folder / "cut.tif"
+    rasterio.shutil.copy(make_image("far.tif", np.tile(rgb, (1, 5, 5)), transform=beside), cut, driver="COG")
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 2 // 3])
+    (folder / "text.tif").write_text("no image")
+    (folder / "link.tif").symlink_to("nowhere.tif")
+    everything = sorted(folder.iterdir())
+    for given in (["tiles"], everything):
+        line = bad(*given)
+        assert "cut.tif: unreadable pixels" in line and "--on-damaged skip" in line
+        done = predict(*given, "--on-damaged", "skip", out="done.tif")
+        (note,) = (line for line in done.err.splitlines() if "left out" in line)
+        assert "3 of 4 images left out" in note and all(
+            f"{name}.tif (" in note for name in ("cut", "link", "text")
+        )
+        with rasterio.open("done.tif") as made:
+            assert made.shape == rgb.shape[1:]
+    cut.unlink()
+    assert "link.tif: a link to a file that is not there" in bad("tiles")
+    good.unlink()
+    assert "link.tif" in bad("tiles", "--on-damaged", "skip"), "nothing is left"
+    assert "fail" in bad("tiles", "--on-damaged", "mend")
+    assert "gone.tif" in bad(make_image("a.tif"), "gone.tif", "--on-damaged", "skip"), "a name is not damage"

@@ -15,7 +15,7 @@ import rasterio
 import rasterio.warp
 from shapely.geometry import Point
 
-from canopy.errors import CanopyError, ConfigError, FetchError, InputError, OutputError
+from canopy.errors import CanopyError, ConfigError, FetchError, ImageryError, InputError, OutputError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.reading import read_raster
@@ -340,3 +340,26 @@ def test_the_cost_is_that_of_the_crops(options: Make, make_run: Callable) -> Non
     assert one["money"] == pytest.approx(2 * one["worker_hours"])
     made = make_run(options())
     assert made.counts["done"] == one["tiles"] and made.totals["km2"] == pytest.approx(one["km2"])
+
+
+def test_images_that_are_skipped_are_in_no_pin(
+    options: Make, make_run: Callable, image: Path, tmp_path: Path
+) -> None:
+    """Workers and later starts open what was readable when the run began, whatever has become of the rest."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(image, folder / "whole.tif")
+    link = folder / "link.tif"
+    link.symlink_to("nowhere.tif")
+    with pytest.raises(ImageryError, match=r"link\.tif.*--on-damaged skip"):
+        prepare_run(options(images=(str(folder),)))
+    wish = options(images=(str(folder),), on_damaged="skip")
+    region = prepare_run(wish)
+    scenes = region.pins["imagery"]["pin"]["scenes"]
+    assert [Path(scene["scene_id"]).name for scene in scenes] == ["whole.tif"]
+    assert sum("1 of 2 images left out" in note and "link.tif" in note for note in region.notes) == 1
+    assert make_run(wish).exit_code == 0
+    link.unlink()
+    shutil.copy(image, link)
+    again = make_run(MapOptions(out=str(tmp_path / "run")), resume=True)
+    assert again.exit_code == 0 and again.tally.counts.total() == 0
