@@ -32,8 +32,8 @@ EMBEDDED = {
     "default": "canopy-small-v3.safetensors",
     "canopy-small": "canopy-small-v3.safetensors",
     "canopy-small-v3": "canopy-small-v3.safetensors",
-    "canopy-lite": "canopy-lite-v4.safetensors",
-    "canopy-lite-v4": "canopy-lite-v4.safetensors",
+    "canopy-lite": "canopy-lite-v5.safetensors",
+    "canopy-lite-v5": "canopy-lite-v5.safetensors",
 }
 # Raise when a conversion would come out differently: older results in caches are then left alone.
 _CONVERTER = 2
