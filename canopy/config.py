@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from canopy.errors import ConfigError, InputError
 from canopy.runtime import manifests_dir
@@ -40,6 +41,14 @@ def option(default: Any, help: str, **typed: Any) -> Any:
     return Field(default=default, description=help, json_schema_extra=typed or None)
 
 
+def flags_of(name: str, field: FieldInfo) -> tuple[str, ...]:
+    """How an option is typed, such as ("-o", "--out")."""
+    typed: Any = field.json_schema_extra or {}
+    return tuple(typed.get("flags", ("--" + name.replace("_", "-"),)))
+
+
+_EXPECTED = "Input should be "  # as pydantic begins
+_LONGEST_VALUE = 60  # of a value that a message repeats, characters
 S = TypeVar("S", bound=BaseModel)
 N = TypeVar("N", bound=Named)
 
@@ -101,12 +110,18 @@ def check_known(name: str, known: Sequence[str], what: str, besides: str = "") -
         )  # fmt: skip
 
 
-def validate_settings(schema: type[S], raw: Mapping[str, Any], where: object) -> S:
-    """Validate a mapping against `schema`; see `load_settings` for the errors."""
+def validate_settings(schema: type[S], raw: Mapping[str, Any], where: object = None) -> S:
+    """Validate a mapping against `schema`; see `load_settings` for the errors.
+
+    Args:
+        schema: what is wanted.
+        raw: what was given.
+        where: the file, or whose settings they are; None: options as they are typed, which name themselves.
+    """
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_first_fault(schema, error), where=where) from error
+        raise _first_fault(schema, raw, error, where) from error
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -125,16 +140,48 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"cannot read the value {text!r}", where=f"override {override!r}") from error
 
 
-def _first_fault(schema: type[BaseModel], error: ValidationError) -> str:
-    """The first problem in one line, with the nearest known key where a key is unknown."""
-    fault = error.errors(include_url=False)[0]
-    location = [str(part) for part in fault["loc"]]
-    if fault["type"] != "extra_forbidden":
-        return f"{'.'.join(location) or 'settings'}: {fault['msg']}"
-    known = _keys_at(schema, location[:-1])
-    near = difflib.get_close_matches(location[-1], known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}" if known else ""
-    return f"unknown key {'.'.join(location)!r}{hint}"
+def _first_fault(
+    schema: type[BaseModel], raw: Mapping[str, Any], error: ValidationError, where: object
+) -> ConfigError:
+    """The first problem: the key, its value and what is expected there, or the nearest known key."""
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    keys = _keys_given(raw, fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _keys_at(schema, keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = (
+            f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}" if known else ""
+        )
+        return ConfigError(f"unknown key {'.'.join(keys)!r}{hint}", where=where)
+    if fault["type"] == "missing":
+        return ConfigError(f"{'.'.join([*keys, str(fault['loc'][-1])])!r} is missing", where=where)
+    said = fault["msg"].removeprefix("Value error, ")
+    place, value = ".".join(keys), repr(fault["input"])
+    if isinstance(fault["input"], Mapping) and not said.startswith(_EXPECTED):  # of a whole section
+        return ConfigError(said if said.startswith(place) else f"{place}: {said}", where=where)
+    what = value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
+    if where is None:
+        where = flags_of(keys[0], schema.model_fields[keys[0]])[-1]
+    else:
+        what = f"{place}: {what}"
+    if said.startswith(_EXPECTED):  # a value of several types has a fault for each
+        said = [f["msg"] for f in faults if _keys_given(raw, f["loc"]) == keys]
+        ways = [one.removeprefix(_EXPECTED).partition(", unable")[0] for one in said]
+        return ConfigError(what, where=where, expected=" or ".join(dict.fromkeys(ways)))
+    return ConfigError(f"{what}: {said}", where=where)
+
+
+def _keys_given(raw: Any, location: Sequence[str | int]) -> list[str]:
+    """A fault's place as the user knows it: pydantic also names the type of a union that it tried."""
+    keys = []
+    for part in location:
+        if (isinstance(raw, Mapping) and part in raw) or (
+            isinstance(raw, list | tuple) and part in range(len(raw))
+        ):
+            raw = raw[part]
+            keys.append(str(part))
+    return keys
 
 
 def _keys_at(schema: Any, location: list[str]) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from pydantic import field_validator, model_validator
 
 from canopy import errors
 from canopy.config import Settings, load_settings
@@ -14,11 +16,26 @@ from canopy.errors import ConfigError
 
 class Optim(Settings):
     learning_rate: float = 1e-3
+    decay: float | Literal["auto"] = "auto"
+
+    @field_validator("decay")
+    @classmethod
+    def _above_zero(cls, value: float | str) -> float | str:
+        if value != "auto" and float(value) < 0:
+            raise ValueError("must not be negative")
+        return value
 
 
 class Run(Settings):
     steps: int = 10
+    share: float = 0.5
     optim: Optim = Optim()
+
+    @model_validator(mode="after")
+    def _is_a_share(self) -> Run:
+        if self.share > 1:
+            raise ValueError(f"a share of {self.share:g}")
+        return self
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -38,7 +55,10 @@ def test_file_and_overrides_meet_the_defaults(tmp_path: Path) -> None:
     [
         ("stepz: 5", [], ["'stepz'", "'steps'"]),
         ("optim: {learning_rat: 1}", [], ["'optim.learning_rat'", "'learning_rate'"]),
-        ("steps: many", [], ["steps", "integer"]),
+        ("steps: many", [], ["run.yaml: steps: 'many'; expected a valid integer"]),
+        ("optim: {decay: much}", [], ["run.yaml: optim.decay: 'much'; expected a valid number or 'auto'"]),
+        ("optim: {decay: -1}", [], ["run.yaml: optim.decay: -1: must not be negative"]),
+        ("share: 2", [], ["run.yaml: a share of 2"]),
         ("- a list", [], ["list", "key: value"]),
         ("steps: [1", [], ["not valid YAML"]),
         ("", ["steps"], ["key=value"]),

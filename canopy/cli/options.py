@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin,
 
 import typer
 
-from canopy.config import validate_settings
+from canopy.config import flags_of, validate_settings
 from canopy.errors import refuse_options
 from canopy.runtime import setup_logging
 
@@ -87,7 +87,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
             values = {field: given.pop(field) for field in group.model_fields}
             # What may be repeated is None where it was left out; None says nothing anywhere.
             said = {field: value for field, value in values.items() if value is not None}
-            given[name] = validate_settings(group, said, "the command")
+            given[name] = validate_settings(group, said)
         command(**given)
 
     run.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def _parameter(name: str, field: Any) -> inspect.Parameter:
         info: Any = typer.Argument(metavar=typed["metavar"], help=field.description)
     else:
         info = typer.Option(
-            *typed.get("flags", ("--" + name.replace("_", "-"),)),
+            *flags_of(name, field),
             metavar=typed.get("metavar"), help=field.description,
             rich_help_panel=typed.get("panel"), show_default=typed.get("shown", True),
         )  # fmt: skip

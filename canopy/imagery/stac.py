@@ -154,8 +154,8 @@ def search(href: str, collection: str | None, area: AOI | None, datetime: str | 
     """Items of a STAC API in an area and time.
 
     Raises:
-        InputError: no area, or more than MAX_ITEMS items; FetchError: the host;
-        MissingDependencyError: pystac-client is not installed.
+        InputError: no area, or more than MAX_ITEMS items; FetchError: the host, or it gives fewer items
+            than it says it has; MissingDependencyError: pystac-client is not installed.
     """
     if area is None:
         raise InputError(
@@ -190,7 +190,13 @@ def search(href: str, collection: str | None, area: AOI | None, datetime: str | 
             datetime=datetime,
             max_items=MAX_ITEMS + 1,
         )
-        items = list(found.items())
+        items, promised = list[pystac.Item](), 0
+        for page in found.pages():
+            items += page.items
+            said = page.extra_fields.get("numberMatched") or page.extra_fields.get("context", {}).get(
+                "matched"
+            )
+            promised = int(said or promised)
     except (APIError, RequestException) as error:
         said = f"{host_of(href)} did not answer the search ({redact(error)[:200]})"
         raise FetchError(said, where=redact(href)) from None
@@ -202,6 +208,12 @@ def search(href: str, collection: str | None, area: AOI | None, datetime: str | 
             f"more than {MAX_ITEMS} items there",
             where=redact(href),
             remedy="limit the dates with --datetime",
+        )
+    if len(items) < promised:  # an empty page ends a search, also one that a busy host gives too early
+        raise FetchError(
+            f"{host_of(href)} says it has {promised} items there and gives {len(items)}",
+            where=redact(href),
+            remedy="try again later",
         )
     return items
 

@@ -218,6 +218,15 @@ def test_a_busy_search_is_repeated_and_a_dead_one_named(api):
         open_imagery(server.url + "/api", area=area())
 
 
+@pytest.mark.parametrize("total", [{"numberMatched": 3}, {"context": {"matched": 3}}])
+def test_a_search_that_gives_fewer_items_than_it_says_it_has_is_refused(api, total):
+    server, items, _ = api
+    page = {"type": "FeatureCollection", "features": items[:1], "links": [], **total}
+    server.fail("/api/search", status=200, body=json.dumps(page).encode())
+    with pytest.raises(FetchError, match="says it has 3 items there and gives 1"):
+        open_imagery(server.url + "/api", area=area())
+
+
 def test_items_without_colour_are_counted_aloud(api):
     server, items, _ = api
     items[0]["assets"] = {"dem": {"href": "dem.tif", "type": "image/tiff"}}
