@@ -166,8 +166,8 @@ def _first_fault(
     else:
         what = f"{place}: {what}"
     if said.startswith(_EXPECTED):  # a value of several types has a fault for each
-        said = [f["msg"] for f in faults if _keys_given(raw, f["loc"]) == keys]
-        ways = [one.removeprefix(_EXPECTED).partition(", unable")[0] for one in said]
+        all_said = [f["msg"] for f in faults if _keys_given(raw, f["loc"]) == keys]
+        ways = [one.removeprefix(_EXPECTED).partition(", unable")[0] for one in all_said]
         return ConfigError(what, where=where, expected=" or ".join(dict.fromkeys(ways)))
     return ConfigError(f"{what}: {said}", where=where)
 
@@ -176,10 +176,9 @@ def _keys_given(raw: Any, location: Sequence[str | int]) -> list[str]:
     """A fault's place as the user knows it: pydantic also names the type of a union that it tried."""
     keys = []
     for part in location:
-        if (isinstance(raw, Mapping) and part in raw) or (
-            isinstance(raw, list | tuple) and part in range(len(raw))
-        ):
-            raw = raw[part]
+        inside = dict(enumerate(raw)) if isinstance(raw, list | tuple) else raw
+        if isinstance(inside, Mapping) and part in inside:
+            raw = inside[part]
             keys.append(str(part))
     return keys
 
