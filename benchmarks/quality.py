@@ -18,7 +18,7 @@ import numpy as np
 import rasterio
 from scipy import ndimage
 
-from canopy.calibration.apply import crops_described, fit_domain
+from canopy.calibration.calibrate import crops_described, fit_domain
 from canopy.calibration.collect import load_chips
 from canopy.inference.layers import CARD_KEY, QualityRules, rules_of
 

@@ -27,7 +27,7 @@ from canopy.calibration.collect import Scored
 from canopy.errors import DataError
 from canopy.geo.crs import to_lonlat
 from canopy.geo.grid import Grid, tiles_over
-from canopy.models.heads import IntervalTable, at_level, check_level
+from canopy.models.intervals import IntervalTable, at_level, check_level
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:

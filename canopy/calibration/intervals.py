@@ -20,7 +20,7 @@ import numpy as np
 
 from canopy.calibration.collect import BLOCK_M, Cells
 from canopy.errors import DataError
-from canopy.models.heads import LEVELS, SOFT_M, IntervalTable, dense_hats, hats
+from canopy.models.intervals import LEVELS, SOFT_M, IntervalTable, dense_hats, hats
 
 HEIGHT_CLASSES_M = (0.0, 0.5, 2.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0)
 _KNOTS_M = (0.0, 0.25, 0.5, 1, 2, 4, 7, 10, 13, 16, 18, 20, 22, 24, 26, 28, 30, 33, 36, 40)

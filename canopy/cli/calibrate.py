@@ -101,7 +101,7 @@ def interval(
     Example: canopy calibrate interval default --data chips -o calibrated.safetensors
     Example: canopy calibrate interval default --data my_chips --splits train,val -o mine.safetensors
     """
-    from canopy.calibration.apply import calibrate_model
+    from canopy.calibration.calibrate import calibrate_model
     from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)

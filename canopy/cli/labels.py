@@ -81,7 +81,7 @@ def chm(
         if dsm is not None and dtm is not None:
             facts = chm_from_rasters(dsm, dtm, out, options, area=area, progress=progress)
         else:
-            from canopy.labels.clouds import chm_from_points
+            from canopy.labels.lidar import chm_from_points
 
             facts = chm_from_points(files or [], out, options, area=area, progress=progress)
     if json_:

@@ -37,7 +37,7 @@ from canopy.geo.crs import to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
-from canopy.imagery.names import acquisition_date, parse_range
+from canopy.imagery.dates import acquisition_date, parse_range
 
 NOT_A_HEIGHT = 255
 # Handles kept open while windows walk over a mosaic.

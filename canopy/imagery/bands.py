@@ -25,7 +25,7 @@ from canopy.errors import ImageryError, InputError
 from canopy.files import redact
 from canopy.geo.crs import ground_crs
 from canopy.imagery.base import COLOURS, ReadOptions
-from canopy.imagery.names import parse_range
+from canopy.imagery.dates import parse_range
 
 # How files write the colours, in lower case; colour interpretations have the first names.
 _NAMES = {

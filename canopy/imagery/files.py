@@ -24,7 +24,7 @@ from canopy.geo.crs import to_lonlat
 from canopy.geo.grid import Grid
 from canopy.imagery.bands import check_options
 from canopy.imagery.base import Imagery, ImagerySource, ReadOptions
-from canopy.imagery.names import days_since_epoch, is_within
+from canopy.imagery.dates import days_since_epoch, is_within
 from canopy.imagery.scene import Handles, Scene, SceneRecord
 
 if TYPE_CHECKING:

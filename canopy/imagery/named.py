@@ -31,7 +31,7 @@ from canopy.geo.area import AOI
 from canopy.geo.crs import transformer, utm_crs
 from canopy.geo.grid import Grid
 from canopy.imagery.base import Imagery, ImagerySource, ReadOptions, read_lattice
-from canopy.imagery.names import days_since_epoch
+from canopy.imagery.dates import days_since_epoch
 from canopy.synth.forest import SceneSpec, SynthTile
 from canopy.synth.render import render
 

@@ -111,7 +111,7 @@ def open_pinned(pin: Mapping[str, Any], *, area: AOI | None = None) -> ImagerySo
 
     sign = None
     if pin["signing"]:
-        from canopy.imagery.stac import signer
+        from canopy.imagery.stac_items import signer
 
         sign = signer(pin["signing"])
     return Mosaic.from_pin(pin, area, sign)
@@ -177,8 +177,8 @@ def _open_array(array: Any, options: ReadOptions) -> ImagerySource:
     import numpy as np
     import rioxarray  # noqa: F401  (gives arrays their `.rio`)
 
+    from canopy.imagery.dates import acquisition_date
     from canopy.imagery.files import open_files
-    from canopy.imagery.names import acquisition_date
 
     name = str(array.encoding.get("source") or array.attrs.get("imagery") or "DataArray")
     folder = tempfile.mkdtemp(prefix="canopy-")

@@ -38,7 +38,7 @@ from canopy.imagery.bands import (
     plan_bands,
 )
 from canopy.imagery.base import ReadOptions, as_colour
-from canopy.imagery.names import acquisition_date
+from canopy.imagery.dates import acquisition_date
 
 if TYPE_CHECKING:
     from canopy.download import Signer

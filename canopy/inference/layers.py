@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from canopy.geo.area import AOI
     from canopy.geo.cog import BandSpec
     from canopy.inference.options import PredictOptions
-    from canopy.models.heads import IntervalTable
     from canopy.models.height import HeightModel
+    from canopy.models.intervals import IntervalTable
 
 
 Band = tuple[str, str]
@@ -103,7 +103,7 @@ def extras_of(options: PredictOptions, model: HeightModel, aoi: AOI | None = Non
     """
     table = quality = None
     if options.interval is not None:
-        from canopy.models.heads import check_level, table_of
+        from canopy.models.intervals import check_level, table_of
 
         box = () if aoi is None else aoi.bounds_lonlat
         corners = [(lon, lat) for lon in box[::2] for lat in box[1::2]]

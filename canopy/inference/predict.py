@@ -20,7 +20,7 @@ from canopy.files import check_output, write_json
 from canopy.geo.area import AOI
 from canopy.geo.cog import encoding_named
 from canopy.geo.reading import raster_env
-from canopy.inference import output
+from canopy.inference import companions, output
 from canopy.inference.backends import OVERHEAD_S_PER_PX, Runner, seconds_per_crop, settle
 from canopy.inference.engine import RunSummary, Sink, predict_grid, reader_count, resolve_batch
 from canopy.inference.inputs import coverage_notes, load_named, open_source, scale_notes, with_radiometry
@@ -239,20 +239,20 @@ class MapPrediction(Prediction):
         """
         files = output.OutputFiles.of(made, self.options.quicklook)
         if files.quicklook is not None:
-            output.write_quicklook(
+            companions.write_quicklook(
                 files.tif,
                 files.quicklook,
                 title=f"Canopy height, {self.aoi.describe()}",
                 subtitle=f"{output.bare_name(self.source.name)} ({self.dates}), model {self.model_name}",
             )
-        item = output.map_item(
+        item = companions.map_item(
             files.tif,
             self.target.output,
             sha256=sha256,
             encoding=self.options.encoding,
             bands=self.extras.bands,
             scenes=output.Scenes.of(self.source),
-            model=output.model_facts(self.model, self.model_name, self.runner),
+            model=companions.model_facts(self.model, self.model_name, self.runner),
             statistics={
                 "mean": summary.mean_height_m,
                 "maximum": summary.max_height_m,

@@ -1,6 +1,6 @@
 """Canopy height of lidar: what both ways to it share, and a surface raster minus a terrain raster.
 
-Point clouds, the other way, are `labels.clouds`.
+Point clouds, the other way, are `labels.lidar`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from canopy import download
 from canopy.errors import DataError, InputError, OutputError
 from canopy.files import file_sha256, redact, replacing, told_as_output
 from canopy.geo.area import AOI
-from canopy.imagery.names import parse_range
+from canopy.imagery.dates import parse_range
 from canopy.labels.catalog import LabelManifest, read_name
 from canopy.runtime import NoProgress, Progress, log
 

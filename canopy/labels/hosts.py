@@ -27,8 +27,9 @@ from canopy import download
 from canopy.errors import AreaError, FetchError, InputError, refuse_options, require
 from canopy.files import host_of, redact
 from canopy.geo.area import AOI
-from canopy.imagery.names import parse_day
-from canopy.imagery.stac import resolve, search, signer
+from canopy.imagery.dates import parse_day
+from canopy.imagery.stac import search
+from canopy.imagery.stac_items import resolve, signer
 from canopy.labels.catalog import LabelManifest, Product, WfsLayer, base_name, label_source
 from canopy.labels.fetch import Plan, RemoteFile, Wish, checksum_of, whole_number
 from canopy.labels.neon import plan_neon

@@ -22,7 +22,7 @@ from canopy.errors import AreaError, FetchError, InputError
 from canopy.files import host_of, redact
 from canopy.geo.area import AOI
 from canopy.geo.crs import METRES_PER_DEGREE
-from canopy.imagery.names import parse_range
+from canopy.imagery.dates import parse_range
 from canopy.labels.catalog import LabelManifest, Product, neon_site, neon_sites
 from canopy.labels.fetch import NO_HEADERS, RemoteFile, Wish, checksum_of, whole_number
 

@@ -20,7 +20,7 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement
 
 from canopy.files import replacing, write_json
 from canopy.geo.cog import encoding_named
-from canopy.inference import output
+from canopy.inference import companions, output
 from canopy.region.ledger import Ledger, Outcome, Pins, read_pins
 from canopy.region.plan import Region, area_of
 from canopy.region.tiles import TILES, Tile, tile_path
@@ -124,14 +124,14 @@ def _moment(text: str) -> datetime.datetime:
 def tile_item(tile: Tile, outcome: Outcome, region: Region, pins: Pins) -> dict[str, Any]:
     """The item of one finished tile."""
     options, facts = region.options, outcome.facts
-    return output.map_item(
+    return companions.map_item(
         tile_path(options.folder, tile.id),
         region.tiling.window(tile.row, tile.col),
         sha256=str(outcome.sha256),
         encoding=options.encoding,
         bands=region.extras.bands,
         scenes=output.Scenes("", tuple(facts.get("scenes", ())), tuple(facts.get("dates", ()))),
-        model=output.model_facts(region.model, region.model_name, region.choice),
+        model=companions.model_facts(region.model, region.model_name, region.choice),
         statistics={
             "mean": facts["mean_m"],
             "maximum": facts["max_m"],
@@ -146,7 +146,10 @@ def _collection(name: str, region: Region, pins: Pins) -> Any:
 
     # Unknown dates are the widest true statement, as in the items; `write_catalog` narrows it.
     unknown = pystac.TemporalExtent([[_moment("1900-01-01T00:00:00Z"), _moment(pins["canopy"]["created"])]])
-    height = {**output.MAP_ASSET, "bands": output.band_facts(region.extras.bands, region.options.encoding)}
+    height = {
+        **companions.MAP_ASSET,
+        "bands": companions.band_facts(region.extras.bands, region.options.encoding),
+    }
     collection = pystac.Collection(
         name,
         f"Canopy height in metres of {pins['area']['text']}, predicted from "
@@ -155,7 +158,7 @@ def _collection(name: str, region: Region, pins: Pins) -> Any:
         title="Canopy height map",
         keywords=["canopy height", "forest"],
         license="other",
-        stac_extensions=[output.PROCESSING],
+        stac_extensions=[companions.PROCESSING],
         summaries=pystac.Summaries(
             {
                 "gsd": [round(region.tiling.area.gsd_m, 6)],

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopy.calibration.apply import calibrate_model
 from canopy.calibration.area import SIZES_M, TAG, AreaModel, area_coverage, area_model_of, fit_areas
+from canopy.calibration.calibrate import calibrate_model
 from canopy.calibration.collect import Scored, cells_of, halves, load_chips, places_of
 from canopy.calibration.intervals import coverage, effective_blocks, fit_intervals
 from canopy.calibration.new_places import (
@@ -28,7 +28,7 @@ from canopy.chips.store import Chip, ChipRow
 from canopy.chips.write import write_folder
 from canopy.errors import CheckpointError, ConfigError, DataError
 from canopy.models.checkpoint import load_checkpoint, save_checkpoint
-from canopy.models.heads import CARD_KEY, LEVELS, IntervalTable, hats, table_of
+from canopy.models.intervals import CARD_KEY, LEVELS, IntervalTable, hats, table_of
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from canopy.errors import AreaError, ConfigError, ImageryError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
 from canopy.imagery.base import check_coverage
+from canopy.imagery.dates import acquisition_date, date_from_name, days_since_epoch, parse_day, parse_range
 from canopy.imagery.named import (
     LATITUDE,
     LONGITUDE,
@@ -23,7 +24,6 @@ from canopy.imagery.named import (
     best_source,
     named_source,
 )
-from canopy.imagery.names import acquisition_date, date_from_name, days_since_epoch, parse_day, parse_range
 from canopy.imagery.open import open_imagery
 
 SHIPPED = {"demo", "ign-ortho", "maxar-open-data", "naip", "neon-rgb", "swissimage", "vantor-open-data"}

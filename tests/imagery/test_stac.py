@@ -17,10 +17,11 @@ from shapely.geometry import box, mapping
 from canopy.errors import AreaError, FetchError, ImageryError, InputError, MissingDependencyError
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid
-from canopy.imagery import stac
+from canopy.imagery import stac_items
 from canopy.imagery.base import ReadOptions
 from canopy.imagery.open import open_imagery, open_pinned
-from canopy.imagery.stac import choose_assets, in_order, open_stac, record_of, resolve
+from canopy.imagery.stac import in_order, open_stac
+from canopy.imagery.stac_items import choose_assets, record_of, resolve
 
 UTM = "EPSG:32619"
 WEST, NORTH, SIDE = 315_000, 4_884_000, 64
@@ -252,7 +253,7 @@ def test_signatures_are_made_when_reading_and_made_again_on_403(api, monkeypatch
             tokens["current"] = server.signature
         return f"{href}?sig={tokens['current']}"
 
-    monkeypatch.setattr(stac, "planetary_computer_sign", sign)
+    monkeypatch.setattr(stac_items, "planetary_computer_sign", sign)
     source = open_stac(server.url + "/api", area(), ReadOptions(), name="local", signing="planetary-computer")
     server.signature = "second"
     check_mosaic(source)
@@ -273,7 +274,7 @@ def token_service(server, monkeypatch):
 
     server.routes["/sas/naipeuwest/naip"] = token
     monkeypatch.setenv("PC_SDK_SAS_URL", server.url + "/sas")
-    monkeypatch.setattr(stac, "_tokens", {})
+    monkeypatch.setattr(stac_items, "_tokens", {})
     return asked
 
 
@@ -282,23 +283,25 @@ BLOB = "https://naipeuwest.blob.core.windows.net/naip/v002/a.tif"
 
 def test_threads_share_one_token_and_an_old_one_is_renewed(token_service, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
-        signed = list(pool.map(lambda _: stac.planetary_computer_sign(BLOB, True), range(8)))
+        signed = list(pool.map(lambda _: stac_items.planetary_computer_sign(BLOB, True), range(8)))
     assert set(signed) == {BLOB + "?sig=token1"} and len(token_service) == 1
-    assert stac.planetary_computer_sign(BLOB, False) == BLOB + "?sig=token1"
-    monkeypatch.setattr(stac, "_YOUNG_S", 0.0)
-    assert stac.planetary_computer_sign(BLOB, True) == BLOB + "?sig=token2"
+    assert stac_items.planetary_computer_sign(BLOB, False) == BLOB + "?sig=token1"
+    monkeypatch.setattr(stac_items, "_YOUNG_S", 0.0)
+    assert stac_items.planetary_computer_sign(BLOB, True) == BLOB + "?sig=token2"
 
 
 def test_what_needs_no_signature_has_none(token_service, server, caplog):
     public = "https://ai4edatasetspublicassets.blob.core.windows.net/assets/a.png"
     for href in ("/data/a.tif", "https://example.org/a.tif", public):
-        assert stac.planetary_computer_sign(href, True) == href
+        assert stac_items.planetary_computer_sign(href, True) == href
     # Some containers are open to all: without the token service they are read as they are.
     server.fail("/sas/", times=100, status=503)
-    assert token_service == [] and stac.planetary_computer_sign(BLOB, False) == BLOB
+    assert token_service == [] and stac_items.planetary_computer_sign(BLOB, False) == BLOB
     assert "no signature" in caplog.text
-    assert stac.signing_of("https://planetarycomputer.microsoft.com/api/stac/v1") == "planetary-computer"
-    assert stac.signing_of("https://example.org/planetarycomputer.microsoft.com") is None
+    assert (
+        stac_items.signing_of("https://planetarycomputer.microsoft.com/api/stac/v1") == "planetary-computer"
+    )
+    assert stac_items.signing_of("https://example.org/planetarycomputer.microsoft.com") is None
 
 
 # ---- assets ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import rasterio
 from scipy import ndimage
 
-from canopy.calibration.apply import crops_described, fit_domain
+from canopy.calibration.calibrate import crops_described, fit_domain
 from canopy.errors import CheckpointError, ConfigError, DataError
 from canopy.inference.layers import (
     CARD_KEY,
@@ -27,7 +27,7 @@ from canopy.inference.layers import (
     descriptor,
     rules_of,
 )
-from canopy.models.heads import IntervalTable
+from canopy.models.intervals import IntervalTable
 
 
 def table() -> IntervalTable:

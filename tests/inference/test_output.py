@@ -16,8 +16,9 @@ from canopy.errors import InputError
 from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.grid import Grid
 from canopy.inference import output
+from canopy.inference.companions import map_item, round_length, write_quicklook
 from canopy.inference.layers import HEIGHT_BAND
-from canopy.inference.output import Scenes, map_item, round_length, write_quicklook
+from canopy.inference.output import Scenes
 
 
 def item_of(tmp_path: Path, grid: Grid, dates: tuple[str, ...] = (), **more: object) -> dict:

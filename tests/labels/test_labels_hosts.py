@@ -16,7 +16,7 @@ from shapely.geometry import box, mapping, shape
 
 from canopy.errors import AreaError, FetchError, InputError, MissingDependencyError
 from canopy.geo.area import AOI
-from canopy.imagery import stac
+from canopy.imagery import stac_items
 from canopy.labels import hosts
 from canopy.labels.catalog import read_name
 from canopy.labels.fetch import RECORD, Wish, get_files, verify_folder
@@ -155,7 +155,7 @@ def test_stac_items_are_found_signed_again_when_refused_and_checked(
 ):
     pytest.importorskip("pystac_client")
     monkeypatch.setattr(
-        stac, "planetary_computer_sign", lambda url, fresh: f"{url}?sig={'good' if fresh else 'old'}"
+        stac_items, "planetary_computer_sign", lambda url, fresh: f"{url}?sig={'good' if fresh else 'old'}"
     )
     server.signature = "good"
     items = []

@@ -18,7 +18,7 @@ from canopy.geo.area import AOI
 from canopy.geo.reading import read_raster
 from canopy.labels import points as lidar_points
 from canopy.labels.chm import ChmOptions
-from canopy.labels.clouds import chm_from_points
+from canopy.labels.lidar import chm_from_points
 from canopy.labels.points import METRES, open_lidar
 from canopy.synth.scene import write_scene
 
@@ -129,7 +129,7 @@ def same_heights(one: np.ndarray, other: np.ndarray) -> None:
 def test_it_does_not_depend_on_blocks_chunks_workers_files_or_area(clip, tmp_path, monkeypatch):
     whole = chm(clip, tmp_path / "whole.tif")
     with monkeypatch.context() as patch:
-        patch.setattr("canopy.labels.clouds.BLOCK_M", 64.0)
+        patch.setattr("canopy.labels.lidar.BLOCK_M", 64.0)
         patch.setattr(lidar_points, "CHUNK_POINTS", 1777)
         tiled = chm(clip, tmp_path / "tiled.tif", workers=1)
         same_heights(tiled, whole)

@@ -38,8 +38,8 @@ from canopy.files import check_output, file_sha256
 from canopy.inference.layers import CARD_KEY as DOMAIN_KEY
 from canopy.inference.layers import DESCRIPTORS, descriptor
 from canopy.models.checkpoint import load_checkpoint, rewrite_card
-from canopy.models.heads import CARD_KEY as INTERVAL_KEY
-from canopy.models.heads import IntervalTable, table_of
+from canopy.models.intervals import CARD_KEY as INTERVAL_KEY
+from canopy.models.intervals import IntervalTable, table_of
 from canopy.models.registry import resolve_model
 from canopy.runtime import Progress, log
 
