@@ -30,6 +30,7 @@ from rasterio.windows import Window
 
 from canopy.errors import ImageryError, InputError
 from canopy.files import check_name, gdal_name, is_url, public_name
+from canopy.geo.collar import Collar
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
 from canopy.geo.warp import resample
@@ -190,6 +191,7 @@ def read_window(
     crs: Any | None = None,
     decode: Decoder | None = None,
     colours: bool = False,
+    collar: Collar | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bands `indexes` (1-based) of a dataset on `grid`: float32 (b, h, w) in the file's own units,
     unscaled, and valid (h, w), True = usable.
@@ -207,6 +209,7 @@ def read_window(
         decode: applied to source pixels before any resampling; see `Decoder`. Its bands are returned.
         colours: the bands are one colour. Then a nodata value that a colour can have (0 or more) means a
             missing pixel only where ALL bands have it: a black collar, not a dark pixel.
+        collar: of a lossy file; it is missing.
 
     Validity is the intersection of the file's masks (internal, or a .msk file that carries GDAL's own
     mark; Meta's inverted .tif.msk does not and is ignored), alpha above 0, nodata in ANY band (but see
@@ -218,7 +221,15 @@ def read_window(
     place = SourcePlace.of(ds, crs).in_turn_of(grid)
 
     def read(row: int, col: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        values, valid = read_native(ds, indexes, Window(col, row, width, height), nodata, colours)
+        reach = collar.reach_px if collar else 0
+        top, left = max(row - reach, 0), max(col - reach, 0)
+        bottom, right = min(row + height + reach, ds.height), min(col + width + reach, ds.width)
+        window = Window(left, top, right - left, bottom - top)
+        values, valid = read_native(ds, indexes, window, nodata, colours)
+        if collar:
+            valid &= ~collar.mask(values, top, left)
+            here = np.s_[row - top : row - top + height, col - left : col - left + width]
+            values, valid = values[:, *here], valid[here]
         return decode(values, valid) if decode else (values, valid)
 
     bands = len(indexes)

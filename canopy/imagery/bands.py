@@ -7,7 +7,6 @@ than the next.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from rasterio.windows import Window
 
 from canopy.errors import ImageryError, InputError
 from canopy.files import redact
+from canopy.geo.collar import frame_windows
 from canopy.geo.crs import ground_crs
 from canopy.imagery.base import COLOURS, ReadOptions
 from canopy.imagery.dates import parse_range
@@ -232,7 +232,6 @@ def _middle(dataset: DatasetReader, side: int) -> Window:
 
 
 GREY = "{}: its red, green and blue are equal: heights of grey images are wrong"
-_COLLAR_PROBE_PX = 16
 _DARK = 50  # no photograph's brightest pixel is so much darker than white
 
 
@@ -276,11 +275,10 @@ def check_nodata(dataset: DatasetReader, plan: BandPlan, nodata: float | None, l
         )
 
 
-def pixel_notes(dataset: DatasetReader, plan: BandPlan, label: str, nodata: float | None) -> list[str]:
-    """Warnings about a few pixels of an image; `nodata` is what the user declared in place of the file.
+def pixel_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str]:
+    """Warnings about a few pixels of an image.
 
-    Told of are pixels with a scale of their own, an image without colour or that is all black or white, and
-    a rim of one constant colour that nothing declares as missing.
+    Told of are pixels with a scale of their own, and an image without colour or that is all black or white.
     """
     notes, bands = [], list(plan.indexes)
     if any((dataset.scales[i - 1], dataset.offsets[i - 1]) != (1.0, 0.0) for i in bands):
@@ -289,7 +287,7 @@ def pixel_notes(dataset: DatasetReader, plan: BandPlan, label: str, nodata: floa
             "(gdal_translate -unscale applies them)"
         )
     if len(bands) == 3:
-        red, *others = dataset.read(bands, window=_middle(dataset, 4 * _COLLAR_PROBE_PX))
+        red, *others = dataset.read(bands, window=_middle(dataset, 64))
         if red.min() < red.max() and all(np.array_equal(red, other) for other in others):
             notes.append(GREY.format(label))
     if dataset.dtypes[bands[0] - 1] != "uint8":
@@ -298,20 +296,21 @@ def pixel_notes(dataset: DatasetReader, plan: BandPlan, label: str, nodata: floa
             notes.append(f"{label}: all but black: no value above {values.max():g} where {white} is white")
         elif values.size and np.median(values) >= plan.divisor:
             notes.append(f"{label}: all but white: half of the values reach {white}")
-    return notes + _collar_notes(dataset, plan, label, nodata)
+    return notes
 
 
-def _collar_notes(dataset: DatasetReader, plan: BandPlan, label: str, nodata: float | None) -> list[str]:
-    """Looks at eight small windows (corners and middles of the edges); black or white in two is a collar."""
+def collar_notes(dataset: DatasetReader, plan: BandPlan, label: str, nodata: float | None) -> list[str]:
+    """A warning about a border of black or white, in two places of the frame, that nothing calls missing.
+
+    `nodata` is what the user declared in place of the file.
+    """
     flags = dataset.mask_flag_enums[plan.indexes[0] - 1][0].name
     if plan.palette is not None or flags not in ("all_valid", "nodata"):
         return []
     missing = dataset.nodatavals[plan.indexes[0] - 1] if nodata is None else nodata
-    px = min(_COLLAR_PROBE_PX, dataset.height, dataset.width)
-    rows, cols = ([0, (extent - px) // 2, extent - px] for extent in dataset.shape)
     found = Counter[float]()
-    for row, col in set(itertools.product(rows, cols)) - {(rows[1], cols[1])}:
-        values = dataset.read(list(plan.indexes), window=Window(col, row, px, px))
+    for window in frame_windows(dataset):
+        values = dataset.read(list(plan.indexes), window=window)
         if values.min() == values.max() and values.flat[0] in {0, plan.divisor} - {missing}:
             found[float(values.flat[0])] += 1
     return [

@@ -25,15 +25,17 @@ from shapely.geometry import MultiPolygon, Polygon
 from canopy.config import Settings
 from canopy.errors import AreaError, FetchError, ImageryError, InputError
 from canopy.files import host_of, is_url, public_name
+from canopy.geo.collar import Collar, find_collar
 from canopy.geo.crs import ground_crs, to_crs, to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
-from canopy.geo.reading import open_raster, read_native, read_window
+from canopy.geo.reading import gdal_complaints, open_raster, read_native, read_window
 from canopy.imagery.bands import (
     BandPlan,
     check_georeference,
     check_local,
     check_nodata,
+    collar_notes,
     pixel_notes,
     plan_bands,
 )
@@ -106,11 +108,13 @@ class SceneFacts:
     Attributes:
         place: affine, CRS and shape, of any orientation.
         plan: bands and scaling.
+        collar: of an image that was compressed with loss.
         notes: warnings for the user.
     """
 
     place: SourcePlace
     plan: BandPlan
+    collar: Collar | None
     notes: tuple[str, ...]
 
     def frame(self) -> Polygon:
@@ -187,11 +191,14 @@ class Scene:
         """
         if len(self.record.assets) > 1:
             return []
-        href, plan = self.record.assets[0], self.facts.plan
+        href, facts, label = self.record.assets[0], self.facts, self.record.scene_id
 
         def look(dataset: DatasetReader) -> list[str]:
             try:
-                return pixel_notes(dataset, plan, self.record.scene_id, self._options.nodata)
+                notes = pixel_notes(dataset, facts.plan, label)
+                if facts.collar is None:
+                    notes += collar_notes(dataset, facts.plan, label, self._options.nodata)
+                return notes
             except RasterioError:
                 self._handles.drop()
                 return []
@@ -205,8 +212,9 @@ class Scene:
 
         def pixels(dataset: DatasetReader) -> tuple[np.ndarray, np.ndarray]:
             return read_window(
-                dataset, grid, plan.indexes, nodata=nodata, crs=facts.place.crs, decode=decode, colours=True
-            )
+                dataset, grid, plan.indexes, nodata=nodata, crs=facts.place.crs, decode=decode, colours=True,
+                collar=facts.collar,
+            )  # fmt: skip
 
         values, valid = self._try(href, pixels)
         return as_colour(values, valid, plan.divisor), valid
@@ -230,6 +238,12 @@ class Scene:
             single = len(self.record.assets) > 1
             plan = plan_bands(dataset, where=label, bands=options.bands, scale=options.scale, single=single)
             check_nodata(dataset, plan, options.nodata, label)
+            collar = None
+            if len(plan.indexes) == 3:
+                with gdal_complaints() as complaints:
+                    collar = find_collar(dataset, plan.indexes, plan.divisor, options.nodata)
+                if complaints:
+                    raise RasterioError(complaints[0])
         except InputError as error:
             return error
         except RasterioError as error:
@@ -237,7 +251,12 @@ class Scene:
         notes = list(plan.notes)
         if dataset.crs and options.crs and place.crs != to_crs(dataset.crs.to_wkt()):
             notes.append(f"{label}: --input-crs {options.crs} in place of the CRS that it carries")
-        facts, record = SceneFacts(place, plan, tuple(notes)), self.record
+        if collar:
+            notes.append(
+                f"{label}: a border of {collar.value} in an image compressed with loss: it is missing, "
+                f"and so are pixels beside it that differ from {collar.value} by {collar.near} or less"
+            )
+        facts, record = SceneFacts(place, plan, collar, tuple(notes)), self.record
         try:
             wkt = record.wkt or to_lonlat(facts.frame(), place.crs).wkt
         except AreaError as error:

@@ -98,6 +98,20 @@ def test_a_black_collar_is_warned_of(predict, make_image, heights, rgb) -> None:
     assert np.isfinite(heights("chm.tif")).all()
 
 
+def test_a_collar_that_was_compressed_has_no_heights(predict, make_image, heights, rgb) -> None:
+    rgb[:, :, :43] = 0
+    jpeg = {"compress": "jpeg", "photometric": "ycbcr", "tiled": True, "blockxsize": 64, "blockysize": 64}
+    done = predict(make_image(pixels=rgb, **jpeg))
+    whole = heights("chm.tif")
+    assert "image.tif: a border of 0 in an image compressed with loss" in done.err
+    assert "pure black" not in done.err and "--nodata" not in done.err
+    assert np.isnan(whole[:, :43]).mean() > 0.95 and np.isfinite(whole[:, 43:]).all()
+    predict(
+        "image.tif", "--bounds", "500018,4881960,500040,4881980", "--bounds-crs", "EPSG:32618", out="part.tif"
+    )
+    np.testing.assert_allclose(heights("part.tif"), whole[40:80, 36:80], atol=0.01)
+
+
 def test_bands_that_say_too_little(bad, make_image, rgb) -> None:
     for given, says in (
         ({"pixels": rgb[:1]}, "image.tif"),
