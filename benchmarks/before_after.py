@@ -5,8 +5,9 @@
     python benchmarks/before_after.py OLD NEW --only evaluate,stats
 
 Each command is a process with one thread and OLD or NEW in front of its path, run with `CHECKOUT/.venv` where
-it has one, else with this Python. Processor time and peak memory are those of it and of its children
-(os.wait4). With several rounds ratios are of medians. Neither checkout is written to.
+it has one, else with this Python. Processor time and peak memory are those of it and of its children; a small
+process between asks for them, because a child's peak begins with its parent's. With several rounds ratios are
+of medians. Neither checkout is written to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +28,13 @@ import numpy as np
 import rasterio
 
 PROGRAM = "import sys; sys.argv[0] = 'canopy'; from canopy.cli.main import main; main()"
+WATCH = """
+import json, resource, subprocess, sys
+with open("log", "a") as log:
+    status = subprocess.call(sys.argv[1:], stdout=log, stderr=log)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([status, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))
+"""
 SMALL = Path(__file__).resolve().parents[1] / "tests" / "behaviour" / "goldens" / "small.safetensors"
 UTM, WEST, NORTH = "EPSG:32618", 500_000.0, 4_900_000.0
 Row = dict[str, float]
@@ -95,18 +104,15 @@ def measure(checkout: Path, words: list[str], folder: Path) -> Row:
     environment |= {"PYTHONPATH": str(checkout), "CANOPY_CACHE": f"{folder.parent}/cache{hash(checkout)}"}
     argv = [python, "-c", PROGRAM, *(word.format(checkout=checkout) for word in words)]
     began = time.perf_counter()
-    pid = os.fork()
-    if pid == 0:
-        os.chdir(folder)
-        for stream in (1, 2):
-            os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        os.execve(python, argv, environment)
-    _, status, usage = os.wait4(pid, 0)
+    watched = subprocess.run(
+        [python, "-c", WATCH, *argv], cwd=folder, env=environment, capture_output=True, text=True
+    )
     wall = time.perf_counter() - began
+    status, cpu_s, rss_mb = json.loads(watched.stdout)
     if status:
         said = (folder / "log").read_text()[-2000:]
         raise SystemExit(f"{checkout}: canopy {' '.join(words)} failed:\n{said}")
-    return {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "rss_mb": usage.ru_maxrss / 1024}
+    return {"wall_s": wall, "cpu_s": cpu_s, "rss_mb": rss_mb}
 
 
 def main() -> None:
