@@ -30,7 +30,7 @@ def _data() -> None:
 
 
 @app.command("list")
-def list_data(json_: Json = False) -> None:
+def list_data(json_: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Imagery sources (for `predict --imagery` and training), label sources, and models.
 
     Example: canopy data list
@@ -39,6 +39,7 @@ def list_data(json_: Json = False) -> None:
     from canopy.labels.catalog import known_labels, label_source
     from canopy.models.registry import published_models
 
+    setup_logging(quiet, verbose)
     labels = [label_source(name) for name in known_labels()]
     found: dict[str, dict[str, dict[str, Any]]] = {
         "imagery": {
@@ -65,6 +66,8 @@ def describe(
         str, typer.Argument(metavar="NAME", help="A source, a NEON site, or a tile's file name.")
     ],
     json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """All that is known of a source: products, place, dates, licence, how to cite, what to watch.
 
@@ -74,6 +77,7 @@ def describe(
     """
     import yaml
 
+    setup_logging(quiet, verbose)
     facts = _facts(name)
     if json_:
         print_json(facts)
@@ -183,6 +187,8 @@ def _size(count: int | None, about: bool) -> str:
 def verify(
     name: Annotated[str, typer.Argument(metavar="NAME|DIR", help="A source, or a folder that `get` filled.")],
     json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Check a source's manifest against its schema, or the files of a folder against their checksums.
 
@@ -192,8 +198,8 @@ def verify(
     """
     from canopy.labels.fetch import verify_folder
 
-    found: dict[str, Any] = {}
-    found = verify_folder(name) if Path(name).is_dir() else {"manifests": _verified(name)}
+    setup_logging(quiet, verbose)
+    found: dict[str, Any] = verify_folder(name) if Path(name).is_dir() else {"manifests": _verified(name)}
     if json_:
         print_json(found)
     if found.get("problems"):
@@ -203,7 +209,7 @@ def verify(
             where=name,
             remedy="fetch them again: `canopy data get` with --overwrite",
         )
-    if not json_:
+    if not (json_ or quiet):
         valid = f"valid: {', '.join(found.get('manifests', ()))}"
         typer.echo(f"{name}: {found['files']} files are as they were fetched" if "files" in found else valid)
 

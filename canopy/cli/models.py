@@ -10,6 +10,7 @@ import typer
 
 from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json
 from canopy.files import check_output
+from canopy.runtime import progress_bar, setup_logging
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -45,7 +46,6 @@ def convert(
       canopy models convert hf://facebook/dinov3-vitl16-chmv2-dpt-head -o v2.safetensors
     """
     from canopy.models.published import convert as convert_file
-    from canopy.runtime import setup_logging
 
     setup_logging(quiet=quiet, verbose=verbose)
     check_output(out, [checkpoint, backbone, config], overwrite=overwrite)
@@ -99,7 +99,6 @@ def quantize(
     """
     from canopy.calibration.quantize import quantize as make
     from canopy.models.registry import load_model
-    from canopy.runtime import progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
     if out is not None:
@@ -118,7 +117,7 @@ def quantize(
 
 
 @app.command("list")
-def list_models(json_: Json = False) -> None:
+def list_models(json_: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Models by the names that --model takes: embedded ones, and published ones that are downloaded.
 
     Example: canopy models list
@@ -126,6 +125,7 @@ def list_models(json_: Json = False) -> None:
     from canopy.models.checkpoint import describe
     from canopy.models.registry import EMBEDDED, published_models, resolve_model
 
+    setup_logging(quiet, verbose)
     rows = {name: describe(resolve_model(name)) for name in EMBEDDED}
     published = {name: entry.facts() for name, entry in published_models().items()}
     if json_:
@@ -148,6 +148,8 @@ def list_models(json_: Json = False) -> None:
 def info(
     name_or_file: Annotated[str, typer.Argument(metavar="NAME|FILE", help="An embedded name or a file.")],
     json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """What a model expects, what it was trained on, and how well it did.
 
@@ -158,6 +160,7 @@ def info(
     from canopy.models.checkpoint import describe
     from canopy.models.registry import EMBEDDED, published_models, resolve_model
 
+    setup_logging(quiet, verbose)
     path, table = Path(name_or_file), {} if name_or_file in EMBEDDED else published_models()
     entry = None if path.exists() else table.get(name_or_file)
     facts = {"name": name_or_file, **entry.facts()} if entry else {}
