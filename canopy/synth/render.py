@@ -1,7 +1,7 @@
 """Paint a window of the synthetic forest: surfaces, then light, then colour, then the camera.
 
-Every step is local (its reach is in `_reach_px`) and works on whole pixels of one world lattice, so a window
-equals the same pixels of any larger one, bit for bit.
+Every step is local and works on whole pixels of one world lattice; what it needs from beyond the window is
+made too. So a window equals the same pixels of any larger one, bit for bit.
 """
 
 from __future__ import annotations
