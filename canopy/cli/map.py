@@ -92,6 +92,8 @@ def map_(
         print_json(result.to_dict())
     elif not quiet:
         _print_result(result)
+        if region.options.shard:
+            typer.echo(f"after all shards, for catalog and mosaic: canopy map -o {result.folder} --resume")
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
