@@ -49,6 +49,21 @@ def flags_of(name: str, field: FieldInfo) -> tuple[str, ...]:
 
 _EXPECTED = "Input should be "  # as pydantic begins
 _LONGEST_VALUE = 60  # of a value that a message repeats, characters
+
+
+class _NoRepeats(yaml.SafeLoader):
+    """A loader that refuses a key twice in one mapping, where YAML's own takes the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                raise yaml.YAMLError(f"key {name!r} is in line {seen[name]} and in line {line}")
+            seen[name] = line
+        return super().construct_mapping(node, deep)
+
+
 S = TypeVar("S", bound=BaseModel)
 N = TypeVar("N", bound=Named)
 
@@ -62,7 +77,7 @@ def load_settings(schema: type[S], path: str | Path, overrides: Iterable[str] = 
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), _NoRepeats)
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror})", where=path, expected="a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -61,6 +61,7 @@ def test_file_and_overrides_meet_the_defaults(tmp_path: Path) -> None:
         ("share: 2", [], ["run.yaml: a share of 2"]),
         ("- a list", [], ["list", "key: value"]),
         ("steps: [1", [], ["not valid YAML"]),
+        ("steps: 5\noptim: {}\nsteps: 7", [], ["'steps' is in line 1 and in line 3"]),
         ("", ["steps"], ["key=value"]),
         ("", ["steps.deep=1", "steps=[1"], ["override"]),
         (None, [], ["cannot be read"]),

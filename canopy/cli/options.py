@@ -119,6 +119,8 @@ def _typed_as(annotation: Any) -> Any:
     if all(isinstance(one, str) for one in choices):  # Literal: pydantic says what is expected
         return str
     kind = str if str in choices else choices[0]
+    if get_origin(kind) is Annotated:  # of its limits pydantic speaks
+        kind = get_args(kind)[0]
     return kind | None if type(None) in choices else kind
 
 

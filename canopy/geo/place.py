@@ -36,7 +36,7 @@ class SourcePlace:
             raise ImageryError(
                 "no coordinate reference system",
                 where=public_name(dataset.name),
-                remedy="name one with --crs, e.g. --crs EPSG:32610",
+                remedy="write it into the file, e.g. gdal_edit.py -a_srs EPSG:32610 FILE",
             )
         if dataset.transform.determinant == 0:
             raise ImageryError("a geotransform without area", where=public_name(dataset.name))

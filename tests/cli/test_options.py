@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from typer.testing import CliRunner
 
+from canopy.cli import main
 from canopy.cli.options import takes_groups
 from canopy.inference.options import OneMapOptions, PredictOptions
 from canopy.region.options import PINNED, MapOptions
@@ -32,6 +33,7 @@ def test_a_pydantic_model_is_a_group_with_its_help_and_its_kinds() -> None:
     shown = run(app, ["--help"]).output
     assert OneMapOptions.model_fields["nodata"].description.split()[0] in shown and "Paint." in shown
     assert run(app, ["--gsd", "wide"]).exit_code == 2
+    assert "--workers <int>" in run(main.app, ["data", "chm", "--help"]).output  # a field with limits
 
 
 def test_what_a_region_pins_are_its_options() -> None:
