@@ -63,22 +63,25 @@ def list_data(json_: Json = False, quiet: Quiet = False, verbose: Verbose = Fals
 @app.command("describe")
 def describe(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A source, a NEON site, or a tile's file name.")
+        str, typer.Argument(metavar="NAME|FILE", help="A source, a NEON site, a tile's file name, or a file.")
     ],
+    band: Annotated[str | None, typer.Option("--band", help="Of a file: the height's band.")] = None,
+    layer: Annotated[str | None, typer.Option("--layer", help="Of a vector file: its layer.")] = None,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """All that is known of a source: products, place, dates, licence, how to cite, what to watch.
+    """All that is known of a source, or what would be taken from a file: bands, unit, nodata, CRS, date.
 
-    A NEON site code (HARV) and a tile's file name are described too.
+    A NEON site code (HARV) and a tile's file name are described too. Of a file that exists each reader that
+    may meet it says what it takes or why it refuses, with the notes that the commands print.
 
     Example: canopy data describe neon
     """
     import yaml
 
     setup_logging(quiet, verbose)
-    facts = _facts(name)
+    facts = _facts(name, band, layer)
     if json_:
         print_json(facts)
     else:
@@ -86,7 +89,7 @@ def describe(
         typer.echo(yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=10_000), nl=False)
 
 
-def _facts(name: str) -> dict[str, Any]:
+def _facts(name: str, band: str | None, layer: str | None) -> dict[str, Any]:
     from canopy.config import manifest_names
     from canopy.imagery.named import named_source
     from canopy.labels.catalog import known_labels, label_source, neon_sites, read_name
@@ -97,11 +100,15 @@ def _facts(name: str) -> dict[str, Any]:
         return {"imagery": name, **named_source(name).model_dump(mode="json", exclude={"name"})}
     if name.upper() in neon_sites():
         return neon_sites()[name.upper()]
+    if Path(name).exists() or Path(name).is_symlink():  # a link to nowhere is the reader's to name
+        from canopy.cli.describe import describe_file
+
+        return describe_file(Path(name), band=band, layer=layer)
     tile = read_name(name)
     if tile is not None:
         return {"file": name, "bounds": list(tile.bounds), "crs": tile.crs}
     known = ", ".join([*known_labels(), *manifest_names("imagery")])
-    raise InputError("no such source, NEON site or tile name", where=name, expected=f"one of {known}")
+    raise InputError("no such file, source, NEON site or tile name", where=name, expected=f"one of {known}")
 
 
 @app.command("get")

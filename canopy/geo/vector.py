@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FORMATS = "GeoPackage, GeoJSON, Shapefile, FlatGeobuf, KML, GeoParquet or a file geodatabase (.gdb)"
 # What a file of each suffix begins with.
-_FIRST_BYTES = {
+FIRST_BYTES = {
     ".gpkg": b"SQLite format 3",
     ".geojson": b"{",
     ".json": b"{",
@@ -57,14 +57,14 @@ def read_vector(
 
     where = Path(check_name(path, AreaError))
     _check_format(where)
-    parquet = _FIRST_BYTES.get(where.suffix.lower()) == b"PAR1"
+    parquet = FIRST_BYTES.get(where.suffix.lower()) == b"PAR1"
     if parquet and layer is not None:
         raise AreaError(f"has no layer {layer!r}", where=path, remedy="leave --layer out")
     try:
         if parquet:
             frame = geopandas.read_parquet(where)
         else:
-            layer = _layer(where, layer, polygons)
+            layer = layer_of(where, layer, polygons)
             driver = pyogrio.read_info(where, layer=layer)["driver"]
             if driver not in _DRIVERS:
                 raise _unreadable(where, str(driver))
@@ -89,9 +89,9 @@ def _check_format(path: Path) -> None:
         raise AreaError("no such file", where=path, expected="a vector file such as GeoJSON or GeoPackage")
     with open(path, "rb") as file:
         first = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
-    if suffix not in _FIRST_BYTES or any(program in first for program in _PROGRAMS):
+    if suffix not in FIRST_BYTES or any(program in first for program in _PROGRAMS):
         raise _unreadable(path, "another format")
-    sign = _FIRST_BYTES[suffix]
+    sign = FIRST_BYTES[suffix]
     if not (first.lstrip() if sign in (b"{", b"<") else first).startswith(sign):
         raise _unreadable(path, f"not what its name says: {path.suffix}")
 
@@ -100,7 +100,7 @@ def _unreadable(path: Path, reason: str) -> AreaError:
     return AreaError(f"not a readable vector file ({reason})", where=path, expected=FORMATS)
 
 
-def _layer(path: Path, layer: str | None, polygons: bool) -> str:
+def layer_of(path: Path, layer: str | None, polygons: bool) -> str:
     """The layer to read: the one named, or the only one that can hold what is wanted."""
     import pyogrio
 
