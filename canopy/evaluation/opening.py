@@ -84,6 +84,7 @@ def _array_file(array: xarray.DataArray, folder: str) -> str:
             f"a {type(array).__name__} is no height map",
             expected="a path, a list of paths, or an xarray DataArray with a CRS",
         )
+    import rasterio
     import rioxarray  # noqa: F401  (registers the .rio accessor)
 
     where = f"the array {array.name}" if array.name else "the array"
@@ -103,6 +104,10 @@ def _array_file(array: xarray.DataArray, folder: str) -> str:
         array = array.drop_vars("band").assign_attrs(long_name=tuple(map(str, bands)))
     path = str(Path(folder) / "array.tif")
     array.rio.to_raster(path, windowed=True, tiled=True, blockxsize=256, blockysize=256, BIGTIFF="IF_SAFER")
+    if units := array.attrs.get("units"):  # one, or one per band: rioxarray does not write them
+        with rasterio.open(path, "r+") as written:
+            each = {units} if isinstance(units, str) else set(units)
+            written.units = tuple(each) * written.count if len(each) == 1 else tuple(units)
     return path
 
 

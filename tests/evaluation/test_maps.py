@@ -227,6 +227,8 @@ def test_arrays_are_read_as_files_are(write_map, forest):
             for got, was in zip(opened.read(lattice), expected, strict=True):
                 np.testing.assert_allclose(got, was, atol=1e-6)
             assert array is not plain or opened.dates == dates
+    with open_heights(masked.assign_attrs(units="ft")) as opened:
+        np.testing.assert_allclose(opened.read(lattice)[0], expected[0] * 0.3048, atol=1e-5)
     bare = xarray.DataArray(np.zeros((4, 5)), dims=("y", "x"), coords={"y": [4, 3, 2, 1], "x": range(5)})
     for array, words in (
         (np.zeros((4, 5)), "a ndarray is no height map; expected a path"),
