@@ -181,9 +181,9 @@ def start(
             ledger.reopen(retry_failed)
             _check_files(ledger, folder)
             mine = {tile.id for tile, _ in ledger.rows("pending")} if shard else None
+            remove_leftovers(folder, mine)  # also of workers that outlived a killed driver for a moment
             if ledger.counts()["pending"]:
                 ledger.set("outputs", "behind")
-                remove_leftovers(folder, mine)
                 with _stopping() as stop:
                     _drive(ledger, region, run_id(pins), tally, stop, progress or NoProgress())
                 remove_leftovers(folder, mine)  # of workers that died on the way
