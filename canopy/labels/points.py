@@ -102,6 +102,8 @@ def open_lidar(path: str | Path, *, crs: Any = None, units: str = "auto") -> Lid
     require_lidar()
     import laspy
 
+    with reading(path):
+        _check_records(path)
     with reading(path), laspy.open(path) as reader:
         header = reader.header
         if header.point_count < 1:
@@ -127,6 +129,14 @@ def open_lidar(path: str | Path, *, crs: Any = None, units: str = "auto") -> Lid
     _check_place(path, (west, south, east, north), horizontal)
     z_to_m = vertical_unit(path.name, told, horizontal, units)
     return LidarFile(path, count, horizontal, z_to_m, (west, south, east, north), kind, dated)
+
+
+def _check_records(path: Path) -> None:
+    """Refuse a header that promises more records than the file can hold: laspy would read on for hours."""
+    with open(path, "rb") as file:
+        first = file.read(104)
+    if int.from_bytes(first[100:104], "little") * 54 > path.stat().st_size:  # 54 bytes head each
+        raise ValueError("a damaged header")
 
 
 def _check_place(path: Path, bounds: Bounds, crs: CRS) -> None:

@@ -357,3 +357,10 @@ def test_a_header_that_lies_about_its_bounds_is_refused(tmp_path):
     path.write_bytes(raw)
     with pytest.raises(DataError, match="outside the bounds"):
         chm_from_points([path], tmp_path / "o.tif")
+
+
+def test_a_header_that_promises_endless_records_is_refused_at_once(tmp_path):
+    path = tmp_path / "broken.laz"
+    path.write_bytes(b"LASF" + b"\xff" * 900)
+    with pytest.raises(DataError, match="damaged header"):
+        open_lidar(path)
