@@ -117,7 +117,7 @@ def layer_of(path: Path, layer: str | None, polygons: bool) -> str:
         f"holds {len(layers)} layers ({', '.join(layers)})",
         where=path,
         expected="one layer of a fitting kind",
-        remedy=f"save it alone: ogr2ogr one.gpkg {path.name} LAYER; stats and evaluate take --layer",
+        remedy="name one with --layer",
     )
 
 

@@ -55,6 +55,7 @@ class AreaOptions(Settings):
     aoi: str | None = option(
         None, "Polygons of any vector file; outside is nodata.", metavar="FILE", panel="Area"
     )
+    layer: str | None = option(None, "Of an --aoi that has several layers.", metavar="NAME", panel="Area")
 
     @classmethod
     def of(cls, given: Mapping[str, Any], where: str) -> Self:
@@ -72,8 +73,9 @@ class AreaOptions(Settings):
         from canopy.geo.area import choose_area
 
         return choose_area(
-            bbox=self.bbox, size_m=self.size_m, bounds=self.bounds, bounds_crs=self.bounds_crs, aoi=self.aoi
-        )
+            bbox=self.bbox, size_m=self.size_m, bounds=self.bounds, bounds_crs=self.bounds_crs,
+            aoi=self.aoi, layer=self.layer,
+        )  # fmt: skip
 
     @property
     def inputs(self) -> list[str]:

@@ -157,7 +157,7 @@ def test_of_several_layers_the_fitting_one_is_read(tmp_path):
     with pytest.raises(AreaError, match=r"trees, stand.*--layer"):
         read_vector(path)
     _frame(square).to_file(path, layer="other")
-    with pytest.raises(AreaError, match=r"3 layers.*stand.*ogr2ogr"):
+    with pytest.raises(AreaError, match=r"3 layers.*stand.*--layer"):
         AOI.from_file(path)
     assert AOI.from_file(path, "other").geometry.equals(square)
     with pytest.raises(AreaError, match=r"no layer 'nobody'.*trees, stand, other"):
