@@ -36,7 +36,7 @@ class SourcePlace:
             raise ImageryError(
                 "no coordinate reference system",
                 where=public_name(dataset.name),
-                remedy="write it into the file, e.g. gdal_edit.py -a_srs EPSG:32610 FILE",
+                remedy="write it into the file, e.g. rio edit-info --crs EPSG:32610 FILE",
             )
         if dataset.transform.determinant == 0:
             raise ImageryError("a geotransform without area", where=public_name(dataset.name))
@@ -63,7 +63,7 @@ class SourcePlace:
                 where=name,
                 expected="degrees in a CRS of degrees",
                 remedy="the file's CRS is wrong: set the one its coordinates are in, for example with "
-                "gdal_edit.py -a_srs EPSG:32610",
+                "rio edit-info --crs EPSG:32610 FILE",
             )
 
     @property

@@ -257,7 +257,7 @@ def _judge(counts: Counter[str], dsm: str | Path, dtm: str | Path) -> None:
     if counts["zeros"] > 0.02 * both:
         log.warning(
             f"note: surface and terrain are both exactly 0 m in {counts['zeros'] / both:.0%} of the "
-            "pixels; if that means no data there, declare it in the files (gdal_edit.py -a_nodata 0)"
+            "pixels; if that means no data there, declare it in the files (rio edit-info --nodata 0 FILE)"
         )
     for name, where in (("low", "below"), ("high", f"more than {ABOVE_M:g} m above")):
         if counts[name] > both / 2:

@@ -65,7 +65,7 @@ EVALUATE = "evaluate", "b.tif", "--reference", "a.tif"
         (("evaluate", "b.tif", "--reference", "gone.tif"), "no such file"),
         (("evaluate", "b.tif", "--reference", "far.tif"), "overlap"),
         (("evaluate", "void.tif", "--reference", "a.tif"), "valid in both"),
-        (("evaluate", "nocrs.tif", "--reference", "a.tif"), "gdal_edit.py -a_srs"),
+        (("evaluate", "nocrs.tif", "--reference", "a.tif"), "rio edit-info --crs"),
         ((*EVALUATE, "--kind", "lidar"), "--kind"),
         ((*EVALUATE, "--by", "owner"), "--by"),
         ((*EVALUATE, "--stat", "median"), "--stat"),

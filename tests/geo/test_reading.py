@@ -396,7 +396,7 @@ def test_decode_runs_before_resampling(tif):
 def test_places_that_cannot_be_and_sources_far_away(tif):
     with open_raster(tif(np.ones((1, 8, 8), "float32"), crs=None)) as ds:
         assert read_window(ds, grid_of(8, 8), [1], crs="EPSG:32610")[1].all()
-        with pytest.raises(ImageryError, match="--crs"):
+        with pytest.raises(ImageryError, match="edit-info --crs"):
             read_window(ds, grid_of(8, 8), [1])
     with open_raster(tif(IMAGE, NORTH_UP, "EPSG:4326")) as ds, pytest.raises(ImageryError, match="degr"):
         read_window(ds, grid_of(8, 8), [1])
