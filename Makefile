@@ -37,7 +37,7 @@ demo: $(STAMP)  ## map the embedded demo area; leaves demo/chm.tif and demo/chm.
 test-quick: $(STAMP)  ## the tests for every commit: what the commands do, under two minutes on two cores
 	$(TESTS) -m "not slow" tests/behaviour tests/cli tests/geo tests/test_*.py
 
-test: $(STAMP)  ## all tests: some ten minutes on two cores (N=8: on eight)
+test: $(STAMP)  ## all tests: four to ten minutes on two cores (N=8: on eight)
 	$(TESTS)
 
 check: $(STAMP)  ## lint, format and types
