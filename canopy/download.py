@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ import httpx
 from filelock import FileLock
 
 from canopy.errors import DataError, FetchError
-from canopy.files import file_sha256, flush, host_of, redact, told_as_output
+from canopy.files import check_terms, file_sha256, flush, host_of, redact, told_as_output
 from canopy.runtime import log
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -39,6 +40,7 @@ SECRET_HEADERS = ("x-api-token", "authorization")
 # byte a try is.
 _PROGRESS_BYTES = 1 << 14
 # No network or a typing error: of no use in many retries.
+_BUCKET = re.compile(r"(^|\.)s3[.-].*amazonaws\.com$")
 _UNKNOWN_HOST = ("name or service not known", "nodename nor servname", "name resolution", "getaddrinfo")
 T = TypeVar("T")
 
@@ -91,7 +93,7 @@ def _client(process: int) -> httpx.Client:
         follow_redirects=True,
         mounts={"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None},
         headers={"User-Agent": "canopy-height"},
-        event_hooks={"request": [_keep_tokens_home]},
+        event_hooks={"request": [lambda request: check_terms(str(request.url)), _keep_tokens_home]},
     )
 
 
@@ -207,10 +209,11 @@ def _check_answer(response: httpx.Response, url: str, what: str, *, signed: bool
     if status in TRANSIENT or (signed and status in UNSIGNED):
         raise Again(f"{host} answered {status} {response.reason_phrase}", _retry_after_s(response))
     if status in (401, 403):
+        paid = "; of a bucket whose requester pays, copy it first: aws s3 cp --request-payer requester"
         raise FetchError(
             f"{host} refuses {what} ({status})",
             where=redact(url),
-            remedy="check the address and your access rights",
+            remedy="check the address and your access rights" + (paid if _BUCKET.search(host) else ""),
         )
     if status in (404, 410):
         raise FetchError(f"{host} has no such file ({status})", where=redact(url), remedy="check the address")

@@ -174,9 +174,35 @@ def _input_files(inputs: Iterable[object]) -> Iterator[Path]:
 _PREFIX = re.compile(r"^[A-Za-z][A-Za-z0-9_+.-]+:")  # two letters or more: `C:` stays a drive
 
 
+# Whose terms forbid what canopy would do with their pictures; other agencies' layers on hosts of the same
+# companies (services.arcgis.com, storage.googleapis.com) are not meant.
+_FORBIDDEN = {
+    "Esri World Imagery and Wayback": r"arcgisonline\.com|(maptiles|ibasemaps-api)\.arcgis\.com",
+    "Bing Maps": r"virtualearth\.net|bing\.com",
+    "Google Maps": r"(mts?|khms?|maps|tile)\d*\.google(apis)?\.[a-z.]+",
+    "Mapbox": r"mapbox\.com",
+}
+
+
 def is_url(name: str | Path) -> bool:
     """Whether a name is an http(s) URL."""
     return isinstance(name, str) and name.lower().startswith(("http://", "https://"))
+
+
+def check_terms(url: str) -> None:
+    """Refuse an address whose host forbids such use; asked before anything is opened, redirects included.
+
+    Raises:
+        InputError: says whose it is, and why.
+    """
+    host = host_of(url).partition(":")[0].lower()
+    for whose, pattern in _FORBIDDEN.items():
+        if re.search(rf"(^|\.)({pattern})$", host):
+            raise InputError(
+                f"{whose} may not be read: its terms forbid bulk use and data derived from the pictures",
+                where=host,
+                remedy="choose an open source: `canopy data list` shows them by country",
+            )
 
 
 def check_name(name: str | Path, error: type[InputError] = ImageryError) -> str:
@@ -202,6 +228,7 @@ def gdal_name(name: str | Path) -> str:
     if is_url(name):
         if not urlsplit(str(name)).hostname or any(c in str(name) for c in "<>\"' \n\0"):
             raise ImageryError("not a usable URL", where=name)
+        check_terms(str(name))
         return f"/vsicurl/{name}"
     path = Path(check_name(name))
     if path.is_dir():
@@ -225,11 +252,11 @@ _MAGIC = (
     *(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),  # TIFF and BigTIFF, both byte orders
     *(b"\0\0\0\x0cjP  ", b"\xffO\xffQ", b"\x89PNG", b"\xff\xd8\xff"),
 )
-_TEMPLATE_FIELD = re.compile(r"\{-?(?:z|x|y|q)\}")
+_TEMPLATE_FIELD = re.compile(r"\{(?:-?[xyz]|z:02|q|bbox)\}")
 
 
 def is_template(text: str) -> bool:
-    """True for a web-tile template such as `https://host/{z}/{x}/{y}.png` or one with a `{q}` quadkey."""
+    """True for a template of web tiles (`https://host/{z}/{x}/{y}.png`, `{q}`) or of boxes (`{bbox}`)."""
     return bool(_TEMPLATE_FIELD.search(text))
 
 

@@ -46,8 +46,8 @@ def open_imagery(
 
     Args:
         source: a file, a directory of images, a .vrt, an http(s) URL of an image, a STAC API or catalog
-            (URL or path), a web-tile template with {z}/{x}/{y} or {q}, the name of a source of the
-            manifests, several files or URLs, earlier ones on top, or a DataArray (band, y, x) with a CRS.
+            (URL or path), a web-tile template with {z}/{x}/{y}, {q} or {bbox}, the name of a source of
+            the manifests, several files or URLs, earlier ones on top, or a DataArray (band, y, x) with a CRS.
         area: what will be read; required by searchable sources (STAC APIs), a help to others.
         bands: band numbers of red, green and blue, counted from 1.
         nodata: a pixel whose red, green and blue all have this value is missing (any, if it is below 0).
@@ -127,9 +127,10 @@ def _open_one(item: str, area: AOI | None, options: ReadOptions, *, may_be_name:
         if item in manifest_names("imagery") or not path.exists():
             return open_named(item, area, options)
     if is_template(item):
-        from canopy.imagery.xyz import TileService, open_tiles
+        from canopy.imagery.xyz import BOX_PX, TileService, open_tiles
 
-        return open_tiles(TileService(template=item, name=redact(item)), options, area)
+        side_px = BOX_PX if "{bbox}" in item else 256
+        return open_tiles(TileService(template=item, name=redact(item), tile_px=side_px), options, area)
     hrefs, catalog = [item], None
     if is_url(item):
         from canopy.download import peek

@@ -8,7 +8,7 @@ hole in the map.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -34,6 +34,7 @@ MAX_DOCUMENTS = 20_000
 MAX_ITEMS = 2000
 _LEAST_NEW_AREA_DEG2 = 1e-10  # about one square metre
 _ABSENT = (403, 404, 410)
+_MOST_EMPTY_PAGES = 20  # in a row
 
 
 class TooManyItemsError(InputError):
@@ -143,14 +144,15 @@ def search(href: str, collection: str | None, area: AOI | None, datetime: str | 
     """Items of a STAC API in an area and time.
 
     Raises:
-        InputError: no area, or more than MAX_ITEMS items; FetchError: the host, or it gives fewer items
-            than it says it has; MissingDependencyError: pystac-client is not installed.
+        InputError: no area, or more than MAX_ITEMS items; FetchError: the host, or what it answers: no valid
+            STAC, fewer items than it says it has; MissingDependencyError: pystac-client is not installed.
     """
     if area is None:
         raise InputError(
             "a STAC API is searched by area", where=redact(href), remedy="give --bbox, --bounds or --aoi"
         )
     try:
+        from pystac import Link
         from pystac_client import Client
         from pystac_client.exceptions import APIError
         from pystac_client.stac_api_io import StacApiIO
@@ -170,7 +172,30 @@ def search(href: str, collection: str | None, area: AOI | None, datetime: str | 
         status_forcelist=sorted(download.TRANSIENT),
         allowed_methods=None,
     )
-    io = StacApiIO(max_retries=retry, timeout=rules.timeout_s)
+
+    class Pages(StacApiIO):
+        """All pages: the library ends at an empty one, although it may name a next one."""
+
+        promised = 0  # items that the host says it has
+
+        def get_pages(
+            self, url: str, method: str | None = None, parameters: dict[str, Any] | None = None
+        ) -> Iterator[dict[str, Any]]:
+            where: str | Link | None = url
+            empty = 0
+            while where is not None:
+                page = self.read_json(where, method=method, parameters=parameters)
+                said = page.get("numberMatched") or page.get("context", {}).get("matched")
+                self.promised = int(said or self.promised)
+                if page.get("features"):
+                    yield page
+                empty = 0 if page.get("features") else empty + 1
+                if empty > _MOST_EMPTY_PAGES:
+                    raise ValueError("page after page without items")
+                more = [link for link in page.get("links", []) if link["rel"] == "next"]
+                where, method = Link.from_dict(more[0]) if more else None, None
+
+    io = Pages(max_retries=retry, timeout=rules.timeout_s)
     io.session.trust_env = not download.is_local(href)
     try:
         found = Client.open(href, stac_io=io).search(
@@ -179,28 +204,22 @@ def search(href: str, collection: str | None, area: AOI | None, datetime: str | 
             datetime=datetime,
             max_items=MAX_ITEMS + 1,
         )
-        items, promised = list[pystac.Item](), 0
-        for page in found.pages():
-            items += page.items
-            said = page.extra_fields.get("numberMatched") or page.extra_fields.get("context", {}).get(
-                "matched"
-            )
-            promised = int(said or promised)
+        items = list(found.items())
     except (APIError, RequestException) as error:
         said = f"{host_of(href)} did not answer the search ({redact(error)[:200]})"
         raise FetchError(said, where=redact(href)) from None
     except (KeyError, TypeError, ValueError, AttributeError, pystac.STACError) as error:
         said = f"{host_of(href)} answers no valid STAC ({redact(error)[:200]})"
-        raise ImageryError(said, where=redact(href)) from None
+        raise FetchError(said, where=redact(href)) from None
     if len(items) > MAX_ITEMS:
         raise TooManyItemsError(
             f"more than {MAX_ITEMS} items there",
             where=redact(href),
             remedy="limit the dates with --datetime",
         )
-    if len(items) < promised:  # an empty page ends a search, also one that a busy host gives too early
+    if len(items) < io.promised:
         raise FetchError(
-            f"{host_of(href)} says it has {promised} items there and gives {len(items)}",
+            f"{host_of(href)} says it has {io.promised} items there and gives {len(items)}",
             where=redact(href),
             remedy="try again later",
         )

@@ -46,7 +46,8 @@ def record_of(item: pystac.Item, preferred: Sequence[str] = (), gsd_m: float | N
     """
     properties, base = item.properties, item.get_self_href() or ""
     hrefs, bands = choose_assets(item.assets, preferred)
-    gsds = [asset.extra_fields.get("gsd") for asset in item.assets.values()]
+    more = [asset.extra_fields for asset in item.assets.values()]
+    gsds = [fields.get("gsd") or fields.get("eo:gsd") for fields in more]
     try:
         outline = shape(item.geometry)
     except Exception as error:  # shapely raises many kinds on malformed GeoJSON
@@ -72,7 +73,8 @@ def choose_assets(
     """Hrefs that make RGB, and band numbers if the catalog tells them.
 
     In order: the preferred keys (whatever their roles), the usual keys, an asset whose bands include red,
-    green and blue, and three assets whose common names are red, green and blue. Empty when there are none.
+    green and blue, three assets whose common names are red, green and blue, and the finest of those that
+    state their pixel size but no bands (swisstopo). Empty when there are none.
     """
     usable = {key: assets[key] for key in sorted(assets) if _is_raster(assets[key])}
     named = [assets[key] for key in preferred if key in assets]
@@ -83,7 +85,9 @@ def choose_assets(
     singles = {tuple(_band_names(asset)): asset.href for asset in reversed(usable.values())}
     if all((colour,) in singles for colour in COLOURS):
         return tuple(singles[colour,] for colour in COLOURS), None
-    return (), None
+    sized = [asset for asset in usable.values() if "eo:gsd" in asset.extra_fields and not _band_names(asset)]
+    finest = min(sized, key=lambda asset: float(asset.extra_fields["eo:gsd"]), default=None)
+    return (finest.href,) if finest else (), None
 
 
 def _is_raster(asset: pystac.Asset) -> bool:

@@ -1,8 +1,11 @@
-"""Web tiles: `{z}/{x}/{y}` (XYZ), `{-y}` (TMS) and `{q}` (quadkey) templates in Web Mercator.
+"""Web tiles in Web Mercator: `{z}/{x}/{y}` (XYZ), `{-y}` (TMS), `{q}` (quadkey); `{bbox}` (WMS, ImageServer).
+
+A `{bbox}` is that of a tile, too, so that the requests, and with them the pixels, do not depend on what is
+read.
 
 The zoom is chosen once per source, so that neighbouring windows never come from different levels. A tile is
 "no imagery" where its host says so: with an empty answer (204), with a status or placeholder picture that the
-source's manifest names, or with a picture of one neutral colour. Every other failure is an error, because a
+source's manifest names, or with a picture of one colour. Every other failure is an error, because a
 hole from a busy host must not become a hole in the map.
 """
 
@@ -27,7 +30,7 @@ from PIL import Image
 from canopy import download
 from canopy.config import Settings
 from canopy.errors import FetchError, InputError, refuse_options
-from canopy.files import host_of, is_url, redact
+from canopy.files import check_terms, host_of, is_url, redact
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import HALF_WORLD_M, Grid, quadkey_at
@@ -39,7 +42,11 @@ DEFAULT_GSD_M = 0.5
 # A zoom up to 20 % coarser than wanted is close enough; the next one has four times the tiles.
 ZOOM_SLACK = 1.2
 CACHED_TILES = 512
+BOX_PX = 1024  # side of what is asked for by its box, where nothing else is said: few requests, not too large
+_FIELDS = {"{z}", "{z:02}", "{x}", "{y}", "{-y}", "{q}", "{bbox}", "{width}", "{height}", "{crs}", "{proj}"}
+_ERROR_TEXT = (b"<", b"{")
 _MERCATOR_180 = "+proj=merc +a=6378137 +b=6378137 +lat_ts=0 +lon_0=180 +units=m +nadgrids=@null +no_defs"
+_CRS = "EPSG:3857"
 Tile = tuple[NDArray[np.uint8], NDArray[np.bool_]]
 
 
@@ -47,7 +54,8 @@ class TileService(Settings):
     """Layout and manners of a tile host.
 
     Attributes:
-        template: URL with {z} {x} {y}, {-y} or {q}.
+        template: URL with {z} (or {z:02}) {x} {y}, with {-y}, with {q}, or with {bbox} {width} {height} and
+            maybe {crs}, which becomes EPSG:3857.
         name: for messages and scene ids.
         tile_px: side of a tile.
         min_zoom, max_zoom: levels that exist.
@@ -90,13 +98,16 @@ def open_tiles(service: TileService, options: ReadOptions, area: AOI | None = No
         InputError: no web-tile template, or an option that has no use here.
     """
     fields = set(re.findall(r"\{[^}]*\}", service.template))
-    complete = {"{q}"} <= fields or ({"{z}", "{x}"} <= fields and bool(fields & {"{y}", "{-y}"}))
-    if not is_url(service.template) or not complete or fields - {"{z}", "{x}", "{y}", "{-y}", "{q}"}:
+    tiled = "{x}" in fields and bool(fields & {"{z}", "{z:02}"}) and bool(fields & {"{y}", "{-y}"})
+    complete = tiled or "{q}" in fields or {"{bbox}", "{width}", "{height}"} <= fields
+    if not is_url(service.template) or not complete or fields - _FIELDS:
         raise InputError(
             "not a web-tile template",
             where=redact(service.template),
-            expected="an http(s) URL with {z}, {x} and {y} (or {-y} for TMS), or with {q} for quadkeys",
+            expected="an http(s) URL with {z}, {x} and {y} (or {-y} for TMS), with {q} for quadkeys, or with "
+            "{bbox}, {width} and {height} for a WMS or ImageServer",
         )
+    check_terms(service.template)
     refuse_options(
         {
             "--bands": options.bands, "--scale": options.scale, "--input-crs": options.crs,
@@ -131,14 +142,14 @@ class TileSource(ImagerySource):
         self._turned = place[0] > place[2]
         side = service.tile_px * 2**zoom
         pixel = 2 * HALF_WORLD_M / side
-        crs = _MERCATOR_180 if self._turned else "EPSG:3857"
+        crs = _MERCATOR_180 if self._turned else _CRS
         self.lattice = Grid.of(crs, Affine(pixel, 0, -HALF_WORLD_M, 0, -pixel, HALF_WORLD_M), (side, side))
         self.native_crs: CRS = self.lattice.crs
         self.native_gsd_m = pixel * math.cos(math.radians((place[1] + place[3]) / 2))
         self.notes = [f"{service.name}: the tiles carry no acquisition date"]
         self._tile = lru_cache(CACHED_TILES)(self._fetch)
         self._colour: bool | None = None  # whether any tile had colour; None: none was seen yet
-        self._blank = ""  # the first tile of one neutral colour
+        self._blank = ""  # the first tile of one colour
 
     @property
     def scene_ids(self) -> tuple[str, ...]:
@@ -202,8 +213,13 @@ class TileSource(ImagerySource):
     def _fetch(self, x: int, y: int) -> Tile | None:
         if self._turned:
             x = (x + 2**self.zoom // 2) % 2**self.zoom
-        url, last = self.service.template, 2**self.zoom - 1
-        values = {"z": self.zoom, "x": x, "y": y, "-y": last - y, "q": quadkey_at(y, x, self.zoom)}
+        url, px, side = self.service.template, self.service.tile_px, 2 * HALF_WORLD_M / 2**self.zoom
+        west, north = x * side - HALF_WORLD_M, HALF_WORLD_M - y * side
+        values = {
+            "z": self.zoom, "z:02": f"{self.zoom:02}", "x": x, "y": y, "-y": 2**self.zoom - 1 - y,
+            "q": quadkey_at(y, x, self.zoom), "width": px, "height": px, "crs": _CRS, "proj": _CRS,
+            "bbox": ",".join(f"{v:.8f}" for v in (west, north - side, west + side, north)),
+        }  # fmt: skip
         for field, value in values.items():
             url = url.replace(f"{{{field}}}", str(value))
         where = f"web tile {self.zoom}/{x}/{y} of {self.name}"
@@ -215,10 +231,10 @@ class TileSource(ImagerySource):
         if hashlib.sha256(body).hexdigest() in self.service.placeholder_sha256:
             return None
         rgb, valid = decode_tile(body, self.service.tile_px, where, url)
-        if rgb.min() == rgb.max():
+        if (rgb == rgb[:, :1, :1]).all():
             if not self._blank:
                 self._blank = f"{self.zoom}/{x}/{y}"
-                self._tell(f"{self.name}: tiles of one neutral colour, such as {self._blank}, are no image")
+                self._tell(f"{self.name}: tiles of one colour, such as {self._blank}, are no image")
             return None
         if self._nodata is not None:
             valid = valid & ~(rgb == self._nodata).all(axis=0)
@@ -229,8 +245,12 @@ def decode_tile(body: bytes, tile_px: int, where: str, url: str) -> Tile:
     """PNG, JPEG or WebP bytes -> uint8 RGB (3, px, px) and validity; grey and palettes become RGB.
 
     Raises:
-        FetchError: not a picture, not 8 bits, or of another size than declared.
+        FetchError: not a picture, not 8 bits, or of another size than declared; repeats what a service says
+            in XML or JSON in place of a picture.
     """
+    if body.lstrip().startswith(_ERROR_TEXT):
+        said = " ".join(re.sub(r"<[^>]*>", " ", redact(body[:4000].decode("utf-8", "replace"))).split())
+        raise FetchError(f"{host_of(url)} sent an error in place of a picture: {said[:200]}", where=where)
     try:
         with Image.open(io.BytesIO(body), formats=("PNG", "JPEG", "WEBP")) as picture:
             mode, size = picture.mode, picture.size

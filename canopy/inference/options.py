@@ -33,7 +33,7 @@ _HELP_RADIOMETRY = (
     "r5,r95,g5,g95,b5,b95 in 0..1. The image's percentiles are measured once over all of it."
 )
 _HELP_IMAGERY = (
-    "A named source (naip, demo, ...), a STAC API or catalog, an XYZ template, a directory or VRT."
+    "A named source (naip, demo, ...), a STAC API or catalog, a tile or WMS template, a directory or VRT."
 )
 _HELP_OUT = "GeoTIFF to write; OUT.json (a STAC item) lies beside it. Default: IMAGE_chm.tif here."
 

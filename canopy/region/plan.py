@@ -101,7 +101,10 @@ def open_region(options: MapOptions, pins: Pins | None = None) -> Region:
         options = options.model_copy(update={"imagery": source.name})
     notes = [] if by_tile else coverage_notes(source, aoi)
     if by_tile:
-        notes.append("more images than one mosaic may have: every tile opens those of its own place")
+        notes.append(
+            "more images than one mosaic may have: every tile searches for those of its own place when it is "
+            "made, so they are not pinned, and what is published meanwhile may differ from tile to tile"
+        )
     extras = extras_of(options, model, aoi)
     choice = settle(
         model, pinned.get("backend", options.backend), pinned.get("precision", options.precision),

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
+
+import httpx
 import numpy as np
 import pytest
 import rasterio.shutil
+from shapely.geometry import box, mapping
 
-from canopy.errors import FetchError
+from canopy import download
+from canopy.errors import FetchError, InputError
+from canopy.files import check_terms
 from canopy.imagery.base import ReadOptions
 from canopy.imagery.open import open_imagery
 from canopy.imagery.scene import Handles, Scene, SceneRecord
@@ -69,6 +76,47 @@ def test_a_host_without_ranges_is_told_clearly(server, cog):
     server.no_ranges.add("/a.tif")
     with pytest.raises(FetchError, match=r"does not answer range requests.*ownload"):
         open_imagery(url)
+
+
+FORBIDDEN = (
+    "https://server.arcgisonline.com/ArcGIS/rest/services/World_Imagery/MapServer/tile/{z}/{y}/{x}",
+    "https://wayback.maptiles.arcgis.com/arcgis/rest/services/World_Imagery/WMTS/1.0.0/{z}/{y}/{x}",
+    "https://ecn.t3.tiles.virtualearth.net/tiles/a{q}.jpeg?g=1",
+    "https://mt1.google.com/vt/lyrs=s&x={x}&y={y}&z={z}",
+    "https://khms1.googleapis.com/kh?v=980&x={x}&y={y}&z={z}",
+    "https://api.mapbox.com/v4/mapbox.satellite/{z}/{x}/{y}.jpg90",
+)
+
+
+def test_hosts_whose_terms_forbid_it_are_refused_wherever_their_address_stands(server, tmp_path):
+    for address in FORBIDDEN:
+        for given in (address, re.sub(r"\{.*?\}", "1", address)):  # a template, and one picture
+            with pytest.raises(InputError, match=r"may not be read: its terms forbid") as caught:
+                open_imagery(given)
+            assert caught.value.exit_code == 2
+    item = {
+        "type": "Feature", "id": "a", "properties": {"datetime": "2021-01-01T00:00:00Z"},
+        "geometry": mapping(box(0, 0, 1, 1)),
+        "assets": {"visual": {"href": "https://api.mapbox.com/a.tif", "type": "image/tiff"}},
+    }  # fmt: skip
+    (tmp_path / "item.json").write_text(json.dumps(item))
+    with pytest.raises(InputError, match="Mapbox may not be read"):
+        open_imagery(tmp_path / "item.json")
+    server.routes["/go.tif"] = lambda *_: (302, {"Location": "https://mt1.google.com/vt"}, b"")
+    with pytest.raises(InputError, match="Google Maps may not be read"):
+        download.get(server.url + "/go.tif")
+    for open_host in (
+        "https://storage.googleapis.com/neon/a.tif", "https://tiles.arcgis.com/t/MapServer/tile/{z}/{y}/{x}",
+        "https://notmapbox.com.example.org/{z}/{x}/{y}",
+    ):  # fmt: skip
+        check_terms(open_host)
+
+
+def test_a_bucket_that_refuses_is_explained():
+    """Earth Search's `s3://naip-analytic`, whose requester pays, becomes an https address that says 403."""
+    answer = httpx.Response(403, request=httpx.Request("GET", "https://naip-analytic.s3.amazonaws.com/a.tif"))
+    with pytest.raises(FetchError, match=r"refuses the image \(403\).*aws s3 cp --request-payer requester"):
+        download._check_answer(answer, str(answer.request.url), "the image", signed=False)
 
 
 def test_an_expired_signature_is_renewed_and_never_shown(server, cog, noise):

@@ -228,6 +228,19 @@ def test_a_search_that_gives_fewer_items_than_it_says_it_has_is_refused(api, tot
         open_imagery(server.url + "/api", area=area())
 
 
+def test_a_search_goes_on_after_an_empty_page_that_names_a_next_one(api):
+    server, _, searches = api
+    link = {"rel": "next", "href": server.url + "/api/search", "method": "POST"}
+    link["body"] = {"bbox": list(area().bounds_lonlat), "collections": ["aerial"], "token": 0}
+    page = {"type": "FeatureCollection", "features": [], "links": [link], "numberMatched": 3}
+    server.fail("/api/search", times=2, status=200, body=json.dumps(page).encode())
+    check_mosaic(open_imagery(server.url + "/api", area=area()))
+    assert len(searches) == 3
+    server.fail("/api/search", times=1000, status=200, body=json.dumps(page).encode())
+    with pytest.raises(FetchError, match="page after page without items"):
+        open_imagery(server.url + "/api", area=area())
+
+
 def test_items_without_colour_are_counted_aloud(api):
     server, items, _ = api
     items[0]["assets"] = {"dem": {"href": "dem.tif", "type": "image/tiff"}}
@@ -319,6 +332,8 @@ def test_assets_are_chosen_by_key_then_bands_then_colours():
     assert choose(one) == (("d.tif",), (3, 2, 1))
     assert choose({**one, "visual": {"href": "v.tif", **tif}}) == (("v.tif",), None)
     assert choose({**one, "x": {"href": "x.tif", **tif}}, ("x",)) == (("x.tif",), None)
+    sized = {f"dop10_{gsd}": {"href": f"{gsd}.tif", "eo:gsd": gsd, **tif} for gsd in (2.0, 0.1)}
+    assert choose(sized) == (("0.1.tif",), None)  # swisstopo names neither bands nor usual keys
     singles = {
         name: {"href": f"{name}.tif", "eo:bands": bands(name), **tif}
         for name in ("blue", "nir", "red", "green")

@@ -80,7 +80,10 @@ def expected(source: TileSource, grid: Grid) -> np.ndarray:
     return world(*np.meshgrid(np.arange(col, col + grid.width), np.arange(row, row + grid.height)))
 
 
-@pytest.mark.parametrize("template", ["/xyz/{z}/{x}/{y}.png", "/tms/{z}/{x}/{-y}.png", "/qk/{q}.png"])
+@pytest.mark.parametrize(
+    "template",
+    ["/xyz/{z}/{x}/{y}.png", "/xyz/{z:02}/{x}/{y}.png", "/tms/{z}/{x}/{-y}.png", "/qk/{q}.png"],
+)
 def test_templates_of_all_kinds_give_the_same_exact_pixels(tiles, template):
     source = open_imagery(tiles.url + template, area=area())
     assert source.zoom == ZOOM  # 1.19 m x cos(44) = 0.86 m, within 20 % of 0.8
@@ -88,6 +91,76 @@ def test_templates_of_all_kinds_give_the_same_exact_pixels(tiles, template):
     image = source.read(grid)
     assert image.valid.all() and (image.date == 0).all()
     np.testing.assert_allclose(image.rgb * 255, expected(source, grid), atol=1e-4)
+
+
+WMS = (
+    "/wms?SERVICE=WMS&VERSION=1.3.0&REQUEST=GetMap&LAYERS=ortho&STYLES=&CRS={crs}&BBOX={bbox}"
+    "&WIDTH={width}&HEIGHT={height}&FORMAT=image/png&TRANSPARENT=TRUE"
+)
+IMAGE_SERVER = (
+    "/arcgis/rest/services/NAIP/ImageServer/exportImage?bbox={bbox}&bboxSR=3857&imageSR=3857"
+    "&size={width},{height}&format=png32&f=image"
+)
+
+
+@pytest.fixture
+def drawing(server):
+    """A WMS and an ImageServer that draw `world` for any box; gives what was asked."""
+    asked: list[tuple[float, ...]] = []
+
+    def draw(path, query, body):
+        low = {key.lower(): values[0] for key, values in query.items()}
+        box = tuple(float(v) for v in low["bbox"].split(","))
+        width, height = map(int, low["size"].split(",") if "size" in low else (low["width"], low["height"]))
+        assert low.get("crs", "EPSG:3857") == "EPSG:3857" and low.get("bboxsr", "3857") == "3857"
+        asked.append((*box, width, height))
+        pixel = (box[2] - box[0]) / width
+        assert pixel == pytest.approx((box[3] - box[1]) / height)
+        cols = (box[0] + 20037508.342789244) / pixel + np.arange(width)
+        rows = (20037508.342789244 - box[3]) / pixel + np.arange(height)
+        values = world(*np.meshgrid(cols.round().astype(int), rows.round().astype(int)))
+        return 200, {"Content-Type": "image/png"}, picture(values)
+
+    server.routes |= {"/wms": draw, IMAGE_SERVER.partition("?")[0]: draw}
+    return server, asked
+
+
+@pytest.mark.parametrize("template", [WMS, IMAGE_SERVER])
+def test_a_box_template_reads_the_same_pixels_whatever_window_is_read(drawing, template):
+    server, asked = drawing
+    source = open_imagery(server.url + template, area=area(), gsd_m=0.5)
+    assert 0.25 <= source.native_gsd_m <= 0.6
+    grid = lattice_window(source)
+    image = source.read(grid)
+    assert image.valid.all()
+    np.testing.assert_allclose(image.rgb * 255, expected(source, grid), atol=1e-4)
+    part = open_imagery(server.url + template, area=AOI.from_bbox([LAT, LON], size_m=40), gsd_m=0.5)
+    inner = part.read(grid.window(37, 41, 90, 80))
+    np.testing.assert_array_equal(inner.rgb, image.rgb[:, 37:127, 41:121])
+    sides = {(box[2] - box[0], *box[4:]) for box in asked}
+    assert len(sides) == 1 and sides.pop()[1:] == (1024, 1024)  # requests of one lattice
+    again = open_pinned(json.loads(json.dumps(source.pinned())))
+    np.testing.assert_array_equal(again.read(grid).rgb, image.rgb)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        (
+            '<?xml version="1.0"?><ServiceExceptionReport><ServiceException code="LayerNotDefined">\n'
+            "Could not find layer ortho</ServiceException></ServiceExceptionReport>",
+            "application/vnd.ogc.se_xml",
+            "Could not find layer ortho",
+        ),
+        ('{"error":{"code":400,"message":"Invalid bbox","details":[]}}', "application/json", "Invalid bbox"),
+    ],
+)
+def test_an_error_sent_with_status_200_is_told_in_one_line(server, body, kind, said):
+    server.routes["/wms"] = lambda *_: (200, {"Content-Type": kind}, body.encode())
+    source = open_imagery(server.url + WMS + "&key=secret", area=area())
+    with pytest.raises(FetchError, match=rf"sent an error in place of a picture: .*{said}") as caught:
+        source.read(lattice_window(source))
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
 @pytest.fixture(autouse=True)
@@ -118,13 +191,14 @@ def test_tiles_that_are_no_image_are_nodata(tiles):
     for answer, digests, hole in (
         (picture(sign), (), False), (picture(sign), (digest,), True), (b"", (), True),
         (picture(np.full((3, 256, 256), 255, np.uint8)), (), True),
+        (picture(np.broadcast_to(np.uint8([[[40]], [[90]], [[160]]]), (3, 256, 256))), (), True),
     ):  # fmt: skip
         tiles.put(path, answer, "image/png")
         service = TileService(template=template, name="local", placeholder_sha256=digests)
         source = open_tiles(service, ReadOptions(), area())
         valid = source.read(source.lattice.window(y * 256 - 10, x * 256 - 10, 276, 276)).valid
         assert valid[10:266, 10:266].any() != hole and valid.sum() == 276**2 - 256**2 * hole
-    assert any("one neutral colour" in note for note in source.notes)
+    assert any("tiles of one colour" in note for note in source.notes)
     tiles.routes[path] = lambda *_: (204, {}, b"")
     source = open_imagery(template, area=area())
     assert not source.read(source.lattice.window(y * 256, x * 256, 256, 256)).valid.any()
@@ -175,7 +249,8 @@ def test_a_tile_that_is_a_web_page_or_junk_names_host_and_tile(tiles):
 
 
 @pytest.mark.parametrize(
-    "template", ["https://h/{z}/{x}.png", "https://h/{q}/{s}.png", "tiles/{z}/{x}/{y}.png"]
+    "template",
+    ["https://h/{z}/{x}.png", "https://h/{q}/{s}.png", "tiles/{z}/{x}/{y}.png", "https://h/?BBOX={bbox}"],
 )
 def test_incomplete_templates_are_refused(template):
     with pytest.raises(InputError, match="template"):
