@@ -12,7 +12,7 @@ from canopy.evaluation.compare import CompareOptions, Comparison
 from canopy.evaluation.compare import compare as compare_maps
 from canopy.inference.options import AreaOptions
 
-_HELP_MAP = "GeoTIFF, VRT, folder of tiles, or a text file that lists tiles."
+_HELP_MAP = "GeoTIFF, VRT or folder of tiles."
 _HELP_BAND = "The height's band, of a file with several."
 
 

@@ -114,9 +114,7 @@ def print_scores(result: Evaluation) -> None:
     if shift is not None and not shift["sure"]:
         typer.echo(f"no shift against the reference could be measured: {shift['note']}")
     elif shift is not None:
-        # Adding 0 turns the -0.0 of a rounded trifle into 0.0.
-        east, north = (f"{round(x, 2) + 0.0:+.2f} m" for x in (shift["east_m"], shift["north_m"]))
-        typer.echo(f"the map lies {east} east, {north} north of the reference")
+        typer.echo(f"the map lies {result.shift_words} of the reference")
     head = ("", "value", "95 % interval", "shift undone" if result.corrected else "")
     rows = [
         (name, _value(score), _interval(score), _value(result.corrected[name]) if result.corrected else "")

@@ -15,17 +15,17 @@ import numpy as np
 from canopy import __version__
 from canopy.config import validate_settings
 from canopy.errors import InputError
+from canopy.evaluation.grids import own_grid
 from canopy.evaluation.maps import HeightMap, years_apart
 from canopy.evaluation.opening import open_heights
 from canopy.evaluation.pixels import Matched, RasterPair, Tally, tally_rasters
 from canopy.evaluation.samples import (
-    PARQUETS,
-    TEXTS,
+    TABLES,
     block_samples,
     load_samples,
     pool_map,
+    read_table,
     sample_strata,
-    table_format,
 )
 from canopy.evaluation.scores import BOUNDED, LEVEL, Evaluation, Options
 from canopy.evaluation.strata import RASTERS, files_of, stratifiers
@@ -70,8 +70,9 @@ def evaluate(
             slope, a column, NAME=raster.tif, NAME=polygons.gpkg:COLUMN); stat (mean, max, pNN; default mean,
             for GEDI the percentile that the column is); floor_m or sensor (below it both sides count as 0);
             column (of heights); radius_m (of plots that are points); layer (of a vector file that has
-            several); slope or dem (rasters); block_m; shift; replicates, seed (of the bootstrap); nodata,
-            band, reference_nodata, reference_band; map_date, reference_date (ISO).
+            several); dem (elevations, for slope); image (imagery to show beside the heights); block_m;
+            shift; replicates, seed (of the bootstrap); nodata, band, reference_nodata, reference_band;
+            map_date, reference_date (ISO).
 
     Returns:
         The scores; `.to_dict()` is metrics.json.
@@ -86,7 +87,7 @@ def evaluate(
     if not listed:
         raise InputError("no reference", where="--reference")
     if out is not None:
-        inputs = [map, listed, chosen.slope, chosen.dem, files_of(chosen.by)]
+        inputs = [map, listed, chosen.dem, chosen.image, files_of(chosen.by)]
         expected = "a directory for the results"
         check_output(out, inputs, overwrite=overwrite, folder=True, expected=expected)
     kind = chosen.kind or guess_kind(listed[0])
@@ -103,7 +104,7 @@ def evaluate(
 
 
 def guess_kind(reference: Any) -> str:
-    """chm, gedi or plots, told from a reference's name and columns. InputError for a missing file."""
+    """chm, gedi or plots, told from a reference's name and columns. InputError for what cannot be read."""
     if not isinstance(reference, str | Path):
         return "plots" if hasattr(reference, "geometry") else "chm"
     path = Path(reference)
@@ -112,21 +113,7 @@ def guess_kind(reference: Any) -> str:
         return "chm"
     if not path.exists():
         raise InputError("no such file", where=reference, remedy="check the spelling of the path")
-    names: list[str] = []
-    if suffix in TEXTS:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            line, separator = file.readline(), table_format(path)[0]
-        if separator not in line:
-            return "chm"  # a list of tiles
-        names = [name.strip().strip('"') for name in line.split(separator)]
-    elif suffix in PARQUETS:
-        from pyarrow import ArrowException, parquet
-
-        try:
-            names = list(parquet.read_schema(path).names)
-        except (ArrowException, OSError):  # the reader of its kind says what is wrong with it
-            return "plots"
-    return "gedi" if "shot_number" in names else "plots"
+    return "gedi" if suffix in TABLES and "shot_number" in read_table(path) else "plots"
 
 
 # ---- rasters --------------------------------------------------------------------------------------
@@ -136,8 +123,7 @@ def _against_rasters(
     with ExitStack() as stack:
         pairs = []
         for source in references:
-            is_table = isinstance(source, str | Path) and Path(source).suffix.lower() in (*TEXTS, *PARQUETS)
-            if is_table and Path(source).suffix.lower() != ".txt":
+            if isinstance(source, str | Path) and Path(source).suffix.lower() in TABLES:
                 remedy = "use --kind gedi or --kind plots"
                 raise InputError("a table, not a raster", where=source, remedy=remedy)
             side = open_heights(
@@ -160,7 +146,7 @@ def score_rasters(
     if options.column or options.radius_m or options.layer:
         raise InputError("--column, --radius-m and --layer are for tables", expected="a raster has neither")
     with ExitStack() as stack:
-        ways = stratifiers(options.by, slope=options.slope, dem=options.dem)
+        ways = stratifiers(options.by, options.dem)
         for way in ways:
             stack.callback(way.close)
         tally = tally_rasters(pairs, options, ways, progress)
@@ -198,7 +184,7 @@ def score_rasters(
         notes.append(f"no shift was measured: {tally.shift_note}")
     return Evaluation(
         "chm", overall, corrected, tally.shift, tally.shift_note, strata, tally.plain.joint, blocks, side_m,
-        tally.previews, None, facts | dict(provenance or {}), notes,
+        tally.preview, None, facts | dict(provenance or {}), notes,
     )  # fmt: skip
 
 
@@ -280,11 +266,15 @@ def _against_samples(
 
     if isinstance(reference, str | Path) and Path(reference).suffix.lower() in RASTERS:
         raise InputError("a raster, not a table", where=reference, remedy="use --kind chm")
+    if options.image is not None:
+        raise InputError(
+            "an image", where="--image", expected="a raster as the reference: no map is drawn of a table"
+        )
     samples = load_samples(kind, reference, options.column, options.radius_m, options.layer)
     # RH98 stands beside the 98th percentile of the disc's pixels.
     percent = "".join(c for c in samples.column if c.isdigit()) or "98"
     stat = options.stat or (f"p{int(percent)}" if kind == "gedi" else "mean")
-    strata = sample_strata(samples, options.by, slope=options.slope, dem=options.dem)
+    strata = sample_strata(samples, options.by, options.dem, own_grid(heights))
     values = pool_map(heights, samples, stat, progress)
     seen = np.isfinite(values)
     if not seen.any():
@@ -329,5 +319,5 @@ def _against_samples(
         kind, overall, None, None, "footprints and plots are placed to metres: no shift is measured on them",
         parts, tally.joint,
         _block_table(tally, np.full(count, samples.name), np.full(count, blocks.crs), blocks.bounds),
-        blocks.side_m, (), table.iloc[keep].reset_index(drop=True), facts, [*notes, _date_note(facts)],
+        blocks.side_m, None, table.iloc[keep].reset_index(drop=True), facts, [*notes, _date_note(facts)],
     )  # fmt: skip

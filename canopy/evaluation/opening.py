@@ -49,8 +49,8 @@ def open_heights(
 
     Args:
         source: a GeoTIFF, COG or VRT (path or http URL); a folder of tiles (`DIR/chm`, `DIR/tiles` or DIR
-            itself); a text file with one path per line; a sequence of files; or an xarray DataArray with
-            dimensions (y, x) or (band, y, x) and a CRS (`.rio.crs`).
+            itself); a sequence of files; or an xarray DataArray with dimensions (y, x) or (band, y, x) and a
+            CRS (`.rio.crs`).
         nodata: value that means missing, in place of what the files and the rules above say.
         band: number (from 1) or name of the height's band; by default the only one, or the only one that says
             canopy height or CHM.
@@ -117,25 +117,14 @@ def _paths_of(name: str | Path | Sequence[str | Path]) -> list[str]:
     path = Path(name)
     if path.name == "mosaic" and (path.parent / "tiles").is_dir():
         path = path.parent  # of `canopy map`: an index that GDAL reads, of tiles that are read here
-    if is_url(str(name)) or not (path.is_dir() or path.suffix.lower() == ".txt"):
+    if is_url(str(name)) or not path.is_dir():
         return [str(name)]
-    if path.is_dir():
-        for folder in (path / "chm", path / "tiles", path):
-            files = (p for p in folder.glob("[!.]*") if p.suffix.lower() in (".tif", ".tiff", ".vrt"))
-            if found := sorted(map(str, files)):
-                return found
-        expected = "*.tif, or chm/*.tif, or tiles/*.tif"
-        raise ImageryError("no height tiles in the folder", where=name, expected=expected)
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ImageryError(
-            "not a readable list of tiles", where=name, expected="one path per line"
-        ) from error
-    listed = [line for line in lines if line and not line.startswith("#")]
-    if not listed:
-        raise ImageryError("an empty list of tiles", where=name, expected="one path per line")
-    return [line if is_url(line) else str(path.parent / line) for line in listed]
+    for folder in (path / "chm", path / "tiles", path):
+        files = (p for p in folder.glob("[!.]*") if p.suffix.lower() in (".tif", ".tiff", ".vrt"))
+        if found := sorted(map(str, files)):
+            return found
+    expected = "*.tif, or chm/*.tif, or tiles/*.tif"
+    raise ImageryError("no height tiles in the folder", where=name, expected=expected)
 
 
 def _open_tile(path: str, band: int | str | None, nodata: float | None) -> Tile:

@@ -20,6 +20,7 @@ from canopy.evaluation.maps import HeightMap
 from canopy.evaluation.scores import BOUNDED, JOINT_STEP_M, Options, Preview, Scores, score_sums
 from canopy.evaluation.strata import BlockLayout, Way, cells_of
 from canopy.geo.grid import Grid
+from canopy.imagery.open import open_imagery
 from canopy.metrics import BLOCK_PX, COLUMN, FIELDS, HeightCounts
 from canopy.runtime import NoProgress, Progress
 
@@ -145,8 +146,6 @@ WINDOW_PX = 20 * BLOCK_PX
 SHIFT_PX, SHIFT_WINDOWS, SHIFT_CANDIDATES = 400, 16, 48
 # A shift below this share of a pixel changes nothing.
 _LEAST_SHIFT_PX = 0.05
-# Pages of a hundred sites stay readable: the largest references are drawn, the rest are in the tables.
-SHOWN_PREVIEWS = 4
 # What `canopy calibrate interval` calibrates bands on: the pixels of lidar, means of 2 x 2 of a map of 0.5 m.
 BAND_CELL_M = 1.0
 
@@ -169,7 +168,7 @@ class RasterTally:
     corrected: Tally | None
     shift: dict[str, Any] | None
     shift_note: str | None
-    previews: list[Preview]
+    preview: Preview
     absent: dict[str, str]
 
 
@@ -186,6 +185,7 @@ def tally_rasters(
         ImageryError: a file that cannot be read.
     """
     progress, stat = progress or NoProgress(), options.stat or "mean"
+    source = None if options.image is None else open_imagery(str(options.image))
     grids = [common_grid(pair.reference, pair.map) for pair in pairs]
     layout = BlockLayout(grids, options.block_m)
     shift, note = _measured(pairs, grids, stat, progress) if options.shift else (None, "not asked for")
@@ -193,7 +193,7 @@ def tally_rasters(
     plain = Tally(layout.count)
     corrected = None if offset is None else Tally(layout.count) if any(offset) else plain
     unbounded = _unbounded(pairs, stat)
-    previews: list[Preview] = []
+    preview, most = None, -1
     windows = [list(_windows(grid, WINDOW_PX)) for grid in grids]
     progress.start(sum(map(len, windows)), "scoring")
     for index, (pair, grid) in enumerate(zip(pairs, grids, strict=True)):
@@ -203,22 +203,27 @@ def tally_rasters(
             read = _reader(pair, grid, part, place, options.floor, stat, bounds=unbounded is None)
             window = read((0.0, 0.0))
             seen = window.reference_m, window.valid, pair.site
-            plain.add(window, {way.by: (way.window(part, *seen), way.names) for way in strata})
+            plain.add(window, {way.by: (way.codes(part, *seen), way.names) for way in strata})
             picture.add(row, col, window.valid, {"map": window.map_m, "reference": window.reference_m})
             if corrected is not None and corrected is not plain and offset is not None:
                 corrected.add(read(offset), {})
             progress.advance()
-        ours, theirs = (picture.mean(name).astype(np.float32) for name in ("map", "reference"))
-        previews.append(Preview(pair.site, ours, theirs, round(picture.block_grid().gsd_m, 4)))
-        previews.sort(key=lambda p: -int(np.isfinite(p.map_m).sum()))
-        del previews[SHOWN_PREVIEWS:]
+        if picture.count.sum() > most:
+            ours, theirs = (picture.mean(name).astype(np.float32) for name in ("map", "reference"))
+            where, most = picture.block_grid(), picture.count.sum()
+            image = None
+            if source is not None:
+                shown = source.read(where)
+                image = np.where(shown.valid, shown.rgb, 0.8).transpose(1, 2, 0)  # grey where there is none
+            preview = Preview(pair.site, ours, theirs, round(where.gsd_m, 4), image)
     if not plain.n_by_block.any():
         raise InputError(
             "no pixel is valid in both", where=f"{pairs[0].map.name}, {pairs[0].reference.name}",
             expected="heights of the same place",
         )  # fmt: skip
     absent = {} if unbounded is None else dict.fromkeys(BOUNDED, unbounded)
-    return RasterTally(layout, plain, corrected, shift, note, previews, absent)
+    assert preview is not None  # there is a pair
+    return RasterTally(layout, plain, corrected, shift, note, preview, absent)
 
 
 def _unbounded(pairs: Sequence[RasterPair], stat: str) -> str | None:

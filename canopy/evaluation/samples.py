@@ -25,7 +25,7 @@ from canopy.geo.crs import to_crs, transformer, utm_crs
 from canopy.geo.grid import Grid
 from canopy.geo.vector import read_vector
 from canopy.labels.footprint import pool_over_disc
-from canopy.metrics import percent_of
+from canopy.metrics import BIN_NAMES, height_bin, percent_of
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ LON_COLUMNS, LAT_COLUMNS = (
     ("lat", "latitude", "lat_lowestmode"),
 )
 TEXTS, PARQUETS = (".csv", ".txt", ".tsv"), (".parquet", ".geoparquet", ".pq")
+TABLES = TEXTS + PARQUETS
 GEDI_RADIUS_M, PLOT_RADIUS_M = 12.5, 10.0
 # Shots along a track and plots of a cluster err alike over longer ways than pixels do.
 BLOCK_SIDES_M = (1000.0, 500.0, 250.0, 100.0)
@@ -146,25 +147,11 @@ def read_places(path: str | Path, layer: str | None = None) -> geopandas.GeoData
     import geopandas
     import pandas
 
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in TEXTS + PARQUETS:
+    if Path(path).suffix.lower() not in TABLES:
         return read_vector(path, layer)
-    if not path.is_file():
-        raise DataError("no such file", where=path, remedy="check the spelling of the path")
-    try:
-        if suffix in PARQUETS:
-            with contextlib.suppress(ValueError):  # a table without geometry
-                return geopandas.read_parquet(path)
-            table = pandas.read_parquet(path)
-        else:
-            separator, decimal = table_format(path)
-            table = pandas.read_csv(path, sep=separator, decimal=decimal, encoding="utf-8-sig")
-    except Exception as error:  # each reader has its own kind of exception
-        raise DataError(
-            f"not a readable table ({type(error).__name__})", where=path,
-            expected="GeoPackage, GeoJSON, Shapefile, GeoParquet, or a text table with lon and lat",
-        ) from error  # fmt: skip
+    table = read_table(Path(path))
+    if isinstance(table, geopandas.GeoDataFrame):
+        return table
     names = {str(name).strip().lower(): name for name in table.columns}
     found = [next((names[n] for n in ways if n in names), None) for ways in (LON_COLUMNS, LAT_COLUMNS)]
     if None in found:
@@ -179,6 +166,27 @@ def read_places(path: str | Path, layer: str | None = None) -> geopandas.GeoData
             remedy="metres belong into a vector file that names their CRS",
         )  # fmt: skip
     return geopandas.GeoDataFrame(table, geometry=geopandas.points_from_xy(lon, lat, crs="EPSG:4326"))
+
+
+def read_table(path: Path) -> pandas.DataFrame:
+    """A text or Parquet table, with geometry where it has one. Raises DataError."""
+    import geopandas
+    import pandas
+
+    if not path.is_file():
+        raise DataError("no such file", where=path, remedy="check the spelling of the path")
+    try:
+        if path.suffix.lower() in PARQUETS:
+            with contextlib.suppress(ValueError):  # a table without geometry
+                return geopandas.read_parquet(path)
+            return pandas.read_parquet(path)
+        separator, decimal = table_format(path)
+        return pandas.read_csv(path, sep=separator, decimal=decimal, encoding="utf-8-sig")
+    except Exception as error:  # each reader has its own kind of exception
+        raise DataError(
+            f"not a readable table ({type(error).__name__})", where=path,
+            expected="GeoPackage, GeoJSON, Shapefile, GeoParquet, or a text table with lon and lat",
+        ) from error  # fmt: skip
 
 
 def table_format(path: Path) -> tuple[str, str]:
@@ -235,21 +243,21 @@ def block_samples(lon: np.ndarray, lat: np.ndarray, side_m: float | None = None)
 
 # ---- strata ---------------------------------------------------------------------------------------
 def sample_strata(
-    samples: SampleSet, by: Sequence[str], *, slope: str | Path | None, dem: str | Path | None
+    samples: SampleSet, by: Sequence[str], dem: str | Path | None, lattice: Grid
 ) -> dict[str, tuple[np.ndarray, Sequence[str]]]:
     """Codes (n,) and names of every way of cutting: columns of the table, or what rasters have too."""
     found: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
     columns = samples.frame.columns.drop(samples.frame.geometry.name)
     for word in by:
-        if word in columns and word not in ("height", "slope"):
+        if word == "height":
+            found[word] = height_bin(samples.height_m), [f"{name} m" for name in BIN_NAMES]
+        elif word in columns and word != "slope":
             found[word] = column_codes(samples.frame[word])
-        elif "=" not in word and word not in ("height", "slope"):
+        elif "=" not in word and word != "slope":
             raise missing_column(word, [*columns, "height", "slope"], f"--by {word}")
-    for way in stratifiers([w for w in by if w not in found], slope=slope, dem=dem):
-        assert way.at is not None  # the two that have none, site and cover, were columns or refused above
-        codes = way.at(samples.lon, samples.lat, samples.height_m)
-        found[way.by] = (codes, tuple(way.names))
-        way.close()
+    for way in stratifiers([word for word in by if word not in found], dem):
+        with contextlib.closing(way):
+            found[way.by] = way.at(lattice, samples.lon, samples.lat), tuple(way.names)
     return found
 
 

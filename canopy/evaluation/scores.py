@@ -52,8 +52,8 @@ class Options(Settings):
     sensor: str | None = option(None, "The floor by NEON's lidar: gemini, riegl or galaxy.")
     column: str | None = option(None, "Heights of a table, e.g. rh_98.")
     radius_m: float | None = option(None, "Of plots that are points. Default 10; GEDI 12.5.")
-    slope: str | Path | None = option(None, "Raster of slope in degrees.")
     dem: str | Path | None = option(None, "Elevation raster, for slope.")
+    image: str | Path | None = option(None, "Imagery to show on the page, beside the heights.")
     block_m: float | None = option(None, _HELP_BLOCK)
     shift: bool = option(True, "Measure the shift.", flags=("--shift/--no-shift",))
     replicates: int = option(1000, "Of the bootstrap; 0: no intervals.")
@@ -149,12 +149,16 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """A small picture of both sides: float32 (h, w) metres, NaN where not scored; ground metres per pixel."""
+    """A small picture of both sides: float32 (h, w) metres, NaN where not scored; ground metres per pixel.
+
+    `image`: the picture that was given, (h, w, 3) in 0..1.
+    """
 
     site: str
     map_m: np.ndarray
     reference_m: np.ndarray
     gsd_m: float
+    image: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +176,7 @@ class Evaluation:
         joint: how often which pair of heights occurs: int (k, k), reference by map, by steps of JOINT_STEP_M.
         blocks: a row per spatial block that has scored pixels: site, crs, west, south, east, north (in that
             CRS), lon, lat (its centre), n, map_mean_m, reference_mean_m, bias_m, mae_m. block_m: their side.
-        previews: of the largest reference rasters (none for GEDI and plots, which have `samples`).
+        preview: of the largest reference raster (none for GEDI and plots, which have `samples`).
         samples: lon, lat, reference_m, map_m of a random 20,000 samples at most; None for rasters.
         provenance: plain data: files and their sha256, grids, rules, dates and gap, bootstrap, versions.
         notes: what a reader must know, one sentence each.
@@ -187,10 +191,19 @@ class Evaluation:
     joint: np.ndarray
     blocks: pandas.DataFrame
     block_m: float
-    previews: Sequence[Preview]
+    preview: Preview | None
     samples: pandas.DataFrame | None
     provenance: Mapping[str, Any]
     notes: Sequence[str]
+
+    @property
+    def shift_words(self) -> str:
+        """Where the map lies: "5.3 m west and 0.4 m north"; only where a shift was measured."""
+        east, north = (round(self.shift[name], 1) for name in ("east_m", "north_m")) if self.shift else (0, 0)
+        return (
+            f"{abs(east):.1f} m {'east' if east >= 0 else 'west'} and "
+            f"{abs(north):.1f} m {'north' if north >= 0 else 'south'}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """metrics.json: plain data without NaN."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import shapely
 from odc.geo import CRS
 from rasterio.features import rasterize
@@ -25,11 +26,11 @@ from canopy.errors import AreaError, InputError
 from canopy.evaluation.grids import pixel_metres
 from canopy.files import public_name
 from canopy.geo.area import SCALE_SLACK
-from canopy.geo.crs import METRES_PER_DEGREE, project, transformer
+from canopy.geo.crs import project
 from canopy.geo.grid import Grid
-from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
 from canopy.geo.vector import read_zones
+from canopy.labels.footprint import pool_over_disc
 from canopy.metrics import BIN_NAMES, BLOCK_PX, height_bin
 
 # Heights of forests are alike over some hundred metres; larger blocks would leave too few in a small area.
@@ -109,16 +110,14 @@ class Way:
 
     Attributes:
         by: its name; names: of the codes so far, in the order to show them if `in_order`.
-        window: codes (h, w), -1 for none, of a window whose corner is the corner of a 50 px cell; called with
+        codes: codes (h, w), -1 for none, of a window whose corner is the corner of a 50 px cell; called with
             its grid, reference heights and validity (h, w), and the site's name.
-        at: codes (n,) of places in degrees; called with lon, lat and reference heights. None: there are none.
         file: the raster it reads, if any.
     """
 
     by: str
     names: list[str]
-    window: Callable[[Grid, np.ndarray, np.ndarray, str], np.ndarray]
-    at: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None
+    codes: Callable[[Grid, np.ndarray, np.ndarray, str], np.ndarray]
     file: DatasetReader | None = None
     in_order: bool = True
 
@@ -131,108 +130,91 @@ class Way:
         if self.file is not None:
             self.file.close()
 
+    def at(self, lattice: Grid, lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
+        """Codes (n,) of places in degrees, where they do not depend on heights and sites.
+
+        As on the lattice's pixels, cut to a metre where they are larger.
+        """
+        n, (px, py), (x, y) = max(1, math.ceil(lattice.gsd_m)), lattice.pixel, lattice.xy(0, 0)
+        fine = Grid.of(lattice.crs, (px / n, 0, x, 0, -py / n, y), (lattice.height * n, lattice.width * n))
+
+        def read(window: Grid) -> np.ndarray:
+            found = self.codes(window, np.zeros(window.shape), np.ones(window.shape, bool), "")
+            return np.where(found >= 0, found, np.nan)
+
+        places = pandas.DataFrame({"lon": lon, "lat": lat})
+        found = pool_over_disc(read, places, "max", grid=fine, diameter=1e-3)
+        return np.nan_to_num(found, nan=-1).astype(np.int64)
+
 
 def _by_site() -> Way:
     """By the reference raster that a pixel is from."""
     names: list[str] = []
 
-    def window(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+    def codes(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         if site not in names:
             names.append(site)
         return np.full(grid.shape, names.index(site), np.int64)
 
-    return Way("site", names, window)
+    return Way("site", names, codes)
 
 
 def _by_height() -> Way:
     """By reference height: 0-2, 2-5, ... 60+."""
     names = [f"{name} m" for name in BIN_NAMES]
-    return Way("height", names, lambda grid, h, valid, site: height_bin(h), lambda lon, lat, h: height_bin(h))
+    return Way("height", names, lambda grid, h, valid, site: height_bin(h))
 
 
 def _by_cover() -> Way:
     """By canopy cover of the 50 x 50 px cell round a pixel: share of the reference above 2 m."""
 
-    def window(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+    def codes(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         cell, count = cells_of(grid.shape)
         known = np.bincount(cell[valid], minlength=count)
         tall = np.bincount(cell[valid & (reference_m > COVER_ABOVE_M)], minlength=count)
         return np.searchsorted(COVER_SHARES, tall / np.maximum(known, 1), side="right")[cell]
 
     names = ["cover 0-10 %", "cover 10-40 %", "cover 40-70 %", "cover 70-100 %"]
-    return Way("cover", names, window)
+    return Way("cover", names, codes)
 
 
-class _Band:
-    """The first band of a raster, NaN where there is nothing."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.file = open_raster(path)
-        self.crs = SourcePlace.of(self.file).crs
-
-    def on(self, grid: Grid, resampling: str | None = None) -> np.ndarray:
-        """On a grid, float64 (h, w)."""
-        values, known = read_window(self.file, grid, [1], resampling=resampling)
-        scaled = values[0].astype(np.float64) * self.file.scales[0] + self.file.offsets[0]
-        return np.where(known, scaled, np.nan)
-
-    def at(self, lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
-        """At places in degrees, float64 (n,)."""
-        x, y = (np.asarray(v) for v in transformer("EPSG:4326", self.crs).transform(lon, lat))
-        order = np.lexsort((x, -y // 1e3))  # near ones together: they share blocks of the file
-        out = np.full(len(x), np.nan)
-        picked = self.file.sample(zip(x[order], y[order], strict=True), 1, masked=True)
-        out[order] = [np.ma.filled(value.astype(np.float64), np.nan)[0] for value in picked]
-        return out * self.file.scales[0] + self.file.offsets[0]
+def _band_on(file: DatasetReader, grid: Grid, resampling: str | None = None) -> np.ndarray:
+    """The first band of a raster on a grid, float64 (h, w), NaN where there is nothing."""
+    values, known = read_window(file, grid, [1], resampling=resampling)
+    return np.where(known, values[0].astype(np.float64) * file.scales[0] + file.offsets[0], np.nan)
 
 
-def _by_slope(path: str | Path, *, elevation: bool) -> Way:
-    """By the slope of the ground, from an elevation model (over 20 m) or a raster of degrees."""
-    band = _Band(path)
+def _by_slope(dem: str | Path) -> Way:
+    """By the slope of the ground over 20 m of an elevation model."""
+    file = open_raster(dem)
 
-    def classes(degrees: np.ndarray) -> np.ndarray:
-        return np.where(np.isfinite(degrees), np.searchsorted(SLOPE_DEG, degrees, side="right"), -1)
-
-    def window(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
-        if not elevation:
-            return classes(band.on(grid))
+    def codes(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         k = max(1, round(_SLOPE_REACH_M / grid.gsd_m))
-        z, (mx, my) = band.on(grid.pad(k)), pixel_metres(grid)
+        z, (mx, my) = _band_on(file, grid.pad(k)), pixel_metres(grid)
         right = (z[k:-k, 2 * k :] - z[k:-k, : -2 * k]) / (2 * k * mx)
         down = (z[2 * k :, k:-k] - z[: -2 * k, k:-k]) / (2 * k * my)
-        return classes(np.degrees(np.arctan(np.hypot(right, down))))
-
-    def at(lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        if not elevation:
-            return classes(band.at(lon, lat))
-        north = _SLOPE_REACH_M / METRES_PER_DEGREE
-        east = north / np.cos(np.radians(lat))
-        right = band.at(lon + east, lat) - band.at(lon - east, lat)
-        up = band.at(lon, lat + north) - band.at(lon, lat - north)
-        return classes(np.degrees(np.arctan(np.hypot(right, up) / (2 * _SLOPE_REACH_M))))
+        degrees = np.degrees(np.arctan(np.hypot(right, down)))
+        return np.where(np.isfinite(degrees), np.searchsorted(SLOPE_DEG, degrees, side="right"), -1)
 
     names = ["0-5 deg", "5-10 deg", "10-20 deg", "20-30 deg", "30-45 deg", "45+ deg"]
-    return Way("slope", names, window, at, band.file)
+    return Way("slope", names, codes, file)
 
 
 def _by_raster(by: str, path: str | Path) -> Way:
     """By a raster of whole numbers; every pixel takes the class that its centre lies in."""
-    band, names = _Band(path), list[str]()
-    if np.dtype(band.file.dtypes[0]).kind not in "iub":
-        was, expected = band.file.dtypes[0], "classes as whole numbers"
+    file, names = open_raster(path), list[str]()
+    if np.dtype(file.dtypes[0]).kind not in "iub":
+        was, expected = file.dtypes[0], "classes as whole numbers"
         raise InputError(f"a raster of {was}", where=public_name(path), expected=expected)
 
-    def coded(values: np.ndarray) -> np.ndarray:
-        found, inverse = np.unique(values, return_inverse=True)
+    def codes(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+        found, inverse = np.unique(_band_on(file, grid, "nearest"), return_inverse=True)
         labels = [f"{value:.0f}" for value in found]
         names.extend(label for label in labels if label != "nan" and label not in names)
-        codes = np.array([names.index(label) if label != "nan" else -1 for label in labels], np.int64)
-        return codes[inverse].reshape(values.shape)
+        numbers = np.array([names.index(label) if label != "nan" else -1 for label in labels], np.int64)
+        return numbers[inverse].reshape(grid.shape)
 
-    return Way(
-        by, names, lambda grid, h, valid, site: coded(band.on(grid, "nearest")),
-        lambda lon, lat, h: coded(band.at(lon, lat)), band.file, in_order=False,
-    )  # fmt: skip
+    return Way(by, names, codes, file, in_order=False)
 
 
 def _by_polygons(by: str, path: str | Path, column: str | None) -> Way:
@@ -242,7 +224,7 @@ def _by_polygons(by: str, path: str | Path, column: str | None) -> Way:
         raise missing_column(column, frame.columns, path)
     labels = [str(value) for value in (frame[column] if column else range(1, len(frame) + 1))]
     names = sorted(set(labels), key=natural)
-    code = np.array([names.index(label) for label in labels])
+    number = np.array([names.index(label) for label in labels])
 
     @lru_cache  # reprojected once for each CRS that is asked for, and looked up by place
     def tree(target: CRS) -> shapely.STRtree:
@@ -252,22 +234,16 @@ def _by_polygons(by: str, path: str | Path, column: str | None) -> Way:
                 there[k] = None if shape is None else project(shape, crs, target)
         return shapely.STRtree(there)
 
-    def window(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
+    def codes(grid: Grid, reference_m: np.ndarray, valid: np.ndarray, site: str) -> np.ndarray:
         # In the file's order: where polygons overlap the last one counts.
         near = np.sort(tree(grid.crs).query(shapely.box(*grid.bounds)))
         if not len(near):
             return np.full(grid.shape, -1, np.int64)
-        pairs = zip(tree(grid.crs).geometries[near], code[near].tolist(), strict=True)
+        pairs = zip(tree(grid.crs).geometries[near], number[near].tolist(), strict=True)
         drawn = rasterize(pairs, grid.shape, fill=-1, transform=grid.transform, dtype="int32")
         return drawn.astype(np.int64)
 
-    def at(lon: np.ndarray, lat: np.ndarray, reference_m: np.ndarray) -> np.ndarray:
-        point, polygon = tree(CRS("EPSG:4326")).query(shapely.points(lon, lat), predicate="within")
-        codes = np.full(len(lon), -1, np.int64)
-        codes[point] = code[polygon]
-        return codes
-
-    return Way(by, names, window, at)
+    return Way(by, names, codes)
 
 
 def natural(label: str) -> tuple[int, float, str]:
@@ -278,23 +254,21 @@ def natural(label: str) -> tuple[int, float, str]:
         return 1, 0.0, label
 
 
-def stratifiers(
-    by: Sequence[str], *, slope: str | Path | None = None, dem: str | Path | None = None
-) -> list[Way]:
+def stratifiers(by: Sequence[str], dem: str | Path | None = None) -> list[Way]:
     """The ways named by --by that need no table of samples; close them when done.
 
     Raises InputError for an unknown way, naming what there is.
     """
     plain = {"site": _by_site, "height": _by_height, "cover": _by_cover}
     made: list[Way] = []
-    for word in [*by, *(["slope"] if (slope or dem) and "slope" not in by else [])]:
+    for word in [*by, *(["slope"] if dem and "slope" not in by else [])]:
         name, equals, source = word.partition("=")
-        if word == "slope" and not (slope or dem):
-            raise InputError(
-                "nothing to tell the slope from", where="--by slope", remedy="add --dem or --slope FILE"
-            )
         if word == "slope":
-            made.append(_by_slope(dem or slope or "", elevation=dem is not None))
+            if not dem:
+                raise InputError(
+                    "nothing to tell the slope from", where="--by slope", remedy="add --dem FILE"
+                )
+            made.append(_by_slope(dem))
         elif word in plain:
             made.append(plain[word]())
         elif equals and not (name and source):

@@ -21,7 +21,7 @@ CASES = [
     "predict --imagery pictures -o pictures/image.tif | pictures/image.tif",
     "map run/tiles/image.tif --grid utm -o run | run/tiles/image.tif",
     "map image.tif --aoi run/tiles/stand.json --grid utm -o run | run/tiles/stand.json",
-    "evaluate chm.tif --reference report/scores.csv -o report | report/scores.csv",
+    "evaluate chm.tif --reference report/blocks.csv -o report | report/blocks.csv",
     "evaluate report/metrics.json --reference chm.tif -o report | report/metrics.json",
     "compare chm.tif out/change.tif -o out | out/change.tif",
     "compare out/change.tif chm.tif -o out | out/change.tif",

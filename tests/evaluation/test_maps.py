@@ -72,9 +72,7 @@ def test_v2_tiles_of_a_folder_are_one_map(published, tmp_path):
     """Two neighbouring zoom-10 tiles: a window across their edge has both; a list of files is the same."""
     left, right = whole_metres(1), whole_metres(2)
     paths = [published("v2", V2, left, nodata=255), published("v2", "0230102121", right, nodata=255)]
-    listing = tmp_path / "tiles.txt"
-    listing.write_text(f"# tiles\nv2/chm/{paths[0].name}\n{paths[1]}\n")
-    for name in (tmp_path / "v2", listing, paths):
+    for name in (tmp_path / "v2", paths):
         with open_heights(name) as product:
             assert product.kind == "published v2" and len(product.tiles) == 2
             assert not any("cannot be told apart" in note for note in product.notes)
@@ -184,13 +182,12 @@ def test_which_band_is_the_height(write_map, forest):
 
 def test_bad_inputs_are_named(published, tmp_path, write_map, forest):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty.txt").write_text("\n# nothing\n")
     (tmp_path / "text.tif").write_text("not a raster")
     write_map("rgb.tif", np.full((3, 20, 20), 9, np.uint8), nodata=None, names=(), photometric="RGB")
     published("mix", V2, whole_metres())
     published("mix", "023010213", whole_metres())
     for name, words in (
-        ("empty", "no height tiles"), ("empty.txt", "empty list"), ("text.tif", "not a readable raster"),
+        ("empty", "no height tiles"), ("text.tif", "not a readable raster"),
         ("missing.tif", "no such file"), ("rgb.tif", "colour image"), ("mix", "different products"),
     ):  # fmt: skip
         with pytest.raises(ImageryError, match=words):

@@ -59,15 +59,17 @@ def difference_top(*images: np.ndarray) -> float:
     return 1.0 if not known.size else float(max(1.0, np.ceil(np.percentile(known, 98))))
 
 
-def side_by_side(left: np.ndarray, right: np.ndarray, titles: tuple[str, str], metres_per_px: float) -> bytes:
-    """Two height maps (h, w), metres, NaN where unknown, with one colour scale between them."""
-    figure = _figure(2 * PANEL_INCHES + 0.9, _panel_height(left.shape, PANEL_INCHES) + 0.6)
-    top = scale_top(left, right)
-    axes = figure.subplots(1, 2)
-    for axis, image, title in zip(axes, (left, right), titles, strict=True):
+def side_by_side(panels: Mapping[str, np.ndarray], metres_per_px: float) -> bytes:
+    """Height maps (h, w), metres, NaN where unknown, on one colour scale; a picture (h, w, 3) as it is."""
+    heights = [image for image in panels.values() if image.ndim == 2]
+    top, high = scale_top(*heights), _panel_height(heights[0].shape, PANEL_INCHES)
+    figure = _figure(len(panels) * PANEL_INCHES + 0.9, high + 0.6)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, image) in zip(axes, panels.items(), strict=True):
         drawn = _image(axis, image, HEIGHTS, 0, top, title)
         draw_scale_bar(axis, image.shape, metres_per_px)
-    figure.colorbar(drawn, ax=axes, shrink=0.85, pad=0.02, extend="max", label="canopy height (m)")
+    # The last panel is always a height map.
+    figure.colorbar(drawn, ax=list(axes), shrink=0.85, pad=0.02, extend="max", label="canopy height (m)")
     return _png(figure)
 
 

@@ -6,14 +6,14 @@ The words of the pages are in `templates`.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from canopy.evaluation.report import figures
-from canopy.evaluation.scores import JOINT_STEP_M, Evaluation, Score, Scores
+from canopy.evaluation.scores import JOINT_STEP_M, Evaluation, Score
 from canopy.files import replacing, told_as_output, write_json
 from canopy.metrics import BIN_NAMES
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     import pandas
 
 METRICS = "metrics.json"
-SHOWN_BLOCKS = 8
-# A block with fewer pixels than this share of the fullest one ranks nowhere: its mean says little.
-RANKED_SHARE = 0.25
 LABELS = {
     "n": "pixels or samples",
     "mae_m": "mean absolute error (m)",
@@ -54,19 +51,13 @@ def evaluation_page(result: Evaluation) -> tuple[str, dict[str, bytes]]:
     if result.samples is not None and len(result.samples):
         lon, lat, theirs, ours = result.samples.to_numpy().T
         pictures["samples"] = figures.points_map(lon, lat, ours - theirs, "map - reference (m)")
-    many = len(result.previews) > 1
-    drawn = [(f"_{i}" if many else "", preview) for i, preview in enumerate(result.previews, 1)]
-    for number, p in drawn:
-        pair = figures.side_by_side(p.reference_m, p.map_m, ("reference", "map"), p.gsd_m)
+    if (p := result.preview) is not None:
+        picture = {} if p.image is None else {"image": p.image}
+        both = picture | {"reference": p.reference_m, "map": p.map_m}
         error = figures.difference_map(p.map_m - p.reference_m, "map - reference (m)", p.gsd_m)
-        pictures |= {f"side_by_side{number}": pair, f"error_map{number}": error}
-    blocks, shown = result.blocks, min(SHOWN_BLOCKS, len(result.blocks) // 2)
-    ranked = blocks[blocks["n"] >= RANKED_SHARE * blocks["n"].max()].sort_values("mae_m", kind="stable")
-    columns = ["site", "lon", "lat", "n", "reference_mean_m", "map_mean_m", "bias_m", "mae_m"]
-    chosen = {"best": ranked[:shown], "worst": ranked[::-1][:shown]}
+        pictures |= {"side_by_side": figures.side_by_side(both, p.gsd_m), "error_map": error}
     page = render(
         "evaluate.html.j2", result=result, facts=result.provenance, notes=result.notes, pictures=pictures,
-        drawn=drawn, ranks={name: _degrees(part[columns]) for name, part in chosen.items() if shown},
         heights=[
             (f"{name} m", s["n"].value, s["bias_m"].value, s["mae_m"].value, s["rmse_m"].value)
             for name, s in bins.items()
@@ -76,7 +67,7 @@ def evaluation_page(result: Evaluation) -> tuple[str, dict[str, bytes]]:
     return page, pictures
 
 
-def comparison_page(found: Any, blocks: pandas.DataFrame) -> str:
+def comparison_page(found: Any) -> str:
     """The page of a `Comparison`."""
     preview = found.preview
     a, b, metres = preview.mean("a"), preview.mean("b"), found.facts["grid"]["gsd_m"] * preview.side_px
@@ -90,7 +81,7 @@ def comparison_page(found: Any, blocks: pandas.DataFrame) -> str:
     ]
     differences = ("mean of B - A", "mean |B - A|")
     pictures = {
-        "side_by_side": figures.side_by_side(a, b, ("A", "B"), metres),
+        "side_by_side": figures.side_by_side({"A": a, "B": b}, metres),
         "difference_map": figures.difference_map(b - a, words, metres),
         "classes": figures.class_map(codes, found.legend, metres),
         "density": figures.density(found.sums.joint, 1.0, "height in A (m)", "height in B (m)"),
@@ -98,17 +89,7 @@ def comparison_page(found: Any, blocks: pandas.DataFrame) -> str:
             rows, "mean height of both maps (m)", differences, "difference (m)"
         ),
     }
-    enough = blocks[blocks["n"] >= RANKED_SHARE * found.blocks.side_px**2]
-    enough = (enough if len(enough) else blocks).sort_values("mean_difference_m", kind="stable")
-    names = ["lon", "lat", "n", "mean_a_m", "mean_b_m", "mean_difference_m", "mean_absolute_difference_m"]
-    chosen = {
-        "B higher than A": enough[enough["mean_difference_m"] > 0][::-1],
-        "B lower than A": enough[enough["mean_difference_m"] < 0],
-    }
-    tables = {title: _degrees(part[names][:SHOWN_BLOCKS]) for title, part in chosen.items()}
-    return render(
-        "compare.html.j2", found=found, facts=found.facts, notes=found.notes, pictures=pictures, blocks=tables
-    )
+    return render("compare.html.j2", found=found, facts=found.facts, notes=found.notes, pictures=pictures)
 
 
 def render(template: str, **content: Any) -> str:
@@ -122,7 +103,6 @@ def render(template: str, **content: Any) -> str:
         "bar": lambda text: text.replace("|", "/"),
         "base64": lambda png: base64.b64encode(png).decode("ascii"),
         "cell": cell_text,
-        "flat": _flat,
         "interval": interval_text,
         "label": label,
         "number": number_text,
@@ -172,26 +152,6 @@ def label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested plain data as names joined by dots and values."""
-    for key, value in facts.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
-        elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-            yield from _flat({str(i): part for i, part in enumerate(value, 1)}, f"{name}.")
-        elif isinstance(value, list | tuple):
-            yield name, ", ".join(cell_text(part) for part in value) or "-"
-        else:
-            yield name, cell_text(value)
-
-
-def _degrees(table: pandas.DataFrame) -> list[tuple[Any, ...]]:
-    """Rows of a table whose lon and lat are shown to a metre."""
-    shown = table.assign(lon=table["lon"].map("{:.5f}".format), lat=table["lat"].map("{:.5f}".format))
-    return list(shown.itertuples(index=False, name=None))
-
-
 # ---- files ----------------------------------------------------------------------------------------
 def write_results(result: Evaluation, out: str | Path) -> None:
     """Write everything of an evaluation into the folder `out`, metrics.json last.
@@ -201,10 +161,6 @@ def write_results(result: Evaluation, out: str | Path) -> None:
     folder = Path(out).expanduser()
     with told_as_output(folder):
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        rows = list(_score_rows("overall", result.overall))
-        if result.corrected is not None:
-            rows += _score_rows("shift undone", result.corrected)
-        write_csv(folder / "scores.csv", rows)
         for by, parts in result.strata.items():
             name = "".join(c if c.isalnum() or c in "-_" else "_" for c in by)[:60]
             write_csv(folder / f"by_{name}.csv", [{by: n, **wide_row(s.metrics)} for n, s in parts.items()])
@@ -214,19 +170,6 @@ def write_results(result: Evaluation, out: str | Path) -> None:
             _write(folder / "figures" / f"{name}.png", png)
         _write(folder / "report.html", page.encode())
         write_json(folder / METRICS, result.to_dict())
-
-
-def _score_rows(name: str, scores: Scores) -> Iterator[dict[str, Any]]:
-    """scores.csv: every metric, plain and with the shift undone, with its interval."""
-    every = list(scores.metrics.items())
-    for height, part in scores.by_height.items():
-        every += [(f"{metric} at {height} m", score) for metric, score in part.items()]
-    for metric, score in every:
-        low, high = score.ci95 or (None, None)
-        yield {
-            "scores": name, "metric": metric, "value": score.value, "low95": low, "high95": high,
-            "note": score.note,
-        }  # fmt: skip
 
 
 def wide_row(scores: Mapping[str, Score], names: Sequence[str] = ()) -> dict[str, float | None]:
@@ -242,16 +185,16 @@ def wide_row(scores: Mapping[str, Score], names: Sequence[str] = ()) -> dict[str
 
 def write_comparison(found: Any, folder: Path, page: bool = True) -> None:
     """Write the tables, the JSON and (if wanted) the page of a `Comparison` into `folder`."""
-    plain, blocks = found.to_dict(), found.block_table()
+    plain = found.to_dict()
     write_json(folder / "compare.json", plain)
     write_csv(folder / "summary.csv", [{"quantity": k, "value": v} for k, v in plain["overall"].items()])
     write_csv(folder / "cover.csv", plain["cover"])
     write_csv(folder / "by_height.csv", plain["by_height"])
     if found.mode == "dates":
         write_csv(folder / "change.csv", [{"class": k, "ha": v} for k, v in found.classes_ha.items()])
-    write_csv(folder / "blocks.csv", blocks)
+    write_csv(folder / "blocks.csv", found.block_table())
     if page:
-        _write(folder / "report.html", comparison_page(found, blocks).encode())
+        _write(folder / "report.html", comparison_page(found).encode())
 
 
 def write_csv(path: Path, table: pandas.DataFrame | Sequence[Mapping[str, Any]]) -> None:
