@@ -39,13 +39,16 @@ SECRET_HEADERS = ("x-api-token", "authorization")
 # A try that brought this much starts the count anew: a slow line is not a dead one, but a host that sends a
 # byte a try is.
 _PROGRESS_BYTES = 1 << 14
+_A_DATE_S = 1e9  # some hosts write the instant of a reset, in Unix seconds
 # No network or a typing error: of no use in many retries.
 _BUCKET = re.compile(r"(^|\.)s3[.-].*amazonaws\.com$")
 _UNKNOWN_HOST = ("name or service not known", "nodename nor servname", "name resolution", "getaddrinfo")
 T = TypeVar("T")
 
 Signer = Callable[[str, bool], str]
-"""`sign(url, fresh)` -> a URL that may be read now; `fresh` asks for a new signature."""
+"""`sign(url, fresh)` -> a URL that may be read now; `fresh`: the last one was refused."""
+Headers = Callable[[bool], Mapping[str, str]]
+"""`headers(fresh)` -> request headers that let one in, likewise."""
 
 
 @dataclass(frozen=True)
@@ -159,29 +162,42 @@ def is_local(url: str) -> bool:
 
 # ---- patience -----------------------------------------------------------------------------------
 class Again(Exception):  # noqa: N818  (no error yet)
-    """A try that failed in a way that may pass; `moved`: it brought something."""
+    """A try that failed in a way that may pass; `moved`: it brought something, `refused`: let nobody in."""
 
-    def __init__(self, problem: str, wait_s: float | None = None, moved: bool = False) -> None:
+    def __init__(
+        self, problem: str, wait_s: float | None = None, moved: bool = False, refused: bool = False
+    ) -> None:
         super().__init__(problem)
-        self.problem, self.wait_s, self.moved = redact(problem), wait_s, moved
+        self.problem, self.wait_s, self.moved, self.refused = redact(problem), wait_s, moved, refused
 
 
-def persist(url: str, one_try: Callable[[int], T]) -> T:
-    """What `one_try(number)` returns, tried until it raises neither `Again` nor a connection's fault.
+def persist(url: str, one_try: Callable[[bool], T]) -> T:
+    """What `one_try(fresh)` returns, tried until it raises neither `Again` nor a connection's fault.
+
+    `fresh`: the host has just refused what let one in (a signature, a token). It is renewed once: a host that
+    refuses a new one, too, is believed.
 
     Raises:
-        FetchError: all attempts failed, or the host asks for more patience than the policy has.
+        FetchError: all attempts failed, a refusal, or the host asks for more patience than the policy has.
     """
     failures = number = 0
+    fresh = False
     while True:
         try:
-            return one_try(number)
+            return one_try(fresh)
         except httpx.InvalidURL as error:
             raise FetchError(f"not a usable URL ({redact(error)})", where=redact(url)) from None
         except httpx.RequestError as error:
             again = Again(f"{host_of(url)} did not answer ({redact(error).strip() or type(error).__name__})")
         except Again as error:
             again = error
+        if fresh and again.refused:
+            raise FetchError(
+                f"{again.problem}, also with a new signature or login",
+                where=redact(url),
+                remedy="check the address, and your account's rights at that host",
+            )
+        fresh = again.refused
         number += 1
         failures = 1 if again.moved else failures + 1
         unknown = any(words in again.problem.lower() for words in _UNKNOWN_HOST)
@@ -206,8 +222,10 @@ def persist(url: str, one_try: Callable[[int], T]) -> T:
 def _check_answer(response: httpx.Response, url: str, what: str, *, signed: bool, first: bytes = b"") -> None:
     """`Again` for a status that may pass; FetchError for a refusal, or a web page in place of data."""
     status, host = response.status_code, host_of(url)
-    if status in TRANSIENT or (signed and status in UNSIGNED):
-        raise Again(f"{host} answered {status} {response.reason_phrase}", _retry_after_s(response))
+    refused = signed and status in UNSIGNED
+    if status in TRANSIENT or refused:
+        problem = f"{host} answered {status} {response.reason_phrase}"
+        raise Again(problem, _retry_after_s(response), refused=refused)
     if status in (401, 403):
         paid = "; of a bucket whose requester pays, copy it first: aws s3 cp --request-payer requester"
         raise FetchError(
@@ -234,7 +252,8 @@ def _retry_after_s(response: httpx.Response) -> float | None:
     if not text and response.status_code == 429:
         text = response.headers.get("x-ratelimit-reset")
     with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, float(text))
+        seconds = float(text)
+        return max(0.0, seconds - time.time() if seconds > _A_DATE_S else seconds)
     with contextlib.suppress(TypeError, ValueError):
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     return None
@@ -260,7 +279,7 @@ def get(
         FetchError: no answer, a refusal, or a web page instead of data, after the retries.
     """
 
-    def one_try(number: int) -> httpx.Response:
+    def one_try(_: bool) -> httpx.Response:
         response = _client(os.getpid()).get(url, headers=headers, timeout=_policy.timeout_s)
         if response.status_code not in absent:
             _check_answer(response, url, what, signed=False, first=response.content[:64])
@@ -306,7 +325,7 @@ def download(
     dest: Path | str,
     *,
     sha256: str | None = None,
-    headers: Mapping[str, str] | None = None,
+    headers: Headers | None = None,
     sign: Signer | None = None,
     check: Callable[[Path], None] | None = None,
     overwrite: bool = False,
@@ -319,8 +338,8 @@ def download(
         url: http(s) address; its query is never shown or stored.
         dest: file to write.
         sha256: expected digest, lower-case hex; checked also on a file that is already there.
-        headers: extra request headers, such as an access token (never logged).
-        sign: makes the URL readable; asked again after a refusal.
+        headers: gives request headers such as an access token (never logged); asked again after a refusal.
+        sign: makes the URL readable; likewise.
         check: raises DataError for a complete file that is not what it should be (its size, another kind of
             checksum); called before the file gets its name, and on a file that is already there.
         overwrite: fetch again, from the first byte, although `dest` or a part of it exists.
@@ -345,7 +364,7 @@ def download(
                 return target  # another process was faster
             if overwrite:
                 part.unlink(missing_ok=True)
-            persist(url, lambda number: _grow(part, url, headers or {}, sign, number > 0))
+            persist(url, lambda fresh: _grow(part, url, headers, sign, fresh))
             try:
                 if sha256 is not None and (got := file_sha256(part)) != sha256.lower():
                     raise DataError(
@@ -391,14 +410,14 @@ def only_one(target: Path) -> Iterator[None]:
                 lock.unlink()
 
 
-def _grow(part: Path, url: str, headers: Mapping[str, str], sign: Signer | None, fresh: bool) -> None:
+def _grow(part: Path, url: str, headers: Headers | None, sign: Signer | None, fresh: bool) -> None:
     """Append to `part` until it holds the whole body; raises `Again` where it does not yet."""
 
     def size() -> int:
         return part.stat().st_size if part.exists() else 0
 
     have, total = size(), None
-    wanted = dict(headers)
+    wanted = dict(headers(fresh)) if headers else {}
     if have:
         since = email.utils.formatdate(part.stat().st_mtime, usegmt=True)
         wanted |= {"Range": f"bytes={have}-", "If-Unmodified-Since": since}
@@ -413,7 +432,7 @@ def _grow(part: Path, url: str, headers: Mapping[str, str], sign: Signer | None,
             body = response.iter_bytes()  # as they arrive: a cut loses nothing that came
             first, resumed = next(body, b""), response.status_code == 206
             shown = b"" if resumed else first[:64]
-            _check_answer(response, url, "the file", signed=sign is not None, first=shown)
+            _check_answer(response, url, "the file", signed=bool(sign or headers), first=shown)
             with open(part, "ab" if resumed else "wb") as file:
                 file.write(first)
                 for chunk in body:

@@ -123,6 +123,12 @@ def get(
     datetime: Annotated[
         str | None, typer.Option("--datetime", help="Such as 2019, 2019-07 or 2018/2021.")
     ] = None,
+    date: Annotated[
+        str | None,
+        typer.Option(
+            "--date", metavar="DATE", help="Where surveys overlap: that nearest to it, not the newest."
+        ),
+    ] = None,
     site: Annotated[list[str] | None, typer.Option("--site", help="NEON site code; may be repeated.")] = None,
     match: Annotated[str | None, typer.Option("--match", help="Regular expression for file names.")] = None,
     max_gb: Annotated[float, typer.Option("--max-gb", min=0, help="Ask for --yes above this.")] = 5.0,
@@ -146,7 +152,7 @@ def get(
 
     setup_logging(quiet, verbose)
     area, silent = place.area(), quiet or json_
-    wish = Wish(area=area, datetime=datetime, sites=tuple(site or ()), match=match)
+    wish = Wish(area=area, datetime=datetime, sites=tuple(site or ()), match=match, near=date)
     if area is not None and not silent:
         typer.echo(area.describe(), err=True)
     plan = plan_get(name, wish, product=product)
@@ -154,9 +160,9 @@ def get(
         _print_plan(plan)
     facts = plan.facts()
     if not dry_run:
-        if plan.total_bytes > max_gb * 1e9 and not yes:
+        if plan.sure_bytes > max_gb * 1e9 and not yes:
             raise InputError(
-                f"{len(plan.files)} files of {plan.total_bytes / 1e9:.1f} GB",
+                f"{len(plan.files)} files of {plan.sure_bytes / 1e9:.1f} GB",
                 expected=f"at most {max_gb:g} GB",
                 remedy="ask for a smaller area, or add --yes",
             )

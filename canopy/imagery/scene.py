@@ -276,8 +276,8 @@ class Scene:
                 raise
         from canopy import download
 
-        def one_try(number: int) -> T:
-            url = self._sign(href, number > 0) if self._sign else href
+        def one_try(fresh: bool) -> T:
+            url = self._sign(href, fresh) if self._sign else href
             try:
                 with rasterio.Env(**download.gdal_options(url)):
                     return work(self._handles.get(url))

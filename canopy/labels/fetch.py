@@ -10,9 +10,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,11 @@ from canopy import download
 from canopy.errors import DataError, InputError, OutputError
 from canopy.files import file_sha256, redact, replacing, told_as_output
 from canopy.geo.area import AOI
-from canopy.imagery.dates import parse_range
+from canopy.imagery.dates import parse_day, parse_range
 from canopy.labels.catalog import LabelManifest, read_name
 from canopy.runtime import NoProgress, Progress, log
 
 RECORD = "canopy-data.json"
-NO_HEADERS: Mapping[str, str] = {}
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _DAMAGED = "the file changed at its source or was damaged: fetch it again with --overwrite"
 
@@ -42,24 +41,27 @@ class Wish:
         datetime: STAC-style interval; None: the newest, or all where files have no dates.
         sites: NEON codes.
         match: regular expression that file names must contain.
+        near: where surveys of several years overlap, the date to be nearest to; None: the newest.
     """
 
     area: AOI | None = None
     datetime: str | None = None
     sites: tuple[str, ...] = ()
     match: str | None = None
+    near: str | None = None
 
     def __post_init__(self) -> None:
         try:
             re.compile(self.match or "")
         except re.error as error:
             raise InputError(f"not a regular expression ({error})", where=f"--match {self.match}") from None
-        try:
-            parse_range(self.datetime)
-        except ValueError as error:
-            raise InputError(
-                str(error), where="--datetime", expected="such as 2019, 2019-07 or 2018/2021"
-            ) from None
+        for option, value in (("--datetime", self.datetime), ("--date", self.near)):
+            try:
+                parse_range(value)
+            except ValueError as error:
+                raise InputError(
+                    str(error), where=option, expected="such as 2019, 2019-07 or 2018/2021"
+                ) from None
 
     def holds(self, first: date | None, last: date | None) -> bool:
         """Whether a file of these days is within the interval; one without dates only where none is asked."""
@@ -69,6 +71,16 @@ class Wish:
         if first is None or last is None:
             return False
         return (start or date.min) <= last and first <= (end or date.max)
+
+    def order(self, day: str | None) -> int:
+        """The less, the more a survey of this day is wanted: days from `near`, else the newest first."""
+        when = parse_day(day or "") or date.min
+        if self.near is None:
+            return -when.toordinal()
+        first, last = parse_range(self.near)
+        return max(
+            (first or when).toordinal() - when.toordinal(), when.toordinal() - (last or when).toordinal(), 0
+        )
 
     def touches(self, name: str, outline: Mapping[str, Any] | None = None) -> bool:
         """Whether a file lies in the area: by the bounds that its name states, else by a GeoJSON outline."""
@@ -96,8 +108,9 @@ class RemoteFile:
         about: `bytes` is the usual size of such files, not this one's.
         checksum: `md5:` or `sha256:` and lower-case hex.
         day: acquisition, as the catalogue writes it.
-        headers: gives request headers such as an access token; asked just before the download.
-        sign: makes the URL readable, again after a refusal.
+        headers: gives request headers such as an access token; asked just before the download, and again
+            after a refusal.
+        sign: makes the URL readable; likewise.
     """
 
     url: str = field(repr=False)
@@ -107,7 +120,7 @@ class RemoteFile:
     about: bool = False
     checksum: str | None = None
     day: str | None = None
-    headers: Callable[[], Mapping[str, str]] = field(default=lambda: NO_HEADERS, repr=False, compare=False)
+    headers: download.Headers | None = field(default=None, repr=False, compare=False)
     sign: download.Signer | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -181,6 +194,11 @@ class Plan:
         return sum(file.bytes or 0 for file in self.files)
 
     @property
+    def sure_bytes(self) -> int:
+        """Of the files whose own size is known: usual sizes are too rough to refuse a download."""
+        return sum(file.bytes or 0 for file in self.files if not file.about)
+
+    @property
     def unknown(self) -> int:
         """Files whose size nobody says."""
         return sum(file.bytes is None for file in self.files)
@@ -218,8 +236,8 @@ def get_files(
         out_dir.mkdir(parents=True, exist_ok=True)
     known, done = _read_record(out_dir), dict[str, dict[str, Any]]()
     missing = [f for f in plan.files if overwrite or not (out_dir / f.path).is_file()]
-    # Usual sizes are too rough to refuse a download that may fit.
-    needed, free = sum(f.bytes or 0 for f in missing if not f.about), shutil.disk_usage(out_dir).free
+    needed = replace(plan, files=tuple(missing)).sure_bytes
+    free = shutil.disk_usage(out_dir).free
     if needed > free:
         raise OutputError(f"{needed / 1e9:.1f} GB to fetch and {free / 1e9:.1f} GB free", where=out_dir)
     progress.start(len(plan.files), plan.manifest.name)
@@ -227,8 +245,8 @@ def get_files(
     def work(file: RemoteFile) -> None:
         new = file in missing
         path = download.download(
-            file.url, out_dir / file.path, headers=file.headers() if new else None, sign=file.sign,
-            check=file.check, overwrite=overwrite,
+            file.url, out_dir / file.path, headers=file.headers, sign=file.sign, check=file.check,
+            overwrite=overwrite,
         )  # fmt: skip
         if new or known.get(file.path, {}).get("bytes") != path.stat().st_size:
             done[file.path] = {

@@ -35,13 +35,13 @@ from canopy.labels.granules import (
     COMPANIONS,
     L2A,
     PLACE,
-    QUALITY_V3,
     Beam,
     beams_of,
     looked_for,
     open_granule,
     shot_weights,
     typed,
+    version_of,
 )
 from canopy.labels.shots import SUFFIXES, require_gedi, rh_column, write_shots
 from canopy.runtime import NoProgress, Progress, log
@@ -191,7 +191,7 @@ def extract_shots(
     matched = {}
     for product, paths in (("L2B", l2b), ("L4A", l4a)):
         if paths:
-            once, matched[product] = _join(once, product, paths)
+            once, matched[product] = _join(once, product, paths, granules)
     once = once.reset_index(drop=True)
     names = [Path(granule["file"]).name for granule in granules]
     once.attrs = {"version": __version__, "filter": filter, "rh": list(percents), "granules": names}
@@ -209,7 +209,7 @@ def extract_shots(
 def survey(files: Sequence[str | Path], filter: str = "strict") -> list[dict[str, Any]]:
     """Open every granule once and check that it can be used with the filter. Raises DataError.
 
-    Returns for each what it holds, JSON-ready: `file`, `version` (2 or 3, by its variables), `shots`, and
+    Returns for each what it holds, JSON-ready: `file`, `version` (2, 3, or None: not known), `shots`, and
     shots per beam; `absent` columns that it cannot fill, `unjudged` criteria that it cannot be held to.
     """
     require_gedi()
@@ -218,21 +218,28 @@ def survey(files: Sequence[str | Path], filter: str = "strict") -> list[dict[str
         if path.resolve() in {other.resolve() for other in paths[:index]}:
             raise DataError("given twice", where=path, expected="every granule once")
     granules = [_survey_one(path, filter_named(filter)) for path in paths]
-    versions = {granule["version"]: granule["file"] for granule in granules if granule["beams"]}
-    if len(versions) > 1:
-        raise DataError(
-            f"a granule of version 3 beside {Path(versions[2]).name} of version 2",
-            where=versions[3],
-            expected="one version: their geolocation and flags differ",
-            remedy="run `canopy data gedi` once for each version",
-        )
+    for granule in granules:
+        _check_version(granule["version"] if granule["beams"] else None, granule["file"], granules)
     return granules
+
+
+def _check_version(version: int | None, path: str | Path, granules: Sequence[Mapping[str, Any]]) -> None:
+    """Raises DataError for a file of another version than one of the L2A granules; None is not known."""
+    for other in granules:
+        if other["beams"] and None not in (version, other["version"]) and version != other["version"]:
+            raise DataError(
+                f"a granule of version {version} beside {Path(other['file']).name} of version "
+                f"{other['version']}",
+                where=path,
+                expected="one version: their geolocation and flags differ",
+                remedy="run `canopy data gedi` once for each version",
+            )
 
 
 def _survey_one(path: Path, criteria: Mapping[str, str]) -> dict[str, Any]:
     counts: dict[str, int] = {}
     absent: set[str] = set()
-    version = 2
+    version = None
     with open_granule(path) as file:
         for beam in beams_of(file, path):
             if lacking := [column for column in PLACE if beam.find(column) is None]:
@@ -242,7 +249,7 @@ def _survey_one(path: Path, criteria: Mapping[str, str]) -> dict[str, Any]:
                 needed = set[str]().union(*map(_needs, criteria.values()))
                 raise beam.lacks([column for column in L2A if column in needed], remedy="use --filter none")
             counts[beam.name] = beam.count
-            version = 3 if QUALITY_V3 in beam.group else version
+            version = version_of(beam) or version
     return {
         "file": str(path), "version": version, "shots": sum(counts.values()), "beams": counts,
         "absent": [column for column in L2A if column in absent],
@@ -283,10 +290,13 @@ def _good_shots(
     return shots.assign(weight=shot_weights(beam.type, shots["sensitivity"].to_numpy(np.float64)))
 
 
-def _join(shots: pandas.DataFrame, product: str, paths: Sequence[str | Path]) -> tuple[pandas.DataFrame, int]:
+def _join(
+    shots: pandas.DataFrame, product: str, paths: Sequence[str | Path], granules: Sequence[Mapping[str, Any]]
+) -> tuple[pandas.DataFrame, int]:
     """The shots with a product's columns, and for how many it has values.
 
-    Raises DataError for a file that is not of the product or lacks its first variable.
+    Raises DataError for a file that is not of the product or of the granules' version, or lacks its first
+    variable.
     """
     import pandas
 
@@ -296,6 +306,7 @@ def _join(shots: pandas.DataFrame, product: str, paths: Sequence[str | Path]) ->
             for beam in beams_of(file, path):
                 if beam.find(columns[0]) is None:
                     raise beam.lacks(columns[:1])
+                _check_version(version_of(beam, product), path, granules)
                 numbers = beam.table(("shot_number",), np.arange(beam.count))["shot_number"]
                 rows = np.flatnonzero(numbers.isin(shots["shot_number"]))
                 table = beam.table(("shot_number", *columns), rows).assign(beam=beam.name)

@@ -180,6 +180,12 @@ def beams_of(file: h5py.File, path: Path) -> list[Beam]:
     return beams
 
 
+def version_of(beam: Beam, product: str = "L2A") -> int | None:
+    """3 or 2, by the name of the quality flag; None where the file was cut out without one."""
+    flags = NAMES[{"L2A": "quality_flag", "L2B": "l2b_quality_flag", "L4A": "l4_quality_flag"}[product]]
+    return next((version for version, name in zip((3, 2), flags, strict=True) if name in beam.group), None)
+
+
 def looked_for(columns: Iterable[str]) -> str:
     """Columns with all the names that their variables go by."""
     return "; ".join(f"{column} (looked for {', '.join(NAMES[column])})" for column in columns)

@@ -15,13 +15,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
+import shapely
 from shapely.geometry import shape
+from shapely.geometry.base import BaseGeometry
 
 from canopy import download
 from canopy.errors import AreaError, FetchError, InputError, refuse_options, require
@@ -34,11 +37,17 @@ from canopy.labels.catalog import LabelManifest, Product, WfsLayer, base_name, l
 from canopy.labels.fetch import Plan, RemoteFile, Wish, checksum_of, whole_number
 from canopy.labels.neon import plan_neon
 
+if TYPE_CHECKING:
+    import pystac
+
 PAGE = 1000
 _MOST_PAGES = 200
 _EMPTY_TRIES = 3
+_SURVEY = "3dep:usgs_id"  # of a STAC item: the survey that it is a tile of
+_SLIVER = 0.02  # a tile whose share of new ground is less adds nothing but a second year
 _MOST_ASKED = 32  # files whose size is asked for one by one
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_one_login = threading.Lock()
 _LOGIN = (
     "set EARTHDATA_TOKEN, or EARTHDATA_USERNAME and EARTHDATA_PASSWORD, or write ~/.netrc "
     "(accounts: urs.earthdata.nasa.gov)"
@@ -72,9 +81,10 @@ def plan_get(name: str, wish: Wish, *, product: str | None = None) -> Plan:
         found, notes = plan_neon(manifest, details, wish)
     elif manifest.protocol == "wfs":
         found, notes = _plan_wfs(manifest, details, wish, area)
+    elif manifest.protocol == "stac":
+        found, notes = _plan_stac(manifest, details, wish, area)
     else:
-        plan = _plan_stac if manifest.protocol == "stac" else _plan_earthdata
-        found, notes = [f for f in plan(manifest, details, wish, area) if wish.names(f.name)], []
+        found, notes = _plan_earthdata(manifest, details, wish, area), []
     if not found and area is not None:
         raise AreaError(f"nothing there ({area.describe()})", where="; ".join([name, *notes]))
     unique = {file.path: file for file in found}
@@ -88,7 +98,8 @@ def _with_size(file: RemoteFile) -> RemoteFile:
     if file.bytes is not None:
         return file
     url = file.sign(file.url, False) if file.sign else file.url
-    return replace(file, bytes=download.peek(url, 1, headers=file.headers())[1])
+    headers = file.headers(False) if file.headers else None
+    return replace(file, bytes=download.peek(url, 1, headers=headers)[1])
 
 
 def _sized(size: int | None, product: Product, about: bool = False) -> dict[str, Any]:
@@ -192,29 +203,66 @@ def _tile_file(
 
 
 # ---- STAC -------------------------------------------------------------------------------------
-def _plan_stac(manifest: LabelManifest, product: Product, wish: Wish, area: AOI) -> list[RemoteFile]:
-    """One file of every item whose footprint touches the area."""
-    files = []
+def _plan_stac(
+    manifest: LabelManifest, product: Product, wish: Wish, area: AOI
+) -> tuple[list[RemoteFile], list[str]]:
+    """Files of the items whose footprints touch the area, survey by survey, and notes for the user.
+
+    A place flown in several years is taken from one survey, the newest or that nearest to `wish.near`; of the
+    others come the tiles that reach beyond it. Each has a folder of its own: trees of different years may not
+    be gridded together.
+    """
+    surveys: dict[str, list[tuple[BaseGeometry, RemoteFile]]] = {}
     for item in search(manifest.href, manifest.collection, area, wish.datetime):
-        asset = item.assets.get(product.asset or "")
-        if asset is None or (item.geometry and not shape(item.geometry).intersects(area.lonlat)):
+        outline = shape(item.geometry).intersection(area.lonlat) if item.geometry else area.lonlat
+        if (asset := item.assets.get(product.asset or "")) is None or outline.is_empty:
             continue
-        url = resolve(asset.href, item.get_self_href() or manifest.href)
-        name, properties, more = base_name(url), item.properties, asset.extra_fields
-        # Projects of different years reuse tile names: the item's id tells them apart.
-        identity = re.sub(r"[^A-Za-z0-9._-]", "_", item.id)
-        multihash = re.fullmatch(r"1220([0-9a-fA-F]{64})", str(more.get("file:checksum", "")))
-        files.append(
-            RemoteFile(
-                url=url,
-                name=name if name.split(".")[0] in identity else f"{identity}-{name}",
-                checksum=checksum_of("sha256", multihash[1]) if multihash else None,
-                day=str(properties.get("datetime") or properties.get("end_datetime") or "")[:10] or None,
-                sign=signer(manifest.signing),
-                **_sized(whole_number(more.get("file:size")), product),
-            )
+        file = _item_file(item, asset, product, manifest)
+        if wish.names(file.name):
+            surveys.setdefault(file.folder, []).append((outline, file))
+
+    found, notes, covered = [], [], shapely.Polygon()
+    for name in sorted(surveys, key=lambda name: (min(wish.order(f.day) for _, f in surveys[name]), name)):
+        new = [
+            (outline, file)
+            for outline, file in surveys[name]
+            if outline.difference(covered).area > _SLIVER * outline.area
+        ]
+        found += [file for _, file in new]
+        covered = shapely.union_all([covered, *(outline for outline, _ in new)])
+        if name and len(surveys) > 1:
+            days = sorted({file.day or "date unknown" for _, file in surveys[name]})
+            flown = " to ".join(dict.fromkeys((days[0], days[-1])))
+            notes.append(f"{name} ({flown}): {len(new)} of {len(surveys[name])} tiles taken")
+    if notes:
+        by = (
+            f"that nearest to {wish.near}" if wish.near else "the newest (--date takes that nearest to a day)"
         )
-    return files
+        notes.insert(0, f"surveys of several years; where they overlap, {by}")
+    return found, notes
+
+
+def _item_file(
+    item: pystac.Item, asset: pystac.Asset, product: Product, manifest: LabelManifest
+) -> RemoteFile:
+    url = resolve(asset.href, item.get_self_href() or manifest.href)
+    name, properties, more = base_name(url), item.properties, asset.extra_fields
+
+    def plain(text: object) -> str:
+        return re.sub(r"[^A-Za-z0-9._-]", "_", str(text or ""))
+
+    # Projects of different years reuse tile names: the item's id tells them apart.
+    identity = plain(item.id)
+    multihash = re.fullmatch(r"1220([0-9a-fA-F]{64})", str(more.get("file:checksum", "")))
+    return RemoteFile(
+        url=url,
+        name=name if name.split(".")[0] in identity else f"{identity}-{name}",
+        folder=plain(properties.get(_SURVEY)),
+        checksum=checksum_of("sha256", multihash[1]) if multihash else None,
+        day=str(properties.get("datetime") or properties.get("end_datetime") or "")[:10] or None,
+        sign=signer(manifest.signing),
+        **_sized(whole_number(more.get("file:size")), product),
+    )
 
 
 # ---- Earthdata --------------------------------------------------------------------------------
@@ -235,11 +283,8 @@ def _plan_earthdata(manifest: LabelManifest, product: Product, wish: Wish, area:
             f"Earthdata did not answer the search ({redact(error)[:200]})", where=manifest.name
         ) from None
     links = [(granule, url) for granule in granules for url in granule.data_links(access="external")]
-    return [
-        _granule_file(granule, url, product)
-        for granule, url in links
-        if re.search(product.match or "", base_name(url))
-    ]
+    files = [_granule_file(granule, url, product) for granule, url in links]
+    return [file for file in files if re.search(product.match or "", file.name) and wish.names(file.name)]
 
 
 def _earthaccess() -> Any:
@@ -267,19 +312,35 @@ def _granule_file(granule: Mapping[str, Any], url: str, product: Product) -> Rem
         name=name,
         checksum=checksum_of(kind, checksum.get("Value")) if kind in ("md5", "sha256") else None,
         day=str(times.get("BeginningDateTime", ""))[:10] or None,
-        headers=_bearer,
+        headers=_bearer_of(),
         **_sized(size, product, about),
     )
 
 
+def _bearer_of() -> download.Headers:
+    """The header of a logged-in session, for one file; made anew where the last one that it had is refused.
+
+    Raises FetchError with how to log in.
+    """
+    last: list[Mapping[str, str]] = []
+
+    def headers(fresh: bool) -> Mapping[str, str]:
+        with _one_login:
+            if fresh and last[-1:] == [_bearer()]:  # no other file has renewed it since
+                _bearer.cache_clear()
+            last.append(_bearer())
+        return last[-1]
+
+    return headers
+
+
 @lru_cache(maxsize=1)
 def _bearer() -> Mapping[str, str]:
-    """The header of a logged-in session. Raises FetchError with how to log in."""
     earthaccess = _earthaccess()
     named = os.environ.get("EARTHDATA_USERNAME") and os.environ.get("EARTHDATA_PASSWORD")
     strategy = "environment" if os.environ.get("EARTHDATA_TOKEN") or named else "netrc"
     try:
-        auth = earthaccess.login(strategy=strategy)
+        auth = earthaccess.Auth().login(strategy=strategy)  # its own session would not log in again
         token = auth.token["access_token"] if auth.authenticated else None
     except Exception as error:  # of many kinds, some with the answer of the login host in their text
         raise FetchError(

@@ -24,7 +24,7 @@ from canopy.geo.area import AOI
 from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.imagery.dates import parse_range
 from canopy.labels.catalog import LabelManifest, Product, neon_site, neon_sites
-from canopy.labels.fetch import NO_HEADERS, RemoteFile, Wish, checksum_of, whole_number
+from canopy.labels.fetch import RemoteFile, Wish, checksum_of, whole_number
 
 TOKEN = "NEON_API_TOKEN"
 _HELP = f"set {TOKEN} to a token of your account at data.neonscience.org (My Account, API Tokens)"
@@ -101,7 +101,7 @@ class _Api:
         """The token, for the API's own host only."""
         token = os.environ.get(TOKEN, "").strip()
         at_home = urlsplit(url).netloc == urlsplit(self.href).netloc
-        return {"X-API-TOKEN": token} if token and at_home else NO_HEADERS
+        return {"X-API-TOKEN": token} if token and at_home else {}
 
     def months(self) -> dict[str, list[str]]:
         """Months with data by flight site, oldest first."""
@@ -140,7 +140,7 @@ class _Api:
             folder=place,
             checksum=checksum_of("md5", row.get("md5")),
             day=place.partition("-")[2],
-            headers=lambda: self.headers_for(url),
+            headers=lambda _: self.headers_for(url),
             sign=sign,
         )
 

@@ -89,12 +89,18 @@ class PublishedModel(Settings):
         """JSON-ready: the entry, with how to get the model."""
         how = "downloaded at first use by --model"
         if self.terms_at:
-            access = "log in with `hf auth login` or set HF_TOKEN"
-            how = f"accept the terms at {self.terms_at}, {access}; then {how}"
-        return {**self.model_dump(mode="json"), "origin": self.origin, "how": how}
+            how = (
+                f"ask for access at {self.terms_at} (granted by hand, usually within days), then log in with "
+                f"`hf auth login` or set HF_TOKEN; then {how}"
+            )
+        facts = {"commercial": commercial_use(self.licence), "origin": self.origin, "how": how}
+        return self.model_dump(mode="json") | facts
 
 
 class _Table(Settings):
+    """models.yaml: whether licences allow commercial use, by name; and the models."""
+
+    commercial: dict[str, str] = Field(default_factory=dict)
     models: dict[str, PublishedModel]
 
 
@@ -104,7 +110,19 @@ def published_models() -> dict[str, PublishedModel]:
     Raises:
         ConfigError: the file is missing, or a field is unknown, missing or wrong.
     """
-    return dict(load_settings(_Table, manifests_dir() / "models.yaml").models)
+    return dict(_table().models)
+
+
+def commercial_use(licence: str | None) -> str:
+    """Whether a model of this licence may be used commercially, in words; its imagery has terms of its own.
+
+    Raises ConfigError as `published_models`.
+    """
+    return _table().commercial.get(licence or "", f"not known: {licence or 'no licence stated'}")
+
+
+def _table() -> _Table:
+    return load_settings(_Table, manifests_dir() / "models.yaml")
 
 
 def load_model(name_or_path: str | Path = "default", device: str | torch.device = "cpu") -> HeightModel:
@@ -166,13 +184,17 @@ def _converted(inputs: Sequence[Path], source: str | None = None, target: Path |
     """
     folder = cache_dir() / "models" / "converted"
     target = target or folder / f"{_digest(inputs[0])}-{_CONVERTER}.safetensors"
-    if not target.is_file():
-        from canopy.models.published import convert
+    if target.is_file():
+        return target
+    from canopy.download import only_one
+    from canopy.models.published import convert
 
-        log.info(f"converting {inputs[0].name} once, into {target.parent}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        done = convert(inputs[0], target, backbone=inputs[1] if inputs[1:] else None, source=source)
-        log.info(f"found {done['found']}; licence {done['licence']}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(target):
+        if not target.is_file():  # no other process was faster
+            log.info(f"converting {inputs[0].name} once, into {target.parent}")
+            done = convert(inputs[0], target, backbone=inputs[1] if inputs[1:] else None, source=source)
+            log.info(f"found {done['found']}; licence {done['licence']}")
     return target
 
 
@@ -228,9 +250,9 @@ def fetch_hub(address: str) -> Path:
         return Path(snapshot_download(match[1], revision=match[2], allow_patterns=_HUB_FILES))
     except GatedRepoError as error:
         raise CheckpointError(
-            "these weights are gated: their owner asks you to accept the terms first",
+            "these weights are gated: their owner gives access by hand to who asks for it there",
             where=page,
-            remedy="accept them there, then log in with `hf auth login` or set HF_TOKEN, and run this again",
+            remedy="when it is granted, log in with `hf auth login` or set HF_TOKEN, and run this again",
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(

@@ -31,6 +31,9 @@ def test_get_asks_about_much_and_says_how_to_cite(canopy, refused, server, point
     listed = canopy(*words, "--dry-run").out
     assert f"3.0 kB  HARV-2022-08/{NAME}  2022-08" in listed and "1 files, 3.0 kB; CC0 1.0" in listed
     assert canopy(*words, "--max-gb", "0.000001").code == 2 and not (tmp_path / "out").exists()
+    row.pop("size")  # then it is the usual size of such files that is known: no reason to refuse
+    server.put("/api/data/DP3.30015.001/HARV/2022-08", {"data": {"files": [row]}})
+    assert canopy(*words, "--max-gb", "0.000001", "--dry-run").code == 0
     assert "1 fetched, 0 kept; cite: NEON (National" in canopy(*words, "--max-gb", "0.000001", "--yes").out
 
 

@@ -188,7 +188,7 @@ def test_strict_is_at_least_as_strict_as_loose(granule, tmp_path):
 
 def test_versions_are_never_mixed(granule):
     new = l2a_columns(3) | {"l2a_quality_flag_rel3": np.ones(3, np.uint8)}
-    with pytest.raises(DataError, match=r"version 3 beside a\.h5"):
+    with pytest.raises(DataError, match=r"version 2 beside b\.h5 of version 3"):
         survey([granule({"BEAM0101": l2a_columns(3)}), granule({"BEAM0101": new}, "b.h5")])
 
 
@@ -249,7 +249,7 @@ def test_cover_and_biomass_are_joined_by_shot_number(granule, tmp_path):
     l2b = {"shot_number": (np.arange(15) + 3).astype(np.uint64)[order] + np.uint64(BIG),
            "cover": (0.01 * (np.arange(15) + 3))[order].astype(np.float32),
            "pai": np.where(order == 0, -9999, 2.0).astype(np.float32),
-           "l2b_quality_flag_rel3": np.ones(15, np.uint8)}  # fmt: skip
+           "l2b_quality_flag": np.ones(15, np.uint8)}  # fmt: skip
     l4a = {"shot_number": np.array([BIG + 5, 7], np.uint64), "agbd": np.array([123.5, 1.0])}
     report = extract_shots(
         [path], tmp_path / "out.parquet",
@@ -263,6 +263,17 @@ def test_cover_and_biomass_are_joined_by_shot_number(granule, tmp_path):
     assert np.isnan(shots.pai[3]) and (shots.pai[4:18] == 2).all()
     assert shots.agbd[5] == 123.5 and shots.agbd.notna().sum() == 1
     assert (shots.l2b_quality_flag[3:18] == 1).all() and shots.l4_quality_flag.isna().all()
+    old = {
+        "shot_number": l2b["shot_number"],
+        "cover": l2b["cover"],
+        "l2b_quality_flag": np.ones(15, np.uint8),
+    }
+    new = l2a_columns(20) | {"l2a_quality_flag_rel3": np.ones(20, np.uint8)}
+    with pytest.raises(DataError, match=r"o\.h5: a granule of version 2 beside n\.h5 of version 3"):
+        extract_shots(
+            [granule({"BEAM0101": new}, "n.h5")], tmp_path / "mixed.parquet",
+            l2b=[granule({"BEAM0101": old}, "o.h5", "GEDI_L2B")],
+        )  # fmt: skip
     with pytest.raises(DataError, match="GEDI_L4A; expected GEDI L2B"):
         extract_shots([path], tmp_path / "other.parquet", l2b=[tmp_path / "c.h5"])
 

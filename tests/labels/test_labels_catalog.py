@@ -58,19 +58,50 @@ def test_every_label_source_is_valid_and_says_its_terms():
             assert "token" not in text.lower() and "sig=" not in text
 
 
+META = "https://dataforgood-fb-data.s3.amazonaws.com/forests"
+# Every address that the manifests may hold, as the hosts' own documents have it.
+ADDRESSES = (
+    rf"{META}/v1/models/saved_checkpoints/(SSLhuge_satellite|compressed_SSL(huge(_aerial)?|large))\.pth",
+    r"hf://facebook/dinov3-vitl16-chmv2-dpt-head",
+    r"https://huggingface\.co/(facebook/dinov3-vitl16-chmv2-dpt-head|datasets/AI4Forest/Open-Canopy)",
+    r"https://ai\.meta\.com/resources/models-and-libraries/chmv2-downloads/",
+    r"https://planetarycomputer\.microsoft\.com/api/stac/v1",
+    r"https://data\.geopf\.fr/wfs/ows",
+    r"https://data\.neonscience\.org(/api/v0)?",
+    r"https://wfs\.geosampa\.prefeitura\.sp\.gov\.br/geoserver/geoportal/wfs",
+    r"https://laz-m3dc-pmsp\.s3\.sa-east-1\.amazonaws\.com/MDS_color_\{value\}\.laz",
+    r"https://doi\.org/10\.(5067/GEDI/GEDI02_A\.003|3334/ORNLDAAC/1644)",
+)
+
+
+def addresses(value) -> list[str]:
+    """All in a manifest, wherever they stand."""
+    if isinstance(value, str):
+        return [text.rstrip(".,;:)") for text in re.findall(r"(?:https?|hf)://[^\s\"'<>`]+", value)]
+    return [
+        text
+        for one in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+        for text in addresses(one)
+    ]
+
+
 def test_addresses_are_those_that_the_hosts_publish():
     """What a check against the services' own documents found wrong, and must not come back."""
-    models = yaml.safe_load((bundled_dir("data_manifests") / "models.yaml").read_text())["models"]
-    urls = [file["url"] for model in models.values() for file in model.get("files", ())]
-    folder = "https://dataforgood-fb-data.s3.amazonaws.com/forests/v1/models/saved_checkpoints/"
-    assert len(urls) == 4 and all(url.startswith(folder) and url.endswith(".pth") for url in urls)
+    folder = bundled_dir("data_manifests")
+    files = [folder / "models.yaml", *folder.glob("labels/*.yaml"), *folder.glob("benchmarks/*.yaml")]
+    found = {text for file in files for text in addresses(yaml.safe_load(file.read_text()))}
+    assert (
+        len(found) >= 12
+        and [t for t in sorted(found) if not any(re.fullmatch(a, t) for a in ADDRESSES)] == []
+    )
     gedi = label_source("gedi-l2a")
     assert gedi.products[gedi.default].version == "003" and gedi.doi.endswith("GEDI02_A.003")
-    assert {p.code for p in gedi.products.values()} == {
-        "GEDI02_A",
-        "GEDI02_B",
-        "GEDI_L4A_AGB_Density_V3_2508",
-    }
+    assert {name: (p.code, p.version) for name, p in gedi.products.items()} == {
+        "v3": ("GEDI02_A", "003"), "l2b": ("GEDI02_B", "003"), "l4a": ("GEDI_L4A_AGB_Density_V3_2508", None),
+        "v2": ("GEDI02_A", "002"), "l2b-v2": ("GEDI02_B", "002"),
+        "l4a-v2": ("GEDI_L4A_AGB_Density_V2_1_2056", None),
+    }  # fmt: skip
+    assert "C3974616071-LPCLOUD" in gedi.verified[0] and "C4212593885-ORNL_CLOUD" in gedi.verified[0]
     assert all(product.about_bytes < 1.1e9 for product in gedi.products.values())
     for name in ("usgs-3dep", "california-3dep"):
         assert label_source(name).dates == "2012/2022"

@@ -150,6 +150,25 @@ def test_map_sheets_are_found_by_area_and_fetched_by_their_names(server, point_a
 
 
 # ---- STAC ------------------------------------------------------------------------------------
+def serve_stac(server, items) -> None:
+    """A STAC API at /stac that finds items by their boxes."""
+
+    def search(path, query, content):
+        wanted = box(*json.loads(content)["bbox"])
+        found = [i for i in items if box(*i["bbox"]).intersects(wanted)]
+        answer = {"type": "FeatureCollection", "features": found, "links": []}
+        return 200, {"Content-Type": "application/geo+json"}, json.dumps(answer).encode()
+
+    server.routes["/stac/search"] = search
+    root, api = f"{server.url}/stac", "https://api.stacspec.org/v1.0.0"
+    server.put("/stac", {
+        "type": "Catalog", "id": "api", "stac_version": "1.0.0", "description": "x",
+        "conformsTo": [f"{api}/core", f"{api}/item-search"],
+        "links": [{"rel": "self", "href": root}, {"rel": "root", "href": root},
+                  {"rel": "search", "href": f"{root}/search", "method": "POST"}],
+    })  # fmt: skip
+
+
 def test_stac_items_are_found_signed_again_when_refused_and_checked(
     server, point_at, monkeypatch, tmp_path, tells_no_secret
 ):
@@ -171,21 +190,8 @@ def test_stac_items_are_found_signed_again_when_refused_and_checked(
             "properties": {"datetime": "2019-05-01T00:00:00Z"}, "assets": {"data": asset},
         })  # fmt: skip
 
-    def search(path, query, content):
-        wanted = box(*json.loads(content)["bbox"])
-        found = [i for i in items if box(*i["bbox"]).intersects(wanted)]
-        answer = {"type": "FeatureCollection", "features": found, "links": []}
-        return 200, {"Content-Type": "application/geo+json"}, json.dumps(answer).encode()
-
-    server.routes["/stac/search"] = search
-    root, api = f"{server.url}/stac", "https://api.stacspec.org/v1.0.0"
-    server.put("/stac", {
-        "type": "Catalog", "id": "api", "stac_version": "1.0.0", "description": "x",
-        "conformsTo": [f"{api}/core", f"{api}/item-search"],
-        "links": [{"rel": "self", "href": root}, {"rel": "root", "href": root},
-                  {"rel": "search", "href": f"{root}/search", "method": "POST"}],
-    })  # fmt: skip
-    point_at("california-3dep", root)
+    serve_stac(server, items)
+    point_at("california-3dep", f"{server.url}/stac")
     plan = plan_get("california-3dep", Wish(area=AOI.from_bounds([-119.999, 37.001, -119.985, 37.005])))
     tells_no_secret(plan.facts())
     assert [f.name for f in plan.files] == ["USGS_LPC_CA_0.copc.laz", "USGS_LPC_CA_1.copc.laz"]
@@ -193,6 +199,45 @@ def test_stac_items_are_found_signed_again_when_refused_and_checked(
     assert len(get_files(plan, tmp_path)[0]) == 2 and server.asked("sig=good") >= 2
     tells_no_secret((tmp_path / RECORD).read_text())
     assert verify_folder(tmp_path)["problems"] == {}
+
+
+def test_overlapping_surveys_are_kept_apart_and_the_plan_says_so(server, point_at, tmp_path, monkeypatch):
+    """Three flights: 2012 over all three tiles, 2019 over two, and 2016 over one half and some new ground."""
+    pytest.importorskip("pystac_client")
+    tiles = {("CA_Old_2012", k): (-120.0 + 0.01 * k, -119.99 + 0.01 * k) for k in range(3)}
+    tiles |= {("CA_New_2019", k): (-120.0 + 0.01 * k, -119.99 + 0.01 * k) for k in range(2)}
+    tiles |= {("CA_Mid_2016", 0): (-119.985, -119.975)}
+    items = []
+    for (survey, number), (west, east) in tiles.items():
+        name, outline = f"{survey}_{number}", box(west, 37.0, east, 37.01)
+        server.put(f"/laz/{name}.copc.laz", body(name))
+        items.append({
+            "type": "Feature", "stac_version": "1.0.0", "id": name, "collection": "3dep-lidar-copc",
+            "links": [], "bbox": outline.bounds, "geometry": mapping(outline),
+            "properties": {"datetime": None, "start_datetime": f"{survey[-4:]}-05-01T00:00:00Z",
+                           "end_datetime": f"{survey[-4:]}-06-01T00:00:00Z", "3dep:usgs_id": survey},
+            "assets": {"data": {"href": f"{server.url}/laz/{name}.copc.laz"}},
+        })  # fmt: skip
+    serve_stac(server, items)
+    point_at("usgs-3dep", f"{server.url}/stac", signing=None)
+    all_three = AOI.from_bounds([-119.999, 37.001, -119.971, 37.009])
+    newest = plan_get("usgs-3dep", Wish(area=all_three))
+    assert [f.path.split("/")[0] for f in newest.files] == [
+        "CA_Mid_2016",
+        *["CA_New_2019"] * 2,
+        "CA_Old_2012",
+    ]
+    assert "the newest (--date" in newest.notes[0]
+    assert newest.notes[1:] == (
+        "CA_New_2019 (2019-06-01): 2 of 2 tiles taken",
+        "CA_Mid_2016 (2016-06-01): 1 of 1 tiles taken",
+        "CA_Old_2012 (2012-06-01): 1 of 3 tiles taken",
+    )
+    oldest = plan_get("usgs-3dep", Wish(area=all_three, near="2010/2013"))
+    assert {f.folder for f in oldest.files} == {"CA_Old_2012"} and len(oldest.files) == 3
+    assert "nearest to 2010/2013" in oldest.notes[0]
+    get_files(newest, tmp_path)
+    assert (tmp_path / "CA_Mid_2016" / "CA_Mid_2016_0.copc.laz").is_file()
 
 
 # ---- Earthdata -------------------------------------------------------------------------------
@@ -217,8 +262,9 @@ def earthaccess(server, monkeypatch):
     module.search_data = lambda **query: module.asked.append(query) or [granule]
     module.login = lambda strategy: (
         module.asked.append(strategy)
-        or SimpleNamespace(authenticated=True, token={"access_token": "earth-secret"})
+        or SimpleNamespace(authenticated=True, token={"access_token": f"earth-secret-{len(module.asked)}"})
     )
+    module.Auth = lambda: SimpleNamespace(login=lambda strategy: module.login(strategy))
     monkeypatch.setitem(sys.modules, "earthaccess", module)
     hosts._bearer.cache_clear()
     monkeypatch.setenv("EARTHDATA_TOKEN", "earth-secret")
@@ -252,6 +298,23 @@ def test_a_failed_login_says_how_and_nothing_else(earthaccess, tmp_path, tells_n
     monkeypatch.setitem(sys.modules, "earthaccess", None)
     with pytest.raises(MissingDependencyError, match="pip install 'earthaccess'"):
         plan_get("gedi-l2a", Wish(area=BRAZIL))
+
+
+def test_a_token_that_ran_out_is_renewed_once_and_then_the_host_is_believed(
+    earthaccess, server, tmp_path, tells_no_secret
+):
+    plan, seen = plan_get("gedi-l2a", Wish(area=BRAZIL)), []
+    server.see = lambda headers: seen.append(headers.get("Authorization"))
+    server.fail("/archive/", times=1, status=401)
+    assert get_files(plan, tmp_path)[0] and earthaccess.asked[1:] == ["environment", "environment"]
+    assert len(set(seen[:2])) == 2, "the second request has the new token"
+    server.fail("/archive/", times=99, status=401)
+    with pytest.raises(
+        FetchError, match="answered 401 Unauthorized, also with a new signature or login"
+    ) as no:
+        get_files(plan, tmp_path / "again")
+    assert server.asked("/archive/") == 4
+    tells_no_secret(no.value)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -129,9 +130,22 @@ def test_a_signature_that_ran_out_is_renewed_whatever_the_hosts_word_for_it(neon
     get_files(plan_get("neon", wish), tmp_path)
     assert server.asked("sig=stale") >= 1 and server.asked("sig=good") == 1
     for status in (400, 401, 403, 409):
+        asked = server.asked("/api/data")
         server.fail("/signed/", times=1, status=status, body=b"<Error><Code>ExpiredToken</Code></Error>")
         get_files(plan_get("neon", wish), tmp_path / str(status))
+        assert server.asked("/api/data") - asked == 4, "two pages for the plan, two for one renewal"
         assert (tmp_path / str(status) / MONTH / name).read_bytes() == body(name)
+
+
+def test_a_limit_of_requests_is_waited_for_or_said(neon, server):
+    """Without a token NEON allows 200 requests; its answer says when the count starts anew."""
+    limit = {"x-ratelimit-limit": "200", "x-ratelimit-remaining": "0"}
+    for wait in ("0.01", str(time.time() + 0.01)):
+        server.fail("/api/data", times=1, status=429, headers=limit | {"x-ratelimit-reset": wait})
+        assert plan_get("neon", Wish(sites=("STEI",))).files
+    server.fail("/api/data", times=9, status=429, headers=limit | {"x-ratelimit-reset": "900"})
+    with pytest.raises(FetchError, match="asks to wait 900 s"):
+        plan_get("neon", Wish(sites=("STEI",)))
 
 
 def test_a_batch_is_noted_once_also_when_it_fails(neon, server, tmp_path, monkeypatch):

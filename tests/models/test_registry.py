@@ -6,13 +6,17 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import rasterio
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -20,7 +24,8 @@ from safetensors.torch import save_file
 from canopy.errors import CheckpointError, ConfigError, DataError, FetchError
 from canopy.models.foreign import tables
 from canopy.models.published import convert
-from canopy.models.registry import load_model, published_models, resolve_model
+from canopy.models.registry import commercial_use, load_model, published_models, resolve_model
+from canopy.runtime import bundled_dir
 
 PRETENDED = ["v1-pretended", 2, [0, 1, 2, 3]]
 COMMON = {"title": "A model", "licence": "Apache-2.0", "source": "a paper", "size_gb": 0.01}
@@ -59,7 +64,10 @@ def test_the_shipped_table_is_valid_and_says_how_to_get_each() -> None:
     models = published_models()
     assert {"v1-huge", "v1-large", "v2"} <= set(models)
     assert all(models[name].licence == "Apache-2.0" for name in models if name.startswith("v1"))
-    assert "DINOv3" in models["v2"].licence and "https://" in models["v2"].facts()["how"]
+    assert "DINOv3" in models["v2"].licence and "granted by hand" in models["v2"].facts()["how"]
+    assert models["v1-large"].facts()["commercial"].startswith("yes")
+    assert "its own conditions" in models["v2"].facts()["commercial"]
+    assert commercial_use(None) == "not known: no licence stated"
     assert all(entry.origin.startswith(("https://", "hf://")) for entry in models.values())
 
 
@@ -88,6 +96,117 @@ def test_first_use_downloads_converts_and_says_the_terms(
     assert model.card["name"] == "v1-pretended" and model.card["source"] == url
     asked = len(server.log)
     assert resolve_model("m") == model.path and len(server.log) == asked, "the second use asks nobody"
+
+
+V1 = {
+    "v1-huge": "SSLhuge_satellite.pth", "v1-huge-compressed": "compressed_SSLhuge.pth",
+    "v1-huge-aerial": "compressed_SSLhuge_aerial.pth", "v1-large": "compressed_SSLlarge.pth",
+}  # fmt: skip
+
+
+def quantised(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Weights of a published layout as dynamic quantisation stores them: packed 8-bit linear layers."""
+    stored: dict[str, Any] = {}
+    for name, tensor in state.items():
+        base, _, last = name.rpartition(".")
+        if re.search(r"blocks\.\d+\.(attn|mlp)\.", name):
+            if last == "weight":
+                weight = torch.quantize_per_tensor(tensor, float(tensor.abs().max()) / 127, 0, torch.qint8)
+                packed, layer = f"{base}._packed_params", (weight, state[f"{base}.bias"])
+                stored |= {f"{packed}.dtype": torch.qint8, f"{packed}._packed_params": layer}
+                stored |= {f"{base}.scale": torch.tensor(1.0), f"{base}.zero_point": torch.tensor(0)}
+        else:
+            stored[name] = tensor
+    return stored
+
+
+@pytest.fixture
+def mirror(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The bucket on this machine, with its real paths: the shipped manifests, but for the host's name."""
+    shutil.copytree(bundled_dir("data_manifests"), tmp_path / "mirrored")
+    for path in tmp_path.glob("mirrored/**/*.yaml"):
+        path.write_text(path.read_text().replace("https://dataforgood-fb-data.s3.amazonaws.com", server.url))
+    monkeypatch.setenv("CANOPY_MANIFESTS", str(tmp_path / "mirrored"))
+    return server
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(1, 255, (3, 256, 256), dtype=np.uint8)
+    place = rasterio.Affine(0.5, 0, 310_000, 0, -0.5, 4_170_000)
+    with rasterio.open(
+        tmp_path / "image.tif", "w", driver="GTiff", width=256, height=256, count=3, dtype="uint8",
+        crs="EPSG:32617", transform=place, photometric="RGB",
+    ) as out:  # fmt: skip
+        out.write(pixels)
+    return tmp_path / "image.tif"
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    from canopy.cli.main import main
+
+    monkeypatch.setattr(sys, "argv", ["canopy", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("name", V1)
+def test_each_published_v1_is_fetched_resumed_converted_once_and_mapped(
+    name: str, mirror: Any, originals: Any, image: Path, cache: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    torch.manual_seed(len(name))
+    state = originals.v1(64, 4, (8, 16, 32, 64), 16)
+    torch.save(quantised(state) if "compressed" in V1[name] else {"state_dict": state}, tmp_path / "w.pth")
+    path = f"/forests/v1/models/saved_checkpoints/{V1[name]}"
+    mirror.put(path, (tmp_path / "w.pth").read_bytes())
+    mirror.cut(V1[name], times=1, after=50_000)
+    model = load_model(name)
+    asked = [first for _, seen, first in mirror.log if seen == path]
+    assert asked[0] == 0 and len(asked) == 2 and asked[1] > 0, "a cut download goes on where it stopped"
+    assert model.path is not None and model.path.parent == cache / "models" / "converted"
+    made = model.path.stat().st_mtime_ns
+    if name == "v1-large":
+        out = tmp_path / "chm.tif"
+        assert run_cli(monkeypatch, "predict", image, "--model", name, "--backend", "torch", "-o", out) == 0
+        with rasterio.open(out) as chm:
+            assert chm.tags()["CANOPY_MODEL_SHA256"] == model.sha256
+            assert chm.read(1, masked=True).count() == 256 * 256
+    assert resolve_model(name) == model.path and model.path.stat().st_mtime_ns == made
+    assert len(mirror.log) == 2, "the second use asks nobody"
+
+
+_AT_ONCE = f"""
+import sys
+from canopy.models.foreign import tables
+from canopy.models.registry import resolve_model
+tables()["releases"]["v1"]["sizes"]["64x4"] = {PRETENDED}
+print("ready", flush=True)
+sys.stdin.readline()
+print(resolve_model("v1-large"), flush=True)
+"""
+
+
+def test_two_processes_that_want_one_model_at_once_make_it_once(
+    mirror: Any, original: bytes, cache: Path, repo: Path
+) -> None:
+    mirror.put(f"/forests/v1/models/saved_checkpoints/{V1['v1-large']}", original)
+    environment = os.environ | {"PYTHONPATH": str(repo), "NO_PROXY": "127.0.0.1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", _AT_ONCE], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    assert [process.stdout.readline() for process in running] == ["ready\n"] * 2
+    for process in running:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    done = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0], done
+    assert done[0][0] == done[1][0] and mirror.asked("compressed_SSLlarge") == 1
+    assert [p.name for p in (cache / "models" / "converted").iterdir()] == [Path(done[0][0].strip()).name]
 
 
 def test_wrong_content_is_discarded_and_refusals_pass(
