@@ -1,4 +1,4 @@
-"""`canopy compare` and `canopy stats`: parse, call, print."""
+"""`canopy compare`, `canopy stats` and `canopy serve`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -161,3 +161,87 @@ def _numbers(text: str, where: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ConfigError(f"cannot read {text!r}", where=where, expected="numbers, such as 2,5,10") from None
+
+
+def serve(
+    maps: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MAP.tif|DIR [MAP2.tif]", help="One or two maps; a folder may be of `canopy map`."
+        ),
+    ],
+    imagery: Annotated[
+        str | None,
+        typer.Option(
+            "--imagery", metavar="FILE|DIR|URL",
+            help="What lies under the heights; an XYZ template too. Default: the first map's own source, if "
+            "it is on this computer.",
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", min=1, max=65535, help="Default: the first free one from 8000 on."),
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option("-o", "--export", metavar="DIR", help="Write the page for any web space instead."),
+    ] = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Show height maps in the browser, with their image, a swipe, profiles and statistics of polygons.
+
+    The page is for this computer alone (127.0.0.1), needs nothing from elsewhere, and ends with Ctrl-C.
+
+    Examples:
+
+      canopy serve chm.tif --open
+
+      canopy serve chm_2018.tif chm_2022.tif --imagery aerial.tif
+
+      canopy serve county
+
+      canopy serve chm.tif --export page
+    """
+    from canopy.errors import InputError, refuse_options, require
+    from canopy.runtime import log, progress_bar, setup_logging
+    from canopy.viewer import app
+    from canopy.viewer.export import export as export_page
+    from canopy.viewer.page import open_view
+
+    setup_logging(quiet, verbose)
+    if len(maps) > 2:
+        raise InputError(f"{len(maps)} maps", where="canopy serve", expected="one or two")
+    if export is not None:
+        refuse_options({"--port": port, "--open": open_ or None}, where="--export", because="serves nothing")
+        with progress_bar(quiet or json_) as progress:
+            found = export_page(
+                open_view(maps, imagery), export, [*maps, imagery], overwrite=overwrite, progress=progress
+            )
+        for note in found["notes"]:
+            log.warning(f"note: {note}")
+        if json_:
+            print_json(found)
+        elif not quiet:
+            typer.echo(
+                f"{export}: a page of {found['tiles']:,} tiles, {found['bytes'] / 1e6:,.1f} MB; "
+                f"see it with: python -m http.server --directory {export}"
+            )
+        return
+    refuse_options(
+        {"--overwrite": overwrite or None, "--json": json_ or None}, where="canopy serve",
+        because="without --export nothing is written",
+    )  # fmt: skip
+    require("the local web map", app.EXTRA, "starlette", "uvicorn")
+    with app.listen(port) as here:
+        view = open_view(maps, imagery)
+        for layer in view.layers:
+            for note in layer.heights.notes:
+                log.warning(f"note: {note}")
+        address = f"http://{app.HOST}:{here.getsockname()[1]}/"
+        typer.echo(f"{address} (Ctrl-C ends it)")
+        app.run(view, here, address if open_ else None)
+    log.info("stopped")

@@ -174,7 +174,7 @@ class HeightMap:
 
     # ---- pixels -------------------------------------------------------------------------------
     def read(
-        self, grid: Grid, *, interval: bool = False, resampling: str | None = None
+        self, grid: Grid, *, interval: bool = False, resampling: str | None = None, overviews: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Heights in metres on `grid`, as `canopy.geo.reading.read_window` resamples them.
 
@@ -184,9 +184,8 @@ class HeightMap:
         """
         bands = 3 if interval and self.has_interval else 1
         values, valid = np.zeros((bands, *grid.shape), np.float32), np.zeros(grid.shape, bool)
-        near = [0] if len(self.tiles) == 1 else sorted(self._tree.query(grid.outline(), "intersects"))
-        for index in near:
-            got, good = self._read_tile(self.tiles[index], grid, bands, resampling)
+        for tile in self.near(grid):
+            got, good = self._read_tile(tile, grid, bands, resampling, overviews)
             new = good & ~valid
             values[:, new] = got[:, new]
             valid |= new
@@ -194,8 +193,14 @@ class HeightMap:
                 break
         return values, valid
 
+    def near(self, grid: Grid) -> list[Tile]:
+        """The files that may have pixels on `grid`, in order; a map of one file has always that."""
+        if len(self.tiles) == 1:
+            return [*self.tiles]
+        return [self.tiles[index] for index in sorted(self._tree.query(grid.outline(), "intersects"))]
+
     def _read_tile(
-        self, tile: Tile, grid: Grid, bands: int, resampling: str | None
+        self, tile: Tile, grid: Grid, bands: int, resampling: str | None, overviews: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         scale, offset = (np.array(x[:bands], np.float32)[:, None, None] for x in (tile.scale, tile.offset))
 
@@ -209,7 +214,7 @@ class HeightMap:
 
         values, valid = read_window(
             self._dataset(tile.path), grid, tile.bands[:bands], resampling=resampling, nodata=self.nodata,
-            decode=metres,
+            decode=metres, overviews=overviews,
         )  # fmt: skip
         if tile.mask is not None:
             mask: Any = _Placed(self._dataset(tile.mask, georeferenced=False), tile.place)

@@ -106,8 +106,7 @@ def stats(
                 expected=f"polygons within {west:.4f}, {south:.4f}, {east:.4f}, {north:.4f} (W, S, E, N)",
             )  # fmt: skip
         for shape in shapes:
-            zone_m2 = 0.0 if shape is None else geodesic_area_m2(shape, crs)
-            rows.append(_row(pixels_in(heights, shape, crs), zone_m2, chosen))
+            rows.append(zone_numbers(heights, shape, crs, chosen))
             progress.advance()
         notes = heights.notes
     table = _joined(frame, rows, extra)
@@ -194,15 +193,16 @@ def geodesic_area_m2(shape: BaseGeometry, crs: CRS) -> float:
     return float(sum(abs(geod.geometry_area_perimeter(part)[0]) for part in parts))
 
 
-def _row(
-    pixels: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], zone_m2: float, options: ZoneOptions
+def zone_numbers(
+    heights: HeightMap, shape: BaseGeometry | None, crs: CRS, options: ZoneOptions
 ) -> dict[str, Any]:
-    """The numbers of one polygon; None where no pixel is valid."""
+    """The numbers of polygons in `crs` by the names of `stats`' columns; None where no pixel is valid."""
+    zone_m2 = 0.0 if shape is None else geodesic_area_m2(shape, crs)
     n, sums, above = 0, np.zeros(3), np.zeros(len(options.above_m))
     lows, highs = [], []
     # Square metres by whole millimetres above LOWEST_M: percentiles are exact to half of one.
     histogram = np.zeros(round((HIGHEST_M - LOWEST_M) * 1000) + 1)
-    for height, _, weight in pixels:
+    for height, _, weight in pixels_in(heights, shape, crs):
         if not height.size:
             continue
         n += height.size

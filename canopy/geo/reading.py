@@ -32,7 +32,7 @@ from canopy.errors import ImageryError, InputError
 from canopy.files import check_name, gdal_name, is_url, public_name
 from canopy.geo.collar import Collar
 from canopy.geo.grid import Grid
-from canopy.geo.place import SourcePlace
+from canopy.geo.place import SourcePlace, shrink_factor
 from canopy.geo.warp import resample
 
 DRIVERS = ["GTiff", "JP2OpenJPEG", "PNG", "JPEG"]
@@ -192,6 +192,7 @@ def read_window(
     decode: Decoder | None = None,
     colours: bool = False,
     collar: Collar | None = None,
+    overviews: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bands `indexes` (1-based) of a dataset on `grid`: float32 (b, h, w) in the file's own units,
     unscaled, and valid (h, w), True = usable.
@@ -210,6 +211,8 @@ def read_window(
         colours: the bands are one colour. Then a nodata value that a colour can have (0 or more) means a
             missing pixel only where ALL bands have it: a black collar, not a dark pixel.
         collar: of a lossy file; it is missing.
+        overviews: for a picture, read the file's own overview nearest to the grid, where it has one that is
+            no coarser; a collar is not looked for in it.
 
     Validity is the intersection of the file's masks (internal, or a .msk file that carries GDAL's own
     mark; Meta's inverted .tif.msk does not and is ignored), alpha above 0, nodata in ANY band (but see
@@ -219,6 +222,18 @@ def read_window(
     an error is never turned into nodata. Use one dataset handle per thread.
     """
     place = SourcePlace.of(ds, crs).in_turn_of(grid)
+    if overviews:
+        shrink = shrink_factor(place, grid) * 1.01  # overviews of odd sizes shrink by a little more
+        fitting = [level for level, factor in enumerate(ds.overviews(indexes[0])) if factor <= shrink]
+        if fitting:
+            with (
+                raster_env(ds.name),
+                rasterio.open(ds.name, driver=ds.driver, overview_level=fitting[-1]) as coarse,
+            ):
+                return read_window(
+                    coarse, grid, indexes, resampling=resampling, nodata=nodata, crs=crs, decode=decode,
+                    colours=colours,
+                )  # fmt: skip
 
     def read(row: int, col: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         reach = collar.reach_px if collar else 0

@@ -56,6 +56,7 @@ class ReadOptions:
         scale: pixel value that means white.
         datetime: STAC-style instant or interval that limits acquisitions.
         gsd_m: ground sample distance that the caller will read at; web tiles choose their zoom by it.
+        overviews: for pictures: far coarser grids are read from the files' own overviews.
     """
 
     bands: str | Sequence[int] | None = None
@@ -66,6 +67,7 @@ class ReadOptions:
     gsd_m: float | None = None
     fallback_crs: str | None = None
     on_damaged: str = "fail"
+    overviews: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What was said, JSON-ready: `ReadOptions(**options.to_json())` is the same."""

@@ -136,7 +136,7 @@ class Mosaic(ImagerySource):
     def read(self, grid: Grid) -> Imagery:
         """Pixels on `grid`; each from the topmost scene that is valid there."""
         out: Imagery | None = None
-        for number in self._near(grid):
+        for number in self.near(grid):
             scene = self.scenes[number]
             if out is None:  # the usual case of one scene copies nothing
                 rgb, fresh = scene.read(grid)
@@ -161,7 +161,7 @@ class Mosaic(ImagerySource):
         empty = np.zeros((3, *grid.shape), np.float32)
         return Imagery(empty, np.zeros(grid.shape, bool), np.zeros(grid.shape, np.int32), grid)
 
-    def _near(self, grid: Grid) -> list[int]:
+    def near(self, grid: Grid) -> list[int]:
         """Numbers of the scenes that may touch a grid."""
         try:
             outline = grid.outline()

@@ -41,6 +41,7 @@ def open_imagery(
     gsd_m: float | None = None,
     fallback_crs: str | None = None,
     on_damaged: str = "fail",
+    overviews: bool | None = None,
 ) -> ImagerySource:
     """Open images of any kind.
 
@@ -57,6 +58,7 @@ def open_imagery(
         gsd_m: ground metres per pixel that will be read; web tiles choose their zoom by it (default 0.5).
         fallback_crs: CRS of images that carry none.
         on_damaged: where one of several images cannot be read: `fail`, or `skip` it with a note.
+        overviews: for pictures: far coarser grids are read from the files' own overviews.
 
     Returns:
         The source: `read(grid)`, `to_xarray()`, and `close()` or `with`.
@@ -66,7 +68,7 @@ def open_imagery(
         ImageryError: an image that cannot be read as RGB; FetchError for remote hosts.
         AreaError: no imagery in `area`.
     """
-    options = ReadOptions(bands, nodata, crs, scale, datetime, gsd_m, fallback_crs, on_damaged)
+    options = ReadOptions(bands, nodata, crs, scale, datetime, gsd_m, fallback_crs, on_damaged, overviews)
     if hasattr(source, "dims"):
         return _open_array(source, options)
     items = [str(source)] if isinstance(source, (str, Path)) else [str(item) for item in source]

@@ -213,7 +213,7 @@ class Scene:
         def pixels(dataset: DatasetReader) -> tuple[np.ndarray, np.ndarray]:
             return read_window(
                 dataset, grid, plan.indexes, nodata=nodata, crs=facts.place.crs, decode=decode, colours=True,
-                collar=facts.collar,
+                collar=facts.collar, overviews=bool(self._options.overviews),
             )  # fmt: skip
 
         values, valid = self._try(href, pixels)
