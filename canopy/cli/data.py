@@ -9,11 +9,12 @@ import typer
 
 from canopy.cli.labels import chips, chm, gedi
 from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json, takes_groups
-from canopy.errors import DataError, InputError
+from canopy.errors import DataError, InputError, refuse_options
 from canopy.inference.options import AreaOptions
 from canopy.runtime import progress_bar, setup_logging
 
 if TYPE_CHECKING:
+    from canopy.geo.area import AOI
     from canopy.labels.fetch import Plan
 
 _SHOWN = 20  # files that a plan lists by name
@@ -115,7 +116,10 @@ def _facts(name: str, band: str | None, layer: str | None) -> dict[str, Any]:
 @takes_groups
 def get(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A label source; see `canopy data list`.")],
-    out_dir: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for the files.")],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="DIR|FILE.tif", help="Folder for the files; of a map, the file."),
+    ],
     place: AreaOptions,
     product: Annotated[
         str | None, typer.Option("--product", help="Kind of file; default: the source's.")
@@ -143,15 +147,30 @@ def get(
 ) -> None:
     """Download lidar or GEDI for an area: listed with sizes first, resumed, verified, never twice.
 
+    Of the published height maps (meta-v1, meta-v2) the area is cut out, with missing told from 0 m and a band
+    acquisition_date, so that `compare` and `evaluate` can put any map beside them.
+
     Secrets come from the environment: NEON_API_TOKEN, EARTHDATA_TOKEN (or a netrc file).
 
-    Example: canopy data get neon --site HARV --bbox 42.54,-72.17 --size-m 2000 -o harv --dry-run
+    Examples:
+
+      canopy data get neon --site HARV --bbox 42.54,-72.17 --size-m 2000 -o harv --dry-run
+
+      canopy data get meta-v2 --bbox 42.54,-72.17 --size-m 2000 -o meta-v2.tif
     """
+    from canopy.labels.catalog import label_source
     from canopy.labels.fetch import Wish, get_files
     from canopy.labels.hosts import plan_get
 
     setup_logging(quiet, verbose)
     area, silent = place.area(), quiet or json_
+    if label_source(name).protocol == "quadkeys":
+        given = {"--product": product, "--datetime": datetime, "--date": date, "--match": match}
+        refuse_options(
+            given | {"--site": tuple(site or ())}, where=name, because="a map is cut by area alone"
+        )
+        _cut(name, area, out, overwrite, dry_run, json_, silent)
+        return
     wish = Wish(area=area, datetime=datetime, sites=tuple(site or ()), match=match, near=date)
     if area is not None and not silent:
         typer.echo(area.describe(), err=True)
@@ -167,13 +186,38 @@ def get(
                 remedy="ask for a smaller area, or add --yes",
             )
         with progress_bar(silent) as progress:
-            fetched, kept = get_files(plan, out_dir, overwrite=overwrite, progress=progress)
-        facts |= {"fetched": fetched, "kept": kept, "folder": str(out_dir)}
+            fetched, kept = get_files(plan, out, overwrite=overwrite, progress=progress)
+        facts |= {"fetched": fetched, "kept": kept, "folder": str(out)}
         if not silent:
             counts = f"{len(fetched)} fetched, {len(kept)} kept"
-            typer.echo(f"{out_dir}: {counts}; cite: {plan.manifest.citation}")
+            typer.echo(f"{out}: {counts}; cite: {plan.manifest.citation}")
     if json_:
         print_json(facts)
+
+
+def _cut(
+    name: str, area: AOI | None, out: Path, overwrite: bool, dry_run: bool, json_: bool, silent: bool
+) -> None:
+    """A published map of an area, as one file."""
+    from canopy.evaluation.published import cut_published
+    from canopy.labels.catalog import label_source
+
+    if area is None:
+        raise InputError(f"{name} is cut by area", expected="--bbox, --bounds or --aoi")
+    with progress_bar(silent) as progress:
+        facts = cut_published(
+            label_source(name), area, out, overwrite=overwrite, dry_run=dry_run, progress=progress
+        )
+    if json_:
+        print_json(facts)
+    elif not silent:
+        told = f"{area.describe()}, {len(facts['tiles'])} tiles"
+        if not dry_run:
+            told = (
+                f"{out}: {facts['width']} x {facts['height']} px of {facts['gsd_m']:.3g} m, "
+                f"{facts['valid_fraction']:.1%} valid, images of {'/'.join(facts['dates']) or '?'}"
+            )
+        typer.echo(f"{told}; {facts['licence']}; cite: {facts['citation']}")
 
 
 def _print_plan(plan: Plan) -> None:

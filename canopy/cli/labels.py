@@ -122,13 +122,16 @@ def gedi(
         list[Path] | None,
         typer.Option("--l4a", metavar="FILE", help="L4A granule for biomass (agbd); may be repeated."),
     ] = None,
+    quicklook: Annotated[
+        bool, typer.Option("--quicklook", help="Draw SHOTS.png: a map of the shots, a histogram of heights.")
+    ] = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """The good shots of GEDI L2A granules (version 2 or 3) in an area, as one GeoParquet table.
+    """The good shots of GEDI L2A granules (version 2 or 3) in an area, as one GeoParquet or GeoPackage table.
 
     A shot is the statistic of a 25 m disc located to about 10 m: compare it with discs, not with pixels.
 
@@ -163,8 +166,8 @@ def gedi(
     log.info(f"{where}; {count}, filter {filter_}")
     with progress_bar(quiet or json) as progress:
         facts = extract_shots(
-            files, out, area=area, rh=rh, filter=filter_, l2b=l2b or (), l4a=l4a or (), overwrite=overwrite,
-            progress=progress,
+            files, out, area=area, rh=rh, filter=filter_, l2b=l2b or (), l4a=l4a or (), quicklook=quicklook,
+            overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if json:
         print_json(facts)

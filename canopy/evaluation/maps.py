@@ -9,17 +9,20 @@ mapped" look alike in them:
 * 255 is never a height, whether or not the tile says so;
 * v1 (zoom 9): `NAME.tif.msk`, beside the tile or in `../msk/`, is 255 where the map is NOT valid, the
   opposite of GDAL's masks. Without that file the product cannot tell 0 m from unmapped, and a note says so;
-* v2 (zoom 10): whatever the file itself declares (mask band, nodata value); where it declares nothing, the
-  same note.
+* v2 (zoom 10): whatever the file itself declares (mask band, nodata value);
+* where nothing is declared, what lies outside the outlines of a tile's images (`../metadata/NAME.geojson`)
+  is not mapped; without these the note stands.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,17 +30,20 @@ from typing import Any
 import numpy as np
 import shapely
 from odc.geo import CRS
+from rasterio.features import geometry_mask
 from rasterio.io import DatasetReader
+from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 
+from canopy import download
 from canopy.chips.targets import sensor_floor
 from canopy.errors import CanopyError, ImageryError, InputError
 from canopy.files import is_url, public_name
-from canopy.geo.crs import to_lonlat
+from canopy.geo.crs import project, to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
-from canopy.imagery.dates import acquisition_date, parse_range
+from canopy.imagery.dates import acquisition_date, parse_day, parse_range
 
 NOT_A_HEIGHT = 255
 # Handles kept open while windows walk over a mosaic.
@@ -56,6 +62,7 @@ class Tile:
         scale, offset: what makes metres of each band's numbers.
         step_m: what heights are rounded to; 0: nothing.
         published: "published v1" or "published v2" for a tile of those maps. mask: the v1 map's `.tif.msk`.
+        by_outlines: nothing but the outlines of its images tells what is mapped, see `acquisitions`.
         notes: what the user must know of it.
     """
 
@@ -67,6 +74,7 @@ class Tile:
     step_m: float
     published: str | None
     mask: str | None
+    by_outlines: bool
     notes: tuple[str, ...]
     tags: dict[str, str] = field(hash=False, compare=False)
 
@@ -76,6 +84,40 @@ class Tile:
         h, w = self.place.height, self.place.width
         x, y = self.place.xy(np.array([0.0, 0, h, h]), np.array([0.0, w, w, 0]))
         return to_lonlat(shapely.Polygon(zip(x, y, strict=True)), self.place.crs)
+
+    @cached_property
+    def acquisitions(self) -> tuple[tuple[BaseGeometry | None, date], ...]:
+        """Of a published tile: outlines of its images, in its CRS, and their dates; empty where unknown.
+
+        From `../metadata/NAME.geojson`. What cannot be read is unknown, not a reason to refuse the heights.
+        """
+        if self.published is None:
+            return ()
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, CanopyError):
+            document = json.loads(_text(beside(self.path, "metadata", ".geojson")))
+            named = ((document.get("crs") or {}).get("properties") or {}).get("name") or "EPSG:4326"
+            rows = [
+                (f.get("geometry"), parse_day(str((f.get("properties") or {}).get("acq_date"))))
+                for f in document["features"]
+            ]
+            return tuple(
+                (project(shapely.make_valid(shape(outline)), named, self.place.crs) if outline else None, day)
+                for outline, day in rows
+                if day is not None
+            )
+        return ()
+
+
+def beside(path: str, folder: str, suffix: str) -> str:
+    """The address of a file of a published tile's name in a folder beside the tile's own."""
+    if is_url(path):
+        start, _, name = path.rsplit("/", 2)
+        return f"{start}/{folder}/{name.partition('.')[0]}{suffix}"
+    return str(Path(path).parent.parent / folder / f"{Path(path).stem}{suffix}")
+
+
+def _text(path: str) -> str:
+    return download.get(path, what="the dates").text if is_url(path) else Path(path).read_text("utf-8")
 
 
 class HeightMap:
@@ -220,6 +262,11 @@ class HeightMap:
             mask: Any = _Placed(self._dataset(tile.mask, georeferenced=False), tile.place)
             masked, known = read_window(mask, grid, [1], nodata=NOT_A_HEIGHT)
             valid &= known & (masked[0] < 1)  # a trace of a masked pixel is the resampling's rounding
+        if tile.by_outlines and self.nodata is None:
+            outlines = [
+                project(outline, tile.place.crs, grid.crs) for outline, _ in tile.acquisitions if outline
+            ]
+            valid &= geometry_mask(outlines, grid.shape, grid.transform, invert=True)
         return values, valid
 
     def without_impossible(
@@ -270,10 +317,6 @@ class _Placed:
 
 
 # ---- dates ----------------------------------------------------------------------------------------
-# v2's date rasters hold years since 2000; a sample of them tells the span.
-_SAMPLE_PX = 512
-
-
 def years_apart(a: Sequence[str], b: Sequence[str]) -> float | None:
     """Years between the middles of two ranges of dates (b minus a), None where one is unknown."""
     middles = []
@@ -287,23 +330,7 @@ def years_apart(a: Sequence[str], b: Sequence[str]) -> float | None:
 
 
 def _dates_of(tile: Tile) -> list[str]:
-    """Dates by a file's tags or name, and by what lies beside a published tile.
-
-    `../metadata/NAME.geojson` (v1: acq_date) or `../metadata/NAME.tif` (v2: year - 2000). A date that cannot
-    be read is an unknown date, not a reason to refuse the heights.
-    """
+    """Dates by a file's tags or name, and by what lies beside a published tile."""
     found = re.findall(r"\d{4}(?:-\d\d){0,2}", tile.tags.get("CANOPY_DATES", ""))
     day = None if found else acquisition_date(tile.tags, tile.path)
-    path = Path(tile.path)
-    beside = path.parent.parent / "metadata" / path.name
-    if tile.published and not is_url(tile.path):
-        with contextlib.suppress(OSError, UnicodeDecodeError, CanopyError):
-            if tile.published == "published v1":
-                text = beside.with_suffix(".geojson").read_text()
-                found += re.findall(r'"acq_date"\s*:\s*"(\d{4}(?:-\d\d){0,2})', text)
-            else:
-                with open_raster(beside, georeferenced=False) as file:
-                    shape = (min(_SAMPLE_PX, file.height), min(_SAMPLE_PX, file.width))
-                    years = np.unique(file.read(1, out_shape=shape))
-                found += [str(2000 + int(year)) for year in years if 0 < year < 100]
-    return found + ([day.isoformat()] if day else [])
+    return [*found, *(day.isoformat() for _, day in tile.acquisitions), *([day.isoformat()] if day else [])]

@@ -6,6 +6,7 @@ import contextlib
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,9 @@ import numpy as np
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.io import DatasetReader
 
+from canopy import download
 from canopy.errors import ImageryError
-from canopy.evaluation.maps import DEFAULT_LEVEL, HeightMap, Tile
+from canopy.evaluation.maps import DEFAULT_LEVEL, HeightMap, Tile, beside
 from canopy.files import is_url, public_name
 from canopy.geo.grid import quadkey_bounds
 from canopy.geo.place import SourcePlace
@@ -44,6 +46,7 @@ def open_heights(
     nodata: float | None = None,
     band: int | str | None = None,
     reference: bool = False,
+    unit_m: float = 1.0,
 ) -> HeightMap:
     """Open a height map.
 
@@ -55,6 +58,7 @@ def open_heights(
         band: number (from 1) or name of the height's band; by default the only one, or the only one that says
             canopy height or CHM.
         reference: maps are judged by it; see `HeightMap`.
+        unit_m: metres per unit of files that say neither a unit nor a scale.
 
     Raises ImageryError for what cannot be read as a height map, naming the file.
     """
@@ -68,7 +72,7 @@ def open_heights(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="canopy-array-"))
             paths = [_array_file(source, folder)]
             name = str(source.name or "array")
-        tiles = [_open_tile(path, band, nodata) for path in paths]
+        tiles = [_open_tile(path, band, nodata, unit_m) for path in paths]
         odd = next((tile for tile in tiles if tile.published != tiles[0].published), None)
         if odd is not None:
             raise ImageryError("tiles of different products in one folder", where=public_name(odd.path))
@@ -127,13 +131,14 @@ def _paths_of(name: str | Path | Sequence[str | Path]) -> list[str]:
     raise ImageryError("no height tiles in the folder", where=name, expected=expected)
 
 
-def _open_tile(path: str, band: int | str | None, nodata: float | None) -> Tile:
+def _open_tile(path: str, band: int | str | None, nodata: float | None, unit_m: float) -> Tile:
     with open_raster(path) as dataset:
         place, tags = SourcePlace.of(dataset), dict(dataset.tags())
         bands = _height_bands(dataset, path, band)
         height = bands[0] - 1
         unit = (dataset.units[height] or "").strip()
-        metres = _metres_per(unit)
+        says_nothing = not unit and dataset.scales[height] == 1
+        metres = unit_m if says_nothing else _metres_per(unit)
         if metres is None:
             raise ImageryError(
                 f"heights in {unit!r}", where=public_name(path),
@@ -146,8 +151,13 @@ def _open_tile(path: str, band: int | str | None, nodata: float | None) -> Tile:
         )
         step_m = abs(scale[0]) if np.dtype(dataset.dtypes[height]).kind in "iu" else 0.0
         published, mask = _published_as(dataset, path, place)
+        silent = bool(published) and mask is None and MaskFlags.all_valid in dataset.mask_flag_enums[height]
+        tile = Tile(path, place, bands, scale, offset, step_m, published, mask, silent, (), tags)
         notes = []
-        if published and mask is None and MaskFlags.all_valid in dataset.mask_flag_enums[height]:
+        if silent and any(outline for outline, _ in tile.acquisitions):
+            notes.append("tiles without a mask: what lies outside the outlines of their images is not mapped")
+        elif silent:
+            tile = replace(tile, by_outlines=False)
             notes.append(
                 "tiles without a mask or nodata value: 0 m and 'not mapped' cannot be told apart in them, "
                 "and unmapped ground counts as open"
@@ -159,8 +169,8 @@ def _open_tile(path: str, band: int | str | None, nodata: float | None) -> Tile:
         if len(bands) == 3 and "CANOPY_INTERVAL" not in tags:
             notes.append(f"its interval bands are taken for a {DEFAULT_LEVEL:.0%} interval")
         if metres != 1:
-            notes.append(f"its heights are in {unit} and were converted to metres")
-        return Tile(path, place, bands, scale, offset, step_m, published, mask, tuple(notes), tags)
+            notes.append(f"its heights are in {unit or f'{metres:g} m'} and were converted to metres")
+        return replace(tile, notes=tuple(notes))
 
 
 def _metres_per(unit: str) -> float | None:
@@ -213,6 +223,12 @@ def _published_as(dataset: DatasetReader, path: str, place: SourcePlace) -> tupl
     if not place.is_north_up or abs(off).max() > 2 * place.transform.a:
         return None, None
     published = PUBLISHED_ZOOM[len(quadkey)]
-    masks = (folder / f"{tile.name}.msk" for folder in (tile.parent, tile.parent.parent / "msk"))
-    has_mask = published == "published v1" and not is_url(path)
-    return published, next((str(mask) for mask in masks if has_mask and mask.is_file()), None)
+    if published != "published v1":
+        return published, None
+    own = f"{path}.msk" if not is_url(path) else ""
+    places = (own, beside(path, "msk", ".tif.msk"))
+    return published, next((mask for mask in places if mask and _exists(mask)), None)
+
+
+def _exists(path: str) -> bool:
+    return bool(download.peek(path, 1)[0]) if is_url(path) else Path(path).is_file()

@@ -29,7 +29,8 @@ _HELP_CRS = (
     "divide into. Default: the area's UTM zone."
 )
 _HELP_RADIOMETRY = (
-    "Move the image's colours onto those of the model's training imagery: none; match; or the target's own "
+    "Move the image's colours onto those of the model's training imagery: none; match; v1-aerial (onto what "
+    "v1's own network says they are); or the target's own "
     "r5,r95,g5,g95,b5,b95 in 0..1. The image's percentiles are measured once over all of it."
 )
 _HELP_IMAGERY = (
@@ -117,7 +118,7 @@ class PredictOptions(AreaOptions):
         None, "Add bands height_lower, height_upper of this coverage.", metavar="0.9"
     )
     quality_band: bool = option(False, "Add band quality: bit flags, see docs/uncertainty.md.")
-    radiometry: str = option("none", _HELP_RADIOMETRY, metavar="none|match|PERCENTILES")
+    radiometry: str = option("none", _HELP_RADIOMETRY, metavar="none|match|v1-aerial|PERCENTILES")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
     backend: str = option("auto", HELP_BACKEND)
     precision: str = option("auto", HELP_PRECISION)

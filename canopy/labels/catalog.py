@@ -23,7 +23,7 @@ from canopy.errors import ConfigError, InputError
 from canopy.imagery.named import Coverage, coverage_geometry
 from canopy.runtime import manifests_dir
 
-Protocol = Literal["neon", "wfs", "stac", "earthdata"]
+Protocol = Literal["neon", "wfs", "stac", "earthdata", "quadkeys"]
 
 
 class WfsLayer(Settings):
@@ -53,6 +53,7 @@ class Product(Settings):
         match: regular expression that a file's name must contain.
         layers: WFS feature type; the first counts.
         asset: STAC asset key.
+        zoom: of the quadkeys that name the tiles of a map.
         href: URL of a file with `{value}`, where the catalogue gives only names.
         about_bytes: usual size of a file, for the list that is shown before a download.
     """
@@ -68,6 +69,7 @@ class Product(Settings):
     match: str | None = None
     layers: tuple[WfsLayer, ...] = ()
     asset: str | None = None
+    zoom: int | None = Field(default=None, ge=1, le=20)
     href: str | None = Field(default=None, pattern=r"^https?://.*\{value\}")
     about_bytes: int | None = Field(default=None, gt=0)
 
@@ -111,7 +113,7 @@ class LabelManifest(Named):
     """
 
     title: str
-    kind: Literal["airborne-lidar", "spaceborne-lidar"]
+    kind: Literal["airborne-lidar", "spaceborne-lidar", "height-map"]
     protocol: Protocol
     href: str = ""
     collection: str | None = None
@@ -141,7 +143,9 @@ class LabelManifest(Named):
             raise ValueError(f"protocol {self.protocol} needs href, an http(s) address")
         if self.protocol == "stac" and not self.collection:
             raise ValueError("protocol stac needs collection")
-        needed = {"neon": "code", "wfs": "layers", "stac": "asset", "earthdata": "code"}[self.protocol]
+        needed = {
+            "neon": "code", "wfs": "layers", "stac": "asset", "earthdata": "code", "quadkeys": "zoom"
+        }[self.protocol]  # fmt: skip
         for name, product in self.products.items():
             if not getattr(product, needed):
                 raise ValueError(f"product {name!r} needs {needed} for protocol {self.protocol}")

@@ -43,7 +43,7 @@ from canopy.labels.granules import (
     typed,
     version_of,
 )
-from canopy.labels.shots import SUFFIXES, require_gedi, rh_column, write_shots
+from canopy.labels.shots import SUFFIXES, draw_shots, require_gedi, rh_column, write_shots
 from canopy.runtime import NoProgress, Progress, log
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def extract_shots(
     filter: str = "strict",
     l2b: Sequence[str | Path] = (),
     l4a: Sequence[str | Path] = (),
+    quicklook: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -163,6 +164,7 @@ def extract_shots(
         rh: which relative heights, percents of the returned energy.
         filter: "strict", "loose" or "none", see the module's head.
         l2b, l4a: granules whose values are joined by shot number.
+        quicklook: draw a map of the shots and a histogram of their heights beside `out`, with suffix .png.
 
     Raises:
         AreaError: no shot of the files lies in the area; nothing was written.
@@ -173,7 +175,9 @@ def extract_shots(
     import pandas
 
     percents, criteria = check_rh(rh), filter_named(filter)
-    out = check_output(out, [*files, *l2b, *l4a], overwrite=overwrite, suffixes=SUFFIXES)[0]
+    out = Path(out)
+    picture = [out.with_suffix(".png")] if quicklook else []
+    check_output([out, *picture], [*files, *l2b, *l4a], overwrite=overwrite, suffixes=SUFFIXES)
     granules = survey(files, filter)
     progress, tally = progress or NoProgress(), Tally()
     progress.start(sum(len(granule["beams"]) for granule in granules), "GEDI shots")
@@ -196,11 +200,14 @@ def extract_shots(
     names = [Path(granule["file"]).name for granule in granules]
     once.attrs = {"version": __version__, "filter": filter, "rh": list(percents), "granules": names}
     write_shots(once, out)
+    for path in picture:
+        draw_shots(once, path, rh_column(percents[-1]), f"{tally.kept} GEDI shots, filter {filter}")
     notes = list(_notes_on(granules, matched, tally))
     for note in notes:
         log.warning(f"note: {note}")
     return {
-        "out": str(out), "filter": filter, "rh": list(percents), "matched": matched,
+        "out": str(out), "quicklook": str(picture[0]) if picture else None,
+        "filter": filter, "rh": list(percents), "matched": matched,
         "shots": {name: value for name, value in vars(tally).items() if name != "extent"},
         "granules": granules, "notes": notes, "summary": str(tally),
     }  # fmt: skip

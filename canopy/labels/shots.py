@@ -67,6 +67,36 @@ def write_shots(shots: pandas.DataFrame, out: Path) -> None:
         named.rename(part)
 
 
+def draw_shots(shots: pandas.DataFrame, out: Path, column: str, title: str) -> None:
+    """A map of the shots by height and a histogram of their heights, one PNG. Raises OutputError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lon, lat, heights = (shots[name].to_numpy(float) for name in ("lon", "lat", column))
+    lon = np.where((np.ptp(lon) > 180) & (lon < 0), lon + 360, lon)  # across the antimeridian
+    known = heights[np.isfinite(heights)]
+    top = max(5.0, np.ceil(np.percentile(known, 99.5) / 5) * 5) if known.size else 5.0
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    dots = left.scatter(lon, lat, c=heights, s=float(np.clip(2e4 / len(shots), 2, 30)), vmin=0, vmax=top)
+    left.set_aspect(1 / np.cos(np.radians(lat.mean())), adjustable="datalim")
+    left.ticklabel_format(useOffset=False)
+    left.set(xlabel="longitude", ylabel="latitude", facecolor="#f4f4f2")
+    left.tick_params(axis="x", rotation=30)
+    left.set_title(title, loc="left", fontsize=11)
+    label = f"relative height {column.removeprefix('rh_')} (m)"
+    figure.colorbar(dots, ax=left, shrink=0.8, extend="both").set_label(label)
+    right.hist(known.clip(None, top), bins=np.arange(min(0, np.floor(known.min(initial=0))), top + 1, 1))
+    right.set(xlabel=label, ylabel="shots")
+    if known.size:
+        middle = np.median(known)
+        right.axvline(middle, color="#d55e00", label=f"median {middle:.1f} m")
+        right.legend(frameon=False)
+    with replacing(out, "cannot write the quicklook") as part:
+        figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
+
+
 def _with_points(table: pandas.DataFrame) -> geopandas.GeoDataFrame:
     import geopandas
 

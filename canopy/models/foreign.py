@@ -11,6 +11,7 @@ import io
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,8 +133,11 @@ def weight_file(path: Path) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
-def open_weights(path: Path) -> Weights:
+def open_weights(path: Path, *, stand_ins: bool = False) -> Weights:
     """Open a PyTorch pickle, a safetensors file, or a directory in the hub's layout.
+
+    With `stand_ins` a pickle may name classes and functions beside its tensors, as a training run's
+    checkpoint does: an empty object of ours takes their place, and nothing of theirs is imported or run.
 
     Raises:
         CheckpointError: missing, truncated, needing more than plain tensors, or holding none.
@@ -149,7 +153,7 @@ def open_weights(path: Path) -> Weights:
         first = file.read(9)
     # safetensors: the length of a JSON header, eight bytes, and the header's brace.
     if first[4:] != b"\0\0\0\0{" and (first[:2] == b"PK" or first[:1] == b"\x80"):
-        return _from_pickle(path)
+        return _from_pickle(path, stand_ins)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -161,8 +165,18 @@ def open_weights(path: Path) -> Weights:
         ) from error
 
 
-def _from_pickle(path: Path) -> Weights:
-    state = _load(path)
+class _StandIn:
+    """For a class or function that a pickle names: takes whatever it is given and does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def _from_pickle(path: Path, stand_ins: bool) -> Weights:
+    state = _load(path, stand_ins)
     dropped: dict[str, str] = {}
     for nest in _NESTS:
         inner = state.get(nest) if isinstance(state, Mapping) else None
@@ -201,11 +215,18 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if tensor.is_quantized else tensor
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, stand_ins: bool) -> Any:
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"
     try:
-        with warnings.catch_warnings():
+        named = (
+            torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if stand_ins and is_zip else []
+        )
+        known = torch.serialization.safe_globals(
+            # torch fills none but its own kinds of dictionaries
+            [(OrderedDict if name.lower().endswith("dict") else _StandIn, name) for name in named]
+        )
+        with warnings.catch_warnings(), known:
             # torch announces the end of quantised dtypes; these files keep existing.
             warnings.simplefilter("ignore")
             if path.suffix == ".safetensors":  # torch believes the name, not the content

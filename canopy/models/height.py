@@ -27,6 +27,8 @@ from canopy.models.config import ModelConfig
 from canopy.models.decoder import Decoder, UNetDecoder, bin_centres, bin_weights, moments
 from canopy.models.encoder import CnnEncoder, Encoder
 
+V1_AERIAL = "v1-aerial"
+MEASURED = ("match", V1_AERIAL)  # values of `--radiometry` that look at the image
 OUTPUTS = ("height_m", "spread_m")
 EMPTY_VALUE = 0.4  # close to the mean of aerial imagery: an empty crop looks like nothing in particular
 
@@ -116,8 +118,9 @@ def parse_radiometry(text: str) -> tuple[Percentiles | None, Percentiles | None]
     """Read `--radiometry`.
 
     Args:
-        text: `none`; `match` (the image's percentiles, measured, onto the model's); six target percentiles;
-            or the image's six followed by the target's six, which measures nothing.
+        text: `none`; `match` (the image's percentiles, measured, onto the model's); `v1-aerial` (onto those
+            that v1's network predicts); six target percentiles; or the image's six followed by the target's
+            six, which measures nothing.
 
     Returns:
         None for `none`; else what is said of the image's percentiles and of the target's.
@@ -127,7 +130,7 @@ def parse_radiometry(text: str) -> tuple[Percentiles | None, Percentiles | None]
     """
     if text == "none":
         return None
-    if text == "match":
+    if text in MEASURED:
         return None, None
     try:
         values = tuple(float(part) for part in text.split(","))
@@ -136,7 +139,8 @@ def parse_radiometry(text: str) -> tuple[Percentiles | None, Percentiles | None]
     if len(values) not in (6, 12) or not all(0 <= v <= 1 for v in values):
         raise ConfigError(
             f"cannot read {text!r}", where="--radiometry",
-            expected="none, match, the target's r5,r95,g5,g95,b5,b95 in 0..1, or the image's six and these",
+            expected="none, match, v1-aerial, the target's r5,r95,g5,g95,b5,b95 in 0..1, or the image's six "
+            "and these",
         )  # fmt: skip
     source, target = (values[:6] if len(values) == 12 else None), values[-6:]
     Stretch(source or target, target)  # refuses percentiles out of order

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, model_validator
 
 from canopy.config import Settings, load_settings
-from canopy.errors import CheckpointError, FetchError
+from canopy.errors import CheckpointError, ConfigError, FetchError
 from canopy.files import file_sha256
 from canopy.models.checkpoint import FORMAT, RUN_MODEL, load_checkpoint, pickle_error
 from canopy.runtime import cache_dir, log, manifests_dir
@@ -98,9 +98,10 @@ class PublishedModel(Settings):
 
 
 class _Table(Settings):
-    """models.yaml: whether licences allow commercial use, by name; and the models."""
+    """models.yaml: whether licences allow commercial use, by name; v1's network of colours; the models."""
 
     commercial: dict[str, str] = Field(default_factory=dict)
+    aerial: WeightFile | None = None
     models: dict[str, PublishedModel]
 
 
@@ -208,8 +209,6 @@ def _digest(path: Path) -> str:
 
 def _published(name: str, entry: PublishedModel) -> Path:
     """The converted file of a published model, downloaded and converted at first use."""
-    from canopy.download import download
-
     folder = cache_dir() / "models"
     key = hashlib.sha256(f"{entry.files} {entry.hub}".encode()).hexdigest()[:16]
     target = folder / "converted" / f"{name}-{key}-{_CONVERTER}.safetensors"
@@ -221,10 +220,26 @@ def _published(name: str, entry: PublishedModel) -> Path:
     )
     if entry.hub:
         return _converted([fetch_hub(entry.hub)], entry.hub, target)
-    paths = [folder / name / Path(unquote(urlsplit(file.url).path)).name for file in entry.files]
-    for file, path in zip(entry.files, paths, strict=True):
-        download(file.url, path, sha256=file.sha256)
-    return _converted(paths, entry.origin, target)
+    return _converted([_fetched(file, folder / name) for file in entry.files], entry.origin, target)
+
+
+def _fetched(file: WeightFile, folder: Path) -> Path:
+    from canopy.download import download
+
+    path = folder / Path(unquote(urlsplit(file.url).path)).name
+    return download(file.url, path, sha256=file.sha256)
+
+
+def aerial_network() -> Path:
+    """The checkpoint of v1's aerial normalisation, downloaded at first use.
+
+    Raises ConfigError for a models.yaml without its address; FetchError as `load_model`.
+    """
+    if (file := _table().aerial) is None:
+        raise ConfigError(
+            "no address of v1's aerial network", where="models.yaml", expected="aerial: {url: ...}"
+        )
+    return _fetched(file, cache_dir() / "models" / "v1-aerial")
 
 
 def fetch_hub(address: str) -> Path:

@@ -171,10 +171,11 @@ def _open_imagery(
     A run that goes on has the list of its scenes, and nothing is searched again.
 
     Raises:
-        InputError: as `open_source`; with `--radiometry match`, which has to measure all of it.
+        InputError: as `open_source`; with a `--radiometry` that has to measure all of it.
     """
     from canopy.imagery.open import open_pinned
     from canopy.imagery.stac import TooManyItemsError
+    from canopy.models.height import MEASURED
 
     known = pins["imagery"] if pins else {"pin": None}
     if known["pin"] and [*options.images] == known["images"] and options.imagery == known["imagery"]:
@@ -182,7 +183,7 @@ def _open_imagery(
     try:
         return open_source(options, gsd_m, aoi), False
     except TooManyItemsError:
-        if aoi is None or options.radiometry == "match":
+        if aoi is None or options.radiometry in MEASURED:
             raise
     outline = aoi.lonlat
     for place in (outline.representative_point(), outline.centroid):

@@ -14,6 +14,7 @@ from canopy.config import manifest_names
 from canopy.errors import AreaError, ConfigError, DataError, InputError
 from canopy.evaluation.benchmark.manifest import benchmark, scenes_of
 from canopy.evaluation.benchmark.run import Judged, append_rows, audit_lines, markdown, rows_of, run_benchmark
+from canopy.evaluation.opening import open_heights
 from canopy.runtime import manifests_dir
 
 NAMES = ["california", "france", "neon-test", "open-canopy", "pack", "sao-paulo"]
@@ -194,3 +195,17 @@ def test_maps_are_kept_and_one_bad_scene_does_not_stop_the_others(small, pack, t
     assert again.groups["val"].overall["mae_m"] == result.groups["val"].overall["mae_m"], "the map is there"
     with pytest.raises(InputError, match=r"no scene of group 'val'.*no image here"):
         run_benchmark(small, scenes, OURS, predict, tmp_path / "other", replicates=0)
+
+
+def test_decimetres_that_the_files_do_not_tell_are_read_as_the_manifest_says(tmp_path, forest, write_map):
+    """Open-Canopy's height models: whole decimetres; a file that says its scale or unit is believed."""
+    manifest = benchmark("open-canopy")
+    assert manifest.unit_m == 0.1
+    metres = forest(100)
+    stored = (metres * 10).round().astype(np.uint16)
+    bare = write_map("bare.tif", stored, nodata=65535, names=())
+    told = write_map("told.tif", (metres * 100).round().astype(np.uint16), nodata=65535, names=(), scale=0.01)
+    for path, step in ((bare, 0.1), (told, 0.01)):
+        with open_heights(path, reference=True, unit_m=manifest.unit_m) as heights:
+            read, valid = heights.read(heights.lattice)
+        np.testing.assert_allclose(read[0][valid], metres[valid], atol=step)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+from datetime import date
+from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+from pyproj import Transformer
+from shapely.geometry import box, mapping
 
-from canopy.errors import ImageryError, InputError
+from canopy.errors import AreaError, FetchError, ImageryError, InputError
 from canopy.evaluation.grids import common_grid, read_on
 from canopy.evaluation.opening import open_heights
+from canopy.evaluation.published import cut_published
 from canopy.geo.area import AOI
 from canopy.geo.crs import CRS
 from canopy.geo.grid import Grid, quadkey_bounds
+from canopy.labels.catalog import label_source
+from canopy.runtime import bundled_dir
 
 UTM, WEST, NORTH = "EPSG:32618", 500_000.0, 4_882_000.0
 PX = 256  # a published tile has 32768 or 65536: the layout is the same
@@ -98,18 +106,120 @@ def test_what_published_tiles_do_not_say_is_said(published, tmp_path):
         assert product.kind == "map", "its name is a quadkey, its place is another one"
 
 
-def test_dates_beside_published_tiles(published, write_map, tmp_path):
-    published("v1", V1, whole_metres())
-    days = ["2018-05-02", "2020-11-30", "2019-01-01"]
-    features = [{"type": "Feature", "geometry": None, "properties": {"acq_date": day}} for day in days]
-    (tmp_path / "v1" / "metadata").mkdir()
-    (tmp_path / "v1" / "metadata" / f"{V1}.geojson").write_text(json.dumps({"features": features}))
-    published("v2", V2, whole_metres())
-    years = np.array([[17, 17], [21, 0]], np.uint8)
-    write_map(f"v2/metadata/{V2}.tif", years, nodata=None)
-    for version, dates in (("v1", ("2018-05-02", "2020-11-30")), ("v2", ("2017", "2021"))):
-        with open_heights(tmp_path / version) as product:
-            assert product.dates == dates
+def dated(*days_and_outlines) -> str:
+    """A published `metadata/QUADKEY.geojson`: outlines of images with their dates."""
+    rows = [
+        {"type": "Feature", "properties": {"acq_date": day}, "geometry": outline and mapping(outline)}
+        for day, outline in days_and_outlines
+    ]
+    return json.dumps({"type": "FeatureCollection", "features": rows})
+
+
+@pytest.mark.parametrize(("version", "quadkey"), [("v1", V1), ("v2", V2)])
+def test_dates_beside_published_tiles(published, tmp_path, version, quadkey):
+    published(version, quadkey, whole_metres())
+    (tmp_path / version / "metadata").mkdir()
+    text = dated(("2018-05-02", None), ("2020-11-30", None), ("2019-01-01", None))
+    (tmp_path / version / "metadata" / f"{quadkey}.geojson").write_text(text)
+    with open_heights(tmp_path / version) as product:
+        assert product.dates == ("2018-05-02", "2020-11-30")
+        assert any("cannot be told apart" in note for note in product.notes), "dates, but no outlines"
+
+
+def test_outside_the_outlines_of_its_images_a_silent_tile_is_not_mapped(published, tmp_path):
+    """0 m inside them is open ground; a tile that has a mask of its own is believed instead."""
+    west_half, heights = half_of(V2), np.zeros((PX, PX), np.uint8)
+    published("v2", V2, heights)
+    (tmp_path / "v2" / "metadata").mkdir()
+    (tmp_path / "v2" / "metadata" / f"{V2}.geojson").write_text(dated(("2020-11-30", west_half)))
+    with open_heights(tmp_path / "v2") as product:
+        height, valid = product.read(place(V2))
+        assert valid[:, : PX // 2 - 1].all() and not valid[:, PX // 2 + 1 :].any() and not height.any()
+        assert any("outside the outlines" in note for note in product.notes)
+    published("v2", V2, heights, nodata=255)
+    with open_heights(tmp_path / "v2") as product:
+        assert product.read(place(V2))[1].all() and product.dates == ("2020-11-30",)
+
+
+def half_of(quadkey: str, east: bool = False):
+    """The western or eastern half of a tile, longitude and latitude."""
+    west, south, right, north = quadkey_bounds(quadkey)
+    middle = (west + right) / 2
+    x, y = Transformer.from_crs(3857, 4326, always_xy=True).transform(
+        [middle if east else west, right if east else middle], [south, north]
+    )
+    return box(x[0], y[0], x[1], y[1])
+
+
+# ---- cut ------------------------------------------------------------------------------------------
+@pytest.fixture
+def bucket(published, server, tmp_path, monkeypatch):
+    """Two neighbouring tiles of each published map, in the real folders of the bucket, on this machine."""
+    paths = {"v1": "/forests/v1/alsgedi_global_v6_float", "v2": "/forests/v2/global/dinov3_global_chm_v2_ml3"}
+    heights = {}
+    for version, keys in (("v1", (V1, "023010213")), ("v2", (V2, "0230102121"))):
+        for number, key in enumerate(keys):
+            values = whole_metres(number)
+            values[:40] = 0  # open ground
+            values[-30:] = 255 if version == "v2" else 0  # not mapped
+            mask = None
+            if version == "v1":
+                mask = np.zeros((PX, PX), np.uint8)
+                mask[-30:] = 255
+            tile = published(version, key, values, mask=mask)
+            server.put(f"{paths[version]}/chm/{key}.tif", Path(tile).read_bytes())
+            if version == "v1":
+                server.put(
+                    f"{paths[version]}/msk/{key}.tif.msk",
+                    (tmp_path / version / "msk" / f"{key}.tif.msk").read_bytes(),
+                )
+            outlines = dated(("2018-05-02", half_of(key)), ("2020-11-30", half_of(key, east=True)))
+            server.put(f"{paths[version]}/metadata/{key}.geojson", outlines)
+            heights[key] = values
+    shutil.copytree(bundled_dir("data_manifests"), tmp_path / "mirrored")
+    for path in tmp_path.glob("mirrored/labels/meta-*.yaml"):
+        path.write_text(path.read_text().replace("https://dataforgood-fb-data.s3.amazonaws.com", server.url))
+    monkeypatch.setenv("CANOPY_MANIFESTS", str(tmp_path / "mirrored"))
+    return heights
+
+
+@pytest.mark.parametrize(("version", "keys"), [("v1", (V1, "023010213")), ("v2", (V2, "0230102121"))])
+def test_a_published_map_is_cut_with_its_validity_and_dates(bucket, server, tmp_path, version, keys):
+    """Across the border of two tiles; the host fails once."""
+    lattice = place(keys[0])
+    wanted = lattice.window(100, 200, 156, 112)  # 56 px of the first tile, 56 px of the second
+    west, south, east, north = wanted.bounds
+    inset = lattice.pixel[0] / 4
+    area = AOI.from_bounds((west + inset, south + inset, east - inset, north - inset), "EPSG:3857")
+    server.fail("/metadata/", times=1, status=503)
+    out = tmp_path / "cut.tif"
+    facts = cut_published(label_source(f"meta-{version}"), area, out)
+    assert (facts["width"], facts["height"]) == (112, 156) and facts["licence"] == "CC BY 4.0"
+    with rasterio.open(out) as cut:
+        assert cut.descriptions == ("canopy_height", "acquisition_date") and cut.units == ("m", "d")
+        assert cut.tags()["CANOPY_DATES"] == "2018-05-02/2020-11-30" and cut.tags()["LICENCE"] == "CC BY 4.0"
+        np.testing.assert_allclose(cut.bounds, wanted.bounds)
+        raw, valid = cut.read(), cut.dataset_mask() > 0
+    truth = np.hstack([bucket[keys[0]][100:, 200:], bucket[keys[1]][100:, :56]])
+    known = np.arange(100, PX)[:, None] < PX - 30
+    np.testing.assert_array_equal(valid, np.broadcast_to(known, valid.shape))
+    np.testing.assert_array_equal(np.where(valid, raw[0] / 100, 0), np.where(valid, truth, 0))
+    days = {(date(2018, 5, 2) - date(1970, 1, 1)).days, (date(2020, 11, 30) - date(1970, 1, 1)).days}
+    assert set(np.unique(raw[1][valid])) == days and (raw[1][0, :50] == max(days)).all()
+    with open_heights(out) as product:
+        assert product.dates == ("2018-05-02", "2020-11-30")
+        assert product.read(wanted)[1].sum() == valid.sum()
+
+
+def test_where_no_tile_is_nothing_is_written(bucket, server, tmp_path):
+    sea = AOI.from_bbox([0.5, -30.0], size_m=500)
+    with pytest.raises(AreaError, match="meta-v2 has no tile there"):
+        cut_published(label_source("meta-v2"), sea, tmp_path / "sea.tif")
+    here = AOI.from_bounds(place(V2).window(10, 10, 50, 50).bounds, "EPSG:3857")
+    server.fail("/chm/.*tif", times=99, status=500)
+    with pytest.raises(FetchError, match="answered 500"):
+        cut_published(label_source("meta-v2"), here, tmp_path / "sea.tif")
+    assert not list(tmp_path.glob("*sea*"))
 
 
 # ---- what people's files are like -----------------------------------------------------------------

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
 import torch
+import torch.nn.functional as F  # noqa: N812
 from affine import Affine
 
 import canopy
-from canopy.errors import ConfigError, InputError
+from canopy.errors import CheckpointError, ConfigError, InputError
 from canopy.geo.area import AOI
 from canopy.inference.inputs import scale_notes, scene_percentiles, with_radiometry
+from canopy.models.aerial import load_percentile_net
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel, Stretch, parse_radiometry
+from canopy.models.registry import aerial_network
+from canopy.runtime import bundled_dir
 
 TARGET = (0.1, 0.7, 0.15, 0.65, 0.05, 0.55)
 
@@ -124,3 +133,152 @@ def test_coarse_imagery_is_warned_of() -> None:
     assert scale_notes(0.6, 0.5) == []
     assert "less certain" in scale_notes(1.0, 0.5)[0]
     assert "mean nothing" in scale_notes(10.0, 0.5)[0]
+
+
+# ---- v1's own normalisation ------------------------------------------------------------------------
+WIDTHS = (3, 8, 16, 32, 64, 64, 128)
+BLOCKS = ("input_layer", *(f"conv_block{i}" for i in range(1, 6)))
+
+
+def published_state() -> dict[str, torch.Tensor]:
+    """Random weights under the names and shapes of the published percentile network."""
+    torch.manual_seed(5)
+    state: dict[str, torch.Tensor] = {}
+
+    def layer(name: str, *shape: int) -> None:
+        fan = math.prod(shape[1:])
+        state[f"{name}.weight"], state[f"{name}.bias"] = (
+            torch.randn(*shape) * fan**-0.5,
+            torch.randn(shape[0]) / 9,
+        )
+
+    for name, into, out in zip(BLOCKS, WIDTHS, WIDTHS[1:], strict=False):
+        layer(f"{name}.0", out, into, 1, 1)
+        state |= {f"{name}.1.weight": torch.rand(out) + 0.5, f"{name}.1.bias": torch.randn(out) / 9}
+        state |= {
+            f"{name}.1.running_mean": torch.randn(out) / 9,
+            f"{name}.1.running_var": torch.rand(out) + 0.5,
+        }
+        state[f"{name}.1.num_batches_tracked"] = torch.tensor(7)
+        layer(f"{name}.3", out, out, 3, 3)
+    for name, into, out in (("fc1.0", 8192, 64), ("fc2.0", 64, 64), ("fc3.0", 64, 32), ("fc4", 32, 6)):
+        layer(name, out, into)
+    state["fc4.weight"] *= 0.02
+    state["fc4.bias"] = torch.tensor([0.11, 0.16, 0.07, 0.71, 0.66, 0.53])  # three 5th, then three 95th
+    return {f"backbone.{name}": tensor for name, tensor in state.items()}
+
+
+def published_way(image: np.ndarray, state: dict[str, torch.Tensor]) -> np.ndarray:
+    """The normalisation as the release does it, by plain operators; image (3, 256, 256) in 0..1."""
+    x = torch.from_numpy(image)[None]
+    for name in BLOCKS:
+        at = {k.removeprefix(f"backbone.{name}."): v for k, v in state.items() if f".{name}." in k}
+        x = F.conv2d(x, at["0.weight"], at["0.bias"])
+        x = F.batch_norm(x, at["1.running_mean"], at["1.running_var"], at["1.weight"], at["1.bias"])
+        x = F.conv2d(F.relu(x), at["3.weight"], at["3.bias"], padding=1)
+        x = x if name == "conv_block5" else F.max_pool2d(x, 2)
+    x = x.flatten(1)
+    for name in ("fc1.0", "fc2.0", "fc3.0"):
+        x = F.relu(F.linear(x, state[f"backbone.{name}.weight"], state[f"backbone.{name}.bias"]))
+    p5, p95 = F.linear(x, state["backbone.fc4.weight"], state["backbone.fc4.bias"])[0].reshape(2, 3).numpy()
+    moved = np.empty_like(image)
+    for band in range(3):
+        own5, own95 = np.percentile(image[band], (5, 95))
+        moved[band] = (image[band] - own5) * (p95[band] - p5[band]) / (own95 - own5) + p5[band]
+    return moved
+
+
+class AttributeDict(dict):
+    """What a training script leaves in its checkpoint."""
+
+
+def loss(*_: object) -> None:
+    raise AssertionError("code out of a checkpoint was run")
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.best = Path("model.ckpt")
+
+
+class Trap:
+    def __reduce__(self) -> Any:
+        return loss, (1,)
+
+
+@pytest.fixture
+def network(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], None]:
+    """`network(checkpoint)` serves it at the bucket's real path; the shipped table, but for the host."""
+    shutil.copytree(bundled_dir("data_manifests"), tmp_path / "mirrored")
+    path = tmp_path / "mirrored" / "models.yaml"
+    path.write_text(path.read_text().replace("https://dataforgood-fb-data.s3.amazonaws.com", server.url))
+    monkeypatch.setenv("CANOPY_MANIFESTS", str(tmp_path / "mirrored"))
+    monkeypatch.setenv("CANOPY_CACHE", str(tmp_path / "cache"))
+
+    def put(checkpoint: dict) -> None:
+        torch.save(checkpoint, tmp_path / "net.ckpt")
+        name = "aerial_normalization_quantiles_predictor.ckpt"
+        content = (tmp_path / "net.ckpt").read_bytes()
+        server.put(f"/forests/v1/models/saved_checkpoints/{name}", content)
+
+    return put
+
+
+def test_v1_aerial_is_the_published_normalisation_and_is_recorded(network: Callable, tmp_path: Path) -> None:
+    """On a scene of one crop, where asking crop by crop and once a scene are the same."""
+    state = published_state()
+    network(
+        {
+            "epoch": 3,
+            "state_dict": state,
+            "hyper_parameters": AttributeDict(loss=loss, opt=partial(loss, 1)),
+            "callbacks": {Trap: Trap(), "x": Plain()},
+        }
+    )
+    pixels = np.random.default_rng(3).integers(1, 200, (3, 256, 256), dtype=np.uint8)
+    place = Affine(0.5, 0, 310_000, 0, -0.5, 4_170_000)
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", width=256, height=256, count=3, dtype="uint8",
+        crs="EPSG:32617", transform=place, photometric="RGB",
+    ) as out:  # fmt: skip
+        out.write(pixels)
+    model, source = _model(), canopy.open_imagery(tmp_path / "a.tif")
+    area = source.area()
+    assert area is not None
+    with pytest.raises(InputError, match=r"made for v1's models.*--radiometry match"):
+        with_radiometry(model, source, area, "v1-aerial")
+    model.card = {"name": "v1-pretended"}
+    moved, text, _ = with_radiometry(model, source, area, "v1-aerial")
+    ours = moved.moved(torch.from_numpy(pixels / np.float32(255))[None])[0].numpy()
+    wanted = published_way((pixels / np.float32(255)), state)
+    np.testing.assert_allclose(ours, wanted, atol=2e-4)  # the tags' five digits
+    target = [float(v) for v in text.split(" -> ")[1].split(",")]
+    p = published_percentiles(wanted)
+    np.testing.assert_allclose(target, p, atol=2e-4)
+    again = canopy.predict(
+        tmp_path / "a.tif", model=model, radiometry=text.replace(" -> ", ","), device="cpu"
+    )
+    asked = canopy.predict(tmp_path / "a.tif", model=model, radiometry="v1-aerial", device="cpu")
+    assert np.array_equal(again.values, asked.values, equal_nan=True)
+
+
+def published_percentiles(moved: np.ndarray) -> np.ndarray:
+    """5th and 95th of each band of an image that was moved onto them."""
+    return np.percentile(moved, (5, 95), axis=(1, 2)).T.ravel()
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "code"])
+def test_another_network_is_refused_and_nothing_of_it_runs(network: Callable, fault: str) -> None:
+    state = published_state()
+    checkpoint: dict[str, Any] = {"state_dict": state}
+    if fault == "missing":
+        del state["backbone.fc3.0.weight"]
+    elif fault == "shape":
+        state["backbone.fc4.weight"], state["backbone.fc4.bias"] = torch.zeros(13, 32), torch.zeros(13)
+    else:
+        checkpoint["callbacks"] = __import__("os").system
+    network(checkpoint)
+    with pytest.raises(
+        CheckpointError, match="could run code" if fault == "code" else "aerial normalisation"
+    ):
+        load_percentile_net(aerial_network())

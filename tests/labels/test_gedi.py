@@ -13,8 +13,9 @@ import numpy as np
 import pandas
 import pyarrow.parquet as pq
 import pytest
+from matplotlib import image
 
-from canopy.errors import DataError
+from canopy.errors import DataError, InputError
 from canopy.geo.area import AOI
 from canopy.labels.gedi import FILTERS, apply_filter, extract_shots, survey
 from canopy.labels.granules import shot_weights
@@ -351,6 +352,17 @@ def test_the_output_is_geoparquet_with_the_promised_columns(granule, tmp_path):
     assert shots.time[0] == pandas.Timestamp("2018-01-01", tz="UTC") + pandas.Timedelta(1e8, "s")
     extract_shots([path], tmp_path / "b.parquet")
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_a_quicklook_lies_beside_the_shots(granule, tmp_path):
+    path = granule({"BEAM0101": l2a_columns(300), "BEAM0000": l2a_columns(20, 1)})
+    report = extract_shots([path], tmp_path / "shots.gpkg", quicklook=True)
+    assert report["quicklook"] == str(tmp_path / "shots.png")
+    picture = image.imread(tmp_path / "shots.png")
+    assert picture.shape[1] > 900 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 50
+    with pytest.raises(InputError, match=r"shots\.png.*exists"):
+        extract_shots([path], tmp_path / "shots.parquet", quicklook=True)
+    assert not (tmp_path / "shots.parquet").exists()
 
 
 def test_a_geopackage_gives_the_same_shots(granule, tmp_path):

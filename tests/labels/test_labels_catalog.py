@@ -62,6 +62,8 @@ META = "https://dataforgood-fb-data.s3.amazonaws.com/forests"
 # Every address that the manifests may hold, as the hosts' own documents have it.
 ADDRESSES = (
     rf"{META}/v1/models/saved_checkpoints/(SSLhuge_satellite|compressed_SSL(huge(_aerial)?|large))\.pth",
+    rf"{META}/v1/models/saved_checkpoints/aerial_normalization_quantiles_predictor\.ckpt",
+    rf"{META}/(v1/alsgedi_global_v6_float|v2/global/dinov3_global_chm_v2_ml3)",
     r"hf://facebook/dinov3-vitl16-chmv2-dpt-head",
     r"https://huggingface\.co/(facebook/dinov3-vitl16-chmv2-dpt-head|datasets/AI4Forest/Open-Canopy)",
     r"https://ai\.meta\.com/resources/models-and-libraries/chmv2-downloads/",

@@ -90,6 +90,7 @@ class BenchmarkManifest(Named):
     Attributes:
         imagery: named source used where DIR/imagery is absent; None: DIR/imagery is needed.
         image_nodata: image value that means missing; None: as the files say.
+        unit_m: metres per unit of reference files that say neither a unit nor a scale (0.1: decimetres).
         floor_m: heights below count as 0 on both sides; None: what the reference's own tags say.
         get: commands that fill DIR, with `{dir}` for it.
         groups: what is pooled, metrics: columns; both in the table's order.
@@ -99,6 +100,7 @@ class BenchmarkManifest(Named):
     title: str
     imagery: str | None = None
     image_nodata: float | None = None
+    unit_m: float = Field(default=1.0, gt=0, le=1)
     floor_m: float | None = Field(default=None, ge=0, le=10)
     get: tuple[str, ...] = Field(min_length=1)
     groups: dict[str, Group] = Field(min_length=1)

@@ -98,7 +98,9 @@ def run_benchmark(
             pairs = [
                 RasterPair(
                     stack.enter_context(open_heights(maps[scene.id])),
-                    stack.enter_context(open_heights(scene.reference, reference=True)),
+                    stack.enter_context(
+                        open_heights(scene.reference, reference=True, unit_m=manifest.unit_m)
+                    ),
                     scene.site,
                 )
                 for scene in there
