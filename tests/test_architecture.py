@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"errors", "files", "metrics", "config", "runtime", "download"},
+    {"errors", "files", "metrics", "config", "runtime", "download", "terms"},
     {"geo", "models"},
     {"imagery", "labels", "synth"},
     {"chips", "inference", "evaluation"},

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from canopy.geo.area import AOI
     from canopy.labels.fetch import Plan
 
+_NO_COUNTRY = ("Worldwide", "elsewhere", "synthetic")  # listed last
 _SHOWN = 20  # files that a plan lists by name
 
 app = typer.Typer(no_args_is_help=True)
@@ -32,7 +33,7 @@ def _data() -> None:
 
 @app.command("list")
 def list_data(json_: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Imagery sources (for `predict --imagery` and training), label sources, and models.
+    """Imagery sources by country (for `predict --imagery` and training), label sources, and models.
 
     Example: canopy data list
     """
@@ -44,7 +45,12 @@ def list_data(json_: Json = False, quiet: Quiet = False, verbose: Verbose = Fals
     labels = [label_source(name) for name in known_labels()]
     found: dict[str, dict[str, dict[str, Any]]] = {
         "imagery": {
-            m.name: m.model_dump(include={"title", "gsd_m", "licence", "dates"}) for m in all_sources()
+            m.name: {
+                "country": m.country,
+                **m.model_dump(include={"title", "gsd_m", "licence", "dates", "season"}),
+                "commercial_use": m.terms.commercial_use,
+            }
+            for m in sorted(all_sources(), key=lambda m: (m.country in _NO_COUNTRY, m.country, m.name))
         },
         "labels": {
             m.name: {"products": list(m.products), **m.model_dump(include={"title", "licence", "dates"})}
@@ -57,8 +63,13 @@ def list_data(json_: Json = False, quiet: Quiet = False, verbose: Verbose = Fals
         return
     for heading, rows in found.items():
         typer.echo(f"{heading}:")
+        country = None
         for name, row in rows.items():
-            typer.echo(f"  {name:29} {row['title']}; {row['licence']}")
+            if row.get("country") != country:
+                country = row["country"]
+                typer.echo(f"  {country}")
+            use = f"; commercial use: {row['commercial_use']}" if "commercial_use" in row else ""
+            typer.echo(f"  {name:29} {row['title']}; {row['licence']}{use}")
 
 
 @app.command("describe")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import xarray
     from odc.geo.crs import CRS
 
+    from canopy.terms import Terms
+
 COLOURS = ("red", "green", "blue")
 
 
@@ -87,9 +89,11 @@ class ImagerySource(ABC):
         has_own_extent: True where `area()` is that of the images, whatever was asked for; not for searches
             and tiles.
         notes: warnings to show to the user.
+        terms: licence and attribution, where they are known.
     """
 
     name: str
+    terms: Terms | None = None
     native_crs: CRS
     native_gsd_m: float
     native_grid: Grid | None = None
@@ -120,12 +124,16 @@ class ImagerySource(ABC):
         """Pixels on `grid`; outside the images they are not valid."""
 
     @abstractmethod
+    def _pin(self) -> dict[str, Any]:
+        """What its kind needs to be opened again, JSON-ready; `kind` says which."""
+
     def pinned(self) -> dict[str, Any]:
         """What this source is, JSON-ready: `canopy.imagery.open.open_pinned` opens it again without a search.
 
         URLs in it are unsigned, unless the user's own address carried a signature. What an array became is a
         temporary file of this process.
         """
+        return self._pin() | {"terms": self.terms.model_dump() if self.terms else None}
 
     def close(self) -> None:  # noqa: B027  (a source without files has nothing to do)
         """Let go of all open files; a later `read` opens them again."""

@@ -171,8 +171,7 @@ class Mosaic(ImagerySource):
         near: NDArray[np.bool_] = shapely.dwithin(outlines, outline, _ROUNDED_DEG)
         return np.flatnonzero(near).tolist()
 
-    def pinned(self) -> dict[str, Any]:
-        """Facts and scene records, JSON-ready; see `ImagerySource.pinned`."""
+    def _pin(self) -> dict[str, Any]:
         return {
             "kind": "scenes",
             "name": self.name,
@@ -185,7 +184,7 @@ class Mosaic(ImagerySource):
 
     @classmethod
     def from_pin(cls, pin: Mapping[str, Any], area: AOI | None, sign: Signer | None) -> Mosaic:
-        """Open what `pinned` described; nothing is searched, and no image is opened before it is read.
+        """Open what `_pin` described; nothing is searched, and no image is opened before it is read.
 
         Args:
             pin: of this kind.

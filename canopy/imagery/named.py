@@ -25,15 +25,17 @@ from shapely.geometry import MultiPolygon, Polygon, box
 from shapely.geometry.base import BaseGeometry
 
 from canopy.config import Named, load_manifest, manifest_names
-from canopy.errors import ImageryError, InputError, refuse_options
+from canopy.errors import FetchError, ImageryError, InputError, refuse_options
 from canopy.files import is_url, list_directory
 from canopy.geo.area import AOI
 from canopy.geo.crs import transformer, utm_crs
 from canopy.geo.grid import Grid
 from canopy.imagery.base import Imagery, ImagerySource, ReadOptions, read_lattice
 from canopy.imagery.dates import days_since_epoch
+from canopy.runtime import log
 from canopy.synth.forest import SceneSpec, SynthTile
 from canopy.synth.render import render
+from canopy.terms import Terms, Use, use_of
 
 
 def coverage_geometry(value: Any) -> BaseGeometry:
@@ -69,6 +71,7 @@ Coverage = Annotated[str | Box | list[Box], AfterValidator(_an_area)]
 
 
 UINT8_WHITE = 255.0
+_FINE_ENOUGH_M = 0.5
 
 
 class ImageryManifest(Named):
@@ -80,17 +83,22 @@ class ImageryManifest(Named):
         kind: file, dir, stac (an API or a static catalog), xyz (web tiles) or demo (the synthetic scene).
         href: path, URL or tile template; `${VARIABLE}` is taken from the environment when the source is
             opened.
-        collection: STAC collection to search.
+        collection: STAC collection to search, or several.
         assets: STAC asset keys in order of preference; empty: found by common name.
         signing: who signs the URLs just before they are read.
         bands: numbers of red, green and blue, counted from 1; None: as the files declare.
         scale: pixel value that means white.
+        country: where it is, for lists.
         gsd_m: ground sample distance of the imagery, metres.
-        licence, attribution: the terms; shown with results.
+        season: whether broadleaf trees have leaves in it; None: unknown or both.
+        licence, attribution, commercial_use: the terms; shown with results. The last by default as the
+            licence's name tells.
         dates: first and last acquisition, `2010/2023`.
         coverage: where it has imagery; see `Coverage`.
         notes: what a user should know.
-        rank: order among sources that cover an area, 1 = first choice; None: never chosen by itself.
+        rank: order among sources that are alike, 1 = first; None: never chosen by itself. See `sources_for`.
+        fallback: name of the source that is read instead when this one's host does not answer.
+        unverified: what is said here without having been checked.
         tile_px, min_zoom, max_zoom: layout of web tiles.
         absent_statuses: HTTP statuses by which the tile server says "no imagery here".
         placeholder_sha256: digests of tiles that mean "no imagery here".
@@ -99,18 +107,23 @@ class ImageryManifest(Named):
     title: str
     kind: Literal["file", "dir", "stac", "xyz", "demo"]
     href: str = ""
-    collection: str | None = None
+    collection: str | tuple[str, ...] | None = None
     assets: tuple[str, ...] = ()
     signing: Literal["planetary-computer"] | None = None
     bands: tuple[int, int, int] | None = None
     scale: float = Field(default=UINT8_WHITE, gt=0)
+    country: str = "elsewhere"
     gsd_m: float = Field(gt=0)
+    season: Literal["leaf-on", "leaf-off"] | None = None
     licence: str
     attribution: str
+    commercial_use: Use | None = None
     dates: str
     coverage: Coverage
     notes: str = ""
     rank: int | None = Field(default=None, ge=1)
+    fallback: str | None = None
+    unverified: tuple[str, ...] = ()
     tile_px: int = Field(default=256, gt=0)
     min_zoom: int = Field(default=0, ge=0, le=24)
     max_zoom: int = Field(default=19, ge=0, le=24)
@@ -127,6 +140,12 @@ class ImageryManifest(Named):
     def geometry(self) -> BaseGeometry:
         """Where the source has imagery, EPSG:4326 (a simplified outline, slightly generous)."""
         return coverage_geometry(self.coverage)
+
+    @property
+    def terms(self) -> Terms:
+        """Licence, attribution, and whether it may be used commercially."""
+        use = self.commercial_use or use_of(self.licence)
+        return Terms(licence=self.licence, attribution=self.attribution, commercial_use=use)
 
     def location(self) -> str:
         """`href` with `${VARIABLE}` filled from the environment.
@@ -158,24 +177,44 @@ def all_sources() -> list[ImageryManifest]:
     return [named_source(name) for name in manifest_names("imagery")]
 
 
-def best_source(area: AOI) -> ImageryManifest | None:
-    """The best-ranked real source whose coverage holds the whole area (never the demo), or None."""
-    fitting = [m for m in all_sources() if m.rank is not None and m.geometry.covers(area.lonlat)]
-    return min(fitting, key=lambda m: (m.rank, m.gsd_m, m.name), default=None)
+def sources_for(area: AOI) -> list[ImageryManifest]:
+    """Sources whose coverage holds the whole area, best first: the freest, then with leaves, then the finest.
+
+    Finer than models look, all are alike: then by rank, and the newest comes first.
+    """
+
+    def merit(m: ImageryManifest) -> tuple[Any, ...]:
+        use = ("yes", "ask", "no").index(m.terms.commercial_use)
+        season = ("leaf-on", None, "leaf-off").index(m.season)
+        newest = int(m.dates.rpartition("/")[2][:4])
+        return use, season, max(m.gsd_m, _FINE_ENOUGH_M), m.rank, -newest, m.gsd_m, m.name
+
+    return sorted((m for m in all_sources() if m.rank and m.geometry.covers(area.lonlat)), key=merit)
 
 
 # ---- opening ---------------------------------------------------------------------------------
 def open_named(name: str, area: AOI | None, options: ReadOptions) -> ImagerySource:
     """Open a source of `data_manifests/imagery`.
 
-    What the user said wins over the manifest's bands and scaling.
+    What the user said wins over the manifest's bands and scaling. Where its host fails, another source may
+    stand in for all of it, with a note; two are never mixed.
 
     Raises:
         InputError: no such source; the message names the nearest one and lists all.
     """
     manifest = named_source(name)
-    source = _open(manifest, area, options)
-    source.notes.append(f"{manifest.name}: {manifest.attribution}, {manifest.licence}")
+    try:
+        source = _open(manifest, area, options)
+    except FetchError as error:
+        if manifest.fallback is None or options.datetime or options.bands or options.scale:
+            raise  # what was asked for cannot be had from the other
+        source = open_named(manifest.fallback, area, options)
+        note = f"{name} does not answer ({error.what}): all is read from {manifest.fallback} instead"
+        log.warning(note)
+        source.notes.insert(0, note)
+        return source
+    source.terms = manifest.terms
+    source.notes.append(f"{manifest.name}: {source.terms.text}")
     return source
 
 
@@ -274,8 +313,7 @@ class DemoSource(ImagerySource):
         """The square that the scene covers."""
         return AOI.from_grid(self.native_grid)
 
-    def pinned(self) -> dict[str, Any]:
-        """Nothing but its kind: the scene is always the same."""
+    def _pin(self) -> dict[str, Any]:
         return {"kind": "demo"}
 
     def read(self, grid: Grid) -> Imagery:

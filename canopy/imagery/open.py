@@ -24,6 +24,7 @@ from canopy.files import (
 )
 from canopy.geo.area import AOI
 from canopy.imagery.base import WHITE, ImagerySource, ReadOptions
+from canopy.terms import Terms
 
 if TYPE_CHECKING:
     import xarray
@@ -99,24 +100,23 @@ def open_pinned(pin: Mapping[str, Any], *, area: AOI | None = None) -> ImagerySo
     Raises:
         AreaError: none of the scenes touches the area.
     """
+    source: ImagerySource
     if pin["kind"] == "tiles":
         from canopy.imagery.xyz import TileService, TileSource
 
         source = TileSource(TileService(**pin["service"]), pin["nodata"], pin["zoom"], pin["place"])
         source.notes = list(pin["notes"])
-        return source
-    if pin["kind"] == "demo":
+    elif pin["kind"] == "demo":
         from canopy.imagery.named import DemoSource
 
-        return DemoSource()
-    from canopy.imagery.files import Mosaic
-
-    sign = None
-    if pin["signing"]:
+        source = DemoSource()
+    else:
+        from canopy.imagery.files import Mosaic
         from canopy.imagery.stac_items import signer
 
-        sign = signer(pin["signing"])
-    return Mosaic.from_pin(pin, area, sign)
+        source = Mosaic.from_pin(pin, area, signer(pin["signing"]))
+    source.terms = Terms(**pin["terms"]) if pin.get("terms") else None
+    return source
 
 
 def _open_one(item: str, area: AOI | None, options: ReadOptions, *, may_be_name: bool) -> ImagerySource:

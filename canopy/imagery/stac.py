@@ -47,7 +47,7 @@ def open_stac(
     options: ReadOptions,
     *,
     name: str,
-    collection: str | None = None,
+    collection: str | Sequence[str] | None = None,
     assets: Sequence[str] = (),
     signing: str | None = None,
     gsd_m: float | None = None,
@@ -59,7 +59,7 @@ def open_stac(
         area: what will be read; an API search requires it.
         options: how to read; `datetime` limits the search.
         name: for messages.
-        collection: limits an API search.
+        collection: limits an API search to one or several.
         assets: asset keys to take first, whatever their roles.
         signing: `planetary-computer`, or None: as the address tells.
         gsd_m: ground sample distance to state when the items do not.
@@ -125,7 +125,7 @@ def in_order(records: Sequence[SceneRecord], area: AOI | None) -> list[SceneReco
 
 # ---- finding ---------------------------------------------------------------------------------
 def _items(
-    href: str, collection: str | None, area: AOI | None, datetime: str | None
+    href: str, collection: str | Sequence[str] | None, area: AOI | None, datetime: str | None
 ) -> tuple[list[pystac.Item], list[str]]:
     """Items that may touch the area, and notes about what is missing."""
     root = _read_if_there(href)
@@ -140,7 +140,9 @@ def _items(
     return walk(href, root, area.lonlat if area else None)
 
 
-def search(href: str, collection: str | None, area: AOI | None, datetime: str | None) -> list[pystac.Item]:
+def search(
+    href: str, collection: str | Sequence[str] | None, area: AOI | None, datetime: str | None
+) -> list[pystac.Item]:
     """Items of a STAC API in an area and time.
 
     Raises:
@@ -200,7 +202,7 @@ def search(href: str, collection: str | None, area: AOI | None, datetime: str | 
     try:
         found = Client.open(href, stac_io=io).search(
             bbox=area.bounds_lonlat,
-            collections=[collection] if collection else None,
+            collections=[collection] if isinstance(collection, str) else [*(collection or ())] or None,
             datetime=datetime,
             max_items=MAX_ITEMS + 1,
         )

@@ -160,8 +160,7 @@ class TileSource(ImagerySource):
         """Outline declared by the service, or None."""
         return self.service.area()
 
-    def pinned(self) -> dict[str, Any]:
-        """The service and its zoom, JSON-ready."""
+    def _pin(self) -> dict[str, Any]:
         return {
             "kind": "tiles",
             "service": self.service.model_dump(mode="json"),

@@ -66,7 +66,7 @@ def open_source(
 
 def _best_for(area: AOI | None) -> str:
     """Name of the best known source that covers an area; says which it is."""
-    from canopy.imagery.named import best_source
+    from canopy.imagery.named import sources_for
 
     if area is None:
         raise InputError(
@@ -74,14 +74,19 @@ def _best_for(area: AOI | None) -> str:
             expected="IMAGE files, --imagery NAME, or an area for which a source is known",
             remedy="see canopy predict --help",
         )
-    best = best_source(area)
-    if best is None:
+    found = sources_for(area)
+    if not found:
         raise AreaError(
             "no named source covers the area",
             where=area.describe(),
             remedy="give IMAGE files, or --imagery with a STAC catalog or a tile template",
         )
-    log.info(f"imagery: {best.name} ({best.title}), the best known source here")
+    best, others = found[0], ", ".join(source.name for source in found[1:])
+    facts = [best.licence, best.season or "season unknown", f"{best.gsd_m:g} m"]
+    log.info(
+        f"imagery: {best.name} ({best.title}): {', '.join(facts)}"
+        + (f"; by licence, leaves and pixel size before {others}" if others else "; the only one known here")
+    )
     return best.name
 
 

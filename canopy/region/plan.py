@@ -19,7 +19,7 @@ import numpy as np
 import shapely
 
 from canopy import __version__
-from canopy.errors import AreaError
+from canopy.errors import AreaError, FetchError
 from canopy.files import is_template, is_url
 from canopy.geo.area import AOI
 from canopy.geo.cog import encoding_named
@@ -73,9 +73,12 @@ class Region:
             return self.source
         window = self.tiling.window(tile.row, tile.col)
         try:
-            return open_source(self.options, self.lattices.gsd_m, AOI.from_grid(window.pad(512)))
+            found = open_source(self.options, self.lattices.gsd_m, AOI.from_grid(window.pad(512)))
         except AreaError:
             return None
+        if found.name != self.source.name:  # another stands in for it: a run is of one source
+            raise FetchError(f"{self.source.name} does not answer now", remedy="try again later")
+        return found
 
 
 def open_region(options: MapOptions, pins: Pins | None = None) -> Region:
