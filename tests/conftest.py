@@ -26,6 +26,14 @@ settings.register_profile("canopy", deadline=None)
 settings.load_profile("canopy")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need the internet run only where `-m network` asks for them."""
+    if "network" not in config.option.markexpr:
+        away = [item for item in items if item.get_closest_marker("network")]
+        config.hook.pytest_deselected(items=away)
+        items[:] = [item for item in items if item not in away]
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The checkout's top folder."""

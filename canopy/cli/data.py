@@ -40,6 +40,7 @@ def list_data(json_: Json = False, quiet: Quiet = False, verbose: Verbose = Fals
     from canopy.imagery.named import all_sources
     from canopy.labels.catalog import known_labels, label_source
     from canopy.models.registry import published_models
+    from canopy.terms import use_of
 
     setup_logging(quiet, verbose)
     labels = [label_source(name) for name in known_labels()]
@@ -56,7 +57,10 @@ def list_data(json_: Json = False, quiet: Quiet = False, verbose: Verbose = Fals
             m.name: {"products": list(m.products), **m.model_dump(include={"title", "licence", "dates"})}
             for m in labels
         },
-        "models": {name: {"title": m.title, "licence": m.licence} for name, m in published_models().items()},
+        "models": {
+            name: {"title": m.title, "licence": m.licence, "commercial_use": use_of(m.licence)}
+            for name, m in published_models().items()
+        },
     }
     if json_:
         print_json(found)

@@ -65,6 +65,7 @@ def map_(
 
       canopy map --status county
     """
+    from canopy.inference.output import commercial_use
     from canopy.region.plan import region_cost
     from canopy.region.run import prepare_run, start
     from canopy.runtime import progress_bar, setup_logging
@@ -81,6 +82,7 @@ def map_(
     cost = region_cost(region) if dry_run else None
     text = f"{region.aoi.describe()}, {tiles:,} tile{'' if tiles == 1 else 's'} of {tiling.tile_px} px"
     log.info(text + (f", ~{elapsed_text(cost['hours'] * 3600)}" if cost else ""))
+    log.info(commercial_use(region.source.terms, str(region.model.card.get("licence", "")))[1])
     for note in region.notes:
         log.warning(f"note: {note}")
     if cost:

@@ -22,6 +22,7 @@ from canopy.geo.cog import encoding_named
 from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.geo.grid import Grid
 from canopy.inference.layers import Band
+from canopy.inference.output import commercial_use
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from canopy.inference.backends import Choice, Runner
     from canopy.inference.output import Scenes
     from canopy.models.height import HeightModel
+    from canopy.terms import Terms
 
 
 PROJECTION, RASTER, FILE, PROCESSING = (
@@ -48,6 +50,14 @@ def model_facts(model: HeightModel, name: str, runner: Runner | Choice) -> dict[
         "backend": runner.backend,
         "precision": runner.precision,
     }
+
+
+def terms_facts(terms: Terms | None) -> dict[str, Any]:
+    """What STAC says of the imagery's terms: `license`, as SPDX names it or `other`, and `providers`."""
+    if terms is None:
+        return {}
+    owner = {"name": terms.attribution, "description": terms.licence, "roles": ["licensor"]}
+    return {"license": terms.spdx, "providers": [owner]}
 
 
 def map_item(
@@ -105,6 +115,8 @@ def map_item(
             "processing:software": {"canopy": __version__},
             "processing:lineage": f"canopy height predicted from RGB by the model {model['name']}",
             "canopy:model": dict(model),
+            "canopy:commercial_use": commercial_use(scenes.terms, model.get("licence", ""))[0],
+            **terms_facts(scenes.terms),
         },
         stac_extensions=[PROJECTION, RASTER, FILE, PROCESSING],
     )

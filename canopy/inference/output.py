@@ -20,6 +20,7 @@ from canopy.files import is_url, redact
 from canopy.geo.cog import ENCODINGS
 from canopy.geo.grid import Grid
 from canopy.inference.layers import HEIGHT_BAND, Band, Extras
+from canopy.terms import Terms, Use, use_of, weakest
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -84,11 +85,13 @@ class Scenes:
     Attributes:
         name: of the source.
         scene_ids, dates: of its images; empty where they are not known.
+        terms: licence and attribution, where they are known.
     """
 
     name: str
     scene_ids: tuple[str, ...]
     dates: tuple[str, ...]
+    terms: Terms | None = None
 
     @classmethod
     def of(cls, source: ImagerySource, window: Grid | None = None) -> Scenes:
@@ -96,12 +99,12 @@ class Scenes:
         ids, dates = tuple(source.scene_ids), tuple(source.dates)
         records = [scene.record for scene in getattr(source, "scenes", ())]
         if window is None or len(records) < 2:
-            return cls(source.name, ids, dates)
+            return cls(source.name, ids, dates, source.terms)
         place = window.outline("EPSG:4326")
         near = [r for r in records if r.outline is None or r.outline.intersects(place)]
         near = [record for record in near if record.scene_id in ids]
         days = sorted({record.day.isoformat() for record in near if record.day})
-        return cls(source.name, tuple(record.scene_id for record in near), tuple(days))
+        return cls(source.name, tuple(record.scene_id for record in near), tuple(days), source.terms)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,8 +112,19 @@ class Scenes:
         return tuple(bare_name(name) for name in (self.scene_ids or (self.name,)))
 
 
-def map_tags(scenes: Scenes, model_name: str, model_sha256: str, gsd_m: float) -> dict[str, str]:
+def commercial_use(terms: Terms | None, model_licence: str) -> tuple[Use, str]:
+    """Whether a map may be used commercially, by the weaker of its imagery and its model; and why."""
+    use = weakest(terms.commercial_use if terms else "ask", use_of(model_licence))
+    imagery = terms.licence if terms else "licence not known"
+    return use, f"commercial use: {use} (imagery: {imagery}; model: {model_licence or 'not stated'})"
+
+
+def map_tags(
+    scenes: Scenes, model_name: str, model_sha256: str, gsd_m: float, model_licence: str
+) -> dict[str, str]:
     """Tags of the GeoTIFF. No wall-clock time, no folders: the same input gives the same bytes anywhere."""
+    said = scenes.terms
+    terms = {"LICENCE": said.licence, "ATTRIBUTION": said.attribution} if said else {}
     return {
         "CANOPY_VERSION": __version__,
         "CANOPY_MODEL": model_name,
@@ -118,6 +132,9 @@ def map_tags(scenes: Scenes, model_name: str, model_sha256: str, gsd_m: float) -
         "CANOPY_IMAGERY": imagery_text(scenes),
         "CANOPY_DATES": dates_text(scenes.dates),
         "CANOPY_GSD_M": f"{gsd_m:.6g}",
+        "CANOPY_COMMERCIAL_USE": commercial_use(said, model_licence)[0],
+        **{f"CANOPY_IMAGERY_{key}": text for key, text in terms.items()},
+        **({"CANOPY_MODEL_LICENCE": model_licence} if model_licence else {}),
     }
 
 

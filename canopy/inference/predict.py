@@ -70,11 +70,16 @@ class Prediction:
     def model_sha256(self) -> str:
         return self.model.sha256 or "unsaved"
 
+    @property
+    def licence(self) -> str:
+        """Of the model, as its card says."""
+        return str(self.model.card.get("licence", ""))
+
     def tags(self, scenes: output.Scenes | None = None) -> dict[str, str]:
         """Tags of the GeoTIFF; no wall-clock time and no folders. `scenes`: those in it, if not all."""
         gsd_m = self.target.output.gsd_m
         tags = output.map_tags(
-            scenes or output.Scenes.of(self.source), self.model_name, self.model_sha256, gsd_m
+            scenes or output.Scenes.of(self.source), self.model_name, self.model_sha256, gsd_m, self.licence
         )
         tags |= output.extra_tags(self.extras, self.model.card)
         tags |= {"CANOPY_BACKEND": self.runner.backend, "CANOPY_PRECISION": self.runner.precision}
@@ -176,6 +181,8 @@ class MapPrediction(Prediction):
             "precision": self.runner.precision,
             "imagery": output.imagery_text(output.Scenes.of(self.source)),
             "dates": self.dates,
+            "imagery_terms": terms.model_dump() if (terms := self.source.terms) else None,
+            "commercial_use": output.commercial_use(terms, self.licence)[0],
             "encoding": self.options.encoding,
             "radiometry": self.radiometry,
             "tiles": len(self.plan),
@@ -193,6 +200,7 @@ class MapPrediction(Prediction):
             f"imagery {output.bare_name(self.source.name)} ({self.dates}); model {self.model_name} "
             f"({self.model_sha256[:12]}) in {self.runner.backend} {self.runner.precision}",
             f"map of {grid.width} x {grid.height} px, {grid.gsd_m:.3g} m, {crs}",
+            output.commercial_use(self.source.terms, self.licence)[1],
         ]
 
     def run(self, progress: Progress | None = None) -> Result:
@@ -243,7 +251,8 @@ class MapPrediction(Prediction):
                 files.tif,
                 files.quicklook,
                 title=f"Canopy height, {self.aoi.describe()}",
-                subtitle=f"{output.bare_name(self.source.name)} ({self.dates}), model {self.model_name}",
+                subtitle=f"{output.bare_name(self.source.name)} ({self.dates}), model {self.model_name}"
+                + (f"\nimagery: {self.source.terms.text}" if self.source.terms else ""),
             )
         item = companions.map_item(
             files.tif,

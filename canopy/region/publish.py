@@ -130,7 +130,9 @@ def tile_item(tile: Tile, outcome: Outcome, region: Region, pins: Pins) -> dict[
         sha256=str(outcome.sha256),
         encoding=options.encoding,
         bands=region.extras.bands,
-        scenes=output.Scenes("", tuple(facts.get("scenes", ())), tuple(facts.get("dates", ()))),
+        scenes=output.Scenes(
+            "", tuple(facts.get("scenes", ())), tuple(facts.get("dates", ())), region.source.terms
+        ),
         model=companions.model_facts(region.model, region.model_name, region.choice),
         statistics={
             "mean": facts["mean_m"],
@@ -150,6 +152,7 @@ def _collection(name: str, region: Region, pins: Pins) -> Any:
         **companions.MAP_ASSET,
         "bands": companions.band_facts(region.extras.bands, region.options.encoding),
     }
+    terms = companions.terms_facts(region.source.terms)
     collection = pystac.Collection(
         name,
         f"Canopy height in metres of {pins['area']['text']}, predicted from "
@@ -157,7 +160,8 @@ def _collection(name: str, region: Region, pins: Pins) -> Any:
         pystac.Extent(pystac.SpatialExtent([list(area_of(pins).bounds_lonlat)]), unknown),
         title="Canopy height map",
         keywords=["canopy height", "forest"],
-        license="other",
+        license=terms.get("license", "other"),
+        providers=[pystac.Provider.from_dict(one) for one in terms.get("providers", ())],
         stac_extensions=[companions.PROCESSING],
         summaries=pystac.Summaries(
             {

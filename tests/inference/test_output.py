@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from pathlib import Path
 
 import numpy as np
+import pystac
 import pytest
+import rasterio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +21,10 @@ from canopy.geo.grid import Grid
 from canopy.inference import output
 from canopy.inference.companions import map_item, round_length, write_quicklook
 from canopy.inference.layers import HEIGHT_BAND
+from canopy.inference.options import OneMapOptions
 from canopy.inference.output import Scenes
+from canopy.inference.predict import prepare
+from canopy.terms import Terms
 
 
 def item_of(tmp_path: Path, grid: Grid, dates: tuple[str, ...] = (), **more: object) -> dict:
@@ -55,6 +61,48 @@ def test_dates_of_an_item(tmp_path: Path) -> None:
     assert (two["start_datetime"], two["end_datetime"]) == ("2019-01-02T00:00:00Z", "2021-05-01T23:59:59Z")
     moment = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
     assert item_of(tmp_path, grid, created=moment)["properties"]["created"] == "2026-01-02T03:04:05Z"
+
+
+def test_the_terms_of_imagery_and_model_go_with_a_map(tmp_path: Path, small_model: Path) -> None:
+    """Tags, STAC item, summary and the report say whose imagery it is, and what may be done with it."""
+    out = tmp_path / "chm.tif"
+    job = prepare(
+        OneMapOptions(
+            imagery="demo", bbox="44.083,-71.296", size_m=60, model=str(small_model), out=str(out),
+            quicklook=True,
+        )
+    )  # fmt: skip
+    assert job.describe()[-1] == "commercial use: yes (imagery: Apache-2.0; model: Apache-2.0)"
+    told = job.run().to_dict()
+    assert (
+        told["commercial_use"] == "yes" and told["imagery_terms"]["attribution"] == "canopy synthetic scene"
+    )
+    with rasterio.open(out) as made:
+        tags = made.tags()
+    assert tags["CANOPY_IMAGERY_LICENCE"] == tags["CANOPY_MODEL_LICENCE"] == "Apache-2.0"
+    assert (tags["CANOPY_IMAGERY_ATTRIBUTION"], tags["CANOPY_COMMERCIAL_USE"]) == (
+        "canopy synthetic scene", "yes",
+    )  # fmt: skip
+    item = json.loads(out.with_suffix(".json").read_text())
+    pystac.Item.from_dict(item)
+    assert (
+        item["properties"]["license"] == "Apache-2.0" and item["properties"]["canopy:commercial_use"] == "yes"
+    )
+    assert item["properties"]["providers"][0]["name"] == "canopy synthetic scene"
+    score = tmp_path / "report"
+    canopy.evaluate(out, reference=out, out=score)
+    assert "The map's imagery: canopy synthetic scene, Apache-2.0." in (score / "report.html").read_text()
+
+
+def test_the_weaker_of_imagery_and_model_decides() -> None:
+    nc = Terms(licence="CC BY-NC 4.0", attribution="V", commercial_use="no")
+    free = nc.model_copy(update={"licence": "CC0 1.0", "commercial_use": "yes"})
+    for terms, licence, use in (
+        (free, "Apache-2.0", "yes"), (free, "DINOv3 License", "ask"), (nc, "DINOv3 License", "no"),
+        (None, "Apache-2.0", "ask"), (free, "", "ask"),
+    ):  # fmt: skip
+        found, text = output.commercial_use(terms, licence)
+        assert found == use and text.startswith(f"commercial use: {use} (")
 
 
 @given(st.floats(1e-3, 1e7))
