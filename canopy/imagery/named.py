@@ -32,6 +32,7 @@ from canopy.geo.crs import transformer, utm_crs
 from canopy.geo.grid import Grid
 from canopy.imagery.base import Imagery, ImagerySource, ReadOptions, read_lattice
 from canopy.imagery.dates import days_since_epoch
+from canopy.imagery.xyz import DEFAULT_GSD_M, TileLayout, TileService, open_tiles
 from canopy.runtime import log
 from canopy.synth.forest import SceneSpec, SynthTile
 from canopy.synth.render import render
@@ -74,8 +75,8 @@ UINT8_WHITE = 255.0
 _FINE_ENOUGH_M = 0.5
 
 
-class ImageryManifest(Named):
-    """One named source.
+class ImageryManifest(Named, TileLayout):
+    """One named source; see also `TileLayout`.
 
     Attributes:
         name: what `--imagery` takes; the file's stem.
@@ -99,9 +100,6 @@ class ImageryManifest(Named):
         rank: order among sources that are alike, 1 = first; None: never chosen by itself. See `sources_for`.
         fallback: name of the source that is read instead when this one's host does not answer.
         unverified: what is said here without having been checked.
-        tile_px, min_zoom, max_zoom: layout of web tiles.
-        absent_statuses: HTTP statuses by which the tile server says "no imagery here".
-        placeholder_sha256: digests of tiles that mean "no imagery here".
     """
 
     title: str
@@ -124,11 +122,6 @@ class ImageryManifest(Named):
     rank: int | None = Field(default=None, ge=1)
     fallback: str | None = None
     unverified: tuple[str, ...] = ()
-    tile_px: int = Field(default=256, gt=0)
-    min_zoom: int = Field(default=0, ge=0, le=24)
-    max_zoom: int = Field(default=19, ge=0, le=24)
-    absent_statuses: tuple[int, ...] = ()
-    placeholder_sha256: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> ImageryManifest:
@@ -230,11 +223,7 @@ def _open(manifest: ImageryManifest, area: AOI | None, options: ReadOptions) -> 
         return DemoSource()
     location = manifest.location()
     if manifest.kind == "xyz":
-        from canopy.imagery.xyz import DEFAULT_GSD_M, TileService, open_tiles
-
-        layout = manifest.model_dump(
-            include={"name", "tile_px", "min_zoom", "max_zoom", "absent_statuses", "placeholder_sha256"}
-        )
+        layout = manifest.model_dump(include={"name", *TileLayout.model_fields})
         service = TileService(template=location, outline=manifest.geometry.wkt, **layout)
         # Finer than the imagery itself there is nothing to fetch.
         gsd_m = max(options.gsd_m or DEFAULT_GSD_M, manifest.gsd_m)
@@ -325,15 +314,6 @@ class DemoSource(ImagerySource):
         values, valid = read_lattice(picture, self.native_grid, grid)
         rgb = np.clip(values / np.float32(UINT8_WHITE), 0.0, 1.0)
         return Imagery(rgb, valid, np.where(valid, np.int32(days_since_epoch(DAY)), np.int32(0)), grid)
-
-    def truth(self, grid: Grid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Exact canopy height on `grid`, metres (height, width), and validity; averaged on coarser grids."""
-
-        def heights(window: Grid) -> tuple[np.ndarray, NDArray[np.bool_]]:
-            return np.stack([self.tile(window).chm] * 3), np.ones(window.shape, bool)
-
-        values, valid = read_lattice(heights, self.native_grid, grid)
-        return values[0], valid
 
     def tile(self, window: Grid) -> SynthTile:
         """Picture and truth of a window of the scene's lattice (InputError for another grid)."""

@@ -20,7 +20,7 @@ from shapely.geometry import Polygon, box
 from shapely.geometry.base import BaseGeometry
 
 from canopy import download
-from canopy.errors import AreaError, FetchError, ImageryError, InputError, MissingDependencyError
+from canopy.errors import AreaError, FetchError, ImageryError, InputError, require
 from canopy.files import host_of, is_url, redact
 from canopy.geo.area import AOI
 from canopy.imagery.bands import check_options
@@ -153,19 +153,14 @@ def search(
         raise InputError(
             "a STAC API is searched by area", where=redact(href), remedy="give --bbox, --bounds or --aoi"
         )
-    try:
-        from pystac import Link
-        from pystac_client import Client
-        from pystac_client.exceptions import APIError
-        from pystac_client.stac_api_io import StacApiIO
-        from requests import RequestException
-        from urllib3.util.retry import Retry
-    except ImportError:
-        raise MissingDependencyError(
-            "STAC APIs need pystac-client",
-            where=redact(href),
-            remedy="install it: pip install 'canopy-height[stac]'",
-        ) from None
+    require("STAC APIs", "canopy-height[stac]", "pystac_client")
+    from pystac import Link
+    from pystac_client import Client
+    from pystac_client.exceptions import APIError
+    from pystac_client.stac_api_io import StacApiIO
+    from requests import RequestException
+    from urllib3.util.retry import Retry
+
     rules = download.policy()
     retry = Retry(
         total=rules.attempts - 1,

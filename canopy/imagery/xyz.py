@@ -26,6 +26,7 @@ from affine import Affine
 from numpy.typing import NDArray
 from odc.geo import CRS
 from PIL import Image
+from pydantic import Field
 
 from canopy import download
 from canopy.config import Settings
@@ -50,27 +51,35 @@ _CRS = "EPSG:3857"
 Tile = tuple[NDArray[np.uint8], NDArray[np.bool_]]
 
 
-class TileService(Settings):
+class TileLayout(Settings):
     """Layout and manners of a tile host.
+
+    Attributes:
+        tile_px: side of a tile.
+        min_zoom, max_zoom: levels that exist.
+        absent_statuses: HTTP statuses that mean "no imagery here"; 204 always does.
+        placeholder_sha256: digests of tile files that mean "no imagery here".
+    """
+
+    tile_px: int = Field(default=256, gt=0)
+    min_zoom: int = Field(default=0, ge=0, le=24)
+    max_zoom: int = Field(default=22, ge=0, le=24)
+    absent_statuses: tuple[int, ...] = ()
+    placeholder_sha256: tuple[str, ...] = ()
+
+
+class TileService(TileLayout):
+    """A tile host.
 
     Attributes:
         template: URL with {z} (or {z:02}) {x} {y}, with {-y}, with {q}, or with {bbox} {width} {height} and
             maybe {crs}, which becomes EPSG:3857.
         name: for messages and scene ids.
-        tile_px: side of a tile.
-        min_zoom, max_zoom: levels that exist.
-        absent_statuses: HTTP statuses that mean "no imagery here"; 204 always does.
-        placeholder_sha256: digests of tile files that mean "no imagery here".
         outline: where the service has imagery, as WKT in EPSG:4326, or None if unknown.
     """
 
     template: str
     name: str
-    tile_px: int = 256
-    min_zoom: int = 0
-    max_zoom: int = 22
-    absent_statuses: tuple[int, ...] = ()
-    placeholder_sha256: tuple[str, ...] = ()
     outline: str | None = None
 
     def area(self) -> AOI | None:
