@@ -28,7 +28,7 @@ import httpx
 from filelock import FileLock
 
 from canopy.errors import DataError, FetchError
-from canopy.files import check_terms, file_sha256, flush, host_of, redact, told_as_output
+from canopy.files import check_terms, flush, host_of, redact, told_as_output
 from canopy.runtime import log
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -324,7 +324,6 @@ def download(
     url: str,
     dest: Path | str,
     *,
-    sha256: str | None = None,
     headers: Headers | None = None,
     sign: Signer | None = None,
     check: Callable[[Path], None] | None = None,
@@ -337,11 +336,10 @@ def download(
     Args:
         url: http(s) address; its query is never shown or stored.
         dest: file to write.
-        sha256: expected digest, lower-case hex; checked also on a file that is already there.
         headers: gives request headers such as an access token (never logged); asked again after a refusal.
         sign: makes the URL readable; likewise.
-        check: raises DataError for a complete file that is not what it should be (its size, another kind of
-            checksum); called before the file gets its name, and on a file that is already there.
+        check: raises DataError for a complete file that is not what it should be (its size, its digest);
+            called before the file gets its name, and on a file that is already there.
         overwrite: fetch again, from the first byte, although `dest` or a part of it exists.
 
     Returns:
@@ -349,52 +347,38 @@ def download(
 
     Raises:
         FetchError: the host did not deliver it; the `.part` file stays for the next try.
-        DataError: the digest is not the expected one; nothing that was fetched is kept, and a file that was
-            there stays.
+        DataError: of `check`; nothing that was fetched is kept, and a file that was there stays.
         OutputError: it cannot be written.
     """
     target = Path(dest)
-    if not overwrite and _is_there(target, sha256, check):
+
+    def is_there() -> bool:
+        if overwrite or not target.is_file():
+            return False
+        if check is not None:
+            check(target)
+        return True
+
+    if is_there():
         return target
     part = target.with_name(target.name + ".part")
     with told_as_output(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with only_one(target):
-            if not overwrite and _is_there(target, sha256, check):
+            if is_there():
                 return target  # another process was faster
             if overwrite:
                 part.unlink(missing_ok=True)
             persist(url, lambda fresh: _grow(part, url, headers, sign, fresh))
-            try:
-                if sha256 is not None and (got := file_sha256(part)) != sha256.lower():
-                    raise DataError(
-                        f"sha256 is {got}",
-                        where=redact(url),
-                        expected=sha256.lower(),
-                        remedy="the file changed at its source or was damaged on the way; "
-                        "the download was discarded",
-                    )
-                if check is not None:
+            if check is not None:
+                try:
                     check(part)
-            except DataError:
-                part.unlink(missing_ok=True)
-                raise
+                except DataError:
+                    part.unlink(missing_ok=True)
+                    raise
             flush(part)
             os.replace(part, target)
     return target
-
-
-def _is_there(target: Path, sha256: str | None, check: Callable[[Path], None] | None) -> bool:
-    """Whether the file is there; DataError where it is another one than expected."""
-    if not target.is_file():
-        return False
-    if sha256 is not None and file_sha256(target) != sha256.lower():
-        raise DataError(
-            "exists with another sha256 than expected", where=target, remedy="move it away or overwrite it"
-        )
-    if check is not None:
-        check(target)
-    return True
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from canopy.errors import CanopyError, ImageryError, InputError, OutputError
+from canopy.errors import CanopyError, DataError, ImageryError, InputError, OutputError
 
 
 @contextlib.contextmanager
@@ -71,6 +71,18 @@ def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, lower-case hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_digest(kind: str, expected: str, path: Path) -> None:
+    """Raises DataError for a file of another digest; `kind` is md5 or sha256, `expected` lower-case hex."""
+    with open(path, "rb") as file:
+        got = hashlib.file_digest(file, kind).hexdigest()
+    if got != expected:
+        raise DataError(
+            f"{kind} is {got}", where=path, expected=expected,
+            remedy="it changed at its source or was damaged on the way: fetch it again, with --overwrite or "
+            "after removing it",
+        )  # fmt: skip
 
 
 # `replacing` writes beside the final name, under a name that is 15 bytes longer; file systems allow 255.

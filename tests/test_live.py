@@ -56,8 +56,11 @@ def ask(kind: str, name: str) -> str:
         return ask_imagery(named_source(name))
     if kind == "labels":
         manifest = label_source(name)
-        query = "?SERVICE=WFS&REQUEST=GetCapabilities" if manifest.protocol == "wfs" else ""
-        address = manifest.href + query + ("/products/DP3.30015.001" if manifest.protocol == "neon" else "")
+        tails = {
+            "wfs": "?SERVICE=WFS&REQUEST=GetCapabilities", "neon": "/products/DP3.30015.001",
+            "quadkeys": "/tiles.geojson",
+        }  # fmt: skip
+        address = manifest.href + tails.get(manifest.protocol, "")
     else:
         model = published_models()[name]
         address = model.files[0].url if model.files else model.hub.replace("hf://", "https://huggingface.co/")

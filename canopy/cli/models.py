@@ -158,7 +158,8 @@ def info(
     Example: canopy models info default
     """
     from canopy.models.checkpoint import describe
-    from canopy.models.registry import EMBEDDED, commercial_use, published_models, resolve_model
+    from canopy.models.registry import EMBEDDED, published_models, resolve_model
+    from canopy.terms import use_of
 
     setup_logging(quiet, verbose)
     path, table = Path(name_or_file), {} if name_or_file in EMBEDDED else published_models()
@@ -167,7 +168,7 @@ def info(
     if not entry:
         # A file is described as it is; others may have to be found.
         facts = describe(path if path.is_file() else resolve_model(name_or_file))
-        facts["commercial"] = commercial_use(facts["card"].get("licence"))
+        facts["commercial_use"] = use_of(facts["card"].get("licence", ""))
     if json_:
         print_json(facts)
         return
@@ -184,7 +185,7 @@ def info(
         "input": f"{', '.join(facts['bands'])} at {facts['gsd_m']} m, crops of {facts['crop_px']} px",
         "parameters": f"{facts['parameters'] / 1e6:.1f} M",
         "licence": card.get("licence", "not stated"),
-        "commercial": facts["commercial"],
+        "commercial": facts["commercial_use"],
         "trained": f"{card.get('date', 'date not stated')}, {card.get('minutes', '?')} minutes",
     }
     for key, value in lines.items():

@@ -6,7 +6,6 @@ how many bytes, the source's checksum and the sha256 of what arrived. A rerun fe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -21,7 +20,7 @@ from shapely.geometry import box, shape
 
 from canopy import download
 from canopy.errors import DataError, InputError, OutputError
-from canopy.files import file_sha256, redact, replacing, told_as_output
+from canopy.files import check_digest, file_sha256, redact, replacing, told_as_output
 from canopy.geo.area import AOI
 from canopy.imagery.dates import parse_day, parse_range
 from canopy.labels.catalog import LabelManifest, read_name
@@ -153,12 +152,7 @@ class RemoteFile:
             )
         kind, _, expected = (self.checksum or "").partition(":")
         if kind:
-            with open(path, "rb") as file:
-                got = hashlib.file_digest(file, kind).hexdigest()
-            if got != expected:
-                raise DataError(
-                    f"{kind} of {self.name} is {got}", where=path, expected=expected, remedy=_DAMAGED
-                )
+            check_digest(kind, expected, path)
 
 
 def checksum_of(kind: str, value: object) -> str | None:

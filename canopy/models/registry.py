@@ -6,6 +6,7 @@ Published models are downloaded at first use, converted once, and kept in the ca
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from pydantic import Field, model_validator
 
 from canopy.config import Settings, load_settings
 from canopy.errors import CheckpointError, ConfigError, FetchError
-from canopy.files import file_sha256
+from canopy.files import check_digest, file_sha256
 from canopy.models.checkpoint import FORMAT, RUN_MODEL, load_checkpoint, pickle_error
 from canopy.runtime import cache_dir, log, manifests_dir
+from canopy.terms import use_of
 
 if TYPE_CHECKING:
     import torch
@@ -93,14 +95,13 @@ class PublishedModel(Settings):
                 f"ask for access at {self.terms_at} (granted by hand, usually within days), then log in with "
                 f"`hf auth login` or set HF_TOKEN; then {how}"
             )
-        facts = {"commercial": commercial_use(self.licence), "origin": self.origin, "how": how}
+        facts = {"commercial_use": use_of(self.licence), "origin": self.origin, "how": how}
         return self.model_dump(mode="json") | facts
 
 
 class _Table(Settings):
-    """models.yaml: whether licences allow commercial use, by name; v1's network of colours; the models."""
+    """models.yaml: v1's network of colours, and the models."""
 
-    commercial: dict[str, str] = Field(default_factory=dict)
     aerial: WeightFile | None = None
     models: dict[str, PublishedModel]
 
@@ -112,14 +113,6 @@ def published_models() -> dict[str, PublishedModel]:
         ConfigError: the file is missing, or a field is unknown, missing or wrong.
     """
     return dict(_table().models)
-
-
-def commercial_use(licence: str | None) -> str:
-    """Whether a model of this licence may be used commercially, in words; its imagery has terms of its own.
-
-    Raises ConfigError as `published_models`.
-    """
-    return _table().commercial.get(licence or "", f"not known: {licence or 'no licence stated'}")
 
 
 def _table() -> _Table:
@@ -227,7 +220,8 @@ def _fetched(file: WeightFile, folder: Path) -> Path:
     from canopy.download import download
 
     path = folder / Path(unquote(urlsplit(file.url).path)).name
-    return download(file.url, path, sha256=file.sha256)
+    check = functools.partial(check_digest, "sha256", file.sha256) if file.sha256 else None
+    return download(file.url, path, check=check)
 
 
 def aerial_network() -> Path:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from canopy.errors import CheckpointError, ConfigError, DataError, FetchError
 from canopy.models.foreign import tables
 from canopy.models.published import convert
-from canopy.models.registry import commercial_use, load_model, published_models, resolve_model
+from canopy.models.registry import load_model, published_models, resolve_model
 from canopy.runtime import bundled_dir
 
 PRETENDED = ["v1-pretended", 2, [0, 1, 2, 3]]
@@ -65,9 +65,8 @@ def test_the_shipped_table_is_valid_and_says_how_to_get_each() -> None:
     assert {"v1-huge", "v1-large", "v2"} <= set(models)
     assert all(models[name].licence == "Apache-2.0" for name in models if name.startswith("v1"))
     assert "DINOv3" in models["v2"].licence and "granted by hand" in models["v2"].facts()["how"]
-    assert models["v1-large"].facts()["commercial"].startswith("yes")
-    assert "its own conditions" in models["v2"].facts()["commercial"]
-    assert commercial_use(None) == "not known: no licence stated"
+    assert models["v1-large"].facts()["commercial_use"] == "yes"
+    assert models["v2"].facts()["commercial_use"] == "ask" and "read it before" in models["v2"].notes
     assert all(entry.origin.startswith(("https://", "hf://")) for entry in models.values())
 
 
