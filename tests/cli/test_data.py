@@ -14,6 +14,8 @@ import pytest
 import rasterio
 from pyproj import CRS
 
+from canopy.geo.grid import quadkey_bounds
+
 NAME = "NEON_D01_HARV_DP3_732000_4713000_CHM.tif"
 HERE = ("--bbox", "42.5369,-72.1727", "--size-m", "300")
 METRE = rasterio.Affine(1, 0, 500_000, 0, -1, 4_882_000)
@@ -35,6 +37,39 @@ def test_get_asks_about_much_and_says_how_to_cite(canopy, refused, server, point
     server.put("/api/data/DP3.30015.001/HARV/2022-08", {"data": {"files": [row]}})
     assert canopy(*words, "--max-gb", "0.000001", "--dry-run").code == 0
     assert "1 fetched, 0 kept; cite: NEON (National" in canopy(*words, "--max-gb", "0.000001", "--yes").out
+
+
+def test_a_published_map_is_cut_by_area_into_one_file(canopy, refused, server, point_at, tmp_path) -> None:
+    key, px = "0230102120", 256
+    west, _, east, north = quadkey_bounds(key)
+    place = rasterio.Affine((east - west) / px, 0, west, 0, (west - east) / px, north)
+    with rasterio.open(
+        tmp_path / "tile.tif", "w", driver="GTiff", width=px, height=px, count=1, dtype="uint8",
+        crs="EPSG:3857", transform=place, nodata=255,
+    ) as tile:  # fmt: skip
+        tile.write(np.full((1, px, px), 7, np.uint8))
+    server.put(f"/v2/chm/{key}.tif", (tmp_path / "tile.tif").read_bytes())
+    point_at("meta-v2", f"{server.url}/v2")
+    x, y = place @ (100, 100)
+    words = (
+        "data",
+        "get",
+        "meta-v2",
+        "--bounds",
+        f"{x},{y - 5000},{x + 5000},{y}",
+        "--bounds-crs",
+        "EPSG:3857",
+    )
+    assert "1 tiles; CC BY 4.0" in canopy(*words, "-o", "cut.tif", "--dry-run").out
+    assert not (tmp_path / "cut.tif").exists()
+    told = canopy(*words, "-o", "cut.tif").out
+    assert "100.0% valid, images of ?" in told and "cite: Brandt" in told
+    with rasterio.open(tmp_path / "cut.tif") as cut:
+        assert (cut.read(1) == 700).all() and (cut.read(2) == 0).all() and cut.scales[0] == 0.01
+    assert "exists already" in refused(*words, "-o", "cut.tif")
+    assert "cut by area alone. Leave --site out" in refused(*words, "-o", "a.tif", "--site", "HARV")
+    assert "cut by area; expected --bbox" in refused("data", "get", "meta-v2", "-o", "a.tif")
+    assert "a.laz" in refused(*words, "-o", "a.laz")
 
 
 @pytest.mark.parametrize(
