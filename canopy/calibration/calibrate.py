@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from canopy import __version__
-from canopy.calibration.area import AreaModel, area_coverage, fit_areas
+from canopy.calibration.area import area_coverage, fit_areas
 from canopy.calibration.collect import (
     BLOCK_M,
     Scored,
@@ -34,6 +34,7 @@ from canopy.calibration.new_places import (
     verify_new_place,
 )
 from canopy.errors import DataError
+from canopy.evaluation.areas import AreaModel
 from canopy.files import check_output, file_sha256
 from canopy.inference.layers import CARD_KEY as DOMAIN_KEY
 from canopy.inference.layers import DESCRIPTORS, descriptor

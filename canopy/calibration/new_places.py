@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canopy.calibration.area import AreaModel, area_coverage, fit_areas
+from canopy.calibration.area import area_coverage, fit_areas
 from canopy.calibration.collect import BLOCK_M, Scored, cells_of, check_gsd, load_chips, predict_chips
 from canopy.calibration.intervals import coverage, effective_blocks, fit_intervals
 from canopy.errors import DataError
+from canopy.evaluation.areas import AreaModel
 from canopy.models.intervals import FLAT_M, LEVELS, IntervalTable, NewPlace, dense_hats
 from canopy.runtime import Progress, log
 

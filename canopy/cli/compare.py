@@ -23,6 +23,9 @@ def compare(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for maps, tables, report.")],
     place: AreaOptions,
     options: CompareOptions,
+    zones: Annotated[
+        Path | None, typer.Option("--zones", metavar="POLYGONS", help="Also the change of each polygon.")
+    ] = None,
     band: Annotated[str | None, typer.Option("--band", metavar="N|NAME", help="Of both maps.")] = None,
     overwrite: Overwrite = False,
     json_: Json = False,
@@ -51,7 +54,8 @@ def compare(
     bands = {"band_a": options.band_a or band, "band_b": options.band_b or band}
     with progress_bar(quiet or json_) as progress:
         found = compare_maps(
-            a, b, out, area=place.area(), overwrite=overwrite, inputs=[place.aoi], progress=progress,
+            a, b, out, zones=zones, layer=None if place.aoi else place.layer, area=place.area(),
+            overwrite=overwrite, inputs=[place.aoi], progress=progress,
             **(options.model_dump() | bands),
         )  # fmt: skip
     for note in found.notes:
@@ -76,6 +80,13 @@ def _print(found: Comparison, out: Path) -> None:
     if found.mode == "dates":
         parts = (f"{name} {ha:,.1f} ha" for name, ha in found.classes_ha.items())
         typer.echo(f"at {found.rule['confidence']:.0%} confidence: {', '.join(parts)}")
+    if found.zones is not None:
+        changed, total = int(found.zones["significant"][:-1].sum()), found.zones.iloc[-1]
+        bounds = f"{total['change_lower_m']:+.2f} to {total['change_upper_m']:+.2f}"
+        typer.echo(
+            f"{len(found.zones) - 1} polygons, {changed} of them changed; together {total['change_m']:+.2f} m"
+            + ("" if total.isna()["change_lower_m"] else f" ({bounds})")
+        )
     typer.echo(
         f"{out}: maps, tables, compare.json" + (", report.html" if (out / "report.html").exists() else "")
     )
@@ -89,7 +100,10 @@ def stats(
         Path, typer.Option("--zones", metavar="POLYGONS", help="Polygons: any vector file, any CRS.")
     ],
     out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="TABLE", help="stats.parquet (with the polygons) or .csv.")
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="TABLE", help="A .parquet or .gpkg (with the polygons), or .csv."
+        ),
     ],
     percentiles: Annotated[
         str, typer.Option("--percentiles", metavar="LIST", help="Of height, 0 to 100.")
@@ -99,8 +113,9 @@ def stats(
     ] = "2,5,10",
     interval: Annotated[
         float | None,
-        typer.Option("--interval", metavar="0.9", help="Add mean_lower_m, mean_upper_m of this coverage."),
+        typer.Option("--interval", metavar="0.9", help="Add intervals of means and covers."),
     ] = None,
+    total: Annotated[bool, typer.Option("--total", help="A last row for all polygons together.")] = False,
     nodata: Annotated[float | None, typer.Option("--nodata", help="Map value that means missing.")] = None,
     band: Annotated[str | None, typer.Option("--band", metavar="N|NAME", help=_HELP_BAND)] = None,
     layer: Annotated[str | None, typer.Option("--layer", help="Of a vector file that has several.")] = None,
@@ -117,34 +132,28 @@ def stats(
 
     Example: canopy stats chm.tif --zones stands.gpkg -o stats.parquet
     """
-    from canopy.evaluation.zones import check_table
+    from canopy.evaluation.scores import without_nan
     from canopy.evaluation.zones import stats as zone_stats
     from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
     shares, heights = _numbers(percentiles, "--percentiles"), _numbers(above, "--above")
-    check_table(out, [height_map, zones], overwrite)
     with progress_bar(quiet or json_) as progress:
-        bands = None
-        if interval is not None:
-            from canopy.calibration.area import zone_intervals
-            from canopy.geo.vector import read_vector
-
-            polygons = zones if layer is None else read_vector(zones, layer, polygons=True)
-            bands = zone_intervals(height_map, polygons, interval, progress=progress)
         table = zone_stats(
-            height_map, zones, out, overwrite=overwrite, extra=bands, progress=progress, percentiles=shares,
-            above_m=heights, nodata=nodata, band=band, layer=layer,
+            height_map, zones, out, overwrite=overwrite, progress=progress, percentiles=shares,
+            above_m=heights, interval=interval, total=total, nodata=nodata, band=band, layer=layer,
         )  # fmt: skip
     for note in table.attrs["notes"]:
         log.warning(f"note: {note}")
+    whole = without_nan(table.loc[:, "n":].iloc[-1].to_dict()) if total else None
+    table = table.iloc[: len(table) - total]
     empty = int((table["n"] == 0).sum())
     valid_ha = float(table["valid_ha"].sum())
     mean = float((table["mean_m"] * table["valid_ha"]).sum() / valid_ha) if valid_ha else None
     facts = {
         "file": str(out), "zones": len(table), "without_pixels": empty, "valid_ha": valid_ha, "mean_m": mean,
         "notes": list(table.attrs["notes"]),
-    }  # fmt: skip
+    } | ({"total": whole} if whole else {})  # fmt: skip
     if json_:
         print_json(facts)
     elif not quiet:

@@ -114,7 +114,7 @@ def print_scores(result: Evaluation) -> None:
     if shift is not None and not shift["sure"]:
         typer.echo(f"no shift against the reference could be measured: {shift['note']}")
     elif shift is not None:
-        typer.echo(f"the map lies {result.shift_words} of the reference")
+        typer.echo(f"the map lies {result.shift_words} the reference")
     head = ("", "value", "95 % interval", "shift undone" if result.corrected else "")
     rows = [
         (name, _value(score), _interval(score), _value(result.corrected[name]) if result.corrected else "")

@@ -15,18 +15,14 @@ import numpy as np
 from canopy import __version__
 from canopy.config import Settings, option, validate_settings
 from canopy.errors import ConfigError, InputError
-from canopy.evaluation.change import (
-    CHANGE_CLASSES,
-    PairSums,
-    choose_error,
-    classify,
-    difference_interval,
-    z_of,
-)
+from canopy.evaluation.change.agreement import PairSums
+from canopy.evaluation.change.rules import CHANGE_CLASSES, change_notes, change_rule, z_of
+from canopy.evaluation.change.zones import COLUMNS, zone_changes
 from canopy.evaluation.grids import BlockSums, common_grid, pixel_areas_m2, read_on
 from canopy.evaluation.maps import HeightMap, years_apart
 from canopy.evaluation.opening import open_heights
 from canopy.evaluation.report.pages import write_comparison
+from canopy.evaluation.scores import without_nan
 from canopy.files import check_output, told_as_output
 from canopy.geo.area import AOI
 from canopy.geo.cog import BandSpec, CogWriter
@@ -35,6 +31,7 @@ from canopy.geo.grid import Grid, tiles_over
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
+    import geopandas
     import pandas
     import xarray
 
@@ -46,8 +43,6 @@ _HELP_AS = "products: how far they agree; dates: what changed from A to B; auto:
 _HELP_SIGMA = "Standard deviation of a pixel of {}, metres. Default: its interval bands, else 4 m."
 # Two maps of one model whose imagery is this far apart are two dates, not two products.
 DATES_APART_YEARS = 0.5
-# Of the canopy of A: beyond this share "no significant change" says more of the errors than of the trees.
-_BLIND_SHARE = 0.1
 COVER_CLASSES = {1: "open in both", 2: "canopy in A only", 3: "canopy in B only", 4: "canopy in both"}
 
 
@@ -87,6 +82,7 @@ class Comparison:
         facts: both maps, the grid, the area. sums: over all pixels. rule: how a change was told (dates).
         blocks, preview: sums over squares, for the table and the pictures.
         maps: without an output folder, the maps that would lie in it, as DataArrays by name.
+        zones: change of every polygon, see `canopy.evaluation.change.zones`.
     """
 
     mode: str
@@ -98,6 +94,7 @@ class Comparison:
     rule: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     maps: dict[str, xarray.DataArray] = field(default_factory=dict)
+    zones: geopandas.GeoDataFrame | None = None
 
     @property
     def classes_ha(self) -> dict[str, float]:
@@ -109,6 +106,9 @@ class Comparison:
         plain = {"mode": self.mode, **self.facts, "overall": self.sums.overall()}
         if self.mode == "dates":
             plain |= {"change": {"rule": self.rule, "area_ha": self.classes_ha}}
+        if self.zones is not None:
+            total = self.zones.drop(columns=self.zones.geometry.name).iloc[-1].to_dict()
+            plain |= {"zones": without_nan({k: total[k] for k in COLUMNS})}
         return plain | {
             "cover": self.sums.cover_rows(),
             "by_height": self.sums.height_rows(),
@@ -143,6 +143,8 @@ def compare(
     b: HeightSource,
     out: str | Path | None = None,
     *,
+    zones: str | Path | geopandas.GeoDataFrame | None = None,
+    layer: str | None = None,
     area: AOI | None = None,
     overwrite: bool = False,
     inputs: Sequence[Any] = (),
@@ -152,10 +154,12 @@ def compare(
     """Compare two height maps: paths, folders of tiles, or xarray DataArrays with a CRS.
 
     Differences are B - A. Products: difference.tif, cover.tif. Dates: change.tif (change and its interval),
-    classes.tif. Both: compare.json, summary.csv, cover.csv, by_height.csv, blocks.csv, report.html.
+    classes.tif. Both: compare.json, summary.csv, cover.csv, by_height.csv, blocks.csv, report.html; with
+    `zones` also zones.csv and zones.gpkg.
 
     Args:
         out: folder to write; None writes nothing, and the maps are in the result's `maps`.
+        zones: polygons; the result's `zones` says how each has changed. layer: of a file with several.
         area: limits the comparison. inputs: what else was read, which must not be written over.
         options: see `CompareOptions`.
 
@@ -165,7 +169,7 @@ def compare(
     chosen = validate_settings(CompareOptions, options, "compare").check()
     if out is not None:
         expected = "a directory for the results"
-        check_output(out, [a, b, *inputs], overwrite=overwrite, folder=True, expected=expected)
+        check_output(out, [a, b, zones, *inputs], overwrite=overwrite, folder=True, expected=expected)
     with (
         open_heights(a, nodata=chosen.nodata_a, band=chosen.band_a) as one,
         open_heights(b, nodata=chosen.nodata_b, band=chosen.band_b) as two,
@@ -190,6 +194,12 @@ def compare(
                 ) as classes,
             ):  # fmt: skip
                 found = _walk(one, two, grid, mode, why, chosen, (metres, classes), area, progress)
+            if zones is not None:
+                found.zones = zone_changes(
+                    one, two, grid, zones, layer, cover_m=chosen.cover_m,
+                    confidence=chosen.confidence, area=area, progress=progress,
+                )  # fmt: skip
+                found.notes += found.zones.attrs["notes"]
             if out is None:
                 found.maps = {path.stem: _array(path) for path in paths}
             else:
@@ -230,11 +240,9 @@ def _walk(
 ) -> Comparison:  # fmt: skip
     """Read both maps in windows of about 1000 px: memory does not depend on their size."""
     dates, cover_m, progress = mode == "dates", options.cover_m, progress or NoProgress()
-    z = z_of(options.confidence)
-    errors = (
-        choose_error("a", options.sigma_a, one.level, one.step_m),
-        choose_error("b", options.sigma_b, two.level, two.step_m),
-    )
+    sigmas = options.sigma_a, options.sigma_b
+    rule = change_rule(one, two, sigmas, options.confidence, grid.gsd_m)
+    halo = rule.halo_px if dates else 0
     legend = CHANGE_CLASSES if dates else COVER_CLASSES
     names = ["a", "b", "abs", "area", "canopy", "blind", *legend.values()]
     blocks = BlockSums(grid, max(1, round(options.block_m / grid.gsd_m)), names)
@@ -246,18 +254,19 @@ def _walk(
     row_areas = pixel_areas_m2(grid)
     for tile in tiles:
         row, col = grid.offset_of(tile)
-        (a, in_a), (b, in_b) = (read_on(side, tile, interval=dates) for side in (one, two))
+        wide = tile.pad(halo)
+        (a, in_a), (b, in_b) = (read_on(side, wide, interval=dates) for side in (one, two))
         valid = in_a & in_b
         if area is not None and not area.is_box:
-            valid &= area.mask(tile)
+            valid &= area.mask(wide)
+        judged = rule.judge(a, b, valid, cover_m) if dates else None
+        inner = np.s_[..., halo : wide.height - halo, halo : wide.width - halo]
+        a, b, valid = a[inner], b[inner], valid[inner]
         ground = np.broadcast_to(row_areas[row : row + tile.height, None], valid.shape)
         canopy = a[0] > cover_m
         blind = np.zeros(valid.shape, bool)
-        if dates:
-            stored = difference_interval(a, b, errors, z)
-            codes = classify(a[0], b[0], stored[1], stored[2], cover_m)
-            # Were it to fall to the ground, its change would be minus its height: would the interval hold 0?
-            blind = canopy & (a[0] <= stored[2] - stored[0])
+        if judged is not None:
+            stored, codes, blind = judged
         else:
             stored, codes = b[:1] - a[:1], 1 + canopy + 2 * (b[0] > cover_m).astype(np.uint8)
         writers[0].write(stored.astype(np.float32), valid, row, col)
@@ -275,10 +284,10 @@ def _walk(
             remedy="check their nodata rules (--nodata-a, --nodata-b)",
         )  # fmt: skip
     canopy_m2, blind_m2 = (float(blocks.sums[name].sum()) for name in ("canopy", "blind"))
-    rule = {
+    told = {
         "confidence": options.confidence,
-        "error_a": errors[0].source,
-        "error_b": errors[1].source,
+        "error_a": rule.sources[0],
+        "error_b": rule.sources[1],
         "expected_false_share": 1 - options.confidence,
         "undetectable_canopy_share": blind_m2 / canopy_m2 if canopy_m2 else 0.0,
     }
@@ -296,21 +305,8 @@ def _walk(
         "canopy_version": __version__,
         "mode_because": why,
     }  # fmt: skip
-    notes = [*one.notes, *two.notes, *(_change_notes(rule) if dates else ())]
-    return Comparison(mode, legend, facts, sums, blocks, preview, rule if dates else {}, notes)
-
-
-def _change_notes(rule: Mapping[str, Any]) -> Iterator[str]:
-    blind = rule["undetectable_canopy_share"]
-    if blind > _BLIND_SHARE:
-        yield (
-            f"in {blind:.0%} of A's canopy not even the loss of all of it would be significant: the "
-            "maps' errors are too wide for single pixels. Errors that both share (one model, one "
-            "place) cancel: if you know what is left, give --sigma-a and --sigma-b"
-        )
-    for side in "ab":
-        if rule[f"error_{side}"].startswith("ASSUMED"):
-            yield f"the error of {side.upper()} is {rule[f'error_{side}']}"
+    notes = [*one.notes, *two.notes, *(change_notes(told) if dates else ())]
+    return Comparison(mode, legend, facts, sums, blocks, preview, told if dates else {}, notes)
 
 
 def _crs_text(placed: Grid | HeightMap) -> str:

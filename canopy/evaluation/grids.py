@@ -18,7 +18,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import sparse
+import rasterio.crs
+import rasterio.warp
+from rasterio.enums import Resampling
 
 from canopy.errors import ConfigError, InputError
 from canopy.evaluation.maps import HeightMap
@@ -116,30 +118,19 @@ def read_on(
 
 
 def _area_mean(heights: HeightMap, own: Grid, grid: Grid, interval: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Exactly area-weighted mean; both grids are north-up in one CRS, so the weights are separable."""
-    (top, left), (bottom, right) = own.rowcol(*grid.xy(0, 0)), own.rowcol(*grid.xy(*grid.shape))
-    r0, c0, r1, c1 = math.floor(top), math.floor(left), math.ceil(bottom), math.ceil(right)
-    values, valid = heights.read(own.window(r0, c0, r1 - r0, c1 - c0), interval=interval)
-    down = _shares(top - r0, (bottom - top) / grid.height, grid.height, r1 - r0)
-    across = _shares(left - c0, (right - left) / grid.width, grid.width, c1 - c0)
-
-    def pool(layer: np.ndarray) -> np.ndarray:
-        return np.asarray((across @ (down @ layer).T).T)
-
-    share = pool(valid.astype(np.float64))
+    """Area-weighted mean over what is valid, by GDAL; both grids are north-up in one CRS."""
+    window = own.window_over(grid.bounds).pad(1)
+    values, valid = heights.read(window, interval=interval)
+    layers = np.concatenate([np.where(valid, values, 0), valid[None]], dtype=np.float64)
+    out = np.zeros((len(layers), *grid.shape))
+    crs = rasterio.crs.CRS.from_wkt(grid.crs.to_wkt())
+    rasterio.warp.reproject(
+        layers, out, src_transform=window.transform, dst_transform=grid.transform, src_crs=crs, dst_crs=crs,
+        resampling=Resampling.average, init_dest_nodata=False,
+    )  # fmt: skip
+    share = out[-1]
     good = share >= MIN_VALID_SHARE - 1e-9
-    known = np.where(valid, values, 0).astype(np.float64)
-    return np.stack([np.where(good, pool(band) / np.maximum(share, 1e-12), 0) for band in known]), good
-
-
-def _shares(start: float, step: float, cells: int, pixels: int) -> sparse.csr_array:
-    """Share (cells, pixels) of cell i, start + i step to start + (i + 1) step, that pixel j covers."""
-    low = start + step * np.arange(cells)
-    j = np.floor(low).astype(np.int64)[:, None] + np.arange(math.ceil(step) + 2)
-    length = np.minimum(low[:, None] + step, j + 1) - np.maximum(low[:, None], j)
-    i = np.broadcast_to(np.arange(cells)[:, None], j.shape)
-    keep = (length > 1e-12) & (j >= 0) & (j < pixels)
-    return sparse.csr_array((length[keep] / step, (i[keep], j[keep])), shape=(cells, pixels))
+    return np.where(good, out[:-1] / np.maximum(share, 1e-12), 0), good
 
 
 def _of_points(heights: HeightMap, grid: Grid, stat: str, n: int) -> tuple[np.ndarray, np.ndarray]:

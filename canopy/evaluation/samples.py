@@ -311,12 +311,10 @@ def _pool_polygon(heights: HeightMap, shape: shapely.Geometry, stat: str, number
     area = geodesic_area_m2(shape, lonlat)
     if area > _MOST_PX * heights.gsd_m**2:
         raise InputError(f"polygon {number + 1} has {area / 1e4:,.0f} ha", expected="plots, not regions")
-    parts = list(pixels_in(heights, shape, lonlat))
-    if not parts or area <= 0:
+    parts = list(pixels_in(heights.read, own_grid(heights), shape, lonlat))
+    if area <= 0 or sum(part.weight.sum() for part in parts) < MIN_VALID_SHARE * area:
         return float("nan")
-    values, share, weight = (np.concatenate(part) for part in zip(*parts, strict=True))
-    if not values.size or weight.sum() < MIN_VALID_SHARE * area:
-        return float("nan")
+    values, share = (np.concatenate(x) for x in zip(*((p.values[0], p.share) for p in parts), strict=True))
     if stat == "mean":
         return float(values @ share / share.sum())
     # Highest and percentiles take pixels of which at least half is inside; if there are none, all touched.

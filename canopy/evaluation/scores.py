@@ -198,12 +198,13 @@ class Evaluation:
 
     @property
     def shift_words(self) -> str:
-        """Where the map lies: "5.3 m west and 0.4 m north"; only where a shift was measured."""
-        east, north = (round(self.shift[name], 1) for name in ("east_m", "north_m")) if self.shift else (0, 0)
-        return (
-            f"{abs(east):.1f} m {'east' if east >= 0 else 'west'} and "
-            f"{abs(north):.1f} m {'north' if north >= 0 else 'south'}"
-        )
+        """Where the map lies: "5.3 m west and 0.4 m north of", "within 0.1 m of"; "" where not measured."""
+        if self.shift is None:
+            return ""
+        sides = (("east_m", "east", "west"), ("north_m", "north", "south"))
+        moved = [(round(self.shift[key], 1), plus, minus) for key, plus, minus in sides]
+        words = [f"{abs(by):.1f} m {plus if by > 0 else minus}" for by, plus, minus in moved if by]
+        return f"{' and '.join(words)} of" if words else "within 0.1 m of"
 
     def to_dict(self) -> dict[str, Any]:
         """metrics.json: plain data without NaN."""

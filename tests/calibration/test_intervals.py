@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopy.calibration.area import SIZES_M, TAG, AreaModel, area_coverage, area_model_of, fit_areas
+from canopy.calibration.area import area_coverage, fit_areas
 from canopy.calibration.calibrate import calibrate_model
 from canopy.calibration.collect import Scored, cells_of, halves, load_chips, places_of
 from canopy.calibration.intervals import coverage, effective_blocks, fit_intervals
@@ -27,6 +27,7 @@ from canopy.calibration.new_places import (
 from canopy.chips.store import Chip, ChipRow
 from canopy.chips.write import write_folder
 from canopy.errors import CheckpointError, ConfigError, DataError
+from canopy.evaluation.areas import SIZES_M, TAG, AreaModel, area_model_of, check_level
 from canopy.models.checkpoint import load_checkpoint, save_checkpoint
 from canopy.models.intervals import CARD_KEY, LEVELS, IntervalTable, hats, table_of
 
@@ -146,8 +147,10 @@ def test_the_area_model_travels_in_a_maps_tags(area: AreaModel) -> None:
     assert 0 <= lower < 18 < upper < 23 and sd > 0
     narrow = again.interval(means, 0.2, 300.0, 0.5)
     assert narrow[1] - narrow[0] < upper - lower
+    wide = again.interval(means, 0.2, 300.0, 0.99)
+    assert wide[1] > again.interval(means, 0.2, 300.0, 0.95)[1]
     with pytest.raises(ConfigError, match=r"0\.5 to 0\.95"):
-        again.interval(means, 0.2, 300.0, 0.99)
+        check_level(0.99)
     with pytest.raises(DataError, match=r"--interval 0\.9"):
         area_model_of({})
     with pytest.raises(DataError, match="cannot be"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,3 +57,11 @@ def write_map(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def area_tags() -> dict[str, str]:
+    """Tags of a model whose errors are alike over 20 m and, by a fifth, over whole tiles."""
+    area = {"pull": 0.0, "nugget": 0.0, "plateau": 0.2, "weights": [0.0, 0.0, 0.3, 0.0, 0.0]}
+    area["factors"] = [[0.7] * 6, [1.0] * 6, [1.3] * 6, [1.645] * 6, [1.96] * 6]
+    return {"CANOPY_AREA_MODEL": json.dumps(area), "CANOPY_MODEL_SHA256": "a" * 64, "CANOPY_INTERVAL": "0.9"}

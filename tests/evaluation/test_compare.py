@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 
+import geopandas
 import numpy as np
 import pytest
 import rasterio
 import shapely
+from scipy import ndimage
 
 from canopy.errors import InputError
-from canopy.evaluation import change
-from canopy.evaluation.change import MapError, choose_error, classify, difference_interval, z_of
+from canopy.evaluation.change import rules
+from canopy.evaluation.change.rules import MapError, choose_error, classify, difference_interval, z_of
 from canopy.evaluation.compare import compare as compare_with_report
 from canopy.geo.area import AOI
 
@@ -70,8 +72,8 @@ def test_classes_and_whose_error_counts():
     a = np.array([[10.0, 1.0, 10.0, 10.0, 1.0, 1.0]])
     b = np.array([[20.0, 9.0, 5.0, 1.0, 1.8, 2.5]])
     half = np.array([[3.0, 3.0, 3.0, 3.0, 0.5, 3.0]])
-    codes = classify(a, b, b - a - half, b - a + half, 2.0)
-    names = [change.CHANGE_CLASSES[code] for code in codes[0]]
+    codes = classify(a, b, b - a - half > 0, b - a + half < 0, 2.0)
+    names = [rules.CHANGE_CLASSES[code] for code in codes[0]]
     assert names == [
         "taller", "canopy gained", "lower", "canopy lost", "taller", "no significant change"
     ]  # fmt: skip
@@ -172,6 +174,55 @@ def test_dates_find_the_clearing_in_files_and_arrays(pair, tmp_path):
     assert maps["classes"].rio.crs == crs and maps["classes"].rio.transform() == transform
     np.testing.assert_allclose(maps["change"], [change_m, lower, upper], atol=1e-6)
     np.testing.assert_array_equal(maps["classes"], np.where(codes == 255, np.nan, codes))
+
+
+def test_squares_find_a_clearing_that_pixels_cannot(write_map, tmp_path, monkeypatch, area_tags):
+    """Bands of 14 m either side round trees of 15 m; whatever both maps have wrong alike cancels."""
+    rng = np.random.default_rng(0)
+    alike = ndimage.gaussian_filter(rng.normal(0, 1, (2, 260, 300)), (0, 8, 8)) * 16
+    early, late = np.maximum(15 + alike, 0).astype(np.float32)
+    late[60:160, 100:200] = 0.2
+
+    def banded(name, height, tags):
+        half = np.where(height > 1, 14, 0.5).astype(np.float32)
+        names = ("canopy_height", "height_lower", "height_upper")
+        return write_map(name, np.stack([height, height - half, height + half]), names=names, tags=tags)
+
+    shapes = [shapely.box(WEST + 100, NORTH - 160, WEST + 200, NORTH - 60)]
+    shapes.append(shapely.box(WEST + 10, NORTH - 50, WEST + 90, NORTH - 10))
+    zones = geopandas.GeoDataFrame({"stand": ["cut", "left"]}, geometry=shapes, crs=UTM)
+    pair = [banded(f"{k}.tif", height, area_tags) for k, height in enumerate((early, late))]
+    found = compare(*pair, tmp_path / "out", mode="dates", zones=zones)
+    codes = rasterio.open(tmp_path / "out" / "classes.tif").read(1)
+    cut = np.zeros(codes.shape, bool)
+    cut[60:160, 100:200] = True
+    assert (codes[cut] == rules.CANOPY_LOSS).mean() > 0.95 and (codes[~cut] > 1).mean() < 0.01
+    assert (
+        found.rule["undetectable_canopy_share"] < 0.1 and "squares of 32, 64, 100 m" in found.rule["error_a"]
+    )
+    monkeypatch.setattr("canopy.evaluation.compare.TILE_PX", 64)
+    compare(*pair, tmp_path / "parts", mode="dates")
+    np.testing.assert_array_equal(rasterio.open(tmp_path / "parts" / "classes.tif").read(1), codes)
+    table = geopandas.read_file(tmp_path / "out" / "zones.gpkg")
+    assert list(table.stand) == ["cut", "left", "total"] and list(table.significant[:2]) == [True, False]
+    row = table.iloc[0]
+    assert row.change_m == pytest.approx((late - early)[cut].mean(), rel=1e-5)
+    assert row.cover_b == 0 and row.canopy_lost_ha == pytest.approx(1 / 0.9996**2, rel=1e-3)
+    side = np.arange(100.0)  # rho over all pairs of the square's pixels; the plateau cancels
+    steps, weight = np.meshgrid(side, side), np.outer(100 - side, 100 - side) * 4.0
+    weight[0] /= 2
+    weight[:, 0] /= 2
+    rho = 0.3 * np.average(np.exp(-np.hypot(*steps) / 20), weights=weight)
+    reach = 1.96 * np.hypot(np.hypot(14 * rho**0.5, 0.3), np.hypot(0.5 * rho**0.5, 0.3))
+    assert row.change_upper_m - row.change_m == pytest.approx(reach, rel=0.03)
+    # Without what the tags say, no pixel can be told; of another model, the plateau stays.
+    plain = [banded(f"p{k}.tif", height, {}) for k, height in enumerate((early, late))]
+    bare = compare(*plain, mode="dates", zones=zones)
+    assert bare.classes_ha["canopy lost"] < 0.1 and np.isnan(bare.zones.change_upper_m[0])
+    assert any("no intervals of the zones" in note for note in bare.notes)
+    pair[1] = banded("1.tif", late, area_tags | {"CANOPY_MODEL_SHA256": "b" * 64})
+    wider = compare(*pair, mode="dates", zones=zones).zones
+    assert wider.change_upper_m[0] - wider.change_m[0] > 2 * reach
 
 
 def test_auto_tells_dates_from_products(write_map, forest, tmp_path):

@@ -383,17 +383,3 @@ def test_mean_is_exactly_area_weighted_in_any_parts(write_map, monkeypatch, size
     np.testing.assert_array_equal(valid, ok)
     np.testing.assert_allclose(got[ok], expected[ok], rtol=1e-6)
     assert (got[~ok] == 0).all()
-
-
-def test_highest_and_percentile_take_the_pixels_of_an_aligned_grid(write_map):
-    rng = np.random.default_rng(1)
-    values = rng.gamma(2, 5, (24, 24)).astype(np.float32)
-    values[rng.random(values.shape) < 0.3] = np.nan
-    grid = Grid.of(UTM, (3.0, 0, WEST, 0, -3.0, NORTH), (8, 8))
-    cells = values.reshape(8, 3, 8, 3).swapaxes(1, 2).reshape(8, 8, 9)
-    enough = np.isfinite(cells).sum(-1) >= 4.5
-    with open_heights(write_map("a.tif", values)) as side:
-        for stat, expected in (("max", np.nanmax), ("p95", lambda x, axis: np.nanpercentile(x, 95, axis))):
-            (got,), valid = read_on(side, grid, stat)
-            np.testing.assert_array_equal(valid, enough)
-            np.testing.assert_allclose(got[enough], expected(cells[enough], axis=-1), rtol=1e-6)

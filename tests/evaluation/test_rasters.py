@@ -14,7 +14,7 @@ from canopy import metrics
 from canopy.errors import InputError
 from canopy.evaluation import pixels
 from canopy.evaluation.maps import HeightMap
-from canopy.evaluation.scores import draws, intervals, replicate
+from canopy.evaluation.scores import intervals, replicate
 from canopy.evaluation.strata import LEAST_WANTED, BlockLayout
 from canopy.geo.grid import Grid
 
@@ -219,9 +219,9 @@ def test_several_references_are_pooled_and_named(write_map, paths, lidar):
 
 def test_what_cannot_be_scored(paths):
     for words, options in (
-        ("a raster, not a table", {"kind": "gedi"}),
-        ("tell the slope", {"by": ("slope",)}),
-    ):
+        ("a raster, not a table", {"kind": "gedi"}), ("tell the slope", {"by": ("slope",)}),
+        ("no such file", {"image": "none.tif"}),
+    ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             quick(*paths, **options)
 
@@ -264,12 +264,6 @@ def test_intervals_cover_the_truth_at_their_nominal_rate():
     rates = {name: count / fields for name, count in hits.items()}
     assert all(0.90 <= rate <= 0.98 for rate in rates.values()), rates
     assert naive / fields < 0.6, "resampling pixels instead would be right less than six times in ten"
-
-
-def test_replicates_are_sums_of_drawn_blocks():
-    rows, weights = np.random.default_rng(1).random((12, 3)), draws(12, 40, 7)
-    assert weights.shape == (40, 12) and (weights.sum(axis=1) == 12).all()
-    np.testing.assert_allclose(replicate(rows, 40, 7), weights @ rows)
 
 
 def test_few_blocks_give_a_reason_and_missing_values_no_interval(paths):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from canopy.evaluation.evaluate import evaluate
 from canopy.evaluation.report import figures
-from canopy.evaluation.report.pages import cell_text, evaluation_page, label, write_results
+from canopy.evaluation.report.pages import evaluation_page, write_results
 from canopy.evaluation.scores import Score
 
 
@@ -62,6 +62,22 @@ def test_the_page_is_whole_and_needs_nothing_else(judged, tmp_path):
     assert names == {"density", "error_by_height", "side_by_side", "error_map"}
 
 
+def test_the_image_stands_beside_the_heights_and_the_shift_is_in_words(write_map, forest, tmp_path):
+    truth = forest(200, 7)
+    rgb = np.stack([np.clip(truth * 6, 0, 255)] * 3).astype(np.uint8)
+    reference, moved = write_map("truth.tif", truth), write_map("m.tif", truth, west=499_997.0)
+    image = write_map("rgb.tif", rgb, nodata=None, names=(), photometric="RGB")
+    found = evaluate(moved, reference, image=image, replicates=0)
+    assert found.shift_words == "3.0 m west of"
+    shown, (_, height) = found.preview.image, found.preview.map_m.shape
+    assert shown.shape == (*found.preview.map_m.shape, 3) and height == 197
+    np.testing.assert_allclose(shown[..., 0] * 255, rgb[0, :, :197], atol=1)
+    text, pictures = evaluation_page(found)
+    assert "3.0 m west of the reference" in text
+    width = Image.open(io.BytesIO(pictures["side_by_side"])).size[0]
+    assert width > 3 * figures.PANEL_INCHES * figures.DPI, "three panels"
+
+
 def test_samples_get_a_map_of_points(judged):
     columns = ["lon", "lat", "reference_m", "map_m"]
     points = pandas.DataFrame(np.random.default_rng(0).random((50, 4)) * 30, columns=columns)
@@ -81,13 +97,3 @@ def test_one_scale_for_both_sides_and_pictures_of_nothing():
         figures.error_by_height([("0-2", 0, Score(None), Score(None))], "m"),
     ):
         assert min(Image.open(io.BytesIO(png)).size) > 100
-
-
-def test_words_and_numbers_for_people():
-    for name, words in (
-        ("mae_m", "mean absolute error (m)"), ("cover_iou_2m", "cover above 2 m, IoU"),
-        ("p95_error_m", "95th"), ("new_one", "new one"),
-    ):  # fmt: skip
-        assert words in label(name)
-    values = (None, 3, 1234567, 0.123, -0.0001, float("nan"), "x")
-    assert [cell_text(v) for v in values] == ["-", "3", "1,234,567", "0.12", "0.00", "-", "x"]

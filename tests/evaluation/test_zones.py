@@ -8,7 +8,7 @@ import pytest
 import shapely
 from pyproj import Transformer
 
-from canopy.errors import ConfigError, InputError
+from canopy.errors import ConfigError, DataError, InputError
 from canopy.evaluation import zones
 from canopy.evaluation.zones import geodesic_area_m2
 from canopy.evaluation.zones import stats as zone_stats
@@ -107,7 +107,7 @@ def test_bad_input_is_said_and_nothing_written(write_map, forest, tmp_path):
     for zones_file, out, options, words in (
         (tmp_path / "no.gpkg", "a.csv", {}, "no such file"),
         (points, "a.csv", {}, "only Point in the file"),
-        (zone, "a.xlsx", {}, "does not end in .csv or .parquet"),
+        (zone, "a.xlsx", {}, "does not end in .csv or .gpkg or .parquet"),
         (zone, "no/a.csv", {}, "no such directory"),
         (zone, "a.csv", {"percentiles": (101,)}, "--percentiles"),
         (zone, "a.csv", {"above_m": (-1,)}, "--above"),
@@ -164,3 +164,33 @@ def test_frames_arrays_and_what_must_be_known(write_map, forest):
     assert any("impossible heights" in note for note in table.attrs["notes"])
     with pytest.raises(ConfigError, match="did you mean 'percentiles'"):
         zone_stats(path, frame, percentile=(50,))
+
+
+def test_intervals_of_means_and_covers_and_the_total(write_map, forest, tmp_path, area_tags):
+    heights = forest(120, 3)
+    bands = np.stack([heights, heights * 0.5, heights * 1.5])
+    names = ("canopy_height", "height_lower", "height_upper")
+    path = write_map("map.tif", bands, names=names, tags=area_tags)
+    shapes = [box(10, 10, 34, 26), box(20, 20, 80, 70), box(70, 60, 100, 100)]
+    zone = save(tmp_path, shapes, stand=["a", "b", "c"], number=[1, 2, 3])
+    table = zone_stats(path, zone, tmp_path / "s.gpkg", interval=0.9, total=True)
+    row, inside = table.iloc[0], heights[10:26, 10:34].astype(float)
+    # Every pair of pixels, by brute force.
+    at = np.stack(np.indices(inside.shape)).reshape(2, -1).T.astype(float)
+    apart = np.hypot(*(at[:, None] - at[None]).transpose(2, 0, 1))
+    rho = (0.3 * np.exp(-apart / 20) + 0.2).mean()
+    reach = 1.645 * np.hypot(0.5 * inside.mean() * np.sqrt(rho), 0.3)
+    assert row.mean_m == pytest.approx(inside.mean())
+    assert row.mean_upper_m - row.mean_m == pytest.approx(reach, rel=0.02)
+    share = reach / (0.5 * inside.mean())  # of every pixel's band
+    for end, moved in (("lower", inside * (1 - 0.5 * share)), ("upper", inside * (1 + 0.5 * share))):
+        assert row[f"cover_10m_{end}"] == pytest.approx((moved > 10).mean(), abs=0.02)
+    total = table.iloc[3]
+    assert total.stand == "total" and list(table.stand[:3]) == ["a", "b", "c"]
+    assert total.area_ha == pytest.approx(table.area_ha[:3].sum() - (6 * 14 + 10 * 10) / 1e4, rel=1e-3)
+    assert total.mean_sd_m / total.mean_m < row.mean_sd_m / row.mean_m
+    assert geopandas.read_file(tmp_path / "s.gpkg").number[:3].tolist() == [1, 2, 3]
+    with pytest.raises(DataError, match=r"redict it with --interval 0\.9"):
+        zone_stats(write_map("plain.tif", heights), zone, interval=0.9)
+    with pytest.raises(ConfigError, match=r"0\.5 to 0\.95"):
+        zone_stats(path, zone, interval=0.99)

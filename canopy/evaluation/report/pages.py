@@ -14,6 +14,7 @@ import numpy as np
 
 from canopy.evaluation.report import figures
 from canopy.evaluation.scores import JOINT_STEP_M, Evaluation, Score
+from canopy.evaluation.zones import write_table
 from canopy.files import replacing, told_as_output, write_json
 from canopy.metrics import BIN_NAMES
 
@@ -193,6 +194,9 @@ def write_comparison(found: Any, folder: Path, page: bool = True) -> None:
     if found.mode == "dates":
         write_csv(folder / "change.csv", [{"class": k, "ha": v} for k, v in found.classes_ha.items()])
     write_csv(folder / "blocks.csv", found.block_table())
+    if found.zones is not None:
+        write_table(found.zones, folder / "zones.csv")
+        write_table(found.zones, folder / "zones.gpkg")
     if page:
         _write(folder / "report.html", comparison_page(found).encode())
 
