@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "data":  # training data needs Lightning
+        return importlib.import_module("canopy.data")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'canopy' has no attribute {name!r}; it offers {', '.join(__all__)}")
     # `canopy.predict` the function must win over a submodule of the same name, so bind it here.

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from canopy.errors import ConfigError, InputError
-from canopy.runtime import manifests_dir
+from canopy.runtime import bundled_dir, manifests_dir
 
 
 class Settings(BaseModel):
@@ -94,6 +94,24 @@ def load_settings(schema: type[S], path: str | Path, overrides: Iterable[str] = 
 def manifest_names(kind: str) -> list[str]:
     """Names of all manifests of a kind: `imagery`, `labels` or `benchmarks`, sorted."""
     return sorted(path.stem for path in (manifests_dir() / kind).glob("*.yaml"))
+
+
+def shipped_configs(folder: str) -> dict[str, Path]:
+    """The configs that come along, `finetune`, `pretrain` or `region`, by name."""
+    return {path.stem: path for path in sorted((bundled_dir("configs") / folder).glob("*.yaml"))}
+
+
+def find_config(folder: str, name: str | Path) -> Path:
+    """A config file, or one that comes along, by its name alone.
+
+    Raises:
+        InputError: a name that none has.
+    """
+    path, known = Path(name), shipped_configs(folder)
+    if path.exists() or path.suffix or path.parent != Path():
+        return path
+    check_known(str(name), list(known), "config", "a file or ")
+    return known[str(name)]
 
 
 def load_manifest(schema: type[N], kind: str, name: str, what: str, besides: str = "") -> N:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -90,6 +90,12 @@ class ChosenChips:
             "val_ids": sorted({row.pair for row in self.val.rows}),
             "val_seen": self.val_seen,
         }
+
+    @property
+    def licence(self) -> str:
+        """Of the training data, as the manifest told it; 'not stated' where it is silent on some of it."""
+        found = {row.licence for row in self.train.rows}
+        return "not stated" if "" in found else "; ".join(sorted(found))
 
 
 def choose_chips(settings: DataSettings, gsd_m: float | None) -> ChosenChips:
@@ -262,7 +268,19 @@ class ChipDataset(BatchStream[Sample]):
             samples.append(make_crop(self.draw_chip(rng), self.crop_px, rng, self.augment))
             if not self.with_shots:
                 samples[-1].shots[:, 3] = 0
-        return Sample(*(torch.stack(parts) for parts in zip(*samples, strict=True)))
+        return _batch_of(samples)
+
+
+def _batch_of(samples: Sequence[Sample]) -> Sample:
+    return Sample(*(torch.stack(parts) for parts in zip(*samples, strict=True)))
+
+
+def as_dict(sample: Sample) -> dict[str, torch.Tensor]:
+    """A batch in torchgeo's words: `image` (B, 3, S, S) in 0..1; `mask` (B, 1, S, S), canopy height in metres
+    on the image's pixels, NaN where unknown; `weight` (B, 1, S, S), 0 there."""
+    target = torch.where(sample.weight > 0, sample.target, torch.nan)
+    mask, weight = (x.repeat_interleave(2, -1).repeat_interleave(2, -2) for x in (target, sample.weight))
+    return {"image": sample.rgb, "mask": mask, "weight": weight}
 
 
 class StreamDataModule(pl.LightningDataModule):
@@ -272,22 +290,25 @@ class StreamDataModule(pl.LightningDataModule):
     DataError.
     """
 
+    collate: Callable[[Any], Any] | None = None
+
     def __init__(self, stream: BatchStream[Any], workers: int = 0) -> None:
         super().__init__()
         self.stream, self.workers = stream, workers
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
-        assert trainer is not None  # Lightning sets it before it asks
-        self.stream.rank, self.stream.world = trainer.global_rank, trainer.world_size
-        self.stream.first = trainer.global_step
+        if trainer is not None:
+            self.stream.rank, self.stream.world = trainer.global_rank, trainer.world_size
+            self.stream.first = trainer.global_step
         return DataLoader(
             self.stream,
             batch_size=None,
+            collate_fn=self.collate,
             num_workers=self.workers,
             # A forked child would inherit torch's threads in whatever state they are.
             multiprocessing_context="spawn" if self.workers else None,
-            pin_memory=trainer.strategy.root_device.type == "cuda",
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -304,20 +325,66 @@ class StreamDataModule(pl.LightningDataModule):
 
 
 class ChipDataModule(StreamDataModule):
-    """Training crops, and the numbers of the whole chips `val` to validate on, at most `val_chips`."""
+    """Chips of `canopy data chips` for any Lightning model, this project's or your own.
+
+    Training batches never end (see the module), so give the trainer `max_steps`; without a trainer they can
+    be drawn from `train_dataloader()` as well.
+
+    Args:
+        chips: a folder, several, or all of `DataSettings`: which chips, how often each.
+        batch, crop_px: crops of a batch, and their side, even.
+        augment: None for plain crops.
+        gsd_m: ground metres per pixel that all chips must have; None takes any, but one for all.
+        sample: "height": batches of `augment.Sample`, validation on whole chips by their number in `val`, as
+            `canopy train` wants it; "dict": see `as_dict`, validation on one crop of each val chip.
+        with_shots: give the GEDI shots their weight.
+
+    Attributes:
+        chosen: the chips of both splits; val: those to validate on, at most `val_chips`.
+
+    Raises:
+        DataError: no such chips, chips of another scale, or none to train on.
+    """
 
     def __init__(
-        self, stream: ChipDataset, chosen: ChosenChips, val_chips: int | None, workers: int = 0
+        self,
+        chips: str | Path | Sequence[str | Path] | DataSettings,
+        *,
+        batch: int = 8,
+        crop_px: int = 256,
+        augment: AugmentSettings | None = None,
+        gsd_m: float | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        sample: Literal["height", "dict"] = "dict",
+        with_shots: bool = True,
     ) -> None:
+        settings = chips if isinstance(chips, DataSettings) else DataSettings(chips=chips)  # type: ignore[arg-type]
+        self.chosen = choose_chips(settings, gsd_m)
+        train, rows = self.chosen.train, self.chosen.val.rows
+        weights = chances(train.rows, settings)
+        stream = ChipDataset(
+            train, batch, crop_px, augment, seed=seed, chances=weights, with_shots=with_shots
+        )
         super().__init__(stream, workers)
-        self.chosen, rows = chosen, chosen.val.rows
-        self.val = chosen.val.subset([rows[i] for i in evenly(len(rows), val_chips)])
+        self.val = self.chosen.val.subset([rows[i] for i in evenly(len(rows), settings.val_chips)])
+        self.sample = sample
+        if sample == "dict":
+            self.collate = as_dict
 
-    def val_dataloader(self) -> DataLoader[int] | list[Any]:
-        """Numbers of chips in `val`, each once over all processes; -1 where a process has none left."""
-        trainer, count = self.trainer, len(self.val)
-        if trainer is None or not count:
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Numbers of chips in `val`, each once over all processes, -1 where one has none left; or crops."""
+        count = len(self.val)
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if not count:
             return []
-        world = trainer.world_size
-        mine = range(trainer.global_rank, -(-count // world) * world, world)
-        return DataLoader([i if i < count else -1 for i in mine], batch_size=None)  # type: ignore[arg-type]
+        mine = [i if i < count else -1 for i in range(rank, -(-count // world) * world, world)]
+        if self.sample == "height":
+            return DataLoader(mine, batch_size=None)  # type: ignore[arg-type]
+        numbers = [i for i in mine if i >= 0]
+        return DataLoader(numbers, batch_size=self.stream.batch, collate_fn=self._crops)  # type: ignore[arg-type]
+
+    def _crops(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        side = self.stream.crop_px  # type: ignore[attr-defined]
+        crops = (make_crop(self.val[i], side, np.random.default_rng((0, i)), None) for i in numbers)
+        return as_dict(_batch_of(list(crops)))

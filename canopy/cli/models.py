@@ -117,11 +117,30 @@ def quantize(
 
 
 @app.command("list")
-def list_models(json_: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+def list_models(
+    encoders: Annotated[
+        bool, typer.Option("--encoders", help="Encoders that model.encoder.init of a training takes.")
+    ] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """Models by the names that --model takes: embedded ones, and published ones that are downloaded.
 
     Example: canopy models list
     """
+    if encoders:
+        from canopy.models.pretrained import listed_encoders
+
+        setup_logging(quiet, verbose)
+        found = listed_encoders()
+        if json_:
+            print_json({"encoders": found})
+            return
+        for row in found:
+            typer.echo(f"{row['name']:38} {row['licence']:15} {row['source']}")
+        typer.echo("Any other plain ViT, DINOv2, DINOv3 or network with maps at 1/2 to 1/32 of timm's, too.")
+        return
     from canopy.models.checkpoint import describe
     from canopy.models.registry import EMBEDDED, published_models, resolve_model
 
@@ -188,6 +207,8 @@ def info(
         "commercial": facts["commercial_use"],
         "trained": f"{card.get('date', 'date not stated')}, {card.get('minutes', '?')} minutes",
     }
+    if started := card.get("started_from"):
+        lines["began from"] = ", ".join(str(value) for value in started.values())
     for key, value in lines.items():
         typer.echo(f"{key:11} {value}")
     for split in ("val", "test"):

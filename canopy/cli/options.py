@@ -127,7 +127,9 @@ def _typed_as(annotation: Any) -> Any:
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and say what would be done; stop there.")]
 
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What differs from the defaults.")]
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="What differs from the defaults: a YAML file, or its name.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override: steps=500 data.chips=DIR.")
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,10 +20,25 @@ from canopy.cli.options import (
     settings_of,
 )
 from canopy.cli.options import RunResume as Resume
+from canopy.config import find_config, shipped_configs
 from canopy.files import check_output
 
 if TYPE_CHECKING:
     from canopy.training.settings import FinetuneSettings, PretrainSettings
+
+
+def _list(ctx: typer.Context, wanted: bool) -> None:
+    if not wanted:
+        return
+    for name, path in shipped_configs("pretrain" if ctx.info_name == "pretrain" else "finetune").items():
+        said = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+        typer.echo(f"{name:22} {' '.join(said).partition('. ')[0]}")
+    raise typer.Exit
+
+
+ListConfigs = Annotated[
+    bool, typer.Option("--list", callback=_list, is_eager=True, help="Name the configs that come along.")
+]
 
 
 def train(
@@ -32,6 +47,7 @@ def train(
     run_dir: RunDir = Path("run"),
     resume: Resume = False,
     fast_dev_run: FastDevRun = False,
+    list_: ListConfigs = False,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -42,10 +58,13 @@ def train(
     and, at the end, model.safetensors, which every --model takes. One line is said per validation. An
     interrupted run goes on with --resume; a finished one goes on when steps or minutes are raised.
 
-    Example: canopy train configs/finetune/small.yaml data.chips=chips minutes=30 -o runs/first
+    CONFIG is a file, or the name of one that comes along (--list): `tune` goes on from the default model.
+
+    Example: canopy train tune data.chips=chips minutes=30 -o runs/first
     """
     from canopy.training.settings import FinetuneSettings
 
+    config = find_config("finetune", config)
     settings = settings_of(FinetuneSettings, config, overrides, quiet, verbose)
     _run(settings, config, run_dir, resume, fast_dev_run, json_, quiet)
 
@@ -56,6 +75,7 @@ def pretrain(
     run_dir: RunDir = Path("run"),
     resume: Resume = False,
     fast_dev_run: FastDevRun = False,
+    list_: ListConfigs = False,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -67,10 +87,11 @@ def pretrain(
     canopy train starts with init_from=. An interrupted run goes on with --resume; a finished one goes on when
     steps or minutes are raised.
 
-    Example: canopy pretrain configs/pretrain/small.yaml data.chips=chips minutes=30 -o runs/encoder
+    Example: canopy pretrain cpu-small data.chips=chips minutes=30 -o runs/encoder
     """
     from canopy.training.settings import PretrainSettings
 
+    config = find_config("pretrain", config)
     settings = settings_of(PretrainSettings, config, overrides, quiet, verbose)
     _run(settings, config, run_dir, resume, fast_dev_run, json_, quiet)
 

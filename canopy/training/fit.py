@@ -21,20 +21,11 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from canopy.chips.data import (
-    ChipDataModule,
-    ChipDataset,
-    StreamDataModule,
-    chances,
-    choose_chips,
-    site_weights,
-    some_heights,
-)
+from canopy.chips.data import ChipDataModule, StreamDataModule, site_weights, some_heights
 from canopy.chips.store import ChipShards
 from canopy.files import replacing
 from canopy.models.checkpoint import load_strict, save_checkpoint
 from canopy.models.height import HeightModel
-from canopy.models.registry import resolve_model
 from canopy.runtime import Progress, log, pick_device
 from canopy.training.callbacks import AveragedWeights, NanGuard, Probe, Schedule, open_probe
 from canopy.training.height import VAL_MAE, HeightModule, plain, score_chips
@@ -42,19 +33,10 @@ from canopy.training.optim import TrainingModule, first_process
 from canopy.training.settings import FinetuneSettings, PretrainSettings
 from canopy.training.ssl import DinoModule, MaeModule, PretrainModule
 from canopy.training.ssl_data import ViewStream
-from canopy.training.start import (
-    LAST,
-    describe_start,
-    expect_heights,
-    held,
-    read_weights,
-    start_from,
-    without_folders,
-)
+from canopy.training.start import LAST, begin_from, expect_heights, held, read_weights, without_folders
 
 MODEL, ENCODER = "model.safetensors", "encoder.safetensors"
 FORMAT, FORMAT_VERSION = "canopy-encoder", "1"
-_WEIGHTS = (".safetensors", ".ckpt")
 Settings = FinetuneSettings | PretrainSettings
 
 
@@ -97,16 +79,18 @@ def finetune(
         brief = _BRIEF | data | {"validate_every": 1, "workers": 0}
         with TemporaryDirectory() as folder:
             return finetune(settings.model_copy(update=brief), Path(folder), command=command)
-    device, start = pick_device(settings.device), _start(settings.init_from)
-    chosen = choose_chips(settings.data, settings.architecture.gsd_m)
-    dataset = ChipDataset(
-        chosen.train, settings.batch, settings.crop_px, settings.augment, seed=settings.seed,
-        chances=chances(chosen.train.rows, settings.data), with_shots=settings.loss.footprint != 0,
+    device = pick_device(settings.device)
+    settings, start = begin_from(settings)
+    data_module = ChipDataModule(
+        settings.data, batch=settings.batch, crop_px=settings.crop_px, augment=settings.augment,
+        gsd_m=settings.architecture.gsd_m, seed=settings.seed, workers=settings.workers, sample="height",
+        with_shots=settings.loss.footprint != 0,
     )  # fmt: skip
-    data_module = ChipDataModule(dataset, chosen, settings.data.val_chips, settings.workers)
+    chosen = data_module.chosen
     with held(run_dir, settings, resume):
         _begin(settings)
-        if first_process() and not len(chosen.val):
+        validates = bool(len(chosen.val))
+        if first_process() and not validates:
             log.warning(
                 "note: no val chips: nothing is scored, and the last weights are exported as they are"
             )
@@ -115,8 +99,7 @@ def finetune(
             if settings.loss.expect_heights:
                 expect_heights(model, torch.from_numpy(some_heights(chosen.train)))
             if start is not None:
-                start_from(model, start, settings.init_part)
-        validates = bool(len(chosen.val))
+                start.load_into(model)
         schedule = Schedule(settings.steps, settings.minutes, progress, settings.name)
         best = _keeper(run_dir, "best-{step:07d}", monitor=VAL_MAE)
         callbacks: list[pl.Callback] = [schedule, NanGuard(), AveragedWeights(settings.ema_final)]
@@ -131,18 +114,13 @@ def finetune(
         trainer = _trainer(settings, run_dir, device, callbacks, **more)
         _fit(trainer, HeightModule(model, settings), data_module, run_dir, resume)
         card = _card(settings, trainer, schedule, command) | {"data": chosen.facts()}
+        card["licence"] = settings.licence or chosen.licence
         if start is not None:
-            card["started_from"] = describe_start(start)
+            card["started_from"] = start.facts
         if trainer.is_global_zero:
             kept = Path(best.best_model_path) if best.best_model_path else None
             _export_model(settings, run_dir, kept, data_module, device, card)
     return card
-
-
-def _start(name: str | None) -> Path | None:
-    """The file that `init_from` names: a file of weights, or a model's name."""
-    path = Path(name or "")
-    return None if name is None else path if path.suffix in _WEIGHTS else resolve_model(name)
 
 
 def _export_model(
@@ -189,10 +167,14 @@ def pretrain(
         with TemporaryDirectory() as folder:
             return pretrain(settings.model_copy(update=brief), Path(folder), command=command)
     device = pick_device(settings.device)
+    settings, start = begin_from(settings)
     stream, probe = view_stream(settings), _probe(settings)  # before anything is written
     with held(run_dir, settings, resume):
         _begin(settings)
         module: PretrainModule = (MaeModule if settings.objective == "mae" else DinoModule)(settings, stream)
+        if start is not None and start.encoder is not None and not resume:
+            for encoder in module.encoders():
+                start.encoder.load_into(encoder)
         schedule = Schedule(settings.steps, settings.minutes, progress, settings.name)
         callbacks: list[pl.Callback] = [schedule, NanGuard(), *([probe] if probe else [])]
         callbacks.append(_keeper(run_dir, Path(LAST).stem, settings.checkpoint_every))
@@ -206,7 +188,10 @@ def pretrain(
             "images_seen": trainer.global_step * settings.images * trainer.world_size,
             "data": {"chips": len(stream.shards), "sha256": stream.shards.fingerprint},
             "probe": probe.scores if probe and probe.at == trainer.global_step else {},
+            "licence": settings.licence or "not stated",
         }
+        if start is not None:
+            card["started_from"] = start.facts
         if trainer.is_global_zero:
             _export_encoder(module, run_dir / ENCODER, card)
     return card
@@ -279,7 +264,7 @@ def _trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=[device.index] if device.index is not None else settings.devices,
         num_nodes=settings.nodes,
-        strategy="ddp" if several else "auto",
+        strategy=settings.strategy,
         sync_batchnorm=several and device.type == "cuda",
         precision=settings.precision,
         max_steps=settings.steps,
@@ -320,6 +305,8 @@ def _fit(
     with warnings.catch_warnings():
         # Batches are made whole by the stream; Lightning's advice about loaders does not apply.
         warnings.filterwarnings("ignore", module="pytorch_lightning")
+        if not resume and isinstance(data, ChipDataModule) and len(data.val):
+            trainer.validate(module, datamodule=data, verbose=False)  # what the run begins with
         trainer.fit(module, datamodule=data, ckpt_path=run_dir / LAST if resume else None, weights_only=True)
         trainer.save_checkpoint(run_dir / LAST)
 
@@ -334,7 +321,6 @@ def _card(settings: Settings, trainer: pl.Trainer, schedule: Schedule, command: 
         facts["init_from"] = Path(settings.init_from).name
     return {
         "name": settings.name,
-        "licence": settings.licence,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": without_folders(command),
         "settings": facts,

@@ -21,11 +21,11 @@ from canopy.runtime import log
 from canopy.training import losses
 from canopy.training.optim import (
     TrainingModule,
-    from_all,
     layer_factor,
     learning_rate,
     mean_of_processes,
     parameter_groups,
+    sum_of_processes,
 )
 from canopy.training.settings import FinetuneSettings, weight_at
 
@@ -58,7 +58,6 @@ class HeightModule(TrainingModule):
     def __init__(self, model: HeightModel, settings: FinetuneSettings) -> None:
         super().__init__(settings.seed)
         self.model, self.settings = model, settings
-        self._scored: list[tuple[int, ChipRow, np.ndarray]] = []
         model.train()
         if settings.freeze_encoder:
             model.encoder.requires_grad_(False).eval()
@@ -133,18 +132,20 @@ class HeightModule(TrainingModule):
         return weights
 
     # ---- validation: whole chips, by number --------------------------------------------------------------
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(len(self._data.val), len(metrics.FIELDS), dtype=torch.float64)
+
     def validation_step(self, number: int, batch_idx: int) -> None:
         number = int(number)
         if number >= 0:  # below: another process has the last of them
             chip = self._data.val[number]
             heights = heights_of(self.model, chip, self.settings.crop_px, 0)
-            self._scored.append((number, chip.row, chip_sums(heights, chip)))
+            self._sums[number] = torch.from_numpy(chip_sums(heights, chip))
 
     def on_validation_epoch_end(self) -> None:
-        # Added in order, so that any number of processes gives the same bits.
-        every = sorted(from_all(self._scored), key=lambda found: found[0])
-        self._scored = []
-        table = table_of((row, sums) for _, row, sums in every)
+        # Each chip has a row of its own: any number of processes gives the same bits.
+        sums = sum_of_processes(self._sums, self.device).numpy()
+        table = table_of(zip(self._data.val.rows, sums, strict=True))
         best = headline(table)
         for site, row in table.items():
             self.log_dict({f"val/{site}/{k}": v for k, v in row.items() if k in _OF_SITES})
@@ -167,7 +168,7 @@ def score_chips(
 ) -> Table:
     """Table of site -> scores at 1 m; see `table_of`."""
     side = crop_px or model.config.crop_px
-    return table_of((c.row, chip_sums(heights_of(model, c, side, overlap_px), c)) for c in chips)
+    return score(chips, lambda chip: heights_of(model, chip, side, overlap_px))
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from canopy.errors import ConfigError
 
-T = TypeVar("T")
 SHAPES = ("linear", "cosine")
 _LEAST_WARMUP = 1e-3  # of the peak: a first step at rate 0 would be thrown away
 _TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
@@ -122,13 +121,18 @@ def distributed() -> bool:
 
 
 @torch.no_grad()
-def mean_of_processes(x: Tensor) -> Tensor:
-    """The mean of `x` over all processes, without gradient; `x` itself where there is only one."""
+def sum_of_processes(x: Tensor, device: torch.device) -> Tensor:
+    """The sum of `x` over all processes, without gradient, where `x` is; they talk by `device`."""
     if not distributed():
         return x
-    x = x.detach().clone()
-    dist.all_reduce(x)
-    return x / dist.get_world_size()
+    total = x.detach().clone().to(device)
+    dist.all_reduce(total)
+    return total.to(x.device)
+
+
+def mean_of_processes(x: Tensor) -> Tensor:
+    """The mean of `x` over all processes, without gradient; `x` itself where there is only one."""
+    return sum_of_processes(x, x.device) / dist.get_world_size() if distributed() else x
 
 
 @torch.no_grad()
@@ -139,15 +143,6 @@ def largest_of_processes(value: float, device: torch.device) -> float:
     largest = torch.tensor(value, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
-
-
-def from_all(mine: list[T]) -> list[T]:
-    """The lists of all processes, joined in their order."""
-    parts: list[list[T]] = [mine]
-    if distributed():
-        parts = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, mine)
-    return [x for part in parts for x in part]
 
 
 class TrainingModule(pl.LightningModule):

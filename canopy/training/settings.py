@@ -24,11 +24,13 @@ class RunSettings(Settings):
         minutes, steps: bound the run in time and in work; the first to come ends it. With minutes None all
             schedules follow the steps alone, and a run is repeatable to the bit.
         threads: of torch, in each process.
-        devices, nodes: processes on each machine, and machines, by DDP. Batches are per process.
+        devices, nodes: processes on each machine, and machines. Batches are per process.
+        strategy: how Lightning spreads the work: auto, ddp, fsdp, or any other name that it knows.
         compile: torch.compile the transformer blocks; costs minutes at the start.
         tensorboard: log there too, where it is installed.
-        model: what differs from `ModelConfig`'s defaults.
-        licence: of the weights, for the card; whose they are only you can say.
+        model: what differs from `ModelConfig`'s defaults, or from the model in `init_from`. `encoder.init` is
+            an encoder that others pretrained (`models.pretrained.open_encoder`), which says how it is built.
+        licence: of the weights, for the card; None: what the training data's manifest says.
     """
 
     name: str = "canopy"
@@ -40,16 +42,17 @@ class RunSettings(Settings):
     threads: int = Field(default=1, ge=1)
     devices: int = Field(default=1, ge=1)
     nodes: int = Field(default=1, ge=1)
+    strategy: str = "auto"
     compile: bool = False
     tensorboard: bool = True
     log_every: int = Field(default=25, ge=1)
     model: dict[str, Any] = Field(default_factory=dict)
-    licence: str = "not stated"
+    licence: str | None = None
 
     @field_validator("model")
     @classmethod
     def _known_model(cls, value: dict[str, Any]) -> dict[str, Any]:
-        ModelConfig.from_dict(value)  # raises on unknown keys
+        _without_init(value)  # raises on unknown keys
         return value
 
     @model_validator(mode="after")
@@ -66,7 +69,20 @@ class RunSettings(Settings):
     @property
     def architecture(self) -> ModelConfig:
         """The model's config with its defaults."""
-        return ModelConfig.from_dict(self.model)
+        return _without_init(self.model)
+
+    @property
+    def encoder_init(self) -> str | None:
+        """`model.encoder.init`."""
+        encoder = self.model.get("encoder")
+        return encoder.get("init") if isinstance(encoder, dict) else None
+
+
+def _without_init(model: dict[str, Any]) -> ModelConfig:
+    """The config of `model`, in which `encoder.init` is no part of the network."""
+    encoder = model.get("encoder", {})
+    inside = {k: v for k, v in encoder.items() if k != "init"} if isinstance(encoder, dict) else encoder
+    return ModelConfig.from_dict({**model, "encoder": inside})
 
 
 class Ramp(Settings):
@@ -135,8 +151,8 @@ class FinetuneSettings(RunSettings):
 
     Attributes:
         workers: processes that make batches ahead; what they make does not depend on it.
-        init_from: encoder.safetensors of a pretraining, a model's name or file, or a last.ckpt.
-        init_part: of that file; auto is whatever the file is made for.
+        init_from: a model's name or file, whose description then holds where `model` says nothing else;
+            encoder.safetensors of a pretraining; or a last.ckpt.
         layer_decay: each transformer block learns this much slower than the next.
         patience: validations without a better MAE before the run stops; 0 = never.
         export: the best weights by val MAE, or the last; always the last where val was trained on.
@@ -152,7 +168,6 @@ class FinetuneSettings(RunSettings):
     ema_final: float = Field(default=0.998, ge=0, lt=1)
     workers: int = Field(default=0, ge=0)
     init_from: str | None = None
-    init_part: Literal["auto", "encoder"] = "auto"
     freeze_encoder: bool = False
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     validate_every: int = Field(default=250, ge=1)
@@ -166,8 +181,8 @@ class FinetuneSettings(RunSettings):
     def _consistent(self) -> FinetuneSettings:
         if self.data.include_val and self.patience:
             raise ValueError("val chips that are trained on can choose nothing: no patience")
-        if self.init_part != "auto" and self.init_from is None:
-            raise ValueError("init_part needs init_from")
+        if self.encoder_init and self.init_from:
+            raise ValueError("init_from and model.encoder.init both bring an encoder: give one")
         if self.layer_decay < 1 and self.architecture.encoder.family == "cnn":
             raise ValueError("layer_decay is for transformers")
         return self
@@ -272,6 +287,8 @@ class PretrainSettings(RunSettings):
             raise ValueError("only transformers can be pretrained (model.encoder.family vit or rope)")
         if self.views.globals < 2 and self.objective == "dinov2":
             raise ValueError("views.globals: DINOv2 compares at least two")
+        if self.encoder_init and "patch" not in self.model["encoder"]:
+            return self  # the encoder says it when it is opened
         patch, rules = self.architecture.patch_px, self.rules
         for side in (rules.global_px, rules.local_px if rules.locals else patch):
             if side % patch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import update_bn
 
 from canopy.models.config import ModelConfig
 from canopy.models.encoder import Encoder, Tokens
@@ -70,6 +71,10 @@ class PretrainModule(TrainingModule):
     @abstractmethod
     def useful_encoder(self) -> Encoder:
         """The encoder as it would be exported now, in eval mode."""
+
+    @abstractmethod
+    def encoders(self) -> Iterable[Encoder]:
+        """Every encoder that starts from `model.encoder.init`."""
 
     @abstractmethod
     def trained(self) -> Iterable[tuple[str, nn.Parameter]]:
@@ -220,6 +225,9 @@ class DinoModule(PretrainModule):
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
+    def encoders(self) -> Iterable[Encoder]:
+        return self.student.encoder, self.teacher.encoder
+
     def trained(self) -> Iterable[tuple[str, nn.Parameter]]:
         yield from self.student.named_parameters()
         yield "mask_token", self.mask_token
@@ -290,6 +298,9 @@ class MaeModule(PretrainModule):
         self.norm = nn.Identity() if e.norm_taps else nn.LayerNorm(e.dim)
         self.decoder = PixelDecoder(e.dim, m.width, m.depth, m.heads, e.patch**2 * len(self.config.bands))
 
+    def encoders(self) -> Iterable[Encoder]:
+        return (self.encoder,)
+
     def trained(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self.named_parameters()
 
@@ -300,7 +311,7 @@ class MaeModule(PretrainModule):
         m, x = self.settings.mae, self.normalised(rgb)
         keep, mask = random_masks(len(rgb), grid, m.mask, m.unit, rgb.device)
         if self.encoder.stem is not None:
-            measure_norms(self.encoder.stem, [x])
+            update_bn([x], self.encoder.stem)
             self.encoder.stem.eval()
         tokens = self.encoder.tokens(x, mask=mask, keep=keep)
         visible = self.norm(tokens.patches)
@@ -314,7 +325,7 @@ class MaeModule(PretrainModule):
         encoder.load_state_dict(self.encoder.state_dict())
         if encoder.stem is not None:
             wide = [self.stream.make(i).wide[:, 0].to(self.device) for i in range(_NORM_BATCHES)]
-            measure_norms(encoder.stem, [self.normalised(x) for x in wide])
+            update_bn([self.normalised(x) for x in wide], encoder.stem)
         return encoder.eval()
 
 
@@ -335,20 +346,3 @@ def random_masks(
     hidden = hidden.reshape(count, rows // unit, cols // unit)
     mask = hidden.repeat_interleave(unit, 1).repeat_interleave(unit, 2).flatten(1).to(device)
     return (~mask).nonzero()[:, 1].reshape(count, -1), mask
-
-
-@torch.no_grad()
-def measure_norms(module: nn.Module, images: Sequence[Tensor]) -> None:
-    """Set the running statistics of all batch norms to the mean over these batches of images."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
-    was_training = module.training
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean
-    module.train()
-    for image in images:
-        module(image)
-    module.train(was_training)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum

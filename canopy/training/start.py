@@ -1,44 +1,48 @@
-"""How a run begins: its folder is held, and weights come from an encoder, a model or an earlier run."""
+"""How a run begins: its folder is held, and weights come from a model, an encoder or an earlier run."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from pydantic import BaseModel
 from torch import Tensor
 
+from canopy.config import validate_settings
 from canopy.errors import CheckpointError, ConfigError
 from canopy.files import replacing, told_as_output
-from canopy.models.checkpoint import load_strict
+from canopy.models.checkpoint import BUFFERS, load_strict
 from canopy.models.height import HeightModel
+from canopy.models.pretrained import PretrainedEncoder, metadata_of, open_encoder
+from canopy.models.registry import resolve_model
 from canopy.runtime import log
 from canopy.training.optim import first_process
+from canopy.training.settings import FinetuneSettings, PretrainSettings
 
+S = TypeVar("S", FinetuneSettings, PretrainSettings)
 CONFIG, LAST, LOCK = "config.yaml", "last.ckpt", ".lock"
 # What a resumed run may change: how long, on what machine, how it is watched; the sides of views.
 FREE = {
-    "steps", "minutes", "threads", "device", "log_every", "compile", "tensorboard", "workers", "patience",
-    "checkpoint_every", "keep_every", "data.workers", "probe.every", "probe.labels", "probe.chips",
-    "views.global_px", "views.local_px",  # DINOv2 ends on larger views
+    "steps", "minutes", "threads", "device", "strategy", "log_every", "compile", "tensorboard", "workers",
+    "patience", "checkpoint_every", "keep_every", "data.workers", "probe.every", "probe.labels",
+    "probe.chips", "views.global_px", "views.local_px",  # DINOv2 ends on larger views
 }  # fmt: skip
 _FOLDERS = re.compile(r"(?<![^\s='\"])/(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
+_WEIGHTS = (".safetensors", ".ckpt")
 _ENCODER = "encoder."
 _MODEL = "model."  # a HeightModel's weights in a run's checkpoint
-_FIXED = ("mean", "std", "centres")  # buffers that the new run's own config decides
-# What a classifier has behind its features, in timm's names.
-_CLASSIFIER = ("classifier.", "head.", "fc.", "fc_norm.", "conv_head.", "bn2.", "norm.")
 
 
+# ---- the folder ---------------------------------------------------------------------------------------
 @contextmanager
-def held(folder: Path, settings: BaseModel, resume: bool) -> Iterator[None]:
+def held(folder: Path, settings: S, resume: bool) -> Iterator[None]:
     """Hold RUN_DIR `folder` (created) for a run that starts or goes on in it; its settings go to config.yaml.
 
     Of several processes of one run the first holds it for all.
@@ -78,7 +82,7 @@ def _check_place(folder: Path, resume: bool) -> None:
         )
 
 
-def _write_settings(path: Path, settings: BaseModel, resume: bool) -> None:
+def _write_settings(path: Path, settings: S, resume: bool) -> None:
     now = json.loads(settings.model_dump_json())
     if resume and path.is_file():
         before, after = _flat(yaml.safe_load(path.read_text())), _flat(now)
@@ -107,55 +111,104 @@ def without_folders(command: str) -> str:
     return _FOLDERS.sub("", command)
 
 
-# ---- weights ----------------------------------------------------------------------------------------
-def start_from(model: HeightModel, path: Path, part: str = "auto") -> None:
-    """Load weights into `model`, strictly: every tensor of the part fits, or nothing is loaded.
+# ---- weights ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Start:
+    """What a run begins from: an encoder, or all that `init_from` holds.
 
-    Args:
-        model: changed in place.
-        path: a safetensors file (a pretraining's `encoder.safetensors`, a model file, or a timm network in
-            its own names, with `timm`, `mean` and `std` in the metadata), or a run's checkpoint (its averaged
-            weights).
-        part: 'encoder', or 'auto': all that the file has, whole encoder or whole model.
+    Attributes:
+        facts: for the card of what comes out: file, licence, source, ...
+        encoder: of `model.encoder.init`.
+        tensors: of `init_from`, by a HeightModel's names; path, said: its file and metadata.
+    """
+
+    facts: dict[str, Any]
+    encoder: PretrainedEncoder | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    path: Path = Path()
+    said: Mapping[str, str] = field(default_factory=dict)
+
+    def load_into(self, model: HeightModel) -> None:
+        """Load the weights into `model`, strictly: every tensor fits, or nothing is loaded.
+
+        Raises:
+            CheckpointError: keys and shapes that differ (they are named), or another normalisation.
+        """
+        if self.encoder is not None:
+            self.encoder.load_into(model.encoder)
+        else:
+            _same_normalisation(model, self.said, self.path)
+            found = {k: v for k, v in self.tensors.items() if k not in BUFFERS}
+            if all(name.startswith(_ENCODER) for name in found):
+                inside = {k.removeprefix(_ENCODER): v for k, v in found.items()}
+                load_strict(model.encoder, inside, self.path)
+            else:
+                own = {k: v for k, v in model.state_dict().items() if k in BUFFERS}
+                load_strict(model, {**found, **own}, self.path)
+        log.info("weights of %s", self.facts["file"])
+
+
+def begin_from(settings: S) -> tuple[S, Start | None]:
+    """What a run of `settings` begins from, and the settings with the model's description that comes along.
+
+    A whole model that `init_from` names brings its own; what the settings say of `model` stands above it. An
+    encoder that `model.encoder.init` names brings its architecture and normalisation.
 
     Raises:
-        CheckpointError: no such file, damaged, or keys and shapes that differ (they are named).
+        CheckpointError, FetchError: no such weights, or damaged ones.
+        ConfigError: the settings contradict the encoder.
     """
-    tensors, said = read_weights(path), _header(path)
-    found = {k: v for k, v in tensors.items() if k not in _FIXED}
-    inside = {k.removeprefix(_ENCODER): v for k, v in found.items() if k.startswith(_ENCODER)}
-    if "timm" in said and not inside:
-        inside, found = _in_our_names(model, tensors), {}
-    if not inside:
+    name = settings.init_from if isinstance(settings, FinetuneSettings) else None
+    if settings.encoder_init is not None:
+        encoder = open_encoder(settings.encoder_init)
+        return _described(settings, _of_encoder(settings, encoder)), Start(encoder.facts, encoder)
+    if name is None:
+        return settings, None
+    path = Path(name) if Path(name).suffix in _WEIGHTS else resolve_model(name)
+    tensors, said = read_weights(path), metadata_of(path)
+    if not any(k.startswith(_ENCODER) for k in tensors):
         raise CheckpointError(
-            "holds no encoder", where=path, expected="tensors named encoder.*", remedy="name another file"
+            "holds no encoder", where=path, expected="tensors named encoder.*",
+            remedy="give it as model.encoder.init=" if "timm" in said else "name another file",
+        )  # fmt: skip
+    whole = json.loads(said.get("config", "{}"))
+    return _described(settings, whole), Start(_facts(path, said), None, tensors, path, said)
+
+
+def _described(settings: S, base: dict[str, Any]) -> S:
+    raw = settings.model_dump() | {"model": _merged(base, settings.model)}
+    return validate_settings(type(settings), raw, where="config")
+
+
+def _merged(base: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, what `above` has before what `base` has."""
+    both = {
+        k: _merged(base[k], v)
+        for k, v in above.items()
+        if isinstance(v, dict) and isinstance(base.get(k), dict)
+    }
+    return {**base, **above, **both}
+
+
+def _of_encoder(settings: S, found: PretrainedEncoder) -> dict[str, Any]:
+    """The model's description that an encoder brings; only its taps and stochastic depth can be chosen."""
+    theirs = found.config.model_dump(mode="json")
+    said = settings.model.get("encoder", {})
+    other = [k for k, v in said.items() if k not in ("init", "taps", "drop_path") and v != theirs.get(k)]
+    if other:
+        raise ConfigError(
+            f"model.encoder.init decides {', '.join(other)} itself",
+            where=f"model.encoder of {settings.name}",
+            remedy="leave these out, or take a config without them: canopy train outside",
         )
-    _same_normalisation(model, said, path)
-    if part == "encoder" or len(inside) >= len(found):
-        load_strict(model.encoder, inside, path)
-        log.info("encoder of %s: %d tensors", path.name, len(inside))
-    else:
-        own = {k: v for k, v in model.state_dict().items() if k in _FIXED}
-        load_strict(model, {**found, **own}, path)
-        log.info("%s: %d tensors", path.name, len(found))
+    return {"encoder": theirs, "mean": list(found.mean), "std": list(found.std)}
 
 
-def _in_our_names(model: HeightModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A timm network's weights as our encoder calls them, without the classifier that it does not have."""
-    ours = model.encoder.state_dict()
-    prefix = "net." if model.config.encoder.family == "cnn" else "vit."
-    named = {f"{prefix}{k}": v for k, v in tensors.items()}
-    return {k: v for k, v in named.items() if k in ours or not k.removeprefix(prefix).startswith(_CLASSIFIER)}
-
-
-def _same_normalisation(model: HeightModel, said: dict[str, str], path: Path) -> None:
+def _same_normalisation(model: HeightModel, said: Mapping[str, str], path: Path) -> None:
     """A pretrained encoder says what its images were normalised with: other constants would shift them."""
     for name in ("mean", "std"):
-        if name not in said:
-            continue
-        theirs, ours = said[name], list(getattr(model.config, name))
-        theirs = json.loads(theirs if theirs.startswith("[") else f"[{theirs}]")
-        if theirs != ours:
+        theirs, ours = json.loads(said.get(name, "null")), list(getattr(model.config, name))
+        if theirs not in (None, ours):
             raise CheckpointError(
                 f"was trained on images of {name} {theirs}, the model has {ours}",
                 where=path,
@@ -163,15 +216,13 @@ def _same_normalisation(model: HeightModel, said: dict[str, str], path: Path) ->
             )
 
 
-def _header(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file; a run's checkpoint has none."""
-    from safetensors import SafetensorError, safe_open
-
+def _facts(path: Path, said: Mapping[str, str]) -> dict[str, Any]:
+    """What a file says about itself, for the card of the model that starts from it."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
+        card = json.loads(said.get("card", "{}"))
+    except ValueError:
+        card = {}
+    return {"file": path.name} | {k: v for k, v in card.items() if isinstance(v, (str, int, float))}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -215,15 +266,3 @@ def expect_heights(model: HeightModel, heights_m: Tensor) -> None:
     share = (counts + 1e-3 * counts.sum()) / (1 + 1e-3 * config.bins) / counts.sum()
     last.bias.copy_(share.log() - share.log().mean())
     last.weight.mul_(0.1)  # or random scores would drown it
-
-
-def describe_start(path: Path) -> dict[str, object]:
-    """What a safetensors file says about itself, for the card of the model that starts from it."""
-    said = _header(path)
-    try:
-        card = json.loads(said.get("card", "{}"))
-    except ValueError:
-        card = {}
-    facts: dict[str, object] = {k: said[k] for k in ("timm", "licence", "source") if k in said}
-    facts |= {k: v for k, v in card.items() if isinstance(v, (str, int, float))}
-    return {"file": path.name, **facts}

@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+import torch
 
 from canopy.chips.data import DataSettings, chances, choose_chips, evenly, label_subset
 from canopy.chips.store import read_index, write_index
@@ -66,6 +68,57 @@ def test_whole_sites_are_left_out(shards):
         choose_chips(DataSettings(chips=shards, val_sites=["site"]), 0.5)
     with pytest.raises(DataError, match="no training chips"):
         choose_chips(DataSettings(chips=shards, val_sites=["site0", "site1"]), 0.5)
+
+
+def test_the_public_data_module_gives_torchgeos_words_to_any_model(shards, tmp_path):
+    import canopy
+
+    data = canopy.data.ChipDataModule(shards, batch=3, crop_px=32)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image"].shape == (3, 3, 32, 32) and batch["mask"].shape == batch["weight"].shape == (
+        3,
+        1,
+        32,
+        32,
+    )
+    assert (torch.isnan(batch["mask"]) == (batch["weight"] == 0)).all()
+    # Brightness is eight times the height (conftest); what is known lies on its own pixels.
+    known = (batch["weight"] > 0) & (batch["image"].amin(1, keepdim=True) > 1.5 / 255)
+    read = (batch["image"].mean(1, keepdim=True) * 255 / 8)[known]
+    assert known.sum() > 200 and torch.allclose(read, batch["mask"][known], atol=0.13)
+    again = canopy.data.ChipDataModule(shards, batch=3, crop_px=32)
+    assert torch.equal(next(iter(again.train_dataloader()))["image"], batch["image"])
+    (val,) = again.val_dataloader()
+    assert val["image"].shape == (2, 3, 32, 32)
+
+    class Linear(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Conv2d(3, 1, 1)
+
+        def training_step(self, batch, _):
+            error = (self.net(batch["image"]) - batch["mask"].nan_to_num()) * batch["weight"]
+            return error.abs().mean()
+
+        def validation_step(self, batch, _):
+            self.seen = batch["image"].shape
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    model = Linear()
+    trainer = pl.Trainer(
+        max_steps=2, val_check_interval=2, check_val_every_n_epoch=None, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data)
+    assert model.seen == (2, 3, 32, 32)
+
+
+def test_the_licence_is_the_datas(shards):
+    assert choose_chips(DataSettings(chips=shards), 0.5).licence == "not stated"
+    rewrite(shards, {f"c{i}": {"licence": "CC0" if i % 2 else "CC-BY-4.0"} for i in range(4)})
+    assert choose_chips(DataSettings(chips=shards), 0.5).licence == "CC-BY-4.0; CC0"
 
 
 def test_no_chips_no_run(make_folder, tmp_path):

@@ -16,13 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from canopy.config import load_settings
 from canopy.errors import CheckpointError, ConfigError
-from canopy.models.config import ModelConfig
 from canopy.models.height import HeightModel
 from canopy.models.registry import load_model
 from canopy.training.callbacks import TrainingError
 from canopy.training.fit import finetune
 from canopy.training.settings import FinetuneSettings
-from canopy.training.start import describe_start, held, start_from
+from canopy.training.start import begin_from, held
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -53,12 +52,12 @@ def test_a_run_leaves_its_settings_its_log_and_a_model(tiny_run, table):
     lines = table(tiny_run)
     train, val = [r for r in lines if r["loss"]], [r for r in lines if r["val_mae_m"]]
     assert [int(r["step"]) for r in train] == [1, 2, 3, 4, 5, 6]
-    assert [int(r["step"]) for r in val] == [2, 4, 6]
+    assert [int(r["step"]) for r in val] == [0, 2, 4, 6] and lines[0]["val_mae_m"]  # the start first
     assert all(math.isfinite(float(r["footprint"])) for r in train)  # also before its ramp begins
     assert yaml.safe_load((tiny_run / "config.yaml").read_text())["batch"] == 2
     step = int(card["exported"].split()[-1])
     maes = {int(r["step"]): float(r["val_mae_m"]) for r in val}
-    assert maes[step] == min(maes.values()) and (tiny_run / f"best-{step:07d}.ckpt").is_file()
+    assert maes[step] == min(maes[s] for s in (2, 4, 6)) and (tiny_run / f"best-{step:07d}.ckpt").is_file()
     assert card["val"]["all"]["mae_m"] == pytest.approx(maes[step], abs=0.02)  # fp16 weights
 
 
@@ -122,7 +121,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path, table):
     plain = ["model.encoder.stem=[]", "model.decoder.detail=false", "model.decoder.unit_norm=false"]
     plain += ["model.encoder.drop_path=0", "loss.ranked=0.1", "steps=4", "export=last"]
     finetune(settings(config, *plain, "batch=4"), tmp_path / "one")
-    words = [sys.executable, "-m", "canopy", "train", str(config), *plain, "devices=2", "-q"]
+    words = [sys.executable, "-m", "canopy", "train", str(config), *plain, "devices=2", "strategy=ddp", "-q"]
     for more in ([], ["steps=6", "--resume"]):
         done = subprocess.run(
             [*words, *more, "-o", str(tmp_path / "two")],
@@ -156,7 +155,7 @@ def test_bad_steps_are_left_out_and_the_third_stops_the_run(config, tmp_path, mo
 
 
 def test_early_stop_keeps_the_best(config, tmp_path, monkeypatch):
-    maes = iter([5.0, 4.0, 6.0, 6.0, 1.0])
+    maes = iter([9.0, 5.0, 4.0, 6.0, 6.0, 1.0])  # the first before the first step
 
     def scores(*args, **kwargs):
         return {"all": {"n": 1, "mae_m": next(maes), "r": 0.5, "bias_m": 0.0}}
@@ -196,50 +195,71 @@ def test_a_frozen_encoder_stays_what_it_was(config, tiny_run, tmp_path):
     assert any(not torch.equal(after[f"model.{k}"], tensors[k].float()) for k in decoder)
 
 
-def test_whole_models_and_parts_of_them_are_loaded_strictly(config, tiny_run, tmp_path):
+def start(model, path) -> None:
+    _, found = begin_from(FinetuneSettings(init_from=str(path), model=model.config.to_dict()))
+    found.load_into(model)
+
+
+def test_whole_models_and_encoders_are_loaded_strictly(config, tiny_run, tmp_path):
     tensors = load_file(tiny_run / "model.safetensors")
-    for name, part, whole in (("model.safetensors", "auto", True), ("last.ckpt", "encoder", False)):
+    key = "decoder.head.conv1.weight"
+    for name in ("model.safetensors", "last.ckpt"):
         model = HeightModel(settings(config).architecture)
-        start_from(model, tiny_run / name, part)
-        key = "decoder.head.conv1.weight"
-        assert torch.equal(model.state_dict()[key], tensors[key].float()) == whole
+        start(model, tiny_run / name)
+        assert torch.allclose(model.state_dict()[key], tensors[key].float(), atol=0.05)
     encoder = {k: v for k, v in tensors.items() if k.startswith("encoder.")}
     encoder["encoder.new"] = encoder.pop(next(iter(encoder)))
     save_file(encoder, tmp_path / "spoiled.safetensors")
+    save_file(encoder, tmp_path / "shifted.safetensors", metadata={"mean": "[0.1, 0.1, 0.1]"})
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
     for name, words in (
         ("spoiled.safetensors", r"2 differences.*missing.*unexpected new"),
+        ("shifted.safetensors", r"images of mean .*Set model\.mean"),
         ("other.safetensors", "holds no encoder"), ("junk.safetensors", "damaged"),
         ("junk.ckpt", "no checkpoint"), ("none.safetensors", "no such file"),
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match=words):
-            start_from(model, tmp_path / name)
+            start(model, tmp_path / name)
     with pytest.raises(CheckpointError, match="no model 'nobody'"):
         finetune(settings(config, "init_from=nobody"), tmp_path / "run")
 
 
-def test_encoders_in_timms_names(shared):
-    half = {"head": "half", "bins": 8, "bin_max": 4.0, "weights": "softmax"}
-    lite = {"family": "cnn", "network": "tf_efficientnet_lite2", "patch": 32}
-    vit = {"family": "vit", "dim": 384, "depth": 12, "heads": 6, "patch": 14, "pos_grid": 37}
-    vit |= {"taps": [5, 7, 8, 11], "norm_taps": True}
-    for file, encoder, mean, std in (
-        ("tf_efficientnet_lite2_imagenet", lite, [0.5] * 3, [0.5] * 3),
-        ("vit_small_patch14_dinov2_imgfocus", vit, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ):
-        path = shared / "data" / "encoders" / f"{file}.safetensors"
-        raw = {"encoder": encoder, "decoder": half, "mean": mean, "std": std}
-        model = HeightModel(ModelConfig.from_dict(raw))
-        start_from(model, path)
-        name = "conv_stem.weight" if encoder is lite else "blocks.3.attn.qkv.weight"
-        ours = model.encoder.state_dict()[("net." if encoder is lite else "vit.") + name]
-        assert torch.equal(ours, load_file(path)[name].float())
-        assert describe_start(path)["licence"] and describe_start(path)["timm"]
-        other = HeightModel(ModelConfig.from_dict(raw | {"mean": [0.1] * 3}))
-        with pytest.raises(CheckpointError, match=r"images of mean .*Set model\.mean"):
-            start_from(other, path)
+def test_a_model_that_training_goes_on_from_keeps_its_description(config, shards, tiny_run, tmp_path):
+    from canopy.models.checkpoint import save_checkpoint
+
+    first = load_model(tiny_run / "model.safetensors")
+    first.config = first.config.replaced(crop_px=96, overlap_px=40)
+    save_checkpoint(tmp_path / "first.safetensors", first, {"name": "first", "licence": "CC-BY-4.0"})
+    plain = FinetuneSettings(
+        data={"chips": shards}, init_from=str(tmp_path / "first.safetensors"), steps=1, minutes=None, batch=2,
+        crop_px=32, tensorboard=False, lr=1e-9, export="last",
+    )  # fmt: skip
+    card = finetune(plain, tmp_path / "run")
+    made = load_model(tmp_path / "run" / "model.safetensors")
+    assert made.config == first.config and made.config.crop_px == 96
+    assert card["licence"] == "not stated" and card["started_from"]["licence"] == "CC-BY-4.0"
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(first(x), made(x), atol=0.05)
+
+
+def test_an_encoder_of_others_brings_its_architecture(config, shared, tmp_path):
+    file = shared / "data" / "encoders" / "tf_efficientnet_lite2_imagenet.safetensors"
+    outside = FinetuneSettings(model={"encoder": {"init": str(file), "drop_path": 0.1}})
+    ready, found = begin_from(outside)
+    model = HeightModel(ready.architecture)
+    found.load_into(model)
+    name = "conv_stem.weight"
+    assert torch.equal(model.encoder.state_dict()["net." + name], load_file(file)[name].float())
+    assert ready.architecture.mean == (0.5,) * 3 and ready.architecture.encoder.drop_path == 0.1
+    assert found.facts["licence"] == "Apache-2.0" and found.facts["timm"] == "tf_efficientnet_lite2"
+    assert begin_from(ready)[0] == ready  # config.yaml can be taken back
+    with pytest.raises(ConfigError, match=r"init decides .*depth.* itself"):
+        begin_from(settings(config, f"model.encoder.init={file}"))
+    with pytest.raises(ConfigError, match="give one"):
+        settings(config, f"model.encoder.init={file}", "init_from=default")
 
 
 # ---- settings ------------------------------------------------------------------------------------------

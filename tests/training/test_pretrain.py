@@ -18,7 +18,7 @@ from canopy.training.callbacks import TrainingError
 from canopy.training.fit import pretrain, view_stream
 from canopy.training.optim import follow
 from canopy.training.settings import FinetuneSettings, PretrainSettings
-from canopy.training.ssl import DinoModule, MaeModule, PretrainModule, measure_norms, random_masks
+from canopy.training.ssl import DinoModule, MaeModule, PretrainModule, random_masks
 from canopy.training.ssl_data import Views
 
 STEPS = 9
@@ -194,15 +194,6 @@ def test_hidden_pixels_change_nothing_but_the_target(repo, views_dir):
     torch.manual_seed(1)
     module.terms(views._replace(wide=rgb.masked_fill(hidden, 0.9)[:, None]))
     assert torch.equal(once, module.looked_at[1])
-
-
-def test_norms_are_measured_on_whole_images():
-    norm = torch.nn.BatchNorm2d(2)
-    module = torch.nn.Sequential(norm).eval()
-    batches = [torch.randn(4, 2, 5, 5) * 3 + 1 for _ in range(6)]
-    measure_norms(module, batches)
-    assert torch.allclose(norm.running_mean, torch.cat(batches).mean((0, 2, 3)), atol=1e-5)
-    assert norm.momentum == 0.1 and not module.training
 
 
 # ---- settings ------------------------------------------------------------------------------------------
