@@ -22,13 +22,13 @@ import pyproj
 import shapely
 
 from canopy.chips.options import CutOptions, SplitOptions
-from canopy.chips.targets import sensor_floor
 from canopy.errors import DataError
 from canopy.files import check_name, file_sha256
 from canopy.geo.crs import METRES_PER_DEGREE, transformer, utm_crs
 from canopy.geo.grid import Grid
 from canopy.imagery.base import ImagerySource
 from canopy.imagery.open import open_imagery
+from canopy.labels.catalog import sensor_floor
 
 FORMAT = 3  # raise it when the same inputs would give other chips
 LABEL_FACTOR = 2  # image pixels to a label pixel, as the chips store and the models have it

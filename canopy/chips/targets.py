@@ -20,25 +20,7 @@ if TYPE_CHECKING:
 UNKNOWN_GAP_WEIGHT = 0.7  # as if about a year and three quarters lay between image and lidar
 _GAP_SCALE_YEARS = 5.0
 _LOWEST_M, _HIGHEST_M = -3.0, 120.0  # outside: an undeclared nodata value, a bird, a pylon
-# NEON's height models set everything below this to 0, by the lidar that flew (metres).
-SENSOR_FLOOR_M = {"gemini": 2.0, "riegl": 2 / 3, "galaxy": 2 / 3}
 FOOTPRINT_RADIUS_M = 12.5
-
-
-def sensor_floor(sensor: str | None) -> float:
-    """Height in metres below which a NEON height model is set to 0; 0 where no sensor is given.
-
-    Raises DataError for a sensor that is not known.
-    """
-    if not sensor:
-        return 0.0
-    words = sensor.lower()
-    for name, floor in SENSOR_FLOOR_M.items():
-        if name in words:
-            return floor
-    raise DataError(
-        f"sensor {sensor!r} is not known", expected=", ".join(SENSOR_FLOOR_M), remedy="give floor_m instead"
-    )
 
 
 def gap_weight(years: float | None) -> float:

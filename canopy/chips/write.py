@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,20 +172,12 @@ def write_folder(folder: Path, chips: Iterable[Chip], licence: str = "") -> list
     """Write chips, each with a unique id, as `canopy data chips` would have left them; the index's rows."""
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     rows: list[ChipRow] = []
-    waiting: dict[str, list[Chip]] = {}
-
-    def flush(split: str) -> None:
-        name = f"{SHARDS}/{split}-{len(list(folder.glob(f'{SHARDS}/{split}-*'))):04d}.safetensors"
-        members = [described(chip, shard=name, licence=licence) for chip in waiting.pop(split)]
+    every = iter(chips)
+    while members := list(islice(every, _PER_SHARD)):
+        name = f"{SHARDS}/{len(rows) // _PER_SHARD:04d}.safetensors"
+        members = [described(chip, shard=name, licence=licence or chip.row.licence) for chip in members]
         write_shard(folder / name, members)
-        rows.extend(chip.row for chip in members)
-
-    for chip in chips:
-        waiting.setdefault(chip.row.split, []).append(chip)
-        if len(waiting[chip.row.split]) == _PER_SHARD:
-            flush(chip.row.split)
-    for split in list(waiting):
-        flush(split)
+        rows += [chip.row for chip in members]
     write_index(folder, rows)
     return rows
 

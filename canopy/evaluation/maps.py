@@ -36,7 +36,6 @@ from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 
 from canopy import download
-from canopy.chips.targets import sensor_floor
 from canopy.errors import CanopyError, ImageryError, InputError
 from canopy.files import is_url, public_name
 from canopy.geo.crs import project, to_lonlat
@@ -44,6 +43,7 @@ from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
 from canopy.imagery.dates import acquisition_date, parse_day, parse_range
+from canopy.labels.catalog import sensor_floor
 
 NOT_A_HEIGHT = 255
 # Handles kept open while windows walk over a mosaic.

@@ -24,9 +24,9 @@ from pydantic import field_validator
 from scipy import stats
 
 from canopy import metrics
-from canopy.chips.targets import sensor_floor
 from canopy.config import Settings, option
 from canopy.errors import InputError
+from canopy.labels.catalog import sensor_floor
 from canopy.metrics import BIN_NAMES, COLUMN, HeightCounts, percent_of
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from shapely.geometry.base import BaseGeometry
 
 from canopy.config import Named, Settings, load_manifest, manifest_names
-from canopy.errors import ConfigError, InputError
+from canopy.errors import ConfigError, DataError, InputError
 from canopy.imagery.named import Coverage, coverage_geometry
 from canopy.runtime import manifests_dir
 
@@ -229,6 +229,26 @@ def neon_site(code: str) -> dict[str, Any]:
             expected="a four-letter code such as HARV",
         )
     return sites[code.upper()]
+
+
+# NEON's height models set everything below this to 0, by the lidar that flew (metres).
+SENSOR_FLOOR_M = {"gemini": 2.0, "riegl": 2 / 3, "galaxy": 2 / 3}
+
+
+def sensor_floor(sensor: str | None) -> float:
+    """Height in metres below which a NEON height model is set to 0; 0 where no sensor is given.
+
+    Raises DataError for a sensor that is not known.
+    """
+    if not sensor:
+        return 0.0
+    words = sensor.lower()
+    for name, floor in SENSOR_FLOOR_M.items():
+        if name in words:
+            return floor
+    raise DataError(
+        f"sensor {sensor!r} is not known", expected=", ".join(SENSOR_FLOOR_M), remedy="give floor_m instead"
+    )
 
 
 # ---- tiles ------------------------------------------------------------------------------------

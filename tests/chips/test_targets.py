@@ -7,10 +7,11 @@ import pytest
 import rasterio
 from affine import Affine
 
-from canopy.chips.targets import chm_target, gap_weight, pixel_weight, sensor_floor, shots_on
+from canopy.chips.targets import chm_target, gap_weight, pixel_weight, shots_on
 from canopy.errors import DataError, ImageryError
 from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid
+from canopy.labels.catalog import sensor_floor
 
 UTM, X, Y = "EPSG:32617", 400_000.0, 4_000_000.0
 
