@@ -231,6 +231,12 @@ class Probe(pl.Callback):
             "rank": effective_rank(torch.from_numpy(scored)),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores, "at": self.at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scores, self.at = dict(state_dict["scores"]), int(state_dict["at"])
+
 
 def open_probe(shards: ChipShards, patch: int, chips: int, every: int) -> Probe | None:
     """The probe over the splits train and val of chips, so many of each, spread evenly; None where they have
