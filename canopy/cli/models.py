@@ -208,7 +208,8 @@ def info(
         "trained": f"{card.get('date', 'date not stated')}, {card.get('minutes', '?')} minutes",
     }
     if started := card.get("started_from"):
-        lines["began from"] = ", ".join(str(value) for value in started.values())
+        told = (started.get(k) for k in ("name", "timm", "file", "licence", "source"))
+        lines["began from"] = ", ".join(str(value) for value in told if value)
     for key, value in lines.items():
         typer.echo(f"{key:11} {value}")
     for split in ("val", "test"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ LISTED = (
     "vit_base_patch16_dinov3.lvd1689m", "vit_large_patch16_dinov3.sat493m",
 )  # fmt: skip
 _OURS = "encoder."
+_TOLD = ("name", "objective", "licence", "source", "date")
 # What a classifier has behind its features, in timm's names.
 _CLASSIFIER = ("classifier.", "head.", "fc.", "fc_norm.", "conv_head.", "bn2.", "norm.", "mask_token")
 
@@ -92,11 +94,8 @@ def open_encoder(name: str) -> PretrainedEncoder:
     said = _said(path)
     if "encoder" in said or "config" in said:  # our own
         config = json.loads(said.get("config") or "{}") or {"encoder": json.loads(said["encoder"]), **said}
-        card = json.loads(said.get("card") or "{}")
-        facts = {"file": path.name} | {k: v for k, v in card.items() if isinstance(v, str | int | float)}
-        return PretrainedEncoder(
-            path, EncoderConfig(**config["encoder"]), config["mean"], config["std"], facts
-        )
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        return PretrainedEncoder(path, EncoderConfig(**config["encoder"]), mean, std, facts_of(path, said))
     if "timm" not in said:
         raise CheckpointError(
             "does not say which of timm's networks it is", where=name,
@@ -157,6 +156,15 @@ def metadata_of(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError):
         return {}
+
+
+def facts_of(path: Path, said: Mapping[str, str]) -> dict[str, Any]:
+    """What a file of canopy's own says of where it is from, for the card of what begins with it."""
+    try:
+        card = json.loads(said.get("card", "{}"))
+    except ValueError:
+        card = {}
+    return {"file": path.name} | {k: card[k] for k in _TOLD if card.get(k)}
 
 
 def _numbers(text: str) -> list[float]:

@@ -20,7 +20,7 @@ from canopy.errors import CheckpointError, ConfigError
 from canopy.files import replacing, told_as_output
 from canopy.models.checkpoint import BUFFERS, load_strict
 from canopy.models.height import HeightModel
-from canopy.models.pretrained import PretrainedEncoder, metadata_of, open_encoder
+from canopy.models.pretrained import PretrainedEncoder, facts_of, metadata_of, open_encoder
 from canopy.models.registry import resolve_model
 from canopy.runtime import log
 from canopy.training.optim import first_process
@@ -172,7 +172,7 @@ def begin_from(settings: S) -> tuple[S, Start | None]:
             remedy="give it as model.encoder.init=" if "timm" in said else "name another file",
         )  # fmt: skip
     whole = json.loads(said.get("config", "{}"))
-    return _described(settings, whole), Start(_facts(path, said), None, tensors, path, said)
+    return _described(settings, whole), Start(facts_of(path, said), None, tensors, path, said)
 
 
 def _described(settings: S, base: dict[str, Any]) -> S:
@@ -214,15 +214,6 @@ def _same_normalisation(model: HeightModel, said: Mapping[str, str], path: Path)
                 where=path,
                 remedy=f"set model.{name} to what the encoder knows",
             )
-
-
-def _facts(path: Path, said: Mapping[str, str]) -> dict[str, Any]:
-    """What a file says about itself, for the card of the model that starts from it."""
-    try:
-        card = json.loads(said.get("card", "{}"))
-    except ValueError:
-        card = {}
-    return {"file": path.name} | {k: v for k, v in card.items() if isinstance(v, (str, int, float))}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -46,13 +46,13 @@ def test_several_folders_are_one(synth, make_chip, tmp_path):
     chips = [make_chip("a", shots=[(10, 12, 21.5, 0.5)]), make_chip("b", split="val", site="t")]
     chips[0].chm_m[3:5] = np.nan
     rows = write_folder(tmp_path / "real", [*chips, make_chip("c", side_m=20)], "CC0")
-    assert [r.id for r in rows] == [r.id for r in read_index(tmp_path / "real")] == ["a", "c", "b"]
+    assert [r.id for r in rows] == [r.id for r in read_index(tmp_path / "real")] == ["a", "b", "c"]
     both = ChipShards([tmp_path / "real", synth])
-    assert [r.id for r in both.rows] == ["a", "c", "b", "synth_1000", "synth_1001"]
+    assert [r.id for r in both.rows] == ["a", "b", "c", "synth_1000", "synth_1001"]
     np.testing.assert_allclose(both[0].chm_m, chips[0].chm_m, atol=0.0051)
     assert both[0].weight[3:5].max() == 0 and np.array_equal(both[0].shots, chips[0].shots)
-    assert both[1].row.height_px == 40 and both[1].row.licence == "CC0"
-    assert np.array_equal(both[2].rgb, chips[1].rgb) and np.array_equal(both[3].rgb, ChipShards(synth)[0].rgb)
+    assert both[2].row.height_px == 40 and both[2].row.licence == "CC0"
+    assert np.array_equal(both[1].rgb, chips[1].rgb) and np.array_equal(both[3].rgb, ChipShards(synth)[0].rgb)
     again = pickle.loads(pickle.dumps(both))
     assert np.array_equal(again[4].rgb, both[4].rgb) and again.fingerprint == both.fingerprint
     assert both.fingerprint != ChipShards(synth).fingerprint
