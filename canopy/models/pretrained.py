@@ -180,17 +180,18 @@ def _config_of(name: str) -> EncoderConfig:
     """
     with torch.device("meta"):
         net: Any = timm.create_model(name, pretrained=False)
-    if not isinstance(net, VisionTransformer | Eva):
+    rotary, plain = (isinstance(net, kind) for kind in (Eva, VisionTransformer))
+    if not (rotary or plain):
         network = name.split(".")[0]
         return EncoderConfig(family="cnn", network=network, patch=CNN_PATCH_PX)
     block, depth = net.blocks[0], len(net.blocks)
-    rotary = isinstance(net, Eva)
     if not isinstance(block.mlp.act, nn.GELU) or (rotary and not isinstance(net.rope, RotaryEmbeddingDinoV3)):
         raise CheckpointError(
             "is a transformer of another kind", where=name, expected="a plain ViT, DINOv2's or DINOv3's"
         )
-    plain = isinstance(getattr(block, "ls1", nn.Identity()), nn.Identity)
-    scaled = not plain or isinstance(getattr(block, "gamma_1", None), nn.Parameter)
+    scaled = not isinstance(getattr(block, "ls1", nn.Identity()), nn.Identity) or isinstance(
+        getattr(block, "gamma_1", None), nn.Parameter
+    )
     own: dict[str, Any] = {"family": "rope", "rope_type": "dinov3"}
     if rotary:
         own |= {"rope_temperature": net.rope.temperature, "rope_rotate_half": net.rope.rotate_half}
