@@ -294,7 +294,13 @@ def _read_if_there(where: str) -> Mapping[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ImageryError(f"not readable as JSON ({error})", where=redact(where)) from None
+        template = "a WMS or ImageServer is given as a template, see docs/predict.md"
+        raise ImageryError(
+            f"not readable as JSON ({error})",
+            where=redact(where),
+            expected="STAC",
+            remedy=template if is_url(where) else None,
+        ) from None
     if not isinstance(value, dict):
         raise ImageryError("not a JSON object", where=redact(where), expected="a STAC catalog or item")
     return value

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rasterio.io import MemoryFile
 
-from canopy.errors import FetchError, InputError
+from canopy.errors import FetchError, ImageryError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.grid import Grid, quadkey_at
 from canopy.imagery.base import ReadOptions
@@ -161,6 +161,14 @@ def test_an_error_sent_with_status_200_is_told_in_one_line(server, body, kind, s
     with pytest.raises(FetchError, match=rf"sent an error in place of a picture: .*{said}") as caught:
         source.read(lattice_window(source))
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_the_bare_address_of_a_wms_is_answered_with_what_to_give(server):
+    server.put("/wms", "<?xml version='1.0'?><WMS_Capabilities/>", "text/xml")
+    with pytest.raises(
+        ImageryError, match=r"/wms: not readable as JSON.*WMS or ImageServer is given as a temp"
+    ):
+        open_imagery(server.url + "/wms", area=area())
 
 
 @pytest.fixture(autouse=True)

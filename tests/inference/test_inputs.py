@@ -29,6 +29,19 @@ from canopy.runtime import bundled_dir
 TARGET = (0.1, 0.7, 0.15, 0.65, 0.05, 0.55)
 
 
+def test_the_source_that_is_chosen_is_said_with_the_reason(caplog):
+    from canopy.inference.inputs import _best_for
+
+    caplog.set_level("INFO")
+    assert _best_for(AOI.from_bbox([37.85, -84.26], size_m=500)) == "naip"
+    assert "naip (NAIP aerial" in caplog.text and "public domain, leaf-on, 0.6 m; by licence" in caplog.text
+    assert "before kyfromabove" in caplog.text
+    assert _best_for(AOI.from_bbox([48.4, 2.7], size_m=500)) == "ign-ortho"
+    assert "the only one known here" in caplog.text
+    with pytest.raises(InputError, match="no named source covers the area"):
+        _best_for(AOI.from_bbox([0.0, -30.0], size_m=500))
+
+
 def _model(percentiles: tuple[float, ...] = TARGET) -> HeightModel:
     torch.manual_seed(0)
     encoder = EncoderConfig(dim=32, depth=4, heads=2, taps=(0, 1, 2, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -278,6 +279,22 @@ def test_more_images_than_one_mosaic_may_have_are_opened_by_tile(
     assert result.exit_code == 0 and any("more images" in note for note in result.notes)
     with rasterio.open(tmp_path / "run" / "mosaic") as run, rasterio.open(tmp_path / "whole/mosaic") as at:
         check_equal(run.read(), at.read())
+
+
+def test_a_tile_is_read_from_no_other_source_than_its_run(
+    options: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every tile opens its own images, a stand-in for a host that is down would be a patchwork."""
+    from canopy.region import plan
+
+    region = dataclasses.replace(plan.open_region(options()), by_tile=True)
+    tile = next(iter(region.tiling.tiles(region.aoi)))
+    assert region.source_of(tile).name == region.source.name
+    other = plan.open_source(region.options, 0.5, region.aoi)
+    other.name = "second"
+    monkeypatch.setattr(plan, "open_source", lambda *_: other)
+    with pytest.raises(FetchError, match="does not answer now"):
+        region.source_of(tile)
 
 
 def test_what_a_server_refuses_for_now_is_tried_again_later(
