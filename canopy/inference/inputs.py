@@ -85,7 +85,7 @@ def _best_for(area: AOI | None) -> str:
     facts = [best.licence, best.season or "season unknown", f"{best.gsd_m:g} m"]
     log.info(
         f"imagery: {best.name} ({best.title}): {', '.join(facts)}"
-        + (f"; by licence, leaves and pixel size before {others}" if others else "; the only one known here")
+        + (f"; by licence, leaves and pixel size before {others}" if others else "")
     )
     return best.name
 

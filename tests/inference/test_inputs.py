@@ -37,7 +37,7 @@ def test_the_source_that_is_chosen_is_said_with_the_reason(caplog):
     assert "naip (NAIP aerial" in caplog.text and "public domain, leaf-on, 0.6 m; by licence" in caplog.text
     assert "before kyfromabove" in caplog.text
     assert _best_for(AOI.from_bbox([48.4, 2.7], size_m=500)) == "ign-ortho"
-    assert "the only one known here" in caplog.text
+    assert "ign-ortho (IGN BD ORTHO" in caplog.text
     with pytest.raises(InputError, match="no named source covers the area"):
         _best_for(AOI.from_bbox([0.0, -30.0], size_m=500))
 
