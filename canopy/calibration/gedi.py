@@ -21,10 +21,13 @@ from scipy.interpolate import PchipInterpolator
 
 from canopy import __version__
 from canopy.errors import DataError
+from canopy.evaluation.grids import own_grid
+from canopy.evaluation.maps import HeightMap
+from canopy.evaluation.opening import open_heights
 from canopy.files import check_output, replacing, write_json
 from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.crs import METRES_PER_DEGREE
-from canopy.geo.grid import tiles_over
+from canopy.geo.grid import Grid, tiles_over
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_raster
 from canopy.labels.footprint import pool_over_disc
@@ -47,7 +50,6 @@ _GROUND_M = 2.0
 # No height changes by more than this share of itself, or this many metres where that is more.
 _CAP_SHARE, _CAP_M = 0.75, 1.0
 _REPLICATES, _FOLDS = 24, 5
-_HEIGHT_BANDS = ("canopy_height", "height_lower", "height_upper")
 _ERROR_BAND = "correction_se"
 _WINDOW_PX = 1024
 
@@ -83,7 +85,7 @@ class Footprints:
         return np.unique(cells, axis=0, return_inverse=True)[1].ravel()
 
 
-def read_footprints(map_path: str | Path, shots: pandas.DataFrame, rh: int = 98) -> Footprints:
+def read_footprints(heights: HeightMap, shots: pandas.DataFrame, rh: int = 98) -> Footprints:
     """The shots whose disc the map shows, with the map's percentile there.
 
     Raises DataError where the table lacks the height, or no shot lies on the map.
@@ -96,10 +98,15 @@ def read_footprints(map_path: str | Path, shots: pandas.DataFrame, rh: int = 98)
             remedy="give --rh one of them",
         )
     height = shots[column].to_numpy(np.float64)
-    mapped = pool_over_disc(map_path, shots, f"p{rh}").astype(np.float64)
+
+    def read(window: Grid) -> np.ndarray:
+        values, valid = heights.read(window)
+        return np.where(valid, values[0], np.nan)
+
+    mapped = pool_over_disc(read, shots, f"p{rh}", grid=own_grid(heights)).astype(np.float64)
     seen = np.isfinite(height) & np.isfinite(mapped)
     if not seen.any():
-        raise DataError(f"none of {len(shots)} shots lies on the map", where=map_path)
+        raise DataError(f"none of {len(shots)} shots lies on the map", where=heights.name)
     lon, lat = (shots[name].to_numpy(np.float64)[seen] for name in ("lon", "lat"))
     scale = METRES_PER_DEGREE * np.array([np.cos(np.deg2rad(lat.mean())), 1.0])
     xy = (np.column_stack([lon, lat]) - [lon.mean(), lat.mean()]) * scale
@@ -232,6 +239,7 @@ def correct_map(
     out: str | Path,
     *,
     rh: int = 98,
+    band: int | str | None = None,
     encoding: str = "float32",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -244,10 +252,11 @@ def correct_map(
     shots that it was not fitted on.
 
     Args:
-        map_path: a height GeoTIFF in metres, band 1.
+        map_path: a height GeoTIFF.
         shots_path: table of `canopy data gedi`, or any Parquet or CSV with shot_number, lat, lon and rh_NN.
         out: the GeoTIFF to write.
         rh: relative height to compare with the same percentile of the map's pixels in the disc.
+        band: number or name of the height's band, of a file with several.
         encoding: of the result, as for `canopy predict`.
 
     Returns:
@@ -260,58 +269,63 @@ def correct_map(
     names = [tif, tif.with_suffix(".gedi.json"), tif.with_suffix(".gedi.png")]
     check_output(names, [map_path, shots_path], overwrite=overwrite, suffixes=(".tif", ".tiff"))
     with open_raster(map_path) as dataset:
-        SourcePlace.of(dataset).grid()  # refuses rotated maps
-    shots = read_footprints(map_path, read_shots(shots_path), rh)
-    correction, at = fit_correction(shots), np.arange(0, 51, 2.5)
-    report: dict[str, Any] = {
-        "map": map_path.name, "shots_file": Path(shots_path).name, "rh": rh, "shots": correction.shots,
-        "outlier_share": round(correction.outlier_share, 4), "noise_m": round(correction.noise_m, 3),
-        "held_out": held_out(shots),
-        "curve": {
-            "map_m": at.tolist(), "change_m": np.round(correction(at) - at, 3).tolist(),
-            "se_m": np.round(correction.errors(at), 3).tolist(),
-        },
-    }  # fmt: skip
-    tags = {
-        "CANOPY_CORRECTION": f"gedi spline, RH{rh}, {Path(shots_path).name}",
-        "CANOPY_CORRECTION_SHOTS": str(correction.shots),
-        "CANOPY_CORRECTION_VERSION": __version__,
-    }
-    sha256 = _write(map_path, correction, tif, tags, encoding, overwrite, progress)
-    report |= {"output": tif.name, "sha256": sha256}
+        SourcePlace.of(dataset).north_up().grid()  # refuses rotated maps, and what is no file
+    with open_heights(map_path, band=band) as heights:
+        shots = read_footprints(heights, read_shots(shots_path), rh)
+        correction, at = fit_correction(shots), np.arange(0, 51, 2.5)
+        report: dict[str, Any] = {
+            "map": map_path.name, "shots_file": Path(shots_path).name, "rh": rh, "shots": correction.shots,
+            "outlier_share": round(correction.outlier_share, 4), "noise_m": round(correction.noise_m, 3),
+            "held_out": held_out(shots),
+            "curve": {
+                "map_m": at.tolist(), "change_m": np.round(correction(at) - at, 3).tolist(),
+                "se_m": np.round(correction.errors(at), 3).tolist(),
+            },
+        }  # fmt: skip
+        tags = {
+            "CANOPY_CORRECTION": f"gedi spline, RH{rh}, {Path(shots_path).name}",
+            "CANOPY_CORRECTION_SHOTS": str(correction.shots),
+            "CANOPY_CORRECTION_VERSION": __version__,
+        }
+        sha256 = _write(heights, correction, tif, tags, encoding, overwrite, progress)
+        report |= {"output": tif.name, "sha256": sha256, "notes": list(heights.notes)}
     write_json(names[1], report)
     draw_correction(names[2], shots, correction, report)
     return report | {"output": str(tif), "diagnostics": str(names[1])}
 
 
 def _write(
-    map_path: Path, correction: Correction, out: Path, tags: dict[str, str], encoding: str, overwrite: bool,
-    progress: Progress | None,
+    heights: HeightMap, correction: Correction, out: Path, tags: dict[str, str], encoding: str,
+    overwrite: bool, progress: Progress | None,
 ) -> str:  # fmt: skip
     """Correct window by window; returns the file's SHA-256."""
-    with open_raster(map_path) as dataset:
-        grid = SourcePlace.of(dataset).grid()
+    path, which = heights.tiles[0].path, heights.tiles[0].bands.indexes
+    with open_raster(path) as dataset:
+        grid = SourcePlace.of(dataset).north_up().grid()
         given = zip(dataset.descriptions, dataset.units, strict=True)
         bands = [
-            BandSpec(name or ("canopy_height" if i == 0 else f"band_{i + 1}"), unit or "m")
-            for i, (name, unit) in enumerate(given)
+            BandSpec(
+                name or ("canopy_height" if i == which[0] else f"band_{i}"),
+                "m" if i in which else unit or "m",
+            )
+            for i, (name, unit) in enumerate(given, 1)
         ]
         tags = {k: v for k, v in dataset.tags().items() if k.startswith("CANOPY_")} | tags
-    corrected = [i for i, band in enumerate(bands) if band.name in _HEIGHT_BANDS or i == 0]
     windows = tiles_over(grid, _WINDOW_PX)
     progress = progress or NoProgress()
     progress.start(len(windows), "correcting")
     every = [*bands, BandSpec(_ERROR_BAND, "m")]
     with CogWriter(out, grid, every, encoding=encoding, tags=tags, overwrite=overwrite) as writer:
         for window in windows:
-            raster = read_raster(map_path, window, bands=list(range(1, len(every))))
+            raster = read_raster(path, window, bands=list(range(1, len(every))))
             values = raster.values.astype(np.float64)
-            error = correction.errors(values[0])
-            for band in corrected:
-                values[band] = correction(values[band])
-            stacked = np.concatenate([values, error[None]]).astype(np.float32)
-            writer.write(stacked, raster.valid, *grid.offset_of(window))
+            metres, known = heights.read(window, interval=True)
+            for index, band_m in zip(which, metres, strict=False):
+                values[index - 1] = correction(band_m)
+            stacked = np.concatenate([values, correction.errors(metres[:1])]).astype(np.float32)
+            writer.write(stacked, raster.valid & known, *grid.offset_of(window))
             progress.advance()
+        _ = heights.notes  # which refuses what is no canopy height, before the file has its name
     return str(writer.sha256)
 
 

@@ -16,6 +16,7 @@ from canopy.errors import DataError, MissingDependencyError
 
 if TYPE_CHECKING:
     from canopy.geo.grid import Grid
+    from canopy.geo.place import SourcePlace
 
 UNKNOWN_GAP_WEIGHT = 0.7  # as if about a year and three quarters lay between image and lidar
 _GAP_SCALE_YEARS = 5.0
@@ -46,10 +47,11 @@ def chm_target(
 ) -> np.ndarray:
     """A canopy height raster of any CRS and pixel size on `grid`: float32 (h, w) metres, NaN where unknown.
 
-    Impossible heights become unknown, small negative ones 0.
+    Which band is the height, in which unit, is `geo.heights`' rule. Impossible heights become unknown, small
+    negative ones 0.
 
     Args:
-        path: raster whose first band is height in metres (scale and offset of the file are applied).
+        path: a height raster.
         grid: where the target is wanted.
         rule: what a pixel takes from several label pixels: their "mean" (as `canopy evaluate` compares)
             or their "max" (the highest return). Pixels of about the same size are taken as they are, never
@@ -61,36 +63,41 @@ def chm_target(
         ImageryError: the file is missing, damaged, or has no place.
     """
     from canopy.geo.grid import Grid
-    from canopy.geo.reading import open_raster
+    from canopy.geo.heights import height_bands
+    from canopy.geo.place import SourcePlace
+    from canopy.geo.reading import open_raster, read_window
 
     if moved_m != (0.0, 0.0):
         px, py = grid.pixel
         x, y = grid.xy(moved_m[0] / grid.gsd_m, moved_m[1] / grid.gsd_m)
         grid = Grid.of(grid.crs, (px, 0, x, 0, -py, y), grid.shape)
     with open_raster(path) as dataset:
-        heights, valid = _read(dataset, grid, rule)
-        heights = heights * dataset.scales[0] + dataset.offsets[0]
-    with np.errstate(invalid="ignore"):
-        good = valid & (heights > _LOWEST_M) & (heights < _HIGHEST_M)
-    return np.where(good, np.maximum(heights, 0), np.nan).astype(np.float32)
+        bands = height_bands(dataset)
+
+        def sane(raw: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            heights = bands.metres(raw)
+            return np.maximum(heights, 0), valid & (heights[0] > _LOWEST_M) & (heights[0] < _HIGHEST_M)
+
+        def read(where: Grid, resampling: str | None) -> tuple[np.ndarray, np.ndarray]:
+            return read_window(dataset, where, bands.indexes[:1], resampling=resampling, decode=sane)
+
+        heights, good = _pooled(read, SourcePlace.of(dataset).north_up(), grid, rule)
+    return np.where(good, heights, np.nan).astype(np.float32)
 
 
-def _read(dataset: Any, grid: Grid, rule: str) -> tuple[np.ndarray, np.ndarray]:
+def _pooled(read: Any, place: SourcePlace, grid: Grid, rule: str) -> tuple[np.ndarray, np.ndarray]:
     from canopy.geo.grid import Grid
-    from canopy.geo.place import SourcePlace
-    from canopy.geo.reading import read_window
 
-    place = SourcePlace.of(dataset)
-    ratio = grid.gsd_m / place.grid().gsd_m if place.is_north_up else 1.0
+    ratio = grid.gsd_m / place.gsd_m
     if rule == "mean" or ratio <= 1.5:
         as_is = 1 / 1.5 <= ratio <= 1.5 or rule == "max"
-        values, valid = read_window(dataset, grid, [1], resampling="nearest" if as_is else None)
+        values, valid = read(grid, "nearest" if as_is else None)
         return values[0], valid
     n = int(np.ceil(ratio))
     px, py = (side / n for side in grid.pixel)
     (x, y), (h, w) = grid.xy(0, 0), grid.shape
     fine = Grid.of(grid.crs, (px, 0, x, 0, -py, y), (h * n, w * n))
-    values, valid = read_window(dataset, fine, [1], resampling="nearest")
+    values, valid = read(fine, "nearest")
     blocks = np.where(valid, values[0], -np.inf).reshape(h, n, w, n)
     known = valid.reshape(h, n, w, n).mean(axis=(1, 3)) >= 0.5
     return np.where(known, blocks.max(axis=(1, 3)), 0), known

@@ -25,6 +25,10 @@ def gedi(
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="CORRECTED.tif", help="GeoTIFF to write.")],
     rh: Annotated[int, typer.Option("--rh", help="Relative height to match: 95, 98, ...")] = 98,
+    band: Annotated[
+        str | None,
+        typer.Option("--band", metavar="N|NAME", help="The height's band, of several."),
+    ] = None,
     encoding: Annotated[str, typer.Option("--encoding", help="float32, uint16cm or uint8m.")] = "float32",
     overwrite: Overwrite = False,
     json_: Json = False,
@@ -40,13 +44,15 @@ def gedi(
     Example: canopy calibrate gedi chm.tif --shots shots.parquet -o chm_gedi.tif
     """
     from canopy.calibration.gedi import correct_map
-    from canopy.runtime import progress_bar, setup_logging
+    from canopy.runtime import log, progress_bar, setup_logging
 
     setup_logging(quiet, verbose)
     with progress_bar(quiet or json_) as progress:
         report = correct_map(
-            map_, shots, out, rh=rh, encoding=encoding, overwrite=overwrite, progress=progress
+            map_, shots, out, rh=rh, band=band, encoding=encoding, overwrite=overwrite, progress=progress
         )
+    for note in report["notes"]:
+        log.warning(f"note: {note}")
     if json_:
         print_json(report)
     elif not quiet:

@@ -131,7 +131,7 @@ def _heights(path: Path, tags: Mapping[str, str], band: str | None) -> dict[str,
     from canopy.evaluation.opening import open_heights
 
     with open_heights(path, band=band) as heights:
-        tile, grid = heights.tiles[0], own_grid(heights)
+        bands, grid = heights.tiles[0].bands, own_grid(heights)
         h, w = (min(side, _LOOK_PX) for side in grid.shape)
         tops, lefts = (
             {round(part * (side - size)) for part in (0, 0.5, 1)}
@@ -148,10 +148,10 @@ def _heights(path: Path, tags: Mapping[str, str], band: str | None) -> dict[str,
         return {
             "crs": str(heights.crs),
             "gsd_m": heights.gsd_m,
-            "height_band": tile.bands[0],
-            "interval_bands": list(tile.bands[1:]),
-            "metres_per_value": tile.scale[0],
-            "offset_m": tile.offset[0],
+            "height_band": bands.indexes[0],
+            "interval_bands": list(bands.indexes[1:]),
+            "metres_per_value": bands.scale[0],
+            "offset_m": bands.offset[0],
             "looked_at_px": len(tops) * len(lefts) * h * w,
             "usable_px": usable,
             "heights_m": [min(low), max(high)] if low else None,
@@ -182,11 +182,12 @@ def _vector(path: Path, layer: str | None) -> dict[str, Any]:
     def samples(kind: str) -> dict[str, Any]:
         found = load_samples(kind, path, layer=layer)
         shapes = sorted(set(found.frame.geom_type.dropna()))
-        dropped = [f"{count} rows left out: {why}" for why, count in found.dropped.items()]
+        notes = [f"{count} rows left out: {why}" for why, count in found.dropped.items()]
+        notes += [f"converted from {found.unit} to metres"] if found.unit else []
         return {
             **(taken(False) if kind == "plots" else {}), "rows": len(found.frame), "geometry": shapes,
             "height_column": found.column, "radius_m": found.radius_m, "date": "/".join(found.dates) or None,
-            "notes": dropped,
+            "notes": notes,
         }  # fmt: skip
 
     views = {"as_zones": zones, "as_plots": lambda: samples("plots")}

@@ -49,6 +49,7 @@ def chm(
     ] = None,
     dsm: Annotated[Path | None, typer.Option("--dsm", help="Surface raster, instead of points.")] = None,
     dtm: Annotated[Path | None, typer.Option("--dtm", help="Terrain raster to subtract from it.")] = None,
+    dry_run: DryRun = False,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -79,22 +80,25 @@ def chm(
     area = place.area()
     with progress_bar(quiet or json_) as progress:
         if dsm is not None and dtm is not None:
-            facts = chm_from_rasters(dsm, dtm, out, options, area=area, progress=progress)
+            facts = chm_from_rasters(dsm, dtm, out, options, area=area, progress=progress, dry_run=dry_run)
         else:
             from canopy.labels.lidar import chm_from_points
 
-            facts = chm_from_points(files or [], out, options, area=area, progress=progress)
+            facts = chm_from_points(files or [], out, options, area=area, progress=progress, dry_run=dry_run)
     if json_:
-        print_json(facts)
+        print_json({"dry_run": True, **facts} if dry_run else facts)
     elif not quiet:
         _print_map(facts)
 
 
 def _print_map(facts: dict[str, Any]) -> None:
+    size = f"{facts['width_px']} x {facts['height_px']} px of {facts['gsd_m']:.3g} m, {facts['crs']}"
+    if "mean_height_m" not in facts:
+        typer.echo(f"{facts['file']} would have {size}")
+        return
     typer.echo(
-        f"{facts['file']}: {facts['width_px']} x {facts['height_px']} px of {facts['gsd_m']:.3g} m, "
-        f"{facts['crs']}, mean height {facts['mean_height_m']:.1f} m, {facts['cover_2m']:.0%} above 2 m, "
-        f"{facts['valid_fraction']:.1%} valid"
+        f"{facts['file']}: {size}, mean height {facts['mean_height_m']:.1f} m, "
+        f"{facts['cover_2m']:.0%} above 2 m, {facts['valid_fraction']:.1%} valid"
     )
     if "points_read" in facts:
         typer.echo(

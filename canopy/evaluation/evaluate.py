@@ -310,6 +310,8 @@ def _against_samples(
         "samples": {"in_file": in_file, "with_height": len(samples), "scored": len(table)},
     } | _common_facts(options, heights.dates, samples.dates, blocks.side_m, count)
     notes = list(heights.notes)
+    if samples.unit:
+        notes.append(f"the heights of {samples.column} are in {samples.unit} and were converted to metres")
     notes += [f"{n} of {in_file} rows have {why} and were left out" for why, n in samples.dropped.items()]
     if len(table) < len(samples):
         off = len(samples) - len(table)

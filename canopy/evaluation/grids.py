@@ -93,7 +93,7 @@ def read_on(
     one. A reference's heights are clamped at 0, and what is beyond -3..120 m is not valid.
     """
     own, one = heights.lattice, heights.is_one_lattice
-    ratio = lattice_ratio(heights.tiles[0].place, grid) if one else None
+    ratio = lattice_ratio(heights.tiles[0].place.north_up(), grid) if one else None
     bands = 3 if interval and heights.has_interval and stat == "mean" else 1
     values, valid = np.zeros((bands, *grid.shape)), np.zeros(grid.shape, bool)
     points = ratio or max(2, math.ceil(2 * grid.gsd_m / heights.gsd_m - 1e-3))

@@ -40,6 +40,7 @@ from canopy.errors import CanopyError, ImageryError, InputError
 from canopy.files import is_url, public_name
 from canopy.geo.crs import project, to_lonlat
 from canopy.geo.grid import Grid
+from canopy.geo.heights import HIGHEST_M, LOWEST_M, HeightBands
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
 from canopy.imagery.dates import acquisition_date, parse_day, parse_range
@@ -49,8 +50,6 @@ NOT_A_HEIGHT = 255
 # Handles kept open while windows walk over a mosaic.
 OPEN_TILES = 8
 DEFAULT_LEVEL = 0.9
-# Heights beyond these are no trees: an undeclared nodata value, a bird, a pylon.
-LOWEST_M, HIGHEST_M = -50.0, 150.0
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,7 @@ class Tile:
     """One file of a map and what its header says.
 
     Attributes:
-        bands: 1-based: the height, and its lower and upper bound where there are.
-        scale, offset: what makes metres of each band's numbers.
-        step_m: what heights are rounded to; 0: nothing.
+        bands: the height's, and those of its interval.
         published: "published v1" or "published v2" for a tile of those maps. mask: the v1 map's `.tif.msk`.
         by_outlines: nothing but the outlines of its images tells what is mapped, see `acquisitions`.
         notes: what the user must know of it.
@@ -68,10 +65,7 @@ class Tile:
 
     path: str
     place: SourcePlace
-    bands: tuple[int, ...]
-    scale: tuple[float, ...]
-    offset: tuple[float, ...]
-    step_m: float
+    bands: HeightBands
     published: str | None
     mask: str | None
     by_outlines: bool
@@ -81,9 +75,8 @@ class Tile:
     @cached_property
     def outline(self) -> BaseGeometry:
         """Its frame in EPSG:4326."""
-        h, w = self.place.height, self.place.width
-        x, y = self.place.xy(np.array([0.0, 0, h, h]), np.array([0.0, w, w, 0]))
-        return to_lonlat(shapely.Polygon(zip(x, y, strict=True)), self.place.crs)
+        corners = [self.place.xy(*corner) for corner in self.place.corners_rc]
+        return to_lonlat(shapely.Polygon(corners), self.place.crs)
 
     @cached_property
     def acquisitions(self) -> tuple[tuple[BaseGeometry | None, date], ...]:
@@ -137,11 +130,11 @@ class HeightMap:
         self.name, self.tiles, self.nodata, self.reference = name, tuple(tiles), nodata, reference
         first = tiles[0]
         self.kind = first.published or ("map" if len(tiles) == 1 else "tiles")
-        self.step_m = max(tile.step_m for tile in tiles)
+        self.step_m = max(tile.bands.step_m for tile in tiles)
         self.tags = first.tags
-        self.has_interval = all(len(tile.bands) == 3 for tile in tiles)
+        self.has_interval = all(len(tile.bands.indexes) == 3 for tile in tiles)
         self.impossible: tuple[int, float] = 0, 0.0
-        self._known_px = 0
+        self._known_px = self._unlike_px = 0
         self._tree = shapely.STRtree([tile.outline for tile in tiles])
         self._open: OrderedDict[str, DatasetReader] = OrderedDict()
         self._at_close = contextlib.ExitStack()
@@ -169,15 +162,15 @@ class HeightMap:
 
     @cached_property
     def lattice(self) -> Grid | None:
-        """Grid of its first file, if north-up; every file of a published map lies on its lattice."""
-        place = self.tiles[0].place
+        """Grid of its first file, north up; None if it is rotated. Every published tile lies on it."""
+        place = self.tiles[0].place.north_up()
         return place.grid() if place.is_north_up else None
 
     @cached_property
     def is_one_lattice(self) -> bool:
         """Whether the pixels of all files lie on one lattice."""
         lattice = self.lattice
-        places = [tile.place for tile in self.tiles]
+        places = [tile.place.north_up() for tile in self.tiles]
         return lattice is not None and all(p.is_north_up and p.grid().is_aligned(lattice) for p in places)
 
     @cached_property
@@ -202,9 +195,20 @@ class HeightMap:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user must know, one sentence each; complete when everything has been read."""
+        """What the user must know, one sentence each; complete when everything has been read.
+
+        Raises ImageryError where most of what was read are many different impossible heights: elevations, or
+        another unit, of which the few that could be heights would be believed.
+        """
         found = dict.fromkeys(note for tile in self.tiles for note in tile.notes)
         count, example = self.impossible
+        if 2 * self._unlike_px > self._known_px:
+            raise ImageryError(
+                f"{100 * count / max(self._known_px, count):.2g} % of its pixels have heights such as "
+                f"{example:.6g} m", where=self.name, expected="canopy heights in metres",
+                remedy="if they are in another unit write it into the file, for example with "
+                "rio edit-info --bidx 1 --units cm FILE",
+            )  # fmt: skip
         if count:
             # A share, because windows overlap and some are read twice.
             share = f"{100 * count / max(self._known_px, count):.2g} %"
@@ -244,19 +248,17 @@ class HeightMap:
     def _read_tile(
         self, tile: Tile, grid: Grid, bands: int, resampling: str | None, overviews: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        scale, offset = (np.array(x[:bands], np.float32)[:, None, None] for x in (tile.scale, tile.offset))
-
         def metres(raw: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             """Source pixels before any resampling, so that what is no height never bleeds into one."""
-            values = raw.astype(np.float32) * scale + offset
+            values = tile.bands.metres(raw)
             if tile.published and self.nodata is None:
                 valid = valid & (raw[0] != NOT_A_HEIGHT)
             self._known_px += int(valid.sum())
             return values, self.without_impossible(values[0], valid, LOWEST_M, HIGHEST_M)
 
         values, valid = read_window(
-            self._dataset(tile.path), grid, tile.bands[:bands], resampling=resampling, nodata=self.nodata,
-            decode=metres, overviews=overviews,
+            self._dataset(tile.path), grid, tile.bands.indexes[:bands], resampling=resampling,
+            nodata=self.nodata, decode=metres, overviews=overviews,
         )  # fmt: skip
         if tile.mask is not None:
             mask: Any = _Placed(self._dataset(tile.mask, georeferenced=False), tile.place)
@@ -277,6 +279,9 @@ class HeightMap:
         strange = height_m[valid & ~sane]
         if strange.size:
             self.impossible = self.impossible[0] + strange.size, float(strange[0])
+            # A nodata value is one number; elevations, and heights in another unit, are many.
+            usual = np.percentile(strange, 50, method="lower")
+            self._unlike_px += int((strange != usual).sum())
         return valid & sane
 
     def _dataset(self, path: str, georeferenced: bool = True) -> DatasetReader:

@@ -1,4 +1,4 @@
-"""Opening height maps: which files, which band is the height, what its unit is, whose product it is."""
+"""Opening height maps: which files they are, whose product, and what must be said of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.enums import MaskFlags
 from rasterio.io import DatasetReader
 
 from canopy import download
@@ -19,6 +19,7 @@ from canopy.errors import ImageryError
 from canopy.evaluation.maps import DEFAULT_LEVEL, HeightMap, Tile, beside
 from canopy.files import is_url, public_name
 from canopy.geo.grid import quadkey_bounds
+from canopy.geo.heights import height_bands
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster
 
@@ -28,16 +29,6 @@ if TYPE_CHECKING:
     HeightSource = str | Path | Sequence[str | Path] | xarray.DataArray
 
 PUBLISHED_ZOOM = {9: "published v1", 10: "published v2"}
-# Units as the field writes them, after `_metres_per` has made plurals and American spelling one.
-METRES_PER_UNIT = {
-    **dict.fromkeys(("", "m", "metre"), 1.0),
-    **dict.fromkeys(("dm", "decimetre"), 0.1),
-    **dict.fromkeys(("cm", "centimetre"), 0.01),
-    **dict.fromkeys(("mm", "millimetre"), 0.001),
-    **dict.fromkeys(("ft", "foot", "international foot"), 0.3048),
-    **dict.fromkeys(("us survey foot", "us foot", "us ft", "foot us", "ftus", "survey foot"), 1200 / 3937),
-}
-_SAYS_HEIGHT = re.compile(r"(?<![a-z])chm(?![a-z])|canopy[\s_-]*height", re.IGNORECASE)
 
 
 def open_heights(
@@ -134,25 +125,11 @@ def _paths_of(name: str | Path | Sequence[str | Path]) -> list[str]:
 def _open_tile(path: str, band: int | str | None, nodata: float | None, unit_m: float) -> Tile:
     with open_raster(path) as dataset:
         place, tags = SourcePlace.of(dataset), dict(dataset.tags())
-        bands = _height_bands(dataset, path, band)
-        height = bands[0] - 1
-        unit = (dataset.units[height] or "").strip()
-        says_nothing = not unit and dataset.scales[height] == 1
-        metres = unit_m if says_nothing else _metres_per(unit)
-        if metres is None:
-            raise ImageryError(
-                f"heights in {unit!r}", where=public_name(path),
-                expected="metres, decimetres, centimetres, feet or US survey feet",
-                remedy="write the band's true unit into the file",
-            )  # fmt: skip
-        scale, offset = (
-            tuple(float(numbers[b - 1]) * metres for b in bands)
-            for numbers in (dataset.scales, dataset.offsets)
-        )
-        step_m = abs(scale[0]) if np.dtype(dataset.dtypes[height]).kind in "iu" else 0.0
+        bands = height_bands(dataset, band, unit_m)
+        height = bands.indexes[0] - 1
         published, mask = _published_as(dataset, path, place)
         silent = bool(published) and mask is None and MaskFlags.all_valid in dataset.mask_flag_enums[height]
-        tile = Tile(path, place, bands, scale, offset, step_m, published, mask, silent, (), tags)
+        tile = Tile(path, place, bands, published, mask, silent, (), tags)
         notes = []
         if silent and any(outline for outline, _ in tile.acquisitions):
             notes.append("tiles without a mask: what lies outside the outlines of their images is not mapped")
@@ -164,53 +141,15 @@ def _open_tile(path: str, band: int | str | None, nodata: float | None, unit_m: 
             )
         if published and nodata is None and dataset.nodatavals[height] == 0:
             notes.append("tiles declare 0 as missing, so open ground is left out of every number")
-        if step_m >= 0.5:
-            notes.append(f"heights are whole multiples of {step_m:g} m; whether rounded or cut is not known")
-        if len(bands) == 3 and "CANOPY_INTERVAL" not in tags:
-            notes.append(f"its interval bands are taken for a {DEFAULT_LEVEL:.0%} interval")
-        if metres != 1:
-            notes.append(f"its heights are in {unit or f'{metres:g} m'} and were converted to metres")
-        return replace(tile, notes=tuple(notes))
-
-
-def _metres_per(unit: str) -> float | None:
-    text = re.sub(r"[\s_-]+", " ", unit.lower().replace(".", ""))
-    text = text.replace("meter", "metre").replace("feet", "foot")
-    return METRES_PER_UNIT.get(text, METRES_PER_UNIT.get(text.removesuffix("s")))
-
-
-def _height_bands(dataset: DatasetReader, path: str, wanted: int | str | None) -> tuple[int, ...]:
-    """The height's band, and those of its interval: as asked for, else by description, else the only one."""
-    names = [(text or "").strip() for text in dataset.descriptions]
-    listed = ", ".join(f"{i} {name}".strip() for i, name in enumerate(names[:12], 1))
-    usable = [i for i, colour in enumerate(dataset.colorinterp, 1) if colour != ColorInterp.alpha]
-    telling = [i for i in usable if _SAYS_HEIGHT.search(names[i - 1])]
-    if wanted is not None:
-        text = str(wanted).strip()
-        found = [i for i, name in enumerate(names, 1) if name and name.lower() == text.lower()]
-        if not found and text.isdecimal() and 1 <= int(text) <= len(names):
-            found = [int(text)]
-        if len(found) != 1:
-            raise ImageryError(
-                f"no band {text!r}", where=public_name(path), expected=f"--band with one of {listed}"
+        if bands.step_m >= 0.5:
+            notes.append(
+                f"heights are whole multiples of {bands.step_m:g} m; whether rounded or cut is not known"
             )
-        height = found[0]
-    elif "canopy_height" in names:
-        height = names.index("canopy_height") + 1
-    elif {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= set(dataset.colorinterp):
-        expected = "a canopy height map in metres"
-        raise ImageryError("a colour image", where=public_name(path), expected=expected)
-    elif len(usable) == 1 or len(telling) == 1:
-        height = usable[0] if len(usable) == 1 else telling[0]
-    else:
-        raise ImageryError(
-            f"holds {len(names)} bands ({listed})", where=public_name(path),
-            expected="one band, or one that says canopy height or CHM",
-            remedy="name the height's with --band NUMBER or --band NAME",
-        )  # fmt: skip
-    if names[height - 1] == "canopy_height" and {"height_lower", "height_upper"} <= set(names):
-        return height, names.index("height_lower") + 1, names.index("height_upper") + 1
-    return (height,)
+        if len(bands.indexes) == 3 and "CANOPY_INTERVAL" not in tags:
+            notes.append(f"its interval bands are taken for a {DEFAULT_LEVEL:.0%} interval")
+        if bands.unit:
+            notes.append(f"its heights are in {bands.unit} and were converted to metres")
+        return replace(tile, notes=tuple(notes))
 
 
 def _published_as(dataset: DatasetReader, path: str, place: SourcePlace) -> tuple[str | None, str | None]:

@@ -217,6 +217,8 @@ def tally_rasters(
                 image = np.where(shown.valid, shown.rgb, 0.8).transpose(1, 2, 0)  # grey where there is none
             preview = Preview(pair.site, ours, theirs, round(where.gsd_m, 4), image)
     if not plain.n_by_block.any():
+        for side in (pairs[0].map, pairs[0].reference):
+            _ = side.notes  # refuses what is no canopy height, the likelier reason
         raise InputError(
             "no pixel is valid in both", where=f"{pairs[0].map.name}, {pairs[0].reference.name}",
             expected="heights of the same place",

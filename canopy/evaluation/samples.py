@@ -21,8 +21,9 @@ from canopy.evaluation.grids import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, own
 from canopy.evaluation.maps import HeightMap
 from canopy.evaluation.strata import LEAST_WANTED, MOST, missing_column, stratifiers
 from canopy.evaluation.zones import geodesic_area_m2, pixels_in
-from canopy.geo.crs import to_crs, transformer, utm_crs
+from canopy.geo.crs import ground_crs, to_crs, transformer, utm_crs
 from canopy.geo.grid import Grid
+from canopy.geo.units import metres_per, unit_in_name
 from canopy.geo.vector import read_vector
 from canopy.labels.footprint import pool_over_disc
 from canopy.metrics import BIN_NAMES, height_bin, percent_of
@@ -63,6 +64,7 @@ class SampleSet:
             (`radius_m` None), and all columns of the file.
         lon, lat, height_m: (n,) of the middle; metres. dates: first and last, ISO, empty where unknown.
         dropped: why rows were left out -> how many.
+        unit: that the column names, where it is not metres.
     """
 
     name: str
@@ -74,6 +76,7 @@ class SampleSet:
     radius_m: float | None
     dates: tuple[str, ...]
     dropped: dict[str, int]
+    unit: str | None
 
     def __len__(self) -> int:
         return len(self.lon)
@@ -113,13 +116,20 @@ def load_samples(
     if chosen not in frame:
         raise missing_column(chosen, frame.columns, where)
     if frame.crs is None:
-        raise DataError("no coordinate reference system", where=where, remedy="add one to it")
+        raise DataError(
+            "no coordinate reference system", where=where,
+            remedy="add one (a .prj file, or save it as GeoPackage)",
+        )  # fmt: skip
+    ground_crs(frame.crs, where)
     shapes = set(frame.geom_type.dropna())
     areas = shapes <= {"Polygon", "MultiPolygon"}
     if not areas and not shapes <= {"Point"}:
         raise InputError(f"{', '.join(sorted(shapes))}", where=where, expected="points, or polygons")
     frame = frame.to_crs("EPSG:4326")
     heights = pandas.to_numeric(frame[chosen], errors="coerce").to_numpy(np.float64)
+    unit = unit_in_name(chosen)
+    to_metres = metres_per(unit) or 1.0 if unit else 1.0
+    heights = heights * to_metres
     centres = shapely.centroid(frame.geometry.to_numpy())
     lon, lat = shapely.get_x(centres), shapely.get_y(centres)
     placed, known = np.isfinite(lon + lat), np.isfinite(heights)
@@ -138,7 +148,7 @@ def load_samples(
     return SampleSet(
         Path(str(where)).name, chosen, frame, lon[good], lat[good], np.maximum(heights[good], 0),
         None if areas else radius_m or default_m, _dates(frame),
-        {why: count for why, count in dropped.items() if count},
+        {why: count for why, count in dropped.items() if count}, unit if to_metres != 1 else None,
     )  # fmt: skip
 
 
@@ -157,7 +167,8 @@ def read_places(path: str | Path, layer: str | None = None) -> geopandas.GeoData
     if None in found:
         there = ", ".join(map(str, list(table.columns)[:20]))
         expected = f"places in degrees; its columns are {there}"
-        raise DataError("no columns lon and lat", where=path, expected=expected)
+        remedy = "metres belong into a vector file that names their CRS"
+        raise DataError("no columns lon and lat", where=path, expected=expected, remedy=remedy)
     lon, lat = (pandas.to_numeric(table[name], errors="coerce") for name in found)
     if max(lon.abs().max(), 2 * lat.abs().max()) > 360:
         raise DataError(
@@ -182,9 +193,12 @@ def read_table(path: Path) -> pandas.DataFrame:
             return pandas.read_parquet(path)
         separator, decimal = table_format(path)
         return pandas.read_csv(path, sep=separator, decimal=decimal, encoding="utf-8-sig")
+    except UnicodeError as error:
+        remedy = "save it again as UTF-8, as spreadsheets offer"
+        raise DataError("its text is not UTF-8", where=path, remedy=remedy) from error
     except Exception as error:  # each reader has its own kind of exception
         raise DataError(
-            f"not a readable table ({type(error).__name__})", where=path,
+            f"not a readable table ({' '.join(str(error).split())[:120]})", where=path,
             expected="GeoPackage, GeoJSON, Shapefile, GeoParquet, or a text table with lon and lat",
         ) from error  # fmt: skip
 
@@ -194,6 +208,8 @@ def table_format(path: Path) -> tuple[str, str]:
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         head, line = file.readline(), file.readline()
     separator = max(",;\t|", key=head.count)
+    if separator not in head and len(head.split()) > 1:
+        return r"\s+", "."  # columns of spaces
     numbers = line.split(separator) if separator != "," else []
     return separator, "," if any(re.fullmatch(r'\s*"?-?\d+,\d+"?\s*', n) for n in numbers) else "."
 

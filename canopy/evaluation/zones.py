@@ -24,11 +24,12 @@ from canopy.config import Settings, validate_settings
 from canopy.errors import ConfigError, InputError
 from canopy.evaluation.areas import CoverCounts, Drawing, area_model_of, check_level
 from canopy.evaluation.grids import own_grid, pixel_areas_m2
-from canopy.evaluation.maps import HIGHEST_M, LOWEST_M, HeightMap
+from canopy.evaluation.maps import HeightMap
 from canopy.evaluation.opening import open_heights
 from canopy.files import check_output, replacing
 from canopy.geo.crs import EDGE_PIECES, geod_of, to_crs, to_lonlat
 from canopy.geo.grid import Grid, tiles_over
+from canopy.geo.heights import HIGHEST_M, LOWEST_M
 from canopy.geo.vector import read_zones
 from canopy.runtime import NoProgress, Progress
 

@@ -67,6 +67,11 @@ class SourcePlace:
             )
 
     @property
+    def corners_rc(self) -> tuple[tuple[int, int], ...]:
+        """(row, col) of the four corners, in turn."""
+        return (0, 0), (0, self.width), (self.height, self.width), (self.height, 0)
+
+    @property
     def is_north_up(self) -> bool:
         """Whether a `Grid` can hold it as it is."""
         t = self.transform

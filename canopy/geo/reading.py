@@ -11,6 +11,7 @@ logger in the reading thread, and that is where it is caught here.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from canopy.errors import ImageryError, InputError
-from canopy.files import check_name, gdal_name, is_url, public_name
+from canopy.files import RASTER_SUFFIXES, check_name, gdal_name, is_url, public_name
 from canopy.geo.collar import Collar
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace, shrink_factor
@@ -83,7 +84,6 @@ def open_raster(path: str | Path, *, georeferenced: bool = True) -> DatasetReade
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         dataset = _open_as(name, drivers)
         samples = dataset.width * dataset.height * dataset.count
-        placed = not georeferenced or dataset.transform != Affine.identity()
     if not 0 < samples <= MAX_SAMPLES:
         dataset.close()
         raise ImageryError(
@@ -91,15 +91,27 @@ def open_raster(path: str | Path, *, georeferenced: bool = True) -> DatasetReade
             where=where,
             expected=f"1 to {MAX_SAMPLES:.0e} samples",
         )
-    if not placed:
+    try:
+        if georeferenced:
+            check_georeference(dataset, where)
+    except ImageryError:
         dataset.close()
-        raise ImageryError(
-            "no georeferencing",
-            where=where,
-            expected="a geotransform (world file, GeoTIFF tags)",
-            remedy="georeference the image first, e.g. with gdal_translate -a_ullr",
-        )
+        raise
     return dataset
+
+
+def check_georeference(dataset: DatasetReader, label: str) -> None:
+    """Refuse a raster without a geotransform, or with control points or RPCs in its place (ImageryError)."""
+    if dataset.transform == Affine.identity():
+        points = bool(dataset.gcps[0] or dataset.rpcs)
+        raise ImageryError(
+            "placed only by control points or rational polynomials" if points else "no georeferencing",
+            where=label,
+            expected="a geotransform (GeoTIFF tags or a world file)",
+            remedy="orthorectify it first, for example with gdalwarp"
+            if points
+            else "georeference it first, for example with gdal_translate -a_ullr",
+        )
 
 
 def _check_vrt(path: Path, within: tuple[Path, ...] = ()) -> None:
@@ -139,10 +151,12 @@ def _open_as(name: str, drivers: list[str]) -> DatasetReader:
             # Drivers that do not know the format all say so; one that does says what is wrong.
             if "not recognized as being in a supported" not in str(error):
                 reason = " ".join(str(error).split())[:160]
+    known = Path(public_name(name)).suffix.lower() in RASTER_SUFFIXES
     raise ImageryError(
         f"not a readable raster ({reason})",
         where=public_name(name),
         expected="GeoTIFF, JPEG 2000, PNG, JPEG or .vrt",
+        remedy=None if known or is_url(name) else "convert it, for example with rio convert FILE FILE.tif",
     )
 
 
@@ -325,11 +339,25 @@ def read_native(
     return values, valid & _is_data(ds, indexes, values, nodata, colours)
 
 
+# How files describe near infrared, which GDAL calls alpha where it is the fourth band of bytes.
+_INFRARED = re.compile(r"(?<![a-z])(nir|ir|infra[\s_-]*red)(?![a-z])", re.IGNORECASE)
+
+
+def alpha_bands(ds: DatasetReader) -> list[int]:
+    """Bands (1-based) that say where there is an image: of colour alpha, and not infrared by name."""
+    named = zip(ds.colorinterp, ds.descriptions, strict=True)
+    return [
+        i
+        for i, (c, text) in enumerate(named, 1)
+        if c == ColorInterp.alpha and not _INFRARED.search(text or "")
+    ]
+
+
 def _mask_of(ds: DatasetReader, indexes: Sequence[int], window: Window) -> np.ndarray:
     """Internal masks and alpha, intersected (GDAL alone would let one hide the other)."""
     valid = np.ones((int(window.height), int(window.width)), dtype=bool)
     flags = ds.mask_flag_enums
-    for alpha in (i for i, c in enumerate(ds.colorinterp, 1) if c == ColorInterp.alpha):
+    for alpha in alpha_bands(ds):
         valid &= ds.read(alpha, window=window) > 0
     masked = [
         i for i in indexes if not {MaskFlags.all_valid, MaskFlags.nodata, MaskFlags.alpha} & {*flags[i - 1]}

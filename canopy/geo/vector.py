@@ -16,7 +16,7 @@ from shapely.geometry.base import BaseGeometry
 
 from canopy.errors import AreaError
 from canopy.files import check_name
-from canopy.geo.crs import to_crs, to_lonlat
+from canopy.geo.crs import ground_crs, to_lonlat
 
 if TYPE_CHECKING:
     import geopandas
@@ -72,7 +72,7 @@ def read_vector(
     except AreaError:
         raise
     except Exception as error:  # each driver has its own kind of exception
-        raise _unreadable(where, type(error).__name__) from error
+        raise _unreadable(where, " ".join(str(error).split())[:160]) from error
     if not len(frame) or "geometry" not in frame:
         raise AreaError("the file has no features", where=path, expected="at least one polygon or point")
     if frame.crs is None and where.suffix.lower() in (".json", ".geojson"):
@@ -89,6 +89,8 @@ def _check_format(path: Path) -> None:
         raise AreaError("no such file", where=path, expected="a vector file such as GeoJSON or GeoPackage")
     with open(path, "rb") as file:
         first = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
+    if suffix == ".zip":
+        raise AreaError("a zip archive", where=path, expected=FORMATS, remedy="unpack it first")
     if suffix not in FIRST_BYTES or any(program in first for program in _PROGRAMS):
         raise _unreadable(path, "another format")
     sign = FIRST_BYTES[suffix]
@@ -105,6 +107,8 @@ def layer_of(path: Path, layer: str | None, polygons: bool) -> str:
     import pyogrio
 
     layers = {str(name): str(of) for name, of in pyogrio.list_layers(path)}
+    if not layers:
+        raise _unreadable(path, "no layer in it, or truncated")
     if layer is not None:
         if layer not in layers:
             raise AreaError(f"has no layer {layer!r}", where=path, expected="one of " + ", ".join(layers))
@@ -141,14 +145,18 @@ def read_zones(
             where=where,
             remedy="add one (a .prj file, or save it as GeoPackage)",
         )
-    crs = to_crs(frame.crs)
+    crs = ground_crs(frame.crs, where)
     areas: list[BaseGeometry | None] = []
     for shape in frame.geometry:
         parts = [] if shape is None else _polygons(shape)
         areas.append(_in_degrees(shapely.force_2d(shapely.union_all(parts)), crs, where) if parts else None)
     if all(area is None for area in areas):
         kinds = sorted({g.geom_type for g in frame.geometry if g is not None})
-        raise AreaError(f"only {', '.join(kinds)} in the file", where=where, expected="polygons with an area")
+        raise AreaError(
+            f"only {', '.join(kinds) or 'empty features'} in the file",
+            where=where,
+            expected="polygons with an area",
+        )
     return frame, crs, areas
 
 

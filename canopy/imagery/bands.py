@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from affine import Affine
 from numpy.typing import NDArray
 from rasterio.dtypes import in_dtype_range
 from rasterio.enums import ColorInterp
@@ -24,6 +23,7 @@ from canopy.errors import ImageryError, InputError
 from canopy.files import redact
 from canopy.geo.collar import frame_windows
 from canopy.geo.crs import ground_crs
+from canopy.geo.reading import alpha_bands
 from canopy.imagery.base import COLOURS, ReadOptions
 from canopy.imagery.dates import parse_range
 
@@ -111,8 +111,7 @@ def plan_bands(
             expected=f"numbers from 1 to {dataset.count}",
         )
     divisor = _divisor(dataset, wanted, scale, where)
-    if ColorInterp.alpha in dataset.colorinterp:
-        alpha = dataset.colorinterp.index(ColorInterp.alpha) + 1
+    for alpha in alpha_bands(dataset)[:1]:
         notes.append(f"{where}: band {alpha} is alpha: not used as colour; alpha 0 means no image")
         if any(dataset.nodatavals[index - 1] is not None for index in wanted):
             notes.append(f"{where}: both alpha and a nodata value: only pixels that both call valid are used")
@@ -231,7 +230,9 @@ def _middle(dataset: DatasetReader, side: int) -> Window:
     return Window((dataset.width - width) // 2, (dataset.height - height) // 2, width, height)
 
 
+_GREY_COUNTS, _BEYOND_WHITE = 2, 4
 GREY = "{}: its red, green and blue are equal: heights of grey images are wrong"
+_PARTIAL = 0.05  # of the pixels, beyond a feathered edge
 _DARK = 50  # no photograph's brightest pixel is so much darker than white
 
 
@@ -245,20 +246,6 @@ def check_local(dataset: DatasetReader, label: str) -> None:
                 expected="local files",
                 remedy="give the URLs themselves as images: they are then retried and checked",
             )
-
-
-def check_georeference(dataset: DatasetReader, label: str) -> None:
-    """Refuse a raster without a geotransform, or with control points or RPCs in its place (ImageryError)."""
-    if dataset.transform == Affine.identity():
-        points = bool(dataset.gcps[0] or dataset.rpcs)
-        raise ImageryError(
-            "placed only by control points or rational polynomials" if points else "no georeferencing",
-            where=label,
-            expected="a geotransform (GeoTIFF tags or a world file)",
-            remedy="orthorectify it first, for example with gdalwarp"
-            if points
-            else "georeference the image first, for example with gdal_translate -a_ullr",
-        )
 
 
 def check_nodata(dataset: DatasetReader, plan: BandPlan, nodata: float | None, label: str) -> None:
@@ -275,21 +262,56 @@ def check_nodata(dataset: DatasetReader, plan: BandPlan, nodata: float | None, l
         )
 
 
+def no_colour(values: np.ndarray, white: float) -> NDArray[np.bool_]:
+    """Where all bands (3, h, w) share a number that no brightness is: below 0, or far beyond white.
+
+    Such as -9999, -3.4e38 or 65535: nodata values that the file does not declare.
+    """
+    equal: NDArray[np.bool_] = (values[1:] == values[:1]).all(axis=0)
+    return equal & ((values[0] < 0) | (values[0] > _BEYOND_WHITE * white))
+
+
+def is_grey(values: np.ndarray, white: float) -> bool:
+    """Whether (3, ...) is grey: bands that differ by no more than compression with loss makes them."""
+    near = white * _GREY_COUNTS / 255
+    apart = (np.abs(values[0].astype(np.float64) - other).max() for other in values[1:])
+    return bool(np.ptp(values[0]) > 2 * near and all(most <= near for most in apart))
+
+
 def pixel_notes(dataset: DatasetReader, plan: BandPlan, label: str) -> list[str]:
     """Warnings about a few pixels of an image.
 
     Told of are pixels with a scale of their own, and an image without colour or that is all black or white.
     """
     notes, bands = [], list(plan.indexes)
+    for alpha in alpha_bands(dataset)[:1]:
+        values = dataset.read(alpha, window=_middle(dataset, 1024))
+        partial = (
+            float(((values > 0) & (values < np.iinfo(values.dtype).max)).mean())
+            if values.dtype.kind == "u"
+            else 0.0
+        )
+        if partial > _PARTIAL:
+            colours = ",".join(c.name for c in dataset.colorinterp).replace("alpha", "undefined")
+            notes.append(
+                f"{label}: in {partial:.0%} of the pixels alpha is neither 0 nor full; they count as image; "
+                f"if band {alpha} is near infrared: rio edit-info --colorinterp {colours} FILE"
+            )
     if any((dataset.scales[i - 1], dataset.offsets[i - 1]) != (1.0, 0.0) for i in bands):
         notes.append(
             f"{label}: its scale and offset tags are not applied; white is counted in stored values "
             "(gdal_translate -unscale applies them)"
         )
     if len(bands) == 3:
-        red, *others = dataset.read(bands, window=_middle(dataset, 64))
-        if red.min() < red.max() and all(np.array_equal(red, other) for other in others):
+        if is_grey(dataset.read(bands, window=_middle(dataset, 64)), plan.divisor):
             notes.append(GREY.format(label))
+        if dataset.dtypes[bands[0] - 1] != "uint8":
+            seen = (dataset.read(bands, window=window) for window in frame_windows(dataset))
+            odd = [values[0][no_colour(values, plan.divisor)] for values in seen]
+            notes += [
+                f"{label}: pixels of {value:.6g} in all bands, which is no brightness, are missing"
+                for value in np.unique(np.concatenate(odd))[:1]
+            ]
     if dataset.dtypes[bands[0] - 1] != "uint8":
         values, white = sample_values(dataset, bands), f"--scale {plan.divisor:g}"
         if values.size and values.max() < plan.divisor / _DARK:

@@ -29,13 +29,13 @@ from canopy.geo.collar import Collar, find_collar
 from canopy.geo.crs import ground_crs, to_crs, to_lonlat
 from canopy.geo.grid import Grid
 from canopy.geo.place import SourcePlace
-from canopy.geo.reading import gdal_complaints, open_raster, read_native, read_window
+from canopy.geo.reading import check_georeference, gdal_complaints, open_raster, read_native, read_window
 from canopy.imagery.bands import (
     BandPlan,
-    check_georeference,
     check_local,
     check_nodata,
     collar_notes,
+    no_colour,
     pixel_notes,
     plan_bands,
 )
@@ -119,8 +119,7 @@ class SceneFacts:
 
     def frame(self) -> Polygon:
         """The image's edge in its own CRS."""
-        h, w = self.place.height, self.place.width
-        return Polygon([self.place.xy(row, col) for row, col in ((0, 0), (0, w), (h, w), (h, 0))])
+        return Polygon([self.place.xy(*corner) for corner in self.place.corners_rc])
 
 
 class Scene:
@@ -209,6 +208,8 @@ class Scene:
         facts, nodata = self._facts_of(href), self._options.nodata
         plan = facts.plan
         decode = partial(_expand, plan.palette) if plan.palette is not None else None
+        if decode is None and len(plan.indexes) == 3:
+            decode = partial(_with_colour, plan.divisor)
 
         def pixels(dataset: DatasetReader) -> tuple[np.ndarray, np.ndarray]:
             return read_window(
@@ -303,6 +304,11 @@ def _place(dataset: DatasetReader, options: ReadOptions, label: str) -> SourcePl
     except InputError as error:
         raise ImageryError(error.what, where=label, expected=error.expected, remedy=way_out) from error
     return SourcePlace.of(dataset, given)
+
+
+def _with_colour(white: float, values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same without pixels of a number that is no brightness."""
+    return values, valid if values.dtype == np.uint8 else valid & ~no_colour(values, white)
 
 
 def _expand(

@@ -35,7 +35,7 @@ from canopy.files import check_terms, host_of, is_url, redact
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import HALF_WORLD_M, Grid, quadkey_at
-from canopy.imagery.bands import GREY
+from canopy.imagery.bands import GREY, is_grey
 from canopy.imagery.base import Imagery, ImagerySource, ReadOptions, as_colour, read_lattice
 from canopy.runtime import log
 
@@ -209,7 +209,7 @@ class TileSource(ImagerySource):
                 rgb[:, *here], valid[here] = tile[0][:, *inner], tile[1][inner]
         # The note that grey files get, at the first window that shows something.
         if self._colour is None and valid.any() and rgb[0][valid].min() < rgb[0][valid].max():
-            self._colour = not (np.array_equal(rgb[0], rgb[1]) and np.array_equal(rgb[1], rgb[2]))
+            self._colour = not is_grey(rgb[:, valid], 255.0)
             if not self._colour:
                 self._tell(GREY.format(self.name))
         return rgb, valid

@@ -6,8 +6,10 @@ Point clouds, the other way, are `labels.lidar`.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +18,7 @@ import pyproj
 import shapely
 from odc.geo import CRS
 from pydantic import Field
+from rasterio.enums import ColorInterp
 from rasterio.io import DatasetReader
 
 from canopy import __version__
@@ -24,23 +27,24 @@ from canopy.errors import AreaError, DataError, InputError
 from canopy.files import check_output
 from canopy.geo.area import AOI
 from canopy.geo.cog import BandSpec, CogWriter
-from canopy.geo.crs import metres_per_unit, project, to_crs, transformer, utm_crs
+from canopy.geo.crs import ground_crs, metres_per_unit, project, to_crs, transformer, utm_crs
 from canopy.geo.grid import Grid, tiles_over
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_window
-from canopy.labels.points import METRES, Bounds, vertical_unit
+from canopy.geo.units import band_unit
+from canopy.labels.points import HIGHEST_M, LOWEST_M, Bounds, vertical_unit
 from canopy.labels.surface import ABOVE_M, BELOW_M
 from canopy.runtime import NoProgress, Progress, log
 
 BANDS = (BandSpec("canopy_height"), BandSpec("point_density", "1/m2"), BandSpec("valid", "1"))
 _TILE_PX = 1024
-# Elevations beyond the Earth's are a nodata value that the file does not declare.
-LOWEST_M, HIGHEST_M = -500.0, 9_000.0
-_UNIT_NAMES = {
-    **dict.fromkeys(("m", "metre", "meter", "metres", "meters"), METRES["m"]),
-    **dict.fromkeys(("ft", "foot", "feet"), METRES["ft"]),
-    **dict.fromkeys(("us-ft", "us survey foot", "us_survey_foot", "ftus"), METRES["us-ft"]),
+# What is said of a DSM and of a DTM, where a file has several bands.
+_NAMED = {
+    "DSM": re.compile(r"(?<![a-z])(dsm|dom|mns|surface)(?![a-z])", re.IGNORECASE),
+    "DTM": re.compile(r"(?<![a-z])(dtm|dem|dgm|mnt|terrain|bare[\s_-]*earth)(?![a-z])", re.IGNORECASE),
 }
+# A note is due where so many pixels are odd; and what stands on the ground is so high.
+_NOTED_SHARE, _TALL_M = 0.02, 2.0
 _POLICY = "zero: 0 m of canopy; mask: nodata; keep: as canopy."
 Policy = Literal["zero", "mask", "keep"]
 
@@ -117,6 +121,14 @@ def choose_grid(inputs: Sequence[Bounds], crs: CRS, gsd: float, area: AOI | None
     return grid
 
 
+def grid_facts(path: Path, grid: Grid) -> dict[str, Any]:
+    """What is known of a CHM before it is made: its name and place."""
+    return {
+        "file": str(path), "crs": str(grid.crs), "bounds": list(grid.bounds), "width_px": grid.width,
+        "height_px": grid.height, "gsd_m": round(grid.gsd_m, 4),
+    }  # fmt: skip
+
+
 def map_facts(path: Path, grid: Grid) -> dict[str, Any]:
     """What is said of a CHM that was made: its place, mean height, cover and valid share."""
     count, total, top, over = 0, 0.0, 0.0, 0
@@ -126,12 +138,75 @@ def map_facts(path: Path, grid: Grid) -> dict[str, Any]:
             heights = heights[np.isfinite(heights)]
             count, total = count + heights.size, total + float(heights.sum(dtype=np.float64))
             top, over = max(top, float(heights.max(initial=0))), over + int((heights >= 2).sum())
-    return {
-        "file": str(path), "crs": str(grid.crs), "bounds": list(grid.bounds), "width_px": grid.width,
-        "height_px": grid.height, "gsd_m": round(grid.gsd_m, 4),
+    return grid_facts(path, grid) | {
         "valid_fraction": round(count / (grid.width * grid.height), 6), "highest_m": round(top, 3),
         "mean_height_m": round(total / max(count, 1), 3), "cover_2m": round(over / max(count, 1), 4),
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Elevations:
+    """A raster of elevations: which band they are in, metres per unit, and where it is."""
+
+    file: DatasetReader
+    band: int
+    unit_m: float
+    place: SourcePlace
+
+    @classmethod
+    def of(cls, file: DatasetReader, kind: str, options: ChmOptions) -> _Elevations:
+        place, band = _place(file, options), _band(file, kind)
+        told = band_unit(file, band)
+        unit_m = vertical_unit(Path(file.name).name, told[1] if told else None, place.crs, options.units)
+        return cls(file, band, unit_m, place)
+
+    def read(self, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Metres, float64 (h, w), on a grid; valid (h, w); and what had a value that is no elevation."""
+        scale, offset = (x[self.band - 1] for x in (self.file.scales, self.file.offsets))
+
+        def metres(raw: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            values = (raw.astype(np.float64) * scale + offset) * self.unit_m
+            sane = (values[0] > LOWEST_M) & (values[0] < HIGHEST_M)
+            # Bands of a decoder are all resampled: the second one says where an impossible value was.
+            return np.stack([np.where(sane, values[0], 0), ~sane]), valid
+
+        values, valid = read_window(self.file, grid, [self.band], crs=self.place.crs, decode=metres)
+        strange = valid & (values[1] > 0)
+        return values[0].astype(np.float64), valid & ~strange, strange
+
+
+def _place(file: DatasetReader, options: ChmOptions) -> SourcePlace:
+    """Where a raster is: by its own CRS, else by the one that was named."""
+    given = options.input_crs if options.input_crs is not None else options.crs
+    try:
+        return SourcePlace.of(file, ground_crs(file.crs, file.name))
+    except InputError as error:
+        if given is not None and not _is_ground(file.crs):
+            return SourcePlace.of(file, given)
+        remedy = error.remedy if _is_ground(file.crs) else "name it with --input-crs, e.g. EPSG:32610"
+        raise DataError(
+            error.what, where=Path(file.name).name, expected=error.expected, remedy=remedy
+        ) from error
+
+
+def _is_ground(crs: Any) -> bool:
+    with contextlib.suppress(InputError):
+        return bool(ground_crs(crs, ""))
+    return False
+
+
+def _band(file: DatasetReader, kind: str) -> int:
+    """The band of a surface or a terrain: the only one, or the only one that says so."""
+    usable = [i for i, colour in enumerate(file.colorinterp, 1) if colour != ColorInterp.alpha]
+    telling = [i for i in usable if _NAMED[kind].search(file.descriptions[i - 1] or "")]
+    if len(usable) == 1 or len(telling) == 1:
+        return usable[0] if len(usable) == 1 else telling[0]
+    listed = ", ".join(f"{i} {file.descriptions[i - 1] or ''}".strip() for i in usable[:12])
+    raise DataError(
+        f"holds {len(usable)} bands ({listed})", where=Path(file.name).name,
+        expected=f"one band of elevations, or one that says {kind}",
+        remedy=f"take the right one out: rio stack FILE --bidx N -o {kind.lower()}.tif",
+    )  # fmt: skip
 
 
 def chm_from_rasters(
@@ -142,33 +217,30 @@ def chm_from_rasters(
     *,
     area: AOI | None = None,
     progress: Progress | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write `dsm - dtm` in metres as a COG with the bands of `chm_from_points`; returns what was done.
 
-    The CHM lies on the DSM's own grid where that is metric and of the asked pixel; otherwise both are brought
-    to the asked grid first, averaged where it is coarser. Below 0 becomes 0 down to -1 m; lower, or higher
-    than 130 m, is nodata. `point_density` is nodata everywhere: rasters do not tell it.
+    Of several bands the one that says DSM or DTM is taken. The CHM lies on the DSM's own grid where that is
+    metric and of the asked pixel; otherwise both are brought to the asked grid first, averaged where it is
+    coarser. Below 0 becomes 0 down to -1 m; lower, or higher than 130 m, is nodata. `point_density` is nodata
+    everywhere: rasters do not tell it. With `dry_run` only what would be made is returned.
 
     Raises InputError for rasters that do not overlap, have no CRS, or are not a surface and its terrain.
     """
     options, progress = options or ChmOptions(), progress or NoProgress()
     out = check_output(out, [dsm, dtm], overwrite=options.overwrite)[0]
     with contextlib.ExitStack() as stack:
-        pair = [stack.enter_context(open_raster(path)) for path in (dsm, dtm)]
-        _check_datums(pair)
-        given = options.input_crs if options.input_crs is not None else options.crs
-        places = [SourcePlace.of(ds, ds.crs or given) for ds in pair]
-        units = [
-            vertical_unit(
-                Path(ds.name).name, _UNIT_NAMES.get((ds.units[0] or "").strip().lower()), p.crs, options.units
-            )
-            for ds, p in zip(pair, places, strict=True)
-        ]
-        grid = _grid_of(pair, places, options, area)
+        files = [stack.enter_context(open_raster(path)) for path in (dsm, dtm)]
+        _check_datums(files)
+        pair = [_Elevations.of(file, kind, options) for file, kind in zip(files, _NAMED, strict=True)]
+        grid = _grid_of(pair, options, area)
+        if dry_run:
+            return grid_facts(out, grid)
         source = f"DSM {Path(dsm).name} minus DTM {Path(dtm).name}"
         tags = {"CANOPY_VERSION": __version__, "CANOPY_SOURCE": source}
         with CogWriter(out, grid, BANDS, tags=tags, overwrite=options.overwrite) as writer:
-            counts = _subtract(writer, pair, [p.crs for p in places], units, area, progress)
+            counts = _subtract(writer, pair, area, progress)
             _judge(counts, dsm, dtm)
     return {**map_facts(out, grid), "sha256": writer.sha256}
 
@@ -179,33 +251,34 @@ def _check_datums(pair: list[DatasetReader]) -> None:
     for ds in pair:
         crs = pyproj.CRS.from_user_input(ds.crs) if ds.crs else None
         if crs is not None and crs.is_compound:
-            stated.append(crs.sub_crs_list[1].name)
+            vertical = crs.sub_crs_list[1]  # of one datum there are CRSs in metres and in feet
+            stated.append(vertical.datum.name if vertical.datum else vertical.name)
         elif crs is not None and len(crs.axis_info) == 3:
-            stated.append("ellipsoidal height")
+            stated.append("the ellipsoid")
     if len(stated) == 2 and stated[0] != stated[1]:
         raise DataError(
-            f"its heights are {stated[0]}, those of {Path(pair[1].name).name} are {stated[1]}",
-            where=pair[0].name,
+            f"its heights are above {stated[0]}, those of {Path(pair[1].name).name} above {stated[1]}",
+            where=Path(pair[0].name).name,
             expected="a DSM and a DTM above the same vertical datum",
             remedy="bring one to the other's with gdalwarp -t_srs",
         )
 
 
-def _grid_of(
-    pair: list[DatasetReader], places: list[SourcePlace], options: ChmOptions, area: AOI | None
-) -> Grid:
+def _grid_of(pair: list[_Elevations], options: ChmOptions, area: AOI | None) -> Grid:
     """The grid where both rasters lie, or the part of it that was asked for."""
-    for ds, place in zip(pair, places, strict=True):
-        if not place.is_north_up:
-            raise InputError("a rotated raster", where=ds.name, expected="north-up")
-    rects = [AOI.from_grid(place.grid()) for place in places]
-    crs = choose_crs([(rect.crs, rect.geometry.bounds) for rect in rects], options)
-    shapes = [project(rect.geometry, rect.crs, crs) for rect in rects]
+    outlines = [shapely.Polygon([p.xy(r, c) for r, c in p.corners_rc]) for p in (one.place for one in pair)]
+    crs = choose_crs(
+        [(one.place.crs, shape.bounds) for one, shape in zip(pair, outlines, strict=True)], options
+    )
+    shapes = [project(shape, one.place.crs, crs) for one, shape in zip(pair, outlines, strict=True)]
     both = shapes[0].intersection(shapes[1])
     if both.area <= 0:
-        raise AreaError("the DSM and the DTM do not overlap", where=pair[0].name)
-    grid, own = choose_grid([both.bounds], crs, options.gsd, area), places[0].grid()
-    if own.crs != crs or any(abs(side / options.gsd - 1) >= 1e-6 for side in own.pixel):
+        raise AreaError("the DSM and the DTM do not overlap", where=Path(pair[0].file.name).name)
+    grid, place = choose_grid([both.bounds], crs, options.gsd, area), pair[0].place.north_up()
+    if place.crs != crs or not place.is_north_up:
+        return grid
+    own = place.grid()
+    if any(abs(side / options.gsd - 1) >= 1e-6 for side in own.pixel):
         return grid
     # On the DSM's own lattice pixels are copied, whatever its phase.
     west, south, east, north = grid.bounds
@@ -215,20 +288,21 @@ def _grid_of(
 
 
 def _subtract(
-    writer: CogWriter, pair: list[DatasetReader], crss: list[CRS], units: list[float], area: AOI | None,
-    progress: Progress,
-) -> Counter[str]:  # fmt: skip
-    """Write the difference tile by tile; counts of pixels by what they are."""
-    counts: Counter[str] = Counter()
+    writer: CogWriter, pair: list[_Elevations], area: AOI | None, progress: Progress
+) -> Counter[str | float]:
+    """Write the difference tile by tile; counts of pixels by what they are.
+
+    Numbers among the keys are values, 0 or lower, that surface and terrain share exactly.
+    """
+    counts: Counter[str | float] = Counter()
     tiles = tiles_over(writer.grid, _TILE_PX)
     progress.start(len(tiles), "surface minus terrain")
     for tile in tiles:
-        top, ok_top = _metres(pair[0], crss[0], units[0], tile)
-        ground, ok_ground = _metres(pair[1], crss[1], units[1], tile)
-        both = ok_top & ok_ground
-        zeros = both & (top == 0) & (ground == 0)
-        if area is not None:
-            both &= area.mask(tile)
+        (top, ok_top, odd_top), (ground, ok_ground, odd_ground) = (one.read(tile) for one in pair)
+        inside = area.mask(tile) if area is not None else np.ones(tile.shape, bool)
+        both = ok_top & ok_ground & inside
+        shared, number = np.unique(top[both & (top == ground) & (top <= 0)], return_counts=True)
+        counts.update(dict(zip(shared.tolist(), number.tolist(), strict=True)))
         height = top - ground
         low, high = both & (height < -BELOW_M), both & (height > ABOVE_M)
         valid = both & ~low & ~high
@@ -236,28 +310,35 @@ def _subtract(
         bands = np.stack([height, np.zeros_like(height), valid]).astype(np.float32)
         present = np.stack([valid, np.zeros_like(valid), np.ones_like(valid)])
         writer.write(bands, present, *writer.grid.offset_of(tile))
-        for name, mask in (("both", both), ("zeros", zeros), ("low", low), ("high", high)):
+        odd, bare = (odd_top | odd_ground) & inside, valid & (ground == 0) & (top > _TALL_M)
+        for name, mask in (("all", inside), ("both", both), ("odd", odd), ("bare", bare), ("low", low),
+                           ("high", high)):  # fmt: skip
             counts[name] += int(mask.sum())
         progress.advance()
     return counts
 
 
-def _metres(ds: DatasetReader, crs: CRS, unit: float, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Elevation float64 (h, w) in metres and valid (h, w) on a grid."""
-    values, valid = read_window(ds, grid, [1], crs=crs)
-    metres = (values[0].astype(np.float64) * ds.scales[0] + ds.offsets[0]) * unit
-    return metres, valid & (metres > LOWEST_M) & (metres < HIGHEST_M)
-
-
-def _judge(counts: Counter[str], dsm: str | Path, dtm: str | Path) -> None:
-    """Refuse pairs that cannot be a surface and its terrain."""
+def _judge(counts: Counter[str | float], dsm: str | Path, dtm: str | Path) -> None:
+    """Refuse pairs that cannot be a surface and its terrain; say what may be an undeclared nodata value."""
     both = counts["both"]
     if not both:
-        raise DataError("no pixel where both rasters have data", where=dsm)
-    if counts["zeros"] > 0.02 * both:
+        raise DataError(
+            "no pixel where both rasters have an elevation", where=dsm,
+            expected=f"elevations from {LOWEST_M:g} to {HIGHEST_M:g} m", remedy="see --units",
+        )  # fmt: skip
+    if counts["odd"]:
         log.warning(
-            f"note: surface and terrain are both exactly 0 m in {counts['zeros'] / both:.0%} of the "
-            "pixels; if that means no data there, declare it in the files (rio edit-info --nodata 0 FILE)"
+            f"note: {counts['odd'] / counts['all']:.1%} of the pixels have impossible elevations and count "
+            "as missing: an undeclared nodata value, or not metres"
+        )
+    values = [value for value in counts if not isinstance(value, str) and counts[value] > _NOTED_SHARE * both]
+    found = [f"surface and terrain are both exactly {v:g} m in {counts[v] / both:.0%}" for v in values]
+    if counts["bare"] > _NOTED_SHARE * both:
+        found.append(f"the terrain alone is exactly 0 m in {counts['bare'] / both:.0%}")
+    if found:
+        log.warning(
+            f"note: {', '.join(found)} of the pixels; if that means no data there, declare it in the files "
+            f"(rio edit-info --nodata {[*values, 0.0][0]:g} FILE)"
         )
     for name, where in (("low", "below"), ("high", f"more than {ABOVE_M:g} m above")):
         if counts[name] > both / 2:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +18,6 @@ from canopy.errors import DataError, InputError
 from canopy.geo.area import SCALE_SLACK
 from canopy.geo.crs import geod_of, metres_per_unit, to_crs, transformer
 from canopy.geo.grid import Grid
-from canopy.geo.place import SourcePlace
-from canopy.geo.reading import open_raster, read_raster
 from canopy.metrics import percent_of, statistic_of
 
 if TYPE_CHECKING:
@@ -37,26 +34,26 @@ _EDGE_M = 1e-6
 
 
 def pool_over_disc(
-    raster: np.ndarray | str | Path | ReadHeights,
+    raster: np.ndarray | ReadHeights,
     shots: pandas.DataFrame,
     how: str = "mean",
     *,
-    grid: Grid | None = None,
+    grid: Grid,
     diameter: float = DIAMETER_M,
     min_valid: float = 0.9,
 ) -> np.ndarray:
     """A statistic of a raster over every shot's disc, float32 (n,), NaN where the disc is not seen enough.
 
     Args:
-        raster: a GeoTIFF's path (its first band); or an array (height, width) with NaN for missing, or a
-            function that gives such arrays on windows of a grid, with their `grid`. Read window by window.
+        raster: an array (height, width) with NaN for missing, or a function that gives such arrays on windows
+            of its grid, which is then read window by window.
         shots: table with columns lon and lat, degrees; see `read_shots`.
         how: "mean", "max", or "pNN", the NN-th percentile of the pixels (linear between ranks, as numpy's).
         diameter: of the disc, ground metres.
         min_valid: share of the disc's pixels that must be valid; pixels beyond the raster are not.
 
     Raises:
-        InputError: an unknown `how`, an array without a grid or of another shape.
+        InputError: an unknown `how`, an array of another shape than its grid.
     """
     import pandas
 
@@ -82,24 +79,12 @@ def pool_over_disc(
     return out
 
 
-def _reader(raster: np.ndarray | str | Path | ReadHeights, grid: Grid | None) -> tuple[ReadHeights, Grid]:
+def _reader(raster: np.ndarray | ReadHeights, grid: Grid) -> tuple[ReadHeights, Grid]:
     """What gives the heights of a window, and the grid that windows are cut from."""
-    if isinstance(raster, str | Path):
-        path = Path(raster)
-        with open_raster(path) as dataset:
-            own = SourcePlace.of(dataset).grid()
-
-        def from_file(window: Grid) -> np.ndarray:
-            part = read_raster(path, window, bands=[1])
-            return np.where(part.valid, part.values[0], np.nan)
-
-        return from_file, own
     if callable(raster):
-        if grid is None:
-            raise InputError("a function without a grid", expected="the grid of what it reads")
         return raster, grid
     array = np.asarray(raster, np.float32)
-    if grid is None or array.shape != grid.shape:
+    if array.shape != grid.shape:
         raise InputError(f"array {array.shape} on {grid}", expected="an array and its grid")
     whole = grid
 

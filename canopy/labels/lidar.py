@@ -27,7 +27,7 @@ from canopy.geo.cog import CogWriter
 from canopy.geo.crs import project
 from canopy.geo.grid import Grid, tiles_over
 from canopy.labels import surface
-from canopy.labels.chm import BANDS, ChmOptions, choose_crs, choose_grid, map_facts
+from canopy.labels.chm import BANDS, ChmOptions, choose_crs, choose_grid, grid_facts, map_facts
 from canopy.labels.points import Bounds, LidarFile, Spool, Tally, fill, open_lidar
 from canopy.labels.surface import BRIDGE, BUILDING, EDGE_PX, WATER, WIRE
 from canopy.runtime import NoProgress, Progress, log
@@ -46,6 +46,7 @@ def chm_from_points(
     *,
     area: AOI | None = None,
     progress: Progress | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write the CHM of point clouds as a COG of float32; returns what was done.
 
@@ -56,6 +57,7 @@ def chm_from_points(
         files: LAS, LAZ or COPC files; neighbours are processed as one cloud.
         out: the .tif to make.
         area: what to map; by default all the points. Outside polygons is nodata.
+        dry_run: only say what would be made, by the headers.
 
     Raises:
         InputError: bad files; nothing was written.
@@ -73,6 +75,8 @@ def chm_from_points(
     grid = choose_grid(
         [project(shapely.box(*c.bounds), c.crs, crs).bounds for c in clouds], crs, options.gsd, area
     )
+    if dry_run:
+        return grid_facts(out, grid) | {"points": sum(c.points for c in clouds)}
     with (
         told_as_output(out, "cannot be made"),
         tempfile.TemporaryDirectory(".partial", f".{out.name}.", out.absolute().parent) as name,

@@ -24,17 +24,21 @@ from pyproj.exceptions import CRSError
 
 from canopy.errors import CanopyError, DataError, require
 from canopy.geo.crs import ground_crs, metres_per_unit, to_crs, transformer
+from canopy.geo.units import FOOT, US_FOOT
 from canopy.labels.surface import GROUND, KIND_OF_CLASS, NOISE
 from canopy.runtime import Progress, log
 
 Bounds = tuple[float, float, float, float]
 
-METRES = {"m": 1.0, "ft": 0.3048, "us-ft": 1200 / 3937}
+METRES = {"m": 1.0, "ft": FOOT, "us-ft": US_FOOT}
 # GeoTIFF keys of the vertical part (OGC 19-008r4) and EPSG's codes for the three units.
 _VERTICAL_CRS_KEY, _VERTICAL_UNIT_KEY = 4096, 4099
 _EPSG_UNITS = {9001: METRES["m"], 9002: METRES["ft"], 9003: METRES["us-ft"]}
 # A file may lie this far, in degrees, outside the area its CRS is meant for; more is the wrong CRS.
 _AREA_SLACK_DEG = 5.0
+
+# Elevations beyond the Earth's are a nodata value that no file declares, or damage.
+LOWEST_M, HIGHEST_M = -500.0, 9_000.0
 
 CHUNK_POINTS = 500_000
 _MODEL_KEY = 8  # ground thinned for modelling; LAS 1.4 formats reserve the number
@@ -46,7 +50,8 @@ RECORD = np.dtype([("x", "f8"), ("y", "f8"), ("z", "f4"), ("kind", "u1")])
 # ---- headers ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class LidarFile:
-    """A point cloud on disk. `bounds` are (west, south, east, north) in `crs`, as the header has them.
+    """A point cloud on disk. `bounds` are (west, south, east, north) in `crs`, and `z` the lowest and highest
+    elevation in the file's unit, as the header has them.
 
     `z_to_m` turns elevations into metres; `has_dates`: GPS times count from an epoch, not from
     a week's start.
@@ -57,6 +62,7 @@ class LidarFile:
     crs: CRS
     z_to_m: float
     bounds: Bounds
+    z: tuple[float, float]
     point_format: int
     has_dates: bool
 
@@ -114,6 +120,7 @@ def open_lidar(path: str | Path, *, crs: Any = None, units: str = "auto") -> Lid
             stated = None  # an unreadable one is as good as none: --crs can replace it
         told = _told_unit(stated, header)
         west, south, east, north = (float(v) for v in (*header.mins[:2], *header.maxs[:2]))
+        z = float(header.mins[2]), float(header.maxs[2])
         count, kind = int(header.point_count), int(header.point_format.id)
         dated = kind not in (0, 2) and int(header.global_encoding.gps_time_type) == 1
     if stated is not None and (stated.is_projected or stated.is_geographic):
@@ -128,7 +135,7 @@ def open_lidar(path: str | Path, *, crs: Any = None, units: str = "auto") -> Lid
         )
     _check_place(path, (west, south, east, north), horizontal)
     z_to_m = vertical_unit(path.name, told, horizontal, units)
-    return LidarFile(path, count, horizontal, z_to_m, (west, south, east, north), kind, dated)
+    return LidarFile(path, count, horizontal, z_to_m, (west, south, east, north), z, kind, dated)
 
 
 def _check_records(path: Path) -> None:
@@ -291,7 +298,10 @@ def _record(file: LidarFile, raw: Any, crs: CRS) -> tuple[np.ndarray, np.ndarray
         withheld = np.array(raw.withheld, bool)
         slack = 2.0 * float(max(raw.scales[:2]))
     west, south, east, north = file.bounds
-    if x.min() < west - slack or x.max() > east + slack or y.min() < south - slack or y.max() > north + slack:
+    outside = x.min() < west - slack or x.max() > east + slack or y.min() < south - slack
+    # A header may lie about elevations (of a cloud that was normalised), but none is beyond the Earth's.
+    wild = z[(z < file.z[0] - slack) | (z > file.z[1] + slack)] * file.z_to_m
+    if outside or y.max() > north + slack or np.any((wild < LOWEST_M) | (wild > HIGHEST_M)):
         raise DataError(
             "points outside the bounds that the header states",
             where=file.path,

@@ -11,6 +11,7 @@ import rasterio
 
 from canopy.calibration.gedi import Footprints, correct_map, fit_correction, held_out, read_footprints
 from canopy.errors import DataError
+from canopy.evaluation.opening import open_heights
 from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid
@@ -136,7 +137,7 @@ def test_standard_errors_cover_the_truth(truth: np.ndarray, tmp_path: Path) -> N
     z = []
     for seed in range(4):
         shots = make_shots(truth, tmp_path / f"{seed}.parquet", count=250, seed=10 + seed)
-        made = fit_correction(read_footprints(chm, read_shots(shots)))
+        made = fit_correction(read_footprints(open_heights(chm), read_shots(shots)))
         z.append((made(heights) - exact) / made.errors(heights))
     assert np.abs(z).mean() < 2.0  # about 0.8 for perfect errors
     assert (np.abs(z) < 4).mean() > 0.9
@@ -149,11 +150,11 @@ def test_report_on_held_out_shots_and_too_few(tmp_path: Path, truth: np.ndarray)
         correct_map(chm, few, tmp_path / "out.tif")
     assert not (tmp_path / "out.tif").exists()
     with pytest.raises(DataError, match="rh_98"):
-        read_footprints(chm, read_shots(few), 95)
+        read_footprints(open_heights(chm), read_shots(few), 95)
     shots = make_shots(truth, tmp_path / "shots.parquet", outliers=0.2)
     report = correct_map(chm, shots, tmp_path / "out.tif")
     scores = report["held_out"]
     assert scores["n"] > 300 and 0.7 < scores["n_good"] / scores["n"] < 0.9
     assert scores["after"]["mae_good_m"] < scores["before"]["mae_good_m"]
     assert json.loads((tmp_path / "out.gedi.json").read_text())["held_out"] == scores
-    assert held_out(read_footprints(chm, read_shots(few)))["n"] == 0
+    assert held_out(read_footprints(open_heights(chm), read_shots(few)))["n"] == 0

@@ -12,7 +12,7 @@ from shapely.geometry import Point, box
 import canopy
 from canopy.errors import DataError, InputError
 from canopy.evaluation.evaluate import guess_kind
-from canopy.evaluation.samples import block_samples, column_codes
+from canopy.evaluation.samples import block_samples, column_codes, load_samples
 
 WEST, NORTH, UTM = 500_000.0, 4_882_000.0, "EPSG:32618"
 H, W = 260, 310
@@ -215,3 +215,24 @@ def test_kinds_columns_and_blocks(shots, tmp_path):
     blocks = block_samples(lon, lat)
     assert blocks.side_m == 1000 and len(blocks.bounds) >= 25
     assert block_samples(lon[:30], lat[:30], 200.0).side_m == 200
+
+
+@pytest.mark.parametrize(("name", "metres"), [("height_ft", 0.3048), ("Height (cm)", 0.01), ("h_m", 1)])
+def test_a_column_says_its_unit(map_path, tmp_path, name, metres):
+    lon, lat = degrees(places(20))
+    table = pandas.DataFrame({"lon": lon, "lat": lat, name: np.full(20, 12 / metres)})
+    table.to_csv(tmp_path / "plots.csv", index=False)
+    found = load_samples("plots", tmp_path / "plots.csv", column=name)
+    np.testing.assert_allclose(found.height_m, 12)
+    result = canopy.evaluate(map_path, tmp_path / "plots.csv", column=name, replicates=0)
+    assert any("converted to metres" in note for note in result.notes) == (metres != 1)
+
+
+def test_tables_of_spaces_and_of_another_encoding(tmp_path):
+    path = tmp_path / "plots.txt"
+    path.write_text("lon   lat height\n-71.5  44.1   12.5\n-71.4 44.1 9\n")
+    assert guess_kind(path) == "plots"
+    assert load_samples("plots", path).height_m.tolist() == [12.5, 9]
+    path.write_bytes("lon,lat,Höhe\n-71.5,44.1,12.5\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"not UTF-8\. Save it again"):
+        load_samples("plots", path)

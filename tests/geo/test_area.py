@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shapely.geometry import MultiPolygon, Point, Polygon, box
 
-from canopy.errors import AreaError
+from canopy.errors import AreaError, InputError
 from canopy.geo.area import AOI, choose_area
 from canopy.geo.grid import Grid
 from canopy.geo.vector import read_vector, read_zones
@@ -260,3 +260,21 @@ def test_masks_do_not_depend_on_the_window(rng):
         part = aoi.mask(grid.window(int(r), int(c), int(h), int(w)))
         assert np.array_equal(part, whole[r : r + h, c : c + w])
     assert not aoi.mask(grid.window(5000, 5000, 8, 8)).any()
+
+
+def test_vector_files_that_are_none_are_refused_with_the_reason(tmp_path):
+    zone = geopandas.GeoDataFrame({"n": [1]}, geometry=[box(5e5, 48e5, 5.01e5, 48.01e5)], crs="EPSG:32619")
+    local = zone.set_crs('LOCAL_CS["site",UNIT["metre",1]]', allow_override=True)
+    local.to_file(tmp_path / "local.gpkg")
+    zone.to_file(tmp_path / "whole.fgb", driver="FlatGeobuf")
+    (tmp_path / "cut.fgb").write_bytes((tmp_path / "whole.fgb").read_bytes()[:300])
+    zone.to_file(tmp_path / "part.shp")
+    (tmp_path / "part.shx").unlink()
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    (tmp_path / "empty.geojson").write_text('{"type": "Feature"}')
+    for name, told in (
+        ("local.gpkg", "site is a Engineering CRS"), ("cut.fgb", "no layer in it, or truncated"),
+        ("part.shp", r"part\.shx"), ("a.zip", "Unpack it first"), ("empty.geojson", "only empty features"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"{name}: .*{told}"):
+            read_zones(tmp_path / name)

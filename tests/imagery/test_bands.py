@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 from affine import Affine
 from rasterio.enums import ColorInterp as C
 
@@ -140,3 +143,44 @@ def test_tiles_of_one_lattice_share_a_grid(make_tif, rgb):
     assert grid.shape == (height + 3, 2 * width) and grid.transform == place
     off = make_tif(rgb, "c.tif", photometric="RGB", transform=place @ Affine.translation(width + 0.5, 0))
     assert open_imagery([first, off]).native_grid is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "value"),
+    [("float32", 1, -9999), ("float64", 1, -3.4e38), ("float32", 1, 1e20), ("int16", 7650, -9999),
+     ("uint16", 7650, 65535)],
+)  # fmt: skip
+def test_a_number_that_is_no_brightness_is_missing(make_tif, rgb, dtype, scale, value) -> None:
+    pixels = (rgb * (scale / 255)).astype(dtype)
+    pixels[:, :12] = value
+    source = open_imagery(make_tif(pixels, photometric="RGB"), scale=scale)
+    valid = source.read(source.native_grid).valid
+    assert not valid[:12].any() and valid[12:].all()
+    assert any(f"pixels of {value:.6g} in all bands" in note for note in source.notes)
+
+
+def test_infrared_that_is_called_alpha(make_tif, rgb) -> None:
+    """GDAL calls the fourth band of bytes alpha where nobody says what it is."""
+    four = np.concatenate([rgb, rgb[1:2]])
+    four[3, :10] = 0
+    named = open_imagery(make_tif(four, photometric="RGB", alpha="yes", descriptions=("r", "g", "b", "NIR")))
+    assert named.read(named.native_grid).valid.all() and not any("alpha" in note for note in named.notes)
+    path = make_tif(four, "b.tif", photometric="RGB", alpha="yes")
+    source = open_imagery(path)
+    assert not source.read(source.native_grid).valid[:10].any()
+    (note,) = (note for note in source.notes if "neither 0 nor full" in note)
+    words = note.split(": ")[-1].split()
+    subprocess.run([str(Path(sys.executable).parent / words[0]), *words[1:-1], str(path)], check=True)
+    mended = open_imagery(path)
+    assert mended.read(mended.native_grid).valid.all() and mended.notes == []
+
+
+@pytest.mark.parametrize("quality", ["60", "95"])
+def test_grey_is_told_of_after_compression_with_loss(make_tif, rgb, tmp_path, quality) -> None:
+    grey = make_tif(np.repeat(rgb[:1], 3, axis=0), photometric="RGB")
+    for number, space in enumerate(("ycbcr", "rgb")):
+        path = tmp_path / f"{number}.tif"
+        rasterio.shutil.copy(
+            grey, path, driver="GTiff", compress="jpeg", photometric=space, jpeg_quality=quality
+        )
+        assert any("heights of grey images are wrong" in note for note in open_imagery(path).notes)
