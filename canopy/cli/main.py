@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -91,18 +91,30 @@ def _root(
     """RGB imagery in, georeferenced canopy height maps out."""
 
 
+def _refuse_words(error: Any) -> NoReturn:
+    """Say what is wrong with the words typed, in one line; the help where a group has no command."""
+    told = error.format_message()
+    if "\n" in told:  # its text is the help
+        error.show()
+    else:
+        command = error.ctx.command_path if error.ctx else "canopy"
+        typer.echo(f"canopy: {told.rstrip('.')}. See {command} --help", err=True)
+    sys.exit(error.exit_code)
+
+
 def main() -> None:
     """Run the command line; exit 0 done, 2 bad input, 3 some tiles failed, 130 Ctrl-C, 1 anything else."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # Ctrl-C, which typer ends without a word
+            typer.echo("canopy: interrupted; whatever has its final name is whole", err=True)
+        sys.exit(code or 0)
     except CanopyError as error:
         typer.echo(f"canopy: {error}", err=True)
         sys.exit(error.exit_code)
-    except SystemExit as stop:
-        if stop.code == _INTERRUPTED:  # Ctrl-C, which typer ends without a word
-            typer.echo("canopy: interrupted; whatever has its final name is whole", err=True)
-        raise
     except Exception as error:
+        if hasattr(error, "format_message"):  # words that typer cannot take; its kinds of error are private
+            _refuse_words(error)
         if {"-v", "--verbose"} & set(sys.argv):
             traceback.print_exc()
         line = " ".join(f"{type(error).__name__}: {error}".split())

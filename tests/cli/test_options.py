@@ -40,3 +40,15 @@ def test_what_a_region_pins_are_its_options() -> None:
     assert set(PINNED) <= set(MapOptions.model_fields)
     changed = {name for name in PredictOptions.model_fields if name in MapOptions.__annotations__}
     assert changed == {"crs"}  # which --grid utm has in another sense
+
+
+def test_words_that_cannot_be_taken_are_refused_in_one_line(canopy) -> None:
+    for words, told in (
+        (["predict", "a.tif", "--gsd", "x"], "Invalid value for '--gsd'"),
+        (["stats", "a.tif"], "Missing option '--zones'"),
+        (["data", "chm", "--bogus"], "No such option: --bogus"),
+    ):
+        ran = canopy(*words)
+        assert ran.code == 2 and ran.out == "" and len(ran.err.splitlines()) == 1
+        assert ran.err.startswith(f"canopy: {told}") and ran.err.strip().endswith("--help")
+    assert "Commands:" in canopy("models").err + canopy("models").out
