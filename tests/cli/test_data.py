@@ -188,7 +188,7 @@ def test_lidar_that_cannot_be_used(refused, make_image, tmp_path) -> None:
         ("--dsm near.tif --dtm far.tif", "overlap"),
         ("--dsm navd.tif --dtm egm.tif", "same vertical datum"),
         ("--dsm wgs.tif --dtm geoid.tif", "same vertical datum"),
-        ("--dsm bare.tif --dtm far.tif", "--crs"),
+        ("--dsm bare.tif --dtm far.tif", "--input-crs"),
         ("--dsm far.tif --dtm none.tif", "no such file"),
         ("c.laz --dsm far.tif --dtm far.tif", "one or the other"),
         ("--dsm far.tif --dtm far.tif --fill-px 3 --water keep", "Leave --water, --fill-px out"),
