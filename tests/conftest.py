@@ -17,8 +17,8 @@ from affine import Affine
 from hypothesis import settings
 from rasterio.enums import ColorInterp
 
-from canopy.download import RetryPolicy, use_policy
 from canopy.runtime import bundled_dir, log
+from canopy.web import RetryPolicy, use_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 # The first call of PROJ or GDAL is slow, and machines differ: correctness has no deadline.

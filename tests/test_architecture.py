@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"errors", "files", "metrics", "config", "runtime", "download", "terms"},
+    {"errors", "files", "metrics", "config", "runtime", "download", "web", "terms"},
     {"geo", "models"},
     {"imagery", "labels", "synth"},
     {"chips", "inference", "evaluation"},

@@ -13,9 +13,10 @@ from time import time
 import pytest
 import rasterio
 
-from canopy.download import RetryPolicy, download, gdal_options, get, only_one, peek, use_policy
+from canopy.download import download, only_one
 from canopy.errors import DataError, FetchError, OutputError
 from canopy.files import check_digest
+from canopy.web import RetryPolicy, gdal_options, get, peek, use_policy
 
 BODY = random.Random(0).randbytes(300_000)
 DIGEST = hashlib.sha256(BODY).hexdigest()

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from canopy import download
+from canopy import web
 from canopy.config import manifest_names
 from canopy.errors import CanopyError, FetchError
 from canopy.files import is_url
@@ -36,7 +36,7 @@ ADDRESSES = [
 def ask_imagery(manifest: ImageryManifest) -> str:
     """One tile in the middle of the coverage, or the catalog's first document; raises CanopyError."""
     if manifest.kind != "xyz":
-        found = download.get(manifest.location()).json()
+        found = web.get(manifest.location()).json()
         if not isinstance(found, dict) or "links" not in found:
             raise FetchError("answers, but with no STAC", where=manifest.href)
         return f"STAC with {len(found['links'])} links"
@@ -64,7 +64,7 @@ def ask(kind: str, name: str) -> str:
     else:
         model = published_models()[name]
         address = model.files[0].url if model.files else model.hub.replace("hf://", "https://huggingface.co/")
-    first, size = download.peek(address)
+    first, size = web.peek(address)
     if not first:
         raise FetchError("does not answer", where=address)
     return "answers" + (f", {size / 1e6:.1f} MB" if size and kind == "models" else "")
@@ -73,8 +73,8 @@ def ask(kind: str, name: str) -> str:
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest):
     """Rows that are shown at the end; skips where there is no network at all."""
-    with download.use_policy(download.RetryPolicy(attempts=2, timeout_s=20.0)):
-        if not any(download.peek(address)[0] for address in WELL_KNOWN):
+    with web.use_policy(web.RetryPolicy(attempts=2, timeout_s=20.0)):
+        if not any(web.peek(address)[0] for address in WELL_KNOWN):
             pytest.skip("no network")
         rows: list[str] = []
         yield rows

@@ -35,7 +35,7 @@ from rasterio.io import DatasetReader
 from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 
-from canopy import download
+from canopy import web
 from canopy.errors import CanopyError, ImageryError, InputError
 from canopy.files import is_url, public_name
 from canopy.geo.crs import project, to_lonlat
@@ -110,7 +110,7 @@ def beside(path: str, folder: str, suffix: str) -> str:
 
 
 def _text(path: str) -> str:
-    return download.get(path, what="the dates").text if is_url(path) else Path(path).read_text("utf-8")
+    return web.get(path, what="the dates").text if is_url(path) else Path(path).read_text("utf-8")
 
 
 class HeightMap:

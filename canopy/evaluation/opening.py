@@ -14,7 +14,7 @@ import numpy as np
 from rasterio.enums import MaskFlags
 from rasterio.io import DatasetReader
 
-from canopy import download
+from canopy import web
 from canopy.errors import ImageryError
 from canopy.evaluation.maps import DEFAULT_LEVEL, HeightMap, Tile, beside
 from canopy.files import is_url, public_name
@@ -170,4 +170,4 @@ def _published_as(dataset: DatasetReader, path: str, place: SourcePlace) -> tupl
 
 
 def _exists(path: str) -> bool:
-    return bool(download.peek(path, 1)[0]) if is_url(path) else Path(path).is_file()
+    return bool(web.peek(path, 1)[0]) if is_url(path) else Path(path).is_file()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from rasterio.features import rasterize
 
-from canopy import download
+from canopy import web
 from canopy.errors import AreaError, ImageryError
 from canopy.evaluation.maps import HeightMap
 from canopy.evaluation.opening import open_heights
@@ -101,7 +101,7 @@ def _quadkeys(area: AOI, zoom: int) -> Iterator[str]:
 
 
 def _is_there(url: str) -> bool:
-    first = download.get(url, headers={"Range": "bytes=0-0"}, what="the tile", absent=_ABSENT)
+    first = web.get(url, headers={"Range": "bytes=0-0"}, what="the tile", absent=_ABSENT)
     return first.status_code not in _ABSENT
 
 
@@ -113,10 +113,10 @@ def _read(heights: HeightMap, window: Grid) -> tuple[np.ndarray, np.ndarray]:
             return heights.read(window)
         except ImageryError as error:
             heights.close()
-            download.diagnose(heights.tiles[0].path, what="the map")
-            raise download.Again(str(error)) from None
+            web.diagnose(heights.tiles[0].path, what="the map")
+            raise web.Again(str(error)) from None
 
-    return download.persist(heights.tiles[0].path, one_try)
+    return web.persist(heights.tiles[0].path, one_try)
 
 
 def _days(heights: HeightMap, window: Grid) -> np.ndarray:

@@ -58,7 +58,7 @@ def raster_env(name: str | Path = "") -> rasterio.Env:
         "GDAL_VRT_ENABLE_RAWRASTERBAND": "NO",
     }
     if is_url(url := str(name).removeprefix("/vsicurl/")):
-        from canopy.download import gdal_options
+        from canopy.web import gdal_options
 
         options |= gdal_options(url)
     return rasterio.Env(**options)

@@ -28,7 +28,7 @@ from canopy.imagery.dates import days_since_epoch, is_within
 from canopy.imagery.scene import Handles, Scene, SceneRecord
 
 if TYPE_CHECKING:
-    from canopy.download import Signer
+    from canopy.web import Signer
 
 # In one mosaic, an image so many times coarser than the finest is told of.
 _COARSER = 3.0

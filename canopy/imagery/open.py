@@ -135,7 +135,7 @@ def _open_one(item: str, area: AOI | None, options: ReadOptions, *, may_be_name:
         return open_tiles(TileService(template=item, name=redact(item), tile_px=side_px), options, area)
     hrefs, catalog = [item], None
     if is_url(item):
-        from canopy.download import peek
+        from canopy.web import peek
 
         suffix = Path(item.split("?")[0]).suffix.lower()
         if suffix not in RASTER_SUFFIXES and not looks_like_raster(peek(item)[0]):

@@ -43,7 +43,7 @@ from canopy.imagery.base import ReadOptions, as_colour
 from canopy.imagery.dates import acquisition_date
 
 if TYPE_CHECKING:
-    from canopy.download import Signer
+    from canopy.web import Signer
 
 Pixels = tuple[NDArray[np.float32], NDArray[np.bool_]]
 Outline: TypeAlias = Polygon | MultiPolygon
@@ -275,22 +275,22 @@ class Scene:
             except ImageryError:
                 self._handles.drop()
                 raise
-        from canopy import download
+        from canopy import web
 
         def one_try(fresh: bool) -> T:
             url = self._sign(href, fresh) if self._sign else href
             try:
-                with rasterio.Env(**download.gdal_options(url)):
+                with rasterio.Env(**web.gdal_options(url)):
                     return work(self._handles.get(url))
             except FetchError:
                 raise
             except ImageryError as error:
                 self._handles.drop()
                 # What GDAL says of a host is not enough to tell whether another try can help.
-                download.diagnose(url, signed=self._sign is not None)
-                raise download.Again(f"{host_of(url)} answers, but {error.what}") from None
+                web.diagnose(url, signed=self._sign is not None)
+                raise web.Again(f"{host_of(url)} answers, but {error.what}") from None
 
-        return download.persist(href, one_try)
+        return web.persist(href, one_try)
 
 
 def _place(dataset: DatasetReader, options: ReadOptions, label: str) -> SourcePlace:

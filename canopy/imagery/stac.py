@@ -19,7 +19,7 @@ import shapely
 from shapely.geometry import Polygon, box
 from shapely.geometry.base import BaseGeometry
 
-from canopy import download
+from canopy import web
 from canopy.errors import AreaError, FetchError, ImageryError, InputError, require
 from canopy.files import host_of, is_url, redact
 from canopy.geo.area import AOI
@@ -161,12 +161,12 @@ def search(
     from requests import RequestException
     from urllib3.util.retry import Retry
 
-    rules = download.policy()
+    rules = web.policy()
     retry = Retry(
         total=rules.attempts - 1,
         backoff_factor=rules.first_wait_s,
         backoff_max=rules.longest_wait_s,
-        status_forcelist=sorted(download.TRANSIENT),
+        status_forcelist=sorted(web.TRANSIENT),
         allowed_methods=None,
     )
 
@@ -193,7 +193,7 @@ def search(
                 where, method = Link.from_dict(more[0]) if more else None, None
 
     io = Pages(max_retries=retry, timeout=rules.timeout_s)
-    io.session.trust_env = not download.is_local(href)
+    io.session.trust_env = not web.is_local(href)
     try:
         found = Client.open(href, stac_io=io).search(
             bbox=area.bounds_lonlat,
@@ -241,7 +241,7 @@ def walk(
     """
     items, missing, seen = list[pystac.Item](), list[str](), {where}
     level: list[tuple[str, Mapping[str, Any]]] = [(where, root)]
-    with ThreadPoolExecutor(download.REQUESTS_PER_HOST) as pool:
+    with ThreadPoolExecutor(web.REQUESTS_PER_HOST) as pool:
         while level:
             targets = []
             for address, document in level:
@@ -283,7 +283,7 @@ def _read_if_there(where: str) -> Mapping[str, Any] | None:
     """
     try:
         if is_url(where):
-            response = download.get(where, what="JSON", absent=_ABSENT)
+            response = web.get(where, what="JSON", absent=_ABSENT)
             if response.status_code in _ABSENT:
                 return None
             value = json.loads(response.content)

@@ -17,7 +17,7 @@ import pystac
 from pystac.utils import make_absolute_href
 from shapely.geometry import MultiPolygon, Polygon, shape
 
-from canopy import download
+from canopy import web
 from canopy.errors import FetchError, ImageryError
 from canopy.files import host_of, is_url, redact
 from canopy.imagery.bands import find_rgb
@@ -135,7 +135,7 @@ _token_lock = threading.Lock()
 _tokens: dict[str, tuple[str, float]] = {}
 
 
-def signer(signing: str | None) -> download.Signer | None:
+def signer(signing: str | None) -> web.Signer | None:
     """The function that signs URLs of a source: `sign(url, fresh)`; None where nothing is signed."""
     return planetary_computer_sign if signing == PLANETARY_COMPUTER else None
 
@@ -166,7 +166,7 @@ def planetary_computer_sign(href: str, fresh: bool) -> str:
             key = os.environ.get("PC_SDK_SUBSCRIPTION_KEY")
             headers = {"Ocp-Apim-Subscription-Key": key} if key else None
             try:
-                token = str(download.get(address, headers=headers, what="a signature").json()["token"])
+                token = str(web.get(address, headers=headers, what="a signature").json()["token"])
             except (FetchError, ValueError, KeyError, TypeError) as error:
                 log.warning("%s: no signature (%s); trying without one", host_of(href), error)
                 return href

@@ -28,7 +28,7 @@ from odc.geo import CRS
 from PIL import Image
 from pydantic import Field
 
-from canopy import download
+from canopy import web
 from canopy.config import Settings
 from canopy.errors import FetchError, InputError, refuse_options
 from canopy.files import check_terms, host_of, is_url, redact
@@ -199,7 +199,7 @@ class TileSource(ImagerySource):
             for start, size in ((row, window.height), (col, window.width))
         )
         keys = [(x, y) for y in ys for x in xs]
-        with ThreadPoolExecutor(min(len(keys), download.REQUESTS_PER_HOST)) as pool:
+        with ThreadPoolExecutor(min(len(keys), web.REQUESTS_PER_HOST)) as pool:
             for (x, y), tile in zip(keys, pool.map(lambda key: self._tile(*key), keys), strict=True):
                 if tile is None:
                     continue
@@ -232,7 +232,7 @@ class TileSource(ImagerySource):
             url = url.replace(f"{{{field}}}", str(value))
         where = f"web tile {self.zoom}/{x}/{y} of {self.name}"
         absent = (204, *self.service.absent_statuses)
-        response = download.get(url, what=where, absent=absent)
+        response = web.get(url, what=where, absent=absent)
         body = response.content
         if response.status_code in absent or not body:
             return None

@@ -18,7 +18,7 @@ from typing import Any
 
 from shapely.geometry import box, shape
 
-from canopy import download
+from canopy import download, web
 from canopy.errors import DataError, InputError, OutputError
 from canopy.files import check_digest, file_sha256, redact, replacing, told_as_output
 from canopy.geo.area import AOI
@@ -119,8 +119,8 @@ class RemoteFile:
     about: bool = False
     checksum: str | None = None
     day: str | None = None
-    headers: download.Headers | None = field(default=None, repr=False, compare=False)
-    sign: download.Signer | None = field(default=None, repr=False, compare=False)
+    headers: web.Headers | None = field(default=None, repr=False, compare=False)
+    sign: web.Signer | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parts = [self.name, self.folder] if self.folder else [self.name]

@@ -26,7 +26,7 @@ import shapely
 from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 
-from canopy import download
+from canopy import web
 from canopy.errors import AreaError, FetchError, InputError, refuse_options, require
 from canopy.files import host_of, redact
 from canopy.geo.area import AOI
@@ -99,7 +99,7 @@ def _with_size(file: RemoteFile) -> RemoteFile:
         return file
     url = file.sign(file.url, False) if file.sign else file.url
     headers = file.headers(False) if file.headers else None
-    return replace(file, bytes=download.peek(url, 1, headers=headers)[1])
+    return replace(file, bytes=web.peek(url, 1, headers=headers)[1])
 
 
 def _sized(size: int | None, product: Product, about: bool = False) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _features(href: str, layer: WfsLayer, area: AOI) -> list[Mapping[str, Any]]:
             "COUNT": PAGE,
             "STARTINDEX": len(found),
         }
-        response = download.get(f"{href}?{urlencode(query)}", what="the list of tiles", absent=(400, 404))
+        response = web.get(f"{href}?{urlencode(query)}", what="the list of tiles", absent=(400, 404))
         try:
             document = json.loads(response.content)
             page = list(document["features"])
@@ -317,7 +317,7 @@ def _granule_file(granule: Mapping[str, Any], url: str, product: Product) -> Rem
     )
 
 
-def _bearer_of() -> download.Headers:
+def _bearer_of() -> web.Headers:
     """The header of a logged-in session, for one file; made anew where the last one that it had is refused.
 
     Raises FetchError with how to log in.

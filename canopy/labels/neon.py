@@ -17,7 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from canopy import download
+from canopy import web
 from canopy.errors import AreaError, FetchError, InputError
 from canopy.files import host_of, redact
 from canopy.geo.area import AOI
@@ -162,7 +162,7 @@ class _Api:
 
     def _ask(self, url: str) -> httpx.Response:
         headers = {"Accept": "application/json", **self.headers_for(url)}
-        response = download.get(url, headers=headers, what="the list of files", absent=(401, 403))
+        response = web.get(url, headers=headers, what="the list of files", absent=(401, 403))
         if response.status_code in (401, 403):
             told = "refuses the token in " + TOKEN if "X-API-TOKEN" in headers else "asks for a token"
             raise FetchError(

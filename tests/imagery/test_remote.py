@@ -11,7 +11,7 @@ import pytest
 import rasterio.shutil
 from shapely.geometry import box, mapping
 
-from canopy import download
+from canopy import web
 from canopy.errors import FetchError, InputError
 from canopy.files import check_terms
 from canopy.imagery.base import ReadOptions
@@ -104,7 +104,7 @@ def test_hosts_whose_terms_forbid_it_are_refused_wherever_their_address_stands(s
         open_imagery(tmp_path / "item.json")
     server.routes["/go.tif"] = lambda *_: (302, {"Location": "https://mt1.google.com/vt"}, b"")
     with pytest.raises(InputError, match="Google Maps may not be read"):
-        download.get(server.url + "/go.tif")
+        web.get(server.url + "/go.tif")
     for open_host in (
         "https://storage.googleapis.com/neon/a.tif", "https://tiles.arcgis.com/t/MapServer/tile/{z}/{y}/{x}",
         "https://notmapbox.com.example.org/{z}/{x}/{y}",
@@ -116,7 +116,7 @@ def test_a_bucket_that_refuses_is_explained():
     """Earth Search's `s3://naip-analytic`, whose requester pays, becomes an https address that says 403."""
     answer = httpx.Response(403, request=httpx.Request("GET", "https://naip-analytic.s3.amazonaws.com/a.tif"))
     with pytest.raises(FetchError, match=r"refuses the image \(403\).*aws s3 cp --request-payer requester"):
-        download._check_answer(answer, str(answer.request.url), "the image", signed=False)
+        web.check_answer(answer, str(answer.request.url), "the image", signed=False)
 
 
 def test_an_expired_signature_is_renewed_and_never_shown(server, cog, noise):
