@@ -191,7 +191,7 @@ _PREFIX = re.compile(r"^[A-Za-z][A-Za-z0-9_+.-]+:")  # two letters or more: `C:`
 _FORBIDDEN = {
     "Esri World Imagery and Wayback": r"arcgisonline\.com|(maptiles|ibasemaps-api)\.arcgis\.com",
     "Bing Maps": r"virtualearth\.net|bing\.com",
-    "Google Maps": r"(mts?|khms?|maps|tile)\d*\.google(apis)?\.[a-z.]+",
+    "Google Maps": r"(mts?|khm?s?|maps|tile)\d*\.google(apis)?\.[a-z.]+",
     "Mapbox": r"mapbox\.com",
 }
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.warp
-from shapely.geometry import Point
+from servers import Server
+from shapely.geometry import Point, mapping
 
 from canopy.errors import CanopyError, ConfigError, FetchError, ImageryError, InputError, OutputError
 from canopy.geo.area import AOI
@@ -279,6 +280,43 @@ def test_more_images_than_one_mosaic_may_have_are_opened_by_tile(
     assert result.exit_code == 0 and any("more images" in note for note in result.notes)
     with rasterio.open(tmp_path / "run" / "mosaic") as run, rasterio.open(tmp_path / "whole/mosaic") as at:
         check_equal(run.read(), at.read())
+
+
+def test_a_static_catalog_is_walked_once_a_run_and_its_terms_are_on_every_tile(
+    options: Make, make_run: Callable, image: Path, server: Server, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "manifests" / "imagery"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("CANOPY_MANIFESTS", str(folder.parent))
+    server.put("/image.tif", image.read_bytes())
+    with open_imagery(image) as source:
+        place = source.area().lonlat
+    assets = {"visual": {"href": "./image.tif", "type": "image/tiff"}}
+    item = {"type": "Feature", "id": "a", "geometry": mapping(place), "assets": assets}
+    item["properties"] = {"datetime": "2021-06-15T10:00:00Z"}
+    links = [{"rel": "item", "href": f"./{name}.json"} for name in ("a", "lost")]
+    server.put("/a.json", item)
+    server.put("/catalog.json", {"type": "Catalog", "id": "c", "links": links})
+    west, south, east, north = place.bounds
+    (folder / "mine.yaml").write_text(
+        f"name: mine\ntitle: t\nkind: stac\nhref: {server.url}/catalog.json\ngsd_m: 0.5\n"
+        "licence: CC BY-NC 4.0\nattribution: The Flyers\ndates: 2021/2021\n"
+        f"coverage: [{west}, {south}, {east}, {north}]\n"
+    )
+    area = {"bounds": "500000,4881900,500120,4882000", "bounds_crs": "EPSG:32618"}
+    wish = options(images=(), imagery="mine", **area)
+    result = make_run(wish)
+    assert result.counts["done"] >= 4 and any("lost.json" in note for note in result.notes)
+    make_run(wish)  # the same again: nothing to do, and nothing is searched
+    assert [server.asked(name) for name in ("catalog.json", "/a.json", "lost.json")] == [1, 1, 1]
+    described = json.loads((tmp_path / "run" / "collection.json").read_text())
+    assert described["license"] == "CC-BY-NC-4.0" and described["providers"][0]["name"] == "The Flyers"
+    for tile in (tmp_path / "run" / "tiles").glob("*.tif"):
+        with rasterio.open(tile) as made:
+            tags = made.tags()
+        assert tags["CANOPY_IMAGERY_ATTRIBUTION"] == "The Flyers" and tags["CANOPY_COMMERCIAL_USE"] == "no"
+        assert json.loads(tile.with_suffix(".json").read_text())["properties"]["license"] == "CC-BY-NC-4.0"
 
 
 def test_a_tile_is_read_from_no_other_source_than_its_run(
