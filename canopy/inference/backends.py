@@ -296,7 +296,7 @@ def _with_int8(choice: Choice, model: HeightModel) -> Choice:
         return replace(choice, quantised=path, quantised_sha256=digest)
     raise ConfigError(
         f"{choice.name} has no int8 network yet", where="--precision int8",
-        remedy="make one: canopy models quantize MODEL --data CHIPS",
+        remedy="make one: canopy models quantize MODEL --data CHIPS; --precision auto needs none",
     )  # fmt: skip
 
 

@@ -30,13 +30,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 # Names people can type, and the embedded file each stands for.
-EMBEDDED = {
-    "default": "canopy-small-v3.safetensors",
-    "canopy-small": "canopy-small-v3.safetensors",
-    "canopy-small-v3": "canopy-small-v3.safetensors",
-    "canopy-lite": "canopy-lite-v5.safetensors",
-    "canopy-lite-v5": "canopy-lite-v5.safetensors",
-}
+EMBEDDED = {"default": "canopy-lite-v5.safetensors"}
 # Raise when a conversion would come out differently: older results in caches are then left alone.
 _CONVERTER = 2
 _HUB = "hf://"

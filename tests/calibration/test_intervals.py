@@ -92,6 +92,24 @@ def test_bands_follow_the_spread_stay_on_the_ground_and_survive_the_card(table: 
     np.testing.assert_allclose(again.bounds(heights, spreads, 0.98), before, atol=0.04)
 
 
+def test_tall_trees_that_are_predicted_as_usual_ones_lie_inside(make_tiles) -> None:
+    """One crown in 25 is 10 to 14 m taller than it looks: equal tails of 5 % would leave out most of them."""
+
+    def tiles(count: int, seed: int) -> list[Scored]:
+        made, rng = make_tiles(count, seed=seed), np.random.default_rng(seed)
+        for t in made:
+            at = (rng.random(t.truth_m.shape) < 0.04) & (t.height_m > 17)
+            t.truth_m[at] = t.height_m[at] + rng.uniform(10, 14, at.sum())
+        return made
+
+    cells, table = cells_of(tiles(10, 1)), fit_intervals(cells_of(tiles(14, 0)))
+    lower, upper = table.bounds(cells.height_m, cells.spread_m, 0.9)
+    inside, high = (lower <= cells.truth_m) & (cells.truth_m <= upper), cells.height_m > 17
+    tall = high & (cells.truth_m >= cells.height_m + 10)
+    assert tall.sum() > 500 and inside[tall].mean() > 0.8
+    assert inside[high].mean() == pytest.approx(0.9, abs=0.04)
+
+
 def test_few_blocks_make_wider_bands(make_tiles) -> None:
     h, s = np.full(5, 12.0), np.full(5, 2.0)
     widths = []

@@ -18,7 +18,7 @@ from canopy.evaluation.opening import open_heights
 from canopy.runtime import manifests_dir
 
 NAMES = ["california", "france", "neon-test", "open-canopy", "pack", "sao-paulo"]
-OURS = Judged("default", "ab" * 32, ("default", "canopy-small"))
+OURS = Judged("default", "ab" * 32, ("default", "canopy-lite"))
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_all_manifests_are_strict_and_complete():
     assert manifest_names("benchmarks") == NAMES
     for name in NAMES:
         made = benchmark(name)
-        for ours in ("default", "canopy-small-v3"):
+        for ours in ("default", "canopy-lite-v5"):
             assert all(made.leak_of((ours,), group) is not None for group in made.groups)
     assert benchmark("neon-test").leak_of(("v2",), "all").seen == "yes"
     assert benchmark("neon-test").leak_of(("somebody's",), "all") is None

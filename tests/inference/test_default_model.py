@@ -38,11 +38,12 @@ def test_the_demo_scene() -> None:
     ]
     assert np.corrcoef(coarse[0].ravel(), coarse[1].ravel())[0, 1] > 0.55
     assert abs(coarse[0].mean() - coarse[1].mean()) < 5
-    # Heights change across the lines of the lattice no more than elsewhere.
+    # Heights change across the lines of the lattice no more than beside them.
     lattice = Lattice.of_model(config)
     for axis in (0, 1):
         step = np.abs(np.diff(heights, axis=axis)).mean(axis=1 - axis)
         place = np.arange(step.size) + 1 + grid.origin_rc[axis]
         # A crop's served part begins at a multiple of the stride and ends `overlap` pixels further on.
         on_line = (place % lattice.stride_px == 0) | (place % lattice.stride_px == lattice.overlap_px)
-        assert step[on_line].mean() < 1.5 * step[~on_line].mean()
+        for at in np.flatnonzero(on_line):
+            assert step[at] < 1.4 * np.median(step[max(0, at - 8) : at + 9])

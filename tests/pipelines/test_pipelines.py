@@ -43,12 +43,11 @@ def write_tif(path: Path, values: np.ndarray, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiles of the procedural forest as a data pack: pairs for training, validation and tests, and images."""
+    """Tiles of the procedural forest as a data pack: pairs for training, validation and tests."""
     from canopy.synth.forest import random_spec
     from canopy.synth.render import render
 
     folder, rows = tmp_path_factory.mktemp("pack"), []
-    (folder / "ssl").mkdir()
     for number in range(14):
         tile = render(random_spec(4000 + number), 0.0, 0.0, 256, 256)
         rgb, chm = np.maximum(tile.rgb, 1), tile.chm.reshape(128, 2, 128, 2).max(axis=(1, 3))
@@ -65,19 +64,15 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows.append((name, kind, f"forest {number}", split, f"{name}_rgb.tif", f"{name}_chm.tif"))
     with (folder / "manifest.csv").open("w", newline="") as file:
         csv.writer(file).writerows([HEAD, *rows])
-    with (folder / "ssl" / "manifest_ssl.csv").open("w", newline="") as file:
-        images = [(f"s{r[0]}", "somewhere", "train", r[4], 2020) for r in rows if r[3] == "train"][::4]
-        csv.writer(file).writerows([("id", "place", "split", "rgb_path", "year"), *images])
     return folder
 
 
 @pytest.mark.slow
 def test_the_default_models_chain(script: Callable, pack: Path, tmp_path: Path, capsys) -> None:
-    words = (pack, "-o", tmp_path / "run", "--synth", 4, "--pretrain", "configs/pretrain/smoke.yaml",
-             "--train", "configs/finetune/smoke.yaml")  # fmt: skip
+    words = (pack, "-o", tmp_path / "run", "--synth", 4, "--train", "configs/finetune/smoke.yaml")
     assert script("default_model", *words) == 0
     told = capsys.readouterr().out
-    assert "$" not in told and told.count("canopy data chips") == 3 and "canopy pretrain" in told
+    assert "$" not in told and told.count("canopy data chips") == 2 and "canopy calibrate interval" in told
     card = (tmp_path / "run" / "model-card.md").read_text()
     assert "## Facts" in card and "Test rows" in card
     from canopy.models.checkpoint import describe
