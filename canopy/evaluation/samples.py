@@ -20,7 +20,7 @@ from canopy.errors import DataError, InputError
 from canopy.evaluation.grids import REFERENCE_HIGHEST_M, REFERENCE_LOWEST_M, own_grid
 from canopy.evaluation.maps import HeightMap
 from canopy.evaluation.strata import LEAST_WANTED, MOST, missing_column, stratifiers
-from canopy.evaluation.zones import geodesic_area_m2, pixels_in
+from canopy.evaluation.zones import ZoneOptions, zone_numbers
 from canopy.geo.crs import ground_crs, to_crs, transformer, utm_crs
 from canopy.geo.grid import Grid
 from canopy.geo.units import metres_per, unit_in_name
@@ -51,7 +51,6 @@ _MOST_CATEGORIES, _QUANTILES = 12, 5
 _EQUAL_AREA = "EPSG:6933"
 _WIDE_DEG = 6.0
 MIN_VALID_SHARE = 0.9
-_MOST_PX = 30_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,8 +297,8 @@ def pool_map(
 ) -> np.ndarray:
     """The map over every sample, float64 (n,), NaN where less than 90 % of it is valid.
 
-    Discs take the pixels whose centres they hold (`pool_over_disc`); polygons every pixel by the share of it
-    that they cover.
+    Discs take the pixels whose centres they hold (`pool_over_disc`); polygons every pixel by the ground that
+    they share with it, as in `canopy stats`.
     """
     progress = progress or NoProgress()
     if samples.radius_m is not None:
@@ -315,23 +314,12 @@ def pool_map(
             min_valid=MIN_VALID_SHARE,
         ).astype(np.float64)  # fmt: skip
     progress.start(len(samples), "pooling")
-    out = np.full(len(samples), np.nan)
+    out, percent = np.full(len(samples), np.nan), percent_of(stat)
+    asked = ZoneOptions(percentiles=(percent or 0,), above_m=())
+    column = "mean_m" if percent is None else "max_m" if percent == 100 else f"p{percent:02g}_m"
     for k, shape in enumerate(samples.frame.geometry.make_valid()):
-        out[k] = _pool_polygon(heights, shape, stat, k)
+        numbers = zone_numbers(heights, shape, to_crs("EPSG:4326"), asked)
+        if numbers["valid_share"] >= MIN_VALID_SHARE:
+            out[k] = numbers[column]
         progress.advance()
     return out
-
-
-def _pool_polygon(heights: HeightMap, shape: shapely.Geometry, stat: str, number: int) -> float:
-    lonlat = to_crs("EPSG:4326")
-    area = geodesic_area_m2(shape, lonlat)
-    if area > _MOST_PX * heights.gsd_m**2:
-        raise InputError(f"polygon {number + 1} has {area / 1e4:,.0f} ha", expected="plots, not regions")
-    parts = list(pixels_in(heights.read, own_grid(heights), shape, lonlat))
-    if area <= 0 or sum(part.weight.sum() for part in parts) < MIN_VALID_SHARE * area:
-        return float("nan")
-    values, share = (np.concatenate(x) for x in zip(*((p.values[0], p.share) for p in parts), strict=True))
-    if stat == "mean":
-        return float(values @ share / share.sum())
-    # Highest and percentiles take pixels of which at least half is inside; if there are none, all touched.
-    return float(np.percentile(values[share >= min(0.5, float(share.max()))], percent_of(stat) or 0))

@@ -192,7 +192,8 @@ def test_squares_find_a_clearing_that_pixels_cannot(write_map, tmp_path, monkeyp
     shapes.append(shapely.box(WEST + 10, NORTH - 50, WEST + 90, NORTH - 10))
     zones = geopandas.GeoDataFrame({"stand": ["cut", "left"]}, geometry=shapes, crs=UTM)
     pair = [banded(f"{k}.tif", height, area_tags) for k, height in enumerate((early, late))]
-    found = compare(*pair, tmp_path / "out", mode="dates", zones=zones)
+    found = compare_with_report(*pair, tmp_path / "out", mode="dates", zones=zones)
+    assert "1 of 2 polygons have changed" in (tmp_path / "out" / "report.html").read_text()
     codes = rasterio.open(tmp_path / "out" / "classes.tif").read(1)
     cut = np.zeros(codes.shape, bool)
     cut[60:160, 100:200] = True

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from html.parser import HTMLParser
 
 import numpy as np
-import pandas
 import pytest
 from PIL import Image
 
@@ -76,13 +74,6 @@ def test_the_image_stands_beside_the_heights_and_the_shift_is_in_words(write_map
     assert "3.0 m west of the reference" in text
     width = Image.open(io.BytesIO(pictures["side_by_side"])).size[0]
     assert width > 3 * figures.PANEL_INCHES * figures.DPI, "three panels"
-
-
-def test_samples_get_a_map_of_points(judged):
-    columns = ["lon", "lat", "reference_m", "map_m"]
-    points = pandas.DataFrame(np.random.default_rng(0).random((50, 4)) * 30, columns=columns)
-    made = dataclasses.replace(judged, kind="gedi", samples=points, preview=None)
-    assert "Map of sample errors" in evaluation_page(made)[0]
 
 
 def test_one_scale_for_both_sides_and_pictures_of_nothing():
