@@ -78,9 +78,8 @@ def table(request: pytest.FixtureRequest):
             pytest.skip("no network")
         rows: list[str] = []
         yield rows
-    write = request.config.pluginmanager.get_plugin("terminalreporter").write_line
-    for row in ["", "what the manifests' addresses answered", *rows]:
-        write(row)
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        print("", "what the manifests' addresses answered", *rows, sep="\n")
 
 
 @pytest.mark.network
