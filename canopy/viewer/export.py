@@ -14,7 +14,7 @@ from canopy.runtime import NoProgress, Progress
 from canopy.viewer.page import STATIC, View
 from canopy.viewer.tiles import Pixels, Pyramid, height_png, image_webp, tile_at, tile_grid, tiles_in
 
-# Some 500 MB of heights at 80 kB a tile; a page of more is no page.
+# Some 200 MB; a page of more is no page.
 MOST_TILES = 6000
 
 
@@ -66,7 +66,7 @@ def export(
         about["gsd_m"] = tile_grid(about["max_zoom"], *middle).gsd_m
         if about["max_zoom"] < layer.pyramid.deepest:
             notes.append(
-                f"{layer.heights.name}: heights are means over {about['gsd_m']:.2g} m; the map's own pixels "
+                f"{layer.name}: heights are means over {about['gsd_m']:.2g} m; the map's own pixels "
                 f"of {layer.heights.gsd_m:.2g} m would be too many for a page"
             )
             about["notes"].append(notes[-1])

@@ -40,12 +40,13 @@ class HeightLayer:
     """A height map as tiles, and what is asked of it by clicking. Thread-safe.
 
     Attributes:
-        heights: the map; pyramid: its tiles, float32 (1, 256, 256) metres.
+        name: what the page calls it. heights: the map. pyramid: its tiles, float32 (1, 256, 256) metres.
     """
 
     def __init__(self, source: HeightSource) -> None:
         """Open a map. Raises ImageryError as `open_heights` does."""
         self.heights = open_heights(source)
+        self.name = self.heights.name
         # A long question (the statistics of a large polygon) should not hold up the tiles.
         self._asked = HeightMap(self.heights.name, self.heights.tiles)
         self._drawing, self._asking = threading.Lock(), threading.Lock()
@@ -94,7 +95,7 @@ class HeightLayer:
         """What the map says of a point: height, interval, date and flags, None where it does not say."""
         values, valid = self.sample(np.array([lon]), np.array([lat]))
         found: dict[str, Any] = {
-            "name": self.heights.name, "height_m": None, "lower_m": None, "upper_m": None,
+            "name": self.name, "height_m": None, "lower_m": None, "upper_m": None,
             "level": self.heights.level, "date": None, "quality": None,
         }  # fmt: skip
         if valid[0]:

@@ -66,9 +66,9 @@ class View:
         return {
             "layers": [
                 {
-                    "name": layer.heights.name,
+                    "name": layer.name,
                     "about": _about(layer),
-                    "by": layer.heights.tags.get("CANOPY_MODEL", layer.heights.name),
+                    "by": layer.heights.tags.get("CANOPY_MODEL", layer.name),
                     "notes": list(layer.heights.notes),
                     "gsd_m": layer.heights.gsd_m,
                     **_tiles_of(layer),
@@ -101,6 +101,9 @@ def open_view(maps: Sequence[str], imagery: str | None) -> View:
         for name in maps
     ]
     layers = tuple(HeightLayer(source) for source in sources)
+    if len({layer.name for layer in layers}) < len(layers):  # told apart by their folders
+        for layer, source in zip(layers, sources, strict=True):
+            layer.name = "/".join(Path(source).absolute().parts[-2:])
     bounds = _bounds(layers)
     bases, base = [_OPENSTREETMAP], None
     if imagery is not None and is_template(imagery):

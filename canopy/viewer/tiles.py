@@ -19,7 +19,8 @@ from canopy.geo.grid import HALF_WORLD_M, WEB_MERCATOR, Grid
 
 TILE_PX = 256
 MAX_ZOOM = 24
-KEPT_TILES = 512
+# Of an image 850 kB each.
+KEPT_TILES = 256
 Pixels = tuple[np.ndarray, np.ndarray]
 """float32 (bands, 256, 256) and valid (256, 256)."""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -18,6 +21,7 @@ from rasterio.windows import Window
 from viewer_maps import GRID, SHAPE, UTM, heights_m, start_serving
 
 from canopy.viewer.layers import HeightLayer
+from canopy.viewer.page import open_view
 from canopy.viewer.tiles import tile_at, tiles_in
 
 
@@ -86,6 +90,14 @@ def test_many_files_are_one_map_at_every_zoom(tmp_path: Path, maps: Path) -> Non
     assert run.point(lon, lat)["height_m"] == whole.point(lon, lat)["height_m"]
 
 
+def test_maps_of_one_name_are_told_apart(maps: Path, tmp_path: Path) -> None:
+    (tmp_path / "later").mkdir()
+    again = shutil.copy(maps / "second.tif", tmp_path / "later" / "first.tif")
+    config = open_view([str(maps / "first.tif"), str(again)], None).config()
+    assert [layer["name"] for layer in config["layers"]] == [f"{maps.name}/first.tif", "later/first.tif"]
+    assert config["image"]["name"] == "rgb.tif" and config["base"] is None
+
+
 def test_ctrl_c_ends_it_with_a_line(maps: Path) -> None:
     pytest.importorskip("uvicorn")
     process, url = start_serving(str(maps / "first.tif"))
@@ -130,6 +142,13 @@ def test_what_cannot_be_shown_is_a_line(what: str, maps: Path, tmp_path: Path) -
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def _serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+def test_a_missing_extra_is_named_with_its_command(maps: Path, tmp_path: Path) -> None:
+    (tmp_path / "starlette.py").write_text("raise ImportError")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = _serve(str(maps / "first.tif"), env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 2 and "pip install 'canopy-height[serve]'" in done.stderr
+
+
+def _serve(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "canopy", "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)

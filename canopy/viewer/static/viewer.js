@@ -235,7 +235,7 @@ function clear() {
 function draw(pointer) {
   const points = pointer ? [...corners, pointer] : corners;
   if (sketch) sketch.remove();
-  const style = { color: "#fff", weight: 3, fillOpacity: 0.12, interactive: false };
+  const style = { color: "#fff", weight: 3, fill: false, interactive: false };
   sketch = (tool === "zone" ? L.polygon : L.polyline)(points, style).addTo(map);
 }
 
@@ -327,7 +327,7 @@ function showProfile(profile) {
     const label = +(far >= 2000 ? m / 1000 : m).toFixed(2);
     chart.append(svg("text", { x: x(m), y: height - bottom + 14, "text-anchor": m ? "middle" : "start" }, `${label}`));
   }
-  chart.append(svg("text", { x: width - right, y: height - 3, "text-anchor": "end" }, far >= 2000 ? "metres of height over kilometres" : "metres of height over metres"));
+  chart.append(svg("text", { x: width - right, y: height - 3, "text-anchor": "end" }, far >= 2000 ? "height (m) over distance (km)" : "height (m) over distance (m)"));
   const names = layers.length > 1 ? ["a", "b"] : ["a"];
   profile.heights_m.forEach((heights, number) => {
     let path = "", pen = "M";
@@ -369,7 +369,9 @@ function tilesOf(kind, about, pane, more) {
 function addControls() {
   byId("title").textContent = layers.map((layer) => layer.about.name).join(" | ");
   document.title = `${byId("title").textContent} - canopy`;
-  byId("about").append(...layers.flatMap((layer) => layer.about.about.map((line) => el("div", { textContent: line }))));
+  byId("about").append(...layers.flatMap((layer) => [
+    ...(layers.length > 1 ? [el("b", { textContent: layer.about.name })] : []),
+    ...layer.about.about.map((line) => el("div", { textContent: line }))]));
   byId("notes").append(...layers.flatMap((layer) => layer.about.notes.map((line) => el("div", { textContent: `Note: ${line}` }))));
   const choices = views();
   byId("view").append(...choices.map((view, i) => el("option", { value: i, textContent: view.name })));
@@ -427,8 +429,12 @@ async function start() {
     photo = tilesOf("image", config.image, "image", { attribution: `image: ${plain(config.image.name)}` }).addTo(map);
   }
   layers = config.layers.map((about, number) => ({
-    about, tiles: tilesOf("heights", about, "heights", { number, attribution: `heights: ${plain(about.by)}` }),
+    about, tiles: tilesOf("heights", about, "heights", { number, attribution: number ? plain(about.by) : `heights: ${plain(about.by)}` }),
   }));
+  const drawn = [...layers.map((layer) => layer.tiles), ...(photo ? [photo] : [])];
+  const busy = () => map.getContainer().classList.toggle("busy", drawn.some((tiles) => map.hasLayer(tiles) && tiles.isLoading()));
+  for (const tiles of drawn) tiles.on("loading load remove", busy);
+  busy();
   startSwipe();
   addControls();
   addGestures();
