@@ -102,8 +102,8 @@ def open_view(maps: Sequence[str], imagery: str | None) -> View:
     ]
     layers = tuple(HeightLayer(source) for source in sources)
     if len({layer.name for layer in layers}) < len(layers):  # told apart by their folders
-        for layer, source in zip(layers, sources, strict=True):
-            layer.name = "/".join(Path(source).absolute().parts[-2:])
+        for layer, path in zip(layers, sources, strict=True):
+            layer.name = "/".join(Path(path).absolute().parts[-2:])
     bounds = _bounds(layers)
     bases, base = [_OPENSTREETMAP], None
     if imagery is not None and is_template(imagery):
