@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from scipy import ndimage
 
 from canopy.chips.plan import LABEL_FACTOR, PlannedChip, Shard
 from canopy.chips.register import block_means, image_shift
-from canopy.chips.store import NO_SHOTS, SHARDS, Chip, ChipRow, described, write_shard
+from canopy.chips.store import NO_SHOTS, SHARDS, Chip, ChipRow, described, read_rows, write_shard
 from canopy.chips.targets import chm_target, gap_weight, shots_on
 from canopy.errors import DataError, FetchError, ImageryError
-from canopy.files import replacing
 from canopy.geo.grid import Grid
 from canopy.imagery.base import Imagery
 from canopy.imagery.open import open_imagery
@@ -37,10 +35,10 @@ _LEAST_MATCH = 0.02  # share of the heights' variance that colour and texture ex
 
 
 def cut_shard(shard: Shard, folder: Path) -> bool:
-    """Write `folder/shards/NAME.safetensors` (none where every chip was rejected) and NAME.json, its rows.
+    """Write `folder/shards/NAME.safetensors`, the rows of its rejected chips with it.
 
-    A shard that has its rows is left as it is. Each file is written under a temporary name, the rows last: a
-    run that is killed leaves whole shards, and the next run makes the missing ones.
+    A shard that is there is left as it is, and one is whole or not there: the next run of one that was killed
+    makes the missing ones.
 
     Returns:
         Whether it was cut now.
@@ -48,29 +46,14 @@ def cut_shard(shard: Shard, folder: Path) -> bool:
     Raises:
         OutputError: a file cannot be written.
     """
-    if read_rows(shard, folder) is not None:
+    path = shard.path(folder)
+    if read_rows(path) is not None:
         return False
-    path = folder / SHARDS / f"{shard.name}.safetensors"
     found = list(_cut(shard))
     chips = [chip for chip in found if isinstance(chip, Chip)]
-    if chips:
-        write_shard(path, chips)
-    rows = [
-        replace(each.row, shard=f"{SHARDS}/{path.name}") if isinstance(each, Chip) else each for each in found
-    ]
-    with replacing(path.with_suffix(".json")) as part:
-        part.write_text(json.dumps([asdict(row) for row in rows]) + "\n")
+    name = f"{SHARDS}/{path.name}"
+    write_shard(path, chips, [replace(e.row, shard=name) if isinstance(e, Chip) else e for e in found])
     return True
-
-
-def read_rows(shard: Shard, folder: Path) -> list[ChipRow] | None:
-    """Rows of a shard that is complete, else None."""
-    path = folder / SHARDS / f"{shard.name}.json"
-    try:
-        rows = [ChipRow(**values) for values in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError):
-        return None
-    return rows if path.with_suffix(".safetensors").is_file() or all(row.reason for row in rows) else None
 
 
 def _cut(shard: Shard) -> Iterator[Chip | ChipRow]:

@@ -22,6 +22,7 @@ import pyproj
 import shapely
 
 from canopy.chips.options import CutOptions, SplitOptions
+from canopy.chips.store import SHARDS
 from canopy.errors import DataError
 from canopy.files import check_name, file_sha256
 from canopy.geo.crs import METRES_PER_DEGREE, transformer, utm_crs
@@ -100,10 +101,9 @@ class Shard:
         facts = [pair.id, pair.site, pair.kind, pair.licence, [(c.id, c.reason) for c in self.chips]]
         return _digest(facts)
 
-    @property
-    def name(self) -> str:
-        """File name without suffix."""
-        return f"{self.chips[0].split}-{self.key}"
+    def path(self, folder: Path) -> Path:
+        """Its file in a chips folder."""
+        return folder / SHARDS / f"{self.chips[0].split}-{self.key}.safetensors"
 
 
 def _digest(facts: object) -> str:

@@ -189,8 +189,11 @@ def described(chip: Chip, **facts: Any) -> Chip:
     return dataclasses.replace(chip, row=dataclasses.replace(chip.row, **facts))
 
 
-def write_shard(path: Path, chips: Sequence[Chip]) -> None:
-    """Write chips to one shard, heights rounded to centimetres; equal bytes for equal chips."""
+def write_shard(path: Path, chips: Sequence[Chip], rows: Sequence[ChipRow] = ()) -> None:
+    """Write chips to one shard, heights rounded to centimetres; equal bytes for equal chips.
+
+    `rows`, those of rejected chips among them, go into its metadata, where `read_rows` finds them.
+    """
     from safetensors.numpy import save_file
 
     tensors: dict[str, np.ndarray] = {}
@@ -202,8 +205,19 @@ def write_shard(path: Path, chips: Sequence[Chip]) -> None:
         if len(chip.shots):
             tensors[f"{chip.row.id}/shots"] = chip.shots.astype(np.float32)
     with replacing(path) as part:
-        save_file(tensors, part)
+        save_file(tensors, part, {"rows": json.dumps([dataclasses.asdict(row) for row in rows])})
         part.chmod(0o644)  # it writes 0600, which nobody else could read
+
+
+def read_rows(path: Path) -> list[ChipRow] | None:
+    """The rows that a shard was written with; None where there is no whole shard."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return [ChipRow(**values) for values in json.loads(file.metadata()["rows"])]
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 class ChipShards:

@@ -26,6 +26,7 @@ from canopy.chips.store import (
     ChipRow,
     ChipShards,
     described,
+    read_rows,
     write_index,
     write_shard,
 )
@@ -77,7 +78,7 @@ def write_chips(
         InputError: bad settings or inputs, or the folder holds chips of other settings; nothing is written.
         OutputError: the folder cannot be written.
     """
-    from canopy.chips.cut import UNREADABLE, read_rows
+    from canopy.chips.cut import UNREADABLE
     from canopy.chips.plan import FORMAT, plan_shards, read_pairs
 
     options, splits, progress = options or CutOptions(), splits or SplitOptions(), progress or NoProgress()
@@ -98,19 +99,17 @@ def write_chips(
     rows = [
         replace(row, test_distance_m=distance[row.id])
         for shard in shards
-        for row in read_rows(shard, folder) or []
+        for row in read_rows(shard.path(folder)) or []
     ]
     if overwrite:
-        ours = {shard.name for shard in shards}
-        for path in (folder / SHARDS).glob("*"):
-            if path.suffix in (".json", ".safetensors") and path.stem not in ours:
-                path.unlink(missing_ok=True)
+        for path in {*(folder / SHARDS).glob("*.*")} - {shard.path(folder) for shard in shards}:
+            path.unlink(missing_ok=True)
     write_index(folder, rows)
     near = [r for r in rows if not r.reason and r.split == "train" and r.test_distance_m <= splits.buffer_m]
     summary = summarise(rows) | {
         "train_chips_within_buffer_of_test": len(near),
         "buffer_m": splits.buffer_m,
-        "shards": len(shards),  # those all of whose chips were rejected hold an index alone
+        "shards": len(shards),  # those all of whose chips were rejected hold their rows alone
         "settings": settings,
     }
     if "train" in summary["by_split"] and "val" not in summary["by_split"]:

@@ -251,12 +251,14 @@ def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
             )  # fmt: skip
 
 
-def load_strict(model: torch.nn.Module, state: dict[str, Tensor], where: object) -> None:
+def load_strict(
+    model: torch.nn.Module, state: dict[str, Tensor], where: object, remedy: str | None = None
+) -> None:
     """Load `state` into `model`; missing, unexpected or misshapen keys raise a readable CheckpointError."""
     expected, found = ({k: tuple(t.shape) for k, t in s.items()} for s in (model.state_dict(), state))
     wrong = differences(expected, found)
     if wrong:
-        raise CheckpointError(f"weights do not fit the model ({wrong})", where=where)
+        raise CheckpointError(f"weights do not fit the model ({wrong})", where=where, remedy=remedy)
     model.load_state_dict(state, strict=True)
 
 

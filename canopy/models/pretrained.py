@@ -93,7 +93,7 @@ def open_encoder(name: str) -> PretrainedEncoder:
         path = fetch_hub(where)
     said = _said(path)
     if "encoder" in said or "config" in said:  # our own
-        config = json.loads(said.get("config") or "{}") or {"encoder": json.loads(said["encoder"]), **said}
+        config = json.loads(said.get("config") or "{}") or {**said, "encoder": json.loads(said["encoder"])}
         mean, std = tuple(config["mean"]), tuple(config["std"])
         return PretrainedEncoder(path, EncoderConfig(**config["encoder"]), mean, std, facts_of(path, said))
     if "timm" not in said:

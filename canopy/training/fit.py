@@ -185,7 +185,7 @@ def pretrain(
         card = _card(settings, trainer, schedule, command)
         card |= {
             "objective": settings.objective,
-            "images_seen": trainer.global_step * settings.images * trainer.world_size,
+            "images_seen": trainer.global_step * settings.batch * trainer.world_size,
             "data": {"chips": len(stream.shards), "sha256": stream.shards.fingerprint},
             "probe": probe.scores if probe and probe.at == trainer.global_step else {},
             "licence": settings.licence or "not stated",
@@ -203,7 +203,7 @@ def view_stream(settings: PretrainSettings) -> ViewStream:
     shards.require_gsd(settings.architecture.gsd_m)
     weights = site_weights(shards.rows, settings.data.site_power)
     patch = settings.architecture.patch_px
-    return ViewStream(shards, settings.images, settings.rules, patch, settings.seed, weights)
+    return ViewStream(shards, settings.batch, settings.rules, patch, settings.seed, weights)
 
 
 def _probe(settings: PretrainSettings) -> Probe | None:

@@ -224,7 +224,6 @@ class MaeSettings(Settings):
         mask: share hidden; unit: hidden and kept in squares of so many patches. A stem sees across the edges
             of what is kept, so larger squares leave it more of what it will meet later.
         width, depth, heads: of the decoder.
-        batch, view_px, area: None takes the run's batch and the global views' side and area.
     """
 
     mask: float = Field(default=0.75, gt=0, lt=1)
@@ -232,9 +231,6 @@ class MaeSettings(Settings):
     width: int = Field(default=512, ge=4, multiple_of=4)
     depth: int = Field(default=8, ge=1)
     heads: int = Field(default=16, ge=1)
-    batch: int | None = Field(default=None, ge=2)
-    view_px: int | None = Field(default=None, gt=0)
-    area: tuple[float, float] | None = None
 
 
 class ProbeSettings(Settings):
@@ -298,15 +294,10 @@ class PretrainSettings(RunSettings):
         return self
 
     @property
-    def images(self) -> int:
-        """Images per process and step."""
-        return (self.mae.batch or self.batch) if self.objective == "mae" else self.batch
-
-    @property
     def rules(self) -> ViewRules:
         """How views are cut; MAE sees one view of each image."""
-        if self.objective == "dinov2":
-            return self.views
-        area, side = self.mae.area or self.views.global_area, self.mae.view_px or self.views.global_px
-        one = {"global_px": side, "globals": 1, "locals": 0, "global_area": area}
-        return self.views.model_copy(update=one)
+        return (
+            self.views
+            if self.objective == "dinov2"
+            else self.views.model_copy(update={"globals": 1, "locals": 0})
+        )

@@ -19,6 +19,7 @@ from canopy.config import validate_settings
 from canopy.errors import CheckpointError, ConfigError
 from canopy.files import replacing, told_as_output
 from canopy.models.checkpoint import BUFFERS, load_strict
+from canopy.models.foreign import open_weights
 from canopy.models.height import HeightModel
 from canopy.models.pretrained import PretrainedEncoder, facts_of, metadata_of, open_encoder
 from canopy.models.registry import resolve_model
@@ -144,7 +145,10 @@ class Start:
                 load_strict(model.encoder, inside, self.path)
             else:
                 own = {k: v for k, v in model.state_dict().items() if k in BUFFERS}
-                load_strict(model, {**found, **own}, self.path)
+                remedy = (
+                    "leave `model` out of the config, as canopy train tune does, or describe this very model"
+                )
+                load_strict(model, {**found, **own}, self.path, remedy)
         log.info("weights of %s", self.facts["file"])
 
 
@@ -195,13 +199,15 @@ def _of_encoder(settings: S, found: PretrainedEncoder) -> dict[str, Any]:
     theirs = found.config.model_dump(mode="json")
     said = settings.model.get("encoder", {})
     other = [k for k, v in said.items() if k not in ("init", "taps", "drop_path") and v != theirs.get(k)]
+    norms = {"mean": list(found.mean), "std": list(found.std)}
+    other += [k for k, v in norms.items() if settings.model.get(k, v) != v]
     if other:
         raise ConfigError(
             f"model.encoder.init decides {', '.join(other)} itself",
-            where=f"model.encoder of {settings.name}",
+            where=f"model of {settings.name}",
             remedy="leave these out, or take a config without them: canopy train outside",
         )
-    return {"encoder": theirs, "mean": list(found.mean), "std": list(found.std)}
+    return {"encoder": theirs, **norms}
 
 
 def _same_normalisation(model: HeightModel, said: Mapping[str, str], path: Path) -> None:
@@ -217,27 +223,15 @@ def _same_normalisation(model: HeightModel, said: Mapping[str, str], path: Path)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, in float32, or the averaged weights of a fine-tuning's checkpoint.
+    """Tensors of a safetensors file, or the averaged weights of a fine-tuning's checkpoint; in float32.
 
     Raises:
         CheckpointError: no such file, or damaged.
     """
-    if not path.is_file():
-        raise CheckpointError("no such file", where=path, expected="a safetensors file or a last.ckpt")
+    found = open_weights(path).tensors
     if path.suffix == ".ckpt":
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        except Exception as error:  # damaged bytes make torch's reader stumble in a dozen ways
-            raise CheckpointError(f"is no checkpoint of a run ({error})", where=path) from error
-        return {k.removeprefix(_MODEL): v for k, v in state.items() if k.startswith(_MODEL)}
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"is damaged or no safetensors file ({error})", where=path) from error
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+        found = {k.removeprefix(_MODEL): v for k, v in found.items() if k.startswith(_MODEL)}
+    return {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
 
 
 @torch.no_grad()

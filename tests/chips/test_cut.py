@@ -140,7 +140,7 @@ def test_killed_midway_and_run_again_gives_the_same_bytes(folder, manifest, tmp_
     out = tmp_path / "chips"
     done = subprocess.run([sys.executable, "-c", KILLED, str(manifest), str(out)], timeout=120)
     assert done.returncode == -9 and not (out / "index.csv").exists()
-    assert list((out / "shards").glob("*.safetensors")) and not list((out / "shards").glob("*.json"))
+    assert len(list((out / "shards").glob("*"))) == 1
     write_chips(manifest, out, OPTIONS, limit=2)
     first = {r.id for r in read_index(out)}
     write_chips(manifest, out, OPTIONS)  # a longer manifest keeps what was cut

@@ -217,8 +217,8 @@ def test_whole_models_and_encoders_are_loaded_strictly(config, tiny_run, tmp_pat
     for name, words in (
         ("spoiled.safetensors", r"2 differences.*missing.*unexpected new"),
         ("shifted.safetensors", r"images of mean .*Set model\.mean"),
-        ("other.safetensors", "holds no encoder"), ("junk.safetensors", "damaged"),
-        ("junk.ckpt", "no checkpoint"), ("none.safetensors", "no such file"),
+        ("other.safetensors", "holds no encoder"), ("junk.safetensors", "neither a PyTorch"),
+        ("junk.ckpt", "neither a PyTorch"), ("none.safetensors", "no such file"),
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match=words):
             start(model, tmp_path / name)
@@ -245,7 +245,15 @@ def test_a_model_that_training_goes_on_from_keeps_its_description(config, shards
         assert torch.allclose(first(x), made(x), atol=0.05)
 
 
-def test_an_encoder_of_others_brings_its_architecture(config, shared, tmp_path):
+def test_an_encoder_brings_its_architecture(config, shared, tiny_run, tmp_path):
+    tensors, own = load_file(tiny_run / "model.safetensors"), tmp_path / "encoder.safetensors"
+    inside = load_model(tiny_run / "model.safetensors").config.encoder
+    said = {
+        "encoder": json.dumps(inside.model_dump(mode="json")),
+        "mean": "[0.4, 0.4, 0.4]",
+        "std": "[0.2, 0.2, 0.2]",
+    }
+    save_file({k: v for k, v in tensors.items() if k.startswith("encoder.")}, own, metadata=said)
     file = shared / "data" / "encoders" / "tf_efficientnet_lite2_imagenet.safetensors"
     outside = FinetuneSettings(model={"encoder": {"init": str(file), "drop_path": 0.1}})
     ready, found = begin_from(outside)
@@ -256,8 +264,12 @@ def test_an_encoder_of_others_brings_its_architecture(config, shared, tmp_path):
     assert ready.architecture.mean == (0.5,) * 3 and ready.architecture.encoder.drop_path == 0.1
     assert found.facts["licence"] == "Apache-2.0" and found.facts["timm"] == "tf_efficientnet_lite2"
     assert begin_from(ready)[0] == ready  # config.yaml can be taken back
+    pretrained = FinetuneSettings(model={"encoder": {"init": str(own)}})
+    assert begin_from(pretrained)[0].architecture.encoder.dim == 32
     with pytest.raises(ConfigError, match=r"init decides .*depth.* itself"):
         begin_from(settings(config, f"model.encoder.init={file}"))
+    with pytest.raises(ConfigError, match="init decides mean itself"):
+        begin_from(FinetuneSettings(model={"encoder": {"init": str(file)}, "mean": [0.4] * 3}))
     with pytest.raises(ConfigError, match="give one"):
         settings(config, f"model.encoder.init={file}", "init_from=default")
 
