@@ -138,7 +138,7 @@ write_chips(sys.argv[1], sys.argv[2], CutOptions(size_px=128, undo_shift=False))
 def test_killed_midway_and_run_again_gives_the_same_bytes(folder, manifest, tmp_path):
     """A process is killed the moment it renames its first shard, before any row is noted."""
     out = tmp_path / "chips"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(manifest), str(out)], timeout=120)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(manifest), str(out)], timeout=600)
     assert done.returncode == -9 and not (out / "index.csv").exists()
     assert len(list((out / "shards").glob("*"))) == 1
     write_chips(manifest, out, OPTIONS, limit=2)
