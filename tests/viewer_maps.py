@@ -37,6 +37,7 @@ def write_map(path: Path, bands: np.ndarray, names: tuple[str, ...] = ("canopy_h
         file.units = ["m" if name != "quality" else "1" for name in names]
         file.update_tags(CANOPY_MODEL="<i>m</i>", CANOPY_IMAGERY="rgb.tif", CANOPY_DATES="2024-07-15")
         file.update_tags(CANOPY_INTERVAL="0.9", CANOPY_QUALITY_BITS=BITS)
+        file.update_tags(CANOPY_IMAGERY_ATTRIBUTION="(c) A & B")
         file.build_overviews([2, 4], Resampling.average)
     return path
 

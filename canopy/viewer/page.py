@@ -68,7 +68,7 @@ class View:
                 {
                     "name": layer.name,
                     "about": _about(layer),
-                    "by": layer.heights.tags.get("CANOPY_MODEL", layer.name),
+                    "by": _by(layer),
                     "notes": list(layer.heights.notes),
                     "gsd_m": layer.heights.gsd_m,
                     **_tiles_of(layer),
@@ -153,6 +153,13 @@ def _own_imagery(place: Path, tag: str) -> ImagerySource | None:
     return None
 
 
+def _by(layer: HeightLayer) -> str:
+    """Who made the heights, and whose imagery they were made from: the map's attribution."""
+    tags = layer.heights.tags
+    credit = tags.get("CANOPY_IMAGERY_ATTRIBUTION")
+    return tags.get("CANOPY_MODEL", layer.name) + (f" (imagery: {credit})" if credit else "")
+
+
 def _about(layer: HeightLayer) -> list[str]:
     """Lines that say whose heights these are, of what and when."""
     heights = layer.heights
@@ -161,6 +168,7 @@ def _about(layer: HeightLayer) -> list[str]:
     lines = [
         f"model {tags['CANOPY_MODEL']}" if "CANOPY_MODEL" in tags else "",
         f"imagery {tags['CANOPY_IMAGERY']}" if "CANOPY_IMAGERY" in tags else "",
+        f"imagery's licence {tags['CANOPY_IMAGERY_LICENCE']}" if "CANOPY_IMAGERY_LICENCE" in tags else "",
         "taken " + " to ".join(heights.dates) if heights.dates else "date unknown",
         f"pixels of {size}",
     ]

@@ -233,7 +233,7 @@ def test_a_profile_follows_the_line(
 @pytest.mark.slow
 def test_names_of_files_are_text(address: str, look: Callable[[str], Page]) -> None:
     page = look(address)
-    assert "<i>m</i>" in page.page.inner_text(".leaflet-control-attribution")
+    assert "<i>m</i> (imagery: (c) A & B)" in page.page.inner_text(".leaflet-control-attribution")
     assert page.page.locator("#panel i, .leaflet-control-attribution i").count() == 0
 
 
