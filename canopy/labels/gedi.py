@@ -175,9 +175,8 @@ def extract_shots(
     import pandas
 
     percents, criteria = check_rh(rh), filter_named(filter)
-    out = Path(out)
-    picture = [out.with_suffix(".png")] if quicklook else []
-    check_output([out, *picture], [*files, *l2b, *l4a], overwrite=overwrite, suffixes=SUFFIXES)
+    names = [out, Path(out).with_suffix(".png")] if quicklook else [out]
+    out, *picture = check_output(names, [*files, *l2b, *l4a], overwrite=overwrite, suffixes=SUFFIXES)
     granules = survey(files, filter)
     progress, tally = progress or NoProgress(), Tally()
     progress.start(sum(len(granule["beams"]) for granule in granules), "GEDI shots")
@@ -206,8 +205,8 @@ def extract_shots(
     for note in notes:
         log.warning(f"note: {note}")
     return {
-        "out": str(out), "quicklook": str(picture[0]) if picture else None,
-        "filter": filter, "rh": list(percents), "matched": matched,
+        "out": str(out), "quicklook": str(picture[0]) if picture else None, "filter": filter,
+        "rh": list(percents), "matched": matched,
         "shots": {name: value for name, value in vars(tally).items() if name != "extent"},
         "granules": granules, "notes": notes, "summary": str(tally),
     }  # fmt: skip

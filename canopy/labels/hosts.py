@@ -90,13 +90,11 @@ def plan_get(name: str, wish: Wish, *, product: str | None = None) -> Plan:
     unique = {file.path: file for file in found}
     files = [unique[key] for key in sorted(unique)]
     if sum(file.bytes is None for file in files) <= _MOST_ASKED:
-        files = [_with_size(file) for file in files]
+        files = [file if file.bytes is not None else _with_size(file) for file in files]
     return Plan(manifest, chosen, tuple(files), tuple(notes))
 
 
 def _with_size(file: RemoteFile) -> RemoteFile:
-    if file.bytes is not None:
-        return file
     url = file.sign(file.url, False) if file.sign else file.url
     headers = file.headers(False) if file.headers else None
     return replace(file, bytes=web.peek(url, 1, headers=headers)[1])
