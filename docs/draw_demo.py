@@ -13,13 +13,11 @@ from canopy.imagery.named import DemoSource
 
 def main() -> None:
     chm = read_raster("demo/chm.tif")
-    source = DemoSource()
-    truth, _ = source.truth(chm.grid)
-    image = np.moveaxis(source.read(chm.grid).rgb, 0, -1)
+    scene = DemoSource().tile(chm.grid)
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     axes = figure.subplots(1, 3)
-    axes[0].imshow(image)
-    for place, heights in ((axes[1], chm.values[0]), (axes[2], truth)):
+    axes[0].imshow(np.moveaxis(scene.rgb, 0, -1))
+    for place, heights in ((axes[1], chm.values[0]), (axes[2], scene.chm)):
         drawn = place.imshow(heights, cmap="viridis", vmin=0, vmax=30)
     titles = ("image (synthetic, 1 km)", "predicted canopy height", "truth")
     for place, title in zip(axes, titles, strict=True):
