@@ -38,6 +38,7 @@ FREE = {
 _FOLDERS = re.compile(r"(?<![^\s='\"])/(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
 _WEIGHTS = (".safetensors", ".ckpt")
 _ENCODER = "encoder."
+_LEAVE_OUT = "leave `model` out of the config, as canopy train tune does, or describe this very model"
 _MODEL = "model."  # a HeightModel's weights in a run's checkpoint
 
 
@@ -175,8 +176,13 @@ def begin_from(settings: S) -> tuple[S, Start | None]:
             "holds no encoder", where=path, expected="tensors named encoder.*",
             remedy="give it as model.encoder.init=" if "timm" in said else "name another file",
         )  # fmt: skip
-    whole = json.loads(said.get("config", "{}"))
-    return _described(settings, whole), Start(facts_of(path, said), None, tensors, path, said)
+    try:
+        described = _described(settings, json.loads(said.get("config", "{}")))
+    except ConfigError as error:
+        raise ConfigError(
+            f"the config's `model` is another network than {path.name} ({error.what})", remedy=_LEAVE_OUT
+        ) from error
+    return described, Start(facts_of(path, said), None, tensors, path, said)
 
 
 def _described(settings: S, base: dict[str, Any]) -> S:
