@@ -218,14 +218,20 @@ class MapPrediction(Prediction):
                 summary = self.predict_into(sink, progress)
                 result = Result(None, summary, self, data=sink.to_xarray(self.tags()))
         result.summary.seconds = time.perf_counter() - started
+        if not result.summary.valid_pixels:
+            self._tell(result, "no pixel has a height: the imagery has none that is valid there")
         if result.summary.black_share >= BLACK_SHARE:
-            note = (
+            self._tell(
+                result,
                 f"{100 * result.summary.black_share:.1f} % of the pixels with heights are pure black "
-                "(0, 0, 0), which cameras hardly record; if there is no image there, give --nodata 0"
+                "(0, 0, 0), which cameras hardly record; if there is no image there, give --nodata 0",
             )
-            log.warning(f"note: {note}")
-            result.summary.notes.append(note)
         return result
+
+    @staticmethod
+    def _tell(result: Result, note: str) -> None:
+        log.warning(f"note: {note}")
+        result.summary.notes.append(note)
 
     def _to_files(self, files: output.OutputFiles, progress: Progress | None) -> Result:
         from canopy.geo.cog import CogWriter

@@ -183,7 +183,11 @@ def _place(file: DatasetReader, options: ChmOptions) -> SourcePlace:
     except InputError as error:
         if given is not None and not _is_ground(file.crs):
             return SourcePlace.of(file, given)
-        remedy = error.remedy if _is_ground(file.crs) else "name it with --input-crs, e.g. EPSG:32610"
+        remedy = (
+            error.remedy
+            if _is_ground(file.crs)
+            else "name it with --input-crs, for example --input-crs EPSG:32610"
+        )
         raise DataError(
             error.what, where=Path(file.name).name, expected=error.expected, remedy=remedy
         ) from error

@@ -134,3 +134,8 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(repo, model_file, tmp_path) -> No
     told = running.communicate(timeout=60)[1].splitlines()
     assert running.returncode == 130 and told[-1].startswith("canopy: interrupted; ")
     assert "Traceback" not in "".join(told) and list(tmp_path.iterdir()) == []
+
+
+def test_an_image_without_a_valid_pixel_is_told_of(predict, make_image, rgb) -> None:
+    make_image("a.tif", np.concatenate([rgb, np.zeros_like(rgb[:1])]), photometric="RGB", alpha="yes")
+    assert "note: no pixel has a height" in predict("a.tif").err

@@ -130,3 +130,31 @@ def test_a_part_has_the_collar_of_the_whole(lossy, forest, pixel_m: float) -> No
             for col in range(0, grid.width // 2, 23):
                 part = open_imagery(path).read(grid.window(row, col, size, size)).valid
                 np.testing.assert_array_equal(part, whole[row : row + size, col : col + size])
+
+
+@pytest.mark.parametrize(("name", "wide"), [("rgb.tif", 8), ("ycbcr.tif", 16), ("webp.tif", 40)])
+@pytest.mark.parametrize("as_vrt", [False, True])
+def test_narrow_collars_and_those_behind_a_vrt(
+    lossy, forest, tmp_path, name: str, wide: int, as_vrt: bool
+) -> None:
+    pixels = forest.copy()
+    pixels[:, :, :wide] = 0
+    path = lossy(pixels, name)
+    if as_vrt:
+        with rasterio.open(path) as file:
+            bands = "".join(
+                f'<VRTRasterBand dataType="Byte" band="{i}"><ColorInterp>{colour}</ColorInterp><SimpleSource>'
+                f'<SourceFilename relativeToVRT="1">{path.name}</SourceFilename><SourceBand>{i}</SourceBand>'
+                "</SimpleSource></VRTRasterBand>"
+                for i, colour in enumerate(("Red", "Green", "Blue"), 1)
+            )
+            place = ", ".join(map(str, file.transform.to_gdal()))
+            size = f'rasterXSize="{file.width}" rasterYSize="{file.height}"'
+        path = tmp_path / "mosaic.vrt"
+        path.write_text(
+            f"<VRTDataset {size}><SRS>EPSG:32619</SRS><GeoTransform>{place}</GeoTransform>{bands}"
+            "</VRTDataset>"
+        )
+    valid = valid_of(path)
+    assert (~valid[:, :wide]).mean() > 0.95
+    assert valid[:, wide + 18 :].all()
