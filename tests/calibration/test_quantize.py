@@ -17,7 +17,7 @@ from canopy.inference.backends import read_card, settle
 from canopy.models.checkpoint import save_checkpoint
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig
 from canopy.models.height import HeightModel
-from canopy.models.registry import load_model
+from canopy.models.registry import load_model, resolve_model
 
 MOST_LOSS_M = 0.05
 
@@ -105,3 +105,10 @@ def test_data_without_val_rows_leaves_nothing(model_file, chips_dir, cache, tmp_
     with pytest.raises(DataError, match="no chips of val"):
         quantize(load_model(model_file), train, tmp_path / "x.int8.zip")
     assert not (tmp_path / "x.int8.zip").exists()
+
+
+def test_the_embedded_int8_network_is_the_default_models_and_as_good() -> None:
+    path = resolve_model("default").with_suffix(".int8.zip")
+    assert settle(load_model("default"), precision="int8", device="cpu").quantised == path
+    found = read_card(path)["accuracy"]
+    assert found["chips"] >= 40 and found["loss_m"] <= MOST_LOSS_M
