@@ -22,6 +22,7 @@ _EXPORTS = {
     "evaluate": "canopy.evaluation.evaluate",
     "compare": "canopy.evaluation.compare",
     "stats": "canopy.evaluation.zones",
+    "trees": "canopy.evaluation.trees.table",
     "CanopyError": "canopy.errors",
     "InputError": "canopy.errors",
 }
@@ -39,12 +40,14 @@ __all__ = [
     "open_imagery",
     "predict",
     "stats",
+    "trees",
 ]
 
 if TYPE_CHECKING:
     from canopy.errors import CanopyError, InputError
     from canopy.evaluation.compare import compare
     from canopy.evaluation.evaluate import evaluate
+    from canopy.evaluation.trees.table import trees
     from canopy.evaluation.zones import stats
     from canopy.geo.area import AOI
     from canopy.geo.grid import Grid

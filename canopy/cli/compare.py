@@ -1,4 +1,4 @@
-"""`canopy compare`, `canopy stats` and `canopy serve`: parse, call, print."""
+"""`canopy compare`, `stats`, `trees` and `serve`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from canopy.cli.options import Json, Overwrite, Quiet, Verbose, print_json, takes_groups
+from canopy.cli.options import DryRun, Json, Overwrite, Quiet, Verbose, print_json, takes_groups
 from canopy.evaluation.compare import CompareOptions, Comparison
 from canopy.evaluation.compare import compare as compare_maps
 from canopy.inference.options import AreaOptions
@@ -160,6 +160,86 @@ def stats(
         height = "" if mean is None else f", mean height {mean:.1f} m"
         outside = f", {empty} without valid pixels" if empty else ""
         typer.echo(f"{out}: {len(table)} polygons{outside}, {valid_ha:,.1f} ha{height}")
+
+
+def trees(
+    height_map: Annotated[
+        str, typer.Argument(metavar="MAP.tif", help="Height map: a GeoTIFF, VRT, or folder of tiles.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="TABLE", help="A .gpkg (layers crowns and tops) or .parquet (GeoParquet)."
+        ),
+    ],
+    crowns: Annotated[
+        Path | None,
+        typer.Option("--crowns", metavar="POLYGONS", help="Put heights on these, of any detector, instead."),
+    ] = None,
+    min_height: Annotated[
+        float | None, typer.Option("--min-height", help="Of a tree, metres. Default: 2.")
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            "--window", metavar="A,B,C",
+            help="No two tops within a crown of A + B h + C h^2 metres. Default: 2.51503,0,0.00901 (all "
+            "trees of Popescu and Wynne 2004).",
+        ),
+    ] = None,
+    smooth: Annotated[
+        float | None, typer.Option("--smooth", help="Of the heights first, sigma in metres. Default: 0.5.")
+    ] = None,
+    nodata: Annotated[float | None, typer.Option("--nodata", help="Map value that means missing.")] = None,
+    band: Annotated[str | None, typer.Option("--band", metavar="N|NAME", help=_HELP_BAND)] = None,
+    layer: Annotated[str | None, typer.Option("--layer", help="Of crowns that have several.")] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Tree tops and crowns of a height map, or the heights of crowns from anybody's detector.
+
+    Tops are the highest places within a window that grows with height; crowns are a watershed from them.
+    The heights are the map's: docs/trees.md says how many trees are found, and how well.
+
+    Examples:
+
+      canopy trees chm.tif -o trees.gpkg
+
+      canopy trees chm.tif --min-height 5 --window 3.75105,-0.17919,0.01241 -o pines.parquet
+
+      canopy trees chm.tif --crowns detected.gpkg -o heights.gpkg
+    """
+    from canopy.evaluation.trees.table import trees as tree_table
+    from canopy.runtime import log, progress_bar, setup_logging
+
+    setup_logging(quiet, verbose)
+    options = {
+        "min_height_m": min_height, "window": window and _numbers(window, "--window"), "smooth_m": smooth,
+        "nodata": nodata, "band": band, "layer": layer,
+    }  # fmt: skip
+    with progress_bar(quiet or json_) as progress:
+        table = tree_table(
+            height_map, out, crowns=crowns, overwrite=overwrite, dry_run=dry_run, progress=progress,
+            **{name: value for name, value in options.items() if value is not None},
+        )  # fmt: skip
+    notes, work = table.attrs["notes"], table.attrs["work"]
+    for note in notes:
+        log.warning(f"note: {note}")
+    name = "height_m" if crowns is None else "p95_m"
+    height = float(table[name].mean()) if len(table) and not dry_run and table[name].notna().any() else None
+    facts = {"file": str(out), "work": work, "notes": notes}
+    if json_ and dry_run:
+        print_json({"dry_run": True} | facts)
+    elif json_:
+        print_json(facts | {"trees": len(table), f"mean_{name}": height})
+    elif dry_run:
+        typer.echo(f"{out}: nothing written; would walk over {work}")
+    elif not quiet:
+        told = "" if height is None else f", mean {name.removesuffix('_m').replace('_', ' ')} {height:.1f} m"
+        typer.echo(f"{out}: {len(table):,} {'trees' if crowns is None else 'crowns'}{told}")
 
 
 def _numbers(text: str, where: str) -> tuple[float, ...]:

@@ -23,6 +23,7 @@ _COMMANDS = {
     "evaluate": ("canopy.cli.evaluate:evaluate", "Score any canopy height map against lidar, GEDI or plots."),
     "compare": ("canopy.cli.compare:compare", "Compare two canopy height maps, in any CRS and pixel size."),
     "stats": ("canopy.cli.compare:stats", "Mean height, percentiles, canopy cover and area per polygon."),
+    "trees": ("canopy.cli.compare:trees", "Tree tops and crowns with heights, or heights on given crowns."),
     "serve": ("canopy.cli.compare:serve", "Show height maps in the browser, from this computer alone."),
     "pretrain": ("canopy.cli.train:pretrain", "Pretrain an encoder without labels on chips."),
     "train": ("canopy.cli.train:train", "Train a height model on the chips of `canopy data chips`."),

@@ -324,8 +324,13 @@ def joined(frame: geopandas.GeoDataFrame, rows: Sequence[Mapping[str, Any]]) -> 
     return frame.rename(columns=renamed).join(numbers)
 
 
-def write_table(table: geopandas.GeoDataFrame, path: Path) -> None:
-    """Write a table of zones as .csv, .gpkg or .parquet; OutputError where that is impossible."""
+def write_table(
+    table: geopandas.GeoDataFrame, path: Path, layers: Mapping[str, geopandas.GeoDataFrame] | None = None
+) -> None:
+    """Write a table as .csv, .gpkg or .parquet; OutputError where that is impossible.
+
+    `layers`: what a .gpkg holds, by name, in place of the layer `zones`.
+    """
     plain = table.copy()
     plain.attrs = {}
     with replacing(path) as part:
@@ -333,7 +338,8 @@ def write_table(table: geopandas.GeoDataFrame, path: Path) -> None:
             plain.drop(columns=plain.geometry.name).to_csv(part, index=False, float_format="%.9g")
         elif path.suffix.lower() == ".gpkg":
             named = part.with_suffix(".gpkg")  # GDAL warns of other endings
-            plain.to_file(named, driver="GPKG", layer="zones")
+            for layer, frame in (layers or {"zones": plain}).items():
+                frame.to_file(named, driver="GPKG", layer=layer)
             named.rename(part)
         else:
             plain.to_parquet(part, index=False)

@@ -28,6 +28,7 @@ CASES = [
     "compare chm.tif other.tif --aoi out/stand.json -o out | out/stand.json",
     "stats chm.tif --zones zones.parquet -o zones.parquet | zones.parquet",
     "stats chm.csv --zones zones.parquet -o chm.csv | chm.csv",
+    "trees chm.tif --crowns crowns.gpkg -o crowns.gpkg | crowns.gpkg",
     "data chm points.laz -o points.laz | points.laz",
     "data chm --dsm dsm.tif --dtm dtm.tif -o dsm.tif | dsm.tif",
     "data chm --dsm dsm.tif --dtm dtm.tif -o dtm.tif | dtm.tif",
