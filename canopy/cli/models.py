@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -113,6 +114,59 @@ def quantize(
             f"{report['output']}: MAE {found['int8']['mae_m']:.3f} m against lidar, fp32 "
             f"{found['fp32']['mae_m']:.3f} m; {found['mean_difference_m']:.3f} m apart on average "
             f"({found['chips']} val chips)"
+        )
+
+
+class Target(StrEnum):
+    """What to write a model for."""
+
+    onnx = "onnx"
+    deepness = "deepness"
+
+
+@app.command("export")
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name or .safetensors file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.onnx", help="File to write.")],
+    to: Annotated[
+        Target, typer.Option("--to", help="onnx, or ONNX with what the QGIS plugin Deepness reads.")
+    ] = Target.onnx,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a model as ONNX, for other programs: RGB in 0..1 in, metres out, in crops of the model's size.
+
+    Needs the extra `export`.
+
+    Example: canopy models export default --to deepness -o canopy.onnx
+    """
+    from canopy.files import file_sha256, replacing
+    from canopy.models.export import to_onnx
+    from canopy.models.registry import load_model
+
+    setup_logging(quiet, verbose)
+    expected = "a file name ending in .onnx"
+    (path,) = check_output(out, [model], overwrite=overwrite, expected=expected, suffixes=(".onnx",))
+    loaded = load_model(model)
+    made = to_onnx(loaded, deepness=to is Target.deepness)
+    with replacing(path) as part:
+        part.write_bytes(made)
+    side, gsd_m = loaded.config.crop_px, loaded.config.gsd_m
+    if json_:
+        print_json(
+            {
+                "output": str(path),
+                "bytes": len(made),
+                "sha256": file_sha256(path),
+                "crop_px": side,
+                "gsd_m": gsd_m,
+            }
+        )
+    elif not quiet:
+        typer.echo(
+            f"{path}: {len(made) / 1e6:.1f} MB; rgb (1, 3, {side}, {side}) in 0..1 at {gsd_m} m -> metres"
         )
 
 

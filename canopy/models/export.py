@@ -1,7 +1,8 @@
-"""A height model's network in OpenVINO's form, and in int8 by NNCF.
+"""A height model's network in OpenVINO's form, and in int8 by NNCF; and all of a model as ONNX, for others.
 
-What is converted is the network from crops of one fixed size to bin scores, which is nearly all of the work.
-Heights and spreads are made of the scores by the model itself (`HeightModel.layers_of`), in fp32.
+What OpenVINO gets is the network from crops of one fixed size to bin scores, which is nearly all of the work.
+Heights and spreads are made of the scores by the model itself (`HeightModel.layers_of`), in fp32. An ONNX
+file is for programs that know nothing of canopy, so it holds normalisation, bins and metres too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import logging
 import sys
 import tempfile
@@ -21,12 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from canopy.errors import CanopyError
+from canopy.errors import CanopyError, require
 from canopy.models.height import HeightModel
 from canopy.runtime import load_openvino, openvino_core
 
 # The bin scores decide the heights and cost 1 % of the work: their layer stays as it is in int8.
 _LAST_LAYER = r".*decoder\.head\.conv3.*"
+
+_OVERLAP_PERCENT = 38  # what canopy's own lattice has by default: three eighths
 
 
 class ConversionError(CanopyError):
@@ -42,6 +46,88 @@ class _Scores(nn.Module):
 
     def forward(self, rgb: Tensor) -> Tensor:
         return self.model.scores(rgb)[0]
+
+
+class _Heights(_Scores):
+    """Crops (1, 3, side, side) in 0..1 -> metres (1, 1, side, side)."""
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        return self.model.layers(rgb, ("height_m",))
+
+
+def to_onnx(model: HeightModel, *, deepness: bool = False) -> bytes:
+    """The whole model as ONNX: `rgb` float32 (1, 3, side, side) in 0..1 -> `height_m`, metres, same pixels.
+
+    The side is the model's crop size: position embeddings are made for one size, and heights at the edge of
+    a crop are worse than inside, so whoever runs it has to overlap crops as canopy's lattice does.
+
+    Args:
+        deepness: add what the QGIS plugin Deepness reads of a regression model: ground sample distance in
+            centimetres, tile size, overlap in percent, and that bands come in 0..1 without standardisation
+            (https://qgis-plugin-deepness.readthedocs.io, "Adding metadata to ONNX model").
+
+    Raises:
+        ConversionError: a layer that ONNX does not have. MissingDependencyError: without the extra `export`.
+    """
+    require("ONNX files", "canopy-height[export]", "onnx", "onnxscript")
+    import onnx
+
+    config = model.config
+    own = copy.deepcopy(model).cpu().eval().with_radiometry(None)
+    given = torch.linspace(0, 1, 3 * config.crop_px**2).view(1, 3, config.crop_px, config.crop_px)
+    written = _exported(_Heights(own).eval(), given)
+    graph = onnx.load_model_from_string(written)
+    told: dict[str, Any] = {
+        "source": f"canopy {model.card.get('name', '')}".strip(),
+        "sha256": model.sha256 or "",
+        "licence": model.card.get("licence", "not stated"),
+        "gsd_m": config.gsd_m,
+    }
+    if deepness:
+        told |= {
+            "model_type": "Regressor",
+            "class_names": {0: "canopy_height_m"},
+            "resolution": round(100 * config.gsd_m, 4),
+            "tile_size": config.crop_px,
+            "tiles_overlap": _OVERLAP_PERCENT,
+            "standardization_mean": [0.0] * len(config.bands),
+            "standardization_std": [1.0] * len(config.bands),
+            "reg_output_scaling": 1.0,
+        }
+    onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in told.items()})
+    return bytes(graph.SerializeToString())
+
+
+def _exported(network: nn.Module, given: Tensor) -> bytes:
+    """ONNX of a network for inputs like `given`.
+
+    torch's exporter that traces takes seconds, the newer one a minute; but only that one gets through
+    interleaved rotary positions and antialiased position tables.
+
+    Raises:
+        ConversionError: neither can.
+    """
+    problem: Exception | None = None
+    for newer in (False, True):
+        options: dict[str, Any] = {"verbose": False} if newer else {"opset_version": 17}
+        # Either prints the whole graph where it fails.
+        with (
+            tempfile.TemporaryDirectory(prefix="canopy-") as folder,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            path = Path(folder) / "model.onnx"
+            try:
+                with torch.no_grad(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    torch.onnx.export(
+                        network, (given,), path, dynamo=newer, external_data=False,
+                        input_names=["rgb"], output_names=["height_m"], **options,
+                    )  # fmt: skip
+                return path.read_bytes()
+            except Exception as error:  # they have no base class of their own
+                problem = error
+    line = " ".join(str(problem).split())
+    raise ConversionError(f"ONNX cannot hold the model ({line[:160]})") from problem
 
 
 def to_openvino(model: HeightModel) -> dict[str, bytes]:

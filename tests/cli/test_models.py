@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 
 def test_lists_and_facts_are_text_too(canopy, model_file) -> None:
     listed = canopy("models", "list").out
@@ -16,3 +18,11 @@ def test_lists_and_facts_are_text_too(canopy, model_file) -> None:
 def test_what_is_no_model(refused, tmp_path) -> None:
     (tmp_path / "page.safetensors").write_text("<html>not found</html>" * 9)
     assert "not a safetensors file" in refused("models", "info", "page.safetensors")
+
+
+def test_export_writes_one_file_of_the_right_kind(canopy, refused, model_file, tmp_path) -> None:
+    pytest.importorskip("onnx", reason="needs onnx, of the extra export")
+    assert "ending in .onnx" in refused("models", "export", model_file, "-o", "m.tif")
+    ran = canopy("models", "export", model_file, "--to", "deepness", "-o", "m.onnx")
+    assert ran.code == 0 and "rgb (1, 3, 64, 64) in 0..1 at 0.5 m -> metres" in ran.out
+    assert b"standardization_mean" in (tmp_path / "m.onnx").read_bytes()
