@@ -30,6 +30,7 @@ from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.geo.grid import Grid, tiles_over
 from canopy.geo.place import SourcePlace
 from canopy.geo.reading import open_raster, read_raster
+from canopy.geo.style import ramp_style
 from canopy.labels.footprint import pool_over_disc
 from canopy.labels.shots import read_shots, rh_column
 from canopy.runtime import NoProgress, Progress
@@ -315,7 +316,9 @@ def _write(
     progress = progress or NoProgress()
     progress.start(len(windows), "correcting")
     every = [*bands, BandSpec(_ERROR_BAND, "m")]
-    with CogWriter(out, grid, every, encoding=encoding, tags=tags, overwrite=overwrite) as writer:
+    with CogWriter(
+        out, grid, every, encoding=encoding, tags=tags, overwrite=overwrite, style=ramp_style(0.0, 40.0)
+    ) as writer:
         for window in windows:
             raster = read_raster(path, window, bands=list(range(1, len(every))))
             values = raster.values.astype(np.float64)

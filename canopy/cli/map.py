@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,12 +79,13 @@ def map_(
     typed = {name: value for name, value in options if was_typed(context, name)}
     region = prepare_run(MapOptions.of(typed, "canopy map"), resume=resume, overwrite=overwrite)
     tiling = region.tiling
-    tiles = sum(1 for _ in tiling.tiles(region.aoi))
+    tiles = sum(1 for _ in tiling.tiles(region.inputs.aoi))
     cost = region_cost(region) if dry_run else None
-    text = f"{region.aoi.describe()}, {tiles:,} tile{'' if tiles == 1 else 's'} of {tiling.tile_px} px"
+    text = f"{region.inputs.aoi.describe()}, {tiles:,} tile{'' if tiles == 1 else 's'} of {tiling.tile_px} px"
     log.info(text + (f", ~{elapsed_text(cost['hours'] * 3600)}" if cost else ""))
-    log.info(commercial_use(region.source.terms, str(region.model.card.get("licence", "")))[1])
-    for note in region.notes:
+    made = region.inputs
+    log.info(commercial_use(made.source.terms, str(made.model.card.get("licence", "")))[1])
+    for note in made.notes:
         log.warning(f"note: {note}")
     if cost:
         _show_cost(region, cost, json)
@@ -128,7 +130,9 @@ def _show_status(folder: str, json: bool) -> None:
 
 def _show_cost(region: Region, cost: dict[str, Any], json: bool) -> None:
     if json:
-        print_json({"dry_run": True, "area": region.aoi.describe(), **cost, "notes": region.notes})
+        print_json(
+            {"dry_run": True, "area": region.inputs.aoi.describe(), **cost, "notes": region.inputs.notes}
+        )
         return
     log.info(f"{cost['tiles']:,} tiles, {cost['km2']:,.2f} km2, {cost['crops']:,} crops")
     log.info(
@@ -163,9 +167,14 @@ def _print_result(result: RunResult) -> None:
     if left:
         text += f", {left:,} left"
     typer.echo(f"{text}, {result.totals['km2_finished']:,.2f} km2")
-    for tile, reason in result.failures[:10]:
-        typer.echo(f"failed {tile}: {reason}")
-    if len(result.failures) > 10:
-        typer.echo(f"... and {len(result.failures) - 10} more; see canopy map --status {result.folder}")
+    # One damaged file fails many tiles: numbers of blocks and tries are no other cause.
+    causes: dict[str, list[tuple[str, str]]] = {}
+    for tile, reason in result.failures:
+        causes.setdefault(re.sub(r"\d+", "", reason.removesuffix(")")), []).append((tile, reason))
+    for failed in list(causes.values())[:10]:
+        more, (tile, reason) = len(failed) > 1, failed[0]
+        typer.echo(f"failed: {len(failed):,} tile{'s' * more} ({tile}{', ...' * more}): {reason}")
+    if causes:
+        typer.echo(f"each tile's reason: canopy map --status {result.folder}")
     for name, path in result.outputs.items():
         typer.echo(f"{path}: {name}")

@@ -10,7 +10,7 @@ from canopy.cli.options import DryRun, Json, Quiet, Verbose, print_json, takes_g
 from canopy.inference.options import OneMapOptions
 
 if TYPE_CHECKING:
-    from canopy.inference.predict import MapPrediction, Result
+    from canopy.inference.predict import Prediction, Result
 
 
 @takes_groups
@@ -56,7 +56,7 @@ def predict(
         _print_result(result)
 
 
-def _announce(job: MapPrediction) -> None:
+def _announce(job: Prediction) -> None:
     """What is about to be done, before it is done."""
     from canopy.runtime import log
 
@@ -66,7 +66,7 @@ def _announce(job: MapPrediction) -> None:
         log.warning(f"note: {note}")
 
 
-def _print_plan(job: MapPrediction, json: bool) -> None:
+def _print_plan(job: Prediction, json: bool) -> None:
     if json:
         print_json({"dry_run": True, **job.to_dict(), "notes": job.notes})
 

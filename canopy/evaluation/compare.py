@@ -28,6 +28,7 @@ from canopy.geo.area import AOI
 from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.crs import transformer
 from canopy.geo.grid import Grid, tiles_over
+from canopy.geo.style import CHANGES, CLASS_COLOURS, class_style, ramp_style
 from canopy.runtime import NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -184,13 +185,18 @@ def compare(
         }  # fmt: skip
         legend = CHANGE_CLASSES if dates else COVER_CLASSES
         class_tags = {"CANOPY_CLASSES": "; ".join(f"{code} {name}" for code, name in legend.items())}
+        coloured = dict(zip(legend, zip(legend.values(), CLASS_COLOURS, strict=False), strict=True))
         with _staging(None if out is None else Path(out).expanduser()) as folder:
             paths = [folder / f"{name}.tif" for name in names]
             with (
-                CogWriter(paths[0], grid, [BandSpec(name) for name in bands], tags=tags) as metres,
+                CogWriter(
+                    paths[0], grid, [BandSpec(name) for name in bands], tags=tags,
+                    style=ramp_style(-15.0, 15.0, CHANGES),
+                ) as metres,
                 CogWriter(
                     paths[1], grid, [BandSpec("class", "1")], tags=tags | class_tags, encoding="uint8m",
-                    overviews="mode",
+                    overviews="mode", style=class_style(coloured),
+                    colours={code: colour for code, (_, colour) in coloured.items()},
                 ) as classes,
             ):  # fmt: skip
                 found = _walk(one, two, grid, mode, why, chosen, (metres, classes), area, progress)

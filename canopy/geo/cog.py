@@ -103,6 +103,8 @@ class CogWriter:
         tags: texts for the file's metadata; keep wall-clock time out of them.
         overwrite: replace an existing file (at the end, atomically).
         overviews: "average", or "mode" for class codes, which have no mean.
+        style: of QGIS (see `canopy.geo.style`), written beside the file as .qml.
+        colours: `#rrggbb` of the codes of a single uint8 band, kept in the file.
 
     Attributes:
         sha256: of the finished file; None before.
@@ -124,6 +126,8 @@ class CogWriter:
         tags: Mapping[str, object] | None = None,
         overwrite: bool = False,
         overviews: str = "average",
+        style: str = "",
+        colours: Mapping[int, str] | None = None,
     ) -> None:
         [self.path] = check_output(path, overwrite=overwrite)
         self.grid, self.bands, self.encoding = grid, list(bands), encoding_named(encoding)
@@ -140,7 +144,7 @@ class CogWriter:
                 expected="metres or classes",
                 remedy="use --encoding uint16cm or float32",
             )
-        self._overviews = overviews
+        self._overviews, self._style, self._colours = overviews, style, colours
         self._scales = [self.encoding.scale_of(b) for b in self.bands]
         self._tags = {k: str(v) for k, v in sorted((tags or {}).items())}
         self._check_space()
@@ -199,7 +203,8 @@ class CogWriter:
             blockxsize=BLOCK,
             blockysize=BLOCK,
             interleave="band",
-            photometric="MINISBLACK",  # four uint8 bands are no RGBA picture
+            # Four uint8 bands are no RGBA picture.
+            photometric="PALETTE" if self._colours else "MINISBLACK",
             ALPHA="UNSPECIFIED",
             sparse_ok=True,  # blocks never written read back as nodata
             bigtiff="IF_SAFER",
@@ -210,6 +215,9 @@ class CogWriter:
             self._dataset.set_band_unit(index, band.unit)
             self._dataset.update_tags(index, units=band.unit)
         self._dataset.scales = self._scales
+        if self._colours:
+            rgb = {code: tuple(bytes.fromhex(colour[1:])) for code, colour in self._colours.items()}
+            self._dataset.write_colormap(1, rgb)
 
     # ---- during -------------------------------------------------------------------------------
     def write(self, values: np.ndarray, valid: np.ndarray, row_off: int = 0, col_off: int = 0) -> None:
@@ -247,7 +255,10 @@ class CogWriter:
                 self._scratch.unlink()
                 flush(result)
                 self.sha256 = file_sha256(result)
-                names = self.companions(result, self.sha256) if self.companions else ()
+                names = [*self.companions(result, self.sha256)] if self.companions else []
+                if self._style:
+                    names.append(result.with_suffix(".qml").name)
+                    (self._folder / names[-1]).write_text(self._style, encoding="utf-8")
                 for name in (result.name, *names):
                     os.replace(self._folder / name, self.path.with_name(name))
         finally:
@@ -280,7 +291,7 @@ class CogWriter:
             RESAMPLING=self._overviews,
             BIGTIFF="IF_SAFER",
             NUM_THREADS="2",  # fixed: results and memory do not depend on the machine
-            STATISTICS="NO",
+            STATISTICS="YES",
         )
 
     def _verify(self, result: Path) -> None:

@@ -1,26 +1,28 @@
 """Streaming prediction on one device: read ahead -> predict -> blend -> write, all at the same time.
 
-Reader threads fetch and prepare the next windows while the network works on this one, and one writer thread
-takes finished pixels away. All that waits is bounded, so memory does not depend on the size of the raster.
-Batches run across windows, so that only the last one of a run is short. The first error of any stage stops
-the others and is raised as it was; the sink is left to its owner, who discards it.
+A chain of generators: windows are read by threads ahead of the network, their crops pass it in batches that
+run across windows, a canvas blends them, and one thread writes what is finished. All that waits is bounded,
+so memory does not depend on the size of the raster. The first error of any stage stops the others and is
+raised as it was; the sink is left to its owner, who discards it.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
 from canopy.errors import CanopyError, ConfigError, ImageryError
-from canopy.inference.lattice import WINDOW_PX, Canvas, Lattice, Plan, WorkWindow, plan_windows
+from canopy.inference.lattice import WINDOW_PX, Canvas, Corner, Lattice, Plan, Window, plan_windows
 from canopy.inference.layers import Extras
 from canopy.runtime import NoProgress, Progress, log
 
@@ -37,8 +39,9 @@ COVER_ABOVE_M = 2.0
 # fixed, not measured: in bf16 a height can move by centimetres with the batch, and parts of a map that are
 # made on several cards must fit together.
 AUTO_BATCH = {"cpu": (4, 2**20), "cuda": (64, 2**22), "mps": (8, 2**20)}
-Corner = tuple[int, int]
-"""Row and column of a crop, counted within its window."""
+FEW_CROPS = 16
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 class Source(Protocol):
@@ -55,27 +58,30 @@ class Sink(Protocol):
 
 @dataclass
 class RunSummary:
-    """What a run did. Heights are in metres, over the valid pixels of the grid that was predicted.
+    """What a run did. Heights are in metres, over the valid pixels of the map.
 
-    `black_share` is the share of these whose imagery is (0, 0, 0); `model_seconds` were spent in calls of the
+    `black_pixels` of the `seen_pixels` that were predicted have imagery of (0, 0, 0); `judged` counts pixels
+    of sampled crops by their flags (see `layers.findings`); `model_seconds` were spent in calls of the
     network, which a GPU works off by itself.
     """
 
     windows: int = 0
     crops: int = 0
     crops_predicted: int = 0
+    batch_size: int = 0
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+    seen_pixels: int = 0
+    black_pixels: int = 0
     pixels: int = 0
     valid_pixels: int = 0
     height_sum_m: float = 0.0
     max_height_m: float = 0.0
     cover_pixels: int = 0
-    batch_size: int = 0
-    seconds: float = 0.0
-    model_seconds: float = 0.0
+    tall_pixels: int = 0
     first_day: int = 0
     last_day: int = 0
-    black_pixels: int = 0
-    black_share: float = 0.0
+    judged: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -92,9 +98,8 @@ class RunSummary:
         """Share of the valid pixels higher than 2 m; NaN without any."""
         return self.cover_pixels / self.valid_pixels if self.valid_pixels else float("nan")
 
-    def count(self, height_m: np.ndarray, valid: np.ndarray, days: np.ndarray) -> None:
+    def count(self, height_m: np.ndarray, valid: np.ndarray, days: np.ndarray, tallest_m: float) -> None:
         """Add finished pixels, all (h, w), to the statistics; `days` since 1970, 0 where unknown."""
-        self.pixels += valid.size
         if not valid.any():
             return
         heights = height_m[valid]
@@ -102,6 +107,7 @@ class RunSummary:
         self.height_sum_m += float(heights.sum(dtype=np.float64))
         self.max_height_m = max(self.max_height_m, float(heights.max()))
         self.cover_pixels += int((heights > COVER_ABOVE_M).sum())
+        self.tall_pixels += int((heights >= tallest_m).sum())
         known = days[valid & (days > 0)]
         if known.size:
             self.first_day = min(self.first_day or int(known.min()), int(known.min()))
@@ -143,29 +149,38 @@ def predict_grid(
     started = time.perf_counter()
     progress, extras = progress or NoProgress(), extras or Extras()
     plan = plan_windows(grid, Lattice.of_model(runner.model.config), window_px)
-    summary = RunSummary(windows=len(plan), crops=plan.n_crops)
-    predictor = Predictor(runner, batch_size, summary)
+    summary = RunSummary(windows=len(plan), crops=plan.n_crops, pixels=grid.height * grid.width)
+    summary.batch_size = resolve_batch(batch_size, runner.device.type, runner.model.config.crop_px)
     progress.start(plan.n_crops, "predicting")
     readers = reader_count(workers, runner.device.type)
     with ExitStack() as stack:
         # Pools of their own: a full write queue must not keep the readers from running.
-        pools = [
-            ThreadPoolExecutor(count, thread_name_prefix=f"canopy-{name}")
-            for name, count in (("read", readers), ("write", 1))
-        ]
-        for pool in pools:
+        reading, writing = (ThreadPoolExecutor(n, thread_name_prefix="canopy") for n in (readers, 1))
+        for pool in (reading, writing):
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        writes: deque[Future[None]] = deque()
-        windows = _read_ahead(plan, source, aoi, pools[0], readers)
-        for window, pixels, layers in _blended(plan, predictor, extras, windows, pools[0], progress):
-            writes.append(pools[1].submit(_write, window, plan, layers, pixels, sink, summary, extras))
-            while len(writes) > 2:
-                writes.popleft().result()
-        for write in writes:
-            write.result()
-    summary.black_share = summary.black_pixels / max(summary.valid_pixels, 1)
+        read = partial(_read, plan=plan, source=source, aoi=aoi, extras=extras)
+        windows = _told(plan, _ahead(reading, readers, read, plan), progress)
+        blended = _blended(
+            plan, _predicted(windows, runner, extras, summary, reading), runner, extras, progress
+        )
+        write = partial(_write, plan=plan, sink=sink, summary=summary, extras=extras)
+        for _ in _ahead(writing, 2, write, blended):
+            pass
     summary.seconds = time.perf_counter() - started
     return summary
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, depth: int, function: Callable[[Item], Made], items: Iterable[Item]
+) -> Iterator[Made]:
+    """`function` of each item, in order; `depth` of them are begun before they are asked for."""
+    pending: deque[Future[Made]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > depth:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def reader_count(workers: int | str, device_type: str = "cpu") -> int:
@@ -208,34 +223,28 @@ class Pixels:
         valid: (h, w), where there is an image.
         wanted: (h, w), where a height is due: valid, inside the grid and inside the area.
         date: (h, w) days since 1970-01-01, 0 where unknown.
-        crops: corners of the crops with wanted pixels.
+        crops: those with wanted pixels.
         filled: of those, the crops that have invalid pixels, with plausible ones there: (3, crop, crop).
+        judged: pixels of the crops that were judged, by flag.
     """
 
+    window: Window
     rgb: np.ndarray
     valid: np.ndarray
     wanted: np.ndarray
     date: np.ndarray
     crops: tuple[Corner, ...]
     filled: dict[Corner, np.ndarray]
+    judged: Counter[str]
+
+    def crop(self, corner: Corner, lattice: Lattice) -> np.ndarray:
+        """What the network sees of a crop: (3, crop, crop)."""
+        found = self.filled.get(corner)
+        return self.rgb[:, *lattice.crop_slices(corner)] if found is None else found
 
 
-def _read_ahead(
-    plan: Plan, source: Source, aoi: AOI | None, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[tuple[WorkWindow, Pixels | None]]:
-    """The plan's windows in order with their pixels (None where the area has none), read in advance."""
-    pending: deque[tuple[WorkWindow, Future[Pixels | None]]] = deque()
-    for window in plan:
-        pending.append((window, pool.submit(_read, window, plan, source, aoi)))
-        if len(pending) > ahead:
-            first, future = pending.popleft()
-            yield first, future.result()
-    for first, future in pending:
-        yield first, future.result()
-
-
-def _read(window: WorkWindow, plan: Plan, source: Source, aoi: AOI | None) -> Pixels | None:
-    """The window's pixels; None where the area has none of it (nothing is read then)."""
+def _read(window: Window, plan: Plan, source: Source, aoi: AOI | None, extras: Extras) -> Pixels | None:
+    """The window's pixels; None where no height is due in it (nothing is read outside the area)."""
     from canopy.models.height import fill_invalid
 
     grid, lattice = plan.read_grid(window), plan.lattice
@@ -258,160 +267,116 @@ def _read(window: WorkWindow, plan: Plan, source: Source, aoi: AOI | None) -> Pi
     if not np.isfinite(rgb.sum()):
         valid = valid & np.isfinite(rgb).all(axis=0)
     wanted = valid & inside
-    rows, cols = range(len(window.rows.crops)), range(len(window.cols.crops))
-    crops = tuple((r, c) for r in rows for c in cols if wanted[lattice.served_slices((r, c))].any())
+    crops = tuple(corner for corner in window.corners if wanted[lattice.served_slices(corner)].any())
+    if not crops:
+        return None
     places = {corner: lattice.crop_slices(corner) for corner in crops}
     filled = {
         corner: fill_invalid(rgb[:, *place], valid[place])
         for corner, place in places.items() if not valid[place].all()
     }  # fmt: skip
-    return Pixels(rgb, valid, wanted, imagery.date, crops, filled)
+    pixels = Pixels(window, rgb, valid, wanted, imagery.date, crops, filled, Counter())
+    if extras.judge is not None:
+        for row, col in crops:
+            # Every fourth crop of the lattice tells enough of a map, whoever cuts it; of few, all are asked.
+            if plan.n_crops <= FEW_CROPS or not ((window.rows[row] | window.cols[col]) & 1):
+                place = places[row, col]
+                pixels.judged.update(extras.judge(pixels.crop((row, col), lattice), wanted[place]))
+    return pixels
+
+
+def _told(plan: Plan, windows: Iterator[Pixels | None], progress: Progress) -> Iterator[Pixels]:
+    """The windows that have something to predict; crops without are told as done."""
+    for window, pixels in zip(plan, windows, strict=True):
+        progress.advance(len(window.corners) - (len(pixels.crops) if pixels else 0))
+        if pixels is not None:
+            yield pixels
 
 
 # ---- predicting and blending ------------------------------------------------------------------
-class Predictor:
-    """Calls the network on crops, in batches that fit the device's memory, and notes what it took."""
+Predicted = tuple[Pixels, Corner, "torch.Tensor"]
+"""A crop, and its layers (l, crop, crop) on the runner's device."""
 
-    def __init__(self, runner: Runner, batch_size: int | str, summary: RunSummary) -> None:
-        self.runner, self.summary = runner, summary
-        summary.batch_size = resolve_batch(batch_size, runner.device.type, runner.model.config.crop_px)
 
-    def __call__(self, crops: torch.Tensor) -> torch.Tensor:
-        """Crops (n, 3, crop, crop) float32 in 0..1, finite -> layers (n, l, crop, crop) float32, on the
-        device: heights in metres, then what else the runner gives.
-        """
-        import torch
+def _predicted(
+    windows: Iterator[Pixels], runner: Runner, extras: Extras, summary: RunSummary, pool: ThreadPoolExecutor
+) -> Iterator[Predicted]:
+    """All crops in order, by batches; scores of the flags are made beside the network."""
+    import torch
 
-        done: list[torch.Tensor] = []
-        start, begun = 0, time.perf_counter()
-        crops = crops.to(self.runner.device)
-        while start < len(crops):
-            part = crops[start : start + self.summary.batch_size]
-            try:
-                done.append(self._forward(part))
-                start += len(part)
-            except RuntimeError as error:
-                # torch.OutOfMemoryError is CUDA's and MPS's; the CPU allocator raises a plain RuntimeError.
-                full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-                if not full or self.summary.batch_size == 1:
-                    raise
-                self._halve_batch()
-        self.summary.model_seconds += time.perf_counter() - begun
-        self.summary.crops_predicted += len(crops)
-        return torch.cat(done)
+    lattice = Lattice.of_model(runner.model.config)
+    waiting = ((pixels, corner) for pixels in windows for corner in pixels.crops)
+    while batch := list(itertools.islice(waiting, summary.batch_size)):
+        crops = [pixels.crop(corner, lattice) for pixels, corner in batch]
+        scores: Iterator[np.ndarray] | None = None
+        if extras.quality is not None:
+            valid = [pixels.valid[lattice.crop_slices(corner)] for pixels, corner in batch]
+            scores = pool.map(extras.quality.scores, crops, valid)
+        begun = time.perf_counter()
+        made = _forward(runner, torch.from_numpy(np.stack(crops)).to(runner.device), summary)
+        summary.model_seconds += time.perf_counter() - begun
+        summary.crops_predicted += len(batch)
+        for (pixels, corner), layers in zip(batch, made, strict=True):
+            if scores is not None:
+                layers = torch.cat([layers, torch.from_numpy(next(scores)).to(layers)])
+            yield pixels, corner, layers
 
-    def _forward(self, crops: torch.Tensor) -> torch.Tensor:
-        import torch
 
+def _forward(runner: Runner, crops: torch.Tensor, summary: RunSummary) -> torch.Tensor:
+    """Crops (n, 3, crop, crop) -> layers (n, l, crop, crop); a batch too large for the device is halved."""
+    import torch
+
+    size = summary.batch_size
+    if len(crops) > size:
+        return torch.cat([_forward(runner, part, summary) for part in crops.split(size)])
+    try:
         # A map must not depend on how many crops were left over: other batch sizes take other kernels.
-        short = self.summary.batch_size - len(crops) if self.runner.device.type == "cuda" else 0
-        if short:
-            crops = torch.cat([crops, crops[-1:].expand(short, -1, -1, -1)])
-        layers = self.runner.forward(crops)
-        return layers[: len(layers) - short]
-
-    def _halve_batch(self) -> None:
-        import torch
-
-        device, self.summary.batch_size = self.runner.device.type, max(1, self.summary.batch_size // 2)
-        note = f"the {device} device ran out of memory; batch size reduced to {self.summary.batch_size}"
-        self.summary.notes.append(note)
-        log.warning(note)
-        if device == "cuda":
-            torch.cuda.empty_cache()
-
-
-Blended = tuple[WorkWindow, Pixels | None, "torch.Tensor"]
-"""A window, its pixels, and the layers (l, h, w) of those that are final."""
+        short = size - len(crops) if runner.device.type == "cuda" else 0
+        full = torch.cat([crops, crops[-1:].expand(short, -1, -1, -1)]) if short > 0 else crops
+        return runner.forward(full)[: len(crops)]
+    except RuntimeError as error:
+        # torch.OutOfMemoryError is CUDA's and MPS's; the CPU allocator raises a plain RuntimeError.
+        short_of = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not short_of or size == 1:
+            raise
+    summary.batch_size = size // 2
+    note = f"the {runner.device.type} device ran out of memory; batch size reduced to {summary.batch_size}"
+    summary.notes.append(note)
+    log.warning(note)
+    if runner.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _forward(runner, crops, summary)
 
 
 def _blended(
-    plan: Plan,
-    predictor: Predictor,
-    extras: Extras,
-    windows: Iterator[tuple[WorkWindow, Pixels | None]],
-    pool: ThreadPoolExecutor,
-    progress: Progress,
-) -> Iterator[Blended]:
-    """Windows in plan order, each as soon as its last crop is on the canvas.
-
-    What waits is a list of crops in order, with a None behind the last one of each window.
-    """
+    plan: Plan, crops: Iterator[Predicted], runner: Runner, extras: Extras, progress: Progress
+) -> Iterator[tuple[Pixels, torch.Tensor]]:
+    """Windows in order with their final layers (l, h, w), each as soon as a crop of the next one comes."""
     # Float64 is not for every accelerator; where it is not, heights are summed on the CPU.
-    device = predictor.runner.device
-    canvas = Canvas(plan, extras.layers, device if device.type == "cuda" else "cpu")
-    waiting: list[tuple[WorkWindow, Pixels | None, Corner | None]] = []
-
-    def flush() -> Iterator[Blended]:
-        batch = [(p, corner) for _, p, corner in waiting if p is not None and corner is not None]
-        layers = iter(_layers(batch, plan.lattice, predictor, extras, pool, canvas.device))
-        for window, pixels, corner in waiting:
-            canvas.begin(window)
-            if corner is not None:
-                canvas.add(*corner, next(layers))
-                progress.advance()
-            else:
-                progress.advance(window.n_crops - (len(pixels.crops) if pixels else 0))
-                yield window, pixels, canvas.finish()
-        waiting.clear()
-
-    for window, pixels in windows:
-        for corner in pixels.crops if pixels else ():
-            waiting.append((window, pixels, corner))
-            if sum(place is not None for *_, place in waiting) >= predictor.summary.batch_size:
-                yield from flush()
-        waiting.append((window, pixels, None))
-        if all(corner is None for *_, corner in waiting):
-            yield from flush()
-    yield from flush()
-
-
-def _layers(
-    batch: list[tuple[Pixels, Corner]],
-    lattice: Lattice,
-    predictor: Predictor,
-    extras: Extras,
-    pool: ThreadPoolExecutor,
-    device: torch.device,
-) -> Iterator[torch.Tensor]:
-    """Layers (l, crop, crop) of each crop on `device`; scores of the flags are made beside the network."""
-    import torch
-
-    if not batch:
-        return
-    places = [lattice.crop_slices(corner) for _, corner in batch]
-    crops = [
-        pixels.filled[corner] if corner in pixels.filled else pixels.rgb[:, *place]
-        for (pixels, corner), place in zip(batch, places, strict=True)
-    ]
-    scores: Iterator[np.ndarray] | None = None
-    if extras.quality is not None:
-        valid = [pixels.valid[place] for (pixels, _), place in zip(batch, places, strict=True)]
-        scores = pool.map(extras.quality.scores, crops, valid)
-    for layers in predictor(torch.from_numpy(np.stack(crops))).to(device):
-        yield layers if scores is None else torch.cat([layers, torch.from_numpy(next(scores)).to(layers)])
+    canvas = Canvas(plan, extras.layers, runner.device if runner.device.type == "cuda" else "cpu")
+    current: Pixels | None = None
+    for pixels, corner, layers in crops:
+        if pixels is not current:
+            if current is not None:
+                yield current, canvas.finish()
+            current = pixels
+            canvas.begin(pixels.window)
+        canvas.add(corner, layers.to(canvas.device))
+        progress.advance()
+    if current is not None:
+        yield current, canvas.finish()
 
 
 # ---- writing ----------------------------------------------------------------------------------
 def _write(
-    window: WorkWindow,
-    plan: Plan,
-    layers: torch.Tensor,
-    pixels: Pixels | None,
-    sink: Sink,
-    summary: RunSummary,
-    extras: Extras,
+    finished: tuple[Pixels, torch.Tensor], plan: Plan, sink: Sink, summary: RunSummary, extras: Extras
 ) -> None:
-    """Check and count the window's finished pixels, and hand over their bands (b, h, w) and validity."""
-    blended = layers.cpu().numpy()
-    row, col = window.rows.final[0], window.cols.final[0]
-    if pixels is None:
-        valid, days = np.zeros(blended.shape[1:], bool), np.zeros(blended.shape[1:], np.int32)
-    else:
-        place = plan.final_slices(window)
-        valid, days = pixels.wanted[place], pixels.date[place]
-        summary.black_pixels += int((valid & ~pixels.rgb[:, *place].any(axis=0)).sum())
-    bad = valid & ~np.isfinite(blended).all(axis=0)
+    """Check and count a window's finished pixels, and hand over their bands (b, h, w) and validity."""
+    pixels, place = finished[0], plan.final(finished[0].window)
+    layers = finished[1].cpu().numpy()
+    valid, days = pixels.wanted[place], pixels.date[place]
+    row, col = (first.start + at for first, at in zip(place, plan.offset(pixels.window), strict=True))
+    bad = valid & ~np.isfinite(layers).all(axis=0)
     if bad.any():
         first = np.argwhere(bad)[0] + (row, col)
         x, y = plan.grid.xy(first[0] + 0.5, first[1] + 0.5)
@@ -420,6 +385,10 @@ def _write(
             f"the first at row {first[0]}, column {first[1]} (x {x:.2f}, y {y:.2f})",
             remedy="try --precision fp32; if it stays, the model file is faulty",
         )
-    summary.count(blended[0], valid, days)
+    summary.seen_pixels += int(valid.sum())
+    summary.black_pixels += int((valid & ~pixels.rgb[:, *place].any(axis=0)).sum())
+    summary.judged.update(pixels.judged)
+    if not extras.raw:
+        summary.count(layers[0], valid, days, extras.tallest_m)
     if valid.size:
-        sink.write(np.where(valid, extras.stack(blended, days), np.float32(np.nan)), valid, row, col)
+        sink.write(np.where(valid, extras.stack(layers, days), np.float32(np.nan)), valid, row, col)

@@ -1,22 +1,35 @@
-"""What a map is made of: the imagery, the model, and the colours of the one moved onto those of the other."""
+"""What a map is made of, checked and opened: imagery, model, runtime, bands, and the two grids.
+
+The network predicts on one grid and the user gets another. Usually they are one. They differ where the user
+asks for another ground sample distance than the model's, or for a grid in degrees or of quadkeys: then
+heights are predicted on a metric grid at the model's ground sample distance and resampled (see `regrid`),
+because a network only knows trees at the size it has learned.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from canopy.errors import AreaError, ImageryError, InputError
+from canopy.errors import AreaError, ConfigError, ImageryError, InputError
 from canopy.geo.area import AOI
-from canopy.geo.crs import output_crs
-from canopy.models.height import V1_AERIAL, Stretch, fill_invalid, parse_radiometry
-from canopy.runtime import log
+from canopy.geo.crs import METRES_PER_DEGREE, ground_crs, metres_per_unit
+from canopy.geo.grid import Grid
+from canopy.inference.backends import Choice, settle
+from canopy.inference.engine import resolve_batch
+from canopy.inference.layers import Extras, extras_of
+from canopy.inference.output import check_encoding
+from canopy.inference.quadkey import one_zone, predict_grid_for, quadkey_output
+from canopy.models.height import parse_radiometry
+from canopy.runtime import check_device, log
 
 if TYPE_CHECKING:
     import xarray as xr
+    from odc.geo import CRS
 
     from canopy.imagery.base import ImagerySource
     from canopy.inference.options import PredictOptions
@@ -25,19 +38,95 @@ if TYPE_CHECKING:
 # Coarser images hold less detail than the model expects; finer ones only cost reading.
 COARSEST = 1.5
 HOPELESS = 6  # at 3 m a crown is a pixel or two
-# A lattice of small windows at the model's scale: what the network sees, a million pixels at most.
-_WINDOWS, _WINDOW_PX = 8, 128
-_DIGITS = 5  # what the tags record, so that the recorded numbers reproduce the map
+# Within 5 % a model does not notice the scale of an image: its own grid can be used as it is.
+SAME_SCALE = 0.05
 
 
-def load_named(model: str | Path | HeightModel) -> tuple[HeightModel, str]:
-    """The model and the name that tags give it."""
+@dataclass(frozen=True)
+class Inputs:
+    """What is needed beside a grid, for one map and for all tiles of a region alike.
+
+    Attributes:
+        choice: the runtime that carries the model.
+        radiometry: the stretch in the model, for tags; `none` without.
+        notes: warnings for the user.
+    """
+
+    options: PredictOptions
+    aoi: AOI
+    source: ImagerySource
+    model: HeightModel
+    model_name: str
+    extras: Extras
+    choice: Choice
+    radiometry: str
+    notes: tuple[str, ...]
+
+    @property
+    def licence(self) -> str:
+        """Of the model, as its card says."""
+        return str(self.model.card.get("licence", ""))
+
+
+def check_options(options: PredictOptions) -> None:
+    """Refuse what can be known to be wrong before a model is fetched for it."""
+    check_encoding(options.encoding, options.date_band)
+    parse_radiometry(options.radiometry)
+    check_device(options.device)
+    resolve_batch(options.batch_size, "cpu")
+    if options.gsd is not None and not 0 < options.gsd <= 10_000:
+        raise ConfigError(
+            f"{options.gsd} is no ground sample distance", where="--gsd", expected="metres, above 0"
+        )
+
+
+def open_inputs(
+    options: PredictOptions,
+    *,
+    area: AOI | None = None,
+    model: HeightModel | None = None,
+    opener: Callable[[float, AOI | None], tuple[ImagerySource, bool]],
+    settled: Mapping[str, str] | None = None,
+) -> Inputs:
+    """Open and settle all that a map needs; nothing is written.
+
+    Args:
+        area, model: stand in for those that the options name.
+        opener: opens the imagery, for the model's ground sample distance and the area; and says whether it
+            is that of the whole area.
+        settled: `backend`, `precision` and `radiometry`, in place of what the options leave open.
+
+    Raises:
+        InputError (and its kinds): whatever in the options cannot be done, in one line.
+    """
     from canopy.models.registry import load_model
 
-    name = None
-    if isinstance(model, (str, Path)):
-        name, model = Path(model).name, load_model(model)
-    return model, str(model.card.get("name") or name or "unnamed")
+    check_options(options)
+    area = area or options.area()
+    network = model or load_model(options.model)
+    name = str(network.card.get("name") or ("unnamed" if model else Path(options.model).name))
+    gsd_m = network.config.gsd_m
+    source, whole = opener(gsd_m, area)
+    aoi = area or source.area()
+    if aoi is None:
+        raise AreaError(
+            "which area?",
+            where=source.name,
+            expected="--bbox, --bounds or --aoi with imagery of unknown extent",
+        )
+    notes = _coverage_notes(source, aoi) if whole else []
+    how = {"backend": options.backend, "precision": options.precision, "radiometry": options.radiometry}
+    how |= settled or {}
+    extras = extras_of(options, network, aoi)
+    choice = settle(network, how["backend"], how["precision"], options.device)
+    notes += [*scale_notes(source.native_gsd_m, gsd_m), *choice.notes]
+    radiometry = "none"
+    if how["radiometry"] != "none":
+        from canopy.inference.radiometry import with_radiometry
+
+        network, radiometry, more = with_radiometry(network, source, aoi, how["radiometry"])
+        notes += more
+    return Inputs(options, aoi, source, network, name, extras, choice, radiometry, tuple(notes))
 
 
 def open_source(
@@ -90,7 +179,7 @@ def _best_for(area: AOI | None) -> str:
     return best.name
 
 
-def coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
+def _coverage_notes(source: ImagerySource, aoi: AOI) -> list[str]:
     """Warnings about imagery that does not reach everywhere; AreaError where there is none at all."""
     from canopy.imagery.base import check_coverage
 
@@ -116,111 +205,121 @@ def scale_notes(native_gsd_m: float, model_gsd_m: float) -> list[str]:
     ]
 
 
-# ---- --radiometry -----------------------------------------------------------------------------
-def with_radiometry(
-    model: HeightModel, source: ImagerySource, requested: AOI, wish: str
-) -> tuple[HeightModel, str, list[str]]:
-    """The model with the stretch that `--radiometry` asks for.
+# ---- grids ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Target:
+    """Attributes:
+    predict: north-up metric grid at the model's ground sample distance; the crop lattice lives on it.
+    output: the grid of the map.
+    """
 
-    The percentiles are those of all of the source, whatever part of it is mapped, so that a pixel's height
-    does not depend on how the area is cut. Only where a source has no extent of its own (web tiles, searches)
-    are they those of the requested area; a note then gives the numbers that fix them for other areas.
+    predict: Grid
+    output: Grid
 
-    Returns:
-        The model (its weights shared), the stretch for the tags or `none`, and notes for the user.
+    def reach(self, aoi: AOI) -> AOI:
+        """The area that must be predicted for the output pixels inside `aoi`: two output pixels more."""
+        around = 2 * max(self.predict.gsd_m, self.output.gsd_m) / metres_per_unit(self.predict.crs)
+        geometry = aoi.to_crs(self.predict.crs).geometry.buffer(around + self.predict.pixel[0])
+        return AOI(geometry, self.predict.crs, aoi.is_box)
+
+
+def choose_target(
+    aoi: AOI,
+    model_gsd_m: float,
+    *,
+    gsd_m: float | None = None,
+    crs: str | None = None,
+    native: Grid | None = None,
+    native_crs: CRS | None = None,
+) -> Target:
+    """The grids for an area.
+
+    Args:
+        aoi: what to map.
+        model_gsd_m: ground metres per pixel that the model was trained at.
+        gsd_m: ground metres per output pixel; the model's by default (with `crs="image"`, the image's).
+        crs: `image`, `quadkey` (Web-Mercator pixels that quadkeys divide into), anything pyproj understands,
+            or None for the area's UTM zone.
+        native: grid of the image, where it is a single north-up one.
+        native_crs: CRS of the imagery; kept by default if it is the area's UTM zone in another datum.
 
     Raises:
-        ConfigError: `wish` cannot be read.
-        InputError: a model without stored percentiles, or imagery without pixels or contrast.
+        InputError: a `crs` that places nothing on a map.
+        ImageryError: `crs="image"` without a single image grid.
+        AreaError: the area and the image do not meet.
     """
-    parsed = parse_radiometry(wish)
-    if parsed is None:
-        return model, "none", []
-    whole = source.area() if source.has_own_extent else None
-    measured, target = parsed[0], parsed[1] or model.config.percentiles
-    if wish == V1_AERIAL:
-        target = aerial_percentiles(model, source, whole or requested)
-    if not target:
-        raise InputError(
-            "this model's file has no percentiles to match",
-            where=f"--radiometry {wish}",
-            remedy="give the six target percentiles r5,r95,g5,g95,b5,b95",
+    if crs == "image":
+        return _on_image(aoi, model_gsd_m, gsd_m, native)
+    if crs == "quadkey":
+        leave = "leave --crs out for the area's UTM zone"
+        output = quadkey_output(aoi, gsd_m or model_gsd_m, "--crs quadkey", leave)
+        zone = one_zone(aoi, native_crs)
+        if zone is None:
+            raise AreaError(
+                "the area is too wide to be predicted in one UTM zone", where="--crs quadkey",
+                remedy="use canopy map, which takes a zone for each tile",
+            )  # fmt: skip
+        return Target(predict_grid_for(output, zone, model_gsd_m), output)
+    default = aoi.output_crs(native_crs)
+    chosen = default if crs is None else ground_crs(crs, "--crs")
+    if not chosen.projected:
+        return _resampled(aoi, _degree_grid(aoi, chosen, gsd_m or model_gsd_m), model_gsd_m)
+    if gsd_m is None or math.isclose(gsd_m, model_gsd_m, rel_tol=1e-6):
+        grid = aoi.grid(chosen, model_gsd_m)
+        return Target(grid, grid)
+    return _resampled(aoi, aoi.grid(chosen, gsd_m), model_gsd_m)
+
+
+def _on_image(aoi: AOI, model_gsd_m: float, gsd_m: float | None, native: Grid | None) -> Target:
+    if native is None:
+        raise ImageryError(
+            "the imagery has no single grid to keep",
+            where="--crs image",
+            expected="one image that is not turned, or tiles of one lattice",
+            remedy="give a CRS such as EPSG:32633, or leave --crs out",
         )
-    notes: list[str] = []
-    if measured is None:
-        measured = scene_percentiles(source, whole or requested, model.config.gsd_m)
-        if whole is None:
-            numbers = ",".join(f"{v:g}" for v in (*measured, *target))
-            notes.append(
-                "the imagery has no extent of its own, so its percentiles were measured over this area; "
-                f"for neighbouring areas use --radiometry {numbers}"
-            )
-    stretch = Stretch(measured, tuple(target))
-    return model.with_radiometry(stretch), stretch.describe(), notes
+    if gsd_m is not None and not math.isclose(gsd_m, native.gsd_m, rel_tol=1e-3):
+        make = aoi.grid if native.crs.projected else partial(_degree_grid, aoi)
+        return _resampled(aoi, make(native.crs, gsd_m), model_gsd_m)
+    output = part_of(native, aoi.to_crs(native.crs).geometry.bounds, where=aoi.describe())
+    x, y = native.pixel
+    if (
+        native.crs.projected
+        and abs(native.gsd_m / model_gsd_m - 1) < SAME_SCALE
+        and math.isclose(x, y, rel_tol=0.01)
+    ):
+        return Target(output, output)
+    return _resampled(aoi, output, model_gsd_m)
 
 
-def scene_percentiles(source: ImagerySource, area: AOI, gsd_m: float) -> tuple[float, ...]:
-    """5th and 95th percentile of each band over `area`: r5, r95, g5, g95, b5, b95, in 0..1.
-
-    Measured on a regular lattice of windows at `gsd_m`; the same numbers every time.
-
-    Raises:
-        ImageryError: no valid pixel there.
-    """
-    pixels = [rgb[:, valid] for rgb, valid in _windows(source, area, gsd_m, _WINDOW_PX)]
-    values = np.concatenate(pixels, axis=1)
-    if values.shape[1] == 0:
-        raise ImageryError("no valid pixel to measure its colours on", where=source.name)
-    measured = np.percentile(values.astype(np.float64), (5, 95), axis=1).T.ravel()
-    return tuple(float(f"{v:.{_DIGITS}g}") for v in measured)
-
-
-def aerial_percentiles(model: HeightModel, source: ImagerySource, area: AOI) -> tuple[float, ...]:
-    """What v1's network says that a satellite's percentiles would be over `area`, as `scene_percentiles`.
-
-    Its authors ask it crop by crop, and heights depend on the crops; here it is asked on a regular lattice of
-    crops, and the mean counts for all of the scene. On a scene of one crop the two are the same.
+def part_of(whole: Grid, bounds: Sequence[float], margin_px: int = 0, where: str | None = None) -> Grid:
+    """The smallest window of `whole` that holds (west, south, east, north), and a margin, inside of it.
 
     Raises:
-        InputError: the model is no v1. ImageryError: no valid pixel there. FetchError: it cannot be fetched.
+        AreaError: they do not meet.
     """
-    import torch
-
-    from canopy.models.aerial import CROP_PX, load_percentile_net
-    from canopy.models.registry import aerial_network
-
-    if not str(model.card.get("name", "")).startswith("v1-"):
-        raise InputError(
-            "the aerial normalisation of v1 is made for v1's models", where=f"--radiometry {V1_AERIAL}",
-            remedy="use --radiometry match",
-        )  # fmt: skip
-    net, total, weight = load_percentile_net(aerial_network()), np.zeros(6), 0.0
-    for rgb, valid in _windows(source, area, model.config.gsd_m, CROP_PX):
-        crop, seen = np.zeros((3, CROP_PX, CROP_PX), np.float32), np.zeros((CROP_PX, CROP_PX), bool)
-        height, width = valid.shape  # less than a crop on a small scene, which is then mirrored
-        crop[:, :height, :width], seen[:height, :width] = rgb, valid
-        if share := float(seen.mean()):
-            with torch.no_grad():
-                total += share * net(torch.from_numpy(fill_invalid(crop, seen))[None])[0].double().numpy()
-            weight += share
-    if not weight:
-        raise ImageryError("no valid pixel to measure its colours on", where=source.name)
-    return tuple(float(f"{v:.{_DIGITS}g}") for v in np.clip(total / weight, 0, 1))
+    over = whole.window_over(bounds).pad(margin_px)
+    row, col = whole.offset_of(over)
+    top, left = max(0, row), max(0, col)
+    bottom, right = min(whole.height, row + over.height), min(whole.width, col + over.width)
+    if bottom <= top or right <= left:
+        raise AreaError("the area and the image do not overlap", where=where)
+    return whole.window(top, left, bottom - top, right - left)
 
 
-def _windows(
-    source: ImagerySource, area: AOI, gsd_m: float, side_px: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Colours (3, h, w) and validity (h, w) of windows spread evenly over an area, never overlapping."""
-    grid = area.grid(output_crs(area.lonlat, source.native_crs), gsd_m)
+def _degree_grid(aoi: AOI, crs: CRS, gsd_m: float) -> Grid:
+    """A grid of square pixels in degrees, `gsd_m` metres from north to south."""
+    west, south, east, north = aoi.to_crs(crs).geometry.bounds
+    if aoi.bounds_lonlat[0] > aoi.bounds_lonlat[2]:
+        raise AreaError(
+            "the area crosses the antimeridian, where a grid in degrees is torn",
+            where=f"--crs {crs}",
+            remedy="leave --crs out for the area's UTM zone",
+        )
+    return Grid.from_bounds((west, south, east, north), crs, gsd_m / METRES_PER_DEGREE)
 
-    def starts(length: int) -> list[int]:
-        count = max(1, min(_WINDOWS, length // side_px))
-        return [int(start) for start in np.linspace(0, max(0, length - side_px), count)]
 
-    for row, col in itertools.product(starts(grid.height), starts(grid.width)):
-        height, width = min(side_px, grid.height - row), min(side_px, grid.width - col)
-        imagery = source.read(grid.window(row, col, height, width))
-        # Pure black is a collar that nobody declared far more often than it is a colour.
-        valid = imagery.valid & np.isfinite(imagery.rgb).all(axis=0) & imagery.rgb.any(axis=0)
-        yield imagery.rgb, valid
+def _resampled(aoi: AOI, output: Grid, model_gsd_m: float) -> Target:
+    """Predict on a metric grid that covers `output` with two pixels to spare for interpolation."""
+    metric = output.crs if output.crs.projected else aoi.output_crs()
+    return Target(AOI.from_grid(output).grid(metric, model_gsd_m).pad(2), output)

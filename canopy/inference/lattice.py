@@ -21,6 +21,7 @@ evenly inside the image. Only numpy and torch are needed here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from canopy.geo.grid import Grid
 
 
+Corner = tuple[int, int]
+"""Row and column of a crop, counted within its window."""
 # A window's imagery is held in memory several times (read ahead, in work, being written): about 1500 px
 # a side keeps that below ~50 MB each while a warp still serves dozens of crops.
 WINDOW_PX = 1536
@@ -91,12 +94,12 @@ class Lattice:
         """Pixels along an axis that two neighbours both serve."""
         return self.served_px - self.stride_px
 
-    def crop_slices(self, corner: tuple[int, int]) -> tuple[slice, slice]:
+    def crop_slices(self, corner: Corner) -> tuple[slice, slice]:
         """Rows and columns of a window that the crop in its row and column of crops reads."""
         top, left = (at * self.stride_px for at in corner)
         return slice(top, top + self.crop_px), slice(left, left + self.crop_px)
 
-    def served_slices(self, corner: tuple[int, int]) -> tuple[slice, slice]:
+    def served_slices(self, corner: Corner) -> tuple[slice, slice]:
         """Rows and columns of a window that the crop serves."""
         top, left = (at * self.stride_px + self.margin_px for at in corner)
         return slice(top, top + self.served_px), slice(left, left + self.served_px)
@@ -107,51 +110,29 @@ class Lattice:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A window along one axis; offsets are in pixels of the output grid and may lie outside it.
+class Window:
+    """`rows x cols` crops, by their indices on the lattice, that are read with one request."""
 
-    Attributes:
-        crops: lattice indices predicted here.
-        served_from: offset of the first crop's served part.
-        final: offsets `[start, stop)`, inside the grid, of the pixels that are complete after this window.
-    """
-
-    crops: range
-    served_from: int
-    final: tuple[int, int]
+    rows: range
+    cols: range
 
     @property
-    def final_slice(self) -> slice:
-        """The complete pixels, counted from the first crop's served part."""
-        return slice(self.final[0] - self.served_from, self.final[1] - self.served_from)
-
-
-@dataclass(frozen=True)
-class WorkWindow:
-    """`rows.crops x cols.crops` crops that are read with one request; (row, column) order throughout."""
-
-    rows: Span
-    cols: Span
-    is_row_start: bool
-
-    @property
-    def n_crops(self) -> int:
-        return len(self.rows.crops) * len(self.cols.crops)
+    def corners(self) -> list[Corner]:
+        """Its crops, counted within it."""
+        return [(row, col) for row in range(len(self.rows)) for col in range(len(self.cols))]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All windows that cover `grid`, in the order they must be done."""
+    """All windows that cover `grid`, in the order they must be done: `rows` of crops times `cols`."""
 
     grid: Grid
     lattice: Lattice
-    rows: tuple[Span, ...]
-    cols: tuple[Span, ...]
+    rows: tuple[range, ...]
+    cols: tuple[range, ...]
 
-    def __iter__(self) -> Iterator[WorkWindow]:
-        for row in self.rows:
-            for index, col in enumerate(self.cols):
-                yield WorkWindow(row, col, is_row_start=index == 0)
+    def __iter__(self) -> Iterator[Window]:
+        return itertools.starmap(Window, itertools.product(self.rows, self.cols))
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.cols)
@@ -159,62 +140,50 @@ class Plan:
     @property
     def n_crops(self) -> int:
         """Crops to predict if every one holds a valid pixel."""
-        return sum(len(r.crops) for r in self.rows) * sum(len(c.crops) for c in self.cols)
+        return sum(map(len, self.rows)) * sum(map(len, self.cols))
 
-    def read_grid(self, window: WorkWindow) -> Grid:
+    def offset(self, window: Window) -> tuple[int, int]:
+        """Row and column in the grid, maybe outside of it, of the first pixel that the window's crops see."""
+        stride, margin = self.lattice.stride_px, self.lattice.margin_px
+        row, col = self.grid.origin_rc
+        return window.rows.start * stride - margin - row, window.cols.start * stride - margin - col
+
+    def read_grid(self, window: Window) -> Grid:
         """The pixels that the window's crops see, margins included; may reach beyond the image."""
-        lattice = self.lattice
-        height, width = (
-            (len(span.crops) - 1) * lattice.stride_px + lattice.crop_px for span in (window.rows, window.cols)
-        )
-        margin = lattice.margin_px
+        lattice, crops = self.lattice, (len(window.rows), len(window.cols))
         return self.grid.window(
-            window.rows.served_from - margin, window.cols.served_from - margin, height, width
+            *self.offset(window), *((n - 1) * lattice.stride_px + lattice.crop_px for n in crops)
         )
 
-    def inside(self, window: WorkWindow) -> tuple[slice, slice]:
+    def inside(self, window: Window) -> tuple[slice, slice]:
         """Rows and columns of `read_grid(window)` that lie in the grid."""
-        first = [span.served_from - self.lattice.margin_px for span in (window.rows, window.cols)]
         rows, cols = (
             slice(max(0, -start), max(0, length - start))
-            for start, length in zip(first, (self.grid.height, self.grid.width), strict=True)
+            for start, length in zip(self.offset(window), self.grid.shape, strict=True)
         )
         return rows, cols
 
-    def final_slices(self, window: WorkWindow) -> tuple[slice, slice]:
-        """Rows and columns of `read_grid(window)` that are complete after the window."""
-        rows, cols = window.rows.final_slice, window.cols.final_slice
-        margin = self.lattice.margin_px
-        return (
-            slice(rows.start + margin, rows.stop + margin),
-            slice(cols.start + margin, cols.stop + margin),
+    def final(self, window: Window) -> tuple[slice, slice]:
+        """Rows and columns of `read_grid(window)`, in the grid, that are complete after the window."""
+        stride, margin = self.lattice.stride_px, self.lattice.margin_px
+        rows, cols = (
+            slice(max(inside.start, margin), max(inside.start, margin, min(inside.stop, margin + n * stride)))
+            for inside, n in zip(self.inside(window), (len(window.rows), len(window.cols)), strict=True)
         )
+        return rows, cols
 
 
 def plan_windows(grid: Grid, lattice: Lattice, window_px: int = WINDOW_PX) -> Plan:
     """Cut the lattice crops that serve `grid` into windows of about `window_px` a side."""
     block = max(1, window_px // lattice.stride_px)
-    row, col = grid.origin_rc
-    return Plan(
-        grid,
-        lattice,
-        _spans(row, grid.height, lattice, block),
-        _spans(col, grid.width, lattice, block),
+    rows, cols = (
+        tuple(range(k, min(k + block, crops.stop)) for k in range(crops.start, crops.stop, block))
+        for crops in (
+            lattice.crops_serving(start, start + length)
+            for start, length in zip(grid.origin_rc, grid.shape, strict=True)
+        )
     )
-
-
-def _spans(origin: int, length: int, lattice: Lattice, block: int) -> tuple[Span, ...]:
-    """Windows along one axis; `origin` is the global index of the grid's first pixel."""
-    crops = lattice.crops_serving(origin, origin + length)
-    spans = []
-    for start in range(crops.start, crops.stop, block):
-        part = range(start, min(start + block, crops.stop))
-        served_from = part.start * lattice.stride_px - origin
-        done_to = part.stop * lattice.stride_px - origin
-        first = min(max(served_from, 0), length)
-        final = (first, max(first, min(done_to, length)))
-        spans.append(Span(part, served_from, final))
-    return tuple(spans)
+    return Plan(grid, lattice, rows, cols)
 
 
 def taper(lattice: Lattice) -> np.ndarray:
@@ -233,65 +202,56 @@ class Canvas:
     """Sums weighted crops and hands out finished pixels, window after window in plan order.
 
     Everything stays on `device`: a CPU, or the GPU that predicts, so that only finished pixels are
-    downloaded. Memory is one window plus a strip of `overlap` rows as wide as the map: what the crops of
-    one row of windows add to the next. (84 rows of 20,000 float64 pixels are 13 MB.)
+    downloaded. Memory is one window, and the strips that windows share with the next: 96 rows as wide as the
+    map, or so. Windows whose crops nobody wants may be left out; no wanted pixel lies on what they pass on.
     """
 
     def __init__(self, plan: Plan, layers: int = 1, device: torch.device | str = "cpu") -> None:
         import torch
 
-        self.device = torch.device(device)
-        self._lattice, self._layers = plan.lattice, layers
-        self._first_col = plan.cols[0].served_from
+        self._plan, self.device, self._layers = plan, torch.device(device), layers
         weights = torch.from_numpy(taper(plan.lattice)).to(self.device)
         self._weights = weights[:, None] * weights[None, :]
-        width = sum(len(span.crops) for span in plan.cols) * plan.lattice.stride_px
-        self._carry_down = self._zeros(plan.lattice.overlap_px, width)
-        self._carry_right: torch.Tensor | None = None
-        self._sum = self._zeros(0, 0)
-        self._window: WorkWindow | None = None
+        self._sum = torch.zeros(0)
+        # What is left for a window, by its first row and column of crops.
+        self._below: dict[tuple[int, int], torch.Tensor] = {}
+        self._right: dict[tuple[int, int], torch.Tensor] = {}
 
-    def _zeros(self, height: int, width: int) -> torch.Tensor:
+    def begin(self, window: Window) -> None:
+        """Start a window with what its upper and left neighbours left for it."""
         import torch
 
-        return torch.zeros((self._layers, height, width), dtype=torch.float64, device=self.device)
-
-    def begin(self, window: WorkWindow) -> None:
-        """Start a window with what its upper and left neighbours left for it; nothing if it has begun."""
-        if window is self._window:
-            return
-        stride, overlap = self._lattice.stride_px, self._lattice.overlap_px
-        height, width = len(window.rows.crops) * stride, len(window.cols.crops) * stride
-        shape = (self._layers, height + overlap, width + overlap)
+        self._window, place = window, (window.rows.start, window.cols.start)
+        stride, overlap = self._plan.lattice.stride_px, self._plan.lattice.overlap_px
+        height, width = (len(crops) * stride + overlap for crops in (window.rows, window.cols))
+        shape = (self._layers, height, width)
         # Fresh pages cost more than the sums themselves: most windows have one size.
-        self._sum = self._sum.zero_() if self._sum.shape == shape else self._zeros(*shape[1:])
-        left = window.cols.served_from - self._first_col
-        self._sum[:, :overlap, :width] += self._carry_down[..., left : left + width]
-        if self._carry_right is not None and not window.is_row_start:
-            self._sum[..., :overlap] += self._carry_right
-        self._window = window
+        same = self._sum.shape == shape
+        self._sum = self._sum.zero_() if same else torch.zeros(shape, dtype=torch.float64, device=self.device)
+        for left in (self._below.pop(place, None), self._right.get(place)):
+            if left is not None:
+                self._sum[:, : left.shape[1], : left.shape[2]] += left
 
-    def add(self, row: int, col: int, maps: torch.Tensor) -> None:
-        """Add the crop (`row`, `col`), counted within the window; `maps` is (layers, crop_px, crop_px)."""
-        lattice = self._lattice
-        inner = slice(lattice.margin_px, lattice.margin_px + lattice.served_px)
-        top, left = row * lattice.stride_px, col * lattice.stride_px
+    def add(self, corner: Corner, maps: torch.Tensor) -> None:
+        """Add a crop, counted within the window; `maps` is (layers, crop_px, crop_px)."""
+        lattice = self._plan.lattice
+        top, left = (at * lattice.stride_px for at in corner)
         place = self._sum[:, top : top + lattice.served_px, left : left + lattice.served_px]
-        place.addcmul_(self._weights, maps[..., inner, inner].double())
+        served = slice(lattice.margin_px, lattice.margin_px + lattice.served_px)
+        place.addcmul_(self._weights, maps[:, served, served].double())
 
     def finish(self) -> torch.Tensor:
         """The window's layers (layers, final rows, final columns) float32; the rest is carried over."""
         import torch
 
-        window, stride = self._window, self._lattice.stride_px
-        if window is None:
-            raise RuntimeError("finish() needs begin() first")
-        height, width = len(window.rows.crops) * stride, len(window.cols.crops) * stride
-        left = window.cols.served_from - self._first_col
-        self._carry_down[..., left : left + width] = self._sum[:, height:, :width]
-        self._carry_right = self._sum[..., width:].clone()
-        self._window = None
-        return self._sum[:, window.rows.final_slice, window.cols.final_slice].to(torch.float32)
+        rows, cols, stride = self._window.rows, self._window.cols, self._plan.lattice.stride_px
+        height, width = len(rows) * stride, len(cols) * stride
+        self._below = {place: left for place, left in self._below.items() if place[0] >= rows.start}
+        self._below[rows.stop, cols.start] = self._sum[:, height:, :width].clone()
+        self._right = {(rows.start, cols.stop): self._sum[..., width:].clone()}
+        margin, final = self._plan.lattice.margin_px, self._plan.final(self._window)
+        top, left = (slice(part.start - margin, part.stop - margin) for part in final)
+        return self._sum[:, top, left].to(torch.float32)
 
 
 def predict_array(

@@ -21,6 +21,7 @@ suspicions by simple rules, not a classification.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from canopy.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from canopy.geo.area import AOI
     from canopy.geo.cog import BandSpec
+    from canopy.inference.engine import RunSummary
     from canopy.inference.options import PredictOptions
     from canopy.models.height import HeightModel
     from canopy.models.intervals import IntervalTable
@@ -51,7 +53,9 @@ class Extras:
     Attributes:
         date: the acquisition day, since 1970-01-01, 0 where unknown.
         interval: the model's calibration, for lower and upper bands; `level` is their coverage.
-        quality: rules of the quality flags.
+        quality: rules of the quality flags, for a band of them.
+        judge: the rules by which a sample of the crops is judged, for `findings`.
+        tallest_m: height from which the model does not tell taller trees apart.
         raw: hand out the layers themselves, and then the days, for resampling (see `regrid`).
     """
 
@@ -59,6 +63,8 @@ class Extras:
     interval: IntervalTable | None = None
     level: float = 0.9
     quality: QualityRules | None = None
+    judge: QualityRules | None = None
+    tallest_m: float = math.inf
     raw: bool = False
 
     @property
@@ -109,9 +115,10 @@ def extras_of(options: PredictOptions, model: HeightModel, aoi: AOI | None = Non
         corners = [(lon, lat) for lon in box[::2] for lat in box[1::2]]
         table = table_of(model.card, corners)
         check_level(table.levels, options.interval)
+    judge = rules_of(model.card) if CARD_KEY in model.card else QualityRules.without_reference()
     if options.quality_band:
         quality = rules_of(model.card)
-    return Extras(options.date_band, table, options.interval or 0.9, quality)
+    return Extras(options.date_band, table, options.interval or 0.9, quality, judge, tallest_of(model.card))
 
 
 def band_specs(bands: Sequence[Band]) -> list[BandSpec]:
@@ -122,7 +129,7 @@ def band_specs(bands: Sequence[Band]) -> list[BandSpec]:
 
 
 CARD_KEY = "quality"
-CELL_PX = 64
+CELL_PX, JUDGED_PX = 64, 384
 SHADOW, HAZE, EXPOSURE, LOW_SUN, WATER, DOMAIN, UNDATED = (1 << bit for bit in range(7))
 NAMES = ("shadow", "haze", "exposure", "low_sun", "water", "domain")
 BITS = (*NAMES, "date_unknown")
@@ -146,6 +153,24 @@ class QualityRules:
     scale: np.ndarray
     root: np.ndarray
     limit: float
+
+    @classmethod
+    def without_reference(cls) -> QualityRules:
+        """Rules that find nothing out of domain, for a model that has no reference."""
+        return cls(np.zeros(DESCRIPTORS), np.ones(DESCRIPTORS), np.eye(DESCRIPTORS), math.inf)
+
+    def __call__(self, rgb: np.ndarray, wanted: np.ndarray) -> dict[str, int]:
+        """Pixels of a crop by flag, and `judged`, how many there were; of its middle, which is cheaper."""
+        place = tuple(
+            slice(max(0, (n - JUDGED_PX) // 2), max(0, (n - JUDGED_PX) // 2) + JUDGED_PX)
+            for n in wanted.shape
+        )
+        if not wanted[place].any():
+            place = np.s_[:, :]
+        wanted, rgb = wanted[place], rgb[:, *place]
+        bits = self.flags(self.scores(rgb, wanted), np.ones(wanted.shape))[wanted]
+        counts = {name: int((bits & 1 << bit != 0).sum()) for bit, name in enumerate(NAMES)}
+        return {"judged": bits.size, **counts}
 
     def scores(self, rgb: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Scores (6, h, w) float32 of one crop: rgb (3, h, w) in 0..1, holes filled; valid (h, w).
@@ -213,6 +238,55 @@ def rules_of(card: Mapping[str, Any]) -> QualityRules:
         raise CheckpointError(
             f"the model's quality reference cannot be used ({error})", remedy="run canopy calibrate interval"
         ) from error
+
+
+# --- what a map should be known by ------------------------------------------------------------------------
+
+# Shares below these are not worth a line.
+_WORTH = {"domain": 0.05, "tall": 0.01, "shadow": 0.1, "haze": 0.02, "exposure": 0.02, "low_sun": 0.1}
+_TOLD = {
+    "domain": "looks unlike the training images in {} of the map: expect larger errors there",
+    "tall": "taller than the model can tell in {} of it ({:.0f} m or more): trees there may be higher",
+    "shadow": "deep shadow in {} of it, where trees are easily missed",
+    "haze": "haze or cloud suspected in {} of it",
+    "exposure": "over-exposed in {} of it",
+    "low_sun": "low sun in {} of it: long shadows hide trees",
+}  # fmt: skip
+
+
+def tallest_of(card: Mapping[str, Any]) -> float:
+    """The height from which a model does not tell taller trees apart: the end of its calibration."""
+    known = card.get(CARD_KEY, {}).get("tallest_m") or max(card.get("intervals", {}).get("height_m") or [0])
+    return float(known or math.inf)
+
+
+def top_of_range(tallest_m: float) -> float:
+    """The height, metres, that a model's brightest colour stands for: a little more than it can tell."""
+    return 40.0 if math.isinf(tallest_m) else 5.0 * math.ceil(1.2 * tallest_m / 5)
+
+
+def findings(summary: RunSummary, extras: Extras) -> dict[str, float]:
+    """Shares (0..1) of a map: `tall` of all its heights, flags of the crops that were judged.
+
+    What the model's card cannot tell (`domain` without a reference, `tall` without a calibration) is absent.
+    """
+    shares = {}
+    if extras.judge is not None and summary.judged["judged"]:
+        known = [name for name in NAMES if name != "domain" or math.isfinite(extras.judge.limit)]
+        shares = {name: summary.judged[name] / summary.judged["judged"] for name in known}
+    if math.isfinite(extras.tallest_m) and summary.valid_pixels:
+        shares["tall"] = summary.tall_pixels / summary.valid_pixels
+    return {name: round(share, 4) for name, share in shares.items()}
+
+
+def told(found: Mapping[str, float], extras: Extras) -> list[str]:
+    """What of the findings is worth a line to a person."""
+    lines = [
+        text.format(f"{100 * found[name]:.0f} %", extras.tallest_m)
+        for name, text in _TOLD.items() if found.get(name, 0.0) >= _WORTH[name]
+    ]  # fmt: skip
+    unjudged = extras.judge is not None and math.isinf(extras.judge.limit)
+    return [*lines, *(["the model has no record of its training images to compare with"] if unjudged else [])]
 
 
 # --- what an image looks like ---------------------------------------------------------------------------

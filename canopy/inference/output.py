@@ -1,11 +1,14 @@
-"""Where a map goes: names settled before any work, the tags that travel with it, a map in memory.
+"""Where a map goes: names settled before any work, tags, the STAC Item beside it, a map in memory.
 
-`canopy.inference.companions` makes what lies beside the GeoTIFF.
+The item says where, when, from what and by which model, and the hash of the file. The GeoTIFF holds no
+wall-clock time; `created` in the item is the only one.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import shapely.geometry
 
 from canopy import __version__
 from canopy.errors import ConfigError
 from canopy.files import is_url, redact
-from canopy.geo.cog import ENCODINGS
+from canopy.geo.cog import ENCODINGS, encoding_named
+from canopy.geo.crs import METRES_PER_DEGREE
 from canopy.geo.grid import Grid
 from canopy.inference.layers import HEIGHT_BAND, Band, Extras
 from canopy.terms import Terms, Use, use_of, weakest
@@ -32,6 +37,13 @@ if TYPE_CHECKING:
 AREA_LEVEL = 0.9
 # Names in a tag beyond this number only make it unreadable; the STAC item has them all.
 _TAG_NAMES = 20
+PROJECTION, RASTER, FILE, PROCESSING = (
+    f"https://stac-extensions.github.io/{name}/schema.json"
+    for name in ("projection/v2.0.0", "raster/v1.1.0", "file/v2.1.0", "processing/v1.1.0")
+)
+UNKNOWN = datetime.datetime(1900, 1, 1, tzinfo=datetime.UTC)
+COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
+MAP_ASSET = {"type": COG_TYPE, "title": "Canopy height, metres", "roles": ["data"]}
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class OutputFiles:
 
     @property
     def all(self) -> list[Path]:
+        """In the order in which they take their names."""
         return [path for path in (self.tif, self.item, self.quicklook) if path is not None]
 
 
@@ -178,6 +191,127 @@ def dates_text(dates: Sequence[str]) -> str:
     if not days:
         return "unknown"
     return days[0] if len(days) == 1 else f"{days[0]}/{days[-1]}"
+
+
+def terms_facts(terms: Terms | None) -> dict[str, Any]:
+    """What STAC says of the imagery's terms: `license`, as SPDX names it or `other`, and `providers`."""
+    if terms is None:
+        return {}
+    owner = {"name": terms.attribution, "description": terms.licence, "roles": ["licensor"]}
+    return {"license": terms.spdx, "providers": [owner]}
+
+
+def map_item(
+    path: Path,
+    grid: Grid,
+    *,
+    sha256: str,
+    encoding: str,
+    bands: Sequence[Band],
+    scenes: Scenes,
+    model: Mapping[str, str],
+    statistics: Mapping[str, float],
+    findings: Mapping[str, float] | None = None,
+    quicklook: Path | None = None,
+) -> dict[str, Any]:
+    """A map's STAC Item as JSON-ready values.
+
+    Args:
+        path, grid: the GeoTIFF, and its grid.
+        sha256: hex digest of its bytes.
+        scenes: what it was derived from.
+        model: its name, hash, licence and runtime.
+        statistics: mean, maximum and valid percent of band 1.
+        findings: what the map should be known by; see `layers.findings`.
+        quicklook: the PNG, if there is one.
+    """
+    import pystac
+
+    now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    outline = grid.outline("EPSG:4326")
+    days = sorted(
+        datetime.datetime.fromisoformat(f"{day[:10]}T00:00:00+00:00") for day in scenes.dates if day
+    )
+    # Unknown dates become the widest true statement: some time before now.
+    first, last = (days[0], days[-1]) if days else (UNKNOWN, now)
+    one = bool(days) and first == last
+    code: dict[str, Any] = {"proj:code": f"EPSG:{grid.crs.epsg}"}
+    if grid.crs.epsg is None:
+        code = {"proj:code": None, "proj:wkt2": grid.crs.to_wkt()}
+    item = pystac.Item(
+        id=path.stem,
+        # Half a pixel of slack keeps a handful of the hundreds of points that follow a curved edge.
+        geometry=shapely.geometry.mapping(outline.simplify(grid.gsd_m / 2 / METRES_PER_DEGREE)),
+        bbox=_bbox(outline),
+        datetime=first if one else None,
+        start_datetime=None if one else first,
+        end_datetime=None if one else last if not days else last + datetime.timedelta(seconds=86_399),
+        properties={
+            "created": pystac.utils.datetime_to_str(now),
+            "title": "Canopy height",
+            "gsd": round(grid.gsd_m, 6),
+            **code,
+            "proj:shape": [grid.height, grid.width],
+            "proj:transform": [*grid.transform][:6],
+            "proj:bbox": list(grid.bounds),
+            "processing:software": {"canopy": __version__},
+            "processing:lineage": f"canopy height predicted from RGB by the model {model['name']}",
+            "canopy:model": dict(model),
+            "canopy:findings": dict(findings or {}),
+            "canopy:commercial_use": commercial_use(scenes.terms, model.get("licence", ""))[0],
+            **terms_facts(scenes.terms),
+        },
+        stac_extensions=[PROJECTION, RASTER, FILE, PROCESSING],
+    )
+    for name in scenes.names:
+        href = name if is_url(name) else name.replace(" ", "%20")
+        item.add_link(pystac.Link("derived_from", href, title=name))
+    asset = _map_asset(path, grid, sha256, encoding, bands, statistics)
+    item.add_asset("canopy_height", pystac.Asset.from_dict(asset))
+    if quicklook is not None:
+        picture = pystac.Asset(f"./{quicklook.name}", "Quicklook", None, "image/png", ["overview"])
+        item.add_asset("quicklook", picture)
+    # Through JSON: readers expect lists where shapely has tuples.
+    return json.loads(json.dumps(item.to_dict(include_self_link=False, transform_hrefs=False)))
+
+
+def _map_asset(
+    path: Path, grid: Grid, sha256: str, encoding: str, bands: Sequence[Band], statistics: Mapping[str, float]
+) -> dict[str, Any]:
+    """The GeoTIFF, its bands, and the statistics of the first."""
+    facts = band_facts(bands, encoding)
+    if all(math.isfinite(value) for value in statistics.values()):
+        facts[0]["statistics"] = dict(statistics)
+    # Days and flags are stored as they are; only heights are scaled.
+    step_m = encoding_named(encoding).step_m
+    more = {"offset": 0, "sampling": "area", "spatial_resolution": round(grid.gsd_m, 6)}
+    return {
+        "href": f"./{path.name}",
+        **MAP_ASSET,
+        # A multihash: 0x12 says sha2-256, 0x20 that 32 bytes follow.
+        "file:checksum": f"1220{sha256}",
+        "file:size": path.stat().st_size,
+        "bands": facts,
+        # The same, and what the raster extension adds: most readers know these.
+        "raster:bands": [{**b, "scale": step_m if b["unit"] == "m" else 1.0, **more} for b in facts],
+    }
+
+
+def band_facts(bands: Sequence[Band], encoding: str) -> list[dict[str, Any]]:
+    """What STAC itself says of bands (names and units) that are stored in an encoding."""
+    stored = encoding_named(encoding)
+    facts = {"data_type": stored.dtype, "nodata": "nan" if math.isnan(stored.nodata) else stored.nodata}
+    return [{"name": name, **facts, "unit": unit} for name, unit in bands]
+
+
+def _bbox(outline: Any) -> list[float]:
+    """West, south, east, north; west > east where the outline crosses the antimeridian (RFC 7946, 5.2)."""
+    west, south, east, north = outline.bounds
+    parts = getattr(outline, "geoms", [outline])
+    if west <= -180 + 1e-9 and east >= 180 - 1e-9 and len(parts) > 1:
+        west = min(part.bounds[0] for part in parts if part.bounds[0] > 0)
+        east = max(part.bounds[2] for part in parts if part.bounds[2] < 0)
+    return [float(value) for value in (west, south, east, north)]
 
 
 class ArraySink:

@@ -1,15 +1,17 @@
 """`canopy.predict`: from imagery to a canopy height map, checked first (`prepare`), then run.
 
-Nothing is written before `MapPrediction.run`, and nothing that can be known beforehand fails after it began.
+Nothing is written before `Prediction.run`, and nothing that can be known beforehand fails after it began. A
+region's tile is a map like any other.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +22,14 @@ from canopy.files import check_output, write_json
 from canopy.geo.area import AOI
 from canopy.geo.cog import encoding_named
 from canopy.geo.reading import raster_env
-from canopy.inference import companions, output
-from canopy.inference.backends import OVERHEAD_S_PER_PX, Runner, seconds_per_crop, settle
-from canopy.inference.engine import RunSummary, Sink, predict_grid, reader_count, resolve_batch
-from canopy.inference.inputs import coverage_notes, load_named, open_source, scale_notes, with_radiometry
+from canopy.geo.style import ramp_style
+from canopy.inference import output
+from canopy.inference.backends import OVERHEAD_S_PER_PX, Runner, seconds_per_crop
+from canopy.inference.engine import RunSummary, Sink, predict_grid, reader_count
+from canopy.inference.inputs import Inputs, Target, check_options, choose_target, open_inputs, open_source
 from canopy.inference.lattice import Lattice, Plan, plan_windows
-from canopy.inference.layers import Extras, band_specs, extras_of
-from canopy.inference.options import OneMapOptions, PredictOptions
-from canopy.inference.target import Target, choose_target
-from canopy.models.height import parse_radiometry
+from canopy.inference.layers import band_specs, findings, told, top_of_range
+from canopy.inference.options import OneMapOptions
 from canopy.runtime import Progress, log
 
 if TYPE_CHECKING:
@@ -38,91 +39,30 @@ if TYPE_CHECKING:
     from canopy.models.height import HeightModel
 
 
-# What a resampled map's summary takes from the run that predicted; the rest counts the map's own pixels.
-_OF_THE_NETWORK = (
-    "windows", "crops", "crops_predicted", "batch_size", "model_seconds", "black_share", "notes"
-)  # fmt: skip
 # Holes that nobody declared are pure black far more often than shadows are.
 BLACK_SHARE = 0.005
 # Without a file the map is held in memory.
 MAX_PIXELS_IN_MEMORY = 400_000_000
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Imagery, area, model and grids of a map or of a region's tile, ready to be predicted.
-
-    `runner` is the model on its runtime; `readers` are the threads that read imagery ahead.
-    """
-
-    options: PredictOptions
-    source: ImagerySource
-    aoi: AOI
-    model: HeightModel
-    model_name: str
-    target: Target
-    runner: Runner
-    radiometry: str = "none"
-    extras: Extras = field(default_factory=Extras)
-    readers: int | str = "auto"
-
-    @property
-    def model_sha256(self) -> str:
-        return self.model.sha256 or "unsaved"
-
-    @property
-    def licence(self) -> str:
-        """Of the model, as its card says."""
-        return str(self.model.card.get("licence", ""))
-
-    def tags(self, scenes: output.Scenes | None = None) -> dict[str, str]:
-        """Tags of the GeoTIFF; no wall-clock time and no folders. `scenes`: those in it, if not all."""
-        gsd_m = self.target.output.gsd_m
-        tags = output.map_tags(
-            scenes or output.Scenes.of(self.source), self.model_name, self.model_sha256, gsd_m, self.licence
-        )
-        tags |= output.extra_tags(self.extras, self.model.card)
-        tags |= {"CANOPY_BACKEND": self.runner.backend, "CANOPY_PRECISION": self.runner.precision}
-        return tags | ({"CANOPY_RADIOMETRY": self.radiometry} if self.radiometry != "none" else {})
-
-    def predict_into(self, sink: Sink, progress: Progress | None, out: Path | None = None) -> RunSummary:
-        """Predict into `sink`, by way of a scratch file beside `out` where the output has another grid."""
-        target = self.target
-        how: dict[str, Any] = {
-            "batch_size": self.options.batch_size, "workers": self.readers, "progress": progress
-        }  # fmt: skip
-        if not target.is_resampled:
-            return predict_grid(
-                self.runner, self.source, target.predict, sink, aoi=self.aoi, extras=self.extras, **how
-            )
-        from canopy.inference.regrid import Scratch, regrid
-
-        # Beside the output: the system's temporary folder is often small, or memory.
-        beside = out.absolute().parent if out else None
-        prefix = f".{out.name}.canopy-" if out else ".canopy-"
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=beside) as folder:
-            path = Path(folder) / "predicted.tif"
-            with closing(Scratch(path, target.predict, self.extras.layers)) as scratch:
-                run = predict_grid(
-                    self.runner, self.source, target.predict, scratch,
-                    aoi=target.reach(self.aoi), extras=replace(self.extras, raw=True), **how,
-                )  # fmt: skip
-            final = regrid(
-                path, target.output, sink, self.source,
-                aoi=self.aoi, extras=self.extras, progress=progress,
-            )  # fmt: skip
-        return replace(final, **{name: getattr(run, name) for name in _OF_THE_NETWORK})
+class _Empty(Exception):  # noqa: N818  (a signal, not an error)
+    """Nothing valid in a map: its file is not kept."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out. `data` is the map where it was kept in memory, else None."""
+    """What came out. `data` is the map where it was kept in memory, `sha256` that of a file."""
 
-    files: output.OutputFiles | None
+    job: Prediction
     summary: RunSummary
-    job: MapPrediction
+    files: output.OutputFiles | None = None
     sha256: str | None = None
     data: xr.DataArray | None = None
+
+    @property
+    def findings(self) -> dict[str, float]:
+        """What the map should be known by, as shares of it; see `layers.findings`."""
+        return findings(self.summary, self.job.inputs.extras)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: files, statistics, times, and what was used."""
@@ -137,54 +77,88 @@ class Result:
             "max_height_m": summary.max_height_m if known else None,
             "cover_2m": summary.cover_2m if known else None,
             "valid_fraction": summary.valid_fraction,
+            "findings": self.findings,
             "crops_predicted": summary.crops_predicted,
             "batch_size": summary.batch_size,
             "seconds": round(summary.seconds, 3),
             "model_seconds": round(summary.model_seconds, 3),
-            "notes": [*self.job.notes, *summary.notes],
+            "notes": [*self.job.inputs.notes, *summary.notes],
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class MapPrediction(Prediction):
-    """A checked map. `seconds` is about what it will take, `notes` are warnings for the user."""
+@dataclass(frozen=True)
+class Prediction:
+    """A map that is ready to be made: what it is made of, its grids, the model on its runtime.
 
-    options: OneMapOptions
-    plan: Plan
-    seconds: float
-    files: output.OutputFiles | None
-    notes: list[str] = field(default_factory=list)
+    Attributes:
+        files: where it goes; None for memory.
+        readers: threads that read imagery ahead.
+        batch_size: crops at a time; of the options by default.
+    """
+
+    inputs: Inputs
+    target: Target
+    runner: Runner
+    files: output.OutputFiles | None = None
+    overwrite: bool = False
+    readers: int | str = "auto"
+    batch_size: int | str = "auto"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.inputs.notes
+
+    @cached_property
+    def plan(self) -> Plan:
+        return plan_windows(self.target.predict, Lattice.of_model(self.inputs.model.config))
+
+    @cached_property
+    def scenes(self) -> output.Scenes:
+        return output.Scenes.of(self.inputs.source, self.target.output)
+
+    @cached_property
+    def seconds(self) -> float:
+        """About what it will take."""
+        pixels = sum(grid.height * grid.width for grid in (self.target.output, self.target.predict))
+        crop_s = seconds_per_crop(self.inputs.model, self.runner)
+        return self.plan.n_crops * crop_s + OVERHEAD_S_PER_PX * pixels
 
     @property
     def gigabytes(self) -> float:
         """Of the map, uncompressed."""
-        grid, stored = self.target.output, np.dtype(encoding_named(self.options.encoding).dtype)
-        return grid.height * grid.width * len(self.extras.bands) * stored.itemsize / 1e9
+        grid, stored = self.target.output, np.dtype(encoding_named(self.inputs.options.encoding).dtype)
+        return grid.height * grid.width * len(self.inputs.extras.bands) * stored.itemsize / 1e9
 
     @property
-    def dates(self) -> str:
-        return output.dates_text(self.source.dates)
+    def tags(self) -> dict[str, str]:
+        """Tags of the GeoTIFF; no wall-clock time and no folders."""
+        made, model = self.inputs, self.inputs.model
+        tags = output.map_tags(
+            self.scenes, made.model_name, model.sha256 or "unsaved", self.target.output.gsd_m, made.licence
+        ) | output.extra_tags(made.extras, model.card)
+        tags |= {"CANOPY_BACKEND": self.runner.backend, "CANOPY_PRECISION": self.runner.precision}
+        return tags | ({"CANOPY_RADIOMETRY": made.radiometry} if made.radiometry != "none" else {})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready facts that are known before the run."""
-        grid = self.target.output
+        grid, made = self.target.output, self.inputs
         return {
-            "area": self.aoi.describe(),
+            "area": made.aoi.describe(),
             "bounds": list(grid.bounds),
             "crs": f"EPSG:{grid.crs.epsg}" if grid.crs.epsg else grid.crs.to_wkt(),
             "width": grid.width,
             "height": grid.height,
             "gsd_m": grid.gsd_m,
-            "model": self.model_name,
-            "model_sha256": self.model_sha256,
+            "model": made.model_name,
+            "model_sha256": made.model.sha256 or "unsaved",
             "backend": self.runner.backend,
             "precision": self.runner.precision,
-            "imagery": output.imagery_text(output.Scenes.of(self.source)),
-            "dates": self.dates,
-            "imagery_terms": terms.model_dump() if (terms := self.source.terms) else None,
-            "commercial_use": output.commercial_use(terms, self.licence)[0],
-            "encoding": self.options.encoding,
-            "radiometry": self.radiometry,
+            "imagery": output.imagery_text(self.scenes),
+            "dates": output.dates_text(self.scenes.dates),
+            "imagery_terms": terms.model_dump() if (terms := made.source.terms) else None,
+            "commercial_use": output.commercial_use(terms, made.licence)[0],
+            "encoding": made.options.encoding,
+            "radiometry": made.radiometry,
             "tiles": len(self.plan),
             "crops": self.plan.n_crops,
             "gigabytes": self.gigabytes,
@@ -193,90 +167,131 @@ class MapPrediction(Prediction):
 
     def describe(self) -> list[str]:
         """What is about to happen, for a person: the area line first."""
-        grid = self.target.output
-        crs = f"EPSG:{grid.crs.epsg}" if grid.crs.epsg else "the image's CRS"
+        grid, facts = self.target.output, self.to_dict()
+        crs = facts["crs"] if grid.crs.epsg else "the image's CRS"
         return [
-            f"{self.aoi.describe()}, {_cost_text(self.plan, self.seconds)}",
-            f"imagery {output.bare_name(self.source.name)} ({self.dates}); model {self.model_name} "
-            f"({self.model_sha256[:12]}) in {self.runner.backend} {self.runner.precision}",
+            f"{facts['area']}, {_cost_text(self.plan, self.seconds)}",
+            f"imagery {output.bare_name(self.inputs.source.name)} ({facts['dates']}); model {facts['model']} "
+            f"({facts['model_sha256'][:12]}) in {facts['backend']} {facts['precision']}",
             f"map of {grid.width} x {grid.height} px, {grid.gsd_m:.3g} m, {crs}",
-            output.commercial_use(self.source.terms, self.licence)[1],
+            output.commercial_use(self.inputs.source.terms, self.inputs.licence)[1],
         ]
 
-    def run(self, progress: Progress | None = None) -> Result:
+    def run(self, progress: Progress | None = None, keep_empty: bool = True) -> Result:
         """Predict and write.
+
+        Args:
+            keep_empty: also write a map without any height; the result has no `files` otherwise.
 
         Raises:
             CanopyError: nothing is left at the output's place then.
         """
-        started = time.perf_counter()
-        with raster_env():
-            if self.files:
-                result = self._to_files(self.files, progress)
-            else:
-                sink = output.ArraySink(self.target.output, self.extras.bands)
-                summary = self.predict_into(sink, progress)
-                result = Result(None, summary, self, data=sink.to_xarray(self.tags()))
-        result.summary.seconds = time.perf_counter() - started
-        if not result.summary.valid_pixels:
-            self._tell(result, "no pixel has a height: the imagery has none that is valid there")
-        if result.summary.black_share >= BLACK_SHARE:
-            self._tell(
-                result,
-                f"{100 * result.summary.black_share:.1f} % of the pixels with heights are pure black "
-                "(0, 0, 0), which cameras hardly record; if there is no image there, give --nodata 0",
-            )
-        return result
-
-    @staticmethod
-    def _tell(result: Result, note: str) -> None:
-        log.warning(f"note: {note}")
-        result.summary.notes.append(note)
-
-    def _to_files(self, files: output.OutputFiles, progress: Progress | None) -> Result:
         from canopy.geo.cog import CogWriter
 
-        options = self.options
-        writer = CogWriter(
-            files.tif, self.target.output, band_specs(self.extras.bands),
-            encoding=options.encoding, tags=self.tags(), overwrite=options.overwrite,
-        )  # fmt: skip
-        with writer:
-            summary = self.predict_into(writer, progress, files.tif)
-            writer.companions = lambda made, sha256: self._publish(made, sha256, summary)
-        return Result(files, summary, self, sha256=writer.sha256)
+        started, made = time.perf_counter(), self.inputs
+        with raster_env():
+            if self.files is None:
+                sink = output.ArraySink(self.target.output, made.extras.bands)
+                result = Result(self, self._predict_into(sink, progress), data=sink.to_xarray(self.tags))
+                self._note(result)
+            else:
+                with suppress(_Empty), CogWriter(
+                    self.files.tif, self.target.output, band_specs(made.extras.bands),
+                    encoding=made.options.encoding, tags=self.tags, overwrite=self.overwrite,
+                    style=ramp_style(0.0, top_of_range(made.extras.tallest_m)),
+                ) as writer:  # fmt: skip
+                    result = Result(self, self._predict_into(writer, progress))
+                    if not (keep_empty or result.summary.valid_pixels):
+                        raise _Empty
+                    result = replace(result, files=self.files)
+                    # Of a region's tiles all is told together.
+                    self._note(result, log.warning if keep_empty else log.debug)
+                    writer.companions = lambda path, sha256: self._publish(path, sha256, result)
+                result = replace(result, sha256=writer.sha256)
+        result.summary.seconds = time.perf_counter() - started
+        return result
 
-    def _publish(self, made: Path, sha256: str, summary: RunSummary) -> list[str]:
-        """Write the quicklook, if one was asked for, and the STAC item beside a finished map; their names.
+    def _predict_into(self, sink: Sink, progress: Progress | None) -> RunSummary:
+        """Predict into `sink`, by way of a scratch file beside it where the output has another grid."""
+        made, target = self.inputs, self.target
+        resampled = target.predict != target.output
 
-        `made` is the map under its own name, though not yet in its place (see `CogWriter.companions`).
-        """
-        files = output.OutputFiles.of(made, self.options.quicklook)
-        if files.quicklook is not None:
-            companions.write_quicklook(
-                files.tif,
-                files.quicklook,
-                title=f"Canopy height, {self.aoi.describe()}",
-                subtitle=f"{output.bare_name(self.source.name)} ({self.dates}), model {self.model_name}"
-                + (f"\nimagery: {self.source.terms.text}" if self.source.terms else ""),
+        def predict(sink: Sink) -> RunSummary:
+            return predict_grid(
+                self.runner, made.source, target.predict, sink,
+                aoi=target.reach(made.aoi) if resampled else made.aoi,
+                extras=replace(made.extras, raw=resampled), batch_size=self.batch_size,
+                workers=self.readers, progress=progress,
+            )  # fmt: skip
+
+        if not resampled:
+            return predict(sink)
+        from canopy.inference.regrid import Scratch, regrid
+
+        # Beside the output: the system's temporary folder is often small, or memory.
+        beside = self.files.tif.absolute().parent if self.files else None
+        prefix = f".{self.files.tif.name}.canopy-" if self.files else ".canopy-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=beside) as folder:
+            path = Path(folder) / "predicted.tif"
+            with closing(Scratch(path, target.predict, made.extras.layers)) as scratch:
+                summary = predict(scratch)
+            regrid(
+                path, target.output, sink, made.source, summary,
+                aoi=made.aoi, extras=made.extras, progress=progress,
+            )  # fmt: skip
+        return summary
+
+    def _note(self, result: Result, say: Callable[[str], None] = log.warning) -> None:
+        """What the imagery turned out to be, for the user."""
+        summary = result.summary
+        black = summary.black_pixels / max(summary.seen_pixels, 1)
+        if not summary.valid_pixels:
+            summary.notes.append("no pixel has a height: the imagery has none that is valid there")
+        summary.notes += told(result.findings, self.inputs.extras)
+        if black >= BLACK_SHARE:
+            summary.notes.append(
+                f"{100 * black:.1f} % of the pixels with heights are pure black (0, 0, 0), which cameras "
+                "hardly record; if there is no image there, give --nodata 0"
             )
-        item = companions.map_item(
-            files.tif,
+        for note in summary.notes:
+            say(f"note: {note}")
+
+    def _publish(self, path: Path, sha256: str, result: Result) -> list[str]:
+        """Write picture and STAC item beside a finished map; their names.
+
+        `path` is the map under its own name, though not yet in its place (see `CogWriter.companions`).
+        """
+        made, summary = self.inputs, result.summary
+        assert self.files is not None
+        files = output.OutputFiles.of(path, self.files.quicklook is not None)
+        item = output.map_item(
+            path,
             self.target.output,
             sha256=sha256,
-            encoding=self.options.encoding,
-            bands=self.extras.bands,
-            scenes=output.Scenes.of(self.source),
-            model=companions.model_facts(self.model, self.model_name, self.runner),
+            encoding=made.options.encoding,
+            bands=made.extras.bands,
+            scenes=self.scenes,
+            model={
+                "name": made.model_name,
+                "sha256": made.model.sha256 or "unsaved",
+                "licence": made.licence,
+                "backend": self.runner.backend,
+                "precision": self.runner.precision,
+            },
             statistics={
                 "mean": summary.mean_height_m,
                 "maximum": summary.max_height_m,
                 "valid_percent": 100 * summary.valid_fraction,
             },
+            findings=result.findings,
             quicklook=files.quicklook,
         )
+        if files.quicklook is not None:
+            from canopy.inference.picture import draw_map
+
+            draw_map(files.tif, files.quicklook, made, self.scenes, result.findings)
         write_json(files.item, item)
-        return [path.name for path in files.all[1:]]
+        return [one.name for one in files.all[1:]]
 
 
 def prepare(
@@ -286,7 +301,7 @@ def prepare(
     model: HeightModel | None = None,
     source: ImagerySource | xr.DataArray | None = None,
     dry_run: bool = False,
-) -> MapPrediction:
+) -> Prediction:
     """Open, check and plan a map; cheap, and nothing is written.
 
     Args:
@@ -297,61 +312,37 @@ def prepare(
     Raises:
         InputError (and its kinds): whatever in the options cannot be done, in one line.
     """
-    files = _check_options(options, dry_run)
-    area = area or options.area()
-    model, model_name = load_named(model or options.model)
-    gsd_m = model.config.gsd_m
-    if source is None or hasattr(source, "dims"):
-        source = open_source(options, gsd_m, area, source)  # type: ignore[arg-type]
-    aoi = area or source.area()
-    if aoi is None:
-        raise AreaError(
-            "which area?",
-            where=source.name,
-            expected="--bbox, --bounds or --aoi with imagery of unknown extent",
-        )
-    notes = coverage_notes(source, aoi)
+    check_options(options)
+    reader_count(options.workers)
+    files = None
+    if options.out is not None:
+        files = output.OutputFiles.of(options.out, options.quicklook)
+        check_output(
+            files.all, [options.images, options.imagery, options.aoi, options.model],
+            overwrite=options.overwrite or dry_run,
+            expected="a file name ending in .tif", suffixes=(".tif", ".tiff"),
+        )  # fmt: skip
+
+    def opener(gsd_m: float, area: AOI | None) -> tuple[ImagerySource, bool]:
+        if source is not None and not hasattr(source, "dims"):
+            return source, True
+        return open_source(options, gsd_m, area, source), True  # type: ignore[arg-type]
+
+    made = open_inputs(options, area=area, model=model, opener=opener)
     target = choose_target(
-        aoi, gsd_m, gsd_m=options.gsd, crs=options.crs,
-        native=source.native_grid, native_crs=source.native_crs,
+        made.aoi, made.model.config.gsd_m, gsd_m=options.gsd, crs=options.crs,
+        native=made.source.native_grid, native_crs=made.source.native_crs,
     )  # fmt: skip
-    plan = plan_windows(target.predict, Lattice.of_model(model.config))
-    extras = extras_of(options, model, aoi)
-    choice = settle(model, options.backend, options.precision, options.device)
-    model, radiometry, more = with_radiometry(model, source, aoi, options.radiometry)
-    runner = choice.open(model, extras.outputs)
-    pixels = sum(grid.height * grid.width for grid in (target.output, target.predict))
-    job = MapPrediction(
-        options=options, source=source, aoi=aoi, model=model, model_name=model_name, target=target,
-        radiometry=radiometry, extras=extras, readers=options.workers, runner=runner, plan=plan, files=files,
-        seconds=plan.n_crops * seconds_per_crop(model, runner) + OVERHEAD_S_PER_PX * pixels,
-        notes=[*notes, *choice.notes, *scale_notes(source.native_gsd_m, gsd_m), *more],
-    )  # fmt: skip
-    _refuse_too_large(job)
+    runner = made.choice.open(made.model, made.extras.outputs)
+    job = Prediction(made, target, runner, files, options.overwrite, options.workers, options.batch_size)
+    _refuse_too_large(job, options.max_pixels)
     return job
 
 
-def _check_options(options: OneMapOptions, dry_run: bool) -> output.OutputFiles | None:
-    """Refuse what can be known to be wrong before a model is fetched for it; the names of the outputs."""
-    output.check_encoding(options.encoding, options.date_band)
-    parse_radiometry(options.radiometry)
-    reader_count(options.workers)
-    resolve_batch(options.batch_size, "cpu")
-    if options.out is None:
-        return None
-    files = output.OutputFiles.of(options.out, options.quicklook)
-    inputs = [options.images, options.imagery, options.aoi, options.model]
-    check_output(
-        files.all, inputs, overwrite=options.overwrite or dry_run,
-        expected="a file name ending in .tif", suffixes=(".tif", ".tiff"),
-    )  # fmt: skip
-    return files
-
-
-def _refuse_too_large(job: MapPrediction) -> None:
+def _refuse_too_large(job: Prediction, limit: int) -> None:
     """Raises AreaError for a map that is larger than allowed, with what it would take."""
     mapped, predicted = (grid.height * grid.width for grid in (job.target.output, job.target.predict))
-    limit, remedy = job.options.max_pixels, "choose a smaller area, or raise --max-pixels"
+    remedy = "choose a smaller area, or raise --max-pixels"
     if max(mapped, predicted) <= limit:
         if job.files is not None or mapped <= MAX_PIXELS_IN_MEMORY:
             return
@@ -360,7 +351,7 @@ def _refuse_too_large(job: MapPrediction) -> None:
     raise AreaError(
         f"the area is too large: {max(mapped, predicted):,} px, {job.gigabytes:.1f} GB, "
         f"{_cost_text(job.plan, job.seconds)}",
-        where=job.aoi.describe(),
+        where=job.inputs.aoi.describe(),
         expected=f"at most {limit:,} px",
         remedy=remedy,
     )

@@ -75,24 +75,23 @@ def regrid(
     grid: Grid,
     sink: Sink,
     source: Source,
+    summary: RunSummary,
     *,
     aoi: AOI | None = None,
     extras: Extras | None = None,
     progress: Progress | None = None,
-) -> RunSummary:
+) -> None:
     """Resample a closed scratch file to `grid` and hand it to `sink`, tile by tile.
 
     On finer grids validity comes from the imagery itself, read on that grid; on coarser ones a pixel is valid
     when at least half of it was.
 
     Args:
+        summary: takes the statistics of the resampled map.
         extras: bands beside heights; the scratch file holds the layers they are made of.
-
-    Returns:
-        Statistics of the resampled map (its `seconds` and `crops` stay 0).
     """
     extras = extras or Extras()
-    summary, tiles = RunSummary(), tiles_over(grid, TILE_PX)
+    summary.pixels, tiles = grid.height * grid.width, tiles_over(grid, TILE_PX)
     if progress:
         progress.start(len(tiles), "resampling")
     with raster_env(), rasterio.open(scratch) as dataset, ExitStack() as stack:
@@ -122,11 +121,10 @@ def regrid(
                 valid = share >= LEAST_SHARE
             if aoi is not None and not aoi.is_box:
                 valid &= aoi.mask(tile)
-            summary.count(layers[0], valid, days)
+            summary.count(layers[0], valid, days, extras.tallest_m)
             sink.write(np.where(valid, extras.stack(layers, days), np.float32(np.nan)), valid, row, col)
             if progress:
                 progress.advance()
-    return summary
 
 
 def _read(smooth: WarpedVRT, nearest: WarpedVRT, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from canopy.region.tiles import Tile
 from canopy.runtime import log
 
 RUN_FILE = "run.json"
-FORMAT = 3
+FORMAT = 4
 LEDGER = "ledger.sqlite"
 SHARDS = "shards"
 LOCK = ".lock"
@@ -46,7 +45,7 @@ CREATE TABLE IF NOT EXISTS tiles (
   "row" INTEGER NOT NULL, col INTEGER NOT NULL, km2 REAL NOT NULL,
   state TEXT NOT NULL CHECK (state IN ('pending', 'running', 'done', 'empty', 'failed')),
   attempts INTEGER NOT NULL DEFAULT 0,
-  host TEXT, seconds REAL, sha256 TEXT, bytes INTEGER, reason TEXT, facts TEXT, updated REAL
+  seconds REAL, bytes INTEGER, reason TEXT, updated REAL
 );
 CREATE INDEX IF NOT EXISTS tiles_by_state ON tiles (state, ordinal);
 """
@@ -126,23 +125,20 @@ def _short(value: Any) -> str:
 # ---- the ledger -------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a tile.
+    """What became of a tile; what is in its map stands in the STAC item beside it.
 
     Attributes:
         state: `done`, `empty`, `failed`, or `pending` where it has to be made another time.
-        seconds: of work; sha256, bytes: of the file of a tile that is done.
+        seconds: of work; bytes: of the file of a tile that is done.
         reason: why there is no file, in one line.
-        facts: statistics and provenance of a finished tile.
-        stop: the whole run has to stop (the disk is full).
+        again: another try may help where it failed; stop: the whole run has to stop (the disk is full).
     """
 
     state: str
     seconds: float = 0.0
-    host: str = field(default_factory=socket.gethostname)
-    sha256: str | None = None
     bytes: int | None = None
     reason: str | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    again: bool = False
     stop: bool = False
 
 
@@ -166,9 +162,8 @@ class Ledger:
 
     def get(self, key: str) -> str | None:
         """A fact about the run."""
-        with self._told():
-            found = self._db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
-        return found[0] if found else None
+        found = self._ask("SELECT value FROM run WHERE key = ?", key)
+        return found[0][0] if found else None
 
     def set(self, key: str, value: str) -> None:
         """Note a fact about the run."""
@@ -197,8 +192,9 @@ class Ledger:
 
     def reopen(self, retry_failed: bool = False) -> None:
         """Make tiles pending that were running when a driver died, and failed ones if asked."""
-        states = ("running", "failed") if retry_failed else ("running", "running")
-        self._write("UPDATE tiles SET state = 'pending' WHERE state IN (?, ?)", states)
+        self._write("UPDATE tiles SET state = 'pending' WHERE state IN ('running', ?)",
+                    ("failed" if retry_failed else "running",))  # fmt: skip
+        self._write("UPDATE tiles SET attempts = 0 WHERE state = 'pending'", ())
 
     def begin(self, tile: Tile) -> None:
         """A tile is being made."""
@@ -208,49 +204,46 @@ class Ledger:
 
     def finish(self, tile: Tile, outcome: Outcome) -> None:
         """Enter what became of a tile."""
-        facts = json.dumps(outcome.facts, separators=(",", ":")) if outcome.facts else None
         self._write(
-            "UPDATE tiles SET state = ?, host = ?, seconds = ?, sha256 = ?, bytes = ?, reason = ?, "
-            "facts = ?, updated = ? WHERE ordinal = ?",
-            (outcome.state, outcome.host, outcome.seconds, outcome.sha256, outcome.bytes, outcome.reason,
-             facts, time.time(), tile.ordinal),
-        )  # fmt: skip
+            "UPDATE tiles SET state = ?, seconds = ?, bytes = ?, reason = ?, updated = ? WHERE ordinal = ?",
+            (outcome.state, outcome.seconds, outcome.bytes, outcome.reason, time.time(), tile.ordinal),
+        )
+
+    def attempts(self, tile: Tile) -> int:
+        """How often a tile was begun in this start of the run."""
+        return int(self._ask("SELECT attempts FROM tiles WHERE ordinal = ?", tile.ordinal)[0][0])
 
     def rows(self, state: str, page: int = 1000) -> Iterator[tuple[Tile, Outcome]]:
         """Tiles of a state in order, each once; memory does not grow with their number."""
         last = -1
-        while True:
-            with self._told():
-                found = self._db.execute(
-                    'SELECT ordinal, id, "row", col, km2, seconds, host, sha256, bytes, reason, facts '
-                    "FROM tiles WHERE state = ? AND ordinal > ? ORDER BY ordinal LIMIT ?",
-                    (state, last, page),
-                ).fetchall()
-            if not found:
-                return
-            for *tile, seconds, host, sha256, size, reason, facts in found:
-                known = json.loads(facts) if facts else {}
-                yield Tile(*tile), Outcome(state, seconds or 0.0, host or "", sha256, size, reason, known)
+        while found := self._ask(
+            'SELECT ordinal, id, "row", col, km2, seconds, bytes, reason FROM tiles '
+            "WHERE state = ? AND ordinal > ? ORDER BY ordinal LIMIT ?", state, last, page,
+        ):  # fmt: skip
+            for *tile, seconds, size, reason in found:
+                yield Tile(*tile), Outcome(state, seconds or 0.0, size, reason)
             last = found[-1][0]
+
+    def failures(self) -> list[tuple[str, str]]:
+        """Tiles that failed, with the reason."""
+        return [(tile.id, outcome.reason or "") for tile, outcome in self.rows("failed")]
 
     def counts(self) -> dict[str, int]:
         """Tiles by state."""
-        with self._told():
-            found = dict(self._db.execute("SELECT state, COUNT(*) FROM tiles GROUP BY state").fetchall())
+        found = dict(self._ask("SELECT state, COUNT(*) FROM tiles GROUP BY state"))
         return {state: found.get(state, 0) for state in STATES}
 
     def totals(self) -> dict[str, float]:
         """Square kilometres (all, finished, and an hour lately), worker seconds and bytes so far."""
         now = time.time()
-        with self._told():
-            km2, finished, seconds, size = self._db.execute(
-                "SELECT TOTAL(km2), TOTAL(CASE WHEN state IN ('done', 'empty') THEN km2 END), "
-                "TOTAL(seconds), TOTAL(bytes) FROM tiles"
-            ).fetchone()
-            lately, since = self._db.execute(
-                "SELECT TOTAL(km2), MIN(updated - seconds) FROM tiles "
-                "WHERE state IN ('done', 'empty') AND updated > ?", (now - 3600,),
-            ).fetchone()  # fmt: skip
+        [(km2, finished, seconds, size)] = self._ask(
+            "SELECT TOTAL(km2), TOTAL(CASE WHEN state IN ('done', 'empty') THEN km2 END), "
+            "TOTAL(seconds), TOTAL(bytes) FROM tiles"
+        )
+        [(lately, since)] = self._ask(
+            "SELECT TOTAL(km2), MIN(updated - seconds) FROM tiles "
+            "WHERE state IN ('done', 'empty') AND updated > ?", now - 3600,
+        )  # fmt: skip
         pace = lately / max(1e-3, now - since) * 3600 if since else 0.0
         return {
             "km2": km2, "km2_finished": finished, "worker_seconds": seconds, "bytes": size,
@@ -267,7 +260,7 @@ class Ledger:
             tiles: `known`, those that this ledger has; or `all`.
         """
         of = "ordinal IN (SELECT ordinal FROM main.tiles)" if tiles == "known" else "true"
-        columns = ("state", "attempts", "host", "seconds", "sha256", "bytes", "reason", "facts", "updated")
+        columns = ("state", "attempts", "seconds", "bytes", "reason", "updated")
         try:
             with self._told():
                 self._db.execute("ATTACH ? AS other", (_uri(other, "ro"),))
@@ -294,6 +287,10 @@ class Ledger:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
+
+    def _ask(self, question: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._told():
+            return self._db.execute(question, values).fetchall()
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
         with self._told(), self._db:

@@ -15,7 +15,7 @@ from canopy.config import option
 from canopy.errors import ConfigError
 from canopy.inference.options import PredictOptions
 
-_TILES, _ENGINE, _RUN = "Tiles", "Engine", "Run"
+_TILES, _ENGINE = "Tiles", "Engine"
 
 
 class MapOptions(PredictOptions):
@@ -61,8 +61,9 @@ class MapOptions(PredictOptions):
     attempts: Annotated[int, Field(ge=1)] = option(
         4, "Tries of a tile before it counts as failed.", panel=_ENGINE
     )
+
     price: Annotated[float | None, Field(ge=0)] = option(
-        None, "Price of a worker's hour, for --dry-run.", panel=_RUN
+        None, "Price of a worker's hour, for --dry-run.", panel="Run"
     )
 
     @field_validator("tile_px")

@@ -11,34 +11,27 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import shapely
 
 from canopy import __version__
 from canopy.errors import AreaError, FetchError
 from canopy.files import is_template, is_url
 from canopy.geo.area import AOI
-from canopy.geo.cog import encoding_named
 from canopy.geo.crs import metres_per_unit, to_crs
-from canopy.inference.backends import OVERHEAD_S_PER_PX, Choice, seconds_per_crop, settle
-from canopy.inference.inputs import coverage_notes, load_named, open_source, scale_notes, with_radiometry
-from canopy.inference.lattice import Lattice, plan_windows
-from canopy.inference.layers import Extras, extras_of
+from canopy.inference.inputs import Inputs, check_options, open_inputs, open_source
+from canopy.inference.predict import Prediction
 from canopy.region.ledger import FORMAT, RUN_FILE, Pins
 from canopy.region.options import PINNED, MapOptions
 from canopy.region.tiles import Lattices, Tile, Tiling, choose_lattices, side_px
 
 if TYPE_CHECKING:
     from canopy.imagery.base import ImagerySource
-    from canopy.models.height import HeightModel
 
 _SAMPLE = 1 << 20
-# A worker reads its tile's imagery at its native pixel, three bytes each, before any compression.
-IMAGERY_BYTES_PER_PX = 3
 
 
 @dataclass(frozen=True)
@@ -47,38 +40,29 @@ class Region:
 
     Attributes:
         pins: what the run file says, or will say.
-        source: the imagery; of the whole area, or with `by_tile` of one place in it.
+        inputs: model, runtime and imagery; of the whole area, or with `by_tile` of one place in it.
         by_tile: there are more images than one mosaic may have, so every tile opens those of its own place.
-        choice: the runtime that carries the model.
-        notes: warnings for the user.
     """
 
     options: MapOptions
     pins: Pins
-    aoi: AOI
-    source: ImagerySource
+    inputs: Inputs
     by_tile: bool
-    model: HeightModel
-    model_name: str
     lattices: Lattices
     tiling: Tiling
-    radiometry: str
-    extras: Extras
-    choice: Choice
-    notes: list[str] = field(default_factory=list)
 
-    def source_of(self, tile: Tile) -> ImagerySource | None:
-        """The imagery for a tile; None where its place has none."""
+    def inputs_of(self, tile: Tile) -> Inputs | None:
+        """What a tile is made of; None where its place has no imagery."""
         if not self.by_tile:
-            return self.source
-        window = self.tiling.window(tile.row, tile.col)
+            return self.inputs
+        place = AOI.from_grid(self.tiling.window(tile.row, tile.col).pad(512))
         try:
-            found = open_source(self.options, self.lattices.gsd_m, AOI.from_grid(window.pad(512)))
+            found = open_source(self.options, self.lattices.gsd_m, place)
         except AreaError:
             return None
-        if found.name != self.source.name:  # another stands in for it: a run is of one source
-            raise FetchError(f"{self.source.name} does not answer now", remedy="try again later")
-        return found
+        if found.name != self.inputs.source.name:  # another stands in for it: a run is of one source
+            raise FetchError(f"{self.inputs.source.name} does not answer now", remedy="try again later")
+        return replace(self.inputs, source=found)
 
 
 def open_region(options: MapOptions, pins: Pins | None = None) -> Region:
@@ -91,58 +75,37 @@ def open_region(options: MapOptions, pins: Pins | None = None) -> Region:
     Raises:
         InputError (and its kinds): whatever cannot be done as asked.
     """
-    options = _absolute(_checked(options))
-    pinned = pins["settled"] if pins else {}
-    aoi = options.area() or (area_of(pins) if pins else None)
-    model, model_name = load_named(options.model)
-    gsd_m = model.config.gsd_m
-    source, by_tile = _open_imagery(options, aoi, gsd_m, pins)
-    aoi = aoi or source.area()
-    if aoi is None:
-        raise AreaError("which area?", where=source.name, expected="--bbox, --bounds or --aoi")
+    check_options(options)
+    options.parse_shard()
+    options, by_tile = _absolute(options), False
+
+    def opener(gsd_m: float, aoi: AOI | None) -> tuple[ImagerySource, bool]:
+        nonlocal by_tile
+        source, by_tile = _open_imagery(options, aoi, gsd_m, pins)
+        return source, not by_tile
+
+    settled = {name: pins["settled"][name] for name in ("backend", "precision", "radiometry")} if pins else {}
+    area = options.area() or (area_of(pins) if pins else None)
+    made = open_inputs(options, area=area, opener=opener, settled=settled)
     if not options.images and options.imagery is None:
-        options = options.model_copy(update={"imagery": source.name})
-    notes = [] if by_tile else coverage_notes(source, aoi)
+        options = options.model_copy(update={"imagery": made.source.name})
     if by_tile:
-        notes.append(
+        note = (
             "more images than one mosaic may have: every tile searches for those of its own place when it is "
             "made, so they are not pinned, and what is published meanwhile may differ from tile to tile"
         )
-    extras = extras_of(options, model, aoi)
-    choice = settle(
-        model, pinned.get("backend", options.backend), pinned.get("precision", options.precision),
-        options.device,
-    )  # fmt: skip
-    wish = pinned.get("radiometry", options.radiometry)
-    model, radiometry, more = with_radiometry(model, source, aoi, wish)
-    notes += [*scale_notes(source.native_gsd_m, gsd_m), *choice.notes, *more]
+        made = replace(made, notes=(*made.notes, note))
     lattices = choose_lattices(
-        options.grid, aoi, gsd_m, gsd_m=options.gsd, crs=options.crs, native_crs=source.native_crs
-    )
+        options.grid, made.aoi, made.model.config.gsd_m,
+        gsd_m=options.gsd, crs=options.crs, native_crs=made.source.native_crs,
+    )  # fmt: skip
     pixel_m = lattices.output.pixel[0] * metres_per_unit(lattices.output.crs)
     tiling = Tiling(
         options.grid, lattices.output, side_px(options.grid, pixel_m, options.zoom, options.tile_px)
     )
-    region = Region(
-        options.model_copy(update={"device": choice.device}), {}, aoi, source, by_tile, model, model_name,
-        lattices, tiling, radiometry, extras, choice, notes,
-    )  # fmt: skip
+    options = options.model_copy(update={"device": made.choice.device})
+    region = Region(options, {}, replace(made, options=options), by_tile, lattices, tiling)
     return replace(region, pins=_pins(region))
-
-
-def _checked(options: MapOptions) -> MapOptions:
-    """Refuse what can be known to be wrong before a model is fetched for it."""
-    from canopy.inference.engine import resolve_batch
-    from canopy.inference.output import check_encoding
-    from canopy.models.height import parse_radiometry
-    from canopy.runtime import check_device
-
-    check_encoding(options.encoding, options.date_band)
-    check_device(options.device)  # that of a worker, which need not be here
-    resolve_batch(options.batch_size, "cpu")  # what is no number is told now, not for every tile
-    parse_radiometry(options.radiometry)
-    options.parse_shard()
-    return options
 
 
 def _absolute(options: MapOptions) -> MapOptions:
@@ -200,7 +163,7 @@ def _open_imagery(
 # ---- what a run is pinned to ------------------------------------------------------------------
 def _pins(region: Region) -> Pins:
     """What the run file says of a region."""
-    options, aoi, source = region.options, region.aoi, region.source
+    options, made, aoi, source = region.options, region.inputs, region.inputs.aoi, region.inputs.source
     grid = region.tiling.area
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     names = [*options.images, *([options.imagery] if options.imagery else [])]
@@ -220,7 +183,7 @@ def _pins(region: Region) -> Pins:
             "sha256": fingerprint(names, source),
         },
         "model": {
-            "file": options.model, "name": region.model_name, "sha256": region.model.sha256 or "unsaved"
+            "file": options.model, "name": made.model_name, "sha256": made.model.sha256 or "unsaved"
         },
         "map": {
             **{name: asked[name] for name in PINNED},
@@ -230,10 +193,10 @@ def _pins(region: Region) -> Pins:
             "height": grid.height,
         },
         "settled": {
-            "backend": region.choice.backend,
-            "precision": region.choice.precision,
-            "int8": region.choice.quantised_sha256 or None,
-            "radiometry": region.radiometry.replace(" -> ", ","),
+            "backend": made.choice.backend,
+            "precision": made.choice.precision,
+            "int8": made.choice.quantised_sha256 or None,
+            "radiometry": made.radiometry.replace(" -> ", ","),
         },
     }  # fmt: skip
 
@@ -316,32 +279,27 @@ def region_cost(region: Region) -> dict[str, Any]:
         JSON-ready: work `tiles`, `crops` that pass the network, `pixels` of the map, bytes of imagery and of
         the map (uncompressed), hours of one worker and of all `workers`, and `money` where there is a price.
     """
-    options, config, tiling = region.options, region.model.config, region.tiling
-    tiles = list(tiling.tiles(region.aoi))
-    sizes = [tiling.window(tile.row, tile.col).shape for tile in tiles]
-    pixels, largest = sum(h * w for h, w in sizes), max(sizes, key=lambda size: size[0] * size[1])
-    tile, share = tiles[sizes.index(largest)], pixels / (largest[0] * largest[1])
-    predict = region.lattices.target(tiling.window(tile.row, tile.col)).predict
-    lattice = Lattice.of_model(config)
-    crops = round(plan_windows(predict, lattice).n_crops * share)
-    workers = options.workers or 1
+    options, made, tiling = region.options, region.inputs, region.tiling
+    tiles = list(tiling.tiles(made.aoi))
+    windows = [tiling.window(tile.row, tile.col) for tile in tiles]
+    pixels = [window.height * window.width for window in windows]
+    runner = made.choice.open(made.model, made.extras.outputs)
+    largest = Prediction(made, region.lattices.target(windows[pixels.index(max(pixels))]), runner)
+    share, workers, seconds = sum(pixels) / max(pixels), options.workers or 1, largest.seconds
     if options.scheduler == "local":
         workers = len(local_devices(options.device, options.workers))
-    runner = region.choice.open(region.model, region.extras.outputs)
-    crop_s = seconds_per_crop(region.model, runner)
     if runner.device.type == "cpu":  # the estimate is that of all threads of this machine
-        crop_s *= local_threads(1) / (options.threads or local_threads(workers))
-    worker_s = crops * crop_s + OVERHEAD_S_PER_PX * (pixels + predict.height * predict.width * share)
-    pixel = np.dtype(encoding_named(options.encoding).dtype)
-    hours, km2 = worker_s / 3600, sum(tile.km2 for tile in tiles)
-    seen_m2 = crops * (lattice.stride_px * config.gsd_m) ** 2
+        seconds *= local_threads(1) / (options.threads or local_threads(workers))
+    hours, km2 = seconds * share / 3600, sum(tile.km2 for tile in tiles)
+    crops = round(largest.plan.n_crops * share)
+    seen_m2 = crops * (largest.plan.lattice.stride_px * made.model.config.gsd_m) ** 2
     return {
         "tiles": len(tiles),
         "km2": km2,
         "crops": crops,
-        "pixels": pixels,
-        "imagery_bytes": seen_m2 / region.source.native_gsd_m**2 * IMAGERY_BYTES_PER_PX,
-        "map_bytes": float(pixels * len(region.extras.bands) * pixel.itemsize),
+        "pixels": sum(pixels),
+        "imagery_bytes": seen_m2 / made.source.native_gsd_m**2 * 3,  # of three bytes, before compression
+        "map_bytes": largest.gigabytes * 1e9 * share,
         "workers": workers,
         "worker_hours": hours,
         "hours": hours / workers,

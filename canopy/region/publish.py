@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import datetime
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ElementTree, SubElement
 
 from canopy.files import replacing, write_json
 from canopy.geo.cog import encoding_named
-from canopy.inference import companions, output
-from canopy.region.ledger import Ledger, Outcome, Pins, read_pins
+from canopy.inference import output
+from canopy.region.ledger import Ledger, Pins, read_pins
 from canopy.region.plan import Region, area_of
 from canopy.region.tiles import TILES, Tile, tile_path
 
@@ -43,7 +44,7 @@ def write_mosaic(ledger: Ledger, region: Region) -> Path:
     vrt = Element("VRTDataset", rasterXSize=str(area.width), rasterYSize=str(area.height))
     SubElement(vrt, "SRS").text = area.crs.to_wkt()
     SubElement(vrt, "GeoTransform").text = ", ".join(repr(float(v)) for v in area.transform.to_gdal())
-    for number, (name, unit) in enumerate(region.extras.bands, 1):
+    for number, (name, unit) in enumerate(region.inputs.extras.bands, 1):
         kind = _GDAL_TYPES[stored.dtype]
         band = SubElement(vrt, "VRTRasterBand", dataType=kind, band=str(number))
         SubElement(band, "Description").text = name
@@ -72,8 +73,8 @@ def _add_tile(band: Element, number: int, kind: str, tile: Tile, region: Region)
 
 
 # ---- the catalog ------------------------------------------------------------------------------
-def write_catalog(ledger: Ledger, region: Region) -> Path:
-    """Write all of it; returns the catalog's path.
+def write_catalog(ledger: Ledger, region: Region) -> dict[str, float]:
+    """Write all of it; returns the findings of the whole map, from those of its tiles.
 
     Raises:
         OutputError: a file cannot be written.
@@ -83,7 +84,8 @@ def write_catalog(ledger: Ledger, region: Region) -> Path:
     folder = region.options.folder.resolve()
     pins = read_pins(folder) or region.pins
     # A name that does not depend on where the folder lies.
-    name = f"canopy-height-{output.bare_name(region.source.name).split('.')[0]}-{region.model_name}"
+    made = region.inputs
+    name = f"canopy-height-{output.bare_name(made.source.name).split('.')[0]}-{made.model_name}"
     catalog = pystac.Catalog(
         f"{name}-catalog", "A canopy height map in tiles.", title="Canopy height map",
         href=str(folder / "catalog.json"), catalog_type=pystac.CatalogType.SELF_CONTAINED,
@@ -92,77 +94,61 @@ def write_catalog(ledger: Ledger, region: Region) -> Path:
     catalog.add_child(collection, title="the map")
     # Only now: adding it gives it a place after pystac's own custom.
     collection.set_self_href(str(folder / "collection.json"))
-    dates: set[str] = set()
-    for tile, outcome in ledger.rows("done"):
-        dates.update(outcome.facts.get("dates", ()))
-        item = pystac.Item.from_dict(tile_item(tile, outcome, region, pins))
-        item.set_self_href(str(tile_path(folder, tile.id).with_suffix(".json")))
-        item.set_root(catalog)
-        item.set_parent(collection)
-        item.set_collection(collection)
-        _write(item)
-        # Only the item's place is kept: memory should not grow with what was said of each tile.
-        collection.add_link(
-            pystac.Link("item", item.get_self_href() or "", media_type="application/geo+json")
+    days: list[datetime.datetime] = []
+    weight, found = 0.0, Counter[str]()
+    for tile, _ in ledger.rows("done"):
+        path = tile_path(folder, tile.id).with_suffix(".json")
+        item = pystac.Item.from_file(str(path))
+        dates = item.datetime, item.common_metadata.start_datetime, item.common_metadata.end_datetime
+        if dates[1] is None or dates[1] > output.UNKNOWN:
+            days += [day for day in dates if day is not None]
+        km2 = tile.km2 * item.assets["canopy_height"].extra_fields["bands"][0].get("statistics", {}).get(
+            "valid_percent", 0.0
         )
-    if dates:
-        first, last = _moment(f"{min(dates)}T00:00:00Z"), _moment(f"{max(dates)}T23:59:59Z")
-        collection.extent.temporal = pystac.TemporalExtent([[first, last]])
+        weight += km2
+        found.update({name: km2 * share for name, share in item.properties["canopy:findings"].items()})
+        if item.get_single_link("collection") is None:
+            item.set_root(catalog)
+            item.set_parent(collection)
+            item.set_collection(collection)
+            _write(item)
+        # Only the item's place is kept: memory should not grow with what was said of each tile.
+        collection.add_link(pystac.Link("item", str(path), media_type="application/geo+json"))
+        days = [min(days), max(days)] if days else []
+    if days:
+        collection.extent.temporal = pystac.TemporalExtent([[days[0], days[-1]]])
+    findings = {name: round(total / weight, 4) for name, total in found.items()} if weight else {}
+    collection.extra_fields["canopy:findings"] = findings
     _write(collection)
     _write(catalog)
-    return region.options.folder / "catalog.json"
+    return findings
 
 
 def _write(thing: Any) -> None:
     write_json(Path(thing.get_self_href()), thing.to_dict(include_self_link=False))
 
 
-def _moment(text: str) -> datetime.datetime:
-    return datetime.datetime.fromisoformat(text)
-
-
-def tile_item(tile: Tile, outcome: Outcome, region: Region, pins: Pins) -> dict[str, Any]:
-    """The item of one finished tile."""
-    options, facts = region.options, outcome.facts
-    return companions.map_item(
-        tile_path(options.folder, tile.id),
-        region.tiling.window(tile.row, tile.col),
-        sha256=str(outcome.sha256),
-        encoding=options.encoding,
-        bands=region.extras.bands,
-        scenes=output.Scenes(
-            "", tuple(facts.get("scenes", ())), tuple(facts.get("dates", ())), region.source.terms
-        ),
-        model=companions.model_facts(region.model, region.model_name, region.choice),
-        statistics={
-            "mean": facts["mean_m"],
-            "maximum": facts["max_m"],
-            "valid_percent": round(100 * facts["valid"] / facts["pixels"], 4),
-        },
-        created=_moment(pins["canopy"]["created"]),
-    )
-
-
 def _collection(name: str, region: Region, pins: Pins) -> Any:
     import pystac
 
     # Unknown dates are the widest true statement, as in the items; `write_catalog` narrows it.
-    unknown = pystac.TemporalExtent([[_moment("1900-01-01T00:00:00Z"), _moment(pins["canopy"]["created"])]])
+    made, created = region.inputs, datetime.datetime.fromisoformat(pins["canopy"]["created"])
+    unknown = pystac.TemporalExtent([[output.UNKNOWN, created]])
     height = {
-        **companions.MAP_ASSET,
-        "bands": companions.band_facts(region.extras.bands, region.options.encoding),
+        **output.MAP_ASSET,
+        "bands": output.band_facts(made.extras.bands, region.options.encoding),
     }
-    terms = companions.terms_facts(region.source.terms)
+    terms = output.terms_facts(made.source.terms)
     collection = pystac.Collection(
         name,
         f"Canopy height in metres of {pins['area']['text']}, predicted from "
-        f"{output.imagery_text(output.Scenes.of(region.source))} by the model {region.model_name}.",
+        f"{output.imagery_text(output.Scenes.of(made.source))} by the model {made.model_name}.",
         pystac.Extent(pystac.SpatialExtent([list(area_of(pins).bounds_lonlat)]), unknown),
         title="Canopy height map",
         keywords=["canopy height", "forest"],
         license=terms.get("license", "other"),
         providers=[pystac.Provider.from_dict(one) for one in terms.get("providers", ())],
-        stac_extensions=[companions.PROCESSING],
+        stac_extensions=[output.PROCESSING],
         summaries=pystac.Summaries(
             {
                 "gsd": [round(region.tiling.area.gsd_m, 6)],

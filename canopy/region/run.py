@@ -9,7 +9,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ import shapely
 
 from canopy.errors import CanopyError, ConfigError, InputError
 from canopy.files import check_output, told_as_output
+from canopy.geo.style import ramp_style
+from canopy.inference.layers import told, top_of_range
 from canopy.region.ledger import (
     LEDGER,
     LOCK,
@@ -39,10 +42,10 @@ from canopy.region.ledger import (
 from canopy.region.options import MapOptions
 from canopy.region.plan import Region, local_devices, local_threads, open_region, pinned_options
 from canopy.region.tiles import TILES, Tile, tile_path
-from canopy.region.workers import Driver, How, Tally, local_cluster, remote_cluster
+from canopy.region.workers import Run, local_cluster, make_tiles, remote_cluster
 from canopy.runtime import NoProgress, Progress, log
 
-_OUTPUTS = ("catalog.json", "collection.json", "mosaic", "mosaic.vrt")
+_OUTPUTS = ("catalog.json", "collection.json", "mosaic", "mosaic.vrt", "mosaic.png", "mosaic.qml")
 _MOST_FAILURES = 20
 
 
@@ -54,15 +57,16 @@ class Interrupted(CanopyError):  # noqa: N818  (a user may stop a run; nothing i
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a start of a run did, and how the run stands. `outputs` is empty where none were made."""
+    """How a run stands after a start of it that made the tiles `made`, in `seconds`."""
 
     folder: Path
     counts: dict[str, int]
     totals: dict[str, float]
-    tally: Tally
+    made: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
     outputs: dict[str, str] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: Sequence[str] = ()
 
     @property
     def exit_code(self) -> int:
@@ -76,10 +80,8 @@ class RunResult:
             "tiles": self.counts,
             **{key: round(value, 6) for key, value in self.totals.items()},
             "this_start": {
-                **{state: self.tally.counts[state] for state in ("done", "empty", "failed")},
-                "retried": self.tally.retried,
-                "seconds": round(time.monotonic() - self.tally.started, 3),
-                "km2_per_hour": round(self.tally.km2_per_hour, 3),
+                **{state: self.made[state] for state in ("done", "empty", "failed", "retried")},
+                "seconds": round(self.seconds, 3),
             },
             "failures": [{"tile": tile, "reason": reason} for tile, reason in self.failures],
             "outputs": self.outputs,
@@ -163,7 +165,8 @@ def start(
         Interrupted: stopped from outside; everything is ready to go on.
         CanopyError: the run cannot go on (full disk, workers unfit).
     """
-    folder, tally, shard = region.options.folder, Tally(), region.options.parse_shard()
+    folder, shard = region.options.folder, region.options.parse_shard()
+    began, made = time.monotonic(), Counter[str]()
     _make_folders(folder)
     with held(folder, shard):
         if overwrite:
@@ -185,12 +188,13 @@ def start(
             if ledger.counts()["pending"]:
                 ledger.set("outputs", "behind")
                 with _stopping() as stop:
-                    _drive(ledger, region, run_id(pins), tally, stop, progress or NoProgress())
+                    made = _drive(ledger, region, run_id(pins), stop, progress or NoProgress())
                 remove_leftovers(folder, mine)  # of workers that died on the way
             outputs = {} if shard else _finish(ledger, region)
-            counts, totals = ledger.counts(), ledger.totals()
-            failures = [(tile.id, outcome.reason or "") for tile, outcome in ledger.rows("failed")]
-    return RunResult(folder, counts, totals, tally, outputs, failures, region.notes)
+            return RunResult(
+                folder, ledger.counts(), ledger.totals(), made, time.monotonic() - began, outputs,
+                ledger.failures(), region.inputs.notes,
+            )  # fmt: skip
 
 
 def _make_folders(folder: Path) -> None:
@@ -205,7 +209,7 @@ def _enter_tiles(ledger: Ledger, region: Region, pins: Pins, shard: tuple[int, i
     Tiles that no imagery reaches cost nothing: they are empty at once.
     """
     area, side = region.tiling.area, region.tiling.tile_px
-    outline = None if region.by_tile else region.source.area()
+    outline = None if region.by_tile else region.inputs.source.area()
     reach = None
     if outline is not None:
         # A quarter of a tile of slack: catalogs draw outlines with a broad pen.
@@ -216,7 +220,7 @@ def _enter_tiles(ledger: Ledger, region: Region, pins: Pins, shard: tuple[int, i
         bounds = region.tiling.window(tile.row, tile.col).bounds
         return "empty" if reach is not None and not reach.intersects(shapely.box(*bounds)) else "pending"
 
-    tiles = region.tiling.tiles(region.aoi)
+    tiles = region.tiling.tiles(region.inputs.aoi)
     mine = (tile for tile in tiles if shard is None or tile.ordinal % shard[1] == shard[0] - 1)
     ledger.add(run_id(pins), ((tile, state(tile)) for tile in mine))
     for other in _ledgers(region.options.folder):
@@ -234,7 +238,8 @@ def _check_files(ledger: Ledger, folder: Path) -> None:
     lost = []
     for tile, outcome in ledger.rows("done"):
         path = tile_path(folder, tile.id)
-        if not path.is_file() or path.stat().st_size != outcome.bytes:
+        whole = path.is_file() and path.stat().st_size == outcome.bytes
+        if not (whole and path.with_suffix(".json").is_file()):
             lost.append(tile)
     for tile in lost:
         ledger.finish(tile, Outcome("pending", reason="its file was missing or changed"))
@@ -274,43 +279,54 @@ def _stopping() -> Iterator[threading.Event]:
 
 
 def _drive(
-    ledger: Ledger, region: Region, run: str, tally: Tally, stop: threading.Event, progress: Progress
-) -> None:
+    ledger: Ledger, region: Region, run: str, stop: threading.Event, progress: Progress
+) -> Counter[str]:
     """Make every pending tile of the ledger.
 
     Raises:
-        Interrupted: asked to stop before all were made. CanopyError: see `Driver.run`.
+        Interrupted: asked to stop before all were made. CanopyError: see `make_tiles`.
     """
     options = region.options
     local = options.scheduler == "local"
     devices = local_devices(options.device, options.workers) if local else [options.device]
     devices = devices[: ledger.counts()["pending"]]
-    how = How(
+    how = Run(
         str(options.folder.resolve()), run, tuple(devices),
         local_threads(len(devices)) if local and not options.threads else options.threads,
         options.batch_size, options.readers,
     )  # fmt: skip
     cluster = local_cluster(len(devices)) if local else remote_cluster(options.scheduler)
     with cluster as client:
-        Driver(ledger, client, how, options.attempts, tally).run(stop, progress)
+        made = make_tiles(ledger, client, how, options.attempts, stop, progress)
     left = ledger.counts()["pending"]
     if left:
         raise Interrupted(
             f"stopped; {left} tile{'' if left == 1 else 's'} left",
             where=options.folder, remedy="run the same command again to go on",
         )  # fmt: skip
+    return made
 
 
 # ---- after it ---------------------------------------------------------------------------------
 def _finish(ledger: Ledger, region: Region) -> dict[str, str]:
     """Catalog and mosaic of what is done, unless they are up to date."""
+    from canopy.inference.output import Scenes
+    from canopy.inference.picture import draw_map
     from canopy.region.publish import write_catalog, write_mosaic
 
     folder = region.options.folder
-    outputs = {"catalog": str(folder / "catalog.json"), "mosaic": str(folder / "mosaic")}
+    names = {"catalog": "catalog.json", "mosaic": "mosaic", "picture": "mosaic.png"}
+    outputs = {what: str(folder / name) for what, name in names.items()}
     if ledger.get("outputs") != "made" or not all(Path(path).exists() for path in outputs.values()):
-        write_mosaic(ledger, region)
-        write_catalog(ledger, region)
+        mosaic, made = write_mosaic(ledger, region), region.inputs
+        found = write_catalog(ledger, region)
+        draw_map(
+            mosaic.with_suffix(".vrt"), Path(outputs["picture"]), made, Scenes.of(made.source), found,
+            with_image=not region.by_tile,
+        )  # fmt: skip
+        (folder / "mosaic.qml").write_text(ramp_style(0.0, top_of_range(made.extras.tallest_m)), "utf-8")
+        for line in told(found, made.extras):
+            log.warning(f"note: {line}")
         ledger.set("outputs", "made")
     return outputs
 
@@ -333,8 +349,7 @@ def status(folder: Path) -> dict[str, Any]:
             if is_held(lock_of(folder, path)):
                 with Ledger(path, read_only=True) as held_one:
                     holders.append(json.loads(held_one.get("driver") or "{}"))
-        counts, totals = ledger.counts(), ledger.totals()
-        failures = [(tile.id, outcome.reason or "") for tile, outcome in ledger.rows("failed")]
+        counts, totals, failures = ledger.counts(), ledger.totals(), ledger.failures()
     left_km2, pace = totals["km2"] - totals["km2_finished"], totals["km2_per_hour"]
     return {
         "folder": str(folder),

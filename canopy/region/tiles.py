@@ -19,15 +19,8 @@ from canopy.errors import AreaError, ConfigError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs, utm_crs
 from canopy.geo.grid import HALF_WORLD_M, Grid, quadkey_at
-from canopy.inference.target import (
-    MARGIN_PX,
-    Target,
-    choose_target,
-    one_zone,
-    part_of,
-    predict_grid_for,
-    quadkey_output,
-)
+from canopy.inference.inputs import Target, choose_target, part_of
+from canopy.inference.quadkey import MARGIN_PX, one_zone, predict_grid_for, quadkey_output
 
 # A UTM tile of zoom 10 is a square of this side, about what a quadkey of zoom 10 is at the equator.
 UTM_ZOOM_10_M = 40_960.0
@@ -158,7 +151,7 @@ class Lattices:
         whole = self.predict or _zone_grid(zone, self.gsd_m, self.output)
         margin = MARGIN_PX + 2 * math.ceil(window.gsd_m / self.gsd_m)
         bounds = AOI.from_grid(window).to_crs(whole.crs).geometry.bounds
-        return Target(part_of(whole, bounds, margin), window, whole)
+        return Target(part_of(whole, bounds, margin), window)
 
 
 @lru_cache(maxsize=64)

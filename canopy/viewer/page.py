@@ -17,7 +17,7 @@ from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.imagery.base import ImagerySource
 from canopy.imagery.open import open_imagery, open_pinned
-from canopy.inference.companions import COLOURS
+from canopy.inference.picture import COLOURS
 from canopy.region.ledger import read_pins
 from canopy.runtime import log
 from canopy.viewer.layers import LONLAT, HeightLayer, ImageLayer

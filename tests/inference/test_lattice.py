@@ -55,20 +55,20 @@ def test_the_canvas_is_the_weighted_sum_of_all_crops(
         return np.random.default_rng((seed, r + 9999, c + 9999)).normal(10, 5, (2, *[lattice.crop_px] * 2))
 
     expected, crops = np.zeros((2, height + 200, width + 200)), 0
-    weights = taper(lattice)[:, None] * taper(lattice)
-    inner = slice(lattice.margin_px, lattice.crop_px - lattice.margin_px)
+    weights = np.pad(taper(lattice)[:, None] * taper(lattice), lattice.margin_px)
     canvas, found, seen = Canvas(plan, 2), np.full((2, height, width), np.nan), np.zeros((height, width), int)
     for window in plan:
         canvas.begin(window)
-        for i, r in enumerate(window.rows.crops):
-            for j, c in enumerate(window.cols.crops):
+        row_off, col_off = plan.offset(window)
+        for i, r in enumerate(window.rows):
+            for j, c in enumerate(window.cols):
                 maps, crops = crop(r, c).astype(np.float32), crops + 1
-                canvas.add(i, j, torch.from_numpy(maps))
-                top = window.rows.served_from + i * lattice.stride_px + 100
-                left = window.cols.served_from + j * lattice.stride_px + 100
-                size = lattice.served_px
-                expected[:, top : top + size, left : left + size] += weights * maps[:, inner, inner]
-        place = (slice(*window.rows.final), slice(*window.cols.final))
+                canvas.add((i, j), torch.from_numpy(maps))
+                top, left = row_off + i * lattice.stride_px + 100, col_off + j * lattice.stride_px + 100
+                size = lattice.crop_px
+                expected[:, top : top + size, left : left + size] += weights * maps
+        rows, cols = plan.final(window)
+        place = np.s_[rows.start + row_off : rows.stop + row_off, cols.start + col_off : cols.stop + col_off]
         found[:, *place] = canvas.finish().numpy()
         seen[place] += 1
     assert (seen == 1).all() and crops == plan.n_crops

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 from pathlib import Path
@@ -19,10 +18,10 @@ from canopy.errors import InputError
 from canopy.geo.cog import BandSpec, CogWriter
 from canopy.geo.grid import Grid
 from canopy.inference import output
-from canopy.inference.companions import map_item, round_length, write_quicklook
 from canopy.inference.layers import HEIGHT_BAND
 from canopy.inference.options import OneMapOptions
-from canopy.inference.output import Scenes
+from canopy.inference.output import Scenes, map_item
+from canopy.inference.picture import round_length, write_quicklook
 from canopy.inference.predict import prepare
 from canopy.terms import Terms
 
@@ -59,8 +58,6 @@ def test_dates_of_an_item(tmp_path: Path) -> None:
     two = item_of(tmp_path, grid, dates=("2021-05-01", "2019-01-02"))["properties"]
     assert two["datetime"] is None
     assert (two["start_datetime"], two["end_datetime"]) == ("2019-01-02T00:00:00Z", "2021-05-01T23:59:59Z")
-    moment = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
-    assert item_of(tmp_path, grid, created=moment)["properties"]["created"] == "2026-01-02T03:04:05Z"
 
 
 def test_the_terms_of_imagery_and_model_go_with_a_map(tmp_path: Path, small_model: Path) -> None:

@@ -11,7 +11,8 @@ from canopy.errors import AreaError, ConfigError, ImageryError, InputError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid
-from canopy.inference.target import choose_target
+from canopy.inference.inputs import check_options, choose_target
+from canopy.inference.options import PredictOptions
 
 UTM = to_crs("EPSG:32618")
 AREA = AOI(box(500_000.2, 4_880_000.2, 500_200.7, 4_880_150.9), UTM, is_box=True)
@@ -85,7 +86,7 @@ def test_what_cannot_be_is_refused() -> None:
         choose_target(AREA, 0.5, crs="image", native=native)
     for gsd in (0, -1, math.nan, math.inf):
         with pytest.raises(ConfigError, match="--gsd"):
-            choose_target(AREA, 0.5, gsd_m=gsd)
+            check_options(PredictOptions(gsd=gsd))
     across = AOI.from_bounds("179.9,10,-179.9,10.1")
     with pytest.raises(AreaError, match="antimeridian"):
         choose_target(across, 0.5, crs="EPSG:4326")

@@ -49,7 +49,7 @@ def test_every_pending_tile_comes_once_in_order(ledger: Ledger) -> None:
 
 def test_rows_come_back_as_they_were_entered_and_the_pace_is_that_of_late(ledger: Ledger) -> None:
     assert ledger.totals()["km2_per_hour"] == 0.0
-    made = Outcome("done", 60.0, "h", "ab", 7, None, {"dates": ["2021-01-01"]})
+    made = Outcome("done", 60.0, 7)
     ledger.finish(TILES[2], made)
     ledger.finish(TILES[3], Outcome("failed", 500.0, reason="the host said no"))
     assert list(ledger.rows("done")) == [(TILES[2], made)]
@@ -143,14 +143,14 @@ def test_leftovers_are_those_of_the_tiles_that_are_named(tmp_path: Path) -> None
 
 def test_the_run_file_says_what_changed(tmp_path: Path) -> None:
     pins = {
-        "canopy": {"version": "1", "format": 3, "created": "now"},
+        "canopy": {"version": "1", "format": 4, "created": "now"},
         "area": {"text": "here", "wkb": "00"},
         "imagery": {"images": ["/a/b.tif"], "sha256": "aa"},
         "model": {"file": "m", "sha256": "m" * 64},
         "map": {"gsd": None, "zoom": 10},
     }
     assert write_pins(tmp_path, pins) == pins
-    other = {**pins, "canopy": {"version": "1", "format": 3, "created": "later"},
+    other = {**pins, "canopy": {"version": "1", "format": 4, "created": "later"},
              "imagery": {"images": ["/elsewhere/b.tif"], "sha256": "aa"}}  # fmt: skip
     refuse_changes(pins, other, tmp_path)
     assert run_id(pins) == run_id(other)

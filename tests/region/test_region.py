@@ -24,11 +24,11 @@ from canopy.geo.reading import read_raster
 from canopy.imagery.open import open_imagery
 from canopy.inference.options import OneMapOptions, PredictOptions
 from canopy.inference.predict import prepare
+from canopy.region import workers
 from canopy.region.options import MapOptions
 from canopy.region.plan import fingerprint, region_cost
 from canopy.region.run import prepare_run, status
 from canopy.region.tiles import Tile, tile_path
-from canopy.region.workers import TileMaker
 
 Make = Callable[..., MapOptions]
 
@@ -65,15 +65,15 @@ def test_a_finished_run_starts_no_worker_and_a_lost_tile_is_made_again(
     make_run(options())
     before, outputs = hashes(tmp_path / "run"), (tmp_path / "run" / "catalog.json").stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr("canopy.region.run.Driver", None)  # who would start workers fails
+        patch.setattr("canopy.region.run.make_tiles", None)  # who would start workers fails
         again = make_run(options())
-    assert again.tally.counts.total() == 0 and again.exit_code == 0
+    assert again.made.total() == 0 and again.exit_code == 0
     assert (tmp_path / "run" / "catalog.json").stat().st_mtime_ns == outputs
     gone, short = ((tmp_path / "run" / "tiles" / name) for name in sorted(before)[:2])
     gone.unlink()
     os.truncate(short, 1000)
     result = make_run(MapOptions(out=str(tmp_path / "run")), resume=True)
-    assert result.tally.counts["done"] == 2 and hashes(tmp_path / "run") == before
+    assert result.made["done"] == 2 and hashes(tmp_path / "run") == before
 
 
 # ---- what a run is pinned to ------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_a_scene_that_is_published_meanwhile_changes_nothing(
         copy.write(np.full_like(dataset.read(), 20))
     item("scene-new", black, "2024-06-15")
     result = make_run(options(**wish))
-    assert result.exit_code == 0 and result.tally.counts["done"] > 0
+    assert result.exit_code == 0 and result.made["done"] > 0
     with rasterio.open(tmp_path / "run" / "mosaic") as run, rasterio.open(tmp_path / "whole/mosaic") as at:
         check_equal(run.read(), at.read())
 
@@ -190,14 +190,14 @@ def test_shards_make_the_same_run(
     options: Make, make_run: Callable, hashes: Callable, tmp_path: Path
 ) -> None:
     whole = make_run(options(out=str(tmp_path / "whole")))
-    made = [make_run(options(shard=shard)).tally.counts["done"] for shard in ("2/3", "3/3")]
+    made = [make_run(options(shard=shard)).made["done"] for shard in ("2/3", "3/3")]
     before = sorted((tmp_path / "run").rglob("*"))
     with pytest.raises(ConfigError, match="--overwrite with --shard"):  # it would clear the others' tiles
         make_run(options(shard="1/3"), overwrite=True)
     assert sorted((tmp_path / "run").rglob("*")) == before
     assert status(tmp_path / "run")["tiles"]["done"] == sum(made) > 0
     result = make_run(MapOptions(out=str(tmp_path / "run")), resume=True)  # takes over, and makes the rest
-    assert result.tally.counts["done"] == whole.counts["done"] - sum(made) > 0
+    assert result.made["done"] == whole.counts["done"] - sum(made) > 0
     assert hashes(tmp_path / "run") == hashes(tmp_path / "whole")
     assert status(tmp_path / "run")["tiles"] == whole.counts
     with rasterio.open(tmp_path / "run" / "mosaic") as run, rasterio.open(tmp_path / "whole/mosaic") as at:
@@ -218,7 +218,7 @@ def test_damaged_imagery_fails_its_tiles_only_and_leaves_a_hole_not_a_wrong_pixe
         file.truncate(len(whole) * 2 // 3)
     result = make_run(options(images=(str(broken),)))
     assert result.exit_code == 3 and 0 < result.counts["failed"] < sum(result.counts.values())
-    assert result.tally.retried == 0  # bad input stays bad
+    assert result.made["retried"] == 0  # bad input stays bad
     assert all("broken.tif" in reason for _, reason in result.failures)
     expected = at_once(options(), tmp_path / "once.tif")
     with rasterio.open(tmp_path / "run" / "mosaic") as mosaic:
@@ -230,7 +230,7 @@ def test_damaged_imagery_fails_its_tiles_only_and_leaves_a_hole_not_a_wrong_pixe
         assert not tile_path(tmp_path / "run", tile).exists()
     assert make_run(options(images=(str(broken),))).exit_code == 3  # failures stay until asked for
     again = make_run(options(images=(str(broken),)), retry_failed=True)
-    assert again.exit_code == 3 and again.tally.counts["failed"] == len(result.failures)
+    assert again.exit_code == 3 and again.made["failed"] == len(result.failures)
 
 
 def test_tiles_without_imagery_cost_nothing(
@@ -239,7 +239,7 @@ def test_tiles_without_imagery_cost_nothing(
     # The area is larger than the image: tiles beyond it never become a task.
     result = make_run(options(bounds="499990,4881850,500300,4882100", bounds_crs="EPSG:32618"))
     assert result.counts["empty"] > 0 and result.counts["failed"] == 0
-    assert result.tally.counts.total() < sum(result.counts.values())
+    assert result.made.total() < sum(result.counts.values())
     assert len(hashes(tmp_path / "run")) == result.counts["done"]
     # An area without a valid pixel is a run too.
     hole = {"bounds": "500052,4881964,500063,4881969", "bounds_crs": "EPSG:32618"}
@@ -338,17 +338,17 @@ def test_a_tile_is_read_from_no_other_source_than_its_run(
 def test_what_a_server_refuses_for_now_is_tried_again_later(
     options: Make, make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, tried = TileMaker.make, []
+    real, tried = workers.predict_tile, []
 
-    def make(self: TileMaker, tile: Tile) -> object:
+    def make(region: object, runner: object, tile: Tile) -> object:
         tried.append(tile.ordinal)
         if tile.ordinal == 1 or (tile.ordinal == 2 and tried.count(2) == 1):
             raise FetchError("answers 503", where="https://host/a.tif")
-        return real(self, tile)
+        return real(region, runner, tile)
 
-    monkeypatch.setattr(TileMaker, "make", make)
+    monkeypatch.setattr(workers, "predict_tile", make)
     result = make_run(options(attempts=2))
-    assert result.exit_code == 3 and result.tally.retried == 2 and tried[-2:] == [1, 2]
+    assert result.exit_code == 3 and result.made["retried"] == 2 and tried[-2:] == [1, 2]
     assert [why for _, why in result.failures] == ["https://host/a.tif: answers 503 (after 2 tries)"]
 
 
@@ -412,9 +412,9 @@ def test_images_that_are_skipped_are_in_no_pin(
     region = prepare_run(wish)
     scenes = region.pins["imagery"]["pin"]["scenes"]
     assert [Path(scene["scene_id"]).name for scene in scenes] == ["whole.tif"]
-    assert sum("1 of 2 images left out" in note and "link.tif" in note for note in region.notes) == 1
+    assert sum("1 of 2 images left out" in note and "link.tif" in note for note in region.inputs.notes) == 1
     assert make_run(wish).exit_code == 0
     link.unlink()
     shutil.copy(image, link)
     again = make_run(MapOptions(out=str(tmp_path / "run")), resume=True)
-    assert again.exit_code == 0 and again.tally.counts.total() == 0
+    assert again.exit_code == 0 and again.made.total() == 0

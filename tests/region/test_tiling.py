@@ -12,7 +12,8 @@ from canopy.errors import AreaError, ConfigError
 from canopy.geo.area import AOI
 from canopy.geo.crs import to_crs
 from canopy.geo.grid import Grid, quadkey_bounds
-from canopy.inference.target import choose_target, one_zone, quadkey_output, quadkey_pixel
+from canopy.inference.inputs import choose_target
+from canopy.inference.quadkey import one_zone, quadkey_output, quadkey_pixel
 from canopy.region.tiles import Tiling, side_px
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canopy.inference.companions import draw_scale_bar
+from canopy.inference.picture import draw_scale_bar
 
 if TYPE_CHECKING:
     from canopy.evaluation.scores import Score
