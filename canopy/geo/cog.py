@@ -129,7 +129,8 @@ class CogWriter:
         style: str = "",
         colours: Mapping[int, str] | None = None,
     ) -> None:
-        [self.path] = check_output(path, overwrite=overwrite)
+        beside = [Path(path).with_suffix(".qml")] if style else []
+        self.path, *_ = check_output([path, *beside], overwrite=overwrite)
         self.grid, self.bands, self.encoding = grid, list(bands), encoding_named(encoding)
         self.sha256: str | None = None
         self.companions: Callable[[Path, str], Sequence[str]] | None = None

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from canopy.errors import CanopyError
 from canopy.files import replacing
 from canopy.geo.grid import Grid
 from canopy.inference.layers import told, top_of_range
 from canopy.inference.output import Scenes, dates_text, imagery_text
+from canopy.runtime import log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,7 +160,11 @@ def _image(source: ImagerySource, grid: Grid, shape: tuple[int, ...]) -> np.ndar
         return None
     pixel = (grid.pixel[0] * grid.width / shape[1], grid.pixel[1] * grid.height / shape[0])
     coarse = (pixel[0], 0, grid.bounds[0], 0, -pixel[1], grid.bounds[3])
-    imagery = source.read(Grid.of(grid.crs, coarse, (shape[0], shape[1])))
+    try:
+        imagery = source.read(Grid.of(grid.crs, coarse, (shape[0], shape[1])))
+    except CanopyError as error:  # of a damaged part, whose tiles failed, too
+        log.info(f"the picture has no image: {error}")
+        return None
     missing = np.array([int(NODATA_COLOUR[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     # Images of 11 bits and more are dark on a screen: the same stretch for all channels, never darker.
     known = imagery.rgb[:, imagery.valid]

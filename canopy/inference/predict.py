@@ -198,7 +198,7 @@ class Prediction:
                 with suppress(_Empty), CogWriter(
                     self.files.tif, self.target.output, band_specs(made.extras.bands),
                     encoding=made.options.encoding, tags=self.tags, overwrite=self.overwrite,
-                    style=ramp_style(0.0, top_of_range(made.extras.tallest_m)),
+                    style=ramp_style(0.0, top_of_range(made.extras.tallest_m)) if keep_empty else "",
                 ) as writer:  # fmt: skip
                     result = Result(self, self._predict_into(writer, progress))
                     if not (keep_empty or result.summary.valid_pixels):
@@ -318,7 +318,8 @@ def prepare(
     if options.out is not None:
         files = output.OutputFiles.of(options.out, options.quicklook)
         check_output(
-            files.all, [options.images, options.imagery, options.aoi, options.model],
+            [*files.all, files.tif.with_suffix(".qml")],
+            [options.images, options.imagery, options.aoi, options.model],
             overwrite=options.overwrite or dry_run,
             expected="a file name ending in .tif", suffixes=(".tif", ".tiff"),
         )  # fmt: skip

@@ -82,6 +82,7 @@ class RunResult:
             "this_start": {
                 **{state: self.made[state] for state in ("done", "empty", "failed", "retried")},
                 "seconds": round(self.seconds, 3),
+                "km2_per_hour": round(self.totals["km2_per_hour"], 3),
             },
             "failures": [{"tile": tile, "reason": reason} for tile, reason in self.failures],
             "outputs": self.outputs,

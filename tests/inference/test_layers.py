@@ -25,7 +25,9 @@ from canopy.inference.layers import (
     Extras,
     QualityRules,
     descriptor,
+    findings,
     rules_of,
+    told,
 )
 from canopy.models.intervals import IntervalTable
 
@@ -74,6 +76,22 @@ def test_domain_and_date_bits(kit) -> None:
     )
     assert not (near & (DOMAIN | UNDATED)).any() and (far & DOMAIN).all()
     assert (rules().flags(np.zeros((6, 2, 2)), np.zeros((2, 2), int)) == UNDATED).all()
+
+
+def test_what_a_map_should_be_known_by(kit) -> None:
+    grid = kit.utm_grid(0, 0, 60, 60)
+    for limit, share in ((1e9, 0.0), (1e-9, 1.0)):
+        extras = Extras(judge=rules(limit), tallest_m=15.0)
+        heights, _, summary = kit.run(grid, extras=extras)
+        found = findings(summary, extras)
+        assert found["domain"] == share
+        assert found["tall"] == pytest.approx((heights >= 15).mean(), abs=1e-4) != 0
+    lines = told(found, extras)
+    assert lines[0].startswith("looks unlike the training images in 100 % of the map")
+    assert lines[1].startswith("taller than the model can tell in")
+    unknown = Extras(judge=QualityRules.without_reference())
+    found = findings(kit.run(grid, extras=unknown)[2], unknown)
+    assert "domain" not in found and "no record of its training images" in told(found, unknown)[-1]
 
 
 # ---- flags ------------------------------------------------------------------------------------

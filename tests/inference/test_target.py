@@ -20,7 +20,7 @@ AREA = AOI(box(500_000.2, 4_880_000.2, 500_200.7, 4_880_150.9), UTM, is_box=True
 
 def test_by_default_one_grid_in_utm_at_the_models_gsd() -> None:
     target = choose_target(AREA, 0.5)
-    assert not target.is_resampled
+    assert target.predict == target.output
     assert target.output.crs == UTM
     assert target.output.pixel == (0.5, 0.5)
     assert target.output.bounds == (500_000, 4_880_000, 500_201, 4_880_151)
@@ -40,7 +40,7 @@ def test_web_mercator_is_measured_on_the_ground() -> None:
 @pytest.mark.parametrize("gsd", [0.25, 1.0, 10.0])
 def test_another_gsd_is_resampled_from_the_models(gsd: float) -> None:
     target = choose_target(AREA, 0.5, gsd_m=gsd)
-    assert target.is_resampled
+    assert target.predict != target.output
     assert target.output.pixel == (gsd, gsd)
     assert target.predict.pixel == (0.5, 0.5)
     west, south, east, north = target.predict.bounds
@@ -64,12 +64,12 @@ def test_a_crs_that_places_nothing_is_refused(crs: str) -> None:
 def test_image_grid_is_kept_to_the_pixel() -> None:
     native = Grid.of(UTM, (0.52, 0, 500_000.17, 0, -0.52, 4_880_100.09), (300, 200))
     target = choose_target(AOI.from_grid(native), 0.5, crs="image", native=native)
-    assert target.output == native and not target.is_resampled, (
+    assert target.output == native and target.predict == target.output, (
         "4 % off the model's scale: predicted as it is"
     )
     coarse = Grid.of(UTM, (0.8, 0, 500_000.17, 0, -0.8, 4_880_100.09), (300, 200))
     target = choose_target(AOI.from_grid(coarse), 0.5, crs="image", native=coarse)
-    assert target.output == coarse and target.is_resampled
+    assert target.output == coarse and target.predict != target.output
     part = AOI(box(500_050, 4_879_900, 500_060, 4_880_000), UTM, is_box=True)
     output = choose_target(part, 0.5, crs="image", native=coarse).output
     assert output.is_aligned(coarse)
