@@ -60,9 +60,11 @@ class TorchRunner:
         backend, precision, device: of the runtime, as a map's tags have them.
         model: that it runs.
         outputs: layers of `HeightModel.layers` it gives, in order; the first is `height_m`.
+        most_crops: that the device has room for at a time; None until it ran short of memory.
     """
 
     backend = "torch"
+    most_crops: int | None = None
 
     def __init__(
         self,
@@ -101,6 +103,7 @@ class OpenVinoRunner:
     """
 
     backend = "openvino"
+    most_crops: int | None = None
 
     def __init__(
         self, model: HeightModel, files: Mapping[str, bytes], precision: str, outputs: tuple[str, ...]

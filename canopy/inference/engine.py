@@ -98,6 +98,11 @@ class RunSummary:
         """Share of the valid pixels higher than 2 m; NaN without any."""
         return self.cover_pixels / self.valid_pixels if self.valid_pixels else float("nan")
 
+    @property
+    def tall(self) -> float:
+        """Share of the valid pixels that are as high as the model can tell; NaN without any."""
+        return self.tall_pixels / self.valid_pixels if self.valid_pixels else float("nan")
+
     def count(self, height_m: np.ndarray, valid: np.ndarray, days: np.ndarray, tallest_m: float) -> None:
         """Add finished pixels, all (h, w), to the statistics; `days` since 1970, 0 where unknown."""
         if not valid.any():
@@ -151,6 +156,7 @@ def predict_grid(
     plan = plan_windows(grid, Lattice.of_model(runner.model.config), window_px)
     summary = RunSummary(windows=len(plan), crops=plan.n_crops, pixels=grid.height * grid.width)
     summary.batch_size = resolve_batch(batch_size, runner.device.type, runner.model.config.crop_px)
+    summary.batch_size = min(summary.batch_size, runner.most_crops or summary.batch_size)
     progress.start(plan.n_crops, "predicting")
     readers = reader_count(workers, runner.device.type)
     with ExitStack() as stack:
@@ -339,7 +345,8 @@ def _forward(runner: Runner, crops: torch.Tensor, summary: RunSummary) -> torch.
         short_of = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not short_of or size == 1:
             raise
-    summary.batch_size = size // 2
+    # Of the runner too, for its next maps: every tile of a region would run short anew.
+    summary.batch_size = runner.most_crops = size // 2
     note = f"the {runner.device.type} device ran out of memory; batch size reduced to {summary.batch_size}"
     summary.notes.append(note)
     log.warning(note)

@@ -33,7 +33,6 @@ from canopy.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from canopy.geo.area import AOI
     from canopy.geo.cog import BandSpec
-    from canopy.inference.engine import RunSummary
     from canopy.inference.options import PredictOptions
     from canopy.models.height import HeightModel
     from canopy.models.intervals import IntervalTable
@@ -265,17 +264,17 @@ def top_of_range(tallest_m: float) -> float:
     return 40.0 if math.isinf(tallest_m) else 5.0 * math.ceil(1.2 * tallest_m / 5)
 
 
-def findings(summary: RunSummary, extras: Extras) -> dict[str, float]:
-    """Shares (0..1) of a map: `tall` of all its heights, flags of the crops that were judged.
+def findings(judged: Mapping[str, int], tall: float, extras: Extras) -> dict[str, float]:
+    """Shares (0..1) of a map: `tall` as given (NaN without a height), flags by the pixels that were judged.
 
     What the model's card cannot tell (`domain` without a reference, `tall` without a calibration) is absent.
     """
     shares = {}
-    if extras.judge is not None and summary.judged["judged"]:
+    if extras.judge is not None and judged.get("judged"):
         known = [name for name in NAMES if name != "domain" or math.isfinite(extras.judge.limit)]
-        shares = {name: summary.judged[name] / summary.judged["judged"] for name in known}
-    if math.isfinite(extras.tallest_m) and summary.valid_pixels:
-        shares["tall"] = summary.tall_pixels / summary.valid_pixels
+        shares = {name: judged.get(name, 0) / judged["judged"] for name in known}
+    if math.isfinite(extras.tallest_m) and math.isfinite(tall):
+        shares["tall"] = tall
     return {name: round(share, 4) for name, share in shares.items()}
 
 

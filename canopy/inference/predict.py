@@ -62,7 +62,7 @@ class Result:
     @property
     def findings(self) -> dict[str, float]:
         """What the map should be known by, as shares of it; see `layers.findings`."""
-        return findings(self.summary, self.job.inputs.extras)
+        return findings(self.summary.judged, self.summary.tall, self.job.inputs.extras)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: files, statistics, times, and what was used."""

@@ -19,7 +19,7 @@ from affine import Affine
 import canopy
 from canopy.errors import CheckpointError, ConfigError, InputError
 from canopy.geo.area import AOI
-from canopy.inference.inputs import _scale_notes as scale_notes
+from canopy.inference.inputs import scale_notes
 from canopy.inference.radiometry import scene_percentiles, with_radiometry
 from canopy.models.aerial import load_percentile_net
 from canopy.models.config import DecoderConfig, EncoderConfig, ModelConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import rasterio
 from scipy import ndimage
 
+import canopy
 from canopy.calibration.calibrate import crops_described, fit_domain
 from canopy.errors import CheckpointError, ConfigError, DataError
 from canopy.inference.layers import (
@@ -29,6 +31,7 @@ from canopy.inference.layers import (
     rules_of,
     told,
 )
+from canopy.models.height import fill_invalid
 from canopy.models.intervals import IntervalTable
 
 
@@ -83,15 +86,30 @@ def test_what_a_map_should_be_known_by(kit) -> None:
     for limit, share in ((1e9, 0.0), (1e-9, 1.0)):
         extras = Extras(judge=rules(limit), tallest_m=15.0)
         heights, _, summary = kit.run(grid, extras=extras)
-        found = findings(summary, extras)
+        found = findings(summary.judged, summary.tall, extras)
         assert found["domain"] == share
         assert found["tall"] == pytest.approx((heights >= 15).mean(), abs=1e-4) != 0
     lines = told(found, extras)
     assert lines[0].startswith("looks unlike the training images in 100 % of the map")
     assert lines[1].startswith("taller than the model can tell in")
     unknown = Extras(judge=QualityRules.without_reference())
-    found = findings(kit.run(grid, extras=unknown)[2], unknown)
+    found = findings(kit.run(grid, extras=unknown)[2].judged, math.nan, unknown)
     assert "domain" not in found and "no record of its training images" in told(found, unknown)[-1]
+
+
+def test_the_default_model_knows_autumn_from_the_summers_it_was_trained_on(shared: Path) -> None:
+    """Whole images of places it has not seen, judged as crops of a map are."""
+    card = canopy.load_model("default").card
+    domain = {}
+    for place in ("ky_lockegee", "ky_natbridge"):
+        domain[place] = []
+        for path in sorted((shared / "data/pairs/rgb").glob(f"{place}_*.tif")):
+            with rasterio.open(path) as file:
+                rgb = file.read().astype(np.float32) / 255
+            valid = rgb.any(axis=0)  # one tile ends at the edge of its flight
+            judged = rules_of(card)(fill_invalid(rgb, valid), valid)
+            domain[place].append(judged["domain"] / judged["judged"])
+    assert domain == {"ky_lockegee": [1, 1, 1, 1], "ky_natbridge": [0, 0, 0, 0]}
 
 
 # ---- flags ------------------------------------------------------------------------------------
