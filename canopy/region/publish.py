@@ -116,7 +116,9 @@ def write_catalog(ledger: Ledger, region: Region) -> dict[str, float]:
         collection.add_link(pystac.Link("item", str(path), media_type="application/geo+json"))
         days = [min(days), max(days)] if days else []
     if days:
-        collection.extent.temporal = pystac.TemporalExtent([[days[0], days[-1]]])
+        # An item of one day names its beginning.
+        end = days[-1].replace(hour=23, minute=59, second=59)
+        collection.extent.temporal = pystac.TemporalExtent([[days[0], end]])
     findings = {name: round(total / weight, 4) for name, total in found.items()} if weight else {}
     collection.extra_fields["canopy:findings"] = findings
     _write(collection)

@@ -6,6 +6,7 @@ CANOPY_KILLS=20 kills twenty times more.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -51,7 +52,12 @@ def started_tiles(folder: Path) -> int:
 def workers_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes in which a driver's tiles are made."""
     children = psutil.Process(driver.pid).children(recursive=True)
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    workers = []
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile, as a zombie too
+            if "spawn_main" in " ".join(child.cmdline()):
+                workers.append(child)
+    return workers
 
 
 def interrupt(driver: subprocess.Popen[str], folder: Path) -> None:
