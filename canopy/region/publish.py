@@ -111,6 +111,8 @@ def write_catalog(ledger: Ledger, region: Region) -> dict[str, float]:
             item.set_root(catalog)
             item.set_parent(collection)
             item.set_collection(collection)
+            # The run's: a tile that is made again is the same.
+            item.properties["created"] = pins["canopy"]["created"]
             _write(item)
         # Only the item's place is kept: memory should not grow with what was said of each tile.
         collection.add_link(pystac.Link("item", str(path), media_type="application/geo+json"))
