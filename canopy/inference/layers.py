@@ -243,6 +243,8 @@ def rules_of(card: Mapping[str, Any]) -> QualityRules:
 
 # Shares below these are not worth a line.
 _WORTH = {"domain": 0.05, "tall": 0.01, "shadow": 0.1, "haze": 0.02, "exposure": 0.02, "low_sun": 0.1}
+# Of the model and not of the imagery: no warning.
+UNJUDGED = "the model has no record of its training images to compare with"
 _TOLD = {
     "domain": "looks unlike the training images in {} of the map: expect larger errors there",
     "tall": "taller than the model can tell in {} of it ({:.0f} m or more): trees there may be higher",
@@ -285,7 +287,7 @@ def told(found: Mapping[str, float], extras: Extras) -> list[str]:
         for name, text in _TOLD.items() if found.get(name, 0.0) >= _WORTH[name]
     ]  # fmt: skip
     unjudged = extras.judge is not None and math.isinf(extras.judge.limit)
-    return [*lines, *(["the model has no record of its training images to compare with"] if unjudged else [])]
+    return [*lines, *([UNJUDGED] if unjudged else [])]
 
 
 # --- what an image looks like ---------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from canopy.inference.backends import OVERHEAD_S_PER_PX, Runner, seconds_per_cro
 from canopy.inference.engine import RunSummary, Sink, predict_grid, reader_count
 from canopy.inference.inputs import Inputs, Target, check_options, choose_target, open_inputs, open_source
 from canopy.inference.lattice import Lattice, Plan, plan_windows
-from canopy.inference.layers import band_specs, findings, told, top_of_range
+from canopy.inference.layers import UNJUDGED, band_specs, findings, told, top_of_range
 from canopy.inference.options import OneMapOptions
 from canopy.runtime import Progress, log
 
@@ -254,7 +254,7 @@ class Prediction:
                 "hardly record; if there is no image there, give --nodata 0"
             )
         for note in summary.notes:
-            say(f"note: {note}")
+            (log.info if note == UNJUDGED else say)(f"note: {note}")
 
     def _publish(self, path: Path, sha256: str, result: Result) -> list[str]:
         """Write picture and STAC item beside a finished map; their names.

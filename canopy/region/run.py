@@ -21,7 +21,7 @@ import shapely
 from canopy.errors import CanopyError, ConfigError, InputError
 from canopy.files import check_output, told_as_output
 from canopy.geo.style import ramp_style
-from canopy.inference.layers import told, top_of_range
+from canopy.inference.layers import UNJUDGED, told, top_of_range
 from canopy.region.ledger import (
     LEDGER,
     LOCK,
@@ -327,7 +327,7 @@ def _finish(ledger: Ledger, region: Region) -> dict[str, str]:
         )  # fmt: skip
         (folder / "mosaic.qml").write_text(ramp_style(0.0, top_of_range(made.extras.tallest_m)), "utf-8")
         for line in told(found, made.extras):
-            log.warning(f"note: {line}")
+            (log.info if line == UNJUDGED else log.warning)(f"note: {line}")
         ledger.set("outputs", "made")
     return outputs
 
