@@ -129,7 +129,7 @@ def read_index(folder: str | Path) -> list[ChipRow]:
     path = Path(folder) / INDEX_CSV
     if not path.is_file():
         what = "no index.csv" if path.parent.is_dir() else "no such chips"
-        raise DataError(what, where=folder, expected="a folder made by canopy data chips")
+        raise DataError(what, where=folder, expected="a folder made by canopy data chips; data.chips=FOLDER")
     texts = {name: str for name, kind in _TYPES.items() if kind == "str"}
     try:
         table = pandas.read_csv(path, dtype=texts)

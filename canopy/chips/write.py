@@ -114,8 +114,8 @@ def write_chips(
     }
     if "train" in summary["by_split"] and "val" not in summary["by_split"]:
         log.warning(
-            "note: no val chips: training on these will not be validated; give the manifest a column "
-            "`split`, or choose a larger --val or a smaller --block-m"
+            "note: no val chips: training on these will not be validated; give rows `val` in the manifest's "
+            "column `split`, or leave the column out and choose a larger --val or a smaller --block-m"
         )
     write_json(folder / "summary.json", summary)
     draw_contact_sheet(folder, rows)

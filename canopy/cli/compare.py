@@ -296,9 +296,8 @@ def serve(
       canopy serve chm.tif --export page
     """
     from canopy.errors import InputError, refuse_options, require
-    from canopy.runtime import log, progress_bar, setup_logging
+    from canopy.runtime import log, setup_logging
     from canopy.viewer import app
-    from canopy.viewer.export import export as export_page
     from canopy.viewer.page import open_view
 
     setup_logging(quiet, verbose)
@@ -306,19 +305,7 @@ def serve(
         raise InputError(f"{len(maps)} maps", where="canopy serve", expected="one or two")
     if export is not None:
         refuse_options({"--port": port, "--open": open_ or None}, where="--export", because="serves nothing")
-        with progress_bar(quiet or json_) as progress:
-            found = export_page(
-                open_view(maps, imagery), export, [*maps, imagery], overwrite=overwrite, progress=progress
-            )
-        for note in found["notes"]:
-            log.warning(f"note: {note}")
-        if json_:
-            print_json(found)
-        elif not quiet:
-            typer.echo(
-                f"{export}: a page of {found['tiles']:,} tiles, {found['bytes'] / 1e6:,.1f} MB; "
-                f"see it with: python -m http.server --directory {export}"
-            )
+        _export_page(maps, imagery, export, overwrite=overwrite, json_=json_, quiet=quiet)
         return
     refuse_options(
         {"--overwrite": overwrite or None, "--json": json_ or None}, where="canopy serve",
@@ -334,3 +321,26 @@ def serve(
         typer.echo(f"{address} (Ctrl-C ends it)")
         app.run(view, here, address if open_ else None)
     log.info("stopped")
+
+
+def _export_page(
+    maps: list[str], imagery: str | None, folder: Path, *, overwrite: bool, json_: bool, quiet: bool
+) -> None:
+    """Write the page of `canopy serve --export`, and say what it is."""
+    from canopy.runtime import log, progress_bar
+    from canopy.viewer.export import export as export_page
+    from canopy.viewer.page import open_view
+
+    with progress_bar(quiet or json_) as progress:
+        found = export_page(
+            open_view(maps, imagery), folder, [*maps, imagery], overwrite=overwrite, progress=progress
+        )
+    for note in found["notes"]:
+        log.warning(f"note: {note}")
+    if json_:
+        print_json(found)
+    elif not quiet:
+        typer.echo(
+            f"{folder}: a page of {found['tiles']:,} tiles, {found['bytes'] / 1e6:,.1f} MB; "
+            f"see it with: python -m http.server --directory {folder}"
+        )

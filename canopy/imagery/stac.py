@@ -163,12 +163,9 @@ def search(
 
     rules = web.policy()
     retry = Retry(
-        total=rules.attempts - 1,
-        backoff_factor=rules.first_wait_s,
-        backoff_max=rules.longest_wait_s,
-        status_forcelist=sorted(web.TRANSIENT),
-        allowed_methods=None,
-    )
+        total=rules.attempts - 1, backoff_factor=rules.first_wait_s, backoff_max=rules.longest_wait_s,
+        status_forcelist=sorted(web.TRANSIENT), allowed_methods=None,
+    )  # fmt: skip
 
     class Pages(StacApiIO):
         """All pages: the library ends at an empty one, although it may name a next one."""

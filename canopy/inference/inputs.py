@@ -155,6 +155,7 @@ def open_source(
 
 def _best_for(area: AOI | None) -> str:
     """Name of the best known source that covers an area; says which it is."""
+    from canopy.imagery.base import SWAP_HINT, swapped_area
     from canopy.imagery.named import sources_for
 
     if area is None:
@@ -165,10 +166,14 @@ def _best_for(area: AOI | None) -> str:
         )
     found = sources_for(area)
     if not found:
+        swapped = swapped_area(area)
+        other = bool(swapped and sources_for(swapped))
         raise AreaError(
             "no named source covers the area",
             where=area.describe(),
-            remedy="give IMAGE files, or --imagery with a STAC catalog or a tile template",
+            remedy=SWAP_HINT
+            if other
+            else "give IMAGE files, or --imagery with a STAC catalog or a tile template",
         )
     best, others = found[0], ", ".join(source.name for source in found[1:])
     facts = [best.licence, best.season or "season unknown", f"{best.gsd_m:g} m"]

@@ -41,6 +41,8 @@ def test_the_source_that_is_chosen_is_said_with_the_reason(caplog):
     assert "ign-ortho (IGN BD ORTHO" in caplog.text
     with pytest.raises(InputError, match="no named source covers the area"):
         _best_for(AOI.from_bbox([0.0, -30.0], size_m=500))
+    with pytest.raises(InputError, match="--bbox takes LAT,LON, --bounds takes W,S,E,N"):
+        _best_for(AOI.from_bbox([-71.296, 44.083], size_m=500))  # New Hampshire, in the other order
 
 
 def _model(percentiles: tuple[float, ...] = TARGET) -> HeightModel:
