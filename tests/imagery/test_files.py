@@ -233,11 +233,9 @@ def test_a_vrt_with_a_broken_file_is_an_error_every_time(tmp_path):
     (tmp_path / "broken.tif").write_bytes(b"II*\0 broken")
     path.write_text(vrt_text("broken.tif"))
     (tmp_path / "outer.vrt").write_text(vrt_text("mosaic.vrt"))
-    for name in 2 * ("mosaic.vrt", "outer.vrt"):  # some GDALs raise once and then read zeros
-        source = open_imagery(tmp_path / name)
-        for _ in range(2):
-            with pytest.raises(ImageryError, match=rf"{name}.*rows.*broken\.tif"):
-                source.read(source.native_grid)
+    for name in 4 * ("mosaic.vrt", "outer.vrt"):  # some GDALs raise once and then read zeros
+        with pytest.raises(ImageryError, match=rf"{name}.*broken\.tif"):
+            open_imagery(tmp_path / name)  # its borders are looked at
 
 
 def test_a_vrt_of_remote_files_is_refused(tmp_path):

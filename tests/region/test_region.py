@@ -326,13 +326,13 @@ def test_a_tile_is_read_from_no_other_source_than_its_run(
     from canopy.region import plan
 
     region = dataclasses.replace(plan.open_region(options()), by_tile=True)
-    tile = next(iter(region.tiling.tiles(region.aoi)))
-    assert region.source_of(tile).name == region.source.name
-    other = plan.open_source(region.options, 0.5, region.aoi)
+    tile = next(iter(region.tiling.tiles(region.inputs.aoi)))
+    assert region.inputs_of(tile).source.name == region.inputs.source.name
+    other = plan.open_source(region.options, 0.5, region.inputs.aoi)
     other.name = "second"
     monkeypatch.setattr(plan, "open_source", lambda *_: other)
     with pytest.raises(FetchError, match="does not answer now"):
-        region.source_of(tile)
+        region.inputs_of(tile)
 
 
 def test_what_a_server_refuses_for_now_is_tried_again_later(
