@@ -57,11 +57,19 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True)
 def log_as_a_library() -> Iterator[None]:
-    """A command sends canopy's log to the stderr of its own run; the next test starts without that."""
+    """A command sends canopy's log to the stderr of its own run, and some libraries turn logging down for the
+    whole process; no test meets what another left, nor what its module's fixtures did."""
+    _plain_log()
     yield
+    _plain_log()
+
+
+def _plain_log() -> None:
     log.handlers.clear()
     log.setLevel(logging.NOTSET)
-    log.propagate = True
+    log.propagate, log.disabled = True, False
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.disable(logging.NOTSET)
     logging.captureWarnings(False)
 
 
