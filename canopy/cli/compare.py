@@ -13,7 +13,11 @@ from canopy.evaluation.compare import compare as compare_maps
 from canopy.inference.options import AreaOptions
 
 _HELP_MAP = "GeoTIFF, VRT or folder of tiles."
-_HELP_BAND = "The height's band, of a file with several."
+MapNodata = Annotated[float | None, typer.Option("--nodata", help="Map value that means missing.")]
+MapBand = Annotated[
+    str | None,
+    typer.Option("--band", metavar="N|NAME", help="The height's band, of a file with several."),
+]
 
 
 @takes_groups
@@ -116,8 +120,8 @@ def stats(
         typer.Option("--interval", metavar="0.9", help="Add intervals of means and covers."),
     ] = None,
     total: Annotated[bool, typer.Option("--total", help="A last row for all polygons together.")] = False,
-    nodata: Annotated[float | None, typer.Option("--nodata", help="Map value that means missing.")] = None,
-    band: Annotated[str | None, typer.Option("--band", metavar="N|NAME", help=_HELP_BAND)] = None,
+    nodata: MapNodata = None,
+    band: MapBand = None,
     layer: Annotated[str | None, typer.Option("--layer", help="Of a vector file that has several.")] = None,
     overwrite: Overwrite = False,
     json_: Json = False,
@@ -190,8 +194,8 @@ def trees(
     smooth: Annotated[
         float | None, typer.Option("--smooth", help="Of the heights first, sigma in metres. Default: 0.5.")
     ] = None,
-    nodata: Annotated[float | None, typer.Option("--nodata", help="Map value that means missing.")] = None,
-    band: Annotated[str | None, typer.Option("--band", metavar="N|NAME", help=_HELP_BAND)] = None,
+    nodata: MapNodata = None,
+    band: MapBand = None,
     layer: Annotated[str | None, typer.Option("--layer", help="Of crowns that have several.")] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,

@@ -90,7 +90,7 @@ def write_quicklook(
     Args:
         top_m: what the brightest colour stands for.
         lines: below the picture: imagery, date, model, licence, error.
-        warnings: what the reader has to know first, in a box.
+        warnings: what the reader has to know first: above the lines, in colour.
         source: the imagery; None leaves it out.
 
     Raises:
@@ -115,7 +115,7 @@ def write_quicklook(
     FigureCanvasAgg(figure)
     parts: Any = figure.subfigures(2, 1, height_ratios=(height + 0.9, 0.2 + 0.21 * len(text)))
     top, bottom = parts
-    top.suptitle(title, fontsize=13, x=0.012, ha="left", color=INK, fontweight="bold")
+    top.suptitle(title, fontsize=13, x=0.004, ha="left", color=INK, fontweight="bold")
     cells = top.subplots(1, panels) if side_by_side else top.subplots(panels, 1)
     axes = [cells] if panels == 1 else list(cells)
     shape = {"extent": (0, x_m * grid.width, 0, y_m * grid.height), "interpolation": "nearest"}
@@ -134,7 +134,7 @@ def write_quicklook(
     for number, line in enumerate(text):
         warns = number < len(warnings)
         bottom.text(
-            0.012, 1 - (number + 0.7) / (len(text) + 0.5), line, fontsize=9 if warns else 8, va="center",
+            0.004, 1 - (number + 0.7) / (len(text) + 0.5), line, fontsize=9 if warns else 8, va="center",
             color=WARNING if warns else "0.3", fontweight="bold" if warns else "normal", wrap=True,
         )  # fmt: skip
     with replacing(png_path, "cannot write the quicklook") as part:
