@@ -111,7 +111,7 @@ def test_a_host_without_ranges_and_a_part_that_is_too_long_start_anew(server, tm
 
 
 def retry_after(wait: str) -> str:
-    """The header's value; `in N s`: as a date. Made in the test: the workers of pytest must agree on its name."""
+    """The header's value, `in N s` as a date: made in the test, whose name all processes must agree on."""
     return formatdate(time() + float(wait.split()[1]), usegmt=True) if wait.startswith("in ") else wait
 
 
